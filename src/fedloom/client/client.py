@@ -1,0 +1,39 @@
+"""A client: one device's data and what it keeps between its participations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from fedloom.data.examples import Examples
+from fedloom.data.tasks import Split
+
+
+@dataclass
+class Client:
+    """Device k of K.
+
+    ``private``: trainable tensors that stay here (never sent). ``memory``: anything else the device must remember, as tensors
+    (difficulty scores, masks, optimiser moments). Both survive restarts; the engine stores them if and only if the operation
+    returned. ``seed`` is the experiment's; derive with it and the id.
+    """
+
+    id: int
+    train: Examples
+    validation: Examples
+    test: Examples
+    seed: int
+    private: dict[str, torch.Tensor] = field(default_factory=dict)
+    memory: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def shard(self, split: Split) -> Examples:
+        """The device's own examples of one split.
+
+        Raises:
+            ValueError: an unknown split.
+        """
+        shards = {"train": self.train, "validation": self.validation, "test": self.test}
+        if split not in shards:
+            raise ValueError(f"no split '{split}'; a client has {sorted(shards)}")
+        return shards[split]

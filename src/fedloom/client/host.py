@@ -1,0 +1,145 @@
+"""The device's side of every engine: packed tasks in, packed updates out.
+
+A host starts the client operations that the tasks name, advances all of them together, hands the work items they yield to the
+compute in one call (which may stack them) and packs what they return. The local engine gives it a whole cohort at a time; a
+deployed device gives it one task. It does not know the server, the transport or what the operations mean.
+
+Durability: a client's state is stored if and only if its operation returned and its update could be packed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedloom.client.client import Client
+from fedloom.client.store import ClientStore
+from fedloom.compute.compute import Compute, Done
+from fedloom.messages import Failure, Task, Update, Work, is_client_operation
+from fedloom.wire import WireError, pack, unpack
+
+log = logging.getLogger("fedloom")
+
+
+def operations(method: object) -> dict[str, Callable[[Client, Task], Work[Update]]]:
+    """The client operations of a method by name: what it marked with ``@on_client`` and nothing else."""
+    names = [name for name in dir(type(method)) if is_client_operation(vars_of(type(method), name))]
+    return {name: getattr(method, name) for name in names}
+
+
+def vars_of(kind: type, name: str) -> object:
+    """The attribute as the class (or a base) defines it, without evaluating properties."""
+    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
+
+
+@dataclass
+class Running:
+    """One operation under way: its client, its generator, what it last yielded and what it cost so far."""
+
+    client: Client
+    work: Work[Update]
+    asked: Any = None
+    answer: Any = None
+    flops: float = 0.0
+    examples: int = 0
+
+
+class Host:
+    """Runs a method's client operations for the devices that ``devices`` makes (by client id)."""
+
+    def __init__(self, method: object, devices: Callable[[int], Client], compute: Compute, store: ClientStore, digest: str) -> None:
+        self.operations, self.method_name = operations(method), type(method).__name__
+        self.devices, self.compute, self.store, self.digest = devices, compute, store, digest
+
+    def answer(self, blobs: Sequence[bytes]) -> list[bytes | Failure]:
+        """One packed update or one failure for each packed task, in order. Each client at most once a call."""
+        replies: list[bytes | Failure | None] = [None] * len(blobs)
+        running: dict[int, Running] = {}
+        for i, blob in enumerate(blobs):
+            started = self._start(blob)
+            if isinstance(started, Failure):
+                replies[i] = started
+            else:
+                running[i] = started
+        while running:
+            for i in list(running):
+                finished = self._advance(running[i])
+                if finished is not None:
+                    replies[i] = finished
+                    del running[i]
+            if running:
+                self._compute(running, replies)
+        return [reply if reply is not None else Failure(-1, "no reply") for reply in replies]
+
+    def _start(self, blob: bytes) -> Running | Failure:
+        try:
+            task = unpack(blob, self.digest)
+        except WireError as error:
+            return Failure(-1, f"WireError: {error}")
+        if not isinstance(task, Task):
+            return Failure(task.client, "WireError: an update came where a task was expected")
+        if task.op not in self.operations:
+            return Failure(
+                task.client,
+                f"ValueError: {self.method_name} has no client operation '{task.op}'; it has {sorted(self.operations)}",
+            )
+        try:
+            client = self.devices(task.client)
+            client.private, client.memory = self.store.load(task.client)
+            return Running(client, self.operations[task.op](client, task))
+        except Exception as error:
+            return self._failed(task.client, error)
+
+    def _advance(self, run: Running) -> bytes | Failure | None:
+        """Give the operation its last answer. None while it asks for more work."""
+        try:
+            run.asked = run.work.send(run.answer)
+            return None
+        except StopIteration as done:
+            return self._finish(run, done.value)
+        except Exception as error:
+            return self._failed(run.client.id, error)
+
+    def _finish(self, run: Running, update: object) -> bytes | Failure:
+        if not isinstance(update, Update) or update.client != run.client.id:
+            return Failure(run.client.id, f"TypeError: the operation returned {update!r}; an Update of client {run.client.id} is due")
+        try:
+            blob = pack(replace(update, flops=run.flops, examples=run.examples), self.digest)
+            self.store.save(run.client.id, run.client.private, run.client.memory)
+            return blob
+        except Exception as error:
+            return self._failed(run.client.id, error)
+
+    def _compute(self, running: dict[int, Running], replies: list[bytes | Failure | None]) -> None:
+        """Do the items of all operations in one call; if that fails, one operation at a time, so the one at fault is named."""
+        asked = {i: run.asked if isinstance(run.asked, list) else [run.asked] for i, run in running.items()}
+        try:
+            done = self.compute.run([item for items in asked.values() for item in items])
+        except Exception as error:
+            if len(asked) > 1:
+                log.warning("a stacked pass failed (%s: %s); its clients run one by one", type(error).__name__, error)
+                for i in list(running):
+                    self._compute({i: running[i]}, replies)
+                for i in [i for i in running if replies[i] is not None]:
+                    del running[i]
+                return
+            (only,) = running
+            replies[only] = self._failed(running[only].client.id, error)
+            del running[only]
+            return
+        for i, items in asked.items():
+            mine, done = done[: len(items)], done[len(items) :]
+            _hand_over(running[i], mine)
+
+    def _failed(self, client: int, error: Exception) -> Failure:
+        log.warning("client %d failed", client, exc_info=error)
+        return Failure(client, f"{type(error).__name__}: {error}")
+
+
+def _hand_over(run: Running, done: Sequence[Done]) -> None:
+    results = [d.result for d in done]
+    run.answer = results if isinstance(run.asked, list) else results[0]
+    run.flops += sum(d.flops for d in done)
+    run.examples += sum(d.examples for d in done)

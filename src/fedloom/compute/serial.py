@@ -1,0 +1,183 @@
+"""The plain compute: one item at a time, ordinary autograd, PyTorch's own AdamW. The reference that ``stacked.py`` must equal.
+
+When a run misbehaves, use it (``--engine.stack 1``): errors carry the client and nothing is batched over clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedloom.compute.compute import Done
+from fedloom.compute.dropout import SeededDropout
+from fedloom.compute.flops import Flops
+from fedloom.compute.work import Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, WorkItem
+from fedloom.data.examples import Examples
+from fedloom.messages import Tensors
+from fedloom.model.base import Batch, Model, as_batch
+from fedloom.seeds import derive_int
+
+PREDICT_ROWS = 32
+"""Examples per forward pass when predicting one by one."""
+
+
+class Serial:
+    """A :class:`~fedloom.compute.compute.Compute` that does items one by one on ``model``."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.flops = model, Flops(model)
+
+    def run(self, items: Sequence[WorkItem]) -> list[Done]:
+        """See :class:`~fedloom.compute.compute.Compute`."""
+        return [Done(self._result(item), *cost(item, self.flops)) for item in items]
+
+    def _result(self, item: WorkItem) -> Any:
+        match item:
+            case Fit():
+                return self._fit(item)
+            case Score():
+                return self._score(item)
+            case Fisher():
+                return self._fisher(item)
+            case Sensitivity():
+                return self._sensitivity(item)
+            case Predict():
+                return self._predict(item)
+
+    def batch(self, examples: Examples, indices: np.ndarray) -> Batch:
+        """The examples at ``indices`` as tensors, padded to their own longest."""
+        return as_batch(vars(examples.pad(indices, pad_id=self.model.pad_id, side=self.model.side)), self.model.device)
+
+    def _fit(self, item: Fit) -> Fitted:
+        model, o = self.model, item.optimizer
+        start = {n: t.detach().float().to(model.device) for n, t in sorted(item.start.items())}
+        now = {n: t.clone().requires_grad_(True) for n, t in start.items()}
+        fixed = {n: t.detach().float().to(model.device) for n, t in item.fixed.items()}
+        mask = {n: t.to(model.device).expand_as(start[n]) for n, t in item.mask.items()}
+        adam = torch.optim.AdamW(now.values(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+        _load_moments(adam, now, item.moments)
+        losses = []
+        for i, indices in enumerate(item.batches):
+            batch = self.batch(item.examples, indices)
+            key = torch.tensor(dropout_key(item.dropout_seed, i), device=model.device)
+            with SeededDropout(key, model.dropout, model.causal) if model.dropout else nullcontext():
+                loss = model.loss({**fixed, **now}, batch, model.dtype)
+            total = loss if item.penalty is None else loss + item.penalty(now, start)
+            gradients = torch.autograd.grad(total, list(now.values()))
+            for (name, tensor), gradient in zip(now.items(), gradients, strict=True):
+                tensor.grad = gradient * mask[name] if name in mask else gradient
+            if o.clip:
+                torch.nn.utils.clip_grad_norm_(list(now.values()), o.clip)
+            adam.step()
+            with torch.no_grad():
+                for name in mask:
+                    now[name].copy_(torch.where(mask[name] > 0, now[name], start[name]))
+            losses.append(float(loss.detach()))
+        return Fitted({n: t.detach().cpu() for n, t in now.items()}, np.array(losses), _moments(adam, now))
+
+    def _each_gradient(self, at: Tensors, examples: Examples, names: Sequence[str], i: int) -> list[torch.Tensor]:
+        now = {n: t.detach().float().to(self.model.device).requires_grad_(n in names) for n, t in at.items()}
+        loss = self.model.loss(now, self.batch(examples, np.array([i])), torch.float32)
+        return list(torch.autograd.grad(loss, [now[n] for n in names]))
+
+    def _score(self, item: Score) -> np.ndarray:
+        names = scored_names(item)
+        squares = [
+            sum(g.square().sum(dtype=torch.float64) for g in self._each_gradient(item.at, item.examples, names, i))
+            for i in range(len(item.examples))
+        ]
+        return np.array([float(s) for s in squares])
+
+    def _fisher(self, item: Fisher) -> dict[str, torch.Tensor]:
+        names = scored_names(item)
+        total = {n: torch.zeros_like(item.at[n], dtype=torch.float64) for n in names}
+        for i in range(len(item.examples)):
+            for name, gradient in zip(names, self._each_gradient(item.at, item.examples, names, i), strict=True):
+                total[name] += gradient.cpu().double().square()
+        return {n: (t / len(item.examples)).float() for n, t in total.items()}
+
+    def _sensitivity(self, item: Sensitivity) -> np.ndarray:
+        at = {n: t.detach().float().to(self.model.device) for n, t in item.at.items()}
+        return sensitivity(self.model, at, self.batch(item.examples, item.batch), item).cpu().numpy().astype(np.float64)
+
+    def _predict(self, item: Predict) -> torch.Tensor:
+        at = {n: t.detach().float().to(self.model.device) for n, t in item.at.items()}
+        rows = np.arange(len(item.examples))
+        with torch.no_grad():
+            parts = [
+                self.model.forward(at, self.batch(item.examples, rows[i : i + PREDICT_ROWS]), self.model.dtype)[0]
+                for i in range(0, len(rows), PREDICT_ROWS)
+            ]
+        return torch.cat(parts).cpu() if parts else torch.zeros(0, self.model.num_labels)
+
+
+def sensitivity(model: Model, at: Tensors, batch: Batch, item: Sensitivity) -> torch.Tensor:
+    """Layer scores (D,) of one batch, by the formulas of :class:`~fedloom.compute.work.Sensitivity`."""
+    real = (batch.mask & (batch.weights[:, None] > 0))[..., None]
+    clean = model.embed(batch.ids, torch.float32).detach() * real
+    gradient = torch.func.grad(lambda e: model.loss(at, batch, torch.float32, embeddings=e))(clean) * real
+    radius = item.rho * (clean.norm() if item.norm == "difference" else 1.0)
+    moved = clean + radius * gradient / gradient.norm().clamp(min=torch.finfo(torch.float32).tiny)
+    rows = batch.weights[:, None]
+    pairs = zip(*(model.forward(at, batch, torch.float32, e, layers=True)[1] for e in (clean, moved)), strict=True)
+    pooled = [(h[:, model.pooled] * rows, m[:, model.pooled] * rows) for h, m in pairs]
+    if item.norm == "difference":
+        return torch.stack([(m - h).norm() / h.norm() for h, m in pooled])
+    return torch.stack([(m.norm() - h.norm()).abs() / h.norm() for h, m in pooled])
+
+
+def scored_names(item: Score | Fisher) -> list[str]:
+    """The tensors whose gradients a Score or Fisher is about, in order.
+
+    Raises:
+        ValueError: none of ``over`` is among ``at``.
+    """
+    names = [n for n in item.at if item.over is None or n in item.over]
+    if not names:
+        raise ValueError(
+            f"{type(item).__name__} is over {sorted(item.over or ())[:4]}, none of which is among the tensors {sorted(item.at)[:4]}"
+        )
+    return names
+
+
+def dropout_key(seed: int, step: int) -> int:
+    """The 31-bit key of one local step's dropout masks."""
+    return derive_int(seed, "dropout", step) & 0x7FFFFFFF
+
+
+def cost(item: WorkItem, flops: Flops) -> tuple[float, int]:
+    """(floating-point operations, examples trained on) of one item, each batch at its own longest text."""
+    lengths = item.examples.lengths
+    match item:
+        case Fit():
+            names = frozenset(item.start)
+            spent = sum(len(b) * float(flops.step(names, int(lengths[b].max()))) for b in item.batches)
+            return spent, sum(len(b) for b in item.batches)
+        case Score() | Fisher():
+            return float(np.sum(flops.step(frozenset(scored_names(item)), lengths))), 0
+        case Sensitivity():
+            longest, n = int(lengths[item.batch].max()), len(item.batch)
+            return n * float(flops.step(frozenset(item.at), longest) + 2 * flops.forward(longest)), 0
+        case Predict():
+            return float(np.sum(flops.forward(lengths))) if len(lengths) else 0.0, 0
+
+
+def _load_moments(adam: torch.optim.AdamW, now: dict[str, torch.Tensor], moments: Moments | None) -> None:
+    if moments is None:
+        return
+    for name, tensor in now.items():
+        adam.state[tensor] = {
+            "step": torch.tensor(float(moments.steps)),
+            "exp_avg": moments.first[name].to(tensor.device).clone(),
+            "exp_avg_sq": moments.second[name].to(tensor.device).clone(),
+        }
+
+
+def _moments(adam: torch.optim.AdamW, now: dict[str, torch.Tensor]) -> Moments:
+    states = {n: adam.state[t] for n, t in now.items() if adam.state[t]}
+    steps = max((int(s["step"]) for s in states.values()), default=0)
+    return Moments({n: s["exp_avg"].cpu() for n, s in states.items()}, {n: s["exp_avg_sq"].cpu() for n, s in states.items()}, steps)

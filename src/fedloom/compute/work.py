@@ -1,0 +1,130 @@
+"""Work items: what a client asks its compute to do, described and not done.
+
+An engine may do one client's items at a time (``serial.py``) or those of a whole cohort in one pass (``stacked.py``);
+both give the same results within the tolerance stated in ``docs/engines.md``.
+
+Shapes: P trainable scalars, n examples, C classes, D transformer layers. Tensors named in an item override the
+model's own values; a trainable tensor that is not named keeps the model's initial value and is not trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+from fedloom.data.examples import Examples
+from fedloom.messages import Tensors
+
+Indices = np.ndarray
+"""int64 positions into an item's ``examples``."""
+
+Penalty = Callable[[Tensors, Tensors], torch.Tensor]
+"""(tensors now, tensors at the start) -> scalar added to the mean loss of each step (FedProx and the like)."""
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Decoupled weight-decay Adam (1711.05101) with the gradient's global 2-norm clipped to ``clip`` (0: not clipped)."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Moments:
+    """AdamW's state: first and second moments by tensor name, and the number of steps taken."""
+
+    first: Tensors
+    second: Tensors
+    steps: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Train ``start`` on ``batches`` of ``examples``, one optimiser step a batch, in order.
+
+    ``fixed`` tensors override the model's too and are not trained. ``mask`` holds 0/1 tensors broadcastable to the tensors they name: where
+    it is 0 nothing moves.
+    ``dropout_seed`` makes the dropout masks of the run; step i uses ``derive(dropout_seed, "dropout", i)``.
+    """
+
+    start: Tensors
+    examples: Examples
+    batches: Sequence[Indices]
+    optimizer: AdamW
+    mask: Tensors = field(default_factory=dict)
+    penalty: Penalty | None = None
+    moments: Moments | None = None
+    fixed: Tensors = field(default_factory=dict)
+    dropout_seed: int = 0
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What :class:`Fit` made: the trained tensors, the mean loss of each step (before it), AdamW's state."""
+
+    tensors: dict[str, torch.Tensor]
+    losses: np.ndarray
+    moments: Moments
+
+
+@dataclass(frozen=True)
+class Score:
+    """Per-example squared gradient norm ‖∇_P ℓ(s_i)‖² over the tensors ``at`` whose names are in ``over`` (all if None).
+
+    float32, dropout off. Result: float64 (n,).
+    """
+
+    at: Tensors
+    examples: Examples
+    over: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """Diagonal empirical Fisher at ``at``: the mean over all examples of the squared per-example gradient, true labels.
+
+    float32, dropout off. Result: tensors named and shaped as those of ``at`` whose names are in ``over`` (all if None).
+    """
+
+    at: Tensors
+    examples: Examples
+    over: frozenset[str] | None = None
+
+
+Norm = Literal["difference", "norms"]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How far each transformer layer's output moves when the input embeddings move to the worst case in a ball.
+
+    With E the input embeddings of one batch and g = ∂L/∂E, E' = E + ρ_E·g/‖g‖_F; H_l is layer l's output at the pooled position.
+    ``norm="difference"``: s_l = ‖H'_l − H_l‖_F / ‖H_l‖_F, and ρ_E = rho·‖E‖_F.
+    ``norm="norms"``: s_l = |‖H'_l‖_F − ‖H_l‖_F| / ‖H_l‖_F, and ρ_E = rho.
+    E and g cover real tokens only; padding is left alone. float32, dropout off. Result: float64 (D,).
+    """
+
+    at: Tensors
+    examples: Examples
+    batch: Indices
+    rho: float = 0.5
+    norm: Norm = "difference"
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Logits of all ``examples`` at the tensors ``at``. Result: float32 tensor (n, C)."""
+
+    at: Tensors
+    examples: Examples
+
+
+WorkItem = Fit | Score | Fisher | Sensitivity | Predict

@@ -1,0 +1,104 @@
+"""Tokenised examples: flat arrays that every view shares. A client's shard is a set of row numbers, not a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Padded:
+    """A rectangular batch. ids, mask, segments: (B, L); labels: (B,); weights: (B,) 1 for a real example, 0 for filler."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    segments: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class Examples:
+    """n examples as rows of shared flat arrays.
+
+    ``tokens`` (int32) and ``segments`` (int8) hold the token ids and token-type ids of all texts one after another; text j is
+    ``tokens[offsets[j]:offsets[j + 1]]``. ``store_labels`` (int64) has one label per text. ``rows`` (int64, (n,)) are the
+    texts that this view shows.
+    """
+
+    tokens: np.ndarray
+    segments: np.ndarray
+    offsets: np.ndarray
+    store_labels: np.ndarray
+    rows: np.ndarray
+
+    @staticmethod
+    def of(ids: Sequence[Sequence[int]], labels: Sequence[int], segments: Sequence[Sequence[int]] | None = None) -> Examples:
+        """Pack lists of token ids (none empty) with one label each.
+
+        Raises:
+            ValueError: lengths disagree, or a text has no token.
+        """
+        if len(ids) != len(labels):
+            raise ValueError(f"{len(ids)} texts came with {len(labels)} labels; there must be one label a text")
+        lengths = np.fromiter((len(text) for text in ids), np.int64, len(ids))
+        if (lengths == 0).any():
+            raise ValueError(f"text {int(np.argmin(lengths))} has no tokens; every text needs at least one")
+        tokens = np.fromiter((token for text in ids for token in text), np.int32, int(lengths.sum()))
+        kinds = np.zeros(len(tokens), np.int8) if segments is None else np.concatenate([np.asarray(s, np.int8) for s in segments])
+        if len(kinds) != len(tokens):
+            raise ValueError(f"{len(kinds)} segment ids came with {len(tokens)} tokens; there must be one a token")
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return Examples(tokens, kinds, offsets, np.asarray(labels, np.int64), np.arange(len(ids), dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def subset(self, indices: np.ndarray | Sequence[int]) -> Examples:
+        """The view that shows only these positions, sharing the arrays."""
+        rows = self.rows[np.asarray(indices, np.int64)]
+        return Examples(self.tokens, self.segments, self.offsets, self.store_labels, rows)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 (n,)."""
+        return self.store_labels[self.rows]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int64 (n,)."""
+        return self.offsets[self.rows + 1] - self.offsets[self.rows]
+
+    def pad(
+        self, indices: np.ndarray, *, pad_id: int, side: str = "right", examples: int | None = None, length: int | None = None
+    ) -> Padded:
+        """The examples at ``indices`` as one rectangle of ``examples`` x ``length`` (by default as small as they allow).
+
+        Filler rows repeat the first example with weight 0, so every row is a valid input.
+
+        Raises:
+            ValueError: no index, a rectangle too small for the examples, or an unknown side.
+        """
+        indices = np.asarray(indices, np.int64)
+        if not len(indices):
+            raise ValueError("a batch needs at least one example; no index came")
+        if side not in ("left", "right"):
+            raise ValueError(f"padding goes to the 'left' or the 'right', not '{side}'")
+        count = len(indices) if examples is None else examples
+        if count < len(indices):
+            raise ValueError(f"{len(indices)} examples do not fit a batch of {count}")
+        rows = self.rows[np.concatenate([indices, np.full(count - len(indices), indices[0])])]
+        begin, lengths = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
+        width = int(lengths.max()) if length is None else length
+        if width < lengths.max():
+            raise ValueError(f"an example of {int(lengths.max())} tokens does not fit a batch of length {width}")
+        shift = width - lengths if side == "left" else np.zeros(count, np.int64)
+        within = np.arange(width) - shift[:, None]  # (B, L): position in the text
+        mask = (within >= 0) & (within < lengths[:, None])
+        source = (begin[:, None] + within)[mask]
+        ids, segments = np.full((count, width), pad_id, np.int64), np.zeros((count, width), np.int64)
+        ids[mask], segments[mask] = self.tokens[source], self.segments[source]
+        weights = (np.arange(count) < len(indices)).astype(np.float32)
+        return Padded(ids, mask, segments, self.store_labels[rows], weights)

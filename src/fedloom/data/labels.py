@@ -1,0 +1,105 @@
+"""Label columns as ids 0..C-1 and class names, the same for every split.
+
+Class names come from the column where it carries them, else from the sorted values of the training split.
+Knows nothing of files or of which column is the label; values in, ids and notes out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fedloom.data.tasks import SPLITS, DataError, Split
+
+Label = str | int
+"""A label as the data has it: a class name or a whole number (a truth value is one)."""
+
+WHOLE = re.compile(r"-?(0|[1-9]\d{0,17})(\.0)?")
+"""How CSV writes a whole number, or a column of them that once had a gap."""
+
+
+def label_values(column: pa.ChunkedArray, names: Sequence[str] | None, where: str) -> list[Label | None]:
+    """The labels of one split; None where a row has none (missing, blank, or -1 in a column with class names).
+
+    ``names`` are the class names that the column's integers stand for, if it carries them.
+
+    Raises:
+        DataError: a value that is no word and no whole number, or an integer without a name.
+    """
+    values: list[Any] = column.to_pylist()
+    if names is not None:
+        odd = next((v for v in values if v is not None and not -1 <= v < len(names)), None)
+        if odd is not None:
+            raise DataError(f"{where} holds {odd}, and its class names number 0 to {len(names) - 1}: {_some(names)}")
+        return [None if v is None or v < 0 else str(names[v]) for v in values]
+    values = [None if isinstance(v, str) and not v.strip() else v for v in values]
+    if all(v is None or (isinstance(v, float) and v.is_integer()) for v in values):
+        values = [None if v is None else int(v) for v in values]
+    odd = next((v for v in values if v is not None and not isinstance(v, (str, int))), None)
+    if odd is not None:
+        raise DataError(f"{where} holds {str(odd)[:60]}; a label is one word or one whole number a row")
+    return values
+
+
+def class_ids(
+    values: Mapping[Split, list[Label | None]], names: Sequence[str] | None, label: str
+) -> tuple[dict[Split, np.ndarray], tuple[str, ...], list[str]]:
+    """(int64 ids of the splits that have labels, class names, notes). A held-out split without any label is left out and said.
+
+    Raises:
+        DataError: no training labels, a row without one, or a held-out label that no training row has.
+    """
+    whole = names is None and all(v is None or (isinstance(v, str) and WHOLE.fullmatch(v.strip())) for v in values["train"])
+    kept: dict[Split, list[Label]] = {}
+    notes = []
+    for split in SPLITS:
+        if split in values and (labels := _of_kind(values[split], names, whole, f"the {split} split", label)):
+            kept[split] = labels
+        elif split == "train":
+            raise DataError(f"the training split has no labels in column '{label}'; name the label column with label= (--label)")
+        elif split in values:
+            notes.append(f"the {split} split has {'no labels' if values[split] else 'no rows'} and is not used")
+    seen = set(kept["train"])
+    original = list(names) if names is not None else sorted(seen, key=lambda v: (isinstance(v, str), v))
+    for split, labels in kept.items():
+        unknown = [str(v) for v in dict.fromkeys(labels) if v not in seen]
+        if unknown:
+            raise DataError(
+                f"the {split} split has label {_some(unknown)}, which no training row has; the training labels are: "
+                f"{_some([str(v) for v in original if v in seen])}. Remove those rows, or add such rows to the training split"
+            )
+    classes = tuple(str(v) for v in original)
+    if all(type(v) is int for v in original) and original != list(range(len(original))):
+        notes.append(f"integer labels {_some(classes)} became ids 0 to {len(classes) - 1}")
+    ids = {value: i for i, value in enumerate(original)}
+    return {split: np.asarray([ids[v] for v in labels], np.int64) for split, labels in kept.items()}, classes, notes
+
+
+def _of_kind(values: Sequence[Label | None], names: Sequence[str] | None, whole: bool, where: str, label: str) -> list[Label]:
+    """One split's labels in the training split's terms; empty if it has none (all missing, or all -1).
+
+    Where training labels carry names, plain integers are their numbers; where those are whole numbers in text, so are these.
+    """
+    labels: list[Label] = []
+    missing: list[int] = []
+    for row, value in enumerate(values):
+        if value is None:
+            missing.append(row)
+        elif names is not None and type(value) is int and 0 <= value < len(names):
+            labels.append(names[value])
+        else:
+            labels.append(int(float(value)) if whole and isinstance(value, str) and WHOLE.fullmatch(value.strip()) else value)
+    if all(type(value) is int and value == -1 for value in labels):
+        return []
+    if missing:
+        raise DataError(f"row {missing[0]} of {where} has no label in column '{label}'; label the row or remove it")
+    return labels
+
+
+def _some(values: Sequence[str], most: int = 12) -> str:
+    """A list for a message, cut where it grows long."""
+    return ", ".join(values[:most]) + (f" and {len(values) - most} more" if len(values) > most else "")

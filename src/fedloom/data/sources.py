@@ -1,0 +1,297 @@
+"""Data from a name, a folder, a file or memory as three clean splits and their task.
+
+Train, validation and test are never mixed: a split that is missing is cut from the training rows by seed. Whatever was decided
+here is said in :attr:`Source.notes`. A name is the packaged "trec" or a data set of the Hugging Face Hub; only the latter
+touches the network.
+Knows nothing of tokenizers (``tokenise`` is given one), models or devices.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets import config as hub
+from datasets.table import InMemoryTable
+
+from fedloom.data.examples import Examples
+from fedloom.data.files import SUFFIXES, match_splits, read_file, read_folder, split_of
+from fedloom.data.labels import Label, class_ids, label_values
+from fedloom.data.tasks import SPLITS, Classification, Column, DataError, Split, choose_columns, metric_for
+from fedloom.seeds import derive
+
+Encode = Callable[[list[str], list[str] | None], tuple[list[list[int]], list[list[int]]]]
+"""(texts, their pairs or None) -> (token ids, token-type ids) of each example, truncated to the model's length."""
+
+PACKAGED = ("trec",)
+CUT = 0.1
+"""The share of the training rows that becomes a missing split."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set ready for a task: three splits with text and label columns checked, labels 0..C-1, and what was decided."""
+
+    name: str
+    splits: dict[Split, datasets.Dataset]
+    task: Classification
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """One split: its rows, the class names its label columns carry, and (once known) a label id for every row."""
+
+    rows: pa.Table
+    names: dict[str, list[str]]
+    ids: np.ndarray
+
+    def take(self, rows: np.ndarray) -> _Table:
+        return _Table(self.rows.take(pa.array(rows)), self.names, self.ids[rows])
+
+
+def load(
+    data: str | Path | datasets.Dataset | datasets.DatasetDict,
+    *,
+    seed: int,
+    text: tuple[str, ...] = (),
+    label: str = "",
+    metric: str = "auto",
+    max_train: int = 0,
+    max_validation: int = 0,
+    max_test: int = 0,
+) -> Source:
+    """Read ``data``, find its columns and make three splits.
+
+    ``text`` and ``label`` override the columns found, ``metric`` ("accuracy", "mcc", "f1") the one the name suggests. A cap
+    of 0 keeps all rows; otherwise that many are drawn by seed, in their order.
+
+    Raises:
+        DataError: whatever is wrong with the data, with what would be right.
+    """
+    name, tables, notes = _read(data)
+    if "train" not in tables or not tables["train"].rows.num_rows:
+        held = ", ".join(tables) or "none"
+        raise DataError(f"'{name}' has no training rows; its splits are: {held}. Give a training split, or one split alone")
+    columns = {column: _describe(tables["train"], column) for column in tables["train"].rows.column_names}
+    texts, label = choose_columns(columns, text, label)
+    tables, classes = _labelled(tables, texts, label, notes)
+    task = Classification(texts, label, classes, metric_for(name) if metric == "auto" else metric)
+    notes.append(f"columns: text {' + '.join(texts)}, label {label} ({len(classes)} classes); metric {task.metric}")
+    tables = _three_splits(tables, seed, notes)
+    for split, most in zip(SPLITS, (max_train, max_validation, max_test), strict=True):
+        tables[split] = _capped(tables[split], split, most, task, seed, notes)
+    _tell_overlap(tables, texts, notes)
+    return Source(name, {split: _dataset(tables[split], label, classes) for split in SPLITS}, task, tuple(notes))
+
+
+def tokenise(source: Source, encode: Encode) -> dict[Split, Examples]:
+    """Every split's texts as token ids, one call of ``encode`` a split.
+
+    Raises:
+        DataError: ``encode`` returned another number of examples, or one without tokens.
+    """
+    examples: dict[Split, Examples] = {}
+    for split, rows in source.splits.items():
+        columns = [list(rows[name]) for name in source.task.texts]
+        ids, segments = encode(columns[0], columns[1] if len(columns) == 2 else None)
+        if not len(ids) == len(segments) == len(rows):
+            came = f"{len(ids)} ids and {len(segments)} segments"
+            raise DataError(f"encode returned {came} for the {len(rows)} texts of the {split} split; it must return one each")
+        empty = next((i for i, tokens in enumerate(ids) if not len(tokens)), None)
+        if empty is not None:
+            raise DataError(
+                f"row {empty} of the {split} split has no tokens (its text is {columns[0][empty][:60]!r}), and this tokenizer "
+                "adds none of its own; remove the row"
+            )
+        examples[split] = Examples.of(ids, list(rows[source.task.label]), segments)
+    return examples
+
+
+def _read(data: str | Path | datasets.Dataset | datasets.DatasetDict) -> tuple[str, dict[Split, _Table], list[str]]:
+    """Name, splits and notes of whatever ``data`` is."""
+    if isinstance(data, datasets.Dataset):
+        return "dataset", {"train": _of_dataset(data)}, []
+    if isinstance(data, datasets.DatasetDict):
+        return "dataset", *_of_splits(data, "the DatasetDict")
+    if isinstance(data, str) and data in PACKAGED:
+        with as_file(files("fedloom.data") / data) as folder:
+            tables, notes = read_folder(folder)
+        notes += [f"the packaged '{data}' is used; for the folder of that name write ./{data}"] if Path(data).exists() else []
+        return data, {split: _of_table(table) for split, table in tables.items()}, notes
+    path = Path(data).expanduser()
+    if path.is_dir():
+        where = path.resolve()
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            saved = datasets.load_from_disk(str(path))
+            return where.name, *_read(saved)[1:]
+        tables, notes = read_folder(path)
+        return where.name, {split: _of_table(table) for split, table in tables.items()}, notes
+    if path.is_file():
+        where = path.resolve()
+        name = where.parent.name if split_of(where.stem) else where.stem
+        return name, {"train": _of_table(read_file(path))}, []
+    local = isinstance(data, Path) or data.startswith((".", "/", "~")) or data.count("/") > 1 or path.suffix.lower() in SUFFIXES
+    if local or (path.parent != Path() and path.parent.is_dir()):
+        raise DataError(f"there is no file or folder '{data}'; {_nearby(path)}")
+    return str(data), *_of_splits(_from_hub(str(data)), f"'{data}'")
+
+
+def _nearby(path: Path) -> str:
+    """What the nearest existing parent of a missing path has."""
+    near = next(parent for parent in path.absolute().parents if parent.is_dir())
+    names = sorted(entry.name for entry in near.iterdir() if not entry.name.startswith("."))
+    return f"'{near}' has: {', '.join(names[:20]) or 'nothing'}{', ...' if len(names) > 20 else ''}"
+
+
+def _from_hub(name: str) -> datasets.DatasetDict:
+    """A data set of the Hugging Face Hub, 'name' or 'name:config'. Without a network, only what its cache holds."""
+    datasets.disable_progress_bars()
+    path, _, config = name.partition(":")
+    offline = hub.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE = offline or not _reachable(hub.HF_ENDPOINT)
+    try:
+        return datasets.load_dataset(path, config or None)
+    except Exception as error:  # the Hub's client raises many kinds; each is told, none is hidden
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"
+        raise DataError(
+            f"'{name}' is no local file or folder, and the Hugging Face Hub did not give it ({reason}). Data is the packaged "
+            f"{', '.join(PACKAGED)}, a folder or file, or a Hub name, with its config where it has several ('name:config'); "
+            f"{_nearby(Path(name))}"
+        ) from error
+    finally:
+        hub.HF_HUB_OFFLINE = offline
+
+
+def _reachable(endpoint: str) -> bool:
+    """Whether the host has an address; asked once, since the Hub's client would retry for half a minute without a network."""
+    if getproxies():
+        return True
+    try:
+        return bool(socket.getaddrinfo(urlsplit(endpoint).hostname, 443))
+    except OSError:
+        return False
+
+
+def _of_splits(splits: datasets.DatasetDict, where: str) -> tuple[dict[Split, _Table], list[str]]:
+    if len(splits) == 1:
+        return {"train": _of_dataset(next(iter(splits.values())))}, []
+    chosen, unused = match_splits([str(name) for name in splits], where)
+    notes = [f"splits not used: {', '.join(unused)}"] if unused else []
+    return {split: _of_dataset(splits[names[0]]) for split, names in chosen.items()}, notes
+
+
+def _of_dataset(rows: datasets.Dataset) -> _Table:
+    names = {name: list(kind.names) for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
+    return _Table(rows.with_format("arrow")[:], names, np.zeros(0, np.int64))
+
+
+def _of_table(table: pa.Table) -> _Table:
+    return _of_dataset(datasets.Dataset(InMemoryTable(table)))
+
+
+def _describe(table: _Table, name: str) -> Column:
+    """What kind of column it is, with its number of distinct values."""
+    column = table.rows[name]
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        kind = "string"
+    elif name in table.names:
+        kind = "classes"
+    elif pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
+        kind = "integer"
+    else:
+        return Column("other", 0, len(column))
+    return Column(kind, len(column.unique()), len(column))
+
+
+def _labelled(
+    tables: dict[Split, _Table], texts: tuple[str, ...], label: str, notes: list[str]
+) -> tuple[dict[Split, _Table], tuple[str, ...]]:
+    """The splits that have labels, with their ids, and the class names."""
+    values: dict[Split, list[Label | None]] = {}
+    for split, table in tables.items():
+        has = label in table.rows.column_names
+        where = f"column '{label}' of the {split} split"
+        values[split] = label_values(table.rows[label], table.names.get(label), where) if has else [None] * table.rows.num_rows
+    ids, classes, said = class_ids(values, tables["train"].names.get(label), label)
+    notes += said
+    for split in ids:
+        for column in texts:
+            _insist_text(tables[split], column, split)
+    return {split: _Table(tables[split].rows, tables[split].names, of) for split, of in ids.items()}, classes
+
+
+def _insist_text(table: _Table, column: str, split: Split) -> None:
+    if column not in table.rows.column_names:
+        listed = ", ".join(table.rows.column_names)
+        raise DataError(f"the {split} split has no column '{column}', which the training split has; its columns are: {listed}")
+    if table.rows[column].null_count:
+        row = int(np.flatnonzero(table.rows[column].is_null().to_numpy())[0])
+        raise DataError(f"row {row} of the {split} split has no text in column '{column}'; give it one ('' is fine) or remove it")
+
+
+def _three_splits(tables: dict[Split, _Table], seed: int, notes: list[str]) -> dict[Split, _Table]:
+    """Make the missing splits: a lone validation split becomes the test split; the rest is cut from the training rows."""
+    tables = dict(tables)
+    if "test" not in tables and "validation" in tables:
+        tables["test"] = tables.pop("validation")
+        notes.append("no labelled test split: the validation split is the test split")
+    rows = len(tables["train"].ids)
+    missing: list[Split] = [split for split in SPLITS if split not in tables]
+    for split in missing:
+        kept, tables[split] = _cut(tables["train"], max(1, round(CUT * rows)), seed, split)
+        tables["train"] = kept
+        notes.append(f"no {split} split: 10 % of train ({len(tables[split].ids)} rows) cut by seed {seed}")
+    return tables
+
+
+def _cut(table: _Table, size: int, seed: int, split: str) -> tuple[_Table, _Table]:
+    """(what stays, ``size`` rows drawn by seed). One row of every label stays, so that no label is held out only."""
+    order = derive(seed, "split", split).permutation(len(table.ids))
+    _, first = np.unique(table.ids[order], return_index=True)
+    drawn = np.delete(order, first)[:size]
+    if not len(drawn):
+        raise DataError(f"{len(order)} training rows are too few to cut a {split} split from; add rows, or a {split} file")
+    kept = np.setdiff1d(order, drawn)
+    return table.take(kept), table.take(np.sort(drawn))
+
+
+def _capped(table: _Table, split: Split, most: int, task: Classification, seed: int, notes: list[str]) -> _Table:
+    """At most ``most`` rows, drawn by seed (0: all)."""
+    if most < 0:
+        raise DataError(f"max_{split} must be 0 (all rows) or more, not {most}")
+    if not most or most >= len(table.ids):
+        return table
+    rows = np.sort(derive(seed, "cap", split).choice(len(table.ids), most, replace=False))
+    gone = np.setdiff1d(table.ids, table.ids[rows])
+    notes.append(f"{most} of {len(table.ids)} {split} rows drawn by seed {seed}")
+    if len(gone) and split == "train":
+        notes.append(f"no drawn training row has the label {', '.join(task.classes[i] for i in gone)}")
+    return table.take(rows)
+
+
+def _tell_overlap(tables: dict[Split, _Table], texts: tuple[str, ...], notes: list[str]) -> None:
+    """Say how many held-out texts also occur in train."""
+    content = {split: list(zip(*(tables[split].rows[name].to_pylist() for name in texts), strict=True)) for split in SPLITS}
+    trained = set(content["train"])
+    for split in ("validation", "test"):
+        shared = sum(text in trained for text in content[split])
+        if shared:
+            notes.append(f"{shared} of the {len(content[split])} {split} texts also occur in train")
+
+
+def _dataset(table: _Table, label: str, classes: tuple[str, ...]) -> datasets.Dataset:
+    """A split as the user sees it: labels as ids, plain columns kept (a partition may use one), nested ones left out."""
+    plain = [field.name for field in table.rows.schema if not pa.types.is_nested(field.type)]
+    rows = table.rows.select(plain).replace_schema_metadata(None)
+    rows = rows.set_column(plain.index(label), label, pa.array(table.ids))
+    features = datasets.Features.from_arrow_schema(rows.schema) | {label: datasets.ClassLabel(names=list(classes))}
+    return datasets.Dataset(InMemoryTable(rows), info=datasets.DatasetInfo(features=datasets.Features(features)))

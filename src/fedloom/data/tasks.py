@@ -1,0 +1,169 @@
+"""Classification of single sentences and sentence pairs: which columns it reads and how its predictions are scored.
+
+Knows nothing of where the data came from (``sources.py``), of tokenizers or of devices. Other kinds of task would stand beside
+:class:`Classification` here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+METRICS = ("accuracy", "mcc", "f1")
+
+PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("question1", "question2"),
+    ("text_a", "text_b"),
+    ("text1", "text2"),
+    ("sentence_a", "sentence_b"),
+    ("question", "passage"),
+    ("question", "context"),
+)
+TEXTS = (
+    "text", "sentence", "question", "content", "review", "tweet", "comment", "utterance", "query", "message", "document",
+    "body", "headline", "description",
+)  # fmt: skip
+LABELS = ("label", "labels", "coarse_label", "class", "target", "category", "intent")
+
+
+class DataError(ValueError):
+    """Something about the data is wrong. The message says what was found, what would be right and what exists."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """What column detection needs to know of a column: what it holds, and how many distinct values in how many rows."""
+
+    kind: Literal["classes", "integer", "string", "other"]
+    distinct: int
+    rows: int
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it could be a label: 2 to 1000 distinct values, each twice on average."""
+        return self.kind != "other" and 2 <= self.distinct <= min(1000, self.rows // 2)
+
+
+@dataclass(frozen=True)
+class Classification:
+    """One label for one text, or for a pair of texts.
+
+    ``texts``: one or two column names. ``label``: the label's column. ``classes``: class names; the index is the label id.
+    ``metric``: the headline, "accuracy", "mcc" or "f1".
+    """
+
+    texts: tuple[str, ...]
+    label: str
+    classes: tuple[str, ...]
+    metric: str
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.texts) <= 2:
+            raise DataError(f"classification reads one text column or two, not {len(self.texts)}: {list(self.texts)}")
+        if len(self.classes) < 2:
+            raise DataError(f"classification needs at least two classes; the data has {list(self.classes)}")
+        if self.metric not in METRICS:
+            raise DataError(f"no metric '{self.metric}'; there are {', '.join(METRICS)}, or 'auto'")
+
+    def scores(self, labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
+        """``metric`` and "accuracy" of the argmax of ``logits`` (n, C) against ``labels`` (n,).
+
+        "mcc" is Matthews' correlation; "f1" is that of class 1 with two classes, the macro mean with more.
+
+        Raises:
+            DataError: shapes disagree, there is no example, a label is no class, or a logit is not finite.
+        """
+        labels, logits = np.asarray(labels), np.asarray(logits)
+        shape = (len(labels), len(self.classes))
+        if labels.ndim != 1 or logits.shape != shape or not len(labels):
+            got = f"{labels.shape} and {logits.shape}"
+            raise DataError(f"scores take labels (n,) and logits (n, {shape[1]}) with n > 0, and got {got}")
+        outside = labels[(labels < 0) | (labels >= shape[1])]
+        if len(outside):
+            raise DataError(f"label {outside[0]} is no class; there are 0 to {shape[1] - 1}")
+        if not np.isfinite(logits).all():
+            row = int(np.flatnonzero(~np.isfinite(logits).all(1))[0])
+            raise DataError(f"the logits of example {row} are not finite: {logits[row].tolist()}; training has diverged")
+        predicted = logits.argmax(1)
+        scores = {"accuracy": float(accuracy_score(labels, predicted))}
+        if self.metric == "mcc":
+            scores["mcc"] = float(matthews_corrcoef(labels, predicted))
+        if self.metric == "f1":
+            average = "binary" if shape[1] == 2 else "macro"
+            known = None if shape[1] == 2 else np.arange(shape[1])
+            scores["f1"] = float(f1_score(labels, predicted, labels=known, average=average, zero_division=0))  # pyright: ignore[reportArgumentType]
+        return scores
+
+
+def metric_for(name: str) -> str:
+    """The headline metric a data set is known by: "mcc" for CoLA, "f1" for MRPC and QQP, else "accuracy".
+
+    The set is recognised by a whole word of its name: ``glue:cola`` is CoLA, ``chocolate`` is not.
+    """
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    return "mcc" if "cola" in words else "f1" if words & {"mrpc", "qqp"} else "accuracy"
+
+
+def choose_columns(columns: Mapping[str, Column], text: Sequence[str], label: str) -> tuple[tuple[str, ...], str]:
+    """The text columns (one or two) and the label column: the named ones, else by name, else the only one it can be.
+
+    Raises:
+        DataError: a named column does not exist, or nothing or more than one thing fits.
+    """
+    listed = ", ".join(columns) or "none"
+    for name in (*text, *([label] if label else [])):
+        if name not in columns:
+            raise DataError(f"the training data has no column '{name}'; its columns are: {listed}")
+    if len(set(text)) < len(text) or label in text:
+        raise DataError(f"text columns {list(text)} and label column '{label}' must be different columns")
+    texts = tuple(text) or _named_texts(columns, label)
+    label = label or _label(columns, texts, listed)
+    texts = texts or _only_text(columns, label, listed)
+    for name in texts:
+        if columns[name].kind != "string":
+            raise DataError(f"column '{name}' does not hold text; name the text column with text= (--text), among: {listed}")
+    return texts, label
+
+
+def _named_texts(columns: Mapping[str, Column], label: str) -> tuple[str, ...]:
+    """The first pair, else the first single column, of the known names, whatever their case."""
+    strings = {name.lower(): name for name, c in columns.items() if c.kind == "string" and name != label}
+    for names in (*PAIRS, *((name,) for name in TEXTS)):
+        if all(name in strings for name in names):
+            return tuple(strings[name] for name in names)
+    return ()
+
+
+def _label(columns: Mapping[str, Column], texts: Sequence[str], listed: str) -> str:
+    """The column named like a label, else the only column of classes, else the only one whose values repeat."""
+    left = {name: column for name, column in columns.items() if name not in texts}
+    lower = {name.lower(): name for name in left}
+    named = [lower[name] for name in LABELS if name in lower]
+    if named:
+        return named[0]
+    found = [name for name, column in left.items() if column.kind == "classes"]
+    found = found or [name for name, column in left.items() if column.repeats]
+    if len(found) == 1:
+        return found[0]
+    what = f"columns {', '.join(found)} could each be the label" if found else "no column looks like a label"
+    raise DataError(f"{what}; name it with label= (--label), among: {listed}")
+
+
+def _only_text(columns: Mapping[str, Column], label: str, listed: str) -> tuple[str, ...]:
+    """The only column of strings beside the label, or the only one whose values do not repeat."""
+    strings = [name for name, column in columns.items() if column.kind == "string" and name != label]
+    found = strings if len(strings) == 1 else [name for name in strings if not columns[name].repeats]
+    if len(found) == 1:
+        return (found[0],)
+    what = f"columns {', '.join(found)} could each be the text" if found else "no column looks like text"
+    raise DataError(f"{what}; name one, or two for a pair, with text= (--text), among: {listed}")

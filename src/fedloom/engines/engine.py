@@ -1,0 +1,54 @@
+"""The one seam between methods and machines, and its laws.
+
+An engine carries tasks to clients and brings their updates back. The six laws (each a conformance test over engines x methods):
+
+- **order**: updates come in task order, whatever order they arrived in;
+- **isolation**: every task and update passes the wire, in simulation too;
+- **strictness**: what deployment refuses, simulation refuses;
+- **failure**: a failed client is absent from the updates, never stale or partial, and its reason is told;
+- **durability**: a client's state is stored if and only if its operation returned;
+- **determinism**: the same tasks give the same updates, whatever the engine, worker count or arrival order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+from fedloom.messages import CohortFailed, Flow, Replies, Task, quorum_of
+
+T = TypeVar("T")
+
+
+class Engine(Protocol):
+    """``Local`` and ``FlowerGrid`` are engines; so is anything that wraps one."""
+
+    def run(self, tasks: Sequence[Task]) -> Replies:
+        """Carry out the tasks, each client at most once, and return what came back."""
+        ...
+
+
+def drive(flow: Flow[T], engine: Engine, quorum: float = 1.0, seen: Callable[[Sequence[Task], Replies], None] | None = None) -> T:
+    """Run a flow to its end against an engine. ``quorum`` is the share of each asking that must answer (0: the flow insists itself).
+
+    ``seen`` is called with every asking and its replies (the ledger's ear).
+
+    Raises:
+        CohortFailed: fewer than ``ceil(quorum * asked)`` clients answered.
+        ValueError: one asking names a client twice.
+    """
+    try:
+        tasks = next(flow)
+        while True:
+            twice = sorted({t.client for t in tasks if sum(o.client == t.client for o in tasks) > 1})
+            if twice:
+                raise ValueError(f"clients {twice} are asked twice at once; ask one task a client, then ask again")
+            replies = engine.run(tasks)
+            if seen is not None:
+                seen(tasks, replies)
+            needed = quorum_of(len(tasks), quorum) if quorum > 0 else 0
+            if len(replies.updates) < needed:
+                raise CohortFailed(replies.failures, len(replies.updates), needed)
+            tasks = flow.send(list(replies.updates))
+    except StopIteration as done:
+        return done.value

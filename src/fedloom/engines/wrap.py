@@ -1,0 +1,77 @@
+"""Engines around an engine: one remembers, one loses tasks, one loses answers. For tests and rehearsals.
+
+They do not know what they wrap. ``fails(task, attempt)`` decides: a reason to fail, or None to let pass; ``attempt`` counts,
+from 0, the earlier askings of this operation at this client through this wrapper.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+from fedloom.engines.engine import Engine
+from fedloom.messages import Failure, Replies, Task, Traffic
+
+Fails = Callable[[Task, int], str | None]
+
+
+class Recording:
+    """Passes everything on and keeps it: ``calls`` holds (tasks, replies) of every run, in order."""
+
+    def __init__(self, inner: Engine) -> None:
+        self.inner = inner
+        self.calls: list[tuple[tuple[Task, ...], Replies]] = []
+
+    def run(self, tasks: Sequence[Task]) -> Replies:
+        """What the inner engine says."""
+        replies = self.inner.run(tasks)
+        self.calls.append((tuple(tasks), replies))
+        return replies
+
+
+class Faulty:
+    """Drops tasks on their way: the device never runs them, nothing was sent, and the server is told the reason."""
+
+    def __init__(self, inner: Engine, fails: Fails) -> None:
+        self.inner, self.fails, self.asked = inner, fails, Counter[tuple[str, int]]()
+
+    def run(self, tasks: Sequence[Task]) -> Replies:
+        """Let the inner engine run the tasks that are not dropped."""
+        reasons = _reasons(tasks, self.fails, self.asked)
+        return _without(tasks, reasons, self.inner.run([task for task in tasks if task.client not in reasons]), reached=False)
+
+
+class Lossy:
+    """Drops answers on their way back: the device ran and keeps its new state, but the server hears only the reason."""
+
+    def __init__(self, inner: Engine, fails: Fails) -> None:
+        self.inner, self.fails, self.asked = inner, fails, Counter[tuple[str, int]]()
+
+    def run(self, tasks: Sequence[Task]) -> Replies:
+        """Let the inner engine run every task, then lose some of the answers."""
+        return _without(tasks, _reasons(tasks, self.fails, self.asked), self.inner.run(tasks), reached=True)
+
+
+def _reasons(tasks: Sequence[Task], fails: Fails, asked: Counter[tuple[str, int]]) -> dict[int, str]:
+    """Reasons by client, of those who fail this time; counts this asking."""
+    reasons = {}
+    for task in tasks:
+        reason = fails(task, asked[task.op, task.client])
+        asked[task.op, task.client] += 1
+        if reason is not None:
+            reasons[task.client] = reason
+    return reasons
+
+
+def _without(tasks: Sequence[Task], reasons: Mapping[int, str], replies: Replies, reached: bool) -> Replies:
+    """The replies without those of the clients in ``reasons``, who become failures; all in task order."""
+    failures = {failure.client: failure for failure in replies.failures}
+    failures |= {client: Failure(client, reason) for client, reason in reasons.items()}
+    traffic = {entry.client: entry for entry in replies.traffic}
+    for client in reasons:
+        traffic[client] = Traffic(client, traffic[client].bytes_down if reached else 0, 0, 0.0, 0)
+    return Replies(
+        tuple(update for update in replies.updates if update.client not in reasons),
+        tuple(failures[task.client] for task in tasks if task.client in failures),
+        tuple(traffic[task.client] for task in tasks),
+    )

@@ -1,0 +1,152 @@
+"""What server and clients say to each other, and the two kinds of conversation.
+
+A **flow** is the server's side of a round: a generator that yields tasks and receives the updates that came back.
+**Work** is a client operation: a generator that yields work items (``compute/work.py``) and receives their results.
+Neither does I/O, knows a device or draws an unseeded number; an engine drives both.
+
+This module does not know what a method is, how tensors travel (``wire.py``) or who computes (``compute/``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import FunctionType, MethodType
+from typing import Any, TypeVar
+
+import torch
+
+Tensors = Mapping[str, torch.Tensor]
+"""Named tensors. Names are the ones PEFT saves, so any subset can be written as a loadable adapter."""
+
+Scalar = str | int | float | bool
+Setting = Scalar | Sequence[str] | Sequence[int] | Sequence[float]
+"""A value small enough to be a setting. No None, dict or tuple: what deployment refuses, simulation refuses."""
+
+CENTRE = -1
+"""The client id of the place that holds all training data. It exists in simulation only (``methods/centralised.py``)."""
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Task:
+    """Server to client: run the client operation ``op`` with these tensors and settings."""
+
+    op: str
+    client: int
+    tensors: Tensors = field(default_factory=dict)
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Update:
+    """Client to server: what the operation made. ``num_examples`` is n_k, the client's weight.
+
+    ``flops`` and ``examples`` say what the device's compute did for it; the device's host fills them in.
+    """
+
+    client: int
+    num_examples: int
+    tensors: Tensors = field(default_factory=dict)
+    metrics: Mapping[str, Setting] = field(default_factory=dict)
+    flops: float = 0.0
+    examples: int = 0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that did not answer, and why."""
+
+    client: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one task cost: whole messages in bytes as packed, floating-point operations and examples on the device."""
+
+    client: int
+    bytes_down: int
+    bytes_up: int
+    flops: float
+    examples: int
+
+
+@dataclass(frozen=True)
+class Replies:
+    """The updates that came back, in task order, and the clients that failed: each task has one entry in one of the two.
+
+    ``traffic`` has one entry a task, in task order; a failed client's ``bytes_up`` is 0.
+    """
+
+    updates: tuple[Update, ...]
+    failures: tuple[Failure, ...] = ()
+    traffic: tuple[Traffic, ...] = ()
+
+
+Flow = Generator[list[Task], list[Update], T]
+"""Server side of a conversation: yields tasks, receives updates in task order (failed clients absent), returns T."""
+
+Work = Generator[Any, Any, T]
+"""Client side: yields work items or lists of them, receives one result per item, returns T."""
+
+
+class CohortFailed(RuntimeError):
+    """Too few clients answered. The message names every one that did not, with its reason."""
+
+    def __init__(self, failures: Sequence[Failure], answered: int, needed: int) -> None:
+        named = "; ".join(f"client {f.client}: {f.reason}" for f in failures)
+        super().__init__(f"{answered} of {answered + len(failures)} clients answered, {needed} are needed. {named}")
+        self.failures = tuple(failures)
+
+
+def on_client(operation: F) -> F:
+    """Mark a method's function as a client operation. The mark is the allow-list: nothing else is callable by a task."""
+    operation.on_client = True  # type: ignore[attr-defined]
+    return operation
+
+
+def is_client_operation(value: object) -> bool:
+    """Whether ``value`` carries the mark of :func:`on_client`."""
+    function = value.__func__ if isinstance(value, MethodType) else value
+    return isinstance(function, FunctionType) and "on_client" in vars(function)
+
+
+def ask(operation: Callable[..., Any], client: int, tensors: Tensors | None = None, **settings: Setting) -> Task:
+    """A task for ``client`` to run ``operation``, which must be marked with :func:`on_client`.
+
+    Raises:
+        TypeError: the function is not a client operation.
+    """
+    if not is_client_operation(operation):
+        raise TypeError(f"{operation!r} is not a client operation; decorate it with @on_client")
+    return Task(operation.__name__, client, dict(tensors or {}), settings)
+
+
+def insist(tasks: Sequence[Task], attempts: int = 3) -> Flow[list[Update]]:
+    """Ask, and ask again whoever did not answer; every client must have answered once.
+
+    For set-up: a client that missed a broadcast would train another function without any error.
+    Updates come back in task order.
+
+    Raises:
+        CohortFailed: naming whoever never answered in ``attempts`` attempts.
+    """
+    answered: dict[int, Update] = {}
+    for _ in range(attempts):
+        missing = [task for task in tasks if task.client not in answered]
+        if not missing:
+            break
+        answered |= {update.client: update for update in (yield missing)}
+    never = [Failure(t.client, f"no answer to '{t.op}' in {attempts} attempts") for t in tasks if t.client not in answered]
+    if never:
+        raise CohortFailed(never, len(answered), len(tasks))
+    return [answered[task.client] for task in tasks]
+
+
+def quorum_of(asked: int, share: float) -> int:
+    """How many of ``asked`` clients must answer for a round to count: ``ceil(share * asked)``, at least one."""
+    return max(1, math.ceil(share * asked)) if asked else 0

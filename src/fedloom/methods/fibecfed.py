@@ -1,0 +1,246 @@
+"""FibecFed: Fisher-information-based efficient curriculum federated learning (2410.00131, EMNLP 2024).
+
+Set-up, once, every device (insisted on):
+
+0. the new task head is trained for a few rounds, alone (``head="warm"``): a fresh head's gradient would drown the difficulty score;
+1. device k scores its examples, d_i = ‖∇_P ℓ(s_i; P⁰)‖² (the trace of the empirical Fisher; n_k numbers that stay there), and its
+   layers, s_l^k (work item ``Sensitivity``), and uploads the layer scores (D,);
+2. the server takes s_l = Σ_k (n_k/n) s_l^k, picks the Global Aggregation Layers (GAL) and broadcasts them;
+3. device k warms all LoRA up for E_w epochs from the common start, keeps F <- γF + (1−γ)F̃ over the epochs, throws the weights away,
+   and fixes its mask: of each local layer's output neurons the ``keep`` share of highest Fisher. Neuron μ of a pair scores
+   Σ F[row μ of B] + ΣF[A]/d_out.
+
+Each round t of T: the server sends the GAL and the head; device k trains them (dense) and its other LoRA (masked) on the batches that
+the curriculum opens, easy to hard: batches are cut once and fixed, ordered by mean d_i, the first ceil(fraction(t)·#batches) are used in
+each local epoch. It uploads the GAL and the head; the server averages with p_k. Local layers never leave the device.
+
+Deviations from the paper and its code: docs/papers.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+
+from fedloom.client.client import Client
+from fedloom.client.curriculum import Pacing, easiest_examples_first, easiest_first, fraction, open_count
+from fedloom.compute.work import Fisher, Norm, Score, Sensitivity
+from fedloom.messages import Flow, Task, Tensors, Update, Work, ask, insist, on_client
+from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.method import Predictor, State, predict
+from fedloom.model.adapters import is_factor, partner
+from fedloom.model.base import Model
+from fedloom.model.blocks import layer_of, layers
+from fedloom.seeds import derive
+from fedloom.server.aggregation import weighted_mean
+from fedloom.server.participation import Pool, uniform
+from fedloom.tensors import only, without
+
+WARM_UP = -1000
+"""The "round" of the first warm-up epoch in the seeds' paths; no real round has it."""
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """``start`` β₀: share of batches open at first; ``full_at`` α: share of the rounds after which all are; ``pacing`` between them.
+
+    ``granularity``: sort fixed batches, or sort examples and then cut. ``refresh``: score anew at the current model when the scores are
+    this many rounds old (0: never). ``head``: what keeps the fresh head from drowning the score: ``warm`` (train it first,
+    ``head_rounds`` rounds), ``left-out`` (of the score), ``as-is`` (neither).
+    """
+
+    start: float = 0.6
+    full_at: float = 0.8
+    pacing: Pacing = "linear"
+    granularity: Literal["batch", "example"] = "batch"
+    refresh: int = 0
+    head: Literal["warm", "left-out", "as-is"] = "warm"
+    head_rounds: int = 3
+
+
+@dataclass(frozen=True)
+class Gal:
+    """Which layers are global: ``fraction`` of them (``count`` overrides it when > 0), those with the ``least`` or ``most`` sensitive
+    output, or ``random`` ones. ``rho``, ``norm``: see the work item ``Sensitivity``."""
+
+    fraction: float = 0.75
+    count: int = 0
+    which: Literal["least", "most", "random"] = "least"
+    rho: float = 0.5
+    norm: Norm = "difference"
+
+
+@dataclass(frozen=True)
+class FibecFed:
+    """``inner``: local training and its optimiser. ``keep``: share of output neurons of each local layer that is trained.
+
+    ``warmup_epochs`` E_w and ``momentum`` γ make the mask's Fisher.
+    """
+
+    name: ClassVar[str] = "fibecfed"
+    paper: ClassVar[str] = "FibecFed 2410.00131"
+
+    inner: FedAvg = field(default_factory=FedAvg)
+    curriculum: Curriculum = field(default_factory=Curriculum)
+    gal: Gal = field(default_factory=Gal)
+    keep: float = 0.95
+    warmup_epochs: int = 1
+    momentum: float = 0.5
+
+    # ---- server -------------------------------------------------------------------------------------------------------------
+
+    def init(self, model: Model) -> State:
+        """Everything is shared until the GAL is chosen. ``facts["depth"]`` is D."""
+        return State(0, model.initial, facts={"depth": model.depth})
+
+    def setup(self, state: State, pool: Pool) -> Flow[State]:
+        """Head, scores, GAL, masks (the four steps above)."""
+        shared = dict(state.shared)
+        head = {name for name in shared if not is_factor(name)}
+        for i in range(self.curriculum.head_rounds if self.curriculum.head == "warm" else 0):
+            cohort = uniform(pool, -1 - i)
+            updates = yield from insist([ask(self.warm_head, k, only(shared, head), round=-1 - i) for k in cohort])
+            shared |= weighted_mean(updates)
+        answers = yield from insist([ask(self.inspect, k, shared) for k in pool.clients])
+        scores = weighted_mean(answers)["layer_scores"].numpy()
+        chosen = choose_gal(scores, sorted(layers(shared)), self.gal, pool.seed)
+        yield from insist([ask(self.adopt, k, gal=chosen) for k in pool.clients])
+        kept = {n: t for n, t in shared.items() if n in head or layer_of(n) in chosen}
+        pace = self.curriculum
+        opened = [fraction(pace.pacing, t, pool.rounds, pace.start, pace.full_at) for t in range(pool.rounds)]
+        facts = {"gal": chosen, "layer_scores": scores.tolist(), "pacing": opened, "difficulty_head": pace.head}
+        return State(0, kept, facts={**state.facts, **facts})
+
+    def round(self, state: State, pool: Pool) -> Flow[State]:
+        """S_t trains on what is open; the GAL and the head are averaged."""
+        cohort = uniform(pool, state.round)
+        updates = yield [ask(self.train, k, state.shared, round=state.round, rounds=pool.rounds) for k in cohort]
+        return state.after_round(weighted_mean(updates))
+
+    def assembled(self, state: State) -> Tensors | None:
+        """The shared tensors alone; local layers stay at their start, where B = 0."""
+        return state.shared
+
+    # ---- client -------------------------------------------------------------------------------------------------------------
+
+    @on_client
+    def warm_head(self, c: Client, task: Task) -> Work[Update]:
+        """Step 0: train the head only, on the frozen pre-trained features."""
+        t = int(task.settings["round"])  # type: ignore[arg-type]
+        fitted = yield self.inner.fit(c, task.tensors, self.inner.cut(c, "warm-head", t), t)
+        return Update(c.id, len(c.train), fitted.tensors, {"loss": float(fitted.losses.mean())})
+
+    @on_client
+    def inspect(self, c: Client, task: Task) -> Work[Update]:
+        """Step 1: difficulty of every example (kept here) and the layers' sensitivity on one batch (uploaded)."""
+        batch = self.inner.cut(c, "batches")[0]
+        difficulty, scores = yield [
+            self._score(task.tensors, c),
+            Sensitivity(task.tensors, c.train, batch, self.gal.rho, self.gal.norm),
+        ]
+        c.private = dict(task.tensors)
+        c.memory = {"difficulty": torch.from_numpy(difficulty), "scored_at": torch.tensor(0)}
+        return Update(c.id, len(c.train), {"layer_scores": torch.from_numpy(scores)})
+
+    @on_client
+    def adopt(self, c: Client, task: Task) -> Work[Update]:
+        """Step 3: the mask from warm-up Fisher; from here on ``private`` holds the local layers and nothing else."""
+        chosen = set(task.settings["gal"])  # type: ignore[arg-type]
+        local = [n for n in c.private if is_factor(n) and layer_of(n) not in chosen]
+        if local and self.keep < 1:
+            fisher = yield from self._warm_up(c)
+            c.memory |= {f"mask/{name}": mask for name, mask in neuron_masks(only(fisher, local), self.keep).items()}
+        c.private = only(c.private, local)
+        return Update(c.id, len(c.train))
+
+    @on_client
+    def train(self, c: Client, task: Task) -> Work[Update]:
+        """GAL and head dense, local layers masked, on the easiest open batches; only what came goes back."""
+        t, rounds = int(task.settings["round"]), int(task.settings["rounds"])  # type: ignore[arg-type]
+        start = {**c.private, **task.tensors}
+        if self.curriculum.refresh and t - int(c.memory["scored_at"]) >= self.curriculum.refresh:
+            difficulty = yield self._score(start, c)
+            c.memory |= {"difficulty": torch.from_numpy(difficulty), "scored_at": torch.tensor(t)}
+        batches = self._ordered(c)
+        share = fraction(self.curriculum.pacing, t, rounds, self.curriculum.start, self.curriculum.full_at)
+        opened = batches[: open_count(share, len(batches))]
+        mask = {name.removeprefix("mask/"): kept for name, kept in c.memory.items() if name.startswith("mask/")}
+        fitted = yield self.inner.fit(c, start, opened * self.inner.local_epochs, t, mask)
+        c.private = without(fitted.tensors, task.tensors.keys())
+        return Update(c.id, len(c.train), only(fitted.tensors, task.tensors.keys()), {"loss": float(fitted.losses.mean())})
+
+    def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
+        """The device's local layers under the shared ones."""
+        yield from ()
+        return Predictor({**client.private, **shared})
+
+    predict = predict
+
+    def _score(self, at: Tensors, c: Client) -> Score:
+        over = frozenset(n for n in at if is_factor(n)) if self.curriculum.head == "left-out" else None
+        return Score(at, c.train, over)
+
+    def _ordered(self, c: Client) -> list[np.ndarray]:
+        difficulty = c.memory["difficulty"].numpy()
+        if self.curriculum.granularity == "example":
+            return easiest_examples_first(difficulty, self.inner.batch_size)
+        return easiest_first(self.inner.cut(c, "batches"), difficulty)
+
+    def _warm_up(self, c: Client) -> Work[dict[str, torch.Tensor]]:
+        """Diagonal Fisher of all LoRA with momentum: F <- γF + (1−γ)F̃ after each of E_w epochs over all batches, easy first, from F = 0."""
+        lora = {n: t for n, t in c.private.items() if is_factor(n)}
+        head = without(c.private, lora)
+        fisher, moments = {n: torch.zeros_like(t) for n, t in lora.items()}, None
+        for epoch in range(self.warmup_epochs):
+            fitted = yield self.inner.fit(c, lora, self._ordered(c), WARM_UP - epoch, moments=moments, fixed=head)
+            lora, moments = fitted.tensors, fitted.moments
+            now = yield Fisher({**head, **lora}, c.train, frozenset(lora))
+            fisher = {n: self.momentum * f + (1 - self.momentum) * now[n] for n, f in fisher.items()}
+        return fisher
+
+
+def choose_gal(scores: np.ndarray, adapted: list[int], gal: Gal, seed: int) -> list[int]:
+    """The GAL among the ``adapted`` layers, ascending: as many as ``gal`` says, by score (equal scores: the lower layer first).
+
+    Raises:
+        ValueError: a count or fraction that is not between 1 layer and all of them.
+    """
+    count = gal.count or math.ceil(gal.fraction * len(adapted) - 1e-9)
+    if not 1 <= count <= len(adapted):
+        raise ValueError(f"the GAL must hold 1 to {len(adapted)} layers; fraction {gal.fraction}, count {gal.count} give {count}")
+    match gal.which:
+        case "least":
+            ranked = sorted(adapted, key=lambda layer: (scores[layer], layer))
+        case "most":
+            ranked = sorted(adapted, key=lambda layer: (-scores[layer], layer))
+        case "random":
+            ranked = [adapted[i] for i in derive(seed, "gal").permutation(len(adapted))]
+        case unknown:
+            raise ValueError(f"no GAL choice '{unknown}'; there are least, most, random")
+    return sorted(ranked[:count])
+
+
+def neuron_masks(fisher: Mapping[str, torch.Tensor], keep: float) -> dict[str, torch.Tensor]:
+    """0/1 masks (d_out, 1) for every B among the local layers' Fisher: in each layer the ``ceil(keep · neurons)`` highest-scoring output
+    neurons of all its pairs together (equal scores: the earlier name and row first).
+
+    Raises:
+        ValueError: ``keep`` is not in (0, 1].
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be in (0, 1]; got {keep}")
+    masks: dict[str, torch.Tensor] = {}
+    for names in layers(fisher.keys()).values():
+        ups = [name for name in names if ".lora_B." in name]
+        rows = [fisher[b].double().sum(1) + fisher[partner(b)].double().sum() / fisher[b].shape[0] for b in ups]
+        scores = torch.cat(rows)
+        kept = torch.zeros_like(scores)
+        kept[torch.argsort(-scores, stable=True)[: math.ceil(keep * len(scores) - 1e-9)]] = 1
+        for name, part in zip(ups, kept.split([len(r) for r in rows]), strict=True):
+            masks[name] = part.float()[:, None]
+    return masks

@@ -1,0 +1,66 @@
+"""No federation: each device trains alone on its own data. The floor of every table.
+
+A device trains when the cohort of a federated run would have drawn it, from its own tensors; nothing is uploaded. There is no global model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from fedloom.client.client import Client
+from fedloom.messages import Flow, Task, Tensors, Update, Work, ask, insist, on_client
+from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.method import Predictor, State, predict
+from fedloom.model.base import Model
+from fedloom.server.participation import Pool, uniform
+
+
+@dataclass(frozen=True)
+class Local:
+    """``inner``: local training and its optimiser."""
+
+    name: ClassVar[str] = "local"
+    paper: ClassVar[str] = "baseline: no federation"
+
+    inner: FedAvg = field(default_factory=FedAvg)
+
+    def init(self, model: Model) -> State:
+        """The common start."""
+        return State(0, model.initial)
+
+    def setup(self, state: State, pool: Pool) -> Flow[State]:
+        """Every device receives the start once; afterwards nothing is shared."""
+        yield from insist([ask(self.receive, k, state.shared) for k in pool.clients])
+        return State(0, {})
+
+    def round(self, state: State, pool: Pool) -> Flow[State]:
+        """The cohort trains, each for itself."""
+        yield [ask(self.train, k, round=state.round) for k in uniform(pool, state.round)]
+        return state.after_round({})
+
+    @on_client
+    def receive(self, c: Client, task: Task) -> Work[Update]:
+        """Keep the start."""
+        yield from ()
+        c.private = dict(task.tensors)
+        return Update(c.id, len(c.train))
+
+    @on_client
+    def train(self, c: Client, task: Task) -> Work[Update]:
+        """Train on from where this device was."""
+        t = int(task.settings["round"])  # type: ignore[arg-type]
+        fitted = yield self.inner.fit(c, c.private, self.inner.batches(c, t), t)
+        c.private = fitted.tensors
+        return Update(c.id, len(c.train), metrics={"loss": float(fitted.losses.mean())})
+
+    def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
+        """The device's own model."""
+        yield from ()
+        return Predictor(client.private)
+
+    def assembled(self, state: State) -> Tensors | None:
+        """None: there is no global model."""
+        return None
+
+    predict = predict

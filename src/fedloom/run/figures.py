@@ -1,0 +1,301 @@
+"""Pictures of runs as SVG or PNG bytes. The same data always gives the same bytes.
+
+Everything is readable on white and on near-black: no background is painted, text is a middle grey, and the series colours are
+those of Okabe and Ito, which stay apart under the common kinds of colour blindness; dash and marker differ too. Text in an SVG
+stays text. :func:`inline` makes an SVG part of an HTML page, where its ink follows the page's.
+
+This module does not know run folders or HTML pages; it draws the numbers it is given. Nothing else imports matplotlib, and no
+global figure state is kept.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import matplotlib
+import matplotlib.axes
+import matplotlib.figure
+import numpy as np
+from matplotlib.colors import to_hex
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+Kind = Literal["svg", "png"]
+Protocol = Literal["personalised", "global"]
+Against = Literal["round", "bytes", "device"]
+
+INK = "#757a82"
+"""Middle grey: contrast about 4.2 on white and on #14171b alike."""
+
+OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+DASHES = ("-", "--", ":", "-.")
+MARKERS = "osD^vP"
+MOST_DEVICES = 240
+"""Devices that one partition picture shows; of more, evenly spaced ones are shown and the title says so."""
+
+LARGEST_VECTOR = 4000
+"""Bars beyond which a partition picture embeds them as pixels, so that a report stays small."""
+
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fedloom",
+    "text.parse_math": False,
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "axes.grid": True,
+    "grid.color": INK,
+    "grid.alpha": 0.18,
+}
+
+
+@dataclass(frozen=True)
+class Track:
+    """One run's line: its rows of ``rounds.jsonl`` and what its set-up cost, at which the first point then sits."""
+
+    label: str
+    rows: Sequence[Mapping[str, Any]]
+    setup_bytes: float = 0.0
+    setup_seconds: float = 0.0
+    best_round: int | None = None
+
+    def axis(self, against: Against) -> np.ndarray:
+        """(rows,) where each row stands: completed rounds, bytes up and down so far, simulated seconds so far."""
+        if against == "round":
+            return np.array([row["round"] for row in self.rows], float)
+        if against == "bytes":
+            return self.setup_bytes + np.cumsum([row["bytes_up"] + row["bytes_down"] for row in self.rows], dtype=float)
+        return self.setup_seconds + np.cumsum([row["device_seconds"] for row in self.rows], dtype=float)
+
+
+def metric_curve(tracks: Sequence[Track], protocol: Protocol, against: Against, metric: str, kind: Kind = "svg") -> bytes:
+    """One protocol's test metric, evaluated points only; a ring marks the round that validation chose.
+
+    Both protocols of the same tracks get the same vertical scale, so that their pictures can be compared.
+    """
+
+    def draw(figure: matplotlib.figure.Figure) -> None:
+        ax = figure.add_subplot()
+        size, label = _unit(against, max((track.axis(against).max(initial=0) for track in tracks), default=0))
+        for i, track in enumerate(tracks):
+            places = track.axis(against) / size
+            points = [(x, row[protocol], row["round"]) for x, row in zip(places, track.rows, strict=True)]
+            points = [point for point in points if point[1] is not None]
+            colour, dash, marker = appearance(i)
+            xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
+            ax.plot(xs, ys, dash, color=colour, marker=marker, markersize=3.5, label=track.label, clip_on=False)
+            ringed = [(x, y) for x, y, t in points if t == track.best_round]
+            ax.plot(
+                [x for x, _ in ringed],
+                [y for _, y in ringed],
+                "o",
+                color=colour,
+                markersize=10,
+                fillstyle="none",
+                clip_on=False,
+            )
+        _scale(ax, [row[p] for track in tracks for row in track.rows for p in ("personalised", "global") if row[p] is not None])
+        ax.set_title(f"{protocol.capitalize()} {metric} against {WORDS[against]}")
+        ax.set_ylabel(f"test {metric}")
+        ax.set_xlabel(label)
+        ax.set_xlim(left=0)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=against == "round", nbins=7))
+        _legend(ax, len(tracks))
+
+    return render(draw, kind, height=_height(len(tracks)))
+
+
+def loss_curve(tracks: Sequence[Track], kind: Kind = "svg") -> bytes:
+    """Mean training loss of each round over the cohort's examples."""
+
+    def draw(figure: matplotlib.figure.Figure) -> None:
+        ax = figure.add_subplot()
+        for i, track in enumerate(tracks):
+            points = [(row["round"], row["loss"]) for row in track.rows if row["loss"] is not None]
+            colour, dash, _ = appearance(i)
+            ax.plot([x for x, _ in points], [y for _, y in points], dash, color=colour, label=track.label)
+        ax.set_title("Training loss of each round's cohort")
+        ax.set_ylabel("mean loss (nats)")
+        _rounds(ax)
+        _legend(ax, len(tracks))
+
+    return render(draw, kind, height=_height(len(tracks)))
+
+
+def pacing(fractions: Sequence[float], kind: Kind = "svg") -> bytes:
+    """The share of each device's batches that the curriculum opens in rounds 1, 2, ..."""
+
+    def draw(figure: matplotlib.figure.Figure) -> None:
+        ax = figure.add_subplot()
+        ax.step(np.arange(1, len(fractions) + 1), fractions, where="mid", color=OKABE_ITO[0])
+        ax.set_ylim(0, 1.05)
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0%}"))
+        ax.set_title("Data opened by the curriculum, easy first")
+        ax.set_ylabel("share of batches")
+        _rounds(ax)
+
+    return render(draw, kind)
+
+
+def layer_scores(scores: Sequence[float], chosen: Sequence[int], kind: Kind = "svg") -> bytes:
+    """Sensitivity of each layer; ``chosen`` are the indices of the global aggregation layers (GAL).
+
+    Raises:
+        ValueError: a chosen layer that has no score.
+    """
+    if unknown := sorted(set(chosen) - set(range(len(scores)))):
+        raise ValueError(f"layers {unknown} are chosen but there are scores for layers 0 to {len(scores) - 1} only")
+
+    def draw(figure: matplotlib.figure.Figure) -> None:
+        ax = figure.add_subplot()
+        for label, colour, hatch, at in (
+            ("shared (GAL)", OKABE_ITO[0], "", sorted(set(chosen))),
+            ("stays on the device", OKABE_ITO[5], "///", sorted(set(range(len(scores))) - set(chosen))),
+        ):
+            heights = [scores[i] for i in at]
+            ax.bar(at, heights, color=colour, hatch=hatch, edgecolor=INK, linewidth=0.4, width=0.75, label=label)
+        ax.set_title("Sensitivity of each layer, and which are shared")
+        ax.set_xlabel("transformer layer, from the input")
+        ax.set_ylabel("score (relative change)")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+        ax.grid(False, axis="x")
+        _legend(ax, 2)
+
+    return render(draw, kind, height=_height(2))
+
+
+def partition_picture(counts: np.ndarray, classes: Sequence[str], kind: Kind = "svg") -> bytes:
+    """Training labels on the devices. ``counts`` (K, C). Above: sizes, largest first; below: label shares by dominant label.
+
+    Raises:
+        ValueError: the shape and the names disagree, or there is no device.
+    """
+    if counts.ndim != 2 or counts.shape[1] != len(classes) or not len(counts):
+        raise ValueError(f"label counts have shape {counts.shape}; they must be (devices, {len(classes)}): one column a class")
+    sizes = counts.sum(axis=1)
+    shares = counts / np.maximum(sizes, 1)[:, None]
+    shown = np.unique(np.linspace(0, len(counts) - 1, min(len(counts), MOST_DEVICES)).round().astype(int))
+    by_size = np.argsort(-sizes, kind="stable")[shown]
+    most_common = np.where(sizes > 0, shares.argmax(axis=1), len(classes))
+    by_label = np.lexsort((-shares.max(axis=1), most_common))[shown]
+    part = "" if len(shown) == len(counts) else f" ({len(shown)} of {len(counts):,} shown, evenly spaced)"
+
+    def draw(figure: matplotlib.figure.Figure) -> None:
+        upper, lower = figure.subplots(2, 1)
+        colours = class_colours(len(classes))
+        _stack(upper, counts[by_size].astype(float), colours, classes)
+        upper.set_title(f"Training examples on each of {len(counts):,} devices, largest first{part}")
+        upper.set_ylabel("examples")
+        upper.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+        _stack(lower, shares[by_label], colours, classes)
+        lower.set_title("Share of each label on a device, ordered by its most common label")
+        lower.set_ylabel("share")
+        lower.set_ylim(0, 1)
+        lower.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0%}"))
+        lower.set_xlabel("devices")
+        if len(classes) <= 20:
+            handles, labels = lower.get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower left", ncols=min(6, len(classes)), fontsize=8)
+        else:
+            legend = f"{len(classes)} labels, dark to bright: {classes[0]} (first) to {classes[-1]} (last)"
+            lower.text(0, -0.28, legend, transform=lower.transAxes)
+
+    return render(draw, kind, width=9.6, height=5.2)
+
+
+def _stack(ax: matplotlib.axes.Axes, heights: np.ndarray, colours: Sequence[str], classes: Sequence[str]) -> None:
+    """Stacked bars without gaps, one shape a label. ``heights`` (devices, C)."""
+    tops = np.cumsum(heights, axis=1)
+    edges = np.arange(len(heights) + 1)
+    many = heights.size > LARGEST_VECTOR
+    for c, name in enumerate(classes):
+        base = tops[:, c] - heights[:, c]
+        ax.stairs(tops[:, c], edges, baseline=base, fill=True, color=colours[c], label=name, linewidth=0, rasterized=many)
+    ax.set_xlim(0, len(heights))
+    ax.set_xticks([])
+    ax.grid(False, axis="x")
+
+
+def class_colours(count: int) -> list[str]:
+    """``count`` colours for labels: Okabe and Ito's up to six, beyond that steps of one map that is even in lightness."""
+    if count <= len(OKABE_ITO):
+        return list(OKABE_ITO[:count])
+    return [to_hex(matplotlib.colormaps["viridis"](v)) for v in np.linspace(0.04, 1, count)]
+
+
+def appearance(i: int) -> tuple[str, str, str]:
+    """Colour, dash and marker of line i; the first 24 differ."""
+    return OKABE_ITO[i % len(OKABE_ITO)], DASHES[i // len(OKABE_ITO) % len(DASHES)], MARKERS[i % len(MARKERS)]
+
+
+WORDS: dict[Against, str] = {"round": "rounds", "bytes": "traffic", "device": "device time"}
+
+
+UNITS: dict[Against, tuple[str, Sequence[tuple[float, str]]]] = {
+    "round": ("completed rounds", [(1.0, "")]),
+    "bytes": ("bytes up and down, all devices", [(1e3, "(kB)"), (1e6, "(MB)"), (1e9, "(GB)"), (1e12, "(TB)")]),
+    "device": ("simulated device time", [(1.0, "(s)"), (60.0, "(min)"), (3600.0, "(h)"), (86400.0, "(d)")]),
+}
+
+
+def _unit(against: Against, reach: float) -> tuple[float, str]:
+    """The size of one displayed unit, chosen for an axis that ends at ``reach``, and the axis label that names it."""
+    name, units = UNITS[against]
+    size, unit = next((u for u in reversed(units) if reach >= 2 * u[0]), units[0])
+    return size, f"{name} {unit}".rstrip()
+
+
+def _rounds(ax: matplotlib.axes.Axes) -> None:
+    ax.set_xlabel(UNITS["round"][0])
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+
+
+def _scale(ax: matplotlib.axes.Axes, scores: Sequence[float]) -> None:
+    """Cover all scores with a margin, and never zoom in to less than 0.05."""
+    if finite := [s for s in scores if np.isfinite(s)]:
+        low, high = min(finite), max(finite)
+        margin = max(0.06 * (high - low), (0.05 - (high - low)) / 2, 0.005)
+        ax.set_ylim(low - margin, high + margin)
+
+
+def _legend(ax: matplotlib.axes.Axes, lines: int) -> None:
+    if lines > 1:
+        ax.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.2), ncols=2, fontsize=8, borderaxespad=0)
+
+
+def _height(lines: int) -> float:
+    """Inches: room for a legend of two columns below the axes."""
+    return 2.9 + (0.19 * ((lines + 1) // 2) + 0.05 if lines > 1 else 0)
+
+
+def render(draw: Callable[[matplotlib.figure.Figure], None], kind: Kind, width: float = 4.8, height: float = 2.9) -> bytes:
+    """Draw on a fresh figure and return its bytes; matplotlib's settings are put back as they were."""
+    with matplotlib.rc_context(STYLE):
+        figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
+        draw(figure)
+        buffer = io.BytesIO()
+        stamps = ("Date", "Creator") if kind == "svg" else ("Software",)
+        figure.savefig(buffer, format=kind, dpi=150, metadata=dict.fromkeys(stamps))
+    return buffer.getvalue()
+
+
+def inline(svg: bytes, name: str) -> str:
+    """The SVG as an HTML element: no prologue, no fixed size, ids prefixed with ``name``, ink in the page's colour."""
+    text = svg.decode("utf-8")
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
+    text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r"<svg [^>]*>", lambda root: re.sub(r' (width|height)="[^"]*"', "", root.group()), text, count=1)
+    return text.replace(INK, "currentColor")

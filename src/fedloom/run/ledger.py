@@ -1,0 +1,129 @@
+"""What a run cost: heard from the engine asking by asking, written to ``rounds.jsonl`` row by row.
+
+Bytes are whole messages as packed. Evaluation is not heard: it is a measurement, not part of a method's work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedloom.messages import Replies, Task
+from fedloom.run.devices import DeviceProfile, round_seconds
+
+
+@dataclass
+class Section:
+    """The cost of one round, or of the whole set-up, while it is being added up."""
+
+    profile: DeviceProfile
+    started: float = field(default_factory=time.monotonic)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    examples: int = 0
+    device_seconds: float = 0.0
+    losses: list[tuple[float, int]] = field(default_factory=list)
+    answered: list[int] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def hear(self, tasks: Sequence[Task], replies: Replies) -> None:
+        """Add one asking. The cohort works in parallel, so its device time is that of its slowest member."""
+        self.bytes_down += sum(t.bytes_down for t in replies.traffic)
+        self.bytes_up += sum(t.bytes_up for t in replies.traffic)
+        self.examples += sum(t.examples for t in replies.traffic)
+        costs = [(t.flops, float(t.bytes_down), float(t.bytes_up)) for t in replies.traffic]
+        self.device_seconds += round_seconds(self.profile, costs)
+        self.losses += [(float(u.metrics["loss"]), u.num_examples) for u in replies.updates if "loss" in u.metrics]  # type: ignore[arg-type]
+        self.answered += [u.client for u in replies.updates]
+        self.failed |= {str(f.client): f.reason for f in replies.failures}
+
+    @property
+    def loss(self) -> float | None:
+        """Mean training loss, weighted by the clients' numbers of examples; None if nobody told one."""
+        if not self.losses:
+            return None
+        values, weights = zip(*self.losses, strict=True)
+        return float(np.average(values, weights=weights))
+
+    @property
+    def seconds(self) -> float:
+        """Seconds on this machine since the section began."""
+        return time.monotonic() - self.started
+
+
+class Ledger:
+    """Totals of a run and its ``rounds.jsonl``. ``totals`` travel in the checkpoint, so a resumed run adds to them."""
+
+    def __init__(self, folder: Path, profile: DeviceProfile, totals: dict[str, Any] | None = None) -> None:
+        self.path, self.profile = folder / "rounds.jsonl", profile
+        names = ("bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down", "examples", "setup_examples")
+        names += ("host_seconds", "device_seconds", "setup_device_seconds", "setup_host_seconds", "peak_rss_bytes")
+        self.totals: dict[str, Any] = {**dict.fromkeys(names, 0), "participations": {}, **(totals or {})}
+
+    def section(self) -> Section:
+        """A new section, begun now."""
+        return Section(self.profile)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows written so far."""
+        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+    def rewind(self, round: int) -> list[dict[str, Any]]:
+        """Drop rows after ``round`` (of rounds whose checkpoint was never completed), and a torn last line. Returns those kept."""
+        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
+        kept = [row for row in map(json.loads, lines) if row["round"] <= round]
+        scratch = self.path.with_suffix(".tmp")
+        scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(scratch, self.path)
+        return kept
+
+    def set_up(self, section: Section) -> None:
+        """Book the set-up."""
+        self.totals["setup_bytes_up"] += section.bytes_up
+        self.totals["setup_bytes_down"] += section.bytes_down
+        self.totals["setup_examples"] += section.examples
+        self.totals["setup_device_seconds"] += section.device_seconds
+        self.totals["setup_host_seconds"] += section.seconds
+
+    def write(self, round: int, section: Section, train_seconds: float, scores: dict[str, Any]) -> dict[str, Any]:
+        """Book a round (round 0 is the evaluation after set-up, with a section that heard nothing) and append its row."""
+        row = {
+            "round": round,
+            "loss": section.loss,
+            "personalised": scores["test"]["personalised"],
+            "global": scores["test"]["global"],
+            "examples": section.examples,
+            "train_seconds": train_seconds,
+            "bytes_up": section.bytes_up,
+            "bytes_down": section.bytes_down,
+            "host_seconds": section.seconds,
+            "device_seconds": section.device_seconds,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "answered": section.answered,
+            "failed": section.failed,
+            "validation": scores["validation"],
+        }
+        for name in ("bytes_up", "bytes_down", "examples", "host_seconds", "device_seconds"):
+            self.totals[name] += row[name]
+        self.totals["peak_rss_bytes"] = max(self.totals["peak_rss_bytes"], row["peak_rss_bytes"])
+        for client in set(section.answered):
+            self.totals["participations"][str(client)] = self.totals["participations"].get(str(client), 0) + 1
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return row
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,163 @@
+"""One run: set-up, rounds, evaluation, checkpoint after every round, results. Running it again in the same folder resumes it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedloom.engines.engine import Engine, drive
+from fedloom.messages import Replies, Task
+from fedloom.methods.method import State
+from fedloom.run import checkpoint
+from fedloom.run.checkpoint import CheckpointError, Saved, write_atomically
+from fedloom.run.console import Progress
+from fedloom.run.devices import named as device_named
+from fedloom.run.evaluation import NOTHING, Evaluation, evaluate
+from fedloom.run.experiment import Experiment, as_json, first_difference
+from fedloom.run.export import write_folder
+from fedloom.run.ledger import Ledger
+from fedloom.run.world import World, build, store_in
+
+log = logging.getLogger("fedloom")
+
+
+@dataclass(frozen=True)
+class Told:
+    """An engine that says what it is about to do."""
+
+    inner: Engine
+    show: Progress
+
+    def run(self, tasks: Sequence[Task]) -> Replies:
+        """As inner."""
+        if tasks:
+            self.show.phase(f"set-up: {tasks[0].op.replace('_', ' ')} on {len(tasks)} devices")
+        return self.inner.run(tasks)
+
+
+def run(experiment: Experiment, folder: Path, plain: bool | None = None) -> dict[str, Any]:
+    """Run ``experiment`` in ``folder`` (or go on where it stopped) and return what ``results.json`` holds.
+
+    Raises:
+        CheckpointError: the folder belongs to another experiment, another process, other data, or its checkpoint is corrupt.
+    """
+    claim(folder, experiment)
+    with checkpoint.only_one(folder):
+        results = folder / "results.json"
+        if results.exists():
+            return json.loads(results.read_text())
+        title = f"{experiment.method_name} on {experiment.data}, {experiment.clients} devices, {experiment.cohort} a round -> {folder}"
+        with Progress(experiment.rounds, title, plain) as show:
+            show.phase("loading data and model")
+            world = build(experiment)
+            for note in world.source.notes:
+                show.note(note)
+            return _run(world, folder, show)
+
+
+def _run(world: World, folder: Path, show: Progress) -> dict[str, Any]:
+    """The round loop."""
+    e, method, store = world.experiment, world.experiment.method, store_in(folder)
+    engine, data = world.engine(store), world.fingerprint()
+    saved = checkpoint.load(folder, store)
+    if saved is not None and saved.data != data:
+        raise CheckpointError(f"the data behind {folder} changed since it began (fingerprint {saved.data}, now {data}); give another --out")
+    ledger = Ledger(folder, device_named(e.device), saved.totals if saved else None)
+    if saved is None:
+        ledger.rewind(-1)
+        section = ledger.section()
+        state = drive(method.setup(method.init(world.model), world.pool), Told(engine, show), quorum=0, seen=section.hear)
+        ledger.set_up(section)
+        section, found = ledger.section(), _evaluated(world, state, engine, show)
+        show.round(ledger.write(0, section, 0.0, found.scores if found else NOTHING))
+        checkpoint.save(folder, Saved(state, ledger.totals, data), store)
+    else:
+        state, found = saved.state, None
+        show.resume(ledger.rewind(state.round))
+    while state.round < e.rounds:
+        show.phase(f"round {state.round + 1}/{e.rounds}")
+        section = ledger.section()
+        state = drive(method.round(state, world.pool), engine, e.quorum, section.hear)
+        trained, found = section.seconds, _evaluated(world, state, engine, show)
+        show.round(ledger.write(state.round, section, trained, found.scores if found else NOTHING))
+        checkpoint.save(folder, Saved(state, ledger.totals, data), store)
+    found = found or evaluate(world, state, engine)
+    outcome = results_of(world, state, ledger, found)
+    assembled = method.assembled(state)
+    if assembled is not None:
+        write_folder(world.model, assembled, folder / "adapter")
+    write_atomically(folder / "results.json", json.dumps(outcome, indent=1))
+    return outcome
+
+
+def _evaluated(world: World, state: State, engine: Engine, show: Progress) -> Evaluation | None:
+    """The evaluation after this round, if it is due: every ``evaluate_every`` rounds from 0 on, and after the last."""
+    every, last = world.experiment.evaluate_every, world.experiment.rounds
+    if state.round < last and (not every or state.round % every):
+        return None
+    show.phase(f"evaluating after round {state.round}")
+    return evaluate(world, state, engine)
+
+
+def claim(folder: Path, experiment: Experiment) -> None:
+    """Write ``experiment.json``, or check that the one there says the same.
+
+    Raises:
+        CheckpointError: the folder holds another experiment (naming the first differing field) or something else.
+    """
+    path, wanted = folder / "experiment.json", as_json(experiment)
+    if not path.exists():
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f"{folder} is a file; --out must name a folder")
+        strangers = [p.name for p in folder.iterdir() if p.name != ".lock"] if folder.is_dir() else []
+        if strangers:
+            raise CheckpointError(f"{folder} is not a run folder (it holds {sorted(strangers)[:4]}); give --out an empty or new one")
+        write_atomically(path, json.dumps(wanted, indent=1))
+        return
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); give another --out") from error
+    hows = Experiment.HOW
+    difference = first_difference({k: v for k, v in there.items() if k not in hows}, {k: v for k, v in wanted.items() if k not in hows})
+    if difference:
+        raise CheckpointError(f"{folder} holds another experiment: {difference}. Give another --out, or the same options to resume")
+
+
+def results_of(world: World, state: State, ledger: Ledger, found: Evaluation) -> dict[str, Any]:
+    """What ``results.json`` holds. ``best`` is the evaluated round with the highest personalised validation score, the first of equals."""
+    e, rows, totals = world.experiment, [r for r in ledger.rows() if r["personalised"] is not None], dict(ledger.totals)
+    best = max(rows, key=lambda row: (row["validation"]["personalised"], -row["round"]))
+    participations = totals.pop("participations")
+    counts = world.partition.counts(world.splits["train"].labels, len(world.classes))
+    shards = world.partition.shards("test")
+    per_device = []
+    for k in world.pool.clients:
+        labels = world.splits["test"].labels[shards[k]]
+        right = int((found.device_logits[k].argmax(1) == labels).sum()) if len(labels) else 0
+        score = right / len(labels) if len(labels) else None
+        one = {"client": k, "train": int(counts[k].sum()), "test": len(labels), "correct": right, "score": score}
+        per_device.append({**one, "participations": participations.get(str(k), 0), "labels": counts[k].tolist()})
+    picked = ("round", "personalised", "global", "loss")
+    return {
+        "method": e.method_name,
+        "metric": world.source.task.metric,
+        "rounds": e.rounds,
+        "seed": e.seed,
+        "digest": e.digest(),
+        "final": {key: rows[-1][key] for key in picked},
+        "best": {key: best[key] for key in picked},
+        **totals,
+        "validation": {"final": rows[-1]["validation"], "best": best["validation"]},
+        "notes": list(world.source.notes),
+        "per_device": per_device,
+        "partition": {"classes": list(world.classes), "train_counts": np.asarray(counts).tolist()},
+        "facts": dict(state.facts),
+        "experiment": as_json(e),
+    }

@@ -1,0 +1,405 @@
+"""The six laws of ``engines/engine.py`` on the toy world, for every engine; and the wrappers, under the same laws."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedloom.client.store import ClientStore
+from fedloom.engines.engine import drive
+from fedloom.engines.local import Local
+from fedloom.engines.wrap import Faulty, Lossy, Recording
+from fedloom.messages import CohortFailed, Failure, Replies, Task, Traffic, insist
+from fedloom.tensors import clone, fingerprint
+from fedloom.wire import WireError, pack
+from tests.conformance.toy import (
+    ANSWERS,
+    CLIENTS,
+    DIGEST,
+    ENGINES,
+    World,
+    host_of,
+    local,
+    payload,
+    same_replies,
+    same_update,
+    task,
+)
+
+
+@pytest.fixture(params=ENGINES.values())
+def world(request: pytest.FixtureRequest) -> World:
+    return request.param()
+
+
+SHUFFLED = [4, 0, 5, 2, 1, 3]
+
+
+# order
+
+
+def test_order_updates_and_traffic_come_in_task_order(world: World) -> None:
+    replies = world.run(*(task(k) for k in SHUFFLED))
+    assert [u.client for u in replies.updates] == SHUFFLED
+    assert [u.num_examples for u in replies.updates] == [10 + k for k in SHUFFLED]
+    assert [t.client for t in replies.traffic] == SHUFFLED
+    assert replies.failures == ()
+
+
+def test_order_holds_around_failures(world: World) -> None:
+    replies = world.run(task(4), task(0, "stumble"), task(5), task(2, "stumble"), task(1, "trian"), task(3))
+    assert [u.client for u in replies.updates] == [4, 5, 3]
+    assert [f.client for f in replies.failures] == [0, 2, 1]
+    assert [t.client for t in replies.traffic] == [4, 0, 5, 2, 1, 3]
+
+
+def test_no_tasks_no_replies(world: World) -> None:
+    assert world.run() == Replies((), (), ())
+
+
+# isolation
+
+
+def test_isolation_everything_arrives_bit_for_bit(world: World) -> None:
+    sent = payload()
+    settings = {"name": "a", "count": 3, "rate": 0.1, "flag": True, "list": [1, 2], "none": []}
+    (update,) = world.run(Task("echo", 2, sent, settings)).updates
+    assert fingerprint(update.tensors) == fingerprint(sent)
+    assert {n: t.dtype for n, t in update.tensors.items()} == {n: t.dtype for n, t in sent.items()}
+    assert update.metrics == settings
+    assert type(update.metrics["flag"]) is bool
+
+
+def test_isolation_names_arrive_in_one_order(world: World) -> None:
+    """A sum over tensors must not depend on chance: names arrive in the same order every time."""
+    sent = {f"layer.{i}": torch.full((1,), float(i)) for i in range(40)}
+    first, *others = [tuple(world.run(Task("echo", k, sent)).updates[0].tensors) for k in CLIENTS]
+    assert set(others) == {first}
+
+
+def test_isolation_a_device_cannot_reach_the_senders_tensors(world: World) -> None:
+    shared, words = payload(), ["a", "b"]
+    before = clone(shared)
+    replies = world.run(*(Task("deface", k, shared, {"words": words}) for k in CLIENTS))
+    assert len(replies.updates) == len(CLIENTS)
+    assert fingerprint(shared) == fingerprint(before)
+    assert words == ["a", "b"]
+
+
+def test_isolation_devices_cannot_reach_each_other(world: World) -> None:
+    shared = {"w": torch.ones(3)}
+    replies = world.run(Task("deface", 0, shared), Task("echo", 1, shared))
+    assert replies.updates[1].tensors["w"].tolist() == [1, 1, 1]
+
+
+def test_isolation_the_server_cannot_reach_a_devices_state(world: World) -> None:
+    (first,) = world.run(task(1, "lend")).updates
+    first.tensors["own"].zero_()
+    (second,) = world.run(task(1, "lend")).updates
+    assert second.tensors["own"].tolist() == [7, 7, 7, 7]
+
+
+def test_isolation_counts_whole_messages(world: World) -> None:
+    sent = task(3)
+    replies = world.run(sent)
+    (update,), (traffic,) = replies.updates, replies.traffic
+    assert traffic == Traffic(3, len(pack(sent, DIGEST)), len(pack(update, DIGEST)), update.flops, update.examples)
+    assert (update.flops, update.examples) == (2 * (4 + 0.5 + 1.0), 9)
+
+
+# strictness
+
+BAD_SETTINGS = {
+    "None": None,
+    "a dict": {"a": 1},
+    "a mixed tuple": (1, "a"),
+    "a mixed list": [1, 0.5],
+    "a nested list": [[1], [2]],
+    "bytes": b"a",
+    "nan": float("nan"),
+    "a tensor": torch.ones(1),
+}
+BAD_TENSORS = {
+    "complex": torch.zeros(2, dtype=torch.complex64),
+    "float8": torch.zeros(2).to(torch.float8_e4m3fn),
+    "a list": [1.0, 2.0],
+    "None": None,
+}
+
+
+@pytest.mark.parametrize("value", BAD_SETTINGS.values(), ids=BAD_SETTINGS)
+def test_strictness_a_setting_that_may_not_cross_ends_the_run(world: World, value: object) -> None:
+    bad = Task("echo", 2, {}, {"value": value})  # type: ignore[dict-item]
+    with pytest.raises(WireError, match="setting 'value' is") as said:
+        world.run(task(0), bad, task(1))
+    with pytest.raises(WireError) as alone:
+        pack(bad, DIGEST)
+    assert str(said.value) == str(alone.value)
+    assert world.toy.ran == [], "nothing may be sent when one task may not cross"
+
+
+@pytest.mark.parametrize("value", BAD_TENSORS.values(), ids=BAD_TENSORS)
+def test_strictness_a_tensor_that_may_not_cross_ends_the_run(world: World, value: torch.Tensor) -> None:
+    with pytest.raises(WireError, match="'w'"):
+        world.run(task(0), Task("echo", 2, {"w": value}))
+    assert world.toy.ran == []
+
+
+@pytest.mark.parametrize("name", ["", "__metadata__", 3])
+def test_strictness_names(world: World, name: str) -> None:
+    with pytest.raises(WireError, match="cannot name"):
+        world.run(Task("echo", 2, {name: torch.ones(1)}))
+
+
+# failure
+
+REASONS = {
+    "none": "TypeError: the operation returned None",
+    "a dict": "TypeError: the operation returned {'client': 2}",
+    "another client": "TypeError: the operation returned Update(client=3",
+    "nan": "WireError: tensor 'w' holds NaN or infinity",
+    "infinity": "WireError: tensor 'w' holds NaN or infinity",
+    "complex": "WireError: tensor 'w' has dtype torch.complex64",
+    "no tensor": "WireError: 'w' is a list",
+    "a metric that is None": "WireError: setting 'loss' is None",
+    "a metric that is nan": "WireError: setting 'loss' is nan",
+}
+
+
+def failing(world: World, bad: Task) -> str:
+    """Run a bad task between two good ones; the good ones must be untouched. Returns the reason."""
+    replies = world.run(task(4), bad, task(1))
+    assert [u.client for u in replies.updates] == [4, 1]
+    alone = local()
+    assert all(map(same_update, replies.updates, alone.run(task(4), task(1)).updates))
+    (failure,) = replies.failures
+    assert failure.client == bad.client
+    traffic = replies.traffic[1]
+    assert (traffic.client, traffic.bytes_up, traffic.flops, traffic.examples) == (bad.client, 0, 0.0, 0)
+    assert traffic.bytes_down == len(pack(bad, DIGEST))
+    return failure.reason
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_failure_an_operation_that_returns_what_may_not_cross(world: World, answer: str) -> None:
+    before = world.state(2)
+    assert failing(world, task(2, "reply", answer=answer)).startswith(REASONS[answer])
+    assert world.state(2) == before
+
+
+def test_failure_an_operation_that_raises(world: World) -> None:
+    assert failing(world, task(2, "stumble")) == "ZeroDivisionError: the device ran out of luck"
+
+
+def test_failure_work_that_cannot_be_done(world: World) -> None:
+    assert failing(world, task(2, "strain")) == "ArithmeticError: the amount is negative"
+
+
+@pytest.mark.parametrize("op", ["trian", "unmarked", "_begun", "__init__", "ran"])
+def test_failure_only_marked_operations_can_be_called(world: World, op: str) -> None:
+    reason = failing(world, task(2, op))
+    known = "['add', 'deface', 'echo', 'lend', 'reply', 'strain', 'stumble']"
+    assert reason == f"ValueError: Toy has no client operation '{op}'; it has {known}"
+    assert (op, 2) not in world.toy.ran
+
+
+def test_failure_all_of_them(world: World) -> None:
+    replies = world.run(*(task(k, "stumble") for k in CLIENTS))
+    assert replies.updates == ()
+    assert [f.client for f in replies.failures] == list(CLIENTS)
+
+
+def test_failure_is_not_an_old_answer(world: World) -> None:
+    world.run(*(task(k) for k in CLIENTS))
+    replies = world.run(task(0), task(1, "stumble"))
+    assert [u.client for u in replies.updates] == [0]
+    assert replies.updates[0].metrics["visits"] == 2
+
+
+@pytest.mark.parametrize("kind", ENGINES.values())
+def test_failure_an_experiment_that_is_another(kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = kind()
+    strange = host_of("another experiment")
+    monkeypatch.setattr(world.host, "answer", strange[3].answer)
+    (failure,) = world.run(task(1)).failures
+    assert failure == Failure(1, "WireError: message of experiment 'toy-experiment'; this is experiment 'another experiment'")
+    assert strange[0].ran == []
+
+
+@pytest.mark.parametrize("kind", ENGINES.values())
+def test_failure_an_answer_for_another_experiment_or_client(kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = kind()
+    (update,) = local().run(task(1)).updates
+    for forged, reason in (
+        (pack(update, "another experiment"), "WireError: message of experiment 'another experiment'"),
+        (pack(replace(update, client=2), DIGEST), "WireError: the reply is not this client's update"),
+        (pack(task(1), DIGEST), "WireError: the reply is not this client's update"),
+        (b"not a message", "WireError: not a Fedloom message"),
+        (pack(update, DIGEST)[:-1], "WireError: "),
+    ):
+        monkeypatch.setattr(world.host, "answer", lambda blobs, forged=forged: [forged for _ in blobs])
+        replies = world.run(task(1))
+        assert replies.updates == ()
+        assert replies.failures[0].reason.startswith(reason)
+        assert replies.traffic[0].bytes_up == 0
+
+
+# durability
+
+
+def test_durability_state_is_stored_when_the_operation_returned(world: World) -> None:
+    for visits in (1, 2, 3):
+        (update,) = world.run(task(2)).updates
+        assert update.metrics["visits"] == visits
+    private, _ = world.store.load(2)
+    assert private["visits"].tolist() == [3]
+    assert world.store.load(3) == ({}, {})
+
+
+@pytest.mark.parametrize("bad", [task(2, "stumble"), task(2, "strain"), *(task(2, "reply", answer=a) for a in ANSWERS)])
+def test_durability_what_failed_left_the_old_state(world: World, bad: Task) -> None:
+    world.run(task(2), task(3))
+    before = world.state(2)
+    assert len(world.run(bad, task(3)).failures) == 1
+    assert (bad.op, 2) in world.toy.ran[-2:], "the operation must have begun, and changed its state, for this to mean anything"
+    assert world.state(2) == before
+    assert world.store.load(3)[0]["visits"].tolist() == [2]
+
+
+def test_durability_state_that_could_not_be_written_is_a_failure(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: ClientStore, *_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(ClientStore, "save", full)
+    assert world.run(task(2)).failures == (Failure(2, "OSError: disk full"),)
+
+
+# determinism
+
+
+def story(world: World, seed: int | None) -> list[Replies]:
+    """Three askings, some failing; with a seed the tasks of each are shuffled. Replies sorted by client."""
+    told = []
+    for amount in (1.0, 2.5, 0.1):
+        tasks = [Task("add", k, payload(k), {"amount": amount}) for k in CLIENTS if k != 2] + [task(2, "stumble")]
+        if seed is not None:
+            random.Random(seed).shuffle(tasks)
+        replies = world.run(*tasks)
+        parts = (replies.updates, replies.failures, replies.traffic)
+        told.append(Replies(*(tuple(sorted(part, key=lambda entry: entry.client)) for part in parts)))
+    return told
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2, 3])
+def test_determinism_whatever_the_engine_and_the_order(world: World, seed: int | None) -> None:
+    reference = local()
+    expected = story(reference, None)
+    found = story(world, seed)
+    assert len(found) == len(expected)
+    assert all(map(same_replies, found, expected))
+    assert world.store.fingerprint() == reference.store.fingerprint()
+
+
+def test_determinism_the_comparison_can_fail() -> None:
+    replies = local().run(task(0))
+    (update,) = replies.updates
+    nudged = {**update.tensors, "w": torch.nextafter(update.tensors["w"], torch.tensor(9e9))}
+    assert same_replies(replies, replies)
+    assert not same_replies(replies, replace(replies, updates=(replace(update, tensors=nudged),)))
+    assert not same_replies(replies, replace(replies, traffic=()))
+    assert not same_replies(replies, replace(replies, failures=(Failure(1, "x"),)))
+
+
+def test_the_local_engine_gives_a_whole_cohort_to_its_compute_at_once() -> None:
+    world = local()
+    world.run(*(task(k) for k in CLIENTS))
+    assert world.adder.calls == [2 * len(CLIENTS), len(CLIENTS)]
+
+
+# wrappers
+
+
+def once(client: int, reason: str, attempts: int = 1):
+    return lambda task, attempt: reason if task.client == client and attempt < attempts else None
+
+
+def test_recording_keeps_everything_and_changes_nothing(world: World) -> None:
+    recording = Recording(world.engine)
+    tasks = [task(0), task(1, "stumble")]
+    replies = recording.run(tasks)
+    recording.run([])
+    (asked, said), (none, nothing) = recording.calls
+    assert list(asked) == tasks
+    assert said is replies
+    assert (none, nothing) == ((), Replies(()))
+    assert same_replies(replies, local().run(*tasks))
+
+
+def test_faulty_never_lets_the_device_run(world: World) -> None:
+    replies = Faulty(world.engine, once(5, "out of range")).run([task(k) for k in SHUFFLED])
+    assert [u.client for u in replies.updates] == [4, 0, 2, 1, 3]
+    assert replies.failures == (Failure(5, "out of range"),)
+    assert replies.traffic[2] == Traffic(5, 0, 0, 0.0, 0)
+    assert ("add", 5) not in world.toy.ran
+    assert world.store.load(5) == ({}, {})
+
+
+def test_lossy_lets_the_device_run_and_loses_the_answer(world: World) -> None:
+    replies = Lossy(world.engine, once(5, "connection reset")).run([task(k) for k in SHUFFLED])
+    assert [u.client for u in replies.updates] == [4, 0, 2, 1, 3]
+    assert replies.failures == (Failure(5, "connection reset"),)
+    assert replies.traffic[2] == Traffic(5, len(pack(task(5), DIGEST)), 0, 0.0, 0)
+    assert world.toy.ran.count(("add", 5)) == 1
+    assert world.store.load(5)[0]["visits"].tolist() == [1]
+
+
+@pytest.mark.parametrize("wrapper", [Faulty, Lossy])
+def test_wrapped_failures_and_real_ones_stand_in_task_order(world: World, wrapper) -> None:
+    engine = wrapper(world.engine, once(0, "dropped"))
+    replies = engine.run([task(3, "stumble"), task(0), task(1, "stumble"), task(2)])
+    assert [f.client for f in replies.failures] == [3, 0, 1]
+    assert [t.client for t in replies.traffic] == [3, 0, 1, 2]
+
+
+def flow(attempts: int = 3):
+    return (yield from insist([task(k) for k in SHUFFLED], attempts))
+
+
+def test_insist_asks_again_only_whoever_did_not_answer(world: World) -> None:
+    recording = Recording(Faulty(world.engine, once(2, "offline", attempts=2)))
+    updates = drive(flow(), recording, quorum=0)
+    assert [u.client for u in updates] == SHUFFLED
+    assert [[t.client for t in tasks] for tasks, _ in recording.calls] == [SHUFFLED, [2], [2]]
+    assert sorted(world.toy.ran) == [("add", k) for k in CLIENTS]
+
+
+def test_insist_after_a_lost_answer_runs_the_device_twice(world: World) -> None:
+    updates = drive(flow(), Lossy(world.engine, once(2, "offline")), quorum=0)
+    assert [u.metrics["visits"] for u in updates] == [2 if k == 2 else 1 for k in SHUFFLED]
+
+
+def test_insist_names_whoever_never_answers(world: World) -> None:
+    with pytest.raises(CohortFailed, match=r"5 of 6 clients answered, 6 are needed. client 2: no answer to 'add' in 2 attempts"):
+        drive(flow(attempts=2), Faulty(world.engine, once(2, "offline", attempts=9)), quorum=0)
+
+
+def test_a_quorum_that_is_missed_names_each_reason(world: World) -> None:
+    def asking():
+        yield [task(0, "stumble"), task(1), task(2)]
+
+    with pytest.raises(CohortFailed) as said:
+        drive(asking(), Faulty(world.engine, once(2, "offline")), quorum=0.5)
+    assert str(said.value) == (
+        "1 of 3 clients answered, 2 are needed. client 0: ZeroDivisionError: the device ran out of luck; client 2: offline"
+    )
+
+
+def test_attempts_count_askings_of_one_operation_at_one_client() -> None:
+    seen: list[tuple[str, int, int]] = []
+    engine = Faulty(Local(host_of()[3]), lambda t, attempt: seen.append((t.op, t.client, attempt)))
+    for tasks in ([task(0), task(1)], [task(0)], [task(0, "echo"), task(1)]):
+        engine.run(tasks)
+    assert seen == [("add", 0, 0), ("add", 1, 0), ("add", 0, 1), ("echo", 0, 0), ("add", 1, 1)]

@@ -1,0 +1,118 @@
+"""Every method of the package, on a tiny random model: the Flower engine gives the local engine's result to the last bit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import pytest
+
+from fedloom.client.client import Client
+from fedloom.client.host import Host
+from fedloom.client.store import ClientStore
+from fedloom.compute.serial import Serial
+from fedloom.engines.engine import Engine, drive
+from fedloom.engines.local import Local
+from fedloom.engines.wrap import Faulty, Lossy, Recording
+from fedloom.messages import CENTRE, Replies, Task, ask
+from fedloom.methods import all_methods
+from fedloom.methods.method import State
+from fedloom.server.participation import Pool
+from fedloom.tensors import fingerprint
+from tests import tiny
+from tests.conformance.toy import same_replies
+
+DIGEST = "tiny-experiment"
+POOL = Pool((0, 1, 2, 3), 3, 2, 5)
+EVERYWHERE = tiny.examples(33)
+
+
+def device(client: int) -> Client:
+    """One of the tiny devices, or the place that holds everything."""
+    return Client(CENTRE, EVERYWHERE, EVERYWHERE, EVERYWHERE, 3) if client == CENTRE else tiny.clients()[client]
+
+
+def over_local(host: Host) -> Engine:
+    return Local(host)
+
+
+def over_flower(host: Host) -> Engine:
+    with warnings.catch_warnings():  # the command-line library that Flower imports uses a deprecated name of click's
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from fedloom.engines.flower import in_memory
+    return in_memory(host, [*POOL.clients, CENTRE])
+
+
+@dataclass(frozen=True)
+class Played:
+    """What is left of a run: everything that was said, the server's state, the clients' after training and after predicting."""
+
+    said: list[tuple[tuple[Task, ...], Replies]]
+    state: State
+    trained: str
+    predicted: str
+
+
+MODEL = cache(tiny.model)
+
+
+@cache
+def play(name: str, engine_over: Callable[[Host], Engine], disturbed: Callable[[Engine], Engine]) -> Played:
+    """Set-up, two rounds and, twice, the personal predictions of one method."""
+    method, store = all_methods()[name](), ClientStore()
+    host = Host(method, device, Serial(MODEL()), store, DIGEST)
+    recording = Recording(disturbed(engine_over(host)))
+    state = drive(method.setup(method.init(MODEL()), POOL), recording, quorum=0)
+    for _ in range(POOL.rounds):
+        state = drive(method.round(state, POOL), recording, quorum=0.3)
+    trained = store.fingerprint()
+    for _ in range(2):
+        recording.run([ask(method.predict, k, state.shared, splits=["validation", "test"]) for k in POOL.clients])
+    return Played(recording.calls, state, trained, store.fingerprint())
+
+
+def unlucky(task: Task, attempt: int) -> str | None:
+    """Client 1 never hears the first asking of anything."""
+    return "out of range" if task.client == 1 and attempt == 0 else None
+
+
+DISTURBANCES: dict[str, Callable[[Engine], Engine]] = {
+    "undisturbed": lambda engine: engine,
+    "tasks lost": lambda engine: Faulty(engine, unlucky),
+    "answers lost": lambda engine: Lossy(engine, unlucky),
+}
+
+
+CASES = [pytest.param(name, DISTURBANCES["undisturbed"], id=name) for name in all_methods()]
+CASES += [pytest.param("fibecfed", DISTURBANCES[how], id=f"fibecfed, {how}") for how in ("tasks lost", "answers lost")]
+
+
+@pytest.mark.flower
+@pytest.mark.parametrize(("name", "disturbed"), CASES)
+def test_determinism_flower_equals_local(name: str, disturbed: Callable[[Engine], Engine]) -> None:
+    one, other = play(name, over_local, disturbed), play(name, over_flower, disturbed)
+    assert len(one.said) == len(other.said) > POOL.rounds
+    for (asked, heard), (asked_too, heard_too) in zip(one.said, other.said, strict=True):
+        assert [replace(t, tensors={}) for t in asked] == [replace(t, tensors={}) for t in asked_too]
+        assert [fingerprint(t.tensors) for t in asked] == [fingerprint(t.tensors) for t in asked_too]
+        assert same_replies(heard, heard_too)
+    assert fingerprint(one.state.shared) == fingerprint(other.state.shared)
+    assert fingerprint(one.state.server) == fingerprint(other.state.server)
+    assert (one.state.round, one.state.facts) == (other.state.round, other.state.facts)
+    assert (one.trained, one.predicted) == (other.trained, other.predicted)
+
+
+@pytest.mark.parametrize("name", all_methods())
+def test_failure_no_real_operation_fails_on_healthy_devices(name: str) -> None:
+    for _, replies in play(name, over_local, DISTURBANCES["undisturbed"]).said:
+        assert replies.failures == ()
+
+
+@pytest.mark.parametrize("name", all_methods())
+def test_durability_predicting_changes_no_device(name: str) -> None:
+    played = play(name, over_local, DISTURBANCES["undisturbed"])
+    assert played.trained == played.predicted
+    (_, first), (_, second) = played.said[-2:]
+    assert same_replies(first, second)

@@ -1,0 +1,43 @@
+"""What every test has: offline, one thread, the same Hypothesis examples each run, and a marker from its folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+from hypothesis import settings
+
+TESTS = Path(__file__).parent
+TIERS_WITH_MARKER = ("conformance", "oracle", "integration", "gpu")
+
+settings.register_profile("house", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("house")
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by its folder; skip, visibly, what this machine cannot run."""
+    no_gpu = pytest.mark.skip(reason="no accelerator: torch.cuda.is_available() is False")
+    no_flower = pytest.mark.skip(reason="the extra 'flower' is not installed: pip install 'fedloom[flower]'")
+    has_flower = importlib.util.find_spec("flwr") is not None
+    for item in items:
+        if not item.path.is_relative_to(TESTS):
+            continue
+        tier = item.path.relative_to(TESTS).parts[0]
+        if tier in TIERS_WITH_MARKER:
+            item.add_marker(tier)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if item.get_closest_marker("flower") and not has_flower:
+            item.add_marker(no_flower)

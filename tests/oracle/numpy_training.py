@@ -1,0 +1,80 @@
+"""Local training and averaging in NumPy float64: what every federated method's derivation needs and none owns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tests.oracle.numpy_encoder import Encoder, Example, Tensors, pad
+
+Indices = Sequence[int] | np.ndarray
+"""Positions into a device's examples."""
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """ "AdamW, constant lr, weight decay 0, clip 1.0": decoupled decay (1711.05101); clip 0 means none."""
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+
+def clip_to(gradients: Tensors, limit: float) -> dict[str, np.ndarray]:
+    """The gradients, scaled so that their 2-norm all together is at most ``limit``. Exactly limit/norm, nothing added."""
+    norm = math.sqrt(sum(float((g**2).sum()) for g in gradients.values()))
+    factor = limit / norm if limit and norm > limit else 1.0
+    return {name: factor * g for name, g in gradients.items()}
+
+
+def adamw_step(
+    w: np.ndarray, g: np.ndarray, first: np.ndarray, second: np.ndarray, step: int, rule: AdamW
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """w, m, v after step number ``step`` (from 1): m̂ = m/(1−β₁^t), v̂ = v/(1−β₂^t), w ← w(1 − lr·λ) − lr·m̂/(√v̂ + eps)."""
+    first = rule.beta1 * first + (1 - rule.beta1) * g
+    second = rule.beta2 * second + (1 - rule.beta2) * g**2
+    move = first / (1 - rule.beta1**step) / (np.sqrt(second / (1 - rule.beta2**step)) + rule.eps)
+    return w * (1 - rule.lr * rule.weight_decay) - rule.lr * move, first, second
+
+
+def train(
+    encoder: Encoder,
+    tensors: Tensors,
+    names: Iterable[str],
+    examples: Sequence[Example],
+    batches: Sequence[Indices],
+    rule: AdamW,
+    masks: Tensors | None = None,
+) -> tuple[dict[str, np.ndarray], list[float]]:
+    """All ``tensors`` after one step a batch on those called ``names``, and the loss before each step."""
+    # "fresh optimiser each participation"
+    now, masks, losses = dict(tensors), masks or {}, []
+    trained = sorted(names)
+    first, second = ({n: np.zeros_like(now[n]) for n in trained} for _ in range(2))
+    for step, batch in enumerate(batches, start=1):
+        chosen = pad([examples[i] for i in batch])
+        losses.append(encoder.forward(now, chosen).loss)
+        gradients = encoder.backward(now, chosen).tensors
+        # "Masked-out rows of B get no update". Read as: their gradient is gone before the norm is taken for clipping.
+        masked = {n: gradients[n].mean(0) * masks.get(n, 1.0) for n in trained}
+        for n, g in clip_to(masked, rule.clip).items():
+            moved, first[n], second[n] = adamw_step(now[n], g, first[n], second[n], step, rule)
+            now[n] = np.where(masks.get(n, 1.0) == 1.0, moved, now[n])
+    return now, losses
+
+
+def payload(tensors: Tensors, names: Iterable[str]) -> int:
+    """Bytes of the tensors alone, in float32."""
+    return sum(4 * tensors[name].size for name in names)
+
+
+def aggregate(updates: Sequence[Tensors], sizes: Sequence[int]) -> dict[str, np.ndarray]:
+    # "the server averages with p_k": p_k = n_k / Σ_{j∈S_t} n_j
+    total = sum(sizes)
+    return {n: sum((s / total * u[n] for u, s in zip(updates, sizes, strict=True)), np.zeros(1)) for n in updates[0]}

@@ -1,0 +1,53 @@
+"""Views of examples: they count from themselves and share the arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fedloom.data.examples import Examples
+
+IDS = [[11, 12, 13], [21], [31, 32], [41, 42, 43, 44]]
+SEGMENTS = [[0, 0, 1], [0], [0, 1], [0, 1, 1, 1]]
+LABELS = [2, 0, 1, 2]
+
+
+def store() -> Examples:
+    return Examples.of(IDS, LABELS, SEGMENTS)
+
+
+def test_lengths_and_labels_follow_the_texts() -> None:
+    examples = store()
+    assert len(examples) == 4
+    assert examples.labels.tolist() == LABELS
+    assert examples.lengths.tolist() == [3, 1, 2, 4]
+
+
+def test_a_subset_of_a_subset_counts_from_the_view() -> None:
+    view = store().subset([3, 1, 0]).subset(np.array([2, 0]))
+    assert view.rows.tolist() == [0, 3]
+    view = store().subset([3, 1, 2]).subset([1, 2])
+    assert view.rows.tolist() == [1, 2]
+    assert view.labels.tolist() == [0, 1]
+    assert view.lengths.tolist() == [1, 2]
+    assert view.pad(np.array([1]), pad_id=0).ids.tolist() == [[31, 32]]
+
+
+def test_a_subset_copies_no_tokens() -> None:
+    whole = store()
+    assert np.shares_memory(whole.subset([1]).tokens, whole.tokens)
+
+
+def test_an_empty_view_is_a_view() -> None:
+    empty = store().subset([])
+    assert len(empty) == 0
+    assert empty.labels.shape == (0,)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 texts came with 1 labels"):
+        Examples.of([[1], [2]], [0])
+    with pytest.raises(ValueError, match="text 1 has no tokens"):
+        Examples.of([[1], []], [0, 0])
+    with pytest.raises(ValueError, match="3 segment ids came with 2 tokens"):
+        Examples.of([[1, 2]], [0], [[0, 0, 0]])

@@ -1,0 +1,56 @@
+"""Every mutant on the list still fits the source, and a misfit is told. (That the runner judges right: tests/integration.)"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from tools.mutants import LIST, ROOT, Misfit, Mutant, corrupted, judge, read
+
+MUTANTS = read(LIST)
+
+
+MINUS = Mutant("minus", "adds by subtracting", "arithmetic.py", "a + b", "a - b", ("tests/test_good.py",))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"file": "gone.py"}, "no file gone.py"),
+        ({"old": "a * b"}, "occurs 0 times"),
+        ({"old": "a"}, "must occur exactly once"),
+        ({"new": "a + b"}, "the same text"),
+        ({"new": "a +"}, "not Python"),
+    ],
+)
+def test_a_misfit_says_why(tmp_path: Path, change: dict[str, str], said: str) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "arithmetic.py").write_text("def add(a, b):\n    return a + b\n")
+    misfit = dataclasses.replace(MINUS, **change)
+    with pytest.raises(Misfit, match=said):
+        corrupted(misfit, tmp_path / "src")
+    assert judge(misfit, tmp_path).verdict == "DOES NOT APPLY"
+
+
+@pytest.mark.parametrize("text", ['[[mutant]]\nid = "a"', '[[mutant]]\nid="a"\nsays=""\nfile=""\nold=""\nnew=""\ntests=[]\nx=1'])
+def test_an_incomplete_entry_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "mutants.toml").write_text(text)
+    with pytest.raises(ValueError, match="mutant 'a' has fields"):
+        read(tmp_path / "mutants.toml")
+
+
+def test_an_id_stands_for_one_mutant(tmp_path: Path) -> None:
+    entry = '[[mutant]]\nid = "a"\nsays = ""\nfile = ""\nold = ""\nnew = ""\ntests = []\n'
+    (tmp_path / "mutants.toml").write_text(entry * 2)
+    with pytest.raises(ValueError, match=r"more than once: \['a'\]"):
+        read(tmp_path / "mutants.toml")
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.id)
+def test_mutant_on_the_list_still_fits(mutant: Mutant) -> None:
+    corrupted(mutant, ROOT / "src")
+    assert mutant.tests
+    for test in mutant.tests:
+        assert (ROOT / test.split("::")[0]).is_file(), f"{mutant.id} names {test}, which is not there"

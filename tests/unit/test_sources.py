@@ -1,0 +1,506 @@
+"""Data from files, folders, memory and (a stand-in for) the Hub: what is decided is said, what is wrong is named."""
+
+from __future__ import annotations
+
+import csv
+import json
+import socket
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fedloom.data import sources
+from fedloom.data.sources import load, tokenise
+from fedloom.data.tasks import DataError
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Any look-up of a host is a failure of the test that makes it; the Hub then counts as unreachable."""
+    asked = []
+    monkeypatch.setattr(sources, "getproxies", dict)
+
+    def refuse(host, *_):
+        asked.append(host)
+        raise OSError("no network in unit tests")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    return asked
+
+
+def rows(n=40, **more):
+    return {"text": [f"text {i}" for i in range(n)], "label": [i % 2 for i in range(n)]} | more
+
+
+def write_csv(path, columns, delimiter=","):
+    with path.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out, delimiter=delimiter)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+
+
+def write(path, columns):
+    suffix = path.suffix
+    if suffix == ".parquet":
+        pq.write_table(pa.table(columns), path)
+    elif suffix in (".csv", ".tsv"):
+        write_csv(path, columns, "," if suffix == ".csv" else "\t")
+    elif suffix == ".json":
+        path.write_text(json.dumps(columns))
+    else:
+        records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        path.write_text("\n".join(map(json.dumps, records)) + "\n\n")
+
+
+def sizes(source):
+    return {split: len(rows) for split, rows in source.splits.items()}
+
+
+def said(source):
+    return " | ".join(source.notes)
+
+
+def dataset(columns, names=("no", "yes")):
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(names))})
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+# ---- where data comes from
+
+
+def test_trec_is_packaged_and_its_validation_split_is_cut_by_seed(no_network, capfd):
+    trec = load("trec", seed=42)
+    assert (trec.name, sizes(trec)) == ("trec", {"train": 4907, "validation": 545, "test": 500})
+    assert trec.task.classes == ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM")
+    assert (trec.task.texts, trec.task.label, trec.task.metric) == (("text",), "label", "accuracy")
+    assert trec.splits["test"][0] == {"text": "How far is it from Denver to Aspen ?", "label": 5, "fine_label": "NUM:dist"}
+    assert np.bincount(trec.splits["test"]["label"]).tolist() == [9, 94, 138, 65, 81, 113]
+    assert "no validation split: 10 % of train (545 rows) cut by seed 42" in trec.notes
+    assert "9 of the 500 test texts also occur in train" in trec.notes
+    assert no_network == []
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".tsv", ".json", ".jsonl", ".ndjson"])
+def test_a_folder_of_any_kind_of_file_is_read(tmp_path, suffix, no_network, capfd):
+    write(tmp_path / f"train{suffix}", rows(30, source=["a", "b"] * 15))
+    write(tmp_path / f"dev{suffix}", rows(6, source=["a"] * 6))
+    write(tmp_path / f"test{suffix}", rows(8, source=["b"] * 8))
+    (tmp_path / "README.md").write_text("not data")
+    source = load(tmp_path, seed=0)
+    assert (source.name, sizes(source)) == (tmp_path.name, {"train": 30, "validation": 6, "test": 8})
+    assert source.splits["train"][3] == {"text": "text 3", "label": 1, "source": "b"}
+    assert source.splits["train"].features["label"].names == list(source.task.classes) == ["0", "1"]
+    assert no_network == []
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "val", "dev", "eval", "my-val_v2", "Validation", "validation-00000-of-00001"])
+def test_a_validation_file_goes_by_many_names(tmp_path, name):
+    write(tmp_path / "train-00000-of-00002.csv", rows(10))
+    write(tmp_path / "train-00001-of-00002.csv", rows(20))
+    write(tmp_path / f"{name}.csv", rows(6))
+    write(tmp_path / "test.csv", rows(8))
+    assert sizes(load(str(tmp_path), seed=0)) == {"train": 30, "validation": 6, "test": 8}
+
+
+def test_a_whole_name_wins_over_a_part_of_one_and_other_files_are_said(tmp_path):
+    for name, count in {"train": 20, "train_small": 4, "test": 6, "labels": 2, "val": 4}.items():
+        write(tmp_path / f"{name}.csv", rows(count))
+    source = load(tmp_path, seed=0)
+    assert sizes(source) == {"train": 20, "validation": 4, "test": 6}
+    assert "not used: labels.csv, train_small.csv" in source.notes
+
+
+def test_one_file_or_a_folder_with_one_is_cut_in_three(tmp_path):
+    folder = tmp_path / "reviews"
+    folder.mkdir()
+    write(folder / "all.csv", rows(100))
+    for data, name in ((folder, "reviews"), (folder / "all.csv", "all")):
+        source = load(data, seed=1)
+        assert (source.name, sizes(source)) == (name, {"train": 80, "validation": 10, "test": 10})
+        assert "no test split: 10 % of train (10 rows) cut by seed 1" in source.notes
+        assert "no validation split: 10 % of train (10 rows) cut by seed 1" in source.notes
+    (folder / "all.csv").rename(folder / "test.csv")
+    assert "the only file, test.csv, is the training data" in load(folder, seed=1).notes
+    assert load(folder / "test.csv", seed=1).name == "reviews"
+
+
+def test_the_splits_that_are_cut_are_disjoint_and_depend_on_the_seed_alone():
+    made = [load(datasets.Dataset.from_dict(rows(100)), seed=seed) for seed in (1, 1, 2)]
+    parts = [{split: set(s.splits[split]["text"]) for split in s.splits} for s in made]
+    assert parts[0] == parts[1]
+    assert parts[0]["test"] != parts[2]["test"]
+    assert parts[0]["validation"] != parts[2]["validation"]
+    for part in parts:
+        assert set.union(*part.values()) == {f"text {i}" for i in range(100)}
+        assert sum(map(len, part.values())) == 100
+
+
+def test_no_label_is_cut_out_of_train():
+    labels = ["common"] * 60 + [f"rare {i}" for i in range(10)]
+    for seed in range(5):
+        source = load(datasets.Dataset.from_dict({"text": list(map(str, range(70))), "label": labels}), seed=seed)
+        assert set(source.splits["train"]["label"]) == set(range(11))
+
+
+def test_a_lone_validation_split_becomes_the_test_split():
+    both = datasets.DatasetDict({"train": dataset(rows(50)), "validation": dataset({"text": ["x", "y"], "label": [0, 1]})})
+    source = load(both, seed=0)
+    assert sizes(source) == {"train": 45, "validation": 5, "test": 2}
+    assert list(source.splits["test"]["text"]) == ["x", "y"]
+    assert "no labelled test split: the validation split is the test split" in source.notes
+    assert list(both) == ["train", "validation"]
+
+
+@pytest.mark.parametrize("test", [{"label": [-1, -1]}, {"label": [None, None]}, {}])
+def test_an_unlabelled_test_split_is_not_used(test):
+    splits = {"train": datasets.Dataset.from_dict(rows(50)), "validation": datasets.Dataset.from_dict(rows(4))}
+    source = load(datasets.DatasetDict(splits | {"test": datasets.Dataset.from_dict({"text": ["u", "v"]} | test)}), seed=0)
+    assert "the test split has no labels and is not used" in source.notes
+    assert sizes(source) == {"train": 45, "validation": 5, "test": 4}
+    glue = datasets.DatasetDict({"train": dataset(rows(50)), "test": dataset({"text": ["u", "v"], "label": [-1, -1]})})
+    assert sizes(load(glue, seed=0)) == {"train": 40, "validation": 5, "test": 5}
+
+
+def test_an_empty_split_counts_as_missing():
+    source = load(datasets.DatasetDict({"train": dataset(rows(50)), "test": dataset({"text": [], "label": []})}), seed=0)
+    assert "the test split has no rows and is not used" in source.notes
+    assert sizes(source)["test"] == 5
+
+
+def test_a_dataset_in_memory_and_one_on_disk_are_read(tmp_path, capfd):
+    shuffled = dataset(rows(30)).select(list(range(29, -1, -1)))
+    source = load(shuffled, seed=0)
+    assert source.task.classes == ("no", "yes")
+    assert all(int(r["text"].split()[1]) % 2 == r["label"] for r in source.splits["train"])
+    capfd.readouterr()
+    datasets.DatasetDict({"train": shuffled}).save_to_disk(str(tmp_path / "saved"))
+    capfd.readouterr()
+    assert load(tmp_path / "saved", seed=0).splits["test"]["text"][:] == source.splits["test"]["text"][:]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_folder_named_as_a_packaged_set_is_reached_by_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("trec").mkdir()
+    write(tmp_path / "trec" / "train.csv", rows(20))
+    assert "for the folder of that name write ./trec" in said(load("trec", seed=0))
+    assert sizes(load("./trec", seed=0))["train"] == 16
+
+
+def test_a_folder_with_a_data_folder_is_read(tmp_path):
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "train.csv", rows(20))
+    assert sizes(load(tmp_path, seed=0))["train"] == 16
+
+
+def test_a_csv_that_changes_under_its_name_is_read_anew(tmp_path):
+    path = tmp_path / "x.csv"
+    write(path, rows(20))
+    assert load(path, seed=0).task.classes == ("0", "1")
+    write(path, {"text": [f"new {i}" for i in range(20)], "label": ["a", "b"] * 10})
+    source = load(path, seed=0)
+    assert source.task.classes == ("a", "b")
+    assert all(text.startswith("new") for text in source.splits["train"]["text"])
+
+
+def test_a_hub_name_is_loaded_with_its_config(monkeypatch):
+    asked = []
+
+    def hub(path, config):
+        asked.append((path, config, sources.hub.HF_HUB_OFFLINE))
+        names = {"train": 30, "validation_matched": 4, "validation_mismatched": 4, "test_matched": 6, "test_mismatched": 6}
+        return datasets.DatasetDict({name: dataset(rows(n)) for name, n in names.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    monkeypatch.setattr(sources.hub, "HF_HUB_OFFLINE", False)
+    source = load("glue:cola", seed=0)
+    assert (source.name, source.task.metric) == ("glue:cola", "mcc")
+    assert sizes(source) == {"train": 30, "validation": 4, "test": 6}
+    assert "splits not used: validation_mismatched, test_mismatched" in source.notes
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: ["an address"])
+    load("owner/set", seed=0)
+    monkeypatch.setattr(sources, "getproxies", lambda: {"https": "proxy"})
+    load("set", seed=0)
+    assert asked == [("glue", "cola", True), ("owner/set", None, False), ("set", None, False)]
+    assert sources.hub.HF_HUB_OFFLINE is False
+
+
+# ---- columns, labels, texts
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "note"),
+    [
+        (["b", "a"] * 20, ("a", "b"), ""),
+        ([3, 1] * 20, ("1", "3"), "integer labels 1, 3 became ids 0 to 1"),
+        ([-1, 1] * 20, ("-1", "1"), "integer labels -1, 1 became ids 0 to 1"),
+        ([10, 9, 2, 1] * 10, ("1", "2", "9", "10"), "became ids"),
+        ([True, False] * 20, ("False", "True"), ""),
+        ([1.0, 0.0] * 20, ("0", "1"), ""),
+        ([7, 8, 9, 10] * 10, ("7", "8", "9", "10"), "integer labels 7, 8, 9, 10 became ids 0 to 3"),
+    ],
+)
+def test_labels_become_ids_in_the_order_of_their_values(labels, classes, note, tmp_path):
+    columns = {"text": [f"{label} {i}" for i, label in enumerate(labels)], "label": labels}
+    write(tmp_path / "a.parquet", columns)
+    write(tmp_path / "b.csv", columns)
+    for path in (tmp_path / "a.parquet", tmp_path / "b.csv"):
+        source = load(path, seed=0)
+        assert source.task.classes == classes
+        assert note in said(source)
+        if not note:
+            assert "became" not in said(source)
+        for row in source.splits["train"]:
+            word = row["text"].split()[0]
+            assert classes[row["label"]] == (word if word in classes else str(int(float(word))))
+
+
+def test_a_label_that_is_only_sometimes_a_number_stays_a_word():
+    train = datasets.Dataset.from_dict({"text": list("abcdefgh"), "label": ["1", "x"] * 4})
+    test = datasets.Dataset.from_dict({"text": list("ij"), "label": ["1", "1"]})
+    source = load(datasets.DatasetDict({"train": train, "test": test}), seed=0)
+    assert source.task.classes == ("1", "x")
+    assert list(source.splits["test"]["label"]) == [0, 0]
+
+
+def test_class_names_are_kept_even_of_a_class_without_rows_and_number_the_other_splits_integers():
+    splits = {"train": dataset(rows(40), names=("no", "yes", "never")), "test": datasets.Dataset.from_dict(rows(3))}
+    source = load(datasets.DatasetDict(splits), seed=0)
+    assert source.task.classes == ("no", "yes", "never")
+    assert list(source.splits["test"]["label"]) == [0, 1, 0]
+    swapped = dataset({"text": ["a"], "label": [0]}, names=("yes", "no"))
+    source = load(datasets.DatasetDict({"train": dataset(rows(40)), "test": swapped}), seed=0)
+    assert list(source.splits["test"]["label"]) == [1]
+
+
+def test_columns_and_metric_can_be_named():
+    data = datasets.Dataset.from_dict(rows(40, title=["t"] * 40, topic=["x", "y"] * 20))
+    source = load(data, seed=0, text=("title", "text"), label="topic", metric="f1")
+    assert (source.task.texts, source.task.label, source.task.metric) == (("title", "text"), "topic", "f1")
+    assert "columns: text title + text, label topic (2 classes); metric f1" in source.notes
+
+
+def test_nested_columns_are_left_out_and_empty_texts_are_texts():
+    data = datasets.Dataset.from_dict(rows(20, tokens=[[1]] * 20, score=[0.5] * 20) | {"text": ["", " "] * 10})
+    source = load(data, seed=0)
+    assert source.splits["train"].column_names == ["text", "label", "score"]
+    assert set(source.splits["train"]["text"]) == {"", " "}
+
+
+def test_caps_draw_rows_by_seed_in_their_order():
+    data = datasets.DatasetDict({s: dataset({"text": [f"{s} {i:02}" for i in range(40)], "label": [0, 1] * 20})
+                                 for s in ("train", "validation", "test")})  # fmt: skip
+    made = [load(data, seed=s, max_train=10, max_validation=4, max_test=40) for s in (0, 0, 1)]
+    assert sizes(made[0]) == {"train": 10, "validation": 4, "test": 40}
+    texts = [list(s.splits["train"]["text"]) for s in made]
+    assert texts[0] == texts[1] == sorted(texts[0])
+    assert texts[0] != texts[2]
+    assert "10 of 40 train rows drawn by seed 0" in made[0].notes
+    assert "40 test rows" not in said(made[0])
+    assert "no drawn training row has the label" in said(load(data, seed=0, max_train=1))
+    with pytest.raises(DataError, match=r"max_test must be 0 \(all rows\) or more, not -1"):
+        load(data, seed=0, max_test=-1)
+
+
+def test_texts_that_also_occur_in_train_are_counted_but_kept():
+    test = {"text": ["text 3", "text 3", "other", "text 4"], "label": [1, 1, 0, 0]}
+    source = load(datasets.DatasetDict({"train": dataset(rows(8)), "validation": dataset(rows(2)), "test": dataset(test)}), seed=0)
+    assert "3 of the 4 test texts also occur in train" in source.notes
+    assert "2 of the 2 validation texts also occur in train" in source.notes
+    assert sizes(source)["test"] == 4
+
+
+# ---- what is wrong is named
+
+
+def bad(tmp_path, data, match, **options):
+    with pytest.raises(DataError, match=match) as caught:
+        load(data, seed=0, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_that_is_not_utf8_is_named_with_its_offset_and_the_mend(tmp_path):
+    (tmp_path / "train.csv").write_bytes(b"text,label\ncaf\xe9,0\n")
+    bad(tmp_path, tmp_path, r"train.csv' is not UTF-8: byte 0xe9 at offset 14 .*iconv -f WINDOWS-1252 -t UTF-8 'train.csv'")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("a.csv", 'text,label\n"open,0\n', "not well-formed CSV: unexpected end of data"),
+        ("a.csv", "text,label\nx,y,0\n", "line 2 of .* has 3 cells, and the first line names 2: text, label"),
+        ("a.csv", "", "must name each column once; it is: \\[\\]"),
+        ("a.csv", "text,text\n", "must name each column once"),
+        ("a.tsv", "text\tlabel\nx\t0\t1\n", "line 2 of .* has 3 cells"),
+        ("a.jsonl", '{"text": "x", "label": 0}\n{"text": \n', "line 2 of .* is not JSON"),
+        ("a.jsonl", "[1]\n", r"record 0 of .* is \[1\]; each must be an object"),
+        ("a.json", '{"text": ["x"], "label": [0, 1]}', "differ in length: {'text': 1, 'label': 2}"),
+        ("a.json", "[1, 2]", "record 0 of .* is 1"),
+        ("a.parquet", "PAR1", "not a readable Parquet file"),
+        ("a.xlsx", "?", "data files end in .parquet, .csv"),
+        ("a.csv", "text,label\n", "no training rows"),
+        ("a.csv", "text,label\nx,\ny,\n", "training split has no labels in column 'label'"),
+        ("a.csv", "text,label\nx,0\ny,\n", "row 1 of the train split has no label in column 'label'"),
+        ("a.csv", "text,label\nx,0\ny,0\nz,0\n", "at least two classes; the data has \\['0'\\]"),
+        ("a.csv", "text,label\nx,0\ny,1\n", "2 training rows are too few to cut a validation split"),
+        ("a.jsonl", '{"text": "x", "label": 0.5}', "holds 0.5; a label is one word or one whole number"),
+        ("a.jsonl", '{"text": "x", "label": [0]}', r"holds \[0\]; a label is one word"),
+        ("a.jsonl", '{"text": "x", "label": 0}\n{"label": 1}', "row 1 of the train split has no text in column 'text'"),
+    ],
+)
+def test_a_file_that_is_wrong_is_named(tmp_path, name, content, match):
+    (tmp_path / name).write_text(content)
+    bad(tmp_path, tmp_path / name, match)
+
+
+def test_what_is_not_there_is_named_with_what_is(tmp_path, monkeypatch, no_network):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rte").mkdir()
+    bad(tmp_path, "./nosuch", r"no file or folder './nosuch'; '.*' has: data")
+    bad(tmp_path, "data/nosuch", r"no file or folder 'data/nosuch'; '.*data' has: rte")
+    bad(tmp_path, "nosuch.csv", "no file or folder 'nosuch.csv'")
+    bad(tmp_path, tmp_path / "a" / "b", r"no file or folder .* has: data")
+    bad(tmp_path, "data/rte", r"has no data file \(.parquet, .*\); it has: nothing")
+    assert no_network == []
+    bad(tmp_path, "nosuch", r"'nosuch' is no local file or folder, and the Hugging Face Hub did not give it .*'.*' has: data")
+
+
+def test_a_folder_that_is_unclear_is_named(tmp_path):
+    write(tmp_path / "x.csv", rows(4))
+    write(tmp_path / "y.csv", rows(4))
+    bad(tmp_path, tmp_path, "has no training file; call it train.csv .* it has: x.csv, y.csv")
+    write(tmp_path / "train.csv", rows(4))
+    write(tmp_path / "train.json", rows(4))
+    bad(tmp_path, tmp_path, "has both train.csv and train.json; leave only the one to use")
+    (tmp_path / "train.json").unlink()
+    write(tmp_path / "dev.csv", rows(4))
+    write(tmp_path / "val.csv", rows(4))
+    bad(tmp_path, tmp_path, "more than one validation split: dev, val; leave only")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write(shards / "train-00000-of-00002.parquet", rows(4))
+    write(shards / "train-00001-of-00002.parquet", {"body": ["x"]})
+    bad(tmp_path, shards, "do not have the same columns")
+
+
+def test_splits_that_do_not_fit_are_named():
+    train = dataset(rows(20))
+    for match, test in {
+        "test split has label b, which no training row has; the training labels are: 0, 1": {"text": ["x"], "label": ["b"]},
+        "test split has no column 'text', .* its columns are: body, label": {"body": ["x"], "label": [0]},
+        "row 1 of the test split has no text": {"text": ["x", None], "label": [0, 1]},
+        "row 1 of the test split has no label": {"text": ["x", "y"], "label": [0, None]},
+    }.items():
+        plain = datasets.Dataset.from_dict(rows(20))
+        bad(None, datasets.DatasetDict({"train": plain, "test": datasets.Dataset.from_dict(test)}), match)
+    names = dataset({"text": ["x"], "label": [2]}, names=("no", "yes", "maybe"))
+    bad(None, datasets.DatasetDict({"train": train, "test": names}), "has label maybe, .* are: no, yes")
+    bad(None, datasets.DatasetDict({"validation": train, "test": train}), "no training rows; its splits are: validation, test")
+    bad(None, train, "no column 'body'; its columns are: text, label", text=("body",))
+    bad(None, train, "no metric 'auc'", metric="auc")
+    odd = pa.table(rows(4) | {"label": [0, 1, 5, 0]}).replace_schema_metadata(train.data.table.schema.metadata)
+    bad(None, datasets.Dataset(datasets.table.InMemoryTable(odd)), "holds 5, and its class names number 0 to 1: no, yes")
+    many = {"text": list(map(str, range(60))), "label": [f"c{i:02}" for i in range(60)]}
+    both = {"train": datasets.Dataset.from_dict(many), "test": datasets.Dataset.from_dict({"text": ["x"], "label": ["z"]})}
+    bad(None, datasets.DatasetDict(both), r"c11 and 48 more\. Remove those rows")
+
+
+# ---- the finer points of files
+
+
+def test_csv_cells_are_kept_as_they_stand(tmp_path):
+    texts = ["null", "NA", "007", 'a "quoted" word', "two\nlines", "comma, here", "", "ünï", "x" * 200_000, "1e5"]
+    write_csv(tmp_path / "a.csv", {"text": texts, "label": [0, 1] * 5})
+    limit = csv.field_size_limit()
+    source = load(tmp_path / "a.csv", seed=0)
+    assert sorted(t for rows in source.splits.values() for t in rows["text"]) == sorted(texts)
+    assert csv.field_size_limit() == limit
+    (tmp_path / "b.csv").write_text("\ufefftext;label\n" + "".join(f"a, {i};{i % 2}\n\n" for i in range(20)), encoding="utf-8")
+    assert load(tmp_path / "b.csv", seed=0).splits["train"]["text"][0].startswith("a, ")
+
+
+def test_a_tsv_with_stray_quotes_is_read_as_it_stands_and_a_quoted_one_unquoted(tmp_path):
+    stray = [f'"{i}" he said' if i % 2 else f'so " {i}' for i in range(20)]
+    (tmp_path / "a.tsv").write_text("text\tlabel\n" + "".join(f"{t}\t{i % 2}\n" for i, t in enumerate(stray)))
+    assert set(load(tmp_path / "a.tsv", seed=0).splits["train"]["text"]) <= set(stray)
+    write_csv(tmp_path / "b.tsv", {"text": [f'a "b"\t{i}' for i in range(20)], "label": [0, 1] * 10}, "\t")
+    assert load(tmp_path / "b.tsv", seed=0).splits["train"]["text"][0].startswith('a "b"\t')
+
+
+def test_json_comes_in_several_shapes(tmp_path):
+    columns = rows(20)
+    records = [{"text": t, "label": label} for t, label in zip(columns["text"], columns["label"], strict=True)]
+    for shape in (columns, records, {"data": records}, {"data": columns}):
+        (tmp_path / "a.json").write_text(json.dumps(shape))
+        assert sizes(load(tmp_path / "a.json", seed=0))["train"] == 16
+    (tmp_path / "a.json").write_text("\n".join(map(json.dumps, records)))
+    assert sizes(load(tmp_path / "a.json", seed=0))["train"] == 16
+    records[0]["note"], records[1]["note"] = 1, "one"
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    assert "note" in load(tmp_path / "a.json", seed=0).splits["train"].column_names
+
+
+# ---- tokenise
+
+
+def source_of_pairs():
+    pair = {"premise": list("abcdef"), "hypothesis": list("uvwxyz"), "label": [0, 1] * 3}
+    splits = {s: datasets.Dataset.from_dict(pair) for s in ("train", "validation", "test")}
+    return load(datasets.DatasetDict(splits), seed=0)
+
+
+def test_tokenise_encodes_each_split_in_one_pass_with_its_labels():
+    calls = []
+
+    def encode(texts, pairs):
+        calls.append((texts, pairs))
+        ids = [[ord(a), ord(b)] for a, b in zip(texts, pairs, strict=True)]
+        return ids, [[0, 1] for _ in ids]
+
+    made = tokenise(source_of_pairs(), encode)
+    assert calls == [(list("abcdef"), list("uvwxyz"))] * 3
+    assert list(made) == ["train", "validation", "test"]
+    assert made["test"].labels.tolist() == [0, 1] * 3
+    padded = made["test"].pad(np.array([2]), pad_id=0)
+    assert padded.ids.tolist() == [[ord("c"), ord("w")]]
+    assert padded.segments.tolist() == [[0, 1]]
+    single = load(datasets.Dataset.from_dict(rows(20)), seed=0)
+    seen = []
+    tokenise(single, lambda texts, pairs: (seen.append(pairs), ([[1]] * len(texts), [[0]] * len(texts)))[1])
+    assert seen == [None] * 3
+
+
+def test_tokenise_refuses_what_is_not_one_example_a_text():
+    with pytest.raises(DataError, match="5 ids and 6 segments for the 6 texts of the train split"):
+        tokenise(source_of_pairs(), lambda texts, _: ([[1]] * 5, [[0]] * 6))
+    with pytest.raises(DataError, match=r"row 4 of the train split has no tokens \(its text is 'e'\)"):
+        tokenise(source_of_pairs(), lambda texts, _: ([[1]] * 4 + [[], [1]], [[0]] * 4 + [[], [0]]))
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the data sets in {SHARED}")
+@pytest.mark.parametrize(
+    ("name", "texts", "metric", "expected"),
+    [
+        ("trec", 1, "accuracy", (4907, 545, 500)),
+        ("sst2", 1, "accuracy", (6920, 872, 1821)),
+        ("rte", 2, "accuracy", (2241, 249, 277)),
+        ("mrpc", 2, "f1", (3668, 408, 1725)),
+        ("cola", 1, "mcc", (7696, 855, 1043)),
+        ("qnli", 2, "accuracy", (8999, 1000, 5463)),
+        ("subj", 1, "accuracy", (7000, 1000, 2000)),
+        ("ag_news", 1, "accuracy", (27031, 3003, 7600)),
+    ],
+)
+def test_public_sets_load_without_a_flag(name, texts, metric, expected, no_network):
+    source = load(str(SHARED / name), seed=42)
+    assert (len(source.task.texts), source.task.metric, tuple(sizes(source).values())) == (texts, metric, expected)
+    assert no_network == []
