@@ -47,6 +47,8 @@ def checked_settings(settings: Mapping[str, Any]) -> dict[str, Setting]:
     Raises:
         WireError: any other value; None, dict and tuple of mixed kinds are refused as deployment refuses them.
     """
+    if not isinstance(settings, Mapping):
+        raise WireError(f"settings are {settings!r}; they must map names to values")
     return {_name(name): _setting(name, value) for name, value in settings.items()}
 
 
@@ -86,8 +88,8 @@ def pack(message: Task | Update, digest: str) -> bytes:
         }
     header = {"version": VERSION, "digest": digest, "client": int(message.client), **body}
     tensors = checked_tensors(message.tensors, finite=isinstance(message, Update))
-    shared = {t.data_ptr() for t in tensors.values() if t.numel()}
-    if len(shared) < sum(1 for t in tensors.values() if t.numel()):
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors.values() if tensor.numel()}
+    if len(storages) < sum(1 for tensor in tensors.values() if tensor.numel()):
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     return save_safetensors(tensors, {HEADER: json.dumps(header, sort_keys=True)})
 
@@ -103,20 +105,20 @@ def unpack(blob: bytes, digest: str) -> Task | Update:
         raise WireError(f"message of wire version {header['version']}; this is version {VERSION}: use the same release on both sides")
     if header["digest"] != digest:
         raise WireError(f"message of experiment {header['digest']!r}; this is experiment {digest!r}")
+    kind, client = header["kind"], _field(header, "client", int)
+    if kind not in ("task", "update"):
+        raise WireError(f"message of kind {kind!r}; there are 'task' and 'update'")
     try:
         tensors = dict(sorted(load_safetensors(blob).items()))  # the file format keeps no order, and sums depend on it
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:
         raise WireError(f"the message's tensors cannot be read: {error}") from error
-    try:
-        if header["kind"] == "task":
-            return Task(str(header["op"]), int(header["client"]), tensors, checked_settings(header["settings"]))
-        if header["kind"] == "update":
-            checked_tensors(tensors, finite=True)
-            count, metrics = int(header["num_examples"]), checked_settings(header["metrics"])
-            return Update(int(header["client"]), count, tensors, metrics, float(header["flops"]), int(header["examples"]))
-    except (KeyError, TypeError) as error:
-        raise WireError(f"the message's header is incomplete: {error}") from error
-    raise WireError(f"message of kind {header['kind']!r}; there are 'task' and 'update'")
+    checked_tensors(tensors, finite=kind == "update")
+    if kind == "task":
+        return Task(_field(header, "op", str), client, tensors, checked_settings(_field(header, "settings", dict)))
+    count, examples, flops = (_field(header, name, of) for name, of in (("num_examples", int), ("examples", int), ("flops", float)))
+    if count < 0 or examples < 0 or not 0 <= flops < math.inf:
+        raise WireError(f"an update with num_examples {count}, examples {examples}, flops {flops}; none may be negative or not finite")
+    return Update(client, count, tensors, checked_settings(_field(header, "metrics", dict)), flops, examples)
 
 
 def _header(blob: bytes) -> dict[str, Any]:
@@ -127,8 +129,16 @@ def _header(blob: bytes) -> dict[str, Any]:
         header = json.loads(json.loads(blob[8 : 8 + length])["__metadata__"][HEADER])
         {header[key] for key in ("version", "digest", "client", "kind")}
         return header
-    except (struct.error, ValueError, KeyError, TypeError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, RecursionError) as error:
         raise WireError(f"not a Fedloom message ({type(error).__name__}: {error})") from error
+
+
+def _field(header: Mapping[str, Any], name: str, kind: type[Any]) -> Any:
+    """The header's field, which must be of exactly this kind."""
+    if name not in header or type(header[name]) is not kind:
+        found = repr(header[name]) if name in header else "not there"
+        raise WireError(f"the message's field '{name}' is {found}; it must be a {kind.__name__}")
+    return header[name]
 
 
 def _name(name: object) -> str:
@@ -138,6 +148,8 @@ def _name(name: object) -> str:
 
 
 def _setting(name: str, value: Any) -> Setting:
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise WireError(f"setting '{name}' is an integer of {value.bit_length()} bits; 64 may cross")
     if isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):

@@ -32,11 +32,15 @@ from tests.oracle.numpy_training import AdamW, Indices, aggregate, payload, trai
 
 
 class Shard(NamedTuple):
-    """Device k: its examples, its batches as cut once (not yet sorted), and the positions its layers are scored on."""
+    """Device k: its examples, its batches as cut once (not yet sorted), and the positions its layers are scored on.
+
+    ``head_batches[i]``: what it trains the head on in warm-up round i (empty: on ``batches``).
+    """
 
     examples: Sequence[Example]
     batches: Sequence[Indices]
     probe: Indices
+    head_batches: Sequence[Sequence[Indices]] = ()
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,14 @@ class Played:
 
 def warm_head(encoder: Encoder, start: Tensors, clients: Mapping[int, Shard], s: Settings) -> list[dict[str, np.ndarray]]:
     # "score ... after a short federated head warm-up (default)". Read as: rounds of averaging in which only the head is
-    # trained, on all batches in the order they were cut, and weighted with p_k.
+    # trained, on batches that hold every example once, in the order they were cut, and weighted with p_k. The sentence leaves
+    # open whether these are the batches of the curriculum or cut anew, so ``Shard`` may give others for each round.
     head = [n for n in start if not is_lora(n)]
     now, made = dict(start), []
-    for cohort in s.head_cohorts:
+    for i, cohort in enumerate(s.head_cohorts):
         updates = []
         for k in cohort:
-            batches = list(clients[k].batches) * s.head_epochs
+            batches = list(clients[k].head_batches[i] if clients[k].head_batches else clients[k].batches) * s.head_epochs
             fitted, _ = train(encoder, now, head, clients[k].examples, batches, s.head_rule or s.rule)
             updates.append({n: fitted[n] for n in head})
         made.append(aggregate(updates, [len(clients[k].examples) for k in cohort]))

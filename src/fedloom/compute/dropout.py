@@ -27,7 +27,7 @@ def _mix(h: torch.Tensor) -> torch.Tensor:
 def keep_mask(key: torch.Tensor, site: int, shape: torch.Size, rate: float, from_end: bool) -> torch.Tensor:
     """bool mask of ``shape``, True with probability 1 − rate. Dimension 0 counts from the start, the others from the end if ``from_end``
     (left padding), so that padding never moves an entry's coordinates."""
-    h = _mix(key.to(torch.int32) + 0x632BE5 * (site + 1))
+    h = _mix(key.to(torch.int32) + (0x632BE5 * (site + 1) & 0x7FFFFFFF))
     for i, size in enumerate(shape):
         at = torch.arange(size, dtype=torch.int32, device=key.device)
         at = (size - 1 - at) if from_end and i > 0 else at

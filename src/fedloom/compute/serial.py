@@ -178,6 +178,6 @@ def _load_moments(adam: torch.optim.AdamW, now: dict[str, torch.Tensor], moments
 
 
 def _moments(adam: torch.optim.AdamW, now: dict[str, torch.Tensor]) -> Moments:
-    states = {n: adam.state[t] for n, t in now.items() if adam.state[t]}
-    steps = max((int(s["step"]) for s in states.values()), default=0)
+    states = {n: adam.state[t] or {"step": 0, "exp_avg": torch.zeros_like(t), "exp_avg_sq": torch.zeros_like(t)} for n, t in now.items()}
+    steps = max(int(s["step"]) for s in states.values())
     return Moments({n: s["exp_avg"].cpu() for n, s in states.items()}, {n: s["exp_avg_sq"].cpu() for n, s in states.items()}, steps)

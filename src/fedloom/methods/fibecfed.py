@@ -152,6 +152,8 @@ class FibecFed:
         """Step 3: the mask from warm-up Fisher; from here on ``private`` holds the local layers and nothing else."""
         chosen = set(task.settings["gal"])  # type: ignore[arg-type]
         local = [n for n in c.private if is_factor(n) and layer_of(n) not in chosen]
+        if set(local) == set(c.private):  # asked again because the answer was lost: this device has adopted already
+            return Update(c.id, len(c.train))
         if local and self.keep < 1:
             fisher = yield from self._warm_up(c)
             c.memory |= {f"mask/{name}": mask for name, mask in neuron_masks(only(fisher, local), self.keep).items()}

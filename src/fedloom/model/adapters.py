@@ -9,10 +9,12 @@ This file does not know transformers, data, or who trains.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
@@ -102,6 +104,23 @@ def partner(name: str) -> str:
     if not is_factor(name):
         raise ValueError(f"'{name}' is no LoRA factor; factors hold '.lora_A.' or '.lora_B.'")
     return name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
+
+
+def merged(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """A copy of the base with W0 + s·B·A in place of the pairs and ``tensors``' task head: a plain model that needs no PEFT.
+
+    Raises:
+        AdapterError: a tensor that the model trains is missing, or one is unknown.
+    """
+    copied: Any = copy.deepcopy(model)
+    own = dict(copied.named_parameters())
+    names = {_saved(name): name for name in own if is_factor(_saved(name)) or f".modules_to_save.{ADAPTER}." in name}
+    if set(tensors) != set(names):
+        raise AdapterError(f"the adapter needs exactly the trained tensors; these differ: {sorted(set(tensors) ^ set(names))[:6]}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[names[name]].copy_(tensor)
+    return copied.merge_and_unload()
 
 
 def write_adapter(model: nn.Module, names: Collection[str], tensors: Mapping[str, torch.Tensor], folder: Path, base: str) -> None:

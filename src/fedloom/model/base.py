@@ -17,6 +17,7 @@ import importlib.util
 import inspect
 import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -244,7 +245,8 @@ def load(
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     folder = folder_of(name)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the libraries' own, about calls between them
         torch.manual_seed(derive_int(seed, "model"))
         base, tokenizer, config = _loaded(folder, name, num_labels)
         module = attach(base, lora)
@@ -258,6 +260,7 @@ def load(
     model.initial = {saved: own[parameter].detach().float().clone() for saved, parameter in sorted(model.parameters.items())}
     model._copies[torch.float32] = module
     _learn_to_call(model, base)
+    model.base(model.dtype)  # made here, since no copy can be made inside a vmap
     return model
 
 

@@ -180,8 +180,8 @@ def _build(kind: type[Any], saved: Mapping[str, Any], what: str) -> Any:
 def _value(hint: Any, value: Any, what: str) -> Any:
     if hint is Any:
         return value
-    if dataclasses.is_dataclass(hint):
-        if "name" in vars(hint) and isinstance(value, Mapping):
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        if "name" in vars(hint):
             value = {key: item for key, item in value.items() if key != "name"}
         return _build(hint, value, what)  # type: ignore[arg-type]
     origin = get_origin(hint)

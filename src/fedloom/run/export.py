@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from fedloom.client.store import ClientStore
 from fedloom.messages import Tensors
 from fedloom.methods.method import Predictor
-from fedloom.model.adapters import write_adapter
+from fedloom.model.adapters import merged, write_adapter
 from fedloom.model.base import Model, folder_of
 from fedloom.run import checkpoint
 from fedloom.run.experiment import Experiment
@@ -28,6 +29,16 @@ def whole(model: Model, tensors: Tensors) -> dict[str, torch.Tensor]:
 def write_folder(model: Model, tensors: Tensors, out: Path) -> None:
     """Write ``tensors`` (the rest at the start) as an adapter folder with the tokenizer beside it."""
     write_adapter(model.module, list(model.parameters), whole(model, tensors), out, folder_of(model.name))
+    model.tokenizer.save_pretrained(out)
+
+
+def write_merged(model: Model, tensors: Tensors, classes: Sequence[str], out: Path) -> None:
+    """Write the base with the adapter merged in, the classes' names and the tokenizer: a folder that transformers loads by itself."""
+    plain = merged(model.module, whole(model, tensors))
+    plain.config.pad_token_id = model.pad_id
+    plain.config.id2label = dict(enumerate(classes))
+    plain.config.label2id = {name: i for i, name in enumerate(classes)}
+    plain.save_pretrained(out)
     model.tokenizer.save_pretrained(out)
 
 
@@ -66,8 +77,8 @@ def _personal(world: World, store: ClientStore, client: int, shared: Tensors) ->
         return finished.value
 
 
-def export(experiment: Experiment, folder: Path, out: Path, client: int | None = None) -> Path:
-    """Write the run's adapter to ``out``.
+def export(experiment: Experiment, folder: Path, out: Path, client: int | None = None, merge: bool = False) -> str:
+    """Write the run's adapter to ``out``, or with ``merge`` the whole model with the adapter merged in. Returns the Python that loads it.
 
     Raises:
         ExportError: nothing to export, ``out`` is not empty, or a model that no adapter can hold.
@@ -82,5 +93,9 @@ def export(experiment: Experiment, folder: Path, out: Path, client: int | None =
         if not last:
             raise ExportError("this device's model adds a label prior to the logits, and the head has no bias that could hold it")
         tensors[sorted(last)[-1]] = tensors[sorted(last)[-1]] + found.bias
+    if merge:
+        write_merged(world.model, tensors, world.classes, out)
+        return f'AutoModelForSequenceClassification.from_pretrained("{out}")'
     write_folder(world.model, tensors, out)
-    return out
+    base = f'"{folder_of(experiment.model)}", num_labels={len(world.classes)}, ignore_mismatched_sizes=True'
+    return f'PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained({base}), "{out}")'

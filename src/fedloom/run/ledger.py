@@ -30,6 +30,7 @@ class Section:
     bytes_up: int = 0
     bytes_down: int = 0
     examples: int = 0
+    flops: float = 0.0
     device_seconds: float = 0.0
     losses: list[tuple[float, int]] = field(default_factory=list)
     answered: list[int] = field(default_factory=list)
@@ -40,6 +41,7 @@ class Section:
         self.bytes_down += sum(t.bytes_down for t in replies.traffic)
         self.bytes_up += sum(t.bytes_up for t in replies.traffic)
         self.examples += sum(t.examples for t in replies.traffic)
+        self.flops += sum(t.flops for t in replies.traffic)
         costs = [(t.flops, float(t.bytes_down), float(t.bytes_up)) for t in replies.traffic]
         self.device_seconds += round_seconds(self.profile, costs)
         self.losses += [(float(u.metrics["loss"]), u.num_examples) for u in replies.updates if "loss" in u.metrics]  # type: ignore[arg-type]

@@ -47,15 +47,16 @@ def run(experiment: Experiment, folder: Path, plain: bool | None = None) -> dict
     Raises:
         CheckpointError: the folder belongs to another experiment, another process, other data, or its checkpoint is corrupt.
     """
-    claim(folder, experiment)
+    check(folder, experiment)
     with checkpoint.only_one(folder):
         results = folder / "results.json"
-        if results.exists():
+        if check(folder, experiment) and results.exists():
             return json.loads(results.read_text())
         title = f"{experiment.method_name} on {experiment.data}, {experiment.clients} devices, {experiment.cohort} a round -> {folder}"
         with Progress(experiment.rounds, title, plain) as show:
             show.phase("loading data and model")
             world = build(experiment)
+            claim(folder, experiment)
             for note in world.source.notes:
                 show.note(note)
             return _run(world, folder, show)
@@ -106,7 +107,14 @@ def _evaluated(world: World, state: State, engine: Engine, show: Progress) -> Ev
 
 
 def claim(folder: Path, experiment: Experiment) -> None:
-    """Write ``experiment.json``, or check that the one there says the same.
+    """Write ``experiment.json``, or check that the one there says the same. Called once the data and the model have been found,
+    so that a misspelt one leaves the folder free."""
+    if not check(folder, experiment):
+        write_atomically(folder / "experiment.json", json.dumps(as_json(experiment), indent=1))
+
+
+def check(folder: Path, experiment: Experiment) -> bool:
+    """Whether the folder holds this experiment already (False: it is free). Writes nothing.
 
     Raises:
         CheckpointError: the folder holds another experiment (naming the first differing field) or something else.
@@ -115,19 +123,19 @@ def claim(folder: Path, experiment: Experiment) -> None:
     if not path.exists():
         if folder.exists() and not folder.is_dir():
             raise CheckpointError(f"{folder} is a file; --out must name a folder")
-        strangers = [p.name for p in folder.iterdir() if p.name != ".lock"] if folder.is_dir() else []
+        strangers = [p.name for p in folder.iterdir() if p.name not in (".lock", "experiment.json.tmp")] if folder.is_dir() else []
         if strangers:
             raise CheckpointError(f"{folder} is not a run folder (it holds {sorted(strangers)[:4]}); give --out an empty or new one")
-        write_atomically(path, json.dumps(wanted, indent=1))
-        return
+        return False
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); give another --out") from error
+        there = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is no JSON object ({error}); give another --out") from error
     hows = Experiment.HOW
     difference = first_difference({k: v for k, v in there.items() if k not in hows}, {k: v for k, v in wanted.items() if k not in hows})
     if difference:
         raise CheckpointError(f"{folder} holds another experiment: {difference}. Give another --out, or the same options to resume")
+    return True
 
 
 def results_of(world: World, state: State, ledger: Ledger, found: Evaluation) -> dict[str, Any]:

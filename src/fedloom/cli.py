@@ -1,0 +1,291 @@
+"""The command line: words in, one call into ``run/`` each, tables and paths out. Nothing is decided or computed here.
+
+Options are generated from the types of ``Experiment`` and of the method that was named, so ``--method.FIELD`` is
+always what the method has.
+PyTorch and the rest are imported by the command that needs them: ``fedloom --help`` is quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.metadata
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedloom.run import arguments
+from fedloom.run.ending import Terminated, quiet, terminable
+from fedloom.run.overview import HELP
+
+T = TypeVar("T")
+
+
+class Usage(ValueError):
+    """Words that do not make a command, with what would."""
+
+
+def run(words: Sequence[str]) -> int:
+    """One method."""
+    (word, *_), rest = _named(words, "fedloom run METHOD", "one method, such as: fedloom run fibecfed")
+    from fedloom.run import options, recipes
+    from fedloom.run.console import results_table
+    from fedloom.run.loop import run as run_experiment
+    from fedloom.run.report import write_report
+
+    recipe = recipes.resolve(word)
+    given = _parse(options.for_run(recipe), rest, f"fedloom run {word}", f"Run {recipe.kind.name}: {recipe.kind.paper}.")
+    experiment = options.experiment_of(given)
+    out = given.out or recipes.default_folder(experiment)
+    results = run_experiment(experiment, out, given.plain or None)
+    report = write_report([out], out / "report.html")
+    Console().print(results_table([results]))
+    print(f"results: {out / 'results.json'}\nreport:  {report}")
+    return 0
+
+
+def compare(words: Sequence[str]) -> int:
+    """Several methods."""
+    names, rest = _named(words, "fedloom compare METHOD METHOD ...", "methods, such as: fedloom compare lora fibecfed", several=True)
+    from fedloom.run import compare as comparing
+    from fedloom.run import options, recipes
+    from fedloom.run.console import results_table
+
+    methods = [recipes.resolve(name).method for name in names]
+    given = _parse(options.for_compare(), rest, f"fedloom compare {' '.join(names)}", "Run several methods on one partition.")
+    methods = [recipes.with_learning_rate(m, given.lr) if given.lr is not None else m for m in methods]
+    seeds = given.seeds or (given.seed,)
+    experiments = comparing.named_experiments(methods, seeds, lambda m, s: options.experiment_of(given, method=m, seed=s))
+    out = given.out or recipes.comparison_folder(list(experiments.values()))
+    ended = comparing.compare(experiments, out, given.plain or None)
+    if len(seeds) > 1 and ended.results:
+        headers = ("method", "seeds", *(f"{protocol}\n{at}" for at, protocol in comparing.PLACES))
+        _show("Test scores, mean ± standard deviation over the seeds", headers, comparing.over_seeds(ended.results))
+    if ended.results:
+        Console().print(results_table(comparing.labelled(ended.results)))
+        print(f"results: {out / 'comparison.json'}\nreport:  {ended.report}")
+    for name, paragraph in ended.failed.items():
+        _complain(f"{name} failed: {paragraph}")
+    return 1 if ended.failed else 0
+
+
+def report(words: Sequence[str]) -> int:
+    """A page about runs."""
+    from fedloom.run.compare import run_folders
+    from fedloom.run.report import write_report
+
+    given = _parse(arguments.Report, words, "fedloom report")
+    only = given.folders[0] if len(given.folders) == 1 else Path()
+    print(write_report(run_folders(given.folders), given.out or only / "report.html"))
+    return 0
+
+
+def describe(words: Sequence[str]) -> int:
+    """What would be run."""
+    (word, *_), rest = _named(words, "fedloom describe METHOD", "one method, such as: fedloom describe fibecfed")
+    from fedloom.run import options, recipes
+    from fedloom.run.console import partition_table
+    from fedloom.run.describe import describe as described
+
+    recipe = recipes.resolve(word)
+    given = _parse(options.for_describe(recipe), rest, f"fedloom describe {word}", "What would be run and what it would cost.")
+    found = described(options.experiment_of(given))
+    _show("", ("", ""), found.lines)
+    Console().print(partition_table(found.counts, found.classes))
+    return 0
+
+
+def partition(words: Sequence[str]) -> int:
+    """Who would hold what."""
+    from fedloom.run import options
+    from fedloom.run.console import partition_table
+    from fedloom.run.describe import dealt, draw
+
+    bare = [i for i, w in enumerate(words) if w == "--plot" and (i + 1 == len(words) or words[i + 1].startswith("--"))]
+    words = [part for i, w in enumerate(words) for part in ([w, "partition.png"] if i in bare else [w])]
+    given = _parse(options.for_partition(), words, "fedloom partition", "Which device would hold what. No model is needed.")
+    source, made, counts = dealt(options.experiment_of(given, method=None, cohort=1))
+    if given.plot is not None:
+        draw(counts, source.task.classes, given.plot)
+    Console().print(partition_table(counts, source.task.classes))
+    for note in source.notes:
+        print(f"note: {note}")
+    if given.save is not None:
+        made.save(given.save)
+        print(f"partition: {given.save} (use it with --partition {given.save})")
+    if given.plot is not None:
+        print(f"picture: {given.plot}")
+    return 0
+
+
+def methods(words: Sequence[str]) -> int:
+    """The methods there are."""
+    _parse(arguments.Nothing, words, "fedloom methods", "The methods there are, with the paper of each.")
+    from fedloom.methods import all_methods
+
+    rows = [(name, kind.paper, (sys.modules[kind.__module__].__doc__ or "").split("\n")[0]) for name, kind in all_methods().items()]
+    _show("", ("method", "paper", "what it is"), rows)
+    print("fedloom run METHOD --help shows a method's settings. A Python file that defines a method is one too.")
+    return 0
+
+
+def evaluate(words: Sequence[str]) -> int:
+    """A run, evaluated again."""
+    from fedloom.run import recipes
+    from fedloom.run.again import evaluate_again
+    from fedloom.run.console import score_text
+
+    given = _parse(arguments.Evaluate, words, "fedloom evaluate")
+    experiment = recipes.experiment_in(given.folder, given.recipe)
+    found = evaluate_again(experiment, given.folder, recipes.resolve(given.method).kind if given.method else None)
+    rows = [(split, score_text(scores["personalised"]), score_text(scores["global"])) for split, scores in found.scores.items()]
+    _show(f"{found.method} after round {found.round}: {found.metric}", ("split", "personalised", "global"), rows)
+    if found.recorded is None:
+        print("nothing was recorded for this to be compared with")
+    else:
+        print("equal to what was recorded" if found.equal else f"NOT equal to what was recorded: {found.recorded}")
+    return 0 if found.recorded is None or found.equal else 1
+
+
+def export(words: Sequence[str]) -> int:
+    """A folder that PEFT or transformers loads."""
+    from fedloom.run import recipes
+    from fedloom.run.export import export as exported
+
+    given = _parse(arguments.Export, words, "fedloom export")
+    experiment = recipes.experiment_in(given.folder, given.recipe)
+    loading = exported(experiment, given.folder, given.out, given.client, given.merge)
+    print(f"{given.out}\nload it with: {loading}")
+    return 0
+
+
+def doctor(words: Sequence[str]) -> int:
+    """Whether this machine has what is needed."""
+    _parse(arguments.Nothing, words, "fedloom doctor", "Whether this machine has what is needed. Exit code 1 if it has not.")
+    from fedloom.run.doctor import examine
+
+    found = examine(Path())
+    _show("", ("", "", ""), [(f.name, {True: "ok", False: "BAD", None: "-"}[f.ok], f.text) for f in found])
+    bad = [f.name for f in found if f.ok is False]
+    print(f"mend these: {', '.join(bad)}" if bad else f"fedloom {version()} has what it needs")
+    return 1 if bad else 0
+
+
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
+    command.__name__: command for command in (run, compare, report, describe, partition, methods, evaluate, export, doctor)
+}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command that ``words`` (those of the process by default) name, and return the exit code.
+
+    0: done. 1: a run failed. 2: asked wrongly. 130 and 143: stopped by Ctrl-C and by SIGTERM; the same command resumes.
+    """
+    words = sys.argv[1:] if words is None else list(words)
+    try:
+        with terminable(), quiet():
+            return _dispatch(words)
+    except KeyboardInterrupt as stopped:
+        kept = "; the same command resumes" if words and words[0] in ("run", "compare") else ""
+        _complain(f"stopped{kept}")
+        return 143 if isinstance(stopped, Terminated) else 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has enough of it
+        return 0
+    except Exception as error:
+        if os.environ.get("FEDLOOM_TRACEBACK"):
+            raise
+        if isinstance(error, Usage):
+            _complain(str(error))
+            return 2
+        from fedloom.run.failures import explain
+
+        explained = explain(error)
+        if explained is None:  # a fault of the program: where it is must be seen
+            raise
+        paragraph, code = explained
+        _complain(paragraph)
+        return code
+
+
+def _dispatch(words: Sequence[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"fedloom {version()}")
+        return 0
+    if words[0] not in COMMANDS:
+        close = difflib.get_close_matches(words[0], COMMANDS, 1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise Usage(f"there is no command '{words[0]}'.{hint} There are: {', '.join(COMMANDS)}. fedloom --help shows what each does")
+    return COMMANDS[words[0]](words[1:])
+
+
+def version() -> str:
+    """The installed version."""
+    return importlib.metadata.version("fedloom")
+
+
+def _named(words: Sequence[str], usage: str, wanted: str, several: bool = False) -> tuple[list[str], list[str]]:
+    """(the names that come first, the options after them)."""
+    at = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    names, rest = list(words[:at]), list(words[at:])
+    if not names and rest[:1] in (["-h"], ["--help"]):
+        print(f"usage: {usage} [options]\n\nName {wanted}. With --help after it, its options are shown. fedloom methods lists them.")
+        raise SystemExit(0)
+    if not names or (len(names) > 1 and not several):
+        came = f"{len(names)} came: {' '.join(names)}" if names else f"'{rest[0]}' came first" if rest else "none came"
+        raise Usage(f"name {wanted}; {came}. fedloom methods lists them; options come after the name")
+    return names, rest
+
+
+def _parse(kind: type[T], words: Sequence[str], program: str, description: str | None = None) -> T:
+    """The options. What the parser has to complain about becomes one paragraph, with the options there are where one is unknown."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, prog=program, description=description, args=list(words), config=CONFIG)
+    except SystemExit as ended:
+        if not ended.code:
+            raise
+    _, _, body = said.getvalue().partition("\n")  # without the title of the box
+    paragraph = re.sub(r"(?:[\s\u2500-\u257f]|-{2,}(?=\s)|\|)+", " ", body).strip().rstrip(".")
+    listed = f" There are: {' '.join(long_options(kind))}" if "Unrecognized" in paragraph else ""
+    raise Usage(f"{paragraph}.{listed}")
+
+
+CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalRequiredArgs)
+
+
+def long_options(kind: type[Any]) -> list[str]:
+    """The long options that ``kind`` gives, as the parser has them."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        tyro.cli(kind, args=["--help"], config=CONFIG)
+    return sorted(set(re.findall(r"^\W*(?:-\w, )?(--[a-z][\w.-]*)", shown.getvalue(), re.MULTILINE)))
+
+
+def _show(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    if title:
+        print(f"\n{title}")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), show_header=any(headers))
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console().print(table)
+
+
+def _complain(paragraph: str) -> None:
+    print(f"fedloom: {' '.join(paragraph.split())}", file=sys.stderr)

@@ -1,0 +1,84 @@
+"""Evaluating the last checkpoint of a run once more, and saying whether that gives what was recorded. Writes nothing.
+
+The same trained tensors can also be evaluated as another method that trains alike but predicts otherwise (``lora`` as ``lora-finetuned``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedloom.engines.engine import drive
+from fedloom.methods.method import State
+from fedloom.run import checkpoint
+from fedloom.run.checkpoint import CheckpointError
+from fedloom.run.evaluation import evaluate
+from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.reading import read
+from fedloom.run.world import build, store_in
+
+
+@dataclass(frozen=True)
+class Again:
+    """Scores by split and protocol, what had been recorded for the same round (None: nothing, or another method), and the round."""
+
+    method: str
+    metric: str
+    round: int
+    scores: dict[str, dict[str, Any]]
+    recorded: dict[str, dict[str, Any]] | None
+
+    @property
+    def equal(self) -> bool:
+        """Whether every recorded number came out again, bit for bit."""
+        return self.scores == self.recorded
+
+
+def evaluate_again(experiment: Experiment, folder: Path, kind: type[Any] | None = None) -> Again:
+    """Both protocols at the last completed round of the run in ``folder``; ``kind``: as that method instead.
+
+    Raises:
+        CheckpointError: no completed round, a corrupt checkpoint, or other data than the run had.
+        ExperimentError: a method that cannot use what was trained.
+    """
+    other = _as_method(experiment, kind) if kind and kind is not type(experiment.method) else None
+    with checkpoint.only_one(folder):
+        store = store_in(folder)
+        saved = checkpoint.load(folder, store)
+        if saved is None:
+            raise CheckpointError(f"{folder} holds no completed round yet; run it first")
+        world = build(other or experiment)
+        if saved.data != world.fingerprint():
+            raise CheckpointError(f"the data behind {folder} changed since it was trained (fingerprint {saved.data}); restore the data")
+        engine, state = world.engine(store), saved.state
+        if other is not None:
+            prepared = drive(other.method.setup(other.method.init(world.model), world.pool), engine, quorum=0)
+            if prepared.shared.keys() != state.shared.keys():
+                raise ExperimentError(f"'{other.method_name}' shares other tensors than '{experiment.method_name}' did; it must be trained")
+            state = State(state.round, state.shared, prepared.server, prepared.facts)
+        found = evaluate(world, state, engine)
+    recorded = None if other else _recorded(folder, state.round)
+    name = (other or experiment).method_name
+    return Again(name, world.source.task.metric, state.round, json.loads(json.dumps(found.scores)), recorded)
+
+
+def _as_method(experiment: Experiment, kind: type[Any]) -> Experiment:
+    held = {f.name for f in dataclasses.fields(kind)}
+    if "inner" not in held:
+        raise ExperimentError(f"'{kind.name}' holds no inner method, so it cannot take over what '{experiment.method_name}' trained")
+    if type(kind().inner) is not type(experiment.method):
+        raise ExperimentError(
+            f"'{kind.name}' trains by '{type(kind().inner).name}', and the run by '{experiment.method_name}'; "
+            "give a method that trains alike"
+        )
+    return dataclasses.replace(experiment, method=kind(inner=experiment.method))
+
+
+def _recorded(folder: Path, round: int) -> dict[str, dict[str, Any]] | None:
+    row = next((r for r in read(folder).rows if r["round"] == round), None)
+    if row is None or row["validation"]["personalised"] is None:
+        return None
+    return {"validation": dict(row["validation"]), "test": {"personalised": row["personalised"], "global": row["global"]}}

@@ -1,0 +1,163 @@
+"""What an experiment would be: data, partition, model, and what set-up and rounds would cost, without training anything.
+
+The method is played for real, over real tasks and packed messages, but for its compute: that counts what the work items would cost
+and answers with the start. So bytes and operations are those of a run, up to what depends on trained values (which layers are chosen,
+which examples count as easy).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedloom.client.store import ClientStore
+from fedloom.compute.compute import Done
+from fedloom.compute.flops import Flops
+from fedloom.compute.serial import cost, scored_names
+from fedloom.compute.work import Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, WorkItem
+from fedloom.data.partition import Partition
+from fedloom.data.sources import Source
+from fedloom.engines.engine import drive
+from fedloom.messages import Replies, Task
+from fedloom.model.base import Model
+from fedloom.run.console import human_bytes, human_seconds
+from fedloom.run.devices import named as device_named
+from fedloom.run.experiment import EngineSettings, Experiment
+from fedloom.run.figures import Kind, partition_picture
+from fedloom.run.ledger import Section
+from fedloom.run.world import World, build, read_data
+
+Lines = list[tuple[str, str]]
+"""(what, its value) in order."""
+
+
+class Pretended:
+    """A compute that does nothing: results of the right shapes at the right cost."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.flops = model, Flops(model)
+
+    def run(self, items: Sequence[WorkItem]) -> list[Done]:
+        """One :class:`Done` an item, in order."""
+        return [Done(self._result(item), *cost(item, self.flops)) for item in items]
+
+    def _result(self, item: WorkItem) -> Any:
+        match item:
+            case Fit():
+                return Fitted(dict(item.start), np.zeros(len(item.batches)), Moments({}, {}, 0))
+            case Score():
+                return np.zeros(len(item.examples))
+            case Fisher():
+                return {name: torch.zeros_like(item.at[name]) for name in scored_names(item)}
+            case Sensitivity():
+                return np.ones(self.model.depth)
+            case Predict():
+                return torch.zeros(len(item.examples), self.model.num_labels)
+
+
+@dataclass(frozen=True)
+class Description:
+    """Facts to show, and the label counts (K, C) with the class names for a table of the partition."""
+
+    lines: Lines
+    counts: np.ndarray
+    classes: tuple[str, ...]
+
+
+def describe(experiment: Experiment) -> Description:
+    """Load data and model, play the set-up and two rounds without computing.
+
+    Raises:
+        DataError, ModelError, AdapterError: as for a run.
+    """
+    local = replace(experiment, engine=replace(experiment.engine, kind=EngineSettings().kind))
+    world = build(local)
+    world = replace(world, compute=Pretended(world.model))
+    counts = world.partition.counts(world.splits["train"].labels, len(world.classes))
+    head = [
+        ("method", f"{experiment.method_name}: {type(experiment.method).paper}"),
+        ("digest", experiment.digest()),
+    ]
+    return Description([*head, *_data(world), *_model(world), *_costs(world)], counts, world.classes)
+
+
+def dealt(experiment: Experiment) -> tuple[Source, Partition, np.ndarray]:
+    """Data, partition, and training label counts (K, C); no model is needed."""
+    source, made = read_data(experiment)
+    labels = np.asarray(list(source.splits["train"][source.task.label]), np.int64)
+    return source, made, made.counts(labels, len(source.task.classes))
+
+
+def draw(counts: np.ndarray, classes: Sequence[str], path: Path) -> None:
+    """Write a picture of the partition.
+
+    Raises:
+        ValueError: a file name that ends neither in .png nor in .svg.
+    """
+    kinds: dict[str, Kind] = {".png": "png", ".svg": "svg"}
+    if path.suffix not in kinds:
+        raise ValueError(f"--plot {path} names no picture; give a file that ends in {' or '.join(kinds)}")
+    path.write_bytes(partition_picture(counts, classes, kinds[path.suffix]))
+
+
+def _data(world: World) -> Lines:
+    splits, lengths = world.splits, world.splits["train"].lengths
+    rows = ", ".join(f"{len(examples):,} {split}" for split, examples in splits.items())
+    tokens = f"{np.mean(lengths):.0f} on average, {np.max(lengths)} at most"
+    notes = [("note", note) for note in world.source.notes]
+    task = world.source.task
+    return [
+        ("data", f"{world.source.name}: {rows}"),
+        ("labels", f"{', '.join(task.classes)}; metric {task.metric}"),
+        ("tokens", tokens),
+        *notes,
+    ]
+
+
+def _model(world: World) -> Lines:
+    model = world.model
+    total = sum(p.numel() for p in model.module.parameters())
+    trained = sum(t.numel() for t in model.initial.values())
+    pairs = sorted({name.split(".lora_A.")[0].rsplit(".", 1)[-1] for name in model.initial if ".lora_A." in name})
+    head = sum(model.initial[name].numel() for name in model.head)
+    return [
+        ("model", f"{model.name} ({model.config.model_type}, {model.depth} layers, {'causal' if model.causal else 'bidirectional'})"),
+        ("parameters", f"{total:,}, of which {trained:,} are trained ({trained / total:.2%}): {trained - head:,} LoRA, {head:,} head"),
+        ("LoRA targets", ", ".join(pairs)),
+    ]
+
+
+def _costs(world: World) -> Lines:
+    e, method = world.experiment, world.experiment.method
+    profile, engine = device_named(e.device), world.engine(ClientStore(None))
+    setup, first, last = Section(profile), Section(profile), Section(profile)
+    seen: Counter[str] = Counter()
+
+    def hear(tasks: Sequence[Task], replies: Replies) -> None:
+        setup.hear(tasks, replies)
+        seen.update([f"{tasks[0].op.replace('_', ' ')} on {len(tasks)} devices"] if tasks else [])
+
+    state = drive(method.setup(method.init(world.model), world.pool), engine, quorum=0, seen=hear)
+    drive(method.round(state, world.pool), engine, seen=first.hear)
+    drive(method.round(replace(state, round=e.rounds - 1), world.pool), engine, seen=last.hear)
+    steps = "; ".join(f"{step}, {count} times" if count > 1 else step for step, count in seen.items()) or "none"
+    return [
+        ("set-up", steps),
+        ("set-up costs", _cost(setup)),
+        ("first round", _cost(first)),
+        ("last round", _cost(last)),
+        ("device times", f"simulated on '{profile.name}': {profile.flops_per_second:.0e} FLOP/s; the slowest of a cohort counts"),
+    ]
+
+
+def _cost(section: Section) -> str:
+    return (
+        f"{human_bytes(section.bytes_down)} down, {human_bytes(section.bytes_up)} up, {section.examples:,} examples trained on, "
+        f"{section.flops:.3g} FLOPs, {human_seconds(section.device_seconds)} of device time"
+    )

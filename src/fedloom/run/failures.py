@@ -1,0 +1,55 @@
+"""What a person is told when something ends badly: one paragraph with the mend, and an exit code. Never a traceback.
+
+Exit codes: 2 for what was asked wrongly, 1 for a run that failed. Whatever is not expected here is a fault of the program and is not
+hidden.
+"""
+
+from __future__ import annotations
+
+import errno
+
+import torch
+from safetensors import SafetensorError
+
+from fedloom.client.store import StoreError
+from fedloom.messages import CohortFailed
+from fedloom.run.checkpoint import CheckpointError
+from fedloom.wire import WireError
+
+RESUMES = "The rounds before it are saved: the same command goes on from there."
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """(paragraph, exit code) for an error that is expected to happen; None for any other."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, CohortFailed):
+        mend = "--engine.stack 1 computes devices one by one; --quorum 0.5 goes on without some"
+        if " nan" in said or "finite" in said:
+            mend = "A number that is not finite asks for a smaller learning rate, in another --out"
+        return f"{_shortened(said.rstrip('.'))}. {RESUMES} {mend}", 1
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return f"out of memory ({_shortened(said)}). {RESUMES} Give --engine.stack 1, a smaller model or a smaller batch size", 1
+    if isinstance(error, SafetensorError):
+        return f"tensors could not be written or read: {said}. Free some space or check the permissions. {RESUMES}", 1
+    if isinstance(error, CheckpointError | StoreError):
+        return said, 2
+    if isinstance(error, WireError):
+        return f"{said}. The method sends what may not cross the wire", 1
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return _of_system(error, "check the path"), 2
+    if isinstance(error, OSError):
+        mend = f"free some space. {RESUMES}" if error.errno in FULL else "check the permissions, or give another --out"
+        return _of_system(error, mend), 1
+    return (said, 2) if isinstance(error, ValueError) else None
+
+
+def _of_system(error: OSError, mend: str) -> str:
+    if error.strerror is None:
+        return " ".join(str(error).split())
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror}; {mend}"
+
+
+def _shortened(text: str, most: int = 600) -> str:
+    return text if len(text) <= most else f"{text[:most]} ..."

@@ -1,0 +1,84 @@
+"""The options of each command as dataclass types, from which the command line is generated.
+
+The type for a method has that method's own type as its field ``method``: so ``--method.FIELD`` and its help are always what the method has.
+This module does not know how words are parsed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from fedloom.run.experiment import Experiment
+from fedloom.run.recipes import Recipe
+
+OUT = ("out", Path | None, None, "the folder to write (default: one named after the experiment, so that the same command resumes).")
+PLAIN = ("plain", bool, False, "plain lines instead of the live view.")
+LR = ("lr", float | None, None, "the learning rate of every method (default: each method's own).")
+SEEDS = ("seeds", tuple[int, ...], (), "several seeds: each method once with each (default: the one of --seed).")
+PLOT = ("plot", Path | None, None, "draw it: a .png or .svg file (without a name: partition.png).")
+SAVE = ("save", Path | None, None, "write it to this file, for --partition FILE.")
+
+Extra = tuple[str, Any, Any, str]
+"""Name, type, default and help of an option that is no field of the experiment."""
+
+OF_DATA = ("data", "clients", "partition", "alpha", "beta", "min_examples", "seed", "max_train", "max_validation", "max_test")
+OF_DATA += ("text", "label", "metric")
+
+
+def for_run(recipe: Recipe) -> type[Any]:
+    """Options of ``fedloom run``."""
+    return _type(_fields(), (OUT, PLAIN), recipe)
+
+
+def for_describe(recipe: Recipe) -> type[Any]:
+    """Options of ``fedloom describe``."""
+    return _type(_fields(), (), recipe)
+
+
+def for_compare() -> type[Any]:
+    """Options of ``fedloom compare``."""
+    return _type([name for name in _fields() if name != "method"], (LR, SEEDS, OUT, PLAIN))
+
+
+def for_partition() -> type[Any]:
+    """Options of ``fedloom partition``."""
+    return _type(OF_DATA, (PLOT, SAVE))
+
+
+def experiment_of(given: Any, **fields: Any) -> Experiment:
+    """The experiment that parsed options ask for; ``fields`` are those that no option gave."""
+    named = {name: value for name, value in vars(given).items() if name in _fields()}
+    return Experiment(**{**named, **fields})
+
+
+def _fields() -> list[str]:
+    return [f.name for f in dataclasses.fields(Experiment)]
+
+
+def _type(names: Iterable[str], extras: Iterable[Extra], recipe: Recipe | None = None) -> type[Any]:
+    """A dataclass of these fields of ``Experiment`` and the extras; defaults are the recipe's experiment's where it has one."""
+    hints, start = get_type_hints(Experiment), recipe.experiment if recipe else None
+    made: list[tuple[str, Any] | tuple[str, Any, Any]] = []
+    for name in names:
+        if name == "method":
+            assert recipe is not None
+            made.append((name, recipe.kind, _constant(start.method)) if start else (name, recipe.kind))  # without: required or its own
+        else:
+            own: Mapping[str, Any] = Experiment.__dataclass_fields__
+            made.append((name, hints[name], _constant(getattr(start, name)) if start else _default(own[name])))
+    made += [(name, hint, _constant(default)) for name, hint, default, _ in extras]
+    kind = dataclasses.make_dataclass("Options", made, frozen=True)
+    kind.__doc__ = inspect.cleandoc(Experiment.__doc__ or "") + "".join(f"\n    {name}: {text}" for name, _, _, text in extras)
+    return kind
+
+
+def _constant(value: Any) -> Any:
+    return dataclasses.field(default_factory=lambda: value)
+
+
+def _default(own: dataclasses.Field[Any]) -> Any:
+    return dataclasses.field(default_factory=own.default_factory) if callable(own.default_factory) else _constant(own.default)

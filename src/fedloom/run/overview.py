@@ -1,0 +1,30 @@
+"""What ``fedloom --help`` says. Imports nothing, so that it is quick."""
+
+HELP = """\
+fedloom fine-tunes pre-trained language models across many simulated devices that keep their data.
+
+usage: fedloom COMMAND ...
+
+  run METHOD              one method, in one run folder; stopped, the same command resumes it
+  compare METHOD METHOD   several methods on one partition: one table, one report
+  report DIR...           an HTML page about runs or a comparison
+  describe METHOD         what would be run and what it would cost; trains nothing
+  partition               which device would hold what, as a table, a picture, a file
+  methods                 the methods there are, with the paper of each
+  evaluate DIR            the last checkpoint of a run, evaluated again
+  export DIR OUT          a folder that plain PEFT (or, merged, transformers) loads
+  doctor                  whether this machine has what is needed
+
+Start here. It works offline: questions and encoder are installed with the package.
+
+  fedloom run fibecfed                                       two minutes on two cores
+  fedloom run fibecfed --rounds 5 --method.inner.lr 1e-3     other settings
+  fedloom run fibecfed --data FOLDER --model FOLDER          your Parquet, CSV or JSON lines; your Hugging Face model
+  fedloom compare lora fibecfed local --alpha 0.1            who gains from what, on more skewed devices
+  fedloom compare lora fibecfed --seeds 1 2 3 --lr 1e-3      mean and deviation over seeds
+  fedloom export runs/NAME OUT --client 7                    device 7's own model
+
+METHOD may also be a Python file that defines a method (or an Experiment named 'experiment'), or the experiment.json of a run.
+fedloom COMMAND --help shows what a command takes; fedloom run METHOD --help adds the settings of that method.
+FEDLOOM_TRACEBACK=1 shows where an error came from. fedloom --version shows the version.
+"""

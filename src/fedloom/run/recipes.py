@@ -1,0 +1,162 @@
+"""What the word after ``fedloom run`` stands for: a method's name, a Python file, or an experiment saved by a run.
+
+This module does not know options or the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from fedloom.methods import all_methods, methods_in
+from fedloom.run.experiment import Experiment, ExperimentError, from_json
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A kind of method, and the experiment to start from where the word named one."""
+
+    kind: type[Any]
+    experiment: Experiment | None = None
+
+    @property
+    def method(self) -> Any:
+        """The method as the recipe has it, or with its defaults."""
+        return self.experiment.method if self.experiment else self.kind()
+
+
+def resolve(word: str) -> Recipe:
+    """The recipe that ``word`` names: METHOD, FILE.py, FILE.py:METHOD, or an ``experiment.json`` (or the run folder that holds it).
+
+    Raises:
+        ExperimentError: it names none; the message lists what there is.
+    """
+    path, _, chosen = word.partition(".py:") if ".py:" in word else (word, "", "")
+    path = Path(f"{path}.py" if chosen else path).expanduser()
+    if path.suffix == ".py":
+        return _of_module(path, chosen)
+    if path.suffix == ".json" or (path / "experiment.json").is_file():
+        saved = experiment_in(path)
+        return Recipe(type(saved.method), saved)
+    known = all_methods()
+    if word not in known:
+        close = difflib.get_close_matches(word, known, 1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise ExperimentError(
+            f"there is no method '{word}'.{hint} There are: {', '.join(known)}. A Python file that defines a method, or the "
+            "experiment.json of a run, works too"
+        )
+    return Recipe(known[word])
+
+
+def experiment_in(path: Path, recipe: Path | None = None) -> Experiment:
+    """The experiment that a run folder or a JSON file holds; ``recipe`` is the Python file of its method, if it is not the package's.
+
+    Raises:
+        ExperimentError: there is none, or it is not one.
+    """
+    file = path if path.suffix == ".json" else path / "experiment.json"
+    if not file.is_file():
+        held = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else None
+        what = f"it holds {held}" if held is not None else "it does not exist"
+        raise ExperimentError(f"{path} is no run folder: {what}. Give the folder that 'fedloom run' wrote; it has an experiment.json")
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ExperimentError(f"{file} is not JSON ({error}); give the experiment.json of a run") from error
+    if not isinstance(saved, dict):
+        raise ExperimentError(f"{file} is no experiment: a JSON object is needed, a {type(saved).__name__} came")
+    method = saved.get("method")
+    if recipe is None and isinstance(method, dict) and method.get("name") not in all_methods():
+        raise ExperimentError(
+            f"{file} is of the method '{method.get('name')}', which is none of the package's ({', '.join(all_methods())}); give the "
+            "Python file that defines it: --recipe FILE, or fedloom run FILE"
+        )
+    return from_json(saved, _methods_of(_module(recipe), recipe) if recipe else None)
+
+
+def with_learning_rate(method: Any, lr: float) -> Any:
+    """``method`` with its field ``lr``, or that of the method it holds as ``inner``, replaced.
+
+    Raises:
+        ExperimentError: it has neither.
+    """
+    names = [f.name for f in dataclasses.fields(method)]
+    if "lr" in names:
+        return dataclasses.replace(method, lr=lr)
+    if "inner" in names:
+        return dataclasses.replace(method, inner=with_learning_rate(method.inner, lr))
+    raise ExperimentError(f"--lr: {type(method).__name__} has no field 'lr' or 'inner'; it has {names}")
+
+
+def default_folder(experiment: Experiment) -> Path:
+    """``runs/METHOD-DATA-DIGEST``: the same experiment has the same folder, another one another."""
+    return Path("runs") / f"{experiment.method_name}-{data_name(experiment)}-{experiment.digest()[:8]}"
+
+
+def comparison_folder(experiments: Sequence[Experiment]) -> Path:
+    """``runs/compare-DATA-DIGEST``, by the same rule."""
+    digest = hashlib.sha256(" ".join(e.digest() for e in experiments).encode()).hexdigest()
+    return Path("runs") / f"compare-{data_name(experiments[0])}-{digest[:8]}"
+
+
+def data_name(experiment: Experiment) -> str:
+    """The data's name as part of a file name."""
+    return re.sub(r"[^\w.-]+", "-", Path(experiment.data).name).strip("-.") or "data"
+
+
+def _of_module(path: Path, chosen: str) -> Recipe:
+    module = _module(path)
+    found = vars(module).get("experiment")
+    if isinstance(found, Experiment) and not chosen:
+        return Recipe(type(found.method), found)
+    methods = _methods_of(module, path)
+    if chosen and chosen not in methods:
+        raise ExperimentError(f"{path} defines no method '{chosen}'; it defines {', '.join(methods)}")
+    if not chosen and len(methods) > 1:
+        raise ExperimentError(f"{path} defines several methods; name one: " + ", ".join(f"{path}:{name}" for name in methods))
+    return Recipe(methods[chosen] if chosen else next(iter(methods.values())))
+
+
+def _methods_of(module: ModuleType, path: Path) -> dict[str, type[Any]]:
+    methods = methods_in(module)
+    if not methods:
+        raise ExperimentError(
+            f"{path} defines no method (a dataclass with the class attributes 'name' and 'paper') and no Experiment named "
+            "'experiment'; the tutorial shows both"
+        )
+    return methods
+
+
+def _module(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ExperimentError(f"there is no recipe '{path}'; give a Python file, or a method's name (fedloom methods lists them)")
+    name = f"fedloom_recipe_{re.sub(r'[^0-9a-zA-Z]', '_', path.stem)}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the file does wrong is told, with its place
+        place = f"line {error.lineno}" if isinstance(error, SyntaxError) else _last_line(error, path)
+        raise ExperimentError(f"the recipe {path} cannot be loaded: {type(error).__name__} in {place}: {error}") from error
+    return module
+
+
+def _last_line(error: Exception, path: Path) -> str:
+    trace, line = error.__traceback__, 0
+    while trace is not None:
+        line = trace.tb_lineno if Path(trace.tb_frame.f_code.co_filename).resolve() == path.resolve() else line
+        trace = trace.tb_next
+    return f"line {line}"

@@ -1,0 +1,149 @@
+"""What a killed run leaves, and what running again does with it."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+
+from fedloom.engines.local import Local
+from fedloom.run import checkpoint, loop
+from fedloom.run.checkpoint import CheckpointError, fingerprint_of
+from fedloom.run.experiment import EngineSettings, Experiment
+from fedloom.run.loop import run
+from tests import small
+
+TIMES = ("train_seconds", "host_seconds", "peak_rss_bytes")
+
+
+def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+
+
+@cache
+def reference() -> tuple[Path, dict[str, Any]]:
+    """An uninterrupted run."""
+    folder = Path(mkdtemp(prefix="reference-")) / "run"
+    return folder, run(small.experiment("lora-personal-head"), folder, plain=True)
+
+
+def test_running_again_returns_the_results_without_computing(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, results = reference()
+
+    def never(_: Experiment) -> None:
+        raise AssertionError("loaded again")
+
+    monkeypatch.setattr(loop, "build", never)
+    assert run(small.experiment("lora-personal-head"), folder, plain=True) == json.loads(json.dumps(results))
+
+
+class Killed(BaseException):
+    """As good as kill −9: nobody catches it."""
+
+
+def killed_at(count: int, monkeypatch: pytest.MonkeyPatch, where: str, folder: Path) -> None:
+    """Run until the ``count``-th saving, and be killed right before (the row is written already) or right after it."""
+    save, calls = checkpoint.save, 0
+
+    def dying(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if where == "before" and calls == count:
+            raise Killed
+        save(*args)
+        if where == "after" and calls == count:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", dying)
+        with pytest.raises(Killed):
+            run(small.experiment("lora-personal-head"), folder, plain=True)
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_run_killed_between_row_and_checkpoint_ends_as_if_it_had_not_been(
+    count: int, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_at(count, monkeypatch, where, tmp_path / "run")
+    assert len(rows(tmp_path / "run")) == count
+    with (tmp_path / "run" / "rounds.jsonl").open("a") as file:
+        file.write('{"round": 7, "lo')
+    results = run(small.experiment("lora-personal-head"), tmp_path / "run", plain=True)
+    folder, expected = reference()
+    assert fingerprint_of(tmp_path / "run") == fingerprint_of(folder)
+    assert timeless(rows(tmp_path / "run")) == timeless(rows(folder))
+    same = (
+        "final",
+        "best",
+        "bytes_up",
+        "bytes_down",
+        "setup_bytes_up",
+        "setup_bytes_down",
+        "examples",
+        "per_device",
+        "facts",
+        "device_seconds",
+    )
+    assert {k: results[k] for k in same} == {k: expected[k] for k in same}
+
+
+def test_a_resumed_run_does_not_do_the_set_up_or_finished_rounds_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_at(2, monkeypatch, "after", tmp_path / "run")
+    asked: list[tuple[str, int]] = []
+    carry = Local.run
+
+    def told(self: Local, tasks: Any) -> Any:
+        asked.extend((task.op, int(task.settings.get("round", -1))) for task in tasks)
+        return carry(self, tasks)
+
+    monkeypatch.setattr(Local, "run", told)
+    run(small.experiment("lora-personal-head"), tmp_path / "run", plain=True)
+    assert set(asked) == {("train", 1), ("predict", -1)}
+
+
+def test_data_that_changed_under_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed_at(2, monkeypatch, "after", tmp_path / "run")
+    monkeypatch.setattr(loop.World, "fingerprint", lambda self: "0" * 16)
+    with pytest.raises(CheckpointError, match=r"changed since it began \(fingerprint [0-9a-f]{16}, now 0{16}\)"):
+        run(small.experiment("lora-personal-head"), tmp_path / "run", plain=True)
+
+
+def test_rounds_that_are_not_evaluated_say_null_and_the_last_is(tmp_path: Path) -> None:
+    results = run(small.experiment(rounds=3, evaluate_every=2), tmp_path / "a", plain=True)
+    assert [row["personalised"] is None for row in rows(tmp_path / "a")] == [False, True, False, False]
+    results = run(small.experiment(rounds=2, evaluate_every=0), tmp_path / "b", plain=True)
+    assert [row["personalised"] is None for row in rows(tmp_path / "b")] == [True, True, False]
+    assert results["final"] == results["best"] == {k: rows(tmp_path / "b")[2][k] for k in ("round", "personalised", "global", "loss")}
+
+
+def test_threads_and_stack_are_how_not_what(tmp_path: Path) -> None:
+    folder, _ = reference()
+    experiment = small.experiment("lora-personal-head")
+    how = Experiment(**{**vars(experiment), "engine": EngineSettings(stack=1, threads=1)})
+    run(how, tmp_path / "run", plain=True)
+    assert fingerprint_of(tmp_path / "run") == fingerprint_of(folder)
+
+
+def test_best_is_chosen_on_validation_and_told_on_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([(0.1, 0.9), (0.7, 0.2), (0.7, 0.8), (0.3, 1.0)])
+    true = loop.evaluate
+
+    def told(*args: Any) -> Any:
+        found, (validation, test) = true(*args), next(scores)
+        found.scores["validation"]["personalised"], found.scores["test"]["personalised"] = validation, test
+        return found
+
+    monkeypatch.setattr(loop, "evaluate", told)
+    results = run(small.experiment(rounds=3), tmp_path / "run", plain=True)
+    assert (results["best"]["round"], results["best"]["personalised"]) == (1, 0.2), "the first of equals"
+    assert results["validation"]["best"]["personalised"] == 0.7
+    assert (results["final"]["round"], results["final"]["personalised"]) == (3, 1.0)

@@ -1,0 +1,306 @@
+"""Every method of the package in a whole tiny experiment: it runs, resumes to the same bits, tells what it must, and survives failures."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+import torch
+
+from fedloom.client.store import ClientStore
+from fedloom.engines.engine import Engine
+from fedloom.engines.wrap import Faulty, Lossy
+from fedloom.messages import CohortFailed, Task
+from fedloom.methods import all_methods
+from fedloom.run import checkpoint
+from fedloom.run.checkpoint import fingerprint_of
+from fedloom.run.console import Progress
+from fedloom.run.evaluation import evaluate
+from fedloom.run.experiment import from_json
+from fedloom.run.loop import run
+from fedloom.run.world import World, build, store_in
+from fedloom.server.participation import uniform
+from tests import small
+
+ROUNDS = 2
+METHODS = list(all_methods())
+NO_GLOBAL = {"local", "lora-personal-head"}
+NO_PERSONAL_PART = {"lora", "centralised"}
+
+RESULT_KEYS = {
+    "method", "metric", "rounds", "seed", "digest", "final", "best", "bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down",
+    "examples", "setup_examples", "host_seconds", "device_seconds", "setup_device_seconds", "setup_host_seconds", "peak_rss_bytes",
+    "validation", "notes", "per_device", "partition", "facts", "experiment",
+}  # fmt: skip
+ROW_KEYS = {
+    "round", "loss", "personalised", "global", "examples", "train_seconds", "bytes_up", "bytes_down", "host_seconds",
+    "device_seconds", "peak_rss_bytes", "answered", "failed", "validation",
+}  # fmt: skip
+MEASURED = {"train_seconds", "host_seconds", "peak_rss_bytes", "setup_host_seconds"}
+
+
+BUILT = cache(build)
+"""Worlds by experiment. A world is derived and never changed; that rebuilding one gives the same is ``test_loop.py``'s to show."""
+
+
+@pytest.fixture(autouse=True)
+def worlds_are_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedloom.run.loop.build", BUILT)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+
+
+def without_clock(entry: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same whenever and wherever it is computed."""
+    return {k: v for k, v in entry.items() if k not in MEASURED | {"experiment"}}
+
+
+@cache
+def whole(name: str, stack: int = 1, kind: str = "local") -> tuple[Path, dict[str, Any]]:
+    """One uninterrupted run."""
+    folder = Path(mkdtemp(prefix="whole-")) / "run"
+    with warnings.catch_warnings():  # the command-line library that Flower imports uses a deprecated name of click's
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return folder, run(small.experiment(name, stack, kind, rounds=ROUNDS), folder, plain=True)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_runs_and_tells_what_the_run_folder_promises(name: str) -> None:
+    folder, results = whole(name)
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert set(results) == RESULT_KEYS
+    assert (results["method"], results["rounds"], results["seed"], results["metric"]) == (name, ROUNDS, 5, "accuracy")
+    for which in ("final", "best"):
+        assert set(results[which]) == {"round", "personalised", "global", "loss"}
+        assert set(results["validation"][which]) == {"personalised", "global", "loss"}
+    assert results["final"]["round"] == ROUNDS
+    told = rows(folder)
+    assert [row["round"] for row in told] == list(range(ROUNDS + 1))
+    assert all(set(row) == ROW_KEYS for row in told)
+    assert (told[0]["loss"], told[0]["examples"], told[0]["bytes_up"], told[0]["bytes_down"]) == (None, 0, 0, 0)
+    assert all(row["loss"] is not None and row["examples"] > 0 for row in told[1:])
+    assert from_json(json.loads((folder / "experiment.json").read_text())).digest() == results["digest"]
+    assert (folder / "adapter" / "adapter_config.json").exists() == (name not in NO_GLOBAL)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_per_device_figures_add_up_to_the_personalised_score(name: str) -> None:
+    folder, results = whole(name)
+    devices = results["per_device"]
+    assert [d["client"] for d in devices] == [0, 1, 2, 3]
+    assert all(set(d) == {"client", "train", "test", "correct", "score", "participations", "labels"} for d in devices)
+    assert sum(d["correct"] for d in devices) / sum(d["test"] for d in devices) == pytest.approx(results["final"]["personalised"])
+    assert (sum(d["train"] for d in devices), sum(d["test"] for d in devices)) == (small.ROWS["train"], small.ROWS["test"])
+    counts = results["partition"]["train_counts"]
+    assert [d["labels"] for d in devices] == counts
+    assert results["partition"]["classes"] == ["a", "b", "c"]
+    answered = [k for row in rows(folder) for k in row["answered"]]
+    assert [d["participations"] for d in devices] == [answered.count(k) for k in range(4)]
+    if name != "centralised":
+        pool = BUILT(small.experiment(name, rounds=ROUNDS)).pool
+        assert [row["answered"] for row in rows(folder)[1:]] == [list(uniform(pool, t)) for t in range(ROUNDS)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_protocol_that_a_method_cannot_have_is_null(name: str) -> None:
+    folder, _ = whole(name)
+    for row in rows(folder):
+        assert row["personalised"] is not None
+        assert (row["global"] is None) == (name in NO_GLOBAL)
+        assert (row["validation"]["global"] is None) == (name in NO_GLOBAL)
+
+
+@pytest.mark.parametrize("name", sorted(NO_PERSONAL_PART))
+def test_without_personal_parts_personalised_equals_global(name: str) -> None:
+    for row in rows(whole(name)[0]):
+        assert row["personalised"] == row["global"]
+        assert row["validation"]["personalised"] == row["validation"]["global"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_totals_are_sums_of_rows(name: str) -> None:
+    folder, results = whole(name)
+    for key in ("bytes_up", "bytes_down", "examples", "device_seconds"):
+        assert results[key] == pytest.approx(sum(row[key] for row in rows(folder)))
+    assert all(row["device_seconds"] > 0 for row in rows(folder)[1:])
+
+
+def test_traffic_is_ordered_as_the_methods_say() -> None:
+    up = {name: whole(name)[1]["bytes_up"] for name in METHODS}
+    assert up["local"] < 0.2 * up["fibecfed"]
+    assert up["fibecfed"] < 0.6 * up["lora"], "one layer of three and the head"
+    assert up["lora-personal-head"] < up["lora"]
+    assert up["lora-finetuned"] == up["lora-prior"] == up["lora"]
+    setup = {name: whole(name)[1]["setup_bytes_down"] for name in METHODS}
+    assert setup["lora"] == setup["centralised"] == setup["lora-finetuned"] == 0
+    assert min(setup["fibecfed"], setup["local"], setup["lora-personal-head"], setup["lora-prior"]) > 0
+
+
+def test_rivals_of_lora_train_exactly_as_lora_does() -> None:
+    shared = {}
+    for name in ("lora", "lora-finetuned", "lora-prior"):
+        folder, results = whole(name)
+        shared[name] = ([row["global"] for row in rows(folder)], [row["loss"] for row in rows(folder)], results["final"]["global"])
+    assert shared["lora"] == shared["lora-finetuned"] == shared["lora-prior"]
+
+
+class Killed(BaseException):
+    """As good as kill −9: nobody catches it."""
+
+
+@pytest.mark.parametrize("stack", [1, 0])
+@pytest.mark.parametrize("name", METHODS)
+def test_interrupted_after_every_round_it_ends_at_the_same_bits(
+    name: str, stack: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment, show = small.experiment(name, stack, rounds=ROUNDS), Progress.round
+    for seen in range(ROUNDS + 1):
+
+        def dying(self: Progress, row: dict[str, Any], last: int = seen) -> None:
+            show(self, row)
+            if row["round"] > last:
+                raise Killed
+
+        if seen < ROUNDS:
+            monkeypatch.setattr(Progress, "round", dying)
+            with pytest.raises(Killed):
+                run(experiment, tmp_path / "run", plain=True)
+            saved = checkpoint.load(tmp_path / "run", store_in(tmp_path / "run"))
+            assert saved is not None
+            assert saved.state.round == seen, "the row was written, the checkpoint was not: this round is lost and no other"
+    monkeypatch.setattr(Progress, "round", show)
+    results = run(experiment, tmp_path / "run", plain=True)
+    folder, expected = whole(name, stack)
+    assert fingerprint_of(tmp_path / "run") == fingerprint_of(folder)
+    assert [without_clock(row) for row in rows(tmp_path / "run")] == [without_clock(row) for row in rows(folder)]
+    assert without_clock(results) == without_clock(expected)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_and_many_stacks_tell_the_same_story(name: str) -> None:
+    (one, first), (many, second) = whole(name, 1), whole(name, 0)
+    for a, b in zip(rows(one)[1:], rows(many)[1:], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-5)
+        assert a["validation"]["loss"] == pytest.approx(b["validation"]["loss"], abs=2e-4)
+        assert (a["examples"], a["answered"]) == (b["examples"], b["answered"])
+        assert a["bytes_up"] == pytest.approx(b["bytes_up"], abs=60), "a loss is written with as many digits as it has"
+    assert first["device_seconds"] == pytest.approx(second["device_seconds"], rel=0.01)
+    saved = [checkpoint.load(folder, store_in(folder)) for folder in (one, many)]
+    assert saved[0] is not None
+    assert saved[1] is not None
+    for name_, tensor in saved[0].state.shared.items():
+        assert torch.allclose(tensor, saved[1].state.shared[name_], atol=2e-5)
+
+
+@pytest.mark.flower
+@pytest.mark.skipif(importlib.util.find_spec("fedloom.engines.flower") is None, reason="engines/flower.py is not there")
+@pytest.mark.parametrize("name", METHODS)
+def test_local_and_flower_end_at_the_same_bits(name: str) -> None:
+    (one, first), (other, second) = whole(name, 1), whole(name, 1, "flower")
+    assert fingerprint_of(one) == fingerprint_of(other)
+    assert [without_clock(row) for row in rows(one)] == [without_clock(row) for row in rows(other)]
+    assert without_clock(first) == without_clock(second)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_evaluation_leaves_every_device_and_the_server_as_they_were(name: str, tmp_path: Path) -> None:
+    folder, _ = whole(name)
+    world, store = BUILT(small.experiment(name, rounds=ROUNDS)), ClientStore(folder / "checkpoints" / "clients")
+    saved = checkpoint.load(folder, store)
+    assert saved is not None
+    before = store.fingerprint()
+    first, second = (evaluate(world, saved.state, world.engine(store)) for _ in range(2))
+    assert store.fingerprint() == before
+    assert first.scores == second.scores
+    last = rows(folder)[-1]
+    assert first.scores["test"] == {"personalised": last["personalised"], "global": last["global"]}
+    assert first.scores["validation"] == last["validation"]
+
+
+# failures
+
+Wrap = Callable[[Engine], Engine]
+
+
+def disturbed(name: str, wrap: Wrap, monkeypatch: pytest.MonkeyPatch, folder: Path, **fields: Any) -> dict[str, Any]:
+    """A run whose engine is wrapped."""
+    engine = World.engine
+    monkeypatch.setattr(World, "engine", lambda self, store: wrap(engine(self, store)))
+    return run(small.experiment(name, rounds=ROUNDS, **fields), folder, plain=True)
+
+
+def first_asking_lost(task: Task, attempt: int) -> str | None:
+    return "out of range" if task.client == 2 and attempt == 0 and task.op not in ("train", "predict") else None
+
+
+WITH_SET_UP = ["fibecfed", "local", "lora-personal-head", "lora-prior"]
+
+
+@pytest.mark.parametrize("wrapper", [Faulty, Lossy])
+@pytest.mark.parametrize("name", WITH_SET_UP)
+def test_the_set_up_asks_again_and_ends_as_if_nobody_had_failed(
+    name: str, wrapper: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = disturbed(name, lambda engine: wrapper(engine, first_asking_lost), monkeypatch, tmp_path / "run")
+    folder, expected = whole(name)
+    assert fingerprint_of(tmp_path / "run") == fingerprint_of(folder)
+    assert results["final"] == expected["final"]
+    if wrapper is Lossy:
+        assert results["setup_bytes_down"] > expected["setup_bytes_down"], "asking again is paid for"
+
+
+@pytest.mark.parametrize("name", WITH_SET_UP)
+def test_a_device_that_never_answers_the_set_up_ends_the_run_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deaf(task: Task, attempt: int) -> str | None:
+        return "switched off" if task.client == 3 else None
+
+    with pytest.raises(CohortFailed, match=r"client 3: no answer to '\w+' in 3 attempts"):
+        disturbed(name, lambda engine: Faulty(engine, deaf), monkeypatch, tmp_path / "run")
+    assert rows(tmp_path / "run") == []
+
+
+def lost_in_round_one(task: Task, attempt: int) -> str | None:
+    lost = task.op == "train" and task.settings.get("round") == 1 and task.client == uniform_of_one()[0]
+    return "battery empty" if lost else None
+
+
+@cache
+def uniform_of_one() -> tuple[int, ...]:
+    return uniform(BUILT(small.experiment(rounds=ROUNDS)).pool, 1)
+
+
+FEDERATED = [name for name in METHODS if name != "centralised"]
+
+
+@pytest.mark.parametrize("name", FEDERATED)
+def test_a_round_that_keeps_its_quorum_goes_on_without_who_failed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = disturbed(name, lambda engine: Faulty(engine, lost_in_round_one), monkeypatch, tmp_path / "run", quorum=0.6)
+    row = rows(tmp_path / "run")[2]
+    assert row["failed"] == {str(uniform_of_one()[0]): "battery empty"}
+    assert row["answered"] == list(uniform_of_one()[1:])
+    assert results["final"]["round"] == ROUNDS
+    assert fingerprint_of(tmp_path / "run") != fingerprint_of(whole(name)[0])
+
+
+@pytest.mark.parametrize("name", FEDERATED)
+def test_a_round_that_misses_its_quorum_ends_the_run_names_who_and_can_be_resumed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = uniform_of_one()[0]
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(CohortFailed, match=rf"2 of 3 clients answered, 3 are needed. client {lost}: battery"),
+    ):
+        disturbed(name, lambda engine: Faulty(engine, lost_in_round_one), patch, tmp_path / "run")
+    assert len(rows(tmp_path / "run")) == 2
+    run(small.experiment(name, rounds=ROUNDS), tmp_path / "run", plain=True)
+    assert fingerprint_of(tmp_path / "run") == fingerprint_of(whole(name)[0])

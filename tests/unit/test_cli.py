@@ -1,0 +1,238 @@
+"""The command line without a run: which options there are, what is said when words are wrong, and that help is quick."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedloom import cli
+from fedloom.client.store import StoreError
+from fedloom.messages import CohortFailed, Failure
+from fedloom.methods import all_methods
+from fedloom.run import options, recipes
+from fedloom.run.checkpoint import CheckpointError
+from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.failures import explain
+
+
+def names(text: str) -> list[str]:
+    return text.split()
+
+
+EXPERIMENT = names("""
+--adapter.alpha --adapter.dropout --adapter.rank --adapter.targets --alpha --beta --clients --cohort --data --device --engine.kind
+--engine.stack --engine.threads --evaluate-every --label --max-length --max-test --max-train --max-validation --metric --min-examples
+--model --partition --precision --quorum --rounds --seed --text
+""")
+
+FIBECFED = names("""
+--method.curriculum.full-at --method.curriculum.granularity --method.curriculum.head --method.curriculum.head-rounds
+--method.curriculum.pacing --method.curriculum.refresh --method.curriculum.start --method.gal.count --method.gal.fraction
+--method.gal.norm --method.gal.rho --method.gal.which --method.inner.batch-size --method.inner.clip --method.inner.local-epochs
+--method.inner.lr --method.inner.no-reshuffle --method.inner.weight-decay --method.keep --method.momentum --method.warmup-epochs
+""")
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    """Exit code and the one paragraph on stderr."""
+    code = cli.main(words)
+    captured = capsys.readouterr()
+    assert captured.err.startswith("fedloom: ")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    return code, captured.err
+
+
+def test_the_options_of_run_are_frozen() -> None:
+    """Scripts rely on these names: add to them, rename none."""
+    assert cli.long_options(options.for_run(recipes.resolve("fibecfed"))) == sorted([*EXPERIMENT, *FIBECFED, "--help", "--out", "--plain"])
+
+
+def test_the_options_of_the_other_commands_are_frozen() -> None:
+    assert cli.long_options(options.for_compare()) == sorted([*EXPERIMENT, "--help", "--lr", "--out", "--plain", "--seeds"])
+    assert cli.long_options(options.for_describe(recipes.resolve("fibecfed"))) == sorted([*EXPERIMENT, *FIBECFED, "--help"])
+    data = "--alpha --beta --clients --data --label --max-test --max-train --max-validation --metric --min-examples --partition --seed"
+    assert cli.long_options(options.for_partition()) == sorted([*data.split(), "--help", "--plot", "--save", "--text"])
+    assert cli.long_options(cli.arguments.Export) == ["--client", "--help", "--merge", "--recipe"]
+    assert cli.long_options(cli.arguments.Evaluate) == ["--help", "--method", "--recipe"]
+    assert cli.long_options(cli.arguments.Report) == ["--help", "--out"]
+
+
+def test_options_become_the_experiment() -> None:
+    words = names("--rounds 3 --method.inner.lr 0.5 --method.gal.which random --adapter.targets a b --text q p --engine.stack 4")
+    given = cli._parse(options.for_run(recipes.resolve("fibecfed")), words, "x")
+    experiment = options.experiment_of(given)
+    assert isinstance(experiment, Experiment)
+    assert (experiment.rounds, experiment.method.inner.lr, experiment.method.gal.which) == (3, 0.5, "random")
+    assert (experiment.adapter.targets, experiment.text, experiment.engine.stack) == (("a", "b"), ("q", "p"), 4)
+
+
+@pytest.mark.parametrize("name", all_methods())
+def test_no_options_are_the_experiment_of_python(name: str) -> None:
+    recipe = recipes.resolve(name)
+    assert options.experiment_of(cli._parse(options.for_run(recipe), [], "x")) == Experiment(method=recipe.kind())
+
+
+def test_a_saved_experiment_is_where_options_start() -> None:
+    start = Experiment(method=recipes.with_learning_rate(recipes.resolve("fibecfed").method, 0.25), rounds=7, text=("q",), alpha=0.1)
+    recipe = recipes.Recipe(type(start.method), start)
+    assert options.experiment_of(cli._parse(options.for_run(recipe), [], "x")) == start
+    changed = options.experiment_of(cli._parse(options.for_run(recipe), ["--alpha", "9"], "x"))
+    assert (changed.alpha, changed.rounds, changed.method.inner.lr) == (9.0, 7, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["rnu"], ["'rnu'", "Did you mean 'run'?", "evaluate", "doctor"]),
+        (["run"], ["name one method", "fedloom methods"]),
+        (["run", "--rounds", "3"], ["'--rounds' came first"]),
+        (["run", "lora", "fibecfed"], ["2 came: lora fibecfed"]),
+        (["run", "fibecfd"], ["'fibecfd'", "Did you mean 'fibecfed'?", "lora-finetuned"]),
+        (["run", "nowhere.py"], ["no recipe 'nowhere.py'"]),
+        (["run", "lora", "--alhpa", "1"], ["--alhpa", "Perhaps you meant: --alpha", "There are: --adapter.alpha", "--method.lr"]),
+        (["run", "lora", "--method.keep", "1"], ["--method.keep", "--method.lr"]),
+        (["run", "lora", "--precision", "fp16"], ["'fp16'", "float32", "bf16"]),
+        (["run", "lora", "--rounds", "many"], ["--rounds", "'many'"]),
+        (["run", "lora", "--rounds", "-3"], ["--rounds is -3", "at least 1"]),
+        (["run", "lora", "--cohort", "11", "--clients", "10"], ["--cohort 11", "--clients 10"]),
+        (["run", "lora", "--alpha", "0"], ["--alpha is 0.0", "positive"]),
+        (["run", "lora", "--device", "fridge"], ["'fridge'", "jetson"]),
+        (["compare", "lora", "lora"], ["named twice: lora"]),
+        (["compare", "lora", "--seeds", "1", "1"], ["named twice: 1"]),
+        (["compare", "lora", "nope"], ["'nope'", "fibecfed"]),
+        (["evaluate", "nowhere"], ["nowhere is no run folder", "it does not exist"]),
+        (["export", "nowhere"], ["fedloom export", "--help"]),
+        (["partition", "--plot", "a.gif"], ["a.gif", ".png or .svg"]),
+        (["methods", "lora"], ["lora", "--help"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_words(
+    words: list[str], wanted: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, paragraph = said(capsys, *words)
+    assert code == 2
+    assert [text for text in wanted if text not in paragraph] == []
+
+
+def test_errors_have_a_code_and_a_mend() -> None:
+    cohort = CohortFailed([Failure(3, "ValueError: no")], 1, 2)
+    full = OSError(errno.ENOSPC, "No space left on device", "/a/b")
+    cases = [
+        (cohort, 1, ["client 3: ValueError: no", "--quorum", "the same command"]),
+        (CohortFailed([Failure(0, "setting 'loss' is nan")], 0, 1), 1, ["learning rate"]),
+        (full, 1, ["/a/b", "free some space", "the same command"]),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), 1, ["/a", "--out"]),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/a"), 2, ["check the path"]),
+        (MemoryError(), 1, ["out of memory", "--engine.stack 1"]),
+        (torch.OutOfMemoryError("CUDA"), 1, ["--engine.stack 1"]),
+        (CheckpointError("corrupt\n  in two lines"), 2, ["corrupt in two lines"]),
+        (StoreError("gone"), 2, ["gone"]),
+        (ExperimentError("bad"), 2, ["bad"]),
+    ]
+    for error, code, wanted in cases:
+        explained = explain(error)
+        assert explained is not None
+        assert explained[1] == code, error
+        assert [text for text in wanted if text not in explained[0]] == []
+    assert explain(TypeError("a fault of ours")) is None
+    assert explain(KeyError("a fault of ours")) is None
+
+
+def test_a_fault_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(words: object) -> int:
+        raise TypeError("ours")
+
+    monkeypatch.setattr(cli, "COMMANDS", {"doctor": broken})
+    with pytest.raises(TypeError, match="ours"):
+        cli.main(["doctor"])
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (cli.Terminated, 143)])
+def test_stopping_says_that_the_same_command_resumes(
+    stop: type[BaseException], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(words: object) -> int:
+        raise stop
+
+    monkeypatch.setattr(cli, "COMMANDS", {"run": stopped, "doctor": stopped})
+    assert said(capsys, "run", "lora") == (code, "fedloom: stopped; the same command resumes\n")
+    assert said(capsys, "doctor") == (code, "fedloom: stopped\n")
+
+
+def test_with_a_variable_set_errors_show_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDLOOM_TRACEBACK", "1")
+    with pytest.raises(ExperimentError):
+        cli.main(["run", "nope"])
+
+
+def test_help_names_every_command_and_every_example_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert [name for name in cli.COMMANDS if f"\n  {name} " not in out] == []
+    examples = [line.split()[1] for line in out.splitlines() if line.startswith("  fedloom ")]
+    assert len(examples) >= 5
+    assert set(examples) <= set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    assert not ended.value.code
+    assert f"usage: fedloom {name}" in capsys.readouterr().out
+
+
+def test_methods_are_listed_with_their_papers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["methods"]) == 0
+    out = capsys.readouterr().out
+    assert [name for name, kind in all_methods().items() if name not in out or kind.paper not in out] == []
+
+
+def test_help_and_version_load_nothing_heavy() -> None:
+    code = "import sys; from fedloom.cli import main; main(['--help']); main(['--version']); main(['rnu']); "
+    code += "print('heavy:', sorted({'torch', 'numpy', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert "\nfedloom 0." in done.stdout
+    assert done.stdout.endswith("heavy: []\n")
+
+
+def test_the_same_experiment_has_the_same_folder_and_another_another() -> None:
+    method = recipes.resolve("lora").method
+    first, again, other = Experiment(method=method), Experiment(method=method), Experiment(method=method, data="./my data/rte/", seed=1)
+    assert recipes.default_folder(first) == recipes.default_folder(again)
+    assert recipes.default_folder(first).name == f"lora-trec-{first.digest()[:8]}"
+    assert recipes.default_folder(other).name == f"lora-rte-{other.digest()[:8]}"
+    assert recipes.comparison_folder([first]) != recipes.comparison_folder([first, other])
+
+
+def test_one_learning_rate_reaches_every_method() -> None:
+    changed = {name: recipes.with_learning_rate(kind(), 0.125) for name, kind in all_methods().items()}
+    assert {name: (m if name == "lora" else m.inner).lr for name, m in changed.items()} == dict.fromkeys(all_methods(), 0.125)
+
+
+def test_a_recipe_that_is_none_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    method = "\n@dataclass(frozen=True)\nclass {0}:\n    name: ClassVar[str] = '{0}'\n    paper: ClassVar[str] = ''\n"
+    head = "from dataclasses import dataclass\nfrom typing import ClassVar\n"
+    cases = {
+        "nothing.py": ("x = 1\n", "defines no method"),
+        "syntax.py": ("x = 1\ndef f(:\n", "SyntaxError in line 2"),
+        "raises.py": ("x = 1\n\nraise RuntimeError('no')\n", "RuntimeError in line 3: no"),
+        "two.py": (head + method.format("a") + method.format("b"), "name one: two.py:a, two.py:b"),
+    }
+    for name, (source, wanted) in cases.items():
+        (tmp_path / name).write_text(source)
+        code, paragraph = said(capsys, "run", name)
+        assert (code, wanted in paragraph) == (2, True), paragraph
+    assert recipes.resolve("two.py:b").kind.name == "b"
+    (tmp_path / "experiment.json").write_text('{"method": {"name": "mine"}}')
+    assert "--recipe FILE" in said(capsys, "export", ".", "out")[1]

@@ -1,0 +1,178 @@
+"""The configuration: written and read without loss, refused when it makes no sense, and its digest says what decides a result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from fedloom.methods import all_methods, named
+from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
+from fedloom.model.adapters import Lora
+from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError, as_json, first_difference, from_json
+
+RICH = Experiment(
+    FibecFed(
+        FedAvg(lr=1e-3, local_epochs=3), Curriculum(0.5, 0.7, "sqrt", "example", 4, "left-out", 1), Gal(0.5, 2, "most", 0.1, "norms"), 0.9
+    ),
+    adapter=Lora(4, 8.0, ("query", "key"), 0.1),
+    text=("a", "b"),
+    label="y",
+    metric="f1",
+    precision="bf16",
+    engine=EngineSettings("flower", 3, 2),
+)
+
+
+@pytest.mark.parametrize("experiment", [*(Experiment(kind()) for kind in all_methods().values()), RICH], ids=[*all_methods(), "rich"])
+def test_json_round_trip(experiment: Experiment) -> None:
+    text = json.dumps(as_json(experiment))
+    again = from_json(json.loads(text))
+    assert again == experiment
+    assert json.dumps(as_json(again)) == text
+    assert again.digest() == experiment.digest()
+
+
+def test_a_method_carries_its_name_in_json_at_every_depth() -> None:
+    saved = as_json(RICH)
+    assert saved["method"]["name"] == "fibecfed"
+    assert saved["method"]["inner"]["name"] == "lora"
+    assert saved["method"]["gal"]["which"] == "most"
+    assert RICH.method_name == "fibecfed"
+
+
+def other(value: Any) -> Any:
+    """Another valid value of the same kind."""
+    match value:
+        case bool():
+            return not value
+        case int():
+            return value + 1
+        case float():
+            return value * 0.75 or 0.5
+        case str():
+            return {"float32": "bf16", "auto": "mcc", "jetson": "phone"}.get(value, value + "x")
+        case tuple():
+            return (*value, "z")
+    raise AssertionError(value)
+
+
+def variants(value: Any) -> list[tuple[str, Any]]:
+    """Every way to change one field of a dataclass, at any depth."""
+    found = []
+    for field in dataclasses.fields(value):
+        inner = getattr(value, field.name)
+        if dataclasses.is_dataclass(inner):
+            found += [(f"{field.name}.{name}", dataclasses.replace(value, **{field.name: made})) for name, made in variants(inner)]
+        else:
+            found.append((field.name, dataclasses.replace(value, **{field.name: other(inner)})))
+    return found
+
+
+def test_the_digest_ignores_the_engine_and_changes_with_any_other_field() -> None:
+    base = Experiment(FibecFed())
+    digests = {"": base.digest()}
+    for name, changed in variants(base):
+        if name.startswith("engine."):
+            assert changed == base or changed.digest() == base.digest(), name
+            continue
+        assert changed.digest() not in digests.values(), f"{name} does not change the digest"
+        digests[name] = changed.digest()
+    assert len(digests) > 35
+    assert len({Experiment(kind()).digest() for kind in all_methods().values()}) == len(all_methods())
+
+
+def test_the_digest_is_the_same_in_every_process_and_release() -> None:
+    assert len(base := Experiment(FedAvg()).digest()) == 16
+    assert base == Experiment(FedAvg(), engine=EngineSettings("flower", 4, 1)).digest()
+
+
+def test_first_difference_names_the_field_and_both_values() -> None:
+    saved = as_json(Experiment(FibecFed()))
+    assert first_difference(saved, saved) is None
+    wanted = as_json(Experiment(FibecFed(gal=Gal(which="most")), rounds=7))
+    assert first_difference(saved, wanted) == "method.gal.which is 'least' there and 'most' here"
+    assert first_difference(saved, as_json(Experiment(FibecFed(), rounds=7))) == "rounds is 20 there and 7 here"
+    assert first_difference({**saved, "old": 1}, saved) == "old is 1 there and 'absent' here"
+    assert first_difference({k: v for k, v in saved.items() if k != "alpha"}, saved) == "alpha is 'absent' there and 1.0 here"
+    assert str(first_difference(saved, as_json(Experiment(FedAvg())))).startswith("method.name is 'fibecfed' there and 'lora' here")
+
+
+def changed(**fields: Any) -> dict[str, Any]:
+    return {**as_json(Experiment(FibecFed())), **fields}
+
+
+BAD_JSON = {
+    "an unknown field": (changed(speed=3), r"the experiment has no fields \['speed'\]; it has \['adapter', 'alpha'"),
+    "no method": (changed(method=None), "names no method"),
+    "a nameless method": (changed(method={"lr": 1.0}), "names no method"),
+    "an unknown method field": (
+        changed(method={"name": "lora", "rate": 1}),
+        r"method lora has no fields \['rate'\]; it has \['batch_size'",
+    ),
+    "an unknown nested field": (changed(adapter={"r": 8}), r"adapter has no fields \['r'\]"),
+    "text for a number": (changed(rounds="ten"), "rounds is 'ten'; it must be int"),
+    "a fraction for a count": (changed(rounds=2.5), "rounds is 2.5; it must be int"),
+    "true for a number": (changed(rounds=True), "rounds is True; it must be int"),
+    "true for a float": (changed(alpha=True), "alpha is True; it must be float"),
+    "an unknown choice": (changed(precision="fp8"), "precision is 'fp8'; it must be"),
+    "a string for a tuple": (changed(text="question"), "text is 'question'"),
+    "a number for a part": (changed(adapter=3), "adapter is 3; it must be Lora"),
+}
+
+
+@pytest.mark.parametrize(("saved", "says"), BAD_JSON.values(), ids=BAD_JSON)
+def test_json_that_is_no_experiment(saved: dict[str, Any], says: str) -> None:
+    with pytest.raises(ExperimentError, match=says):
+        from_json(saved)
+
+
+def test_an_unknown_method_lists_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"no method 'fibecfet'; there are centralised, fibecfed, local, lora"):
+        from_json(changed(method={"name": "fibecfet"}))
+    with pytest.raises(ValueError, match="no method"):
+        named("FibecFed")
+
+
+def test_a_whole_number_does_for_a_float() -> None:
+    assert from_json(changed(alpha=2)).alpha == 2.0
+    assert type(from_json(changed(alpha=2)).alpha) is float
+
+
+def test_a_method_of_ones_own_can_be_given() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Mine:
+        lr: float = 1.0
+
+    Mine.name = "mine"  # type: ignore[attr-defined]
+    assert from_json(changed(method={"name": "mine", "lr": 3}), {"mine": Mine}).method == Mine(3.0)
+
+
+IMPOSSIBLE = [
+    ({"rounds": 0}, "--rounds is 0; it must be at least 1"),
+    ({"rounds": -3}, "--rounds is -3; it must be at least 1"),
+    ({"clients": 0}, "--clients is 0"),
+    ({"cohort": 0}, "--cohort is 0"),
+    ({"min_examples": 0}, "--min-examples is 0"),
+    ({"max_length": 0}, "--max-length is 0"),
+    ({"evaluate_every": -1}, "--evaluate-every is -1; it must be 0 or more"),
+    ({"max_train": -1}, "--max-train is -1"),
+    ({"alpha": 0.0}, "--alpha is 0.0; a Dirichlet concentration must be positive"),
+    ({"beta": -1.0}, "--beta is -1.0"),
+    ({"alpha": float("nan")}, "--alpha is nan"),
+    ({"cohort": 11, "clients": 10}, "--cohort 11 is more than --clients 10"),
+    ({"quorum": 0.0}, "--quorum is 0.0"),
+    ({"quorum": 1.1}, "--quorum is 1.1"),
+    ({"engine": EngineSettings(stack=-1)}, "--engine.stack"),
+    ({"engine": EngineSettings(threads=-1)}, "--engine.threads"),
+    ({"device": "mainframe"}, r"no device profile 'mainframe'; there are \['jetson'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "says"), IMPOSSIBLE)
+def test_impossible_settings(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Experiment(FedAvg(), **fields)

@@ -1,0 +1,111 @@
+"""What a run cost, added up from what the engine told; rows that survive a kill."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedloom.messages import Failure, Replies, Task, Traffic, Update
+from fedloom.run.devices import DeviceProfile
+from fedloom.run.ledger import Ledger, peak_rss_bytes
+
+PROFILE = DeviceProfile("round", 100.0, 10.0, 20.0)
+SCORES = {"test": {"personalised": 0.5, "global": 0.25}, "validation": {"personalised": 0.4, "global": 0.3, "loss": 1.5}}
+KEYS = [
+    "round", "loss", "personalised", "global", "examples", "train_seconds", "bytes_up", "bytes_down", "host_seconds",
+    "device_seconds", "peak_rss_bytes", "answered", "failed", "validation",
+]  # fmt: skip
+
+
+def replies() -> Replies:
+    updates = (Update(4, 30, {}, {"loss": 1.0}), Update(2, 10, {}, {"loss": 3.0}))
+    traffic = (Traffic(4, 40, 10, 300.0, 6), Traffic(2, 20, 20, 100.0, 4), Traffic(9, 60, 0, 0.0, 0))
+    return Replies(updates, (Failure(9, "offline"),), traffic)
+
+
+def test_a_section_adds_up_what_it_hears(tmp_path: Path) -> None:
+    section = Ledger(tmp_path, PROFILE).section()
+    section.hear([Task("train", 4)], replies())
+    assert (section.bytes_down, section.bytes_up, section.examples) == (120, 30, 10)
+    assert section.device_seconds == 2.0 + 3.0 + 1.0, "the slowest: 40 bytes at 20/s, 300 operations at 100/s, 10 bytes at 10/s"
+    assert section.loss == (30 * 1.0 + 10 * 3.0) / 40
+    assert (section.answered, section.failed) == ([4, 2], {"9": "offline"})
+    section.hear([], replies())
+    assert (section.bytes_down, section.device_seconds) == (240, 12.0)
+    assert section.seconds >= 0
+
+
+def test_nobody_told_a_loss(tmp_path: Path) -> None:
+    section = Ledger(tmp_path, PROFILE).section()
+    section.hear([], Replies((Update(1, 1),), (), (Traffic(1, 1, 1, 0.0, 0),)))
+    assert section.loss is None
+
+
+def test_a_row_has_exactly_its_keys_and_reaches_the_file(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, PROFILE)
+    section = ledger.section()
+    section.hear([], replies())
+    row = ledger.write(3, section, 0.25, SCORES)
+    assert list(row) == KEYS
+    assert ledger.rows() == [row] == [json.loads((tmp_path / "rounds.jsonl").read_text())]
+    assert (row["round"], row["personalised"], row["global"], row["train_seconds"]) == (3, 0.5, 0.25, 0.25)
+    assert row["validation"] == SCORES["validation"]
+    assert row["peak_rss_bytes"] > 10_000_000
+
+
+def test_totals_are_sums_of_rows_and_the_set_up_stands_apart(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, PROFILE)
+    setup = ledger.section()
+    setup.hear([], replies())
+    ledger.set_up(setup)
+    ledger.write(0, ledger.section(), 0.0, SCORES)
+    for t in (1, 2):
+        section = ledger.section()
+        section.hear([], replies())
+        section.hear([], replies())
+        ledger.write(t, section, 0.1, SCORES)
+    totals = ledger.totals
+    for name in ("bytes_up", "bytes_down", "examples", "device_seconds"):
+        assert totals[name] == sum(row[name] for row in ledger.rows()), name
+    assert (totals["bytes_up"], totals["bytes_down"], totals["examples"]) == (120, 480, 40)
+    assert (totals["setup_bytes_up"], totals["setup_bytes_down"], totals["setup_examples"]) == (30, 120, 10)
+    assert (totals["setup_device_seconds"], totals["device_seconds"]) == (6.0, 24.0)
+    assert totals["peak_rss_bytes"] == max(row["peak_rss_bytes"] for row in ledger.rows())
+    assert totals["participations"] == {"4": 2, "2": 2}, "once a round, however often it was asked; a failure is no participation"
+
+
+def test_a_resumed_ledger_adds_to_the_saved_totals(tmp_path: Path) -> None:
+    first = Ledger(tmp_path, PROFILE)
+    section = first.section()
+    section.hear([], replies())
+    first.write(1, section, 0.1, SCORES)
+    second = Ledger(tmp_path, PROFILE, json.loads(json.dumps(first.totals)))
+    section = second.section()
+    section.hear([], replies())
+    second.write(2, section, 0.1, SCORES)
+    assert second.totals["bytes_up"] == 60
+    assert second.totals["participations"] == {"4": 2, "2": 2}
+    assert [row["round"] for row in second.rows()] == [1, 2]
+
+
+@pytest.mark.parametrize("torn", ["", '{"round": 4, "lo', '{"round": 4}'])
+def test_rewind_drops_rows_without_a_checkpoint_and_a_torn_line(tmp_path: Path, torn: str) -> None:
+    ledger = Ledger(tmp_path, PROFILE)
+    rows = [ledger.write(t, ledger.section(), 0.0, SCORES) for t in range(4)]
+    with (tmp_path / "rounds.jsonl").open("a") as file:
+        file.write(torn)
+    assert ledger.rewind(2) == rows[:3]
+    assert ledger.rows() == rows[:3]
+    assert ledger.rewind(-1) == []
+    assert (tmp_path / "rounds.jsonl").read_text() == ""
+
+
+def test_no_rows_yet(tmp_path: Path) -> None:
+    assert Ledger(tmp_path, PROFILE).rows() == []
+    assert Ledger(tmp_path, PROFILE).rewind(5) == []
+
+
+def test_memory_never_falls() -> None:
+    assert peak_rss_bytes() <= peak_rss_bytes()

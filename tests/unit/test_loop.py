@@ -1,0 +1,59 @@
+"""Who may write to a run folder. What a run does in it: ``tests/conformance/test_loop.py``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedloom.run.checkpoint import CheckpointError, only_one
+from fedloom.run.experiment import as_json
+from fedloom.run.loop import claim, run
+from tests import small
+
+
+def test_claiming_writes_the_experiment_and_claiming_again_finds_it(tmp_path: Path) -> None:
+    claim(tmp_path / "new", small.experiment())
+    assert json.loads((tmp_path / "new" / "experiment.json").read_text()) == as_json(small.experiment())
+    claim(tmp_path / "new", small.experiment())
+    claim(tmp_path / "new", small.experiment(stack=3, kind="flower"))
+    assert json.loads((tmp_path / "new" / "experiment.json").read_text())["engine"]["stack"] == 1
+
+
+def test_another_experiment_is_refused_naming_the_first_field_and_nothing_is_overwritten(tmp_path: Path) -> None:
+    claim(tmp_path, small.experiment())
+    before = (tmp_path / "experiment.json").read_bytes()
+    with pytest.raises(CheckpointError, match=r"another experiment: rounds is 2 there and 3 here. Give another --out"):
+        run(small.experiment(rounds=3), tmp_path, plain=True)
+    with pytest.raises(CheckpointError, match="method.name is 'lora' there and 'local' here"):
+        claim(tmp_path, small.experiment("local"))
+    assert (tmp_path / "experiment.json").read_bytes() == before
+
+
+def test_a_folder_that_is_no_run_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"is not a run folder \(it holds \['thesis.tex'\]\); give --out an empty or new one"):
+        run(small.experiment(), tmp_path, plain=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\udcff", ""])
+def test_a_broken_experiment_file_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "experiment.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(CheckpointError, match="is no JSON object"):
+        claim(tmp_path, small.experiment())
+    assert (tmp_path / "experiment.json").read_bytes() == text.encode(errors="surrogateescape")
+
+
+def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(CheckpointError, match="is a file; --out must name a folder"):
+        claim(tmp_path / "out", small.experiment())
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    claim(tmp_path, small.experiment())
+    with only_one(tmp_path), pytest.raises(CheckpointError, match="another process is running"):
+        run(small.experiment(), tmp_path, plain=True)
+    assert not (tmp_path / "rounds.jsonl").exists()
