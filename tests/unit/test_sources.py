@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fedloom import hub as online
 from fedloom.data import sources
 from fedloom.data.sources import load, tokenise
 from fedloom.data.tasks import DataError
@@ -24,7 +25,8 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
 def no_network(monkeypatch):
     """Any look-up of a host is a failure of the test that makes it; the Hub then counts as unreachable."""
     asked = []
-    monkeypatch.setattr(sources, "getproxies", dict)
+    monkeypatch.setattr(online, "getproxies", dict)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
     def refuse(host, *_):
         asked.append(host)
@@ -227,7 +229,7 @@ def test_a_hub_name_is_loaded_with_its_config(monkeypatch):
     assert "splits not used: validation_mismatched, test_mismatched" in source.notes
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: ["an address"])
     load("owner/set", seed=0)
-    monkeypatch.setattr(sources, "getproxies", lambda: {"https": "proxy"})
+    monkeypatch.setattr(online, "getproxies", lambda: {"https": "proxy"})
     load("set", seed=0)
     assert asked == [("glue", "cola", True), ("owner/set", None, False), ("set", None, False)]
     assert sources.hub.HF_HUB_OFFLINE is False

@@ -123,6 +123,12 @@ def test_settings_that_may_not_cross(value: object) -> None:
         pack(Update(0, 1, {}, {"value": value}), DIGEST)  # type: ignore[dict-item]
 
 
+@pytest.mark.parametrize("settings", [None, [1], "a"])
+def test_settings_must_have_names(settings: object) -> None:
+    with pytest.raises(WireError, match="they must map names to values"):
+        pack(Task("op", 0, {}, settings), DIGEST)  # type: ignore[arg-type]
+
+
 def test_settings_that_may() -> None:
     given_ = {"a": (1, 2), "b": ["x"], "c": -(2**63), "d": False, "e": "ü", "f": 1e-300, "g": [1.5]}
     assert checked_settings(given_) == {**given_, "a": [1, 2]}

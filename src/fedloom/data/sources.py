@@ -8,13 +8,10 @@ Knows nothing of tokenizers (``tokenise`` is given one), models or devices.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import datasets
 import numpy as np
@@ -26,6 +23,7 @@ from fedloom.data.examples import Examples
 from fedloom.data.files import SUFFIXES, match_splits, read_file, read_folder, split_of
 from fedloom.data.labels import Label, class_ids, label_values
 from fedloom.data.tasks import SPLITS, Classification, Column, DataError, Split, choose_columns, metric_for
+from fedloom.hub import reachable
 from fedloom.seeds import derive
 
 Encode = Callable[[list[str], list[str] | None], tuple[list[list[int]], list[list[int]]]]
@@ -157,7 +155,7 @@ def _from_hub(name: str) -> datasets.DatasetDict:
     datasets.disable_progress_bars()
     path, _, config = name.partition(":")
     offline = hub.HF_HUB_OFFLINE
-    hub.HF_HUB_OFFLINE = offline or not _reachable(hub.HF_ENDPOINT)
+    hub.HF_HUB_OFFLINE = offline or not reachable()
     try:
         return datasets.load_dataset(path, config or None)
     except Exception as error:  # the Hub's client raises many kinds; each is told, none is hidden
@@ -169,16 +167,6 @@ def _from_hub(name: str) -> datasets.DatasetDict:
         ) from error
     finally:
         hub.HF_HUB_OFFLINE = offline
-
-
-def _reachable(endpoint: str) -> bool:
-    """Whether the host has an address; asked once, since the Hub's client would retry for half a minute without a network."""
-    if getproxies():
-        return True
-    try:
-        return bool(socket.getaddrinfo(urlsplit(endpoint).hostname, 443))
-    except OSError:
-        return False
 
 
 def _of_splits(splits: datasets.DatasetDict, where: str) -> tuple[dict[Split, _Table], list[str]]:

@@ -30,6 +30,7 @@ from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from fedloom.hub import reachable
 from fedloom.messages import Tensors
 from fedloom.model.adapters import Lora, attach, is_factor, trainable_names
 from fedloom.seeds import derive_int
@@ -266,12 +267,13 @@ def load(
 
 def _loaded(folder: str, name: str, num_labels: int) -> tuple[Any, Any, Any]:
     try:
-        config = AutoConfig.from_pretrained(folder, num_labels=num_labels)
+        local: dict[str, Any] = {"local_files_only": Path(folder).is_dir() or not reachable()}
+        config = AutoConfig.from_pretrained(folder, num_labels=num_labels, **local)
         if config.is_encoder_decoder:
             raise ModelError(f"'{name}' is an encoder-decoder ({config.model_type}); give an encoder or a decoder")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
         base = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, dtype=torch.float32, attn_implementation="eager", ignore_mismatched_sizes=True
+            folder, config=config, dtype=torch.float32, attn_implementation="eager", ignore_mismatched_sizes=True, **local
         )
     except ModelError:
         raise
