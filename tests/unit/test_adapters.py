@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForSequenceClassification
 
-from fedloom.model.adapters import AdapterError, Lora, attach, is_factor, partner, trainable_names, write_adapter
+from fedloom.model.adapters import AdapterError, Lora, attach, is_factor, merged, partner, trainable_names, write_adapter
 from fedloom.model.base import as_batch, load
 from fedloom.model.blocks import layer_of, layers
 from tests import families, tiny
@@ -111,6 +111,23 @@ def test_plain_peft_loads_what_was_written_with_the_same_logits(family: str, tmp
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["inference_mode"]) == (2, 4.0, True)
     assert config["base_model_name_or_path"] == str(families.folder(family))
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_merged_is_a_plain_model_with_the_same_logits(family: str) -> None:
+    model = families.model(family)
+    at = families.moved(model)
+    before = {name: p.detach().clone() for name, p in model.module.named_parameters()}
+    text = tiny.examples(1, seed=8)
+    batch = as_batch(vars(text.pad(np.array([0]), pad_id=0)), model.device)
+    plain_model = merged(model.module, at)
+    assert not [name for name, _ in plain_model.named_parameters() if "lora" in name]
+    with torch.no_grad():
+        wanted, _ = model.forward(at, batch, torch.float32)
+        assert torch.allclose(plain_model(input_ids=batch.ids).logits, wanted, atol=2e-5)
+    assert all(torch.equal(p, before[name]) for name, p in model.module.named_parameters()), "the shared base must stay as it is"
+    with pytest.raises(AdapterError, match=r"exactly the trained tensors"):
+        merged(model.module, dict(list(at.items())[1:]))
 
 
 def test_a_tensor_too_few_or_too_many_is_not_written(tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+"""Driving a flow: who must answer, and what may not be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from fedloom.engines.engine import drive
+from fedloom.messages import CohortFailed, Failure, Flow, Replies, Task, Update
+
+
+class Half:
+    """An engine over which clients with odd numbers never answer."""
+
+    def run(self, tasks: Sequence[Task]) -> Replies:
+        answered = tuple(Update(t.client, 1) for t in tasks if t.client % 2 == 0)
+        return Replies(answered, tuple(Failure(t.client, "odd") for t in tasks if t.client % 2))
+
+
+def asking(*clients: int) -> Flow[list[int]]:
+    updates = yield [Task("op", k) for k in clients]
+    return [update.client for update in updates]
+
+
+def test_the_flow_hears_the_updates_and_its_value_comes_back() -> None:
+    heard: list[tuple[int, int]] = []
+    assert drive(asking(2, 1, 0), Half(), 0.6, lambda tasks, replies: heard.append((len(tasks), len(replies.updates)))) == [2, 0]
+    assert heard == [(3, 2)]
+
+
+def test_a_quorum_is_rounded_up_and_zero_means_that_the_flow_insists_itself() -> None:
+    with pytest.raises(CohortFailed, match="2 of 3 clients answered, 3 are needed. client 1: odd"):
+        drive(asking(0, 1, 2), Half(), 0.67)
+    with pytest.raises(CohortFailed, match="0 of 1 clients answered, 1 are needed"):
+        drive(asking(1), Half(), 0.01)
+    assert drive(asking(1), Half(), 0) == []
+
+
+def test_what_was_heard_is_told_before_the_cohort_fails() -> None:
+    heard: list[int] = []
+    with pytest.raises(CohortFailed):
+        drive(asking(1, 3), Half(), seen=lambda tasks, replies: heard.append(len(replies.failures)))
+    assert heard == [2]
+
+
+def test_one_asking_may_not_name_a_client_twice() -> None:
+    with pytest.raises(ValueError, match=r"clients \[4, 6\] are asked twice at once"):
+        drive(asking(6, 4, 2, 4, 6), Half())
