@@ -18,7 +18,7 @@ from fedloom.compute.flops import Flops
 from fedloom.compute.work import Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, WorkItem
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
-from fedloom.model.base import Batch, Model, as_batch
+from fedloom.model.base import Batch, Model, as_batch, weighted_loss
 from fedloom.seeds import derive_int
 
 PREDICT_ROWS = 32
@@ -119,12 +119,18 @@ def sensitivity(model: Model, at: Tensors, batch: Batch, item: Sensitivity) -> t
     """Layer scores (D,) of one batch, by the formulas of :class:`~fedloom.compute.work.Sensitivity`."""
     real = (batch.mask & (batch.weights[:, None] > 0))[..., None]
     clean = model.embed(batch.ids, torch.float32).detach() * real
-    gradient = torch.func.grad(lambda e: model.loss(at, batch, torch.float32, embeddings=e))(clean) * real
+
+    def loss(embeddings: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        logits, outputs = model.forward(at, batch, torch.float32, embeddings, layers=True)
+        return weighted_loss(logits, batch), outputs
+
+    gradient, before = torch.func.grad(loss, has_aux=True)(clean)
+    gradient = gradient * real
     radius = item.rho * (clean.norm() if item.norm == "difference" else 1.0)
     moved = clean + radius * gradient / gradient.norm().clamp(min=torch.finfo(torch.float32).tiny)
     rows = batch.weights[:, None]
-    pairs = zip(*(model.forward(at, batch, torch.float32, e, layers=True)[1] for e in (clean, moved)), strict=True)
-    pooled = [(h[:, model.pooled] * rows, m[:, model.pooled] * rows) for h, m in pairs]
+    after = model.forward(at, batch, torch.float32, moved, layers=True)[1]
+    pooled = [(h[:, model.pooled] * rows, m[:, model.pooled] * rows) for h, m in zip(before, after, strict=True)]
     if item.norm == "difference":
         return torch.stack([(m - h).norm() / h.norm() for h, m in pooled])
     return torch.stack([(m.norm() - h.norm()).abs() / h.norm() for h, m in pooled])
@@ -161,7 +167,7 @@ def cost(item: WorkItem, flops: Flops) -> tuple[float, int]:
             return float(np.sum(flops.step(frozenset(scored_names(item)), lengths))), 0
         case Sensitivity():
             longest, n = int(lengths[item.batch].max()), len(item.batch)
-            return n * float(flops.step(frozenset(item.at), longest) + 2 * flops.forward(longest)), 0
+            return n * float(flops.step(frozenset(item.at), longest) + flops.forward(longest)), 0
         case Predict():
             return float(np.sum(flops.forward(lengths))) if len(lengths) else 0.0, 0
 

@@ -27,10 +27,10 @@ from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
 from fedloom.model.base import Batch, Model, as_batch
 
-ROWS = 16
-"""Examples of one client per pass when scoring or predicting."""
+ROWS = 4
+"""Examples of one client per pass when scoring or predicting: few, so that a pass holds texts of like lengths."""
 
-PASS = 256
+PASS = 96
 """Examples in one pass at most: beyond it nothing gets faster, and clients of like sizes share a pass."""
 
 MEMORY_SHARE = 0.4

@@ -18,7 +18,7 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 from fedloom.hub import reachable
 from fedloom.messages import Tensors
 from fedloom.model.adapters import Lora, attach, is_factor, trainable_names
+from fedloom.model.calls import CALLS, Call, Shape, from_zero
 from fedloom.seeds import derive_int
 
 Precision = Literal["float32", "bf16"]
@@ -59,54 +60,6 @@ class Batch(NamedTuple):
     weights: torch.Tensor
 
 
-def _seen(mask: torch.Tensor, causal: bool, window: int = 0) -> torch.Tensor:
-    """bool (B, 1, L, L): whether query i may see key j."""
-    length = mask.shape[-1]
-    at = torch.arange(length, device=mask.device)
-    far = at[:, None] - at[None, :]
-    allowed = far >= 0 if causal else torch.ones_like(far, dtype=torch.bool)
-    if window:
-        allowed = allowed & (far.abs() <= window)
-    return mask[..., None, None, :] & allowed
-
-
-def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)
-
-
-def _one_mask(model: Model, mask: torch.Tensor, dtype: torch.dtype) -> object:
-    return _additive(_seen(mask, model.causal), dtype)
-
-
-def _window_masks(model: Model, mask: torch.Tensor, dtype: torch.dtype) -> object:
-    window = int(model.config.to_dict().get("local_attention") or 0) // 2
-    full, sliding = (_additive(_seen(mask, model.causal, w), dtype) for w in (0, window))
-    return {"full_attention": full, "sliding_attention": sliding}
-
-
-def _key_mask(model: Model, mask: torch.Tensor, dtype: torch.dtype) -> object:
-    return mask[..., None, None, :].long()
-
-
-def _from_zero(model: Model, mask: torch.Tensor) -> torch.Tensor | None:
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def _after_padding(model: Model, mask: torch.Tensor) -> torch.Tensor | None:
-    return mask.long().cumsum(-1) * mask.long() + model.pad_id
-
-
-def _no_positions(model: Model, mask: torch.Tensor) -> torch.Tensor | None:
-    return None
-
-
-MaskOf = Callable[["Model", torch.Tensor, torch.dtype], object]
-PositionsOf = Callable[["Model", torch.Tensor], torch.Tensor | None]
-CALLS: tuple[tuple[MaskOf, PositionsOf], ...] = tuple(
-    (mask, positions) for positions in (_from_zero, _after_padding, _no_positions) for mask in (_one_mask, _window_masks, _key_mask)
-)
-
-
 @dataclass
 class Model:
     """A frozen base with an adapter. ``initial``: float32 start of every trainable tensor, by saved name."""
@@ -122,7 +75,7 @@ class Model:
     device: torch.device
     causal: bool = False
     pad_id: int = 0
-    call: tuple[MaskOf, PositionsOf] = CALLS[0]
+    call: Call = CALLS[0]
     initial: dict[str, torch.Tensor] = field(default_factory=dict)
     parameters: dict[str, str] = field(default_factory=dict)
     _copies: dict[torch.dtype, nn.Module] = field(default_factory=dict)
@@ -146,6 +99,11 @@ class Model:
     def pooled(self) -> int:
         """The position that the head reads: 0, or the last."""
         return -1 if self.causal else 0
+
+    @property
+    def shape(self) -> Shape:
+        """What decides its masks and positions."""
+        return Shape(self.causal, self.pad_id, int(self.config.to_dict().get("local_attention") or 0))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -175,8 +133,8 @@ class Model:
         module = self.base(dtype)
         given: dict[str, object] = {"input_ids": batch.ids} if embeddings is None else {"inputs_embeds": embeddings}
         mask_of, positions_of = self.call
-        given["attention_mask"] = mask_of(self, batch.mask, dtype)
-        positions = positions_of(self, batch.mask)
+        given["attention_mask"] = mask_of(self.shape, batch.mask, dtype)
+        positions = positions_of(self.shape, batch.mask)
         if positions is not None:
             given["position_ids"] = positions
         if self.segmented:
@@ -187,16 +145,20 @@ class Model:
         out = functional_call(module, named, (), given)
         return out.logits.float(), tuple(out.hidden_states[1:]) if layers else ()
 
-    def loss(self, tensors: Tensors, batch: Batch, dtype: torch.dtype, embeddings: torch.Tensor | None = None) -> torch.Tensor:
+    def loss(self, tensors: Tensors, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
         """Mean cross-entropy over the batch's real rows."""
-        logits, _ = self.forward(tensors, batch, dtype, embeddings)
-        each = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
-        return (each * batch.weights).sum() / batch.weights.sum()
+        return weighted_loss(self.forward(tensors, batch, dtype)[0], batch)
 
     @property
     def segmented(self) -> bool:
         """Whether the base reads segment (token-type) ids."""
         return int(self.config.to_dict().get("type_vocab_size") or 0) > 1 and not self.causal
+
+
+def weighted_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy of logits (B, C) over the batch's real rows."""
+    each = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+    return (each * batch.weights).sum() / batch.weights.sum()
 
 
 def folder_of(name: str) -> str:
@@ -307,7 +269,7 @@ def _learn_to_call(model: Model, base: Any) -> None:
         batch = Batch(torch.where(mask, ids, model.pad_id), mask, torch.zeros_like(ids), ids[:, 0] * 0, torch.ones(2))
         plain: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": mask.long()}
         if model.causal and "position_ids" in inspect.signature(base.forward).parameters:
-            plain["position_ids"] = _from_zero(model, mask)
+            plain["position_ids"] = from_zero(model.shape, mask)
         wanted = base(**plain).logits.float()
         tried = []
         for call in CALLS:
