@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 DEMO_METHODS ?= lora fibecfed local centralised
-DEMO_OPTIONS ?=
+DEMO_OPTIONS ?= --max-train 1500 --max-validation 200 --rounds 15
 DEMO_OUT ?= runs/demo
 SITE ?= site
 

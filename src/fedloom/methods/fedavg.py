@@ -29,9 +29,15 @@ from fedloom.server.participation import Pool, uniform
 
 @dataclass(frozen=True)
 class FedAvg:
-    """``lr``, ``weight_decay``, ``clip``: AdamW's. ``local_epochs`` E over the device's data, ``batch_size`` examples a step.
+    """FedAvg of an adapter and its head; also the local training that other methods hold as ``inner``.
 
-    ``reshuffle``: cut new batches in every epoch (otherwise one seeded cut per device for ever, as FibecFed has it).
+    Attributes:
+        lr: AdamW's learning rate.
+        local_epochs: epochs E over the device's data in one participation.
+        batch_size: examples a step.
+        weight_decay: AdamW's decoupled weight decay.
+        clip: limit of the gradient's 2-norm (0: none).
+        reshuffle: cut new batches in every epoch; otherwise one seeded cut per device for ever, as FibecFed has it.
     """
 
     name: ClassVar[str] = "lora"

@@ -47,11 +47,16 @@ WARM_UP = -1000
 
 @dataclass(frozen=True)
 class Curriculum:
-    """``start`` β₀: share of batches open at first; ``full_at`` α: share of the rounds after which all are; ``pacing`` between them.
+    """The easy-to-hard curriculum and the score behind it.
 
-    ``granularity``: sort fixed batches, or sort examples and then cut. ``refresh``: score anew at the current model when the scores are
-    this many rounds old (0: never). ``head``: what keeps the fresh head from drowning the score: ``warm`` (train it first,
-    ``head_rounds`` rounds), ``left-out`` (of the score), ``as-is`` (neither).
+    Attributes:
+        start: share of batches open in the first round, β₀.
+        full_at: share of the rounds after which all are open, α.
+        pacing: how the share grows between them.
+        granularity: sort fixed batches, or sort examples and then cut.
+        refresh: score anew at the current model when the scores are this many rounds old (0: never).
+        head: what keeps a fresh head from drowning the score: warm (train it first), left-out (of the score), as-is (nothing).
+        head_rounds: rounds in which the head alone is trained first, if warm.
     """
 
     start: float = 0.6
@@ -65,8 +70,15 @@ class Curriculum:
 
 @dataclass(frozen=True)
 class Gal:
-    """Which layers are global: ``fraction`` of them (``count`` overrides it when > 0), those with the ``least`` or ``most`` sensitive
-    output, or ``random`` ones. ``rho``, ``norm``: see the work item ``Sensitivity``."""
+    """Which layers are global.
+
+    Attributes:
+        fraction: share of the adapted layers that are global.
+        count: number of global layers; overrides the fraction when above 0.
+        which: those with the least or the most sensitive output, or random ones.
+        rho: size of the perturbation; see the work item Sensitivity.
+        norm: form of the score; see the work item Sensitivity.
+    """
 
     fraction: float = 0.75
     count: int = 0
@@ -77,9 +89,15 @@ class Gal:
 
 @dataclass(frozen=True)
 class FibecFed:
-    """``inner``: local training and its optimiser. ``keep``: share of output neurons of each local layer that is trained.
+    """FibecFed.
 
-    ``warmup_epochs`` E_w and ``momentum`` γ make the mask's Fisher.
+    Attributes:
+        inner: local training and its optimiser.
+        curriculum: the easy-to-hard curriculum.
+        gal: which layers are global.
+        keep: share of the output neurons of each local layer that is trained.
+        warmup_epochs: epochs E_w of the warm-up behind the mask.
+        momentum: γ of the mask's Fisher over those epochs.
     """
 
     name: ClassVar[str] = "fibecfed"

@@ -19,7 +19,12 @@ from fedloom.server.participation import Pool
 
 @dataclass(frozen=True)
 class FineTuned:
-    """``inner``: the federated method. ``epochs``: of local fine-tuning before a device predicts."""
+    """FedAvg, then local fine-tuning.
+
+    Attributes:
+        inner: the federated method.
+        epochs: epochs of local fine-tuning before a device predicts.
+    """
 
     name: ClassVar[str] = "lora-finetuned"
     paper: ClassVar[str] = "baseline: FedIT, then local fine-tuning"

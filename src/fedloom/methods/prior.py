@@ -25,7 +25,12 @@ from fedloom.server.participation import Pool
 
 @dataclass(frozen=True)
 class PriorCorrected:
-    """``inner``: the federated method. ``smoothing`` ε: examples of each label that every device is taken to have besides its own."""
+    """FedAvg with logit adjustment.
+
+    Attributes:
+        inner: the federated method.
+        smoothing: examples of each label that every device is taken to have besides its own, ε.
+    """
 
     name: ClassVar[str] = "lora-prior"
     paper: ClassVar[str] = "baseline: FedIT with logit adjustment 2007.07314"

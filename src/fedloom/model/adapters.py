@@ -26,9 +26,14 @@ ADAPTER = "default"
 
 @dataclass(frozen=True)
 class Lora:
-    """LoRA's settings. ``rank`` r, ``alpha`` (scaling s = alpha/r), ``targets``: the ends of the module names that get a pair
-    (empty: PEFT's own choice for the architecture, query and value in most), ``dropout``: rate for LoRA's input and for every
-    dropout site of the base model (0: none)."""
+    """LoRA's settings.
+
+    Attributes:
+        rank: rank r of each pair.
+        alpha: the pair is scaled by s = alpha / rank.
+        targets: ends of the module names that get a pair (empty: PEFT's choice for the architecture, query and value in most).
+        dropout: rate for LoRA's input and for every dropout site of the base model (0: none).
+    """
 
     rank: int = 8
     alpha: float = 16.0

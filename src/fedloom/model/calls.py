@@ -1,6 +1,6 @@
 """The ways in which architectures want a ready attention mask and positions. ``base.py`` tries them; none is looked up by a model's name.
 
-Each is a pure function of the (B, L) token mask and the model's :class:`Shape`, without data-dependent control flow: it runs under ``vmap``.
+Each is a pure function of the (B, L) token mask and the model's :class:`Shape`, without data-dependent branches: it runs under ``vmap``.
 """
 
 from __future__ import annotations

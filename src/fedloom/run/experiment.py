@@ -25,9 +25,12 @@ class ExperimentError(ValueError):
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How to compute; never what. ``kind``: ``local`` (the fast one) or ``flower`` (the same tasks as real Flower messages, in memory).
+    """How to compute; never what.
 
-    ``stack``: clients computed in one pass (0: as many as memory allows; 1: one by one). ``threads``: CPU threads (0: PyTorch's default).
+    Attributes:
+        kind: local (the fast one) or flower (the same tasks as real Flower messages, in memory).
+        stack: clients computed in one pass (0: as many as pay; 1: one by one).
+        threads: CPU threads (0: PyTorch's default).
     """
 
     kind: Literal["local", "flower"] = "local"
