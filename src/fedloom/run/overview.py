@@ -17,7 +17,7 @@ usage: fedloom COMMAND ...
 
 Start here. It works offline: questions and encoder are installed with the package.
 
-  fedloom run fibecfed                                       two minutes on two cores
+  fedloom run fibecfed                                       five minutes on two cores
   fedloom run fibecfed --rounds 5 --method.inner.lr 1e-3     other settings
   fedloom run fibecfed --data FOLDER --model FOLDER          your Parquet, CSV or JSON lines; your Hugging Face model
   fedloom compare lora fibecfed local --alpha 0.1            who gains from what, on more skewed devices
