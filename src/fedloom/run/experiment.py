@@ -95,7 +95,7 @@ class Experiment:
     engine: EngineSettings = field(default_factory=EngineSettings)
 
     HOW: ClassVar[tuple[str, ...]] = ("engine",)
-    """Fields that say how and not what: no part of the digest, free to change when a run is resumed."""
+    """Fields that say how and not what: no part of the digest. Resumed with others, a run's last bits differ (docs/engines.md)."""
 
     def __post_init__(self) -> None:
         for name in ("clients", "cohort", "rounds", "min_examples", "max_length"):
