@@ -7,7 +7,7 @@ An engine carries tasks to clients and brings their updates back. The six laws (
 - **strictness**: what deployment refuses, simulation refuses;
 - **failure**: a failed client is absent from the updates, never stale or partial, and its reason is told;
 - **durability**: a client's state is stored if and only if its operation returned;
-- **determinism**: the same tasks give the same updates, whatever the engine, worker count or arrival order.
+- **determinism**: the same tasks give the same updates, whatever the engine or arrival order (same threads and stack).
 """
 
 from __future__ import annotations
