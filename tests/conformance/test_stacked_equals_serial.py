@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -13,16 +13,17 @@ import torch
 
 from fedloom.compute.compute import Done
 from fedloom.compute.serial import Serial
-from fedloom.compute.stacked import PASS, Stacked, activation_bytes
+from fedloom.compute.stacked import Stacked, _states_that_fit, token_bytes
 from fedloom.compute.work import AdamW, Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, WorkItem
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
 from fedloom.model.adapters import is_factor
 from fedloom.model.base import Model
+from fedloom.model.packed import Unpackable
 from fedloom.tensors import fingerprint
 from tests import families, tiny
 
-TENSORS = 2e-5
+TENSORS = 1e-4
 """Absolute, on tensors near 1 after a few steps of lr 0.01."""
 LOSSES = 5e-5
 SCORES = 1e-4
@@ -123,9 +124,9 @@ def test_fit(option: str, dropout: float, stack: int) -> None:
 def test_every_option_and_dropout_changes_what_is_learnt(option: str) -> None:
     """The comparison above means something: what could be confused differs by far more than the tolerance."""
     done = fitted(option, 0.0, None)
-    assert all(gap(done[k].result.tensors, fitted(option, 0.2, None)[k].result.tensors) > 50 * TENSORS for k in range(4))
+    assert all(gap(done[k].result.tensors, fitted(option, 0.2, None)[k].result.tensors) > 20 * TENSORS for k in range(4))
     if option not in ("plain", "fixed"):
-        assert max(gap(done[k].result.tensors, fitted("plain", 0.0, None)[k].result.tensors) for k in range(4)) > 50 * TENSORS
+        assert max(gap(done[k].result.tensors, fitted("plain", 0.0, None)[k].result.tensors) for k in range(4)) > 20 * TENSORS
 
 
 @pytest.mark.parametrize("compute", [Serial, Stacked])
@@ -150,7 +151,7 @@ def test_a_client_with_fewer_steps_stops_exactly_where_it_would_alone(dropout: f
     assert [len(done.result.losses) for done in whole] == [4, 6, 2, 6]
     assert gap(whole[2].result.tensors, short[2].result.tensors) <= TENSORS
     assert gap(whole[2].result.tensors, Serial(of).run([items[2]])[0].result.tensors) <= TENSORS
-    assert gap(whole[1].result.tensors, short[1].result.tensors) > 50 * TENSORS
+    assert gap(whole[1].result.tensors, short[1].result.tensors) > 20 * TENSORS
 
 
 def test_no_steps_at_all() -> None:
@@ -360,7 +361,7 @@ def test_families_fit(family: str, kind: str) -> None:
 @pytest.mark.parametrize("family", families.CONFIGS)
 def test_families_dropout_drops(family: str) -> None:
     for (one, _), (other, _) in zip(pairs(family, "fit"), pairs(family, "fit, dropout"), strict=True):
-        assert gap(one.tensors, other.tensors) > 50 * TENSORS
+        assert gap(one.tensors, other.tensors) > 20 * TENSORS
 
 
 @pytest.mark.parametrize("family", families.CONFIGS)
@@ -383,14 +384,167 @@ def test_families_predict(family: str) -> None:
         assert torch.allclose(one, many_, atol=LOGITS, rtol=0)
 
 
+# bits: what a client gets does not depend on its neighbours
+
+
+def everything(of: Model, k: int) -> list[WorkItem]:
+    at, mine = families.moved(of, k), examples(k)
+    fits = [fit(of, option, k) for option in ("plain", "mask", "moments", "fixed")]
+    return [*fits, Score(at, mine), Fisher(at, mine), Sensitivity(at, mine, np.arange(len(mine))[:4]), Predict(at, mine)]
+
+
+def bits(done: Done) -> str:
+    result = done.result
+    match result:
+        case Fitted():
+            return fingerprint(
+                {**result.tensors, **{f"1 {n}": t for n, t in result.moments.first.items()}, "loss": torch.tensor(result.losses)}
+            )
+        case dict():
+            return fingerprint(result)
+        case other:
+            return fingerprint({"": torch.as_tensor(other)})
+
+
+@pytest.mark.parametrize("family", [f for f in families.CONFIGS if f not in ("deberta-v2", "modernbert")])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_the_same_bits_in_any_company(family: str, dropout: float) -> None:
+    """Packed passes in float32 on a CPU: alone, in twos, in threes, all together, and all together in small passes.
+
+    ModernBERT cuts a tensor in two inside its feed-forward part, and element-wise kernels round another way when a pass holds a single
+    text; DeBERTa-v2 does not run packed. Both are held to the tolerances above.
+    """
+    of = families.model(family, dropout)
+    assert of.together_by == "packed"
+    clients = [everything(of, k) for k in range(4)]
+    wanted = [[bits(done) for done in Stacked(of, 1).run(items)] for items in clients]
+    for stack in (1, 2, 3, 0):
+        done = Stacked(of, stack).run([item for items in clients for item in items])
+        assert [bits(d) for d in done] == [bit for mine in wanted for bit in mine], stack
+    small = Stacked(of, 0)
+    small.tokens = 40
+    assert [bits(d) for d in small.run([item for items in clients for item in items])] == [bit for mine in wanted for bit in mine]
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_how_a_family_runs_together(family: str) -> None:
+    """A release of the libraries that no longer lets a family run packed would only be slow; here it is loud."""
+    plain, dropped = families.model(family), families.model(family, 0.2)
+    assert (plain.together_by, dropped.together_by) == (("padded rows", "vmap") if family == "deberta-v2" else ("packed", "packed"))
+    assert not plain.alone and not dropped.alone
+
+
+@pytest.mark.parametrize("way", ["packed, whole last layer", "padded rows", "vmap"])
+def test_every_way_gives_the_same(way: str) -> None:
+    """The slower ways on a model that could run packed."""
+    packed, of = model(), tiny.model()
+    make = {"packed, whole last layer": partial(of._packed, trims=False), "padded rows": of._rows, "vmap": of._mapped}[way]
+    of._ways, of._make_way = {}, make
+    items = [item for k in range(3) for item in everything(of, k)]
+    for one, other in zip(Stacked(packed).run(items), Stacked(of).run(items), strict=True):
+        match one.result:
+            case Fitted():
+                assert gap(one.result.tensors, other.result.tensors) <= TENSORS
+            case dict():
+                assert all(torch.allclose(t, other.result[n], rtol=SCORES, atol=1e-8) for n, t in one.result.items())
+            case result:
+                assert np.allclose(np.asarray(result), np.asarray(other.result), rtol=SCORES, atol=LOGITS)
+
+
 # memory
 
 
-def test_as_many_clients_as_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def cuts(of: Model, items: list[WorkItem]) -> list[int]:
+    """How many texts each pass of a prediction holds."""
+    compute, held = Stacked(of), []
+    whole = compute._texts
+    compute._texts = lambda items, parts, *rest: held.append(sum(len(p.rows) for p in parts)) or whole(items, parts, *rest)  # type: ignore[method-assign,func-returns-value]
+    compute.run(items)
+    return held
+
+
+def test_a_pass_holds_what_memory_and_tokens_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     of = model()
-    items = [fit(of, "plain", k) for k in range(4)]
-    one = activation_bytes(of, 4, max(int(examples(k).lengths.max()) for k in range(4)))
-    for clients, size in ((0, 1), (2.5, 2), (3.1, 3), (10**6, PASS // 4)):
-        monkeypatch.setattr("fedloom.compute.stacked._free_bytes", lambda device, n=clients: int(n * one / 0.4))
-        assert Stacked(of)._fitting(items) == size
-    assert activation_bytes(of, 8, 10) > activation_bytes(of, 4, 10) > activation_bytes(of, 4, 5)
+    items: list[WorkItem] = [Predict(of.initial, examples(k)) for k in range(4)]
+    texts = sum(SIZES)
+    assert cuts(of, items) == [texts]
+    tokens = sum(int(examples(k).lengths.sum()) for k in range(4))
+    monkeypatch.setattr("fedloom.compute.stacked.free_bytes", lambda device: int(token_bytes(of) * tokens / 2 / 0.4) + 1)
+    held = cuts(of, items)
+    assert sum(held) == texts and len(held) in (2, 3)
+    monkeypatch.setattr("fedloom.compute.stacked.free_bytes", lambda device: 0)
+    assert cuts(of, items) == sorted(SIZES, reverse=True)
+
+
+def test_trainable_state_that_does_not_fit_together_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = model()
+    item = fit(of, "plain", 0)
+    each = 4 * 8 * sum(t.numel() for t in item.start.values())
+    for clients, size in ((0.0, 1), (2.5, 2), (3.1, 3)):
+        monkeypatch.setattr("fedloom.compute.stacked.free_bytes", lambda device, n=clients: int(n * each / 0.4))
+        assert _states_that_fit(item, torch.device("cpu")) == size
+
+
+class Small:
+    """A way that runs out of memory when a pass holds more than ``tokens``."""
+
+    def __init__(self, way: Any, tokens: int, error: type[Exception] = MemoryError) -> None:
+        self.way, self.tokens, self.error, self.failed = way, tokens, error, 0
+
+    def __call__(self, tensors: Tensors, texts: Any, *rest: Any, **named: Any) -> Any:
+        if len(texts.ids) > self.tokens:
+            self.failed += 1
+            raise self.error("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+        return self.way(tensors, texts, *rest, **named)
+
+    def embed(self, texts: Any) -> Any:
+        return self.way.embed(texts)
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError, torch.OutOfMemoryError])
+def test_out_of_memory_makes_passes_smaller_and_changes_nothing(error: type[Exception], caplog: pytest.LogCaptureFixture) -> None:
+    """A client's batch that does not fit is halved; its gradient is the same sum in two parts. Smaller passes stay for the next call."""
+    of = tiny.model()
+    items: list[WorkItem] = [fit(of, option, k) for k in range(4) for option in ("plain", "penalty")] + [Score(of.initial, examples(1))]
+    wanted = Stacked(of).run(items)
+    small = Small(of.way(torch.float32), 20, error)
+    of._ways[torch.float32] = small
+    compute = Stacked(of)
+    done = compute.run(items)
+    assert small.failed and compute.tokens <= 20 and "ran out of memory" in caplog.text
+    for one, other in zip(wanted[:-1], done[:-1], strict=True):
+        assert gap(one.result.tensors, other.result.tensors) <= TENSORS
+        assert np.abs(one.result.losses - other.result.losses).max() <= LOSSES
+    assert np.allclose(wanted[-1].result, done[-1].result, rtol=SCORES)
+    before = small.failed
+    compute.run(items)
+    assert small.failed < 2 * before
+
+
+def test_a_text_that_does_not_fit_alone_is_an_error_that_says_so() -> None:
+    of = tiny.model()
+    of._ways[torch.float32] = Small(of.way(torch.float32), 3)  # type: ignore[assignment]
+    with pytest.raises(MemoryError, match=r"one text of \d+ tokens does not fit"):
+        Stacked(of).run([Predict(of.initial, examples(1))])
+
+
+def test_other_errors_are_not_taken_for_memory() -> None:
+    of = tiny.model()
+
+    class Broken(Small):
+        def __call__(self, *_: Any, **__: Any) -> Any:
+            raise RuntimeError("shapes differ")
+
+    of._ways[torch.float32] = Broken(of.way(torch.float32), 3)  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        Stacked(of).run([Predict(of.initial, examples(1))])
+
+
+def test_a_model_without_a_way_runs_one_by_one_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    of = tiny.model()
+    of.alone = "packed: it caps its scores"
+    done = Stacked(of).run([Predict(of.initial, examples(1))])
+    assert torch.equal(done[0].result, Serial(of).run([Predict(of.initial, examples(1))])[0].result)
+    assert "one client at a time" in caplog.text and "caps its scores" in caplog.text
+    with pytest.raises(Unpackable, match="caps its scores"):
+        of.together({}, None, torch.float32)  # type: ignore[arg-type]

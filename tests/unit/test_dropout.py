@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import vmap
 from torch.nn import functional
 
-from fedloom.compute.dropout import SeededDropout, keep_mask
+from fedloom.model.dropout import SeededDropout, keep_mask
 
 
 def mask(key: int = 5, site: int = 0, shape: tuple[int, ...] = (2, 6, 4), rate: float = 0.3, from_end: bool = False) -> torch.Tensor:

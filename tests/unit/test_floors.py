@@ -32,7 +32,7 @@ DOORS = {
     "transformers": {"model/base.py"},
     "datasets": {"data/sources.py"},
     "pyarrow": {"data/"},
-    "psutil": {"compute/stacked.py"},
+    "psutil": {"model/base.py"},
     "flwr": {"engines/flower.py", "flower_app.py"},
     "tyro": {"cli.py"},
     "matplotlib": {"run/figures.py"},

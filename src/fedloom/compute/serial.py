@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from fedloom.compute.compute import Done
-from fedloom.compute.dropout import SeededDropout
 from fedloom.compute.flops import Flops
 from fedloom.compute.work import Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, WorkItem
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
 from fedloom.model.base import Batch, Model, as_batch, weighted_loss
+from fedloom.model.dropout import SeededDropout
 from fedloom.seeds import derive_int
 
 PREDICT_ROWS = 32

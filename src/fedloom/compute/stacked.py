@@ -1,63 +1,81 @@
-"""The fast compute: the same item of many clients in one pass.
+"""The fast compute: the work of many clients in one pass.
 
-Frozen weights are shared; each client's trainable tensors carry a leading client dimension; ``vmap(grad_and_value(loss))`` does the
-rest. Per-example gradients are a second ``vmap`` inside. Clients with fewer steps leave the stack when they are done.
-Items stack when they are alike (kind, tensor names and shapes, settings); the rest run in stacks of their own.
+Frozen weights are shared; the clients' texts lie one after another without padding, each reading its own client's trainable tensors
+(``model/packed.py``). A pass takes as many texts as :data:`TOKENS` allows, whoever they belong to; a client whose steps are done is simply
+not in the next one. Per-example gradients are the same pass with every text an owner by itself.
+Items go together when they are alike (kind, tensor names and shapes, settings); the rest run in passes of their own. A model that no way is
+known for runs one client at a time, and says so.
 
-Shapes: S clients in a stack, b examples each, L tokens, P trainable scalars.
+What a client gets does not depend on its neighbours: see ``model/kernels.py``.
+
+Shapes: S clients in a pass, n texts, P trainable scalars.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import torch
-from torch.func import grad, grad_and_value, vmap
+from torch.func import vmap
 
 from fedloom.compute.compute import Done
-from fedloom.compute.dropout import SeededDropout
 from fedloom.compute.flops import Flops
-from fedloom.compute.serial import cost, dropout_key, scored_names, sensitivity
+from fedloom.compute.serial import Serial, cost, dropout_key, scored_names
 from fedloom.compute.work import Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, WorkItem
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
-from fedloom.model.base import Batch, Model, as_batch
+from fedloom.model.base import Model, free_bytes
+from fedloom.model.packed import Texts
 
-ROWS = 4
-"""Examples of one client per pass when scoring or predicting: few, so that a pass holds texts of like lengths."""
+log = logging.getLogger("fedloom")
 
-PASS = 96
-"""Examples in one pass at most: beyond it nothing gets faster, and clients of like sizes share a pass."""
+TOKENS = {"cpu": 2048, "cuda": 65536}
+"""Tokens in one pass at most: beyond it nothing gets faster."""
+
+CHUNK = 512
+"""Tokens of one client that are predicted together."""
 
 MEMORY_SHARE = 0.4
-"""Share of the free memory that a stack may fill."""
+"""Share of the free memory that a pass may fill."""
+
+
+class Part(NamedTuple):
+    """Some texts of one item: its number among the items, positions in its examples, and the place in its batch of the first of them."""
+
+    item: int
+    rows: np.ndarray
+    first: int = 0
 
 
 class Stacked:
-    """A :class:`~fedloom.compute.compute.Compute` that stacks alike items, ``stack`` clients at most (0: as memory allows)."""
+    """A :class:`~fedloom.compute.compute.Compute` that computes alike items together, at most ``stack`` of them (0: as many as pay)."""
 
     def __init__(self, model: Model, stack: int = 0) -> None:
         self.model, self.stack, self.flops = model, stack, Flops(model)
+        self.tokens = TOKENS.get(model.device.type, TOKENS["cpu"])
+        if model.alone:
+            log.warning("'%s' runs one client at a time, several times slower: %s", model.name, model.alone)
 
     def run(self, items: Sequence[WorkItem]) -> list[Done]:
         """See :class:`~fedloom.compute.compute.Compute`."""
+        if self.model.alone:
+            return Serial(self.model).run(items)
         results: dict[int, Any] = {}
         groups: dict[Hashable, list[int]] = {}
         for i, item in enumerate(items):
             groups.setdefault(_kind(item), []).append(i)
         for alike in groups.values():
             alike.sort(key=lambda i: (-_work(items[i]), i))
-            size = self.stack or self._fitting([items[i] for i in alike])
+            size = min(self.stack or len(alike), _states_that_fit(items[alike[0]], self.model.device))
             for begin in range(0, len(alike), size):
                 part = alike[begin : begin + size]
-                results |= zip(part, self._stack([items[i] for i in part]), strict=True)
+                results |= zip(part, self._together([items[i] for i in part]), strict=True)
         return [Done(results[i], *cost(item, self.flops)) for i, item in enumerate(items)]
 
-    def _stack(self, items: Sequence[Any]) -> list[Any]:
+    def _together(self, items: Sequence[Any]) -> list[Any]:
         match items[0]:
             case Fit():
                 return self._fit(items)
@@ -72,75 +90,130 @@ class Stacked:
             case unknown:
                 raise TypeError(f"no compute for {type(unknown).__name__}; work items are {WorkItem}")
 
-    def _fitting(self, items: Sequence[WorkItem]) -> int:
-        """How many clients' activations fit into memory at once."""
-        longest = max(int(item.examples.lengths.max(initial=1)) for item in items)
-        rows = max(max((len(b) for b in item.batches), default=1) if isinstance(item, Fit) else ROWS for item in items)
-        room = int(MEMORY_SHARE * _free_bytes(self.model.device) / activation_bytes(self.model, rows, longest))
-        return max(1, min(room, PASS // rows))
+    # ---- passes -------------------------------------------------------------------------------------------------------------
 
-    def _batch(self, clients: Sequence[tuple[Examples, np.ndarray]], rows: int) -> Batch:
-        """Fields (S, b, L): each client's examples at its indices, padded to the longest of all."""
-        width = max(int(examples.lengths[indices].max()) for examples, indices in clients)
-        padded = [
-            vars(e.pad(indices, pad_id=self.model.pad_id, side=self.model.side, examples=rows, length=width)) for e, indices in clients
-        ]
-        return as_batch({field: np.stack([p[field] for p in padded]) for field in Batch._fields}, self.model.device)
+    def _passes(self, items: Sequence[Any], parts: Sequence[Part], do: Callable[[list[Part]], None], each: int = 0) -> None:
+        """Have ``do`` done to all ``parts``, as many at once as a pass may hold. ``each``: bytes that a part needs besides its tokens.
 
-    def _stacked(self, tensors: Sequence[Tensors]) -> dict[str, torch.Tensor]:
-        return {n: torch.stack([t[n].detach().float() for t in tensors]).to(self.model.device) for n in sorted(tensors[0])}
+        When memory runs out all the same, passes get smaller, for good; a part that does not fit alone is halved.
+
+        Raises:
+            MemoryError: a single text does not fit.
+        """
+        waiting = list(reversed(parts))
+        per_token = token_bytes(self.model)
+        while waiting:
+            free = MEMORY_SHARE * free_bytes(self.model.device)
+            taken, tokens = [], 0
+            while waiting:
+                more = int(items[waiting[-1].item].examples.lengths[waiting[-1].rows].sum())
+                needed = (tokens + more) * per_token + (len(taken) + 1) * each
+                if taken and (tokens + more > self.tokens or needed > free):
+                    break
+                taken.append(waiting.pop())
+                tokens += more
+            try:
+                do(taken)
+            except (MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                if len(taken) == 1 and len(taken[0].rows) == 1:
+                    raise MemoryError(
+                        f"one text of {tokens} tokens does not fit into memory ({error}); use a shorter --max-length or a smaller model"
+                    ) from error
+                self.tokens = max(1, tokens // 2)
+                log.warning("a pass of %d tokens ran out of memory; passes hold at most %d from here on", tokens, self.tokens)
+                if len(taken) == 1:
+                    item, rows, first = taken[0]
+                    half = len(rows) // 2
+                    taken = [Part(item, rows[:half], first), Part(item, rows[half:], first + half)]
+                waiting += reversed(taken)
+
+    def _texts(
+        self, items: Sequence[Any], parts: Sequence[Part], owners: Sequence[int], weights: Sequence[float], keys: Sequence[int] = ()
+    ) -> Texts:
+        """The parts' texts, each part's owner and its texts' weight given. ``keys``: the owners' dropout keys."""
+        pieces: list[tuple[Examples, int]] = [(items[p.item].examples, row) for p in parts for row in items[p.item].examples.rows[p.rows]]
+        spans = [(e, int(e.offsets[row]), int(e.offsets[row + 1])) for e, row in pieces]
+        counts = [len(p.rows) for p in parts]
+        device = self.model.device
+        ids = np.concatenate([e.tokens[begin:end] for e, begin, end in spans]).astype(np.int64)
+        segments = np.concatenate([e.segments[begin:end] for e, begin, end in spans]).astype(np.int64)
+        return Texts(
+            torch.from_numpy(ids).to(device),
+            torch.from_numpy(segments).to(device),
+            torch.tensor([int(e.store_labels[row]) for e, row in pieces], device=device),
+            torch.from_numpy(np.repeat(np.asarray(weights, np.float32), counts)).to(device),
+            np.array([end - begin for _, begin, end in spans], np.int64),
+            np.repeat(np.asarray(owners, np.int64), counts),
+            np.concatenate([p.first + np.arange(len(p.rows)) for p in parts]),
+            torch.tensor(keys, dtype=torch.int64, device=device) if len(keys) else None,
+        )
+
+    def _flat(self, tensors: Sequence[Tensors]) -> tuple[Flat, torch.Tensor]:
+        """The clients' tensors as one matrix (S, P)."""
+        flat = Flat(tensors[0])
+        return flat, flat.join(tensors, self.model.device)
+
+    # ---- training -----------------------------------------------------------------------------------------------------------
 
     def _fit(self, items: Sequence[Fit]) -> list[Fitted]:
         """Items come with the most steps first, so those still active are always the first ones."""
         model, o, penalty = self.model, items[0].optimizer, items[0].penalty
-        start, fixed = self._stacked([i.start for i in items]), self._stacked([i.fixed for i in items])
-        flat = Flat(start)
-        begin, mask = flat.join(start), self._mask(items, start, flat)
-        now, first, second, steps = begin.clone(), *self._moments(items, flat)
-        losses: list[list[float]] = [[] for _ in items]
+        flat, begin = self._flat([i.start for i in items])
+        rest, fixed = self._flat([i.fixed for i in items])
+        mask = self._mask(items, flat)
+        now = begin.clone()
+        first, second, steps = self._moments(items, flat)
+        losses = [np.zeros(len(item.batches)) for item in items]
 
-        def loss(tensors: Tensors, origin: Tensors, rest: Tensors, batch: Batch, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            with SeededDropout(key, model.dropout, model.causal) if model.dropout else nullcontext():
-                value = model.loss({**rest, **tensors}, batch, model.dtype)
-            return (value if penalty is None else value + penalty(tensors, origin)), value
-
-        step = vmap(grad_and_value(loss, has_aux=True), randomness="error")
         for i in range(len(items[0].batches)):
             active = sum(len(item.batches) > i for item in items)
-            going = [(item.examples, item.batches[i]) for item in items[:active]]
-            keys = torch.tensor([dropout_key(item.dropout_seed, i) for item in items[:active]], device=model.device)
-            batch = self._batch(going, max(len(indices) for _, indices in going))
-            rest = {n: t[:active] for n, t in fixed.items()}
-            gradients, (_, values) = step(flat.split(now[:active]), flat.split(begin[:active]), rest, batch, keys)
-            g = flat.join(gradients)
+            gradient = torch.zeros_like(now[:active])
+            loss = torch.zeros(active, device=model.device)
+
+            def backward(parts: list[Part], i: int = i, gradient: torch.Tensor = gradient, loss: torch.Tensor = loss) -> None:
+                """Add the gradients of some clients' texts. A penalty counts with a client's first text of the step."""
+                low, high = parts[0].item, parts[-1].item + 1
+                keys = [dropout_key(items[k].dropout_seed, i) for k in range(low, high)] if model.dropout else []
+                weights = [1 / len(items[p.item].batches[i]) for p in parts]
+                texts = self._texts(items, parts, [p.item - low for p in parts], weights, keys)
+                leaf = now[low:high].detach().requires_grad_(True)
+                tensors = {**rest.split(fixed[low:high]), **flat.split(leaf.to(model.dtype))}
+                values = texts.losses(model.together(tensors, texts, model.dtype)[0])
+                total = values.sum()
+                if penalty is not None:
+                    whole = vmap(penalty)(flat.split(leaf), flat.split(begin[low:high]))
+                    total = total + whole[[p.first == 0 for p in parts]].sum()
+                gradient[low:high] += torch.autograd.grad(total, leaf)[0]
+                loss[low:high] += values.detach()
+
+            self._passes(items, [Part(k, items[k].batches[i]) for k in range(active)], backward)
             if mask is not None:
-                g = g * mask[:active]
+                gradient *= mask[:active]
             if o.clip:
-                g = g * (o.clip / (g.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0)
+                norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True, dtype=torch.float64).float()
+                gradient *= (o.clip / (norms + 1e-6)).clamp(max=1.0)
             steps[:active] += 1
-            first[:active] = o.betas[0] * first[:active] + (1 - o.betas[0]) * g
-            second[:active] = o.betas[1] * second[:active] + (1 - o.betas[1]) * g.square()
+            first[:active].mul_(o.betas[0]).add_(gradient, alpha=1 - o.betas[0])
+            second[:active].mul_(o.betas[1]).addcmul_(gradient, gradient, value=1 - o.betas[1])
             unbias = [1 - beta ** steps[:active, None] for beta in o.betas]
-            move = o.lr * (first[:active] / unbias[0]) / ((second[:active] / unbias[1]).sqrt() + o.eps)
-            moved = now[:active] * (1 - o.lr * o.weight_decay) - move
+            scale = (second[:active] / unbias[1]).sqrt_().add_(o.eps)
+            moved = (now[:active] * (1 - o.lr * o.weight_decay)).sub_((first[:active] / unbias[0]).div_(scale), alpha=o.lr)
             now[:active] = moved if mask is None else torch.where(mask[:active] > 0, moved, now[:active])
-            for kept, value in zip(losses, values.tolist(), strict=False):
-                kept.append(value)
+            for kept, value in zip(losses, loss.tolist(), strict=False):
+                kept[i] = value
+        ends, firsts, seconds = (matrix.cpu() for matrix in (now, first, second))
         return [
-            Fitted(
-                flat.one(now[c]),
-                np.array(losses[c]),
-                Moments(flat.one(first[c]), flat.one(second[c]), int(steps[c])),
-            )
+            Fitted(flat.one(ends[c]), losses[c], Moments(flat.one(firsts[c]), flat.one(seconds[c]), int(steps[c])))
             for c in range(len(items))
         ]
 
-    def _mask(self, items: Sequence[Fit], start: dict[str, torch.Tensor], flat: Flat) -> torch.Tensor | None:
+    def _mask(self, items: Sequence[Fit], flat: Flat) -> torch.Tensor | None:
         if not items[0].mask:
             return None
-        given = self._stacked([i.mask for i in items])
-        whole = {n: given[n].expand_as(start[n]) if n in given else torch.ones_like(start[n]) for n in start}
-        return flat.join(whole)
+        whole = [{n: item.mask[n].expand_as(t) if n in item.mask else torch.ones_like(t) for n, t in item.start.items()} for item in items]
+        return flat.join(whole, self.model.device)
 
     def _moments(self, items: Sequence[Fit], flat: Flat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         zero = torch.zeros(len(items), flat.size, device=self.model.device)
@@ -148,94 +221,125 @@ class Stacked:
             return zero, zero.clone(), zero.new_zeros(len(items))
         kept = [i.moments for i in items if i.moments is not None]
         steps = torch.tensor([float(m.steps) for m in kept], device=self.model.device)
-        return flat.join(self._stacked([m.first for m in kept])), flat.join(self._stacked([m.second for m in kept])), steps
+        return flat.join([m.first for m in kept], zero.device), flat.join([m.second for m in kept], zero.device), steps
 
-    def _passes(self, items: Sequence[Score | Fisher | Predict]) -> list[tuple[int, np.ndarray, Batch]]:
-        """Cut the items' examples, longest first, into passes of at most ``ROWS`` a client: (active items, indices (S, b), batch)."""
-        orders = [np.argsort(-item.examples.lengths, kind="stable") for item in items]
-        passes = []
-        for at in range(0, max(len(o) for o in orders), ROWS):
-            parts = [(item.examples, order[at : at + ROWS]) for item, order in zip(items, orders, strict=True)]
-            parts = [part for part in parts if len(part[1])]
-            rows = max(len(indices) for _, indices in parts)
-            indices = np.stack([np.pad(i, (0, rows - len(i)), constant_values=-1) for _, i in parts])
-            passes.append((len(parts), indices, self._batch(parts, rows)))
-        return passes
+    # ---- gradients of single examples -----------------------------------------------------------------------------------------
 
-    def _each(
-        self,
-        items: Sequence[Score | Fisher],
-        reduce: Callable[[dict[str, torch.Tensor], torch.Tensor], None],
-        names: Sequence[str],
-    ) -> None:
-        """Give ``reduce`` the per-example gradients {name: (S, b, …)} and indices (S, b; −1 for filler) of each pass."""
-        at = self._stacked([i.at for i in items])
-        wanted, fixed = {n: at[n] for n in names}, {n: t for n, t in at.items() if n not in names}
+    def _each(self, items: Sequence[Score | Fisher], reduce: Callable[[list[Part], Flat, torch.Tensor], None]) -> None:
+        """Give ``reduce`` the per-example gradients (n, P) of the scored tensors, texts of like length together."""
+        names = scored_names(items[0])
+        flat, wanted = self._flat([{n: i.at[n] for n in names} for i in items])
+        rest, fixed = self._flat([{n: t for n, t in i.at.items() if n not in names} for i in items])
+        parts = [Part(k, np.array([row])) for k, item in enumerate(items) for row in range(len(item.examples))]
+        lengths = np.concatenate([item.examples.lengths for item in items])
+        parts = [parts[i] for i in np.argsort(-lengths, kind="stable")]
 
-        def loss(tensors: Tensors, rest: Tensors, row: Batch) -> torch.Tensor:
-            one = Batch(*(field[None] for field in row))
-            return self.model.loss({**tensors, **rest}, one._replace(weights=torch.ones_like(one.weights)), torch.float32)
+        def backward(some: list[Part]) -> None:
+            of = torch.tensor([p.item for p in some], device=self.model.device)
+            texts = self._texts(items, some, range(len(some)), [1.0] * len(some))
+            leaf = wanted[of].requires_grad_(True)
+            tensors = {**rest.split(fixed[of]), **flat.split(leaf)}
+            loss = texts.losses(self.model.together(tensors, texts, torch.float32)[0]).sum()
+            reduce(some, flat, torch.autograd.grad(loss, leaf)[0])
 
-        each = vmap(vmap(grad(loss), in_dims=(None, None, 0)))
-        for active, indices, batch in self._passes(items):
-            now, rest = ({n: t[:active] for n, t in part.items()} for part in (wanted, fixed))
-            reduce(each(now, rest, batch), torch.from_numpy(indices))
+        self._passes(items, parts, backward, each=3 * 4 * flat.size)
 
     def _score(self, items: Sequence[Score]) -> list[np.ndarray]:
         scores = [np.zeros(len(i.examples)) for i in items]
 
-        def reduce(gradients: dict[str, torch.Tensor], indices: torch.Tensor) -> None:
-            squares = sum(g.square().flatten(2).sum(-1, dtype=torch.float64) for g in gradients.values())
-            assert isinstance(squares, torch.Tensor)
-            for client, (rows, values) in enumerate(zip(indices.numpy(), squares.cpu().numpy(), strict=True)):
-                scores[client][rows[rows >= 0]] = values[rows >= 0]
+        def reduce(parts: list[Part], flat: Flat, gradients: torch.Tensor) -> None:
+            squares = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64).square()
+            for part, value in zip(parts, squares.tolist(), strict=True):
+                scores[part.item][part.rows[0]] = value
 
-        self._each(items, reduce, scored_names(items[0]))
+        self._each(items, reduce)
         return scores
 
     def _fisher(self, items: Sequence[Fisher]) -> list[dict[str, torch.Tensor]]:
         names = scored_names(items[0])
-        totals = {n: torch.zeros(len(items), *items[0].at[n].shape, dtype=torch.float64) for n in names}
+        flat = Flat({n: items[0].at[n] for n in names})
+        totals = torch.zeros(len(items), flat.size, dtype=torch.float64, device=self.model.device)
 
-        def reduce(gradients: dict[str, torch.Tensor], indices: torch.Tensor) -> None:
-            real = (indices >= 0).double()
-            for name, g in gradients.items():
-                weights = real.reshape(*real.shape, *[1] * (g.dim() - 2))
-                totals[name][: g.shape[0]] += (g.cpu().square().double() * weights).sum(1)
+        def reduce(parts: list[Part], flat: Flat, gradients: torch.Tensor) -> None:
+            of = torch.tensor([p.item for p in parts], device=totals.device)
+            totals.index_add_(0, of, gradients.double().square_())
 
-        self._each(items, reduce, names)
-        return [{n: (t[c] / len(item.examples)).float() for n, t in totals.items()} for c, item in enumerate(items)]
+        self._each(items, reduce)
+        means = totals.cpu() / torch.tensor([len(i.examples) for i in items])[:, None]
+        return [flat.one(mean.float()) for mean in means]
+
+    # ---- the rest -------------------------------------------------------------------------------------------------------------
 
     def _sensitivity(self, items: Sequence[Sensitivity]) -> list[np.ndarray]:
-        batch = self._batch([(i.examples, i.batch) for i in items], max(len(i.batch) for i in items))
-        scores = vmap(lambda at, b: sensitivity(self.model, at, b, items[0]))(self._stacked([i.at for i in items]), batch)
-        return list(scores.cpu().numpy().astype(np.float64))
+        """By the formulas of :class:`~fedloom.compute.work.Sensitivity`, every norm over one client's texts."""
+        model, rho, norm = self.model, items[0].rho, items[0].norm
+        flat, at = self._flat([i.at for i in items])
+        scores = [np.zeros(0)] * len(items)
+
+        def measure(parts: list[Part]) -> None:
+            batches = [items[p.item].batch for p in parts]
+            if any(len(p.rows) < len(batch) for p, batch in zip(parts, batches, strict=True)):
+                raise MemoryError(
+                    f"a batch of {len(batches[0])} texts does not fit into memory for its sensitivity; take a smaller batch size"
+                )
+            tensors = flat.split(at[[p.item for p in parts]])
+            texts = self._texts(items, parts, range(len(parts)), [1 / len(batch) for batch in batches])
+            clean, owners = model.way(torch.float32).embed(texts)
+
+            def norms(of: torch.Tensor, whose: torch.Tensor) -> torch.Tensor:
+                squares = of.double().square().sum(-1)
+                return squares.new_zeros(len(parts)).index_add(0, whose.reshape(-1), squares.reshape(-1)).sqrt().float()
+
+            given = clean.clone().requires_grad_(True)
+            logits, before = model.together(tensors, texts, torch.float32, given, layers=True)
+            gradient = torch.autograd.grad(texts.losses(logits).sum(), given)[0]
+            gradient = gradient * (clean != 0).any(-1, keepdim=True)
+            radius = rho * (norms(clean, owners) if norm == "difference" else torch.ones(len(parts), device=model.device))
+            step = radius / norms(gradient, owners).clamp(min=torch.finfo(torch.float32).tiny)
+            with torch.no_grad():
+                after = model.together(tensors, texts, torch.float32, clean + step[owners][..., None] * gradient, layers=True)[1]
+            made = []
+            for h, m in zip(before, after, strict=True):
+                was = norms(h.detach(), texts.text_owners)
+                change = norms(m - h.detach(), texts.text_owners) if norm == "difference" else (norms(m, texts.text_owners) - was).abs()
+                made.append(change / was)
+            for part, mine in zip(parts, torch.stack(made, 1).cpu().numpy().astype(np.float64), strict=True):
+                scores[part.item] = mine
+
+        self._passes(items, [Part(k, item.batch) for k, item in enumerate(items)], measure)
+        return scores
 
     def _predict(self, items: Sequence[Predict]) -> list[torch.Tensor]:
         logits = [torch.zeros(len(i.examples), self.model.num_labels) for i in items]
-        if not any(len(i.examples) for i in items):
-            return logits
-        at = self._stacked([i.at for i in items])
-        forward = vmap(lambda tensors, b: self.model.forward(tensors, b, self.model.dtype)[0])
+        flat, at = self._flat([i.at for i in items])
+
+        def forward(parts: list[Part]) -> None:
+            low = parts[0].item
+            texts = self._texts(items, parts, [p.item - low for p in parts], [1.0] * len(parts))
+            made = self.model.together(flat.split(at[low : parts[-1].item + 1]), texts, self.model.dtype)[0].cpu()
+            for part, rows in zip(parts, made.split([len(p.rows) for p in parts]), strict=True):
+                logits[part.item][part.rows] = rows
+
         with torch.no_grad():
-            for active, indices, batch in self._passes(items):
-                made = forward({n: t[:active] for n, t in at.items()}, batch).cpu()
-                for client, rows in enumerate(indices):
-                    logits[client][rows[rows >= 0]] = made[client, : int((rows >= 0).sum())]
+            self._passes(items, [part for k, item in enumerate(items) for part in _chunks(k, item.examples)], forward)
         return logits
 
 
 class Flat:
-    """Named tensors (S, …) as one matrix (S, P) and back, in one fixed order of names."""
+    """Named tensors as rows (P,) of a matrix (S, P) and back, in one fixed order of names."""
 
-    def __init__(self, stacked: Tensors) -> None:
-        self.shapes = {n: t.shape[1:] for n, t in stacked.items()}
+    def __init__(self, one: Tensors) -> None:
+        self.shapes = {n: t.shape for n, t in sorted(one.items())}
         self.sizes = [shape.numel() for shape in self.shapes.values()]
         self.size = sum(self.sizes)
 
-    def join(self, stacked: Tensors) -> torch.Tensor:
-        """(S, P) from {name: (S, …)}."""
-        return torch.cat([stacked[n].flatten(1) for n in self.shapes], 1)
+    def join(self, clients: Sequence[Tensors], device: torch.device) -> torch.Tensor:
+        """float32 (S, P), a copy."""
+        matrix = torch.empty(len(clients), self.size)
+        for row, tensors in zip(matrix, clients, strict=True):
+            if self.sizes:
+                torch.cat([tensors[n].detach().reshape(-1).float().cpu() for n in self.shapes], out=row)
+        return matrix.to(device)
 
     def split(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
         """{name: (S, …)} as views of (S, P)."""
@@ -243,18 +347,26 @@ class Flat:
         return {n: part.view(-1, *shape) for (n, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
     def one(self, row: torch.Tensor) -> dict[str, torch.Tensor]:
-        """{name: …} of one client, as copies on the CPU."""
+        """{name: …} of one client (P,), copies on the CPU."""
         return {n: t[0].cpu().clone() for n, t in self.split(row[None]).items()}
 
 
+def _chunks(item: int, examples: Examples) -> list[Part]:
+    """All examples in parts of about :data:`CHUNK` tokens; where they are cut depends on the item alone."""
+    if not len(examples):
+        return []
+    cuts = np.flatnonzero(np.diff((np.cumsum(examples.lengths) - 1) // CHUNK)) + 1
+    return [Part(item, rows) for rows in np.split(np.arange(len(examples)), cuts)]
+
+
 def _kind(item: WorkItem) -> Hashable:
-    """Items of the same kind can share a stack."""
+    """Items of the same kind can share a pass."""
     tensors = item.start if isinstance(item, Fit) else item.at
     shapes = tuple((n, tuple(t.shape)) for n, t in sorted(tensors.items()))
     match item:
         case Fit():
             masks = tuple((n, tuple(t.shape)) for n, t in item.mask.items())
-            fixed = tuple((n, tuple(t.shape)) for n, t in item.fixed.items())
+            fixed = tuple((n, tuple(t.shape)) for n, t in sorted(item.fixed.items()))
             return ("fit", shapes, masks, fixed, item.optimizer, item.penalty, item.moments is None)
         case Score() | Fisher():
             return (type(item).__name__, shapes, item.over)
@@ -268,19 +380,22 @@ def _work(item: WorkItem) -> int:
     return len(item.batches) if isinstance(item, Fit) else len(item.examples)
 
 
-def activation_bytes(model: Model, rows: int, length: int) -> int:
-    """Roughly what one client's forward and backward pass keeps alive, in bytes: per layer and token 16 vectors of the hidden size, three
-    of the feed-forward size, and three attention maps a head. Float32 is assumed whatever the precision: an upper estimate."""
+def _states_that_fit(item: WorkItem, device: torch.device) -> int:
+    """How many clients' trainable tensors (and what training keeps beside them) fit into memory at once, at least one."""
+    tensors, copies = (item.start, 8) if isinstance(item, Fit) else (item.at, 4)
+    each = 4 * copies * sum(t.numel() for t in tensors.values())
+    return max(1, int(MEMORY_SHARE * free_bytes(device) / max(1, each)))
+
+
+def token_bytes(model: Model) -> int:
+    """Roughly what a forward and backward pass keeps alive for one token, in bytes: per layer 16 vectors of the hidden size, three of the
+    feed-forward size and three attention maps a head over a text of the greatest length. Float32 is assumed: an upper estimate."""
     c = model.config.to_dict()
     hidden = int(c.get("hidden_size") or c.get("n_embd") or c.get("dim") or 1024)
     inner = int(c.get("intermediate_size") or c.get("n_inner") or 4 * hidden)
     heads = int(c.get("num_attention_heads") or c.get("n_head") or 16)
-    per_token = 16 * hidden + 3 * inner + 3 * heads * length
-    trained = sum(t.numel() for t in model.initial.values())
-    return 4 * (rows * length * per_token * model.depth + (8 + rows) * trained)
+    return 4 * (16 * hidden + 3 * inner + 3 * heads * model.max_length) * model.depth
 
 
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error) or "can't allocate" in str(error)

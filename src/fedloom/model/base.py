@@ -18,23 +18,30 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 from torch.func import functional_call
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fedloom.hub import reachable
 from fedloom.messages import Tensors
 from fedloom.model.adapters import Lora, attach, is_factor, trainable_names
 from fedloom.model.calls import CALLS, Call, Shape, from_zero
+from fedloom.model.dropout import SeededDropout
+from fedloom.model.packed import ATTENTION, Mapped, Packed, Rows, Texts, Unpackable, Way, Weights, attend, padded
 from fedloom.seeds import derive_int
+
+AttentionInterface.register(ATTENTION, attend)
 
 Precision = Literal["float32", "bf16"]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -48,7 +55,7 @@ class ModelError(ValueError):
 
 
 class Batch(NamedTuple):
-    """Tensors of one padded batch; under ``vmap`` each carries a leading client dimension.
+    """Tensors of one padded batch.
 
     ids, segments: int64 (B, L); mask: bool (B, L); labels: int64 (B,); weights: float32 (B,), 0 for filler rows.
     """
@@ -62,7 +69,8 @@ class Batch(NamedTuple):
 
 @dataclass
 class Model:
-    """A frozen base with an adapter. ``initial``: float32 start of every trainable tensor, by saved name."""
+    """A frozen base with an adapter. ``initial``: float32 start of every trainable tensor, by saved name. ``alone``: why it cannot run for
+    many owners at once, or nothing; ``together_by``: how it does."""
 
     name: str
     module: Any
@@ -78,7 +86,11 @@ class Model:
     call: Call = CALLS[0]
     initial: dict[str, torch.Tensor] = field(default_factory=dict)
     parameters: dict[str, str] = field(default_factory=dict)
+    alone: str = ""
+    together_by: str = ""
     _copies: dict[torch.dtype, nn.Module] = field(default_factory=dict)
+    _ways: dict[torch.dtype, Way] = field(default_factory=dict)
+    _make_way: Callable[[torch.dtype], Way] = field(init=False)
 
     @property
     def head(self) -> frozenset[str]:
@@ -130,20 +142,87 @@ class Model:
         self, tensors: Tensors, batch: Batch, dtype: torch.dtype, embeddings: torch.Tensor | None = None, layers: bool = False
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """(logits (B, C) float32, outputs of the D layers if ``layers`` else ()). ``tensors`` override the model's own by saved name."""
-        module = self.base(dtype)
-        given: dict[str, object] = {"input_ids": batch.ids} if embeddings is None else {"inputs_embeds": embeddings}
+        return self._call(self.base(dtype), dtype, self._named(tensors, dtype), batch.ids, batch.mask, batch.segments, embeddings, layers)
+
+    def _named(self, tensors: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return {self.parameters[name]: tensor.to(dtype) for name, tensor in tensors.items()}
+
+    def _call(
+        self,
+        module: nn.Module,
+        dtype: torch.dtype,
+        named: Tensors,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        segments: torch.Tensor,
+        embeddings: torch.Tensor | None = None,
+        layers: bool = False,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """:meth:`forward` with tensors by parameter name and a batch's fields (B, L)."""
+        given: dict[str, object] = {"input_ids": ids} if embeddings is None else {"inputs_embeds": embeddings}
         mask_of, positions_of = self.call
-        given["attention_mask"] = mask_of(self.shape, batch.mask, dtype)
-        positions = positions_of(self.shape, batch.mask)
+        given["attention_mask"] = mask_of(self.shape, mask, dtype)
+        positions = positions_of(self.shape, mask)
         if positions is not None:
             given["position_ids"] = positions
         if self.segmented:
-            given["token_type_ids"] = batch.segments
+            given["token_type_ids"] = segments
         if layers:
             given["output_hidden_states"] = True
-        named = {self.parameters[name]: tensor.to(dtype) for name, tensor in tensors.items()}
-        out = functional_call(module, named, (), given)
+        out = functional_call(module, dict(named), (), given)
         return out.logits.float(), tuple(out.hidden_states[1:]) if layers else ()
+
+    def together(
+        self, tensors: Tensors, texts: Texts, dtype: torch.dtype, embeddings: torch.Tensor | None = None, layers: bool = False
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """:meth:`forward` for the texts of S owners at once: logits (n, C), layers' outputs (n, d) at the token that the head reads.
+
+        ``tensors``: (S, …) by saved name.
+
+        Raises:
+            Unpackable: no way is known for this model; :attr:`alone` says why.
+        """
+        if self.alone:
+            raise Unpackable(f"'{self.name}' runs one client at a time: {self.alone}")
+        return self.way(dtype)(self._named(tensors, dtype), texts, embeddings, layers)
+
+    def way(self, dtype: torch.dtype) -> Way:
+        """How texts of many owners are called in ``dtype``."""
+        if dtype not in self._ways:
+            self._ways[dtype] = self._make_way(dtype)
+        return self._ways[dtype]
+
+    def _packed(self, dtype: torch.dtype, trims: bool = True) -> Way:
+        return Packed(
+            self.base(dtype),
+            depth=self.depth,
+            causal=self.causal,
+            kinds=self.kinds,
+            positions=self._positions,
+            rate=self.dropout,
+            weights=self._weights(dtype),
+            trims=trims,
+        )
+
+    def _rows(self, dtype: torch.dtype) -> Way:
+        module = self.base(dtype)
+        table: Any = module.get_input_embeddings()  # type: ignore[operator]
+        weights = self._weights(dtype)
+        return Rows(partial(self._call, module, dtype), table, causal=self.causal, pad_id=self.pad_id, rate=self.dropout, weights=weights)
+
+    def _mapped(self, dtype: torch.dtype) -> Way:
+        module = self.base(dtype)
+        table: Any = module.get_input_embeddings()  # type: ignore[operator]
+        return Mapped(partial(self._call, module, dtype), table, causal=self.causal, pad_id=self.pad_id, rate=self.dropout)
+
+    def _positions(self, length: int) -> torch.Tensor | None:
+        made = self.call[1](self.shape, torch.ones(1, length, dtype=torch.bool, device=self.device))
+        return None if made is None else made[0]
+
+    def _weights(self, dtype: torch.dtype) -> Weights | None:
+        """Where packed weights are kept; None if two more copies of the base would take more than a quarter of the free memory."""
+        copies = 2 * sum(p.numel() for p in self.module.parameters()) * torch.empty(0, dtype=dtype).element_size()
+        return {} if copies < free_bytes(self.device) / 4 else None
 
     def loss(self, tensors: Tensors, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
         """Mean cross-entropy over the batch's real rows."""
@@ -152,7 +231,17 @@ class Model:
     @property
     def segmented(self) -> bool:
         """Whether the base reads segment (token-type) ids."""
-        return int(self.config.to_dict().get("type_vocab_size") or 0) > 1 and not self.causal
+        return self.kinds > 1
+
+    @property
+    def kinds(self) -> int:
+        """How many kinds of segments the base knows (0: it takes none)."""
+        return 0 if self.causal else int(self.config.to_dict().get("type_vocab_size") or 0)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def weighted_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -223,7 +312,7 @@ def load(
     model.initial = {saved: own[parameter].detach().float().clone() for saved, parameter in sorted(model.parameters.items())}
     model._copies[torch.float32] = module
     _learn_to_call(model, base)
-    model.base(model.dtype)  # made here, since no copy can be made inside a vmap
+    _learn_to_pack(model)
     return model
 
 
@@ -283,6 +372,52 @@ def _learn_to_call(model: Model, base: Any) -> None:
                 return
             tried.append(f"{call[0].__name__}/{call[1].__name__}: logits differ by {error:.2g}")
     raise ModelError(f"'{model.name}' ({model.config.model_type}) cannot be called on ready masks; tried " + "; ".join(tried))
+
+
+def _learn_to_pack(model: Model) -> None:
+    """Find the fastest way to call the model for many owners that equals its own calls for each; if there is none, say why in ``alone``.
+
+    Two owners with different tensors, texts of the greatest length, a third of it and one token; logits and all layers' outputs, and
+    with dropout if there is any.
+    """
+    generator = torch.Generator().manual_seed(0)
+    lengths = np.array([model.max_length, max(1, model.max_length // 3), 1])
+    ids = torch.randint(5, int(model.config.vocab_size), (int(lengths.sum()),), generator=generator).to(model.device)
+    zero, one = torch.zeros_like(ids[:3]), torch.ones(3, device=model.device)
+    keys = torch.tensor([3, 4], device=model.device) if model.dropout else None
+    texts = Texts(ids, torch.zeros_like(ids), zero, one, lengths, np.array([0, 1, 1]), np.array([0, 0, 1]), keys)
+    tensors = {
+        name: torch.stack([t + 0.1 * t.abs().mean().clamp(min=0.01) * torch.randn(t.shape, generator=generator).to(t.device) for _ in "ab"])
+        for name, t in ((n, t.to(model.device)) for n, t in model.initial.items())
+    }
+    wanted, tried = [], []
+    with torch.no_grad():
+        rows = padded(texts, model.causal, model.pad_id)
+        for owner, mine in ((0, slice(0, 1)), (1, slice(1, 3))):
+            batch = Batch(rows[0][mine], rows[1][mine], rows[2][mine], zero[mine], one[mine])
+            with SeededDropout(keys[owner], model.dropout, model.causal) if keys is not None else nullcontext():
+                logits, layers = model.forward({n: t[owner] for n, t in tensors.items()}, batch, torch.float32, layers=True)
+            wanted.append(torch.cat([logits, *(h[:, model.pooled] for h in layers)], 1))
+        target = torch.cat(wanted)
+        ways: dict[str, Callable[[torch.dtype], Way]] = {
+            "packed": model._packed,
+            "packed, whole last layer": partial(model._packed, trims=False),
+            "padded rows": model._rows,
+            "vmap": model._mapped,
+        }
+        for name, make in ways.items():
+            model._ways, model._make_way = {}, make
+            try:
+                logits, layers = model.together(tensors, texts, torch.float32, layers=True)
+                error = float((torch.cat([logits, *layers], 1) - target).abs().max())
+            except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as failed:
+                tried.append(f"{name}: {type(failed).__name__}: {str(failed).splitlines()[0][:120]}")
+                continue
+            if error <= AGREE * max(1.0, float(target.abs().max())):
+                model.together_by = name
+                return
+            tried.append(f"{name}: results differ by {error:.2g}")
+    model.alone = "; ".join(tried)
 
 
 def as_batch(arrays: Mapping[str, np.ndarray], device: torch.device) -> Batch:

@@ -1,7 +1,8 @@
 """Dropout whose masks are a function of (key, site, position) and of nothing else.
 
-A mask entry is a hash of the client's key, the number of the dropout site in the forward pass, and the entry's coordinates. So it is
-the same one by one and stacked, whatever the stack size, padding or the order of clients, and needs no generator state.
+A mask entry is a hash of the client's key, the number of the dropout site in the forward pass, and the entry's coordinates: the text's
+row in its client's batch, the token's place in its text, the feature. So it is the same one by one and packed, whatever the neighbours,
+the padding or the order of clients, and needs no generator state.
 The rate replaces that of every site that the architecture calls; rate 0 must be handled by not entering the mode.
 """
 
@@ -24,15 +25,34 @@ def _mix(h: torch.Tensor) -> torch.Tensor:
     return h ^ ((h >> 16) & 0xFFFF)
 
 
-def keep_mask(key: torch.Tensor, site: int, shape: torch.Size, rate: float, from_end: bool) -> torch.Tensor:
-    """bool mask of ``shape``, True with probability 1 − rate. Dimension 0 counts from the start, the others from the end if ``from_end``
-    (left padding), so that padding never moves an entry's coordinates."""
-    h = _mix(key.to(torch.int32) + (0x632BE5 * (site + 1) & 0x7FFFFFFF))
-    for i, size in enumerate(shape):
-        at = torch.arange(size, dtype=torch.int32, device=key.device)
-        at = (size - 1 - at) if from_end and i > 0 else at
-        h = _mix(h[..., None] + at * 0x3C6EF35F + i)
+def seeded(key: torch.Tensor, site: int) -> torch.Tensor:
+    """The hash that a site's coordinates are mixed into, one a key: int32, shaped as ``key``."""
+    return _mix(key.to(torch.int32) + (0x632BE5 * (site + 1) & 0x7FFFFFFF))
+
+
+def at_each(h: torch.Tensor, places: torch.Tensor, dimension: int) -> torch.Tensor:
+    """Mix coordinate ``dimension`` of every entry in; ``h`` and ``places`` (integers) broadcast."""
+    return _mix(h + places.to(torch.int32) * 0x3C6EF35F + dimension)
+
+
+def along(h: torch.Tensor, size: int, dimension: int, from_end: bool) -> torch.Tensor:
+    """A new last axis of ``size`` entries, mixed in; they count from the end if ``from_end``."""
+    places = torch.arange(size, dtype=torch.int32, device=h.device)
+    return at_each(h[..., None], size - 1 - places if from_end else places, dimension)
+
+
+def kept(h: torch.Tensor, rate: float) -> torch.Tensor:
+    """bool, True with probability 1 − rate."""
     return (h & 0x7FFFFFFF) >= int(rate * 2**31)
+
+
+def keep_mask(key: torch.Tensor, site: int, shape: torch.Size, rate: float, from_end: bool) -> torch.Tensor:
+    """bool mask of ``shape`` for one client's rectangular batch. Dimension 0 counts from the start, the others from the end if
+    ``from_end`` (left padding), so that padding never moves an entry's coordinates."""
+    h = seeded(key, site)
+    for i, size in enumerate(shape):
+        h = along(h, size, i, from_end and i > 0)
+    return kept(h, rate)
 
 
 class SeededDropout(TorchFunctionMode):

@@ -1,0 +1,300 @@
+"""The three kernels of a packed pass: a linear layer whose weights are frozen, one whose weights every owner has its own of, and
+attention within each text. Plain PyTorch operations with hand-written gradients; nothing here knows models, clients or methods.
+
+Packed rows: all tokens (or all texts) of a pass, one after another, without padding. N rows in all, S owners, T tokens, n texts.
+
+What is computed for a row depends on that row alone, never on how many others share the pass: frozen layers run on oneDNN weights packed
+once (whose blocking is fixed), a text's attention is padded to a length that is a function of its own, an owner's gradients are sums over
+its own rows. On a CPU in float32 this makes results equal to the bit whatever the stack (docs/engines.md says what was measured).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+ROUND = 8
+"""Attention pads a text to a multiple of this many tokens."""
+
+SMALL = 2**20
+"""Multiplications up to which a product by itself is a small one."""
+
+HINT = 1024
+"""The number of rows that oneDNN's packed weights are laid out for; any number may come."""
+
+
+# ---- frozen weights -------------------------------------------------------------------------------------------------------------
+
+
+def onednn(weight: torch.Tensor) -> bool:
+    """Whether oneDNN's kernels can take this weight: a CPU's, in a precision that it computes in."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
+class Frozen:
+    """A frozen weight (d_out, d_in) packed for both directions. It costs two copies of the weight, and on processors where the BLAS
+    that ships with PyTorch takes a slow path (AMD, float32) it is more than twice as fast."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        pack = torch.ops.mkldnn._reorder_linear_weight
+        self.forth, self.back = pack(weight.contiguous(), HINT), pack(weight.t().contiguous(), HINT)
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x Wᵀ + bias for rows x (N, d_in)."""
+        return _FrozenLinear.apply(x, self, bias)  # type: ignore[return-value]
+
+
+def _rows_times(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if len(x) == 1:  # a lone row would take another kernel, with other last bits
+        return _rows_times(x.expand(2, -1), packed, bias)[:1]
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
+
+
+class _FrozenLinear(Function):
+    """The gradient goes to the rows only; the weight and bias are frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: Frozen, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.weight = weight
+        return _rows_times(x, weight.forth, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _rows_times(gradient, ctx.weight.back, None), None, None
+
+
+# ---- weights that every owner has its own of --------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """``count`` neighbouring owners from ``owner`` on, each with ``rows`` rows, the first row at ``start``."""
+
+    owner: int
+    count: int
+    rows: int
+    start: int
+
+
+def runs_of(rows: np.ndarray) -> list[Run]:
+    """The runs of owners that have these numbers of rows (S,)."""
+    starts = np.concatenate([[0], np.cumsum(rows)])
+    cuts = np.flatnonzero(np.diff(rows, prepend=-1))
+    return [Run(int(o), int(end - o), int(rows[o]), int(starts[o])) for o, end in zip(cuts, [*cuts[1:], len(rows)], strict=True) if rows[o]]
+
+
+def owned_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, runs: Sequence[Run]) -> torch.Tensor:
+    """(N, d_out): row i of x (N, d_in) times the weight (and plus the bias) of the owner it belongs to.
+
+    ``weight``: (S, d_out, d_in). ``bias``: (S, d_out) or None.
+    """
+    return _OwnedLinear.apply(x.contiguous(), weight, bias, runs)  # type: ignore[return-value]
+
+
+class _OwnedLinear(Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, runs: Sequence[Run]) -> torch.Tensor:
+        ctx.runs, ctx.biased = runs, bias is not None
+        ctx.save_for_backward(x, weight)
+        y = x.new_empty(x.shape[0], weight.shape[1])
+        for run in runs:
+            mine = slice(run.owner, run.owner + run.count)
+            _product(_owners(x, run), weight[mine].transpose(1, 2), _owners(y, run))
+            if bias is not None:
+                _owners(y, run).add_(bias[mine, None])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        to_weight = torch.zeros_like(weight)
+        to_bias = weight.new_zeros(weight.shape[:2]) if ctx.biased else None
+        for run in ctx.runs:
+            mine = slice(run.owner, run.owner + run.count)
+            if to_x is not None:
+                _product(_owners(gradient, run), weight[mine], _owners(to_x, run))
+            _product(_owners(gradient, run).transpose(1, 2), _owners(x, run), to_weight[mine])
+            if to_bias is not None:
+                torch.sum(_owners(gradient, run), 1, out=to_bias[mine])
+        return to_x, to_weight, to_bias, None
+
+
+def _owners(rows: torch.Tensor, run: Run) -> torch.Tensor:
+    """The run's rows as (count, rows, d), a view."""
+    return rows[run.start : run.start + run.count * run.rows].view(run.count, run.rows, -1)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """``out`` (k, m, o) = a (k, m, i) times b (k, i, o), each of the k the same to the bit whatever k is.
+
+    Kernels sum a lone small product in another order than one among several, and a product of one row in another for many than for few:
+    the first is done twice, the second term by term.
+    """
+    if a.shape[1] == 1:
+        torch.sum(a.transpose(1, 2) * b, 1, keepdim=True, out=out)
+    elif len(a) == 1 and a.numel() * b.shape[2] < SMALL:
+        out.copy_(torch.bmm(a.expand(2, -1, -1), b.expand(2, -1, -1))[:1])
+    else:
+        torch.bmm(a, b, out=out)
+
+
+# ---- attention within each text ---------------------------------------------------------------------------------------------------
+
+
+class Side:
+    """The queries' or the keys' rows, as texts padded to their group's length.
+
+    For each group of m texts: ``rows`` (m, L), which row of the pass each entry is (padding repeats the text's first), ``real`` (m, L)
+    bool, and ``at`` (m, L), its place in the text.
+    """
+
+    def __init__(
+        self, counts: np.ndarray, groups: Sequence[np.ndarray], widths: Sequence[int], first: np.ndarray, device: torch.device
+    ) -> None:
+        starts = np.cumsum(counts) - counts
+        base, offset, width_of = 0, np.empty(len(counts), np.int64), np.empty(len(counts), np.int64)
+        self.rows, self.real, self.at = [], [], []
+        for texts, width in zip(groups, widths, strict=True):
+            real = np.arange(width) < counts[texts, None]
+            within = np.where(real, np.arange(width), 0)
+            for kept, made in zip(
+                (self.rows, self.real, self.at), (starts[texts, None] + within, real, first[texts, None] + within), strict=True
+            ):
+                kept.append(torch.from_numpy(made).to(device))
+            offset[texts], width_of[texts] = base + np.arange(len(texts)) * width, width
+            base += real.size
+        inverse = (np.repeat(offset, counts), np.arange(int(counts.sum())) - np.repeat(starts, counts), np.repeat(width_of, counts))
+        self._inverse = [torch.from_numpy(a).to(device)[:, None] for a in inverse]
+        self._kept: dict[tuple[str, int, int], Any] = {}
+
+    def taken(self, heads: int, of: int) -> list[torch.Tensor]:
+        """For each group the rows (m·heads·L,) to take from (N·of, D), head by head; ``heads / of`` heads read each of the ``of``."""
+        if ("taken", heads, of) not in self._kept:
+            head = torch.arange(heads, device=self._inverse[0].device)[:, None] // (heads // of)
+            self._kept["taken", heads, of] = [(rows[:, None, :] * of + head).reshape(-1) for rows in self.rows]
+        return self._kept["taken", heads, of]
+
+    def given(self, parts: Sequence[torch.Tensor], heads: int) -> torch.Tensor:
+        """(N, heads, D) from the groups' (m·heads, L, D)."""
+        if ("given", heads, 0) not in self._kept:
+            before, at, width = self._inverse
+            self._kept["given", heads, 0] = (before * heads + torch.arange(heads, device=at.device) * width + at).reshape(-1)
+        rows = [part.reshape(-1, part.shape[-1]) for part in parts]
+        return (
+            (rows[0] if len(rows) == 1 else torch.cat(rows))
+            .index_select(0, self._kept["given", heads, 0])
+            .view(-1, heads, rows[0].shape[-1])
+        )
+
+
+class Attention:
+    """Who attends to whom: every query to the keys of its own text. ``texts``: for each group the numbers (m,) of its texts."""
+
+    def __init__(self, lengths: np.ndarray, device: torch.device, only: Literal["all", "first", "last"] = "all") -> None:
+        """Texts of ``lengths`` (n,) tokens lie one after another; ``only`` says which of their tokens ask."""
+        padded = -(-lengths // ROUND) * ROUND
+        widths = [int(width) for width in np.unique(padded)]
+        groups = [np.flatnonzero(padded == width) for width in widths]
+        zero = np.zeros_like(lengths)
+        self.texts = [torch.from_numpy(group).to(device) for group in groups]
+        self.keys = Side(lengths, groups, widths, zero, device)
+        at = lengths - 1 if only == "last" else zero
+        self.queries = self.keys if only == "all" else Side(np.ones_like(lengths), groups, [1] * len(widths), at, device)
+        self._masks: dict[Any, list[torch.Tensor]] = {}
+
+    def masks(self, dtype: torch.dtype, heads: int, causal: bool, window: int) -> list[torch.Tensor]:
+        """For each group what is added to its scores, (m·heads, 1 or L_q, L): 0 where a query may see a key. ``window``: 0, or the distance
+        from which on keys are not seen."""
+        key = (dtype, heads, causal, window)
+        if key not in self._masks:
+            made = []
+            for asks, at, real in zip(self.queries.at, self.keys.at, self.keys.real, strict=True):
+                seen, far = real[:, None, :], asks[:, :, None] - at[:, None, :]
+                if causal:
+                    seen = seen & (far >= 0)
+                if window:
+                    seen = seen & (far.abs() < window)
+                mask = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+                made.append(mask.repeat_interleave(heads, 0))
+            self._masks[key] = made
+        return self._masks[key]
+
+
+def ragged_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    within: Attention,
+    masks: Sequence[torch.Tensor],
+    scale: float,
+    dropped: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """softmax(scale · q kᵀ + mask) v within each text, (N, H, D).
+
+    q: (N, H, D), a row a query; k, v: (T, H_k, D) with H a multiple of H_k. ``dropped``: what each group's weights (m·H, L_q, L) are
+    multiplied by.
+    """
+    return _Ragged.apply(q, k, v, within, masks, scale, dropped)  # type: ignore[return-value]
+
+
+class _Ragged(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        within: Attention,
+        masks: Sequence[torch.Tensor],
+        scale: float,
+        dropped: Sequence[torch.Tensor] | None,
+    ) -> torch.Tensor:
+        (_, heads, size), shared = q.shape, k.shape[1]
+        flat_q, flat_k, flat_v = (x.reshape(-1, size) for x in (q, k, v))
+        saved, outs = [], []
+        for i, (asked, read) in enumerate(zip(within.queries.taken(heads, heads), within.keys.taken(heads, shared), strict=True)):
+            asks, keys = ((-1, side.real[i].shape[1], size) for side in (within.queries, within.keys))
+            a, b, c = (
+                flat_q.index_select(0, asked).view(asks),
+                flat_k.index_select(0, read).view(keys),
+                flat_v.index_select(0, read).view(keys),
+            )
+            weights = torch.baddbmm(masks[i], a, b.transpose(1, 2), alpha=scale).softmax(-1)
+            outs.append(torch.bmm(weights if dropped is None else weights * dropped[i], c))
+            saved += [a, b, c, weights]
+        ctx.save_for_backward(*saved)
+        ctx.within, ctx.scale, ctx.dropped, ctx.heads, ctx.shared = within, scale, dropped, heads, shared
+        return within.queries.given(outs, heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        within, heads, size = ctx.within, ctx.heads, gradient.shape[-1]
+        flat = gradient.reshape(-1, size)
+        to_q, to_k, to_v = [], [], []
+        for i, (asked, real) in enumerate(zip(within.queries.taken(heads, heads), within.queries.real, strict=True)):
+            a, b, c, weights = ctx.saved_tensors[4 * i : 4 * i + 4]
+            texts, width = real.shape
+            g = flat.index_select(0, asked).view(texts, heads, width, size)
+            g = g.mul_(real[:, None, :, None]).view(-1, width, size)  # padding sends nothing back
+            used, to_weights = weights, torch.bmm(g, c.transpose(1, 2))
+            if ctx.dropped is not None:
+                used, to_weights = weights * ctx.dropped[i], to_weights * ctx.dropped[i]
+            to_scores = torch.ops.aten._softmax_backward_data(to_weights, weights, -1, weights.dtype).mul_(ctx.scale)
+            to_q.append(torch.bmm(to_scores, b))
+            to_k.append(torch.bmm(to_scores.transpose(1, 2), a))
+            to_v.append(torch.bmm(used.transpose(1, 2), g))
+        back = [within.queries.given(to_q, heads), *(within.keys.given(part, heads) for part in (to_k, to_v))]
+        if ctx.shared != heads:
+            back[1:] = [x.view(len(x), ctx.shared, -1, size).sum(2) for x in back[1:]]
+        return (*back, None, None, None, None)

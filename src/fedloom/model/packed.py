@@ -1,0 +1,501 @@
+"""A model called on the texts of many owners at once, each owner with trainable tensors of its own, without padding.
+
+The module runs on one row of T tokens. Four things make that the same function as calling it for each owner on a padded batch:
+its attention stays within a text (``kernels.ragged_attention``, put in as the library's attention function); positions start anew with each
+text; linear layers read every row's own owner's weights (``kernels.owned_linear``) or frozen ones (``kernels.Frozen``); and the last
+transformer layer is asked only for the tokens that the head reads, one a text, so that the head sees n rows. Dropout masks are those of
+``dropout.py``, entry by entry.
+
+An architecture whose attention cannot be replaced runs on padded rows instead, its linear layers the same (``Rows``); one that trains or
+drops what rows do not carry runs under ``vmap`` (``Mapped``). Which of them works is found by trying (``base.py``): logits and layer
+outputs of two owners must equal the model's own, called for each of them.
+
+This file does not know transformers, PEFT, clients or methods. Shapes: n texts, T tokens, S owners, C classes, d hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from torch.func import functional_call, vmap
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from fedloom.messages import Tensors
+from fedloom.model import dropout
+from fedloom.model.kernels import Attention, Frozen, Run, onednn, owned_linear, ragged_attention, runs_of
+
+ATTENTION = "fedloom"
+"""The name under which :func:`attend` is known to the library."""
+
+
+class Unpackable(RuntimeError):
+    """Something in a model that packed passes cannot do; the message says what."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """n texts, those of one owner next to each other.
+
+    ids, segments: int64 (T,). labels: int64 (n,). weights: float32 (n,), what each text's loss counts in its owner's sum.
+    lengths, owners (ascending, 0..S−1), rows: int64 (n,), numpy; ``rows`` is the text's place in its owner's batch.
+    keys: int64 (S,), the owners' dropout keys, or None.
+    """
+
+    ids: torch.Tensor
+    segments: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+    lengths: np.ndarray
+    owners: np.ndarray
+    rows: np.ndarray
+    keys: torch.Tensor | None = None
+
+    @cached_property
+    def count(self) -> int:
+        """S."""
+        return int(self.owners[-1]) + 1
+
+    @cached_property
+    def text_owners(self) -> torch.Tensor:
+        """(n,) the texts' owners."""
+        return torch.from_numpy(self.owners).to(self.ids.device)
+
+    @cached_property
+    def token_owners(self) -> torch.Tensor:
+        """(T,) the tokens' owners."""
+        return torch.from_numpy(np.repeat(self.owners, self.lengths)).to(self.ids.device)
+
+    def per_owner(self, of_texts: torch.Tensor) -> torch.Tensor:
+        """Sums (S, …) over each owner's texts of (n, …)."""
+        return of_texts.new_zeros(self.count, *of_texts.shape[1:]).index_add(0, self.text_owners, of_texts)
+
+    def losses(self, logits: torch.Tensor) -> torch.Tensor:
+        """Each owner's weighted sum of cross-entropies (S,) of logits (n, C)."""
+        return self.per_owner(functional.cross_entropy(logits, self.labels, reduction="none") * self.weights)
+
+
+class Way(Protocol):
+    """A way to call a model on :class:`Texts`."""
+
+    def __call__(
+        self, tensors: Tensors, texts: Texts, embeddings: torch.Tensor | None = None, layers: bool = False
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """(logits (n, C) float32, outputs (n, d) of every layer at the tokens that the head reads if ``layers``, else ()).
+
+        ``tensors`` (S, …) by parameter name. ``embeddings``: the input embeddings to use, shaped as :meth:`embed` gives them.
+        """
+        ...
+
+    def embed(self, texts: Texts) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input embeddings (…, d) of all tokens, detached, zero at padding; and every entry's owner (…,)."""
+        ...
+
+
+class Kept(NamedTuple):
+    """A frozen parameter as it was at a version of it, packed."""
+
+    parameter: torch.Tensor
+    version: int
+    frozen: Frozen
+
+
+Weights = dict[int, Kept]
+"""Frozen weights packed so far, by the parameter's id (the parameter is kept, so that the id stays its own)."""
+
+
+# ---- inside a pass ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OneRow:
+    """What a packed pass adds: attention in all layers and in the last, each token's place in its text as dropout counts it (T,), and the
+    tokens that the head reads (n,)."""
+
+    attention: Attention
+    last_attention: Attention
+    places: torch.Tensor
+    read: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a pass' tensors lie. ``runs``: the owners' runs by number of rows. ``packed``: for packed passes."""
+
+    texts: Texts
+    causal: bool
+    runs: Mapping[int, Sequence[Run]]
+    packed: OneRow | None = None
+
+
+class Pass(TorchFunctionMode):
+    """One call of the module: linear layers by owner, frozen ones on packed weights (None: as they are), dropout by owner (rate 0: none).
+
+    ``last``: "look" while the last layer is asked for its keys and values, then those.
+    """
+
+    def __init__(self, layout: Layout, weights: Weights | None, rate: float) -> None:
+        self.layout, self.weights, self.rate, self.site = layout, weights, rate, 0
+        self.last: _Seen | Literal["look"] | None = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is functional.linear:
+            return self._linear(*args, **(kwargs or {}))
+        if func is torch.addmm and len(args) == 3 and not kwargs:  # GPT-2 keeps its weights the other way round
+            bias, x, weight = args
+            return self._linear(x, weight.transpose(-1, -2), bias, of=weight)
+        if func is functional.dropout and self.rate:
+            x = args[0] if args else kwargs["input"]  # type: ignore[index]
+            return torch.where(dropout.kept(self._entries(x), self.rate), x / (1 - self.rate), 0.0).to(x.dtype)
+        return func(*args, **(kwargs or {}))
+
+    def _linear(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, of: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        rows = input.reshape(-1, input.shape[-1])
+        own_bias = bias if bias is not None and bias.dim() == 2 else None
+        if weight.dim() == 3:
+            made = owned_linear(rows, weight, own_bias, self._runs(rows))
+            if bias is not None and own_bias is None:
+                made = made + bias
+        else:
+            plain = None if own_bias is not None else bias
+            frozen = self._frozen(weight, weight if of is None else of)
+            made = functional.linear(rows, weight, plain) if frozen is None else frozen(rows, plain)
+            if own_bias is not None:
+                counts = torch.tensor([run.rows for run in self._runs(rows) for _ in range(run.count)], device=rows.device)
+                made = made + own_bias.repeat_interleave(counts, 0)
+        return made.view(*input.shape[:-1], made.shape[-1])
+
+    def _frozen(self, weight: torch.Tensor, of: torch.Tensor) -> Frozen | None:
+        if self.weights is None or not isinstance(of, nn.Parameter) or of.requires_grad or not onednn(of):
+            return None
+        kept = self.weights.get(id(of))
+        if kept is None or kept.version != of._version:  # changed in place since it was packed
+            kept = self.weights[id(of)] = Kept(of, of._version, Frozen(weight.detach()))
+        return kept.frozen
+
+    def _runs(self, rows: torch.Tensor) -> Sequence[Run]:
+        if len(rows) not in self.layout.runs:
+            raise Unpackable(f"a trained linear layer saw {len(rows)} rows; rows of tokens or texts are {sorted(self.layout.runs)}")
+        return self.layout.runs[len(rows)]
+
+    def _entries(self, x: torch.Tensor) -> torch.Tensor:
+        """The hash of every entry of x: (1, T, d) or (1, n, d), (n, 1, d), (n, d), or padded rows (n, …)."""
+        texts, layout = self.layout.texts, self.layout
+        assert texts.keys is not None
+        h = dropout.at_each(dropout.seeded(texts.keys, self.site)[texts.text_owners], self._rows(texts), 0)
+        self.site += 1
+        if layout.packed is None or x.dim() == 2:
+            for dimension, size in enumerate(x.shape[1:], 1):
+                h = dropout.along(h, size, dimension, layout.causal)
+            return h
+        if x.numel() // x.shape[-1] == len(layout.packed.places):
+            h = dropout.at_each(h.repeat_interleave(torch.from_numpy(texts.lengths).to(h.device)), layout.packed.places, 1)
+        else:
+            h = dropout.at_each(
+                h, torch.zeros((), device=h.device), 1
+            )  # the token that the head reads: the first, or the first from the end
+        return dropout.along(h, x.shape[-1], 2, layout.causal).view(x.shape)
+
+    def attention_entries(self, within: Attention, heads: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        """For each group of the attention what its weights (m·H, L_q, L) are multiplied by: 0, or 1 / (1 − rate)."""
+        texts, causal = self.layout.texts, self.layout.causal
+        assert texts.keys is not None
+        whole = dropout.at_each(dropout.seeded(texts.keys, self.site)[texts.text_owners], self._rows(texts), 0)
+        self.site += 1
+        lengths, made = torch.from_numpy(texts.lengths).to(whole.device), []
+        for group, asks, at in zip(within.texts, within.queries.at, within.keys.at, strict=True):
+            q_places, k_places = ((lengths[group, None] - 1 - place) if causal else place for place in (asks, at))
+            h = dropout.along(whole[group], heads, 1, causal)
+            h = dropout.at_each(h[..., None], q_places[:, None, :], 2)
+            h = dropout.at_each(h[..., None], k_places[:, None, None, :], 3)
+            made.append((dropout.kept(h, self.rate) / (1 - self.rate)).to(dtype).flatten(0, 1))
+        return made
+
+    @staticmethod
+    def _rows(texts: Texts) -> torch.Tensor:
+        return torch.from_numpy(texts.rows).to(texts.ids.device)
+
+
+_now: ContextVar[Pass | None] = ContextVar("pass", default=None)
+
+
+def _packed_now() -> tuple[Pass, OneRow]:
+    now = _now.get()
+    if now is None or now.layout.packed is None:
+        raise Unpackable("this module runs inside a packed pass only")
+    return now, now.layout.packed
+
+
+class _Seen(Exception):
+    """The last layer's keys and values (T, H_k, D): all that its tokens are needed for."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.keys, self.values = keys, values
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as the library calls it: query (1, H, N, D), key and value (1, H_k, N, D) -> (1, N, H, D). Only inside a packed pass.
+
+    Raises:
+        Unpackable: outside of a pass, or a capped softmax.
+    """
+    now, row = _packed_now()
+    if softcap is not None:
+        raise Unpackable("packed attention caps no scores")
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    within = row.attention
+    if now.last == "look":
+        raise _Seen(k, v)
+    if isinstance(now.last, _Seen):
+        k, v, within = now.last.keys, now.last.values, row.last_attention
+    masks = within.masks(q.dtype, q.shape[1], now.layout.causal, sliding_window or 0)
+    dropped = now.attention_entries(within, q.shape[1], q.dtype) if now.rate else None
+    return ragged_attention(q, k, v, within, masks, q.shape[-1] ** -0.5 if scaling is None else scaling, dropped)[None], None
+
+
+# ---- the ways ---------------------------------------------------------------------------------------------------------------------
+
+
+class Packed:
+    """The whole pass as one row of T tokens. ``trims``: whether the last layer computes the tokens that the head reads only."""
+
+    def __init__(
+        self,
+        module: Any,
+        *,
+        depth: int,
+        causal: bool,
+        kinds: int,
+        positions: Callable[[int], torch.Tensor | None],
+        rate: float,
+        weights: Weights | None,
+        trims: bool,
+    ) -> None:
+        """``module`` is not changed: a copy that shares its tensors is. ``kinds``: number of token types (0: none).
+        ``positions``: those of a text of so many tokens (L,)."""
+        shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
+        self.module: Any = copy.deepcopy(module, shared)
+        for part in self.module.modules():
+            if "config" in vars(part):
+                vars(part)["config"]._attn_implementation = ATTENTION
+        stacks = [part for part in self.module.modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
+        if not stacks:
+            raise Unpackable(f"no list of {depth} transformer layers in {type(module).__name__}")
+        self.causal, self.kinds, self.positions, self.rate, self.weights = causal, kinds, positions, rate, weights
+        self.table = self.module.get_input_embeddings()
+        self.table.register_forward_pre_hook(lambda _, __: (self._ids,))
+        self.table.register_forward_hook(lambda _, __, made: made if self._given is None else self._given)
+        if trims:
+            stacks[0][-1].register_forward_pre_hook(self._before_last, with_kwargs=True)
+        stacks[0][-1].register_forward_hook(self._after_last)
+        self._ids, self._given = torch.zeros(1, 1, dtype=torch.int64), None
+
+    def __call__(
+        self, tensors: Tensors, texts: Texts, embeddings: torch.Tensor | None = None, layers: bool = False
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """See :class:`Way`."""
+        device, count, total = texts.ids.device, len(texts.lengths), len(texts.ids)
+        ends = np.cumsum(texts.lengths)
+        within = torch.from_numpy(np.arange(total) - np.repeat(ends - texts.lengths, texts.lengths)).to(device)
+        from_end = torch.from_numpy(np.repeat(ends, texts.lengths) - 1 - np.arange(total)).to(device)
+        read = torch.from_numpy(ends - 1 if self.causal else ends - texts.lengths).to(device)
+        per_owner = np.bincount(texts.owners, minlength=texts.count)
+        of_tokens = np.bincount(texts.owners, weights=texts.lengths, minlength=texts.count).astype(np.int64)
+        layout = Layout(
+            texts,
+            self.causal,
+            {total: runs_of(of_tokens), count: runs_of(per_owner)},
+            OneRow(
+                Attention(texts.lengths, device),
+                Attention(texts.lengths, device, "last" if self.causal else "first"),
+                from_end if self.causal else within,
+                read,
+            ),
+        )
+        positions = self.positions(int(texts.lengths.max()))
+        given: dict[str, Any] = {"input_ids": torch.zeros(count, 1, dtype=torch.int64, device=device)}
+        if positions is not None:
+            given["position_ids"] = positions.to(device)[within][None]
+        if self.kinds:
+            given["token_type_ids"] = texts.segments.clamp(max=self.kinds - 1)[None]
+        self._ids, self._given = texts.ids[None], embeddings
+        with running(Pass(layout, self.weights, self.rate if texts.keys is not None else 0.0)):
+            out = functional_call(self.module, dict(tensors), (), {**given, "output_hidden_states": layers})
+        self._given = None
+        hidden = (h.flatten(0, -2) for h in out.hidden_states[1:]) if layers else ()
+        return out.logits.float(), tuple(h if len(h) == count else h[read] for h in hidden)
+
+    def embed(self, texts: Texts) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`Way`."""
+        self._ids, self._given = texts.ids[None], None
+        return self.table(texts.ids[None]).detach(), texts.token_owners[None]
+
+    def _before_last(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Have the layer make its keys and values, then give it the tokens that the head reads and nothing else."""
+        now, row = _packed_now()
+        site, now.last = now.site, "look"
+        try:
+            layer.forward(*args, **kwargs)
+            raise Unpackable(f"{type(layer).__name__} does not call the library's attention")
+        except _Seen as seen:
+            now.last, now.site = seen, site
+        total, read = len(now.layout.texts.ids), row.read
+        return tuple(_only(a, total, read) for a in args), {name: _only(a, total, read) for name, a in kwargs.items()}
+
+    @staticmethod
+    def _after_last(layer: nn.Module, args: tuple[Any, ...], made: Any) -> Any:
+        """(1, n, d) or (1, T, d) -> (n, 1, d): from here on the module sees n rows of one token."""
+        now, row = _packed_now()
+        hidden = made[0] if isinstance(made, tuple) else made
+        rows = hidden[0] if isinstance(now.last, _Seen) else hidden[0, row.read]
+        return (rows[:, None], *made[1:]) if isinstance(made, tuple) else rows[:, None]
+
+
+class Rows:
+    """Padded rows, for architectures whose attention cannot be replaced: a call as always, its linear layers by owner."""
+
+    def __init__(
+        self,
+        call: Callable[..., tuple[torch.Tensor, tuple[torch.Tensor, ...]]],
+        table: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        causal: bool,
+        pad_id: int,
+        rate: float,
+        weights: Weights | None,
+    ) -> None:
+        """``call``: (tensors, ids (n, L), mask, segments, embeddings or None, layers) -> (logits, layers' outputs (n, L, d))."""
+        self.call, self.table, self.causal, self.pad_id, self.rate, self.weights = call, table, causal, pad_id, rate, weights
+
+    def __call__(
+        self, tensors: Tensors, texts: Texts, embeddings: torch.Tensor | None = None, layers: bool = False
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """See :class:`Way`."""
+        ids, mask, segments = padded(texts, self.causal, self.pad_id)
+        per_owner = np.bincount(texts.owners, minlength=texts.count)
+        layout = Layout(texts, self.causal, {ids.numel(): runs_of(per_owner * ids.shape[1]), len(ids): runs_of(per_owner)})
+        with running(Pass(layout, self.weights, self.rate if texts.keys is not None else 0.0)):
+            logits, hidden = self.call(tensors, ids, mask, segments, embeddings, layers)
+        return logits, tuple(h[:, -1 if self.causal else 0] for h in hidden)
+
+    def embed(self, texts: Texts) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`Way`."""
+        ids, mask, _ = padded(texts, self.causal, self.pad_id)
+        return self.table(ids).detach() * mask[..., None], texts.text_owners[:, None].expand_as(ids)
+
+
+class Mapped:
+    """``torch.func.vmap`` over the owners, each with a padded batch of the same size. Slower, and for trainable tensors of any kind in any
+    place."""
+
+    def __init__(
+        self,
+        call: Callable[..., tuple[torch.Tensor, tuple[torch.Tensor, ...]]],
+        table: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        causal: bool,
+        pad_id: int,
+        rate: float,
+    ) -> None:
+        """``call`` as for :class:`Rows`."""
+        self.call, self.table, self.causal, self.pad_id, self.rate = call, table, causal, pad_id, rate
+
+    def __call__(
+        self, tensors: Tensors, texts: Texts, embeddings: torch.Tensor | None = None, layers: bool = False
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """See :class:`Way`."""
+        rate = self.rate if texts.keys is not None else 0.0
+        keys = texts.keys if texts.keys is not None else torch.zeros(texts.count, dtype=torch.int64, device=texts.ids.device)
+
+        def one(
+            named: Tensors, ids: torch.Tensor, mask: torch.Tensor, segments: torch.Tensor, given: torch.Tensor | None, key: torch.Tensor
+        ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+            with dropout.SeededDropout(key, rate, self.causal) if rate else nullcontext():
+                return self.call(named, ids, mask, segments, given, layers)
+
+        each = vmap(one, in_dims=(0, 0, 0, 0, None if embeddings is None else 0, 0))
+        logits, hidden = each(dict(tensors), *self._padded(texts), embeddings, keys)
+        where = self._where(texts)
+        return logits[where], tuple(h[:, :, -1 if self.causal else 0][where] for h in hidden)
+
+    def embed(self, texts: Texts) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`Way`."""
+        ids, mask, _ = self._padded(texts)
+        real = torch.zeros(ids.shape[:2], dtype=torch.bool, device=ids.device)
+        real[self._where(texts)] = True
+        owners = torch.arange(len(ids), device=ids.device)[:, None, None].expand_as(ids)
+        return self.table(ids).detach() * (mask & real[..., None])[..., None], owners
+
+    @staticmethod
+    def _where(texts: Texts) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each text's owner, and which of that owner's texts it is."""
+        counts = np.bincount(texts.owners, minlength=texts.count)
+        place = np.arange(len(texts.owners)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return texts.text_owners, torch.from_numpy(place).to(texts.ids.device)
+
+    def _padded(self, texts: Texts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """ids, mask, segments (S, b, L). Filler rows hold one token each."""
+        owners, place = self._where(texts)
+        shape = (texts.count, int(place.max()) + 1)
+        rows = padded(texts, self.causal, self.pad_id)
+        whole = tuple(
+            torch.full((*shape, rows[0].shape[1]), fill, dtype=r.dtype, device=r.device)
+            for r, fill in zip(rows, (0, False, 0), strict=True)
+        )
+        whole[1][..., -1 if self.causal else 0] = True
+        for to, of in zip(whole, rows, strict=True):
+            to[owners, place] = of
+        return whole  # type: ignore[return-value]
+
+
+def padded(texts: Texts, left: bool, pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids, mask, segments (n, L), padded on the left or the right."""
+    width = int(texts.lengths.max())
+    within = np.arange(width) - (width - texts.lengths[:, None] if left else 0)
+    mask = torch.from_numpy((within >= 0) & (within < texts.lengths[:, None])).to(texts.ids.device)
+    ids = torch.full(mask.shape, pad_id, dtype=torch.int64, device=mask.device)
+    segments = torch.zeros_like(ids)
+    ids[mask], segments[mask] = texts.ids, texts.segments
+    return ids, mask, segments
+
+
+@contextmanager
+def running(now: Pass) -> Iterator[None]:
+    """Inside, ``now`` is the pass."""
+    token = _now.set(now)
+    try:
+        with now:
+            yield
+    finally:
+        _now.reset(token)
+
+
+def _only(value: Any, total: int, read: torch.Tensor) -> Any:
+    """What belongs to the tokens ``read``, of whatever has one entry for each of ``total`` tokens on its second axis."""
+    if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] == 1 and value.shape[1] == total:
+        return value.index_select(1, read)
+    return type(value)(_only(part, total, read) for part in value) if type(value) in (tuple, list) else value
