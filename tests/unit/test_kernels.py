@@ -66,8 +66,8 @@ def test_dropped_attention_weights_carry_no_gradient() -> None:
 
 
 def test_runs_are_neighbours_with_as_many_rows() -> None:
-    assert runs_of(np.array([4, 4, 0, 12, 1, 1, 1])) == [Run(0, 2, 4, 0), Run(3, 1, 12, 8), Run(4, 3, 1, 20)]
-    assert runs_of(np.array([5])) == [Run(0, 1, 5, 0)]
+    assert runs_of(np.array([4, 4, 0, 12, 1, 1, 1])) == [Run(2, 4), Run(1, 0), Run(1, 12), Run(3, 1)]
+    assert runs_of(np.array([5])) == [Run(1, 5)]
 
 
 @pytest.mark.parametrize("rows", [[4, 4, 0, 12], [1, 1, 1], [7], [3, 3, 3, 2]])

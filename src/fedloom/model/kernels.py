@@ -11,6 +11,7 @@ its own rows. On a CPU in float32 this makes results equal to the bit whatever t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -20,9 +21,6 @@ from torch.autograd.function import once_differentiable
 
 ROUND = 8
 """Attention pads a text to a multiple of this many tokens."""
-
-SMALL = 2**20
-"""Multiplications up to which a product by itself is a small one."""
 
 HINT = 1024
 """The number of rows that oneDNN's packed weights are laid out for; any number may come."""
@@ -75,25 +73,22 @@ class _FrozenLinear(Function):
 
 
 class Run(NamedTuple):
-    """``count`` neighbouring owners from ``owner`` on, each with ``rows`` rows, the first row at ``start``."""
+    """``count`` neighbouring owners with ``rows`` rows each."""
 
-    owner: int
     count: int
     rows: int
-    start: int
 
 
 def runs_of(rows: np.ndarray) -> list[Run]:
     """The runs of owners that have these numbers of rows (S,)."""
-    starts = np.concatenate([[0], np.cumsum(rows)])
-    cuts = np.flatnonzero(np.diff(rows, prepend=-1))
-    return [Run(int(o), int(end - o), int(rows[o]), int(starts[o])) for o, end in zip(cuts, [*cuts[1:], len(rows)], strict=True) if rows[o]]
+    cuts = [*np.flatnonzero(np.diff(rows, prepend=-1)).tolist(), len(rows)]
+    return [Run(end - begin, int(rows[begin])) for begin, end in pairwise(cuts)]
 
 
 def owned_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, runs: Sequence[Run]) -> torch.Tensor:
     """(N, d_out): row i of x (N, d_in) times the weight (and plus the bias) of the owner it belongs to.
 
-    ``weight``: (S, d_out, d_in). ``bias``: (S, d_out) or None.
+    ``weight``: (S, d_out, d_in). ``bias``: (S, d_out) or None. Rows lie in order of their owners; the runs cover all S and all N.
     """
     return _OwnedLinear.apply(x.contiguous(), weight, bias, runs)  # type: ignore[return-value]
 
@@ -104,48 +99,54 @@ class _OwnedLinear(Function):
         ctx.runs, ctx.biased = runs, bias is not None
         ctx.save_for_backward(x, weight)
         y = x.new_empty(x.shape[0], weight.shape[1])
-        for run in runs:
-            mine = slice(run.owner, run.owner + run.count)
-            _product(_owners(x, run), weight[mine].transpose(1, 2), _owners(y, run))
-            if bias is not None:
-                _owners(y, run).add_(bias[mine, None])
+        _products(runs, _rows(x, runs), _owners(weight.transpose(1, 2), runs), _rows(y, runs))
+        if bias is not None:
+            y += bias.repeat_interleave(torch.tensor([run.rows for run in runs for _ in range(run.count)], device=x.device), 0)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        gradient = gradient.contiguous()
+        (x, weight), runs = ctx.saved_tensors, ctx.runs
+        upstream = _rows(gradient.contiguous(), runs)
         to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        to_weight = torch.zeros_like(weight)
-        to_bias = weight.new_zeros(weight.shape[:2]) if ctx.biased else None
-        for run in ctx.runs:
-            mine = slice(run.owner, run.owner + run.count)
-            if to_x is not None:
-                _product(_owners(gradient, run), weight[mine], _owners(to_x, run))
-            _product(_owners(gradient, run).transpose(1, 2), _owners(x, run), to_weight[mine])
-            if to_bias is not None:
-                torch.sum(_owners(gradient, run), 1, out=to_bias[mine])
+        to_weight, to_bias = torch.zeros_like(weight), weight.new_zeros(weight.shape[:2]) if ctx.biased else None
+        if to_x is not None:
+            _products(runs, upstream, _owners(weight, runs), _rows(to_x, runs))
+        _products(runs, [g.transpose(1, 2) for g in upstream], _rows(x, runs), _owners(to_weight, runs))
+        if to_bias is not None:
+            for g, out in zip(upstream, _owners(to_bias, runs), strict=True):
+                torch.sum(g, 1, out=out)
         return to_x, to_weight, to_bias, None
 
 
-def _owners(rows: torch.Tensor, run: Run) -> torch.Tensor:
-    """The run's rows as (count, rows, d), a view."""
-    return rows[run.start : run.start + run.count * run.rows].view(run.count, run.rows, -1)
+def _rows(x: torch.Tensor, runs: Sequence[Run]) -> list[torch.Tensor]:
+    """Each run's rows of x (N, d) as (count, rows, d), views."""
+    parts = x.split([count * rows for count, rows in runs])
+    return [part.view(run.count, run.rows, x.shape[1]) for part, run in zip(parts, runs, strict=True)]
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """``out`` (k, m, o) = a (k, m, i) times b (k, i, o), each of the k the same to the bit whatever k is.
+def _owners(of: torch.Tensor, runs: Sequence[Run]) -> Sequence[torch.Tensor]:
+    """Each run's part of something that every owner has one of (S, …), views."""
+    return of.split([run.count for run in runs])
 
-    Kernels sum a lone small product in another order than one among several, and a product of one row in another for many than for few:
-    the first is done twice, the second term by term.
+
+def _products(runs: Sequence[Run], a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], out: Sequence[torch.Tensor]) -> None:
+    """For every run that has rows, ``out`` (k, m, o) = a (k, m, i) times b (k, i, o), each of the k the same to the bit whatever k is.
+
+    Two threads cut a lone product of a few rows (or into one column) another way than one among several, and a product of one row in
+    another comes out another way among many than among few: the former is done twice, the latter term by term.
     """
-    if a.shape[1] == 1:
-        torch.sum(a.transpose(1, 2) * b, 1, keepdim=True, out=out)
-    elif len(a) == 1 and a.numel() * b.shape[2] < SMALL:
-        out.copy_(torch.bmm(a.expand(2, -1, -1), b.expand(2, -1, -1))[:1])
-    else:
-        torch.bmm(a, b, out=out)
+    for run, left, right, made in zip(runs, a, b, out, strict=True):
+        rows, columns = made.shape[1:]
+        if not run.rows:
+            continue
+        if rows == 1:
+            torch.sum(left.transpose(1, 2) * right, 1, keepdim=True, out=made)
+        elif run.count == 1 and (columns == 1 or (rows < 16 and rows % 8)):
+            made.copy_(torch.bmm(left.expand(2, -1, -1), right.expand(2, -1, -1))[:1])
+        else:
+            torch.bmm(left, right, out=made)
 
 
 # ---- attention within each text ---------------------------------------------------------------------------------------------------
