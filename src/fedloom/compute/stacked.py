@@ -377,7 +377,9 @@ def _kind(item: WorkItem) -> Hashable:
 
 
 def _work(item: WorkItem) -> int:
-    return len(item.batches) if isinstance(item, Fit) else len(item.examples)
+    """What items are ordered by: steps, so that those still training are the first ones; else tokens, so that clients with as many are
+    neighbours and share their products."""
+    return len(item.batches) if isinstance(item, Fit) else int(item.examples.lengths.sum())
 
 
 def _states_that_fit(item: WorkItem, device: torch.device) -> int:
