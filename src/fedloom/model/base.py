@@ -1,7 +1,7 @@
 """The pre-trained model: loaded once, frozen, shared by all clients. The only file that imports ``transformers``.
 
-A forward pass is a pure function of (trainable tensors, batch), so that ``torch.func.vmap`` can stack it over clients. For that the
-model gets a ready attention mask and positions, built here from the (B, L) token mask. How an architecture wants them is not looked
+A forward pass is a pure function of (trainable tensors, batch), for one client (``forward``) or for the texts of many at once (``together``,
+see ``packed.py``). The model gets a ready attention mask and positions, built here from the (B, L) token mask. How an architecture wants them is not looked
 up by its name: at loading, the ways in ``CALLS`` are tried and the first whose logits equal the model's own plain call is taken; a
 model for which none does is refused. Whether it is causal is found by behaviour too.
 
