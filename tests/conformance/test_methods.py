@@ -12,7 +12,6 @@ from tempfile import mkdtemp
 from typing import Any
 
 import pytest
-import torch
 
 from fedloom.client.store import ClientStore
 from fedloom.engines.engine import Engine
@@ -186,26 +185,19 @@ def test_interrupted_after_every_round_it_ends_at_the_same_bits(
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_one_and_many_stacks_tell_the_same_story(name: str) -> None:
-    (one, first), (many, second) = whole(name, 1), whole(name, 0)
-    for a, b in zip(rows(one)[1:], rows(many)[1:], strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=2e-5)
-        assert a["validation"]["loss"] == pytest.approx(b["validation"]["loss"], abs=2e-4)
-        assert (a["examples"], a["answered"]) == (b["examples"], b["answered"])
-        assert a["bytes_up"] == pytest.approx(b["bytes_up"], abs=60), "a loss is written with as many digits as it has"
-    assert first["device_seconds"] == pytest.approx(second["device_seconds"], rel=0.01)
-    saved = [checkpoint.load(folder, store_in(folder)) for folder in (one, many)]
-    assert saved[0] is not None
-    assert saved[1] is not None
-    for name_, tensor in saved[0].state.shared.items():
-        assert torch.allclose(tensor, saved[1].state.shared[name_], atol=2e-5)
+@pytest.mark.parametrize("stack", [0, 3])
+def test_any_stack_ends_at_the_same_bits(name: str, stack: int) -> None:
+    (one, first), (many, second) = whole(name, 1), whole(name, stack)
+    assert fingerprint_of(one) == fingerprint_of(many)
+    assert [without_clock(row) for row in rows(one)] == [without_clock(row) for row in rows(many)]
+    assert without_clock(first) == without_clock(second)
 
 
 @pytest.mark.flower
 @pytest.mark.skipif(importlib.util.find_spec("fedloom.engines.flower") is None, reason="engines/flower.py is not there")
 @pytest.mark.parametrize("name", METHODS)
 def test_local_and_flower_end_at_the_same_bits(name: str) -> None:
-    (one, first), (other, second) = whole(name, 1), whole(name, 1, "flower")
+    (one, first), (other, second) = whole(name, 0), whole(name, 0, "flower")
     assert fingerprint_of(one) == fingerprint_of(other)
     assert [without_clock(row) for row in rows(one)] == [without_clock(row) for row in rows(other)]
     assert without_clock(first) == without_clock(second)

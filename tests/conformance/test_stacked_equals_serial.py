@@ -13,7 +13,7 @@ import torch
 
 from fedloom.compute.compute import Done
 from fedloom.compute.serial import Serial
-from fedloom.compute.stacked import Stacked, _states_that_fit, token_bytes
+from fedloom.compute.stacked import Stacked, _chunks, _states_that_fit, token_bytes
 from fedloom.compute.work import AdamW, Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, WorkItem
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
@@ -449,6 +449,25 @@ def test_every_way_gives_the_same(way: str) -> None:
                 assert all(torch.allclose(t, other.result[n], rtol=SCORES, atol=1e-8) for n, t in one.result.items())
             case result:
                 assert np.allclose(np.asarray(result), np.asarray(other.result), rtol=SCORES, atol=LOGITS)
+
+
+def test_chunks_of_one_client_come_back_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client with more tokens than are predicted at once."""
+    monkeypatch.setattr("fedloom.compute.stacked.CHUNK", 20)
+    of, mine = model(), examples(1)
+    assert len(_chunks(0, mine)) > 2
+    (one,), (many,) = (compute.run([Predict(families.moved(of), mine)]) for compute in (Serial(of), Stacked(of)))
+    assert torch.allclose(one.result, many.result, atol=LOGITS, rtol=0)
+
+
+def test_a_changed_base_is_packed_anew() -> None:
+    of = tiny.model()
+    before = Stacked(of).run([Predict(of.initial, examples(1))])[0].result
+    with torch.no_grad():
+        for parameter in of.module.parameters():
+            parameter.mul_(1.5)
+    one, many = (compute.run([Predict(of.initial, examples(1))])[0].result for compute in (Serial(of), Stacked(of)))
+    assert torch.allclose(one, many, atol=LOGITS, rtol=0) and not torch.allclose(before, many, atol=100 * LOGITS)
 
 
 ADAPTERS: dict[str, tuple[str, Lora]] = {

@@ -91,8 +91,8 @@ def test_an_owners_rows_come_out_the_same_in_any_company() -> None:
     """To the bit: alone, and among others with as many rows or with others."""
     generator = torch.Generator().manual_seed(4)
     for rows in (1, 2, 13):
-        x, weight = torch.randn(40 * rows, 384, generator=generator), torch.randn(40, 8, 384, generator=generator)
-        together = owned_linear(x, weight, None, runs_of(np.full(40, rows)))
+        x, weight = torch.randn(130 * rows, 384, generator=generator), torch.randn(130, 8, 384, generator=generator)
+        together = owned_linear(x, weight, None, runs_of(np.full(130, rows)))
         for first in (0, 7):
             alone = owned_linear(x[first * rows : (first + 1) * rows], weight[first : first + 1], None, runs_of(np.array([rows])))
             assert torch.equal(alone, together[first * rows : (first + 1) * rows])
