@@ -9,6 +9,7 @@ DEMO_METHODS ?= lora fibecfed local centralised
 DEMO_OPTIONS ?= --max-train 1500 --max-validation 200 --rounds 15
 DEMO_OUT ?= runs/demo
 SITE ?= site
+BENCH_OPTIONS ?=
 
 # Two test processes of one thread each: on two cores faster than one process of two threads.
 WORKERS ?= 2
@@ -17,11 +18,11 @@ SOURCE := src/fedloom
 FLOORS_0_TO_3 := $(SOURCE)/messages.py,$(SOURCE)/tensors.py,$(SOURCE)/seeds.py,$(SOURCE)/wire.py,$(SOURCE)/data/*,$(SOURCE)/model/*,$(SOURCE)/server/*,$(SOURCE)/client/*,$(SOURCE)/compute/*,$(SOURCE)/methods/*,$(SOURCE)/engines/*
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit check format docs mutants clean
+.PHONY: help setup demo test unit check format docs mutants bench bench-gpu clean
 
 help: ## list the targets (this)
 	@echo "Fedloom: make TARGET (times on two cores)"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "setup: installing the versions of constraints.txt into $(VENV) (about 2 minutes, once)"
@@ -67,6 +68,14 @@ docs: $(STAMP) ## build the documentation into site/, any broken link an error (
 mutants: $(STAMP) ## break the source in one line at a time; the tests must notice every time (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/mutants.py
 
-clean: ## remove what tests, checks and docs leave behind; not .venv, not runs/
+bench: $(STAMP) ## every speed figure, side by side with other frameworks (at most 20 minutes; once some more to install those)
+	@echo "bench: at most 20 minutes on two cores that do nothing else; the first time also about five to build bench/.venvs (4 GB)"
+	$(BIN)/python bench/run.py $(BENCH_OPTIONS)
+	@echo "bench: the results: $(abspath bench/out)"
+
+bench-gpu: $(STAMP) ## the figures that need an accelerator (minutes; without one they are told as not measured)
+	$(BIN)/python bench/run.py --gpu $(BENCH_OPTIONS)
+
+clean: ## remove what tests, checks and docs leave behind; not .venv, not runs/, not what the bench made
 	rm -rf site build dist htmlcov .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis
-	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests tools bench -name .venvs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

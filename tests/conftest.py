@@ -1,9 +1,12 @@
-"""What every test has: offline, one thread, the same Hypothesis examples each run, and a marker from its folder."""
+"""What every test has: offline, one thread, an empty cache, the same Hypothesis examples each run, and a marker from its folder."""
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +15,10 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the folder of the process that started them
+    os.environ["FEDLOOM_CACHE"] = tempfile.mkdtemp(prefix="fedloom-tests-cache-")
+    atexit.register(shutil.rmtree, os.environ["FEDLOOM_CACHE"], ignore_errors=True)
 
 import pytest
 import torch

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import gc
 import importlib.metadata
 import io
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,16 +39,18 @@ class Usage(ValueError):
 def run(words: Sequence[str]) -> int:
     """One method."""
     (word, *_), rest = _named(words, "fedloom run METHOD", "one method, such as: fedloom run fibecfed")
-    from fedloom.run import options, recipes
-    from fedloom.run.console import results_table
-    from fedloom.run.loop import run as run_experiment
-    from fedloom.run.report import write_report
+    with loading():
+        from fedloom.run import options, recipes
+        from fedloom.run.console import results_table
+        from fedloom.run.loop import run as run_experiment
 
     recipe = recipes.resolve(word)
     given = _parse(options.for_run(recipe), rest, f"fedloom run {word}", f"Run {recipe.kind.name}: {recipe.kind.paper}.")
     experiment = options.experiment_of(given)
     out = given.out or recipes.default_folder(experiment)
     results = run_experiment(experiment, out, given.plain or None)
+    from fedloom.run.report import write_report  # loads matplotlib, which no run should wait for
+
     report = write_report([out], out / "report.html")
     Console().print(results_table([results]))
     print(f"results: {out / 'results.json'}\nreport:  {report}")
@@ -57,9 +60,10 @@ def run(words: Sequence[str]) -> int:
 def compare(words: Sequence[str]) -> int:
     """Several methods."""
     names, rest = _named(words, "fedloom compare METHOD METHOD ...", "methods, such as: fedloom compare lora fibecfed", several=True)
-    from fedloom.run import compare as comparing
-    from fedloom.run import options, recipes
-    from fedloom.run.console import results_table
+    with loading():
+        from fedloom.run import compare as comparing
+        from fedloom.run import options, recipes
+        from fedloom.run.console import results_table
 
     methods = [recipes.resolve(name).method for name in names]
     given = _parse(options.for_compare(), rest, f"fedloom compare {' '.join(names)}", "Run several methods on one partition.")
@@ -216,6 +220,22 @@ def main(words: Sequence[str] | None = None) -> int:
         paragraph, code = explained
         _complain(paragraph)
         return code
+    finally:
+        gc.unfreeze()
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Imports without garbage collection, which would take a fifth of their time: hardly anything is garbage when it has just been loaded.
+    Nor is it looked through later on, as long as the command runs."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if collects:
+            gc.enable()
 
 
 def _dispatch(words: Sequence[str]) -> int:

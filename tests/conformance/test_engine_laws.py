@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from fedloom.client.store import ClientStore
+from fedloom.engines import local as engines_local
 from fedloom.engines.engine import drive
 from fedloom.engines.local import Local
 from fedloom.engines.wrap import Faulty, Lossy, Recording
 from fedloom.messages import CohortFailed, Failure, Replies, Task, Traffic, insist
 from fedloom.tensors import clone, fingerprint
-from fedloom.wire import WireError, pack
+from fedloom.wire import Packer, WireError, pack
 from tests.conformance.toy import (
     ANSWERS,
     CLIENTS,
@@ -134,7 +135,7 @@ BAD_TENSORS = {
 def test_strictness_a_setting_that_may_not_cross_ends_the_run(world: World, value: object) -> None:
     bad = Task("echo", 2, {}, {"value": value})  # type: ignore[dict-item]
     with pytest.raises(WireError, match="setting 'value' is") as said:
-        world.run(task(0), bad, task(1))
+        world.run(task(0), task(1), task(3), bad, task(4))
     with pytest.raises(WireError) as alone:
         pack(bad, DIGEST)
     assert str(said.value) == str(alone.value)
@@ -144,7 +145,7 @@ def test_strictness_a_setting_that_may_not_cross_ends_the_run(world: World, valu
 @pytest.mark.parametrize("value", BAD_TENSORS.values(), ids=BAD_TENSORS)
 def test_strictness_a_tensor_that_may_not_cross_ends_the_run(world: World, value: torch.Tensor) -> None:
     with pytest.raises(WireError, match="'w'"):
-        world.run(task(0), Task("echo", 2, {"w": value}))
+        world.run(task(0), task(1), task(3), Task("echo", 2, {"w": value}))
     assert world.toy.ran == []
 
 
@@ -313,10 +314,45 @@ def test_determinism_the_comparison_can_fail() -> None:
     assert not same_replies(replies, replace(replies, failures=(Failure(1, "x"),)))
 
 
-def test_the_local_engine_gives_a_whole_cohort_to_its_compute_at_once() -> None:
+def test_the_local_engine_gives_a_whole_wave_to_its_compute_at_once() -> None:
     world = local()
     world.run(*(task(k) for k in CLIENTS))
     assert world.adder.calls == [2 * len(CLIENTS), len(CLIENTS)]
+    world = local(wave=4)
+    world.run(*(task(k) for k in CLIENTS))
+    assert world.adder.calls == [8, 4, 4, 2]
+
+
+def test_a_wave_has_ended_before_the_next_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peak memory must not grow with the number of clients, so no more than a wave's messages may exist at once."""
+    world, happened = local(wave=2), []
+    answer, pack_one = world.host.answer, Packer.pack
+
+    def packed(self: Packer, message: Task) -> bytes:
+        happened.append("pack")
+        return pack_one(self, message)
+
+    def answered(blobs: list[bytes]) -> list:
+        happened.append("answer")
+        return answer(blobs)
+
+    monkeypatch.setattr(world.host, "answer", answered)
+    monkeypatch.setattr("fedloom.engines.local.Packer.pack", packed)
+    monkeypatch.setattr("fedloom.client.host.pack", lambda message, digest: pack_one(Packer(digest), message))
+    world.run(*(task(k) for k in (0, 1, 2, 3, 4)))
+    assert happened == ["pack", "pack", "answer"] * 2 + ["pack", "answer"]
+
+
+def test_many_tasks_of_one_broadcast_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[list[str]] = []
+    look = engines_local.checked_tensors
+    monkeypatch.setattr(engines_local, "checked_tensors", lambda tensors, finite: looked.append(list(tensors)) or look(tensors, finite))
+    shared, other = {"w": torch.ones(2)}, {"w": torch.ones(2)}
+    replies = local(wave=2).run(
+        *(Task("echo", k, dict(shared)) for k in (0, 1, 2, 3)), Task("echo", 4, other), Task("echo", 5, {"v": shared["w"]})
+    )
+    assert [list(u.tensors) for u in replies.updates] == [["w"]] * 5 + [["v"]]
+    assert looked == [["w"], ["w"], ["v"]]
 
 
 # wrappers

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import weakref
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -11,10 +13,13 @@ from typing import Any
 import pytest
 
 from fedloom.engines.local import Local
+from fedloom.methods import named
 from fedloom.run import checkpoint, loop
+from fedloom.run.again import evaluate_again
 from fedloom.run.checkpoint import CheckpointError, fingerprint_of
 from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.run.loop import run
+from fedloom.run.world import World, build
 from tests import small
 
 TIMES = ("train_seconds", "host_seconds", "peak_rss_bytes")
@@ -148,3 +153,45 @@ def test_best_is_chosen_on_validation_and_told_on_test(tmp_path: Path, monkeypat
     assert (results["best"]["round"], results["best"]["personalised"]) == (1, 0.2), "the first of equals"
     assert results["validation"]["best"]["personalised"] == 0.7
     assert (results["final"]["round"], results["final"]["personalised"]) == (3, 1.0)
+
+
+def test_looking_at_a_run_again_writes_nothing_even_where_a_method_keeps_state(tmp_path: Path) -> None:
+    """``lora-prior`` stores something on every device when it is set up."""
+    run(small.experiment("lora"), tmp_path / "run", plain=True)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    again = evaluate_again(small.experiment("lora"), tmp_path / "run", named("lora-prior"))
+    assert again.method == "lora-prior"
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_devices_without_state_have_no_file(tmp_path: Path) -> None:
+    run(small.experiment("lora"), tmp_path / "run", plain=True)
+    assert not (tmp_path / "run" / "checkpoints" / "clients").exists()
+
+
+def test_a_finished_run_leaves_nothing_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that make many runs, such as a comparison's, must not grow by a model each."""
+    models, given, true, back = [], [], loop.build, loop.give_memory_back
+
+    def seen(experiment: Experiment) -> World:
+        world = true(experiment)
+        world.model.__dict__["itself"] = world.model
+        models.append(weakref.ref(world.model))
+        return world
+
+    def gave() -> None:
+        back()
+        given.append([model() for model in models])
+
+    monkeypatch.setattr(loop, "build", seen)
+    monkeypatch.setattr(loop, "give_memory_back", gave)
+    run(small.experiment("fibecfed", rounds=1), tmp_path / "run", plain=True)
+    assert given == [[None]], "freed, even what holds itself, before memory is given back"
+
+
+@pytest.mark.parametrize(("workers", "stack", "told"), [(1, 0, False), (2, 0, True), (2, 3, True), (2, 2, False)])
+def test_workers_that_a_round_does_not_need_are_told(workers: int, stack: int, told: bool, tmp_path: Path) -> None:
+    """Of four devices three are drawn: they are one wave, unless a stack is smaller."""
+    experiment = replace(small.experiment("lora"), engine=EngineSettings(stack=stack, workers=workers))
+    notes = loop._idle(build(experiment))
+    assert notes == (["a round of 3 devices goes to one of the 2 workers as a whole; --engine.stack 2 shares it out"] if told else [])

@@ -15,7 +15,7 @@ from fedloom.client.store import ClientStore
 from fedloom.compute.compute import Done
 from fedloom.data.examples import Examples
 from fedloom.engines.engine import Engine
-from fedloom.engines.local import Local
+from fedloom.engines.local import WAVE, Local
 from fedloom.messages import Replies, Task, Tensors, Update, on_client
 from fedloom.tensors import fingerprint
 
@@ -161,10 +161,15 @@ def host_of(digest: str = DIGEST) -> tuple[Toy, Adder, ClientStore, Host]:
     return toy, adder, store, Host(toy, device, adder, store, digest)
 
 
-def local() -> World:
+def local(wave: int = WAVE) -> World:
     """The toy under the local engine."""
     toy, adder, store, host = host_of()
-    return World(toy, adder, store, host, Local(host))
+    return World(toy, adder, store, host, Local(host, wave))
+
+
+def in_waves() -> World:
+    """The toy under the local engine, two clients at a time."""
+    return local(2)
 
 
 def flower() -> World:
@@ -176,7 +181,11 @@ def flower() -> World:
     return World(toy, adder, store, host, in_memory(host, CLIENTS, timeout=30.0))
 
 
-ENGINES = {"local": pytest.param(local, id="local"), "flower": pytest.param(flower, id="flower", marks=pytest.mark.flower)}
+ENGINES = {
+    "local": pytest.param(local, id="local"),
+    "waves": pytest.param(in_waves, id="waves"),
+    "flower": pytest.param(flower, id="flower", marks=pytest.mark.flower),
+}
 
 
 def payload(seed: int = 0) -> dict[str, torch.Tensor]:

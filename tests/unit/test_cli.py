@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +27,8 @@ def names(text: str) -> list[str]:
 
 EXPERIMENT = names("""
 --adapter.alpha --adapter.dropout --adapter.rank --adapter.targets --alpha --beta --clients --cohort --data --device --engine.kind
---engine.stack --engine.threads --evaluate-every --label --max-length --max-test --max-train --max-validation --metric --min-examples
---model --partition --precision --quorum --rounds --seed --text
+--engine.stack --engine.threads --engine.workers --evaluate-every --label --max-length --max-test --max-train --max-validation --metric
+--min-examples --model --partition --precision --quorum --rounds --seed --text
 """)
 
 FIBECFED = names("""
@@ -165,6 +166,18 @@ def test_stopping_says_that_the_same_command_resumes(
     monkeypatch.setattr(cli, "COMMANDS", {"run": stopped, "doctor": stopped})
     assert said(capsys, "run", "lora") == (code, "fedloom: stopped; the same command resumes\n")
     assert said(capsys, "doctor") == (code, "fedloom: stopped\n")
+
+
+def test_loading_is_not_interrupted_by_garbage_collection_and_what_follows_is() -> None:
+    gc.unfreeze()
+    with cli.loading():
+        assert not gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count() > 1000
+    with pytest.raises(ImportError, match="gone"), cli.loading():
+        raise ImportError("gone")
+    assert gc.isenabled()
+    assert cli.main(["--version"]) == 0
+    assert gc.get_freeze_count() == 0
 
 
 def test_with_a_variable_set_errors_show_their_place(monkeypatch: pytest.MonkeyPatch) -> None:

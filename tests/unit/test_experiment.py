@@ -88,6 +88,7 @@ def test_the_digest_ignores_the_engine_and_changes_with_any_other_field() -> Non
 def test_the_digest_is_the_same_in_every_process_and_release() -> None:
     assert len(base := Experiment(FedAvg()).digest()) == 16
     assert base == Experiment(FedAvg(), engine=EngineSettings("flower", 4, 1)).digest()
+    assert base == Experiment(FedAvg(), engine=EngineSettings(workers=4)).digest()
 
 
 def test_first_difference_names_the_field_and_both_values() -> None:
@@ -166,8 +167,10 @@ IMPOSSIBLE = [
     ({"cohort": 11, "clients": 10}, "--cohort 11 is more than --clients 10"),
     ({"quorum": 0.0}, "--quorum is 0.0"),
     ({"quorum": 1.1}, "--quorum is 1.1"),
-    ({"engine": EngineSettings(stack=-1)}, "--engine.stack"),
-    ({"engine": EngineSettings(threads=-1)}, "--engine.threads"),
+    ({"engine": EngineSettings(stack=-1)}, "--engine.stack is -1"),
+    ({"engine": EngineSettings(threads=-1)}, "--engine.threads is -1; it must be 0"),
+    ({"engine": EngineSettings(workers=-2)}, "--engine.workers is -2"),
+    ({"engine": EngineSettings("flower", workers=2)}, "--engine.workers 2 needs --engine.kind local"),
     ({"device": "mainframe"}, r"no device profile 'mainframe'; there are \['jetson'"),
 ]
 

@@ -16,7 +16,7 @@ import fedloom
 
 SOURCE = Path(fedloom.__file__).parent
 
-FLOOR = {"messages.py": 0, "tensors.py": 0, "seeds.py": 0, "wire.py": 0, "hub.py": 0}
+FLOOR = {"messages.py": 0, "tensors.py": 0, "seeds.py": 0, "wire.py": 0, "hub.py": 0, "cache.py": 0}
 FLOOR |= {"data": 1, "model": 1, "server": 1, "client": 2, "compute": 2, "methods": 3, "engines": 3, "run": 4}
 FLOOR |= {"cli.py": 5, "flower_app.py": 5, "__init__.py": 5, "__main__.py": 5}
 
@@ -38,7 +38,6 @@ DOORS = {
     "matplotlib": {"run/figures.py"},
     "jinja2": {"run/report.py"},
     "rich": {"run/console.py", "cli.py"},
-    "sklearn": {"data/tasks.py"},
 }
 """Each third-party library and the files that may import it; a folder stands for all its files."""
 
@@ -203,3 +202,69 @@ def test_it_sees_the_whole_package() -> None:
 @pytest.mark.parametrize("path", FILES)
 def test_file_keeps_the_house(path: str) -> None:
     assert faults(path, (SOURCE / path).read_text(encoding="utf-8")) == []
+
+
+LATE = {"matplotlib", "jinja2", "datasets", "pandas", "sklearn", "scipy", "flwr"}
+"""Libraries that ``fedloom run`` does not load before its first round: each takes a third of a second, or more, and is not needed yet."""
+
+
+def loaded_with(tree: ast.AST) -> Iterator[str]:
+    """The modules that loading a file loads: those of its imports outside functions and ``if TYPE_CHECKING``."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from (module for _, module in imported(node))
+            if isinstance(node, ast.ImportFrom) and node.module:
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        waiting.extend(ast.iter_child_nodes(node))
+
+
+def loaded_by(paths: set[str]) -> dict[str, str]:
+    """Every library that loading these files of the package loads -> the file that does."""
+    found: dict[str, str] = {}
+    waiting, seen = sorted(paths), set()
+    while waiting:
+        path = waiting.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for module in loaded_with(ast.parse((SOURCE / path).read_text(encoding="utf-8"))):
+            if module.split(".")[0] != "fedloom":
+                found.setdefault(module.split(".")[0], path)
+            for file in (f"{module.replace('.', '/')}.py", f"{module.replace('.', '/')}/__init__.py"):
+                if file.startswith("fedloom/") and (SOURCE.parent / file).is_file():
+                    waiting.append(file.removeprefix("fedloom/"))
+    return found
+
+
+def test_what_loading_a_file_loads() -> None:
+    source = """
+import a.b
+from fedloom.data import sources
+if TYPE_CHECKING:
+    import c
+def f():
+    import d
+class K:
+    import e
+try:
+    from g import h
+except ImportError:
+    pass
+"""
+    assert {name.split(".")[0] for name in loaded_with(ast.parse(source))} == {"a", "fedloom", "e", "g"}
+    assert "fedloom.data.sources" in set(loaded_with(ast.parse(source)))
+
+
+def test_a_run_loads_nothing_it_does_not_need_before_its_first_round() -> None:
+    loaded = loaded_by(
+        {"cli.py", "run/options.py", "run/recipes.py", "run/console.py", "run/compare.py", "run/loop.py", "methods/fedavg.py"}
+    )
+    assert {"torch", "peft", "transformers", "pyarrow", "tyro", "rich"} <= set(loaded), "it looks far enough"
+    assert {name: file for name, file in loaded.items() if name in LATE} == {}
+    assert {"matplotlib", "jinja2"} <= set(loaded_by({"run/report.py"}))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -12,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import config
 
 from fedloom import hub as online
-from fedloom.data import sources
 from fedloom.data.sources import load, tokenise
 from fedloom.data.tasks import DataError
 
@@ -81,7 +83,7 @@ def test_trec_is_packaged_and_its_validation_split_is_cut_by_seed(no_network, ca
     assert (trec.name, sizes(trec)) == ("trec", {"train": 4907, "validation": 545, "test": 500})
     assert trec.task.classes == ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM")
     assert (trec.task.texts, trec.task.label, trec.task.metric) == (("text",), "label", "accuracy")
-    assert trec.splits["test"][0] == {"text": "How far is it from Denver to Aspen ?", "label": 5, "fine_label": "NUM:dist"}
+    assert next(iter(trec.splits["test"])) == {"text": "How far is it from Denver to Aspen ?", "label": 5, "fine_label": "NUM:dist"}
     assert np.bincount(trec.splits["test"]["label"]).tolist() == [9, 94, 138, 65, 81, 113]
     assert "no validation split: 10 % of train (545 rows) cut by seed 42" in trec.notes
     assert "9 of the 500 test texts also occur in train" in trec.notes
@@ -97,8 +99,8 @@ def test_a_folder_of_any_kind_of_file_is_read(tmp_path, suffix, no_network, capf
     (tmp_path / "README.md").write_text("not data")
     source = load(tmp_path, seed=0)
     assert (source.name, sizes(source)) == (tmp_path.name, {"train": 30, "validation": 6, "test": 8})
-    assert source.splits["train"][3] == {"text": "text 3", "label": 1, "source": "b"}
-    assert source.splits["train"].features["label"].names == list(source.task.classes) == ["0", "1"]
+    assert list(source.splits["train"])[3] == {"text": "text 3", "label": 1, "source": "b"}
+    assert source.task.classes == ("0", "1")
     assert no_network == []
     assert capfd.readouterr() == ("", "")
 
@@ -203,6 +205,25 @@ def test_a_folder_with_a_data_folder_is_read(tmp_path):
     assert sizes(load(tmp_path, seed=0))["train"] == 16
 
 
+def test_class_names_are_read_from_the_files_that_the_datasets_library_writes(tmp_path):
+    dataset(rows(40), names=("no", "yes", "never")).to_parquet(str(tmp_path / "train.parquet"))
+    source = load(tmp_path, seed=0)
+    assert source.task.classes == ("no", "yes", "never")
+    assert set(source.splits["train"]["label"]) == {0, 1}
+    assert source.splits["train"].column_names == ["text", "label"]
+
+
+def test_files_are_read_without_the_datasets_library():
+    """Nor pandas: each takes a third of a second to load."""
+    code = "import sys; from fedloom.data.sources import load; load('trec', seed=0); print({'datasets', 'pandas'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_what_is_no_data_is_refused():
+    with pytest.raises(DataError, match="data is a int; give a name, a path, or a Dataset or DatasetDict"):
+        load(3, seed=0)
+
+
 def test_a_csv_that_changes_under_its_name_is_read_anew(tmp_path):
     path = tmp_path / "x.csv"
     write(path, rows(20))
@@ -216,13 +237,13 @@ def test_a_csv_that_changes_under_its_name_is_read_anew(tmp_path):
 def test_a_hub_name_is_loaded_with_its_config(monkeypatch):
     asked = []
 
-    def hub(path, config):
-        asked.append((path, config, sources.hub.HF_HUB_OFFLINE))
+    def hub(path, name):
+        asked.append((path, name, config.HF_HUB_OFFLINE))
         names = {"train": 30, "validation_matched": 4, "validation_mismatched": 4, "test_matched": 6, "test_mismatched": 6}
         return datasets.DatasetDict({name: dataset(rows(n)) for name, n in names.items()})
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    monkeypatch.setattr(sources.hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
     source = load("glue:cola", seed=0)
     assert (source.name, source.task.metric) == ("glue:cola", "mcc")
     assert sizes(source) == {"train": 30, "validation": 4, "test": 6}
@@ -232,7 +253,7 @@ def test_a_hub_name_is_loaded_with_its_config(monkeypatch):
     monkeypatch.setattr(online, "getproxies", lambda: {"https": "proxy"})
     load("set", seed=0)
     assert asked == [("glue", "cola", True), ("owner/set", None, False), ("set", None, False)]
-    assert sources.hub.HF_HUB_OFFLINE is False
+    assert config.HF_HUB_OFFLINE is False
 
 
 # ---- columns, labels, texts
@@ -479,6 +500,45 @@ def test_tokenise_encodes_each_split_in_one_pass_with_its_labels():
     seen = []
     tokenise(single, lambda texts, pairs: (seen.append(pairs), ([[1]] * len(texts), [[0]] * len(texts)))[1])
     assert seen == [None] * 3
+
+
+def test_tokens_are_remembered_by_the_texts_and_what_encodes_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDLOOM_CACHE", str(tmp_path))
+    calls = []
+
+    def encode(texts, pairs):
+        calls.append(len(texts))
+        ids = [[ord(a[-1]), ord(b[-1])] for a, b in zip(texts, pairs or texts, strict=True)]
+        return ids, [[0, 1] for _ in ids]
+
+    def flat(examples):
+        parts = (examples.tokens, examples.segments, examples.offsets, examples.store_labels, examples.rows)
+        return [(part.dtype, part.tolist()) for part in parts]
+
+    pairs, single = source_of_pairs(), load(datasets.Dataset.from_dict(rows(20)), seed=0)
+    plain = tokenise(pairs, encode)
+    assert calls == [6] * 3 and list(tmp_path.iterdir()) == []
+    first, second = tokenise(pairs, encode, "a tokenizer"), tokenise(pairs, encode, "a tokenizer")
+    assert calls == [6] * 4  # the three splits hold the same texts
+    for split in plain:
+        assert flat(plain[split]) == flat(first[split]) == flat(second[split])
+    tokenise(pairs, encode, "another tokenizer")
+    assert calls == [6] * 5
+    before = flat(tokenise(single, encode, "a tokenizer")["train"])
+    assert calls == [6] * 5 + [16, 2, 2]
+    assert flat(tokenise(single, encode, "a tokenizer")["train"]) == before
+    tokenise(load(datasets.Dataset.from_dict(rows(20)), seed=1), encode, "a tokenizer")
+    assert calls[8:] == [16, 2, 2]  # other texts in each split
+
+
+def test_labels_are_never_those_of_another_run(tmp_path, monkeypatch):
+    """Tokens are remembered by texts alone: the same texts with other labels have other labels."""
+    monkeypatch.setenv("FEDLOOM_CACHE", str(tmp_path))
+    texts = [f"{i}" for i in range(20)]
+    for labels in ([0, 1] * 10, [1, 0] * 10):
+        source = load(datasets.Dataset.from_dict({"text": texts, "label": labels}), seed=0)
+        made = tokenise(source, lambda texts, _: ([[int(t) + 1] for t in texts], [[0]] * len(texts)), "x")["train"]
+        assert made.labels.tolist() == [labels[int(t) - 1] for t in made.tokens]
 
 
 def test_tokenise_refuses_what_is_not_one_example_a_text():

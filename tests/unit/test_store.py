@@ -1,14 +1,16 @@
-"""Clients' state: seen at once, durable at a commit, named by its content, refused when altered."""
+"""Clients' state: on disk and seen at once, named by an index and durable at a commit, named by its content, refused when altered."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from fedloom.client.store import FILE, ClientStore, StoreError
+from fedloom.client import store as module
+from fedloom.client.store import FILE, MANY, ClientStore, StoreError
 from fedloom.tensors import fingerprint
 
 
@@ -33,15 +35,115 @@ def test_a_client_that_never_stored_anything_has_nothing(tmp_path: Path) -> None
     assert ClientStore().load(4) == ({}, {})
 
 
-def test_what_is_saved_is_seen_at_once_and_reaches_the_disk_at_commit(tmp_path: Path) -> None:
+def test_what_is_saved_is_seen_and_written_at_once_and_named_at_commit(tmp_path: Path) -> None:
     store = ClientStore(tmp_path / "clients")
     store.save(7, private(1), memory(1))
     assert same(store.load(7), private(1), memory(1))
-    assert names(tmp_path) == []
+    (written,) = names(tmp_path / "clients")
     index = store.commit()
-    assert list(index) == ["7"]
-    assert names(tmp_path / "clients") == list(index.values())
+    assert index == {"7": written}
     assert same(store.load(7), private(1), memory(1))
+
+
+def test_what_is_saved_stays_on_disk_only(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path)
+    store.save(7, private(1), memory(1))
+    (tmp_path / store.name(7)).unlink()
+    with pytest.raises(StoreError, match="cannot be read"):
+        store.load(7)
+
+
+def test_a_client_without_state_costs_nothing_on_disk(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path / "clients")
+    store.save(1, {}, {})
+    assert store.commit() == {}
+    assert not (tmp_path / "clients").exists()
+    store.save(1, private(1), {})
+    first = store.commit()
+    store.save(1, {}, {})
+    assert store.load(1) == ({}, {})
+    assert names(tmp_path / "clients") == [first["1"]], "the checkpoint still names it"
+    assert store.commit() == {}
+    store.sweep()
+    assert names(tmp_path / "clients") == []
+
+
+def test_a_state_that_was_never_committed_is_deleted_with_its_successor(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path)
+    store.save(1, private(1), {})
+    committed = store.commit()["1"]
+    for value in (2, 3):
+        store.save(1, private(value), {})
+    assert names(tmp_path) == sorted([committed, store.name(1)])
+    store.save(1, private(1), {})
+    assert names(tmp_path) == [committed]
+    assert store.commit() == {"1": committed}
+    assert same(store.load(1), private(1), {})
+
+
+def test_a_torn_file_of_the_right_name_is_written_anew(tmp_path: Path) -> None:
+    """What a power cut may leave of a state that was saved and never committed."""
+    store = ClientStore(tmp_path)
+    store.save(1, private(1), {})
+    (tmp_path / store.name(1)).write_bytes(b"")
+    other = ClientStore(tmp_path)
+    other.save(1, private(1), {})
+    assert same(other.load(1), private(1), {})
+
+
+def test_a_store_aside_leaves_the_folder_as_it_is(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path / "run")
+    store.save(1, private(1), {})
+    index = store.commit()
+    aside = ClientStore(tmp_path / "run", tmp_path / "aside")
+    aside.restore(index)
+    assert same(aside.load(1), private(1), {})
+    aside.save(1, private(2), {})
+    aside.save(2, private(3), {})
+    assert same(aside.load(1), private(2), {})
+    assert same(aside.load(2), private(3), {})
+    assert names(tmp_path / "run") == list(index.values())
+    with pytest.raises(StoreError, match="nothing of it can be committed"):
+        aside.commit()
+
+
+def test_what_another_process_wrote_is_taken_by_its_name(tmp_path: Path) -> None:
+    mine, theirs = ClientStore(tmp_path), ClientStore(tmp_path)
+    mine.save(1, private(1), {})
+    theirs.restore({"1": mine.name(1)})
+    theirs.save(1, private(2), memory(2))
+    mine.take(1, theirs.name(1))
+    assert same(mine.load(1), private(2), memory(2))
+    assert names(tmp_path) == list(mine.commit().values())
+    mine.take(1, "")
+    assert mine.load(1) == ({}, {})
+    assert mine.commit() == {}
+
+
+@pytest.mark.parametrize(("count", "one_call", "flushed"), [(3, True, 4), (MANY, True, 1), (MANY, False, MANY + 1)])
+def test_a_commit_flushes_every_file_before_it_names_any(
+    count: int, one_call: bool, flushed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files and folder one by one when they are few or the system has no call for all of them."""
+    store, calls, fsync = ClientStore(tmp_path), [], os.fsync
+
+    def heard(number: int) -> None:
+        calls.append(os.readlink(f"/proc/self/fd/{number}"))
+        fsync(number)
+
+    for client in range(count):
+        store.save(client, private(1), {})
+    whole = module._flushed
+    monkeypatch.setattr(module, "_flushed", lambda folder: one_call and whole(folder))
+    monkeypatch.setattr(module.os, "fsync", heard)
+    index = store.commit()
+    assert len(calls) == flushed
+    assert calls[-1] == str(tmp_path), "the folder comes last: it holds the names"
+    if flushed > 1:
+        assert sorted(calls[:-1]) == sorted(str(tmp_path / name) for name in index.values())
+    calls.clear()
+    assert store.commit() == index
+    assert calls == [], "nothing changed"
 
 
 def test_private_and_memory_of_the_same_name_stay_apart(tmp_path: Path) -> None:
@@ -65,13 +167,21 @@ def test_another_process_finds_the_committed_state_only(tmp_path: Path) -> None:
     assert same(other.load(-1), private(5), {})
 
 
-def test_nothing_is_shared_with_whoever_saves_or_loads() -> None:
-    store, mine = ClientStore(), private(1)
+@pytest.mark.parametrize("kept", ["in memory", "on disk"])
+def test_nothing_is_shared_with_whoever_saves_or_loads(kept: str, tmp_path: Path) -> None:
+    store, mine = ClientStore(tmp_path if kept == "on disk" else None), private(1)
     store.save(1, mine, {})
     mine["w"].zero_()
     loaded, _ = store.load(1)
     loaded["w"].zero_()
     assert store.load(1)[0]["w"].tolist() == [1, 1]
+
+
+def test_tensors_that_share_memory_are_stored_as_they_are(tmp_path: Path) -> None:
+    store, whole = ClientStore(tmp_path), torch.arange(6.0)
+    state = {"whole": whole, "half": whole[:3], "turned": whole.view(2, 3).T, "again": whole}
+    store.save(1, state, {"whole": whole})
+    assert same(store.load(1), state, {"whole": whole})
 
 
 def test_the_name_is_the_content(tmp_path: Path) -> None:
@@ -148,6 +258,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes | 
 def test_a_crash_before_the_file_has_its_name_leaves_no_half_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = ClientStore(tmp_path)
     store.save(1, private(1), {})
+    index = store.commit()
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -155,9 +266,10 @@ def test_a_crash_before_the_file_has_its_name_leaves_no_half_state(tmp_path: Pat
     with monkeypatch.context() as patch:
         patch.setattr("fedloom.client.store.os.replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            store.commit()
-    assert [name for name in names(tmp_path) if FILE.fullmatch(name)] == []
-    index = store.commit()
+            store.save(1, private(2), {})
+    assert [name for name in names(tmp_path) if FILE.fullmatch(name)] == list(index.values())
+    assert same(store.load(1), private(1), {})
+    assert store.commit() == index
     store.sweep()
     assert names(tmp_path) == list(index.values())
 

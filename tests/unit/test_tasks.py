@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedloom.data.tasks import Classification, Column, DataError, choose_columns, metric_for
 
@@ -30,6 +32,23 @@ def test_f1_of_two_classes_is_that_of_class_one_and_of_more_the_mean_over_all_cl
     assert task("f1").scores(np.array([1, 1, 0]), logits_of([1, 1, 1]))["f1"] == pytest.approx(0.8)
     three = task("f1", classes=("a", "b", "c"))
     assert three.scores(np.array([0, 0, 1]), logits_of([0, 0, 1], 3))["f1"] == pytest.approx(2 / 3)  # class c never occurs
+
+
+@given(st.integers(2, 5), st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=30))
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_scores_are_those_of_scikit_learn(classes, pairs):
+    theirs = pytest.importorskip("sklearn.metrics")
+    labels, predicted = np.array(pairs).T % classes
+    names = tuple("abcde"[:classes])
+    average = {"average": "binary"} if classes == 2 else {"average": "macro", "labels": np.arange(classes)}
+    due = {
+        "accuracy": theirs.accuracy_score(labels, predicted),
+        "mcc": theirs.matthews_corrcoef(labels, predicted),
+        "f1": theirs.f1_score(labels, predicted, zero_division=0, **average),
+    }
+    for metric in ("mcc", "f1"):
+        scores = task(metric, classes=names).scores(labels, logits_of(predicted, classes))
+        assert scores == pytest.approx({name: due[name] for name in ("accuracy", metric)}, abs=1e-12)
 
 
 def test_one_label_everywhere_has_scores_and_no_warning():

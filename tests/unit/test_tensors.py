@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedloom.tensors import clone, fingerprint, nbytes, only, same_names, weighted_sum, without
+from fedloom import tensors as module
+from fedloom.tensors import clone, fingerprint, nbytes, only, same_names, weighted_mean, without
 
 
 def three() -> dict[str, torch.Tensor]:
@@ -41,39 +42,91 @@ def test_nbytes_counts_payload_whatever_the_dtype() -> None:
     assert nbytes({"a": torch.zeros(3), "b": torch.zeros(3, dtype=torch.bfloat16), "c": torch.zeros(2, 2, dtype=torch.bool)}) == 12 + 6 + 4
 
 
-def test_weighted_sum_by_hand_and_without_touching_the_inputs() -> None:
+def test_weighted_mean_by_hand_and_without_touching_the_inputs() -> None:
     first, second = three(), {name: 10 * t for name, t in three().items()}
-    total, weight = weighted_sum([(2.0, first), (0.5, second)])
-    assert weight == 2.5
-    assert total["a"].tolist() == [2 * 1 + 5 * 1, 2 * 2 + 5 * 2]
-    assert total["a"].dtype == torch.float64
+    mean = weighted_mean([(1.5, first), (0.5, second)])
+    assert list(mean) == list(first)
+    assert mean["a"].tolist() == [(1.5 * 1 + 0.5 * 10) / 2, (1.5 * 2 + 0.5 * 20) / 2]
+    assert mean["b"].tolist() == [[(1.5 * 3 + 0.5 * 30) / 2]]
+    assert mean["a"].dtype == torch.float32
     assert fingerprint(first) == fingerprint(three())
 
 
-def test_weighted_sum_of_a_single_float64_entry_is_not_the_entry_itself() -> None:
-    one = {"a": torch.ones(2, dtype=torch.float64)}
-    total, _ = weighted_sum([(1.0, one), (1.0, one)])
-    assert one["a"].tolist() == [1, 1]
-    assert total["a"].tolist() == [2, 2]
+def test_weighted_mean_of_a_single_entry_is_not_the_entry_itself() -> None:
+    for dtype in (torch.float64, torch.float32):
+        one = {"a": torch.ones(2, dtype=dtype)}
+        mean = weighted_mean([(1.0, one), (1.0, one)])
+        alone = weighted_mean([(3.0, one)])
+        alone["a"].zero_()
+        assert one["a"].tolist() == mean["a"].tolist() == [1, 1]
 
 
-def test_weighted_sum_refuses_nothing_and_strangers() -> None:
+def test_weighted_mean_refuses_nothing_strangers_and_no_weight() -> None:
     with pytest.raises(ValueError, match="at least one"):
-        weighted_sum([])
+        weighted_mean([])
     with pytest.raises(ValueError, match="match by name"):
-        weighted_sum([(1.0, three()), (1.0, without(three(), ["b"]))])
+        weighted_mean([(1.0, three()), (1.0, without(three(), ["b"]))])
+    with pytest.raises(ValueError, match=r"'b' has shape \(1,\)"):
+        weighted_mean([(1.0, three()), (1.0, {**three(), "b": torch.ones(1)})])
+    with pytest.raises(ValueError, match=r"positive sum of weights; the weights are \[0.0, 0.0\]"):
+        weighted_mean([(0.0, three()), (0.0, three())])
 
 
 @given(st.lists(st.tuples(st.integers(1, 500), st.floats(-1e4, 1e4, width=32)), min_size=1, max_size=12), st.randoms())
 def test_order_changes_nothing_that_float32_could_see(entries: list[tuple[int, float]], rng) -> None:
-    pairs = [(float(w), {"x": torch.tensor([x])}) for w, x in entries]
-    straight, weight = weighted_sum(pairs)
+    pairs = [(float(w), {"x": torch.tensor([x], dtype=torch.float64)}) for w, x in entries]
+    weight = sum(w for w, _ in entries)
+    straight = weighted_mean(pairs)
     rng.shuffle(pairs)
-    mixed, _ = weighted_sum(pairs)
+    mixed = weighted_mean(pairs)
     exact = float(np.dot([w for w, _ in entries], np.array([x for _, x in entries], np.float64))) / weight
     size = sum(abs(w * x) for w, x in entries) / weight
-    for total in (straight, mixed):
-        assert abs(float(total["x"]) / weight - exact) <= 1e-12 * (1 + size)
+    for mean in (straight, mixed):
+        assert abs(float(mean["x"]) - exact) <= 1e-12 * (1 + size)
+        narrow = weighted_mean([(w, {"x": t["x"].float()}) for w, t in pairs])
+        assert float(narrow["x"]) == pytest.approx(exact, rel=2**-23, abs=1e-12 * (1 + size))
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=8),
+    st.lists(st.integers(1, 500), min_size=1, max_size=5),
+    st.integers(1, 12),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)
+def test_stretches_change_no_bit(shapes: list[list[int]], weights: list[int], stretch: int, dtype: torch.dtype) -> None:
+    """Many tensors in one stretch and one tensor in many stretches: each number is the same sum in the same order."""
+    generator = torch.Generator().manual_seed(len(shapes))
+    sets = [{f"t{i}": torch.randn(shape, generator=generator).to(dtype) for i, shape in enumerate(shapes)} for _ in weights]
+    sets = [{n: t.mT if t.ndim >= 2 else t for n, t in tensors.items()} for tensors in sets]  # not all are contiguous
+    whole = module.STRETCH
+    try:
+        module.STRETCH = stretch
+        mean = weighted_mean(zip(map(float, weights), sets, strict=True))
+    finally:
+        module.STRETCH = whole
+    due = {}
+    for name in sets[0]:
+        total = weights[0] * sets[0][name].double()
+        for weight, tensors in zip(weights[1:], sets[1:], strict=True):
+            total += tensors[name].double() * weight
+        due[name] = (total / sum(weights)).to(dtype)
+    assert list(mean) == list(due)
+    assert dtype == torch.float64 or fingerprint(mean) == fingerprint(due)
+    assert all(torch.allclose(mean[name], due[name], rtol=1e-15, atol=1e-15) for name in due if dtype == torch.float64)
+
+
+def test_weighted_mean_of_other_kinds_of_numbers() -> None:
+    sets = [{"i": torch.tensor([1, 9]), "b": torch.tensor([True, False])}, {"i": torch.tensor([4, -9]), "b": torch.tensor([False, False])}]
+    mean = weighted_mean([(1.0, sets[0]), (2.0, sets[1])])
+    assert mean["i"].tolist() == [3, -3] and mean["i"].dtype == torch.int64
+    assert mean["b"].tolist() == [True, False]
+
+
+def test_weighted_mean_carries_no_graph_and_copies_no_layout() -> None:
+    leaf = {"a": torch.ones(2, 3, requires_grad=True), "b": torch.ones(3, 2).T}
+    mean = weighted_mean([(1.0, leaf), (2.0, leaf)])
+    assert not mean["a"].requires_grad and all(t.is_contiguous() for t in mean.values())
+    assert mean["b"].tolist() == [[1, 1, 1], [1, 1, 1]]
 
 
 def test_fingerprint_sees_each_bit_dtype_shape_and_name_but_not_the_order() -> None:

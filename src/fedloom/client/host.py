@@ -1,7 +1,7 @@
 """The device's side of every engine: packed tasks in, packed updates out.
 
 A host starts the client operations that the tasks name, advances all of them together, hands the work items they yield to the
-compute in one call (which may stack them) and packs what they return. The local engine gives it a whole cohort at a time; a
+compute in one call (which may stack them) and packs what they return. The local engine gives it a wave of clients at a time; a
 deployed device gives it one task. It does not know the server, the transport or what the operations mean.
 
 Durability: a client's state is stored if and only if its operation returned and its update could be packed.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -17,6 +18,22 @@ class Padded:
     segments: np.ndarray
     labels: np.ndarray
     weights: np.ndarray
+
+
+def flat(ids: Sequence[Sequence[int]], segments: Sequence[Sequence[int]] | None = None) -> dict[str, np.ndarray]:
+    """``tokens``, ``segments`` (all 0 if none are given) and ``offsets`` of :class:`Examples`, from the token ids of each text.
+
+    Raises:
+        ValueError: a text has no token, or there is not one segment id a token.
+    """
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    if (lengths == 0).any():
+        raise ValueError(f"text {int(np.argmin(lengths))} has no tokens; every text needs at least one")
+    tokens = np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum()))
+    kinds = np.zeros(len(tokens), np.int8) if segments is None else np.fromiter(chain.from_iterable(segments), np.int8)
+    if len(kinds) != len(tokens):
+        raise ValueError(f"{len(kinds)} segment ids came with {len(tokens)} tokens; there must be one a token")
+    return {"tokens": tokens, "segments": kinds, "offsets": np.concatenate([[0], np.cumsum(lengths)])}
 
 
 @dataclass(frozen=True)
@@ -43,15 +60,12 @@ class Examples:
         """
         if len(ids) != len(labels):
             raise ValueError(f"{len(ids)} texts came with {len(labels)} labels; there must be one label a text")
-        lengths = np.fromiter((len(text) for text in ids), np.int64, len(ids))
-        if (lengths == 0).any():
-            raise ValueError(f"text {int(np.argmin(lengths))} has no tokens; every text needs at least one")
-        tokens = np.fromiter((token for text in ids for token in text), np.int32, int(lengths.sum()))
-        kinds = np.zeros(len(tokens), np.int8) if segments is None else np.concatenate([np.asarray(s, np.int8) for s in segments])
-        if len(kinds) != len(tokens):
-            raise ValueError(f"{len(kinds)} segment ids came with {len(tokens)} tokens; there must be one a token")
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        return Examples(tokens, kinds, offsets, np.asarray(labels, np.int64), np.arange(len(ids), dtype=np.int64))
+        return Examples.over(flat(ids, segments), labels)
+
+    @staticmethod
+    def over(texts: Mapping[str, np.ndarray], labels: Sequence[int]) -> Examples:
+        """All of the texts that :func:`flat` packed, with one label each."""
+        return Examples(**texts, store_labels=np.asarray(labels, np.int64), rows=np.arange(len(labels), dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -8,23 +8,29 @@ Knows nothing of tokenizers (``tokenise`` is given one), models or devices.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 import pyarrow as pa
-from datasets import config as hub
-from datasets.table import InMemoryTable
 
-from fedloom.data.examples import Examples
+from fedloom.cache import remembered
+from fedloom.data.examples import Examples, flat
 from fedloom.data.files import SUFFIXES, match_splits, read_file, read_folder, split_of
 from fedloom.data.labels import Label, class_ids, label_values
+from fedloom.data.rows import Rows, class_names, whole_numbers
 from fedloom.data.tasks import SPLITS, Classification, Column, DataError, Split, choose_columns, metric_for
 from fedloom.hub import reachable
 from fedloom.seeds import derive
+
+if TYPE_CHECKING:  # ``datasets`` takes a third of a second to load, and files need none of it
+    import datasets
 
 Encode = Callable[[list[str], list[str] | None], tuple[list[list[int]], list[list[int]]]]
 """(texts, their pairs or None) -> (token ids, token-type ids) of each example, truncated to the model's length."""
@@ -39,7 +45,7 @@ class Source:
     """A data set ready for a task: three splits with text and label columns checked, labels 0..C-1, and what was decided."""
 
     name: str
-    splits: dict[Split, datasets.Dataset]
+    splits: dict[Split, Rows]
     task: Classification
     notes: tuple[str, ...]
 
@@ -53,7 +59,7 @@ class _Table:
     ids: np.ndarray
 
     def take(self, rows: np.ndarray) -> _Table:
-        return _Table(self.rows.take(pa.array(rows)), self.names, self.ids[rows])
+        return _Table(self.rows.take(whole_numbers(rows)), self.names, self.ids[rows])
 
 
 def load(
@@ -88,38 +94,55 @@ def load(
     for split, most in zip(SPLITS, (max_train, max_validation, max_test), strict=True):
         tables[split] = _capped(tables[split], split, most, task, seed, notes)
     _tell_overlap(tables, texts, notes)
-    return Source(name, {split: _dataset(tables[split], label, classes) for split in SPLITS}, task, tuple(notes))
+    return Source(name, {split: _rows(tables[split], label) for split in SPLITS}, task, tuple(notes))
 
 
-def tokenise(source: Source, encode: Encode) -> dict[Split, Examples]:
+def tokenise(source: Source, encode: Encode, identity: str = "") -> dict[Split, Examples]:
     """Every split's texts as token ids, one call of ``encode`` a split.
+
+    ``identity`` names all that ``encode`` depends on but the texts: its tokenizer, the length it truncates to. Then what it returned is
+    found in the cache the next time; with "" nothing is cached.
 
     Raises:
         DataError: ``encode`` returned another number of examples, or one without tokens.
     """
     examples: dict[Split, Examples] = {}
     for split, rows in source.splits.items():
-        columns = [list(rows[name]) for name in source.task.texts]
-        ids, segments = encode(columns[0], columns[1] if len(columns) == 2 else None)
-        if not len(ids) == len(segments) == len(rows):
-            came = f"{len(ids)} ids and {len(segments)} segments"
-            raise DataError(f"encode returned {came} for the {len(rows)} texts of the {split} split; it must return one each")
-        empty = next((i for i, tokens in enumerate(ids) if not len(tokens)), None)
-        if empty is not None:
-            raise DataError(
-                f"row {empty} of the {split} split has no tokens (its text is {columns[0][empty][:60]!r}), and this tokenizer "
-                "adds none of its own; remove the row"
-            )
-        examples[split] = Examples.of(ids, list(rows[source.task.label]), segments)
+        columns = [rows[name] for name in source.task.texts]
+        if identity:
+            key = sha256(json.dumps([identity, columns]).encode()).hexdigest()
+            texts = remembered("tokens", key, partial(_encoded, split, columns, encode))
+        else:
+            texts = _encoded(split, columns, encode)
+        examples[split] = Examples.over(texts, rows[source.task.label])
     return examples
+
+
+def _encoded(split: Split, columns: list[list[str]], encode: Encode) -> dict[str, np.ndarray]:
+    """One split's texts as :func:`~fedloom.data.examples.flat` packs them."""
+    ids, segments = encode(columns[0], columns[1] if len(columns) == 2 else None)
+    if not len(ids) == len(segments) == len(columns[0]):
+        came = f"{len(ids)} ids and {len(segments)} segments"
+        raise DataError(f"encode returned {came} for the {len(columns[0])} texts of the {split} split; it must return one each")
+    empty = next((i for i, tokens in enumerate(ids) if not len(tokens)), None)
+    if empty is not None:
+        raise DataError(
+            f"row {empty} of the {split} split has no tokens (its text is {columns[0][empty][:60]!r}), and this tokenizer "
+            "adds none of its own; remove the row"
+        )
+    return flat(ids, segments)
 
 
 def _read(data: str | Path | datasets.Dataset | datasets.DatasetDict) -> tuple[str, dict[Split, _Table], list[str]]:
     """Name, splits and notes of whatever ``data`` is."""
-    if isinstance(data, datasets.Dataset):
-        return "dataset", {"train": _of_dataset(data)}, []
-    if isinstance(data, datasets.DatasetDict):
-        return "dataset", *_of_splits(data, "the DatasetDict")
+    if not isinstance(data, str | Path):
+        import datasets
+
+        if isinstance(data, datasets.DatasetDict):
+            return "dataset", *_of_splits(data, "the DatasetDict")
+        if isinstance(data, datasets.Dataset):
+            return "dataset", {"train": _of_dataset(data)}, []
+        raise DataError(f"data is a {type(data).__name__}; give a name, a path, or a Dataset or DatasetDict of the datasets library")
     if isinstance(data, str) and data in PACKAGED:
         with as_file(files("fedloom.data") / data) as folder:
             tables, notes = read_folder(folder)
@@ -129,6 +152,8 @@ def _read(data: str | Path | datasets.Dataset | datasets.DatasetDict) -> tuple[s
     if path.is_dir():
         where = path.resolve()
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            import datasets
+
             saved = datasets.load_from_disk(str(path))
             return where.name, *_read(saved)[1:]
         tables, notes = read_folder(path)
@@ -152,6 +177,9 @@ def _nearby(path: Path) -> str:
 
 def _from_hub(name: str) -> datasets.DatasetDict:
     """A data set of the Hugging Face Hub, 'name' or 'name:config'. Without a network, only what its cache holds."""
+    import datasets
+    from datasets import config as hub
+
     datasets.disable_progress_bars()
     path, _, config = name.partition(":")
     offline = hub.HF_HUB_OFFLINE
@@ -178,12 +206,14 @@ def _of_splits(splits: datasets.DatasetDict, where: str) -> tuple[dict[Split, _T
 
 
 def _of_dataset(rows: datasets.Dataset) -> _Table:
+    import datasets
+
     names = {name: list(kind.names) for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
     return _Table(rows.with_format("arrow")[:], names, np.zeros(0, np.int64))
 
 
 def _of_table(table: pa.Table) -> _Table:
-    return _of_dataset(datasets.Dataset(InMemoryTable(table)))
+    return _Table(table, class_names(table.schema), np.zeros(0, np.int64))
 
 
 def _describe(table: _Table, name: str) -> Column:
@@ -276,10 +306,8 @@ def _tell_overlap(tables: dict[Split, _Table], texts: tuple[str, ...], notes: li
             notes.append(f"{shared} of the {len(content[split])} {split} texts also occur in train")
 
 
-def _dataset(table: _Table, label: str, classes: tuple[str, ...]) -> datasets.Dataset:
+def _rows(table: _Table, label: str) -> Rows:
     """A split as the user sees it: labels as ids, plain columns kept (a partition may use one), nested ones left out."""
     plain = [field.name for field in table.rows.schema if not pa.types.is_nested(field.type)]
     rows = table.rows.select(plain).replace_schema_metadata(None)
-    rows = rows.set_column(plain.index(label), label, pa.array(table.ids))
-    features = datasets.Features.from_arrow_schema(rows.schema) | {label: datasets.ClassLabel(names=list(classes))}
-    return datasets.Dataset(InMemoryTable(rows), info=datasets.DatasetInfo(features=datasets.Features(features)))
+    return Rows(rows.set_column(plain.index(label), label, whole_numbers(table.ids)))

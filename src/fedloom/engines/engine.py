@@ -7,11 +7,12 @@ An engine carries tasks to clients and brings their updates back. The six laws (
 - **strictness**: what deployment refuses, simulation refuses;
 - **failure**: a failed client is absent from the updates, never stale or partial, and its reason is told;
 - **durability**: a client's state is stored if and only if its operation returned;
-- **determinism**: the same tasks give the same updates, whatever the engine or arrival order (same threads and stack).
+- **determinism**: the same tasks give the same updates, whatever the engine, number of workers or arrival order (same threads and stack).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
@@ -21,7 +22,7 @@ T = TypeVar("T")
 
 
 class Engine(Protocol):
-    """``Local`` and ``FlowerGrid`` are engines; so is anything that wraps one."""
+    """``Local``, ``Workers`` and ``FlowerGrid`` are engines; so is anything that wraps one."""
 
     def run(self, tasks: Sequence[Task]) -> Replies:
         """Carry out the tasks, each client at most once, and return what came back."""
@@ -40,7 +41,7 @@ def drive(flow: Flow[T], engine: Engine, quorum: float = 1.0, seen: Callable[[Se
     try:
         tasks = next(flow)
         while True:
-            twice = sorted({t.client for t in tasks if sum(o.client == t.client for o in tasks) > 1})
+            twice = sorted(client for client, times in Counter(task.client for task in tasks).items() if times > 1)
             if twice:
                 raise ValueError(f"clients {twice} are asked twice at once; ask one task a client, then ask again")
             replies = engine.run(tasks)

@@ -1,29 +1,100 @@
-"""Simulation on this machine: the whole cohort goes to one host in one call, so its compute can stack it."""
+"""Simulation on this machine: clients go to one host in waves, so that its compute can stack those of a wave.
+
+However many clients are asked, what is in memory at a time is one wave: its packed tasks, its clients' state, its packed updates.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from sys import intern
 
 from fedloom.client.host import Host
 from fedloom.messages import Failure, Replies, Task, Traffic, Update
-from fedloom.wire import WireError, pack, unpack
+from fedloom.tensors import nbytes
+from fedloom.wire import Packer, WireError, checked_settings, checked_tensors, unpack
+
+WAVE = 64
+"""Clients in one wave: enough to fill a stacked pass. The number of clients and of workers must not change it: stacks, and with them
+the last bits of a result, depend on it."""
+
+
+SMALL = 4096
+"""Bytes up to which an update is copied out of its message: there may be one of every client in memory, and a message costs more."""
 
 
 class Local:
-    """An :class:`~fedloom.engines.engine.Engine` over one in-process host."""
+    """An :class:`~fedloom.engines.engine.Engine` over one in-process host, ``wave`` clients at a time."""
 
-    def __init__(self, host: Host) -> None:
-        self.host = host
+    def __init__(self, host: Host, wave: int = WAVE) -> None:
+        self.host, self.wave = host, wave
 
     def run(self, tasks: Sequence[Task]) -> Replies:
-        """Pack every task, let the host answer all of them at once, unpack every reply.
+        """Pack the tasks of a wave, let the host answer all of them at once, unpack their replies; then the next wave.
 
         Raises:
-            WireError: a task may not cross the wire; that is the method's fault and ends the run.
+            WireError: a task may not cross the wire; that is the method's fault and ends the run. No task was carried out then.
         """
-        blobs = [pack(task, self.host.digest) for task in tasks]
+        may_cross(tasks)
+        packer = Packer(self.host.digest)
+        return joined(self._wave(part, packer) for part in waves(tasks, self.wave))
+
+    def _wave(self, tasks: Sequence[Task], packer: Packer) -> Replies:
+        if len(tasks) == self.wave:
+            give_memory_back()
+        blobs = [packer.pack(task) for task in tasks]
         return gather(tasks, blobs, self.host.answer(blobs), self.host.digest)
+
+
+def waves(tasks: Sequence[Task], size: int) -> list[Sequence[Task]]:
+    """The tasks in order, ``size`` at a time; the last wave may be smaller."""
+    return [tasks[at : at + size] for at in range(0, len(tasks), size)]
+
+
+def give_memory_back() -> None:
+    """Return to the system what this process has freed.
+
+    glibc keeps it, in holes between the little that is still in use. Waves are not quite alike, so what one leaves does not fit the next,
+    and after many of them, or after a dozen runs, the holes are most of the process. Other C libraries do without this call.
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except AttributeError:
+        return
+    trim(0)
+
+
+def may_cross(tasks: Iterable[Task]) -> None:
+    """Look at every task before the first is sent. Tensors that many tasks carry are looked at once.
+
+    Raises:
+        WireError: what the first that may not cross would raise when packed.
+    """
+    seen: set[tuple[int, ...]] = set()
+    for task in tasks:
+        checked_settings(task.settings)
+        same = _identity(task)
+        if same not in seen:
+            checked_tensors(task.tensors, finite=False)
+            seen.add(same)
+
+
+def _identity(task: Task) -> tuple[int, ...]:
+    """Equal for two tasks that carry the same tensor objects under the same names, as long as both live."""
+    return (*map(id, task.tensors.values()), hash(tuple(task.tensors)))
+
+
+def joined(parts: Iterable[Replies]) -> Replies:
+    """The replies of all waves, in order."""
+    updates: list[Update] = []
+    failures: list[Failure] = []
+    traffic: list[Traffic] = []
+    for part in parts:
+        updates += part.updates
+        failures += part.failures
+        traffic += part.traffic
+    return Replies(tuple(updates), tuple(failures), tuple(traffic))
 
 
 def gather(tasks: Sequence[Task], sent: Sequence[bytes], answers: Sequence[bytes | Failure], digest: str) -> Replies:
@@ -47,4 +118,4 @@ def _opened(blob: bytes, client: int, digest: str) -> Update | Failure:
         return Failure(client, f"WireError: {error}")
     if not isinstance(update, Update) or update.client != client:
         return Failure(client, "WireError: the reply is not this client's update")
-    return update
+    return update if nbytes(update.tensors) > SMALL else replace(update, tensors={intern(n): t.clone() for n, t in update.tensors.items()})

@@ -1,9 +1,9 @@
 """The pre-trained model: loaded once, frozen, shared by all clients. The only file that imports ``transformers``.
 
-A forward pass is a pure function of (trainable tensors, batch), for one client (``forward``) or for the texts of many at once (``together``,
-see ``packed.py``). The model gets a ready attention mask and positions, built here from the (B, L) token mask. How an architecture wants them is not looked
-up by its name: at loading, the ways in ``CALLS`` are tried and the first whose logits equal the model's own plain call is taken; a
-model for which none does is refused. Whether it is causal is found by behaviour too.
+A forward pass is a pure function of (trainable tensors, batch), for one client (``forward``) or for the texts of many at once
+(``together``, see ``packed.py``). The model gets a ready attention mask and positions, built here from the (B, L) token mask. How an
+architecture wants them is not looked up by its name: at loading, the ways in ``CALLS`` are tried and the first whose logits equal the
+model's own plain call is taken; a model for which none does is refused. Whether it is causal is found by behaviour too.
 
 Encoders are padded on the right and pooled at position 0; causal decoders are padded on the left and pooled at the last position.
 This module does not know data sets, clients or methods.

@@ -9,6 +9,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedloom.engines.engine import drive
@@ -45,8 +46,8 @@ def evaluate_again(experiment: Experiment, folder: Path, kind: type[Any] | None 
         ExperimentError: a method that cannot use what was trained.
     """
     other = _as_method(experiment, kind) if kind and kind is not type(experiment.method) else None
-    with checkpoint.only_one(folder):
-        store = store_in(folder)
+    with checkpoint.only_one(folder), TemporaryDirectory(prefix="fedloom-") as aside:
+        store = store_in(folder, Path(aside))
         saved = checkpoint.load(folder, store)
         if saved is None:
             raise CheckpointError(f"{folder} holds no completed round yet; run it first")

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fedloom.client.store import ClientStore, StoreError
+from fedloom.client.store import ClientStore, StoreError, flush
 from fedloom.methods.method import State
 from fedloom.tensors import fingerprint
 
@@ -73,6 +73,7 @@ def save(folder: Path, saved: Saved, store: ClientStore) -> None:
         "data": saved.data,
     }
     write_atomically(place / LATEST, json.dumps({"sha256": _digest(body), **body}, indent=1))
+    flush(place)  # the new index is on the disk before what only the old one names is deleted
     store.sweep()
     for path in place.glob("server-*"):
         if path.name != name:

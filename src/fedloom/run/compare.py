@@ -16,7 +16,6 @@ from fedloom.run.checkpoint import write_atomically
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.failures import explain
 from fedloom.run.loop import check, run
-from fedloom.run.report import write_report
 from fedloom.run.world import read_data
 
 PLACES = tuple((at, protocol) for at in ("final", "best") for protocol in ("personalised", "global"))
@@ -68,6 +67,8 @@ def compare(experiments: Mapping[str, Experiment], out: Path, plain: bool | None
     if not results:
         return Comparison([], failed, None)
     write_atomically(out / "comparison.json", json.dumps(list(results.values()), indent=1))
+    from fedloom.run.report import write_report  # loads matplotlib, which no run should wait for
+
     return Comparison(list(results.values()), failed, write_report([out / name for name in results], out / "report.html"))
 
 

@@ -76,7 +76,7 @@ def describe(experiment: Experiment) -> Description:
     Raises:
         DataError, ModelError, AdapterError: as for a run.
     """
-    local = replace(experiment, engine=replace(experiment.engine, kind=EngineSettings().kind))
+    local = replace(experiment, engine=replace(experiment.engine, kind=EngineSettings().kind, workers=0))
     world = build(local)
     world = replace(world, compute=Pretended(world.model))
     counts = world.partition.counts(world.splits["train"].labels, len(world.classes))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from fedloom import cache
 from fedloom.data.sources import load as load_data
 from fedloom.model.base import folder_of
 from fedloom.model.base import load as load_model
@@ -55,6 +56,7 @@ def _machine(folder: Path) -> list[Finding]:
         Finding("bf16", True if bf16 else None, fast),
         Finding("memory", memory > LITTLE_MEMORY, f"{human_bytes(memory)} in this machine; a run of the default model takes about 2 GB"),
         Finding("disk", disk > LITTLE_DISK and os.access(folder, os.W_OK), f"{human_bytes(disk)} free in {folder.resolve()}"),
+        _loads("cache", lambda: f"{human_bytes(cache.nbytes())} in {cache.folder()}, which may be deleted; {cache.VARIABLE} moves it"),
     ]
 
 

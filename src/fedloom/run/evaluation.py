@@ -22,16 +22,16 @@ from fedloom.methods.method import State
 from fedloom.run.world import World
 
 SPLITS: tuple[Split, ...] = ("validation", "test")
-AT_ONCE = 100
-"""Devices that predict in one asking: their shared tensors are packed for each of them."""
+AT_ONCE = 512
+"""Devices in one asking: several of the engine's waves, and few beside the many that there may be."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores by split and protocol, and each device's test logits (n_k, C)."""
+    """Scores by split and protocol, and of how many test examples each device was right, int64 (K,)."""
 
     scores: dict[str, dict[str, Any]]
-    device_logits: dict[int, np.ndarray]
+    correct: np.ndarray
 
 
 NOTHING = {"validation": {"personalised": None, "global": None, "loss": None}, "test": {"personalised": None, "global": None}}
@@ -43,25 +43,30 @@ def evaluate(world: World, state: State, engine: Engine) -> Evaluation:
     metric = world.source.task.metric
     logits = drive(_predictions(world, state), engine)
     scores: dict[str, dict[str, Any]] = {}
+    correct = np.zeros(0, np.int64)
     for split in SPLITS:
-        shards = world.partition.shards(split)
-        made = np.concatenate([logits[k][split] for k in world.pool.clients])
-        labels = np.concatenate([world.splits[split].labels[shards[k]] for k in world.pool.clients])
+        shards, made = world.partition.shards(split), logits[split]
+        labels = world.splits[split].labels[np.concatenate(shards)]
         scores[split] = {"personalised": world.source.task.scores(labels, made)[metric], "global": None}
         if split == "validation":
             scores[split]["loss"] = float(torch.nn.functional.cross_entropy(torch.from_numpy(made), torch.from_numpy(labels)))
+        else:
+            owner = np.repeat(np.arange(len(shards)), [len(rows) for rows in shards])
+            correct = np.bincount(owner[made.argmax(1) == labels], minlength=len(shards))
     assembled = world.experiment.method.assembled(state)
     if assembled is not None:
         done = world.compute.run([Predict(assembled, world.splits[split]) for split in SPLITS])
         for split, one in zip(SPLITS, done, strict=True):
             scores[split]["global"] = world.source.task.scores(world.splits[split].labels, one.result.numpy())[metric]
-    return Evaluation(scores, {k: logits[k]["test"] for k in logits})
+    return Evaluation(scores, correct)
 
 
-def _predictions(world: World, state: State) -> Flow[dict[int, dict[str, np.ndarray]]]:
-    found: dict[int, dict[str, np.ndarray]] = {}
+def _predictions(world: World, state: State) -> Flow[dict[Split, np.ndarray]]:
+    """Each device's logits of its own rows, float32 (n, C) a split: device 0's rows first, then those of device 1, and so on."""
     clients, method = world.pool.clients, world.experiment.method
+    made: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}
     for at in range(0, len(clients), AT_ONCE):
         updates = yield [ask(method.predict, k, state.shared, splits=list(SPLITS)) for k in clients[at : at + AT_ONCE]]
-        found |= {u.client: {split: u.tensors[split].float().numpy() for split in SPLITS} for u in updates}
-    return found
+        for split in SPLITS:
+            made[split].append(np.concatenate([update.tensors[split].float().numpy() for update in updates]))
+    return {split: np.concatenate(parts) for split, parts in made.items()}

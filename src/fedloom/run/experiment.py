@@ -30,12 +30,14 @@ class EngineSettings:
     Attributes:
         kind: local (the fast one) or flower (the same tasks as real Flower messages, in memory).
         stack: clients computed in one pass (0: as many as pay; 1: one by one).
-        threads: CPU threads (0: PyTorch's default).
+        threads: CPU threads of a process (0: PyTorch's default, divided among the workers).
+        workers: processes that share the devices, a stack at a time each; one GPU each where there are several (0 or 1: this process).
     """
 
     kind: Literal["local", "flower"] = "local"
     stack: int = 0
     threads: int = 0
+    workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,13 @@ class Experiment:
             raise ExperimentError(f"--cohort {self.cohort} is more than --clients {self.clients}; a cohort is drawn from the clients")
         if not 0 < self.quorum <= 1:
             raise ExperimentError(f"--quorum is {self.quorum}; it is a share of the cohort, above 0 and at most 1")
-        if self.engine.stack < 0 or self.engine.threads < 0:
-            raise ExperimentError("--engine.stack and --engine.threads must be 0 (automatic) or more")
+        for name in ("stack", "threads", "workers"):
+            if getattr(self.engine, name) < 0:
+                raise ExperimentError(f"--engine.{name} is {getattr(self.engine, name)}; it must be 0 (automatic) or more")
+        if self.engine.workers > 1 and self.engine.kind != "local":
+            raise ExperimentError(
+                f"--engine.workers {self.engine.workers} needs --engine.kind local; kind {self.engine.kind} is one process"
+            )
         device_named(self.device)
 
     @property

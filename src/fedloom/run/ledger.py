@@ -42,7 +42,7 @@ class Section:
         self.bytes_up += sum(t.bytes_up for t in replies.traffic)
         self.examples += sum(t.examples for t in replies.traffic)
         self.flops += sum(t.flops for t in replies.traffic)
-        costs = [(t.flops, float(t.bytes_down), float(t.bytes_up)) for t in replies.traffic]
+        costs = ((t.flops, float(t.bytes_down), float(t.bytes_up)) for t in replies.traffic)
         self.device_seconds += round_seconds(self.profile, costs)
         self.losses += [(float(u.metrics["loss"]), u.num_examples) for u in replies.updates if "loss" in u.metrics]  # type: ignore[arg-type]
         self.answered += [u.client for u in replies.updates]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fedloom.engines.engine import Engine, drive
+from fedloom.engines.local import give_memory_back
 from fedloom.messages import Replies, Task
 from fedloom.methods.method import State
 from fedloom.run import checkpoint
@@ -53,13 +55,31 @@ def run(experiment: Experiment, folder: Path, plain: bool | None = None) -> dict
         if check(folder, experiment) and results.exists():
             return json.loads(results.read_text())
         title = f"{experiment.method_name} on {experiment.data}, {experiment.clients} devices, {experiment.cohort} a round -> {folder}"
-        with Progress(experiment.rounds, title, plain) as show:
-            show.phase("loading data and model")
-            world = build(experiment)
-            claim(folder, experiment)
-            for note in world.source.notes:
-                show.note(note)
-            return _run(world, folder, show)
+        try:
+            with Progress(experiment.rounds, title, plain) as show:
+                return _loaded(experiment, folder, show)
+        finally:
+            gc.collect()  # a model's parts hold each other
+            give_memory_back()
+
+
+def _loaded(experiment: Experiment, folder: Path, show: Progress) -> dict[str, Any]:
+    """Load everything, then run. Whatever was loaded is gone when this returns."""
+    show.phase("loading data and model")
+    world = build(experiment)
+    claim(folder, experiment)
+    for note in (*world.source.notes, *_idle(world)):
+        show.note(note)
+    return _run(world, folder, show)
+
+
+def _idle(world: World) -> list[str]:
+    """What to say when most workers would have nothing to do in a round."""
+    e, workers = world.experiment, world.experiment.engine.workers
+    if workers < 2 or e.cohort > world.wave:
+        return []
+    share = f"--engine.stack {-(-e.cohort // workers)} shares it out"
+    return [f"a round of {e.cohort} devices goes to one of the {workers} workers as a whole; {share}"]
 
 
 def _run(world: World, folder: Path, show: Progress) -> dict[str, Any]:
@@ -147,10 +167,8 @@ def results_of(world: World, state: State, ledger: Ledger, found: Evaluation) ->
     shards = world.partition.shards("test")
     per_device = []
     for k in world.pool.clients:
-        labels = world.splits["test"].labels[shards[k]]
-        right = int((found.device_logits[k].argmax(1) == labels).sum()) if len(labels) else 0
-        score = right / len(labels) if len(labels) else None
-        one = {"client": k, "train": int(counts[k].sum()), "test": len(labels), "correct": right, "score": score}
+        held, right = len(shards[k]), int(found.correct[k])
+        one = {"client": k, "train": int(counts[k].sum()), "test": held, "correct": right, "score": right / held if held else None}
         per_device.append({**one, "participations": participations.get(str(k), 0), "labels": counts[k].tolist()})
     picked = ("round", "personalised", "global", "loss")
     return {

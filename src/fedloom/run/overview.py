@@ -26,5 +26,6 @@ Start here. It works offline: questions and encoder are installed with the packa
 
 METHOD may also be a Python file that defines a method (or an Experiment named 'experiment'), or the experiment.json of a run.
 fedloom COMMAND --help shows what a command takes; fedloom run METHOD --help adds the settings of that method.
-FEDLOOM_TRACEBACK=1 shows where an error came from. fedloom --version shows the version.
+FEDLOOM_TRACEBACK=1 shows where an error came from; FEDLOOM_CACHE names the folder that keeps tokens for the next run.
+fedloom --version shows the version.
 """

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import os
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,18 @@ from fedloom.client.client import Client
 from fedloom.client.host import Host
 from fedloom.client.store import ClientStore
 from fedloom.compute.compute import Compute
-from fedloom.compute.serial import Serial
 from fedloom.compute.stacked import Stacked
 from fedloom.data.examples import Examples
 from fedloom.data.partition import Partition, partition
-from fedloom.data.sources import Source, load, tokenise
+from fedloom.data.sources import Encode, Source, load, tokenise
 from fedloom.data.tasks import DataError, Split
 from fedloom.engines.engine import Engine
-from fedloom.engines.local import Local
+from fedloom.engines.local import WAVE, Local
+from fedloom.engines.workers import Start, Workers
 from fedloom.messages import CENTRE
 from fedloom.model.base import Model
 from fedloom.model.base import load as load_model
-from fedloom.run.experiment import Experiment
+from fedloom.run.experiment import Experiment, ExperimentError, as_json
 from fedloom.server.participation import Pool
 
 
@@ -70,16 +72,56 @@ class World:
                 digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
 
+    @property
+    def wave(self) -> int:
+        """Devices that are computed together, or by one worker: the stack if one is set."""
+        return self.experiment.engine.stack or WAVE
+
+    def host(self, store: ClientStore) -> Host:
+        """What answers for the devices in this process."""
+        return Host(self.experiment.method, self.device, self.compute, store, self.experiment.digest())
+
     def engine(self, store: ClientStore) -> Engine:
         """The engine that the experiment asks for, over devices that keep their state in ``store``."""
-        host = Host(self.experiment.method, self.device, self.compute, store, self.experiment.digest())
-        if self.experiment.engine.kind == "local":
-            return Local(host)
+        how = self.experiment.engine
+        if how.kind == "local" and how.workers > 1:
+            return Workers(start(self), how.workers, store, self.experiment.digest(), self.wave)
+        host = self.host(store)
+        if how.kind == "local":
+            return Local(host, self.wave)
         try:
             from fedloom.engines.flower import in_memory
         except ImportError as error:
             raise DataError(f"--engine.kind flower needs the extra 'flower' ({error}): pip install 'fedloom[flower]'") from error
         return in_memory(host, [*self.pool.clients, CENTRE])
+
+
+def start(world: World) -> Start:
+    """How a worker for this world starts: with its share of the threads and, where there are several GPUs, one of them."""
+    how = world.experiment.engine
+    threads = how.threads or max(1, torch.get_num_threads() // how.workers)
+    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+
+    def environment(number: int) -> dict[str, str]:
+        mine = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if torch.cuda.device_count() > 1 else {}
+        return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), **mine}
+
+    return Start((sys.executable, "-m", "fedloom.run.worker"), order_of(world, threads), environment)
+
+
+def order_of(world: World, threads: int) -> dict[str, Any]:
+    """What a worker is told (JSON): the experiment, the file of its method if it is not the package's, and what it must come to.
+
+    Raises:
+        ExperimentError: a method that no file defines.
+    """
+    e = world.experiment
+    module = sys.modules[type(e.method).__module__]
+    recipe = None if module.__name__.startswith("fedloom.") else vars(module).get("__file__", "")
+    if recipe == "":
+        raise ExperimentError(f"--engine.workers needs method '{e.method_name}' in a Python file, from which every worker can load it")
+    alone = replace(e, engine=replace(e.engine, threads=threads, workers=0))
+    return {"experiment": as_json(alone), "recipe": recipe, "digest": e.digest(), "data": world.fingerprint()}
 
 
 def read_data(experiment: Experiment) -> tuple[Source, Partition]:
@@ -116,12 +158,25 @@ def build(experiment: Experiment) -> World:
         precision=e.precision,
         device=device,
     )
-    splits = tokenise(source, model.encode)
-    one_by_one = e.engine.stack == 1 or e.engine.kind == "flower"
-    compute = Serial(model) if one_by_one else Stacked(model, e.engine.stack)
-    return World(e, source, shards, splits, model, compute)
+    splits = tokenise(source, in_parts(model.encode))
+    return World(e, source, shards, splits, model, Stacked(model, e.engine.stack))
 
 
-def store_in(folder: Path) -> ClientStore:
-    """The clients' store of a run folder."""
-    return ClientStore(folder / "checkpoints" / "clients")
+def in_parts(encode: Encode, size: int = 1024) -> Encode:
+    """``encode``, given ``size`` texts at a time: what a tokenizer makes of a text besides its ids is many times as large as they are."""
+
+    def encoded(texts: list[str], pairs: list[str] | None) -> tuple[list[list[int]], list[list[int]]]:
+        ids: list[list[int]] = []
+        segments: list[list[int]] = []
+        for at in range(0, len(texts), size):
+            made = encode(texts[at : at + size], None if pairs is None else pairs[at : at + size])
+            ids += made[0]
+            segments += made[1]
+        return ids, segments
+
+    return encoded
+
+
+def store_in(folder: Path, aside: Path | None = None) -> ClientStore:
+    """The clients' store of a run folder; with ``aside`` what is saved goes there, and the run's own state stays as it is."""
+    return ClientStore(folder / "checkpoints" / "clients", aside)

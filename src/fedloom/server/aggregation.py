@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fedloom.messages import Update
-from fedloom.tensors import weighted_sum
+from fedloom.tensors import weighted_mean as mean_of
 
 
 def weighted_mean(updates: Sequence[Update]) -> dict[str, torch.Tensor]:
@@ -18,7 +18,6 @@ def weighted_mean(updates: Sequence[Update]) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: no updates, no examples, or updates that differ in names or shapes.
     """
-    total, weight = weighted_sum((float(update.num_examples), update.tensors) for update in updates)
-    if weight <= 0:
+    if updates and not any(update.num_examples for update in updates):
         raise ValueError(f"clients {[u.client for u in updates]} trained on no examples; their mean has no weight")
-    return {name: (tensor / weight).to(updates[0].tensors[name].dtype) for name, tensor in total.items()}
+    return mean_of((float(update.num_examples), update.tensors) for update in updates)

@@ -1,0 +1,49 @@
+"""What the machine gives when nothing is small: the plain PEFT step at large batches, each of rows of like lengths.
+
+It trains on rows of the job's timed rounds, short and long as they come there, so its examples a second can be compared with anybody
+else's. For information also the machine's matmul rate in the same precision.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+
+import torch
+from task import job_of, model_of, optimizer_of, settings, step
+
+SIZES, ENOUGH = (64, 128, 256), 1024
+SQUARE, REPEATS = 2048, 8
+
+how = settings()
+job, model = job_of(how.job), model_of(how)
+model.train()
+rows = [row for t in range(1, how.rounds) for place in job.cohort(t) for row in job.rows(t, place)]
+rows = sorted(rows, key=lambda row: len(job.text(row)))[:: math.ceil(len(rows) / ENOUGH)]
+
+
+def rate(size: int) -> float:
+    """Examples a second over all rows, in batches of ``size``."""
+    batches = [job.pad(rows[at : at + size]) for at in range(0, len(rows), size)]
+    optimizer = optimizer_of(model, how)
+    step(model, optimizer, batches[len(batches) // 2], how)
+    began = time.perf_counter()
+    for batch in batches:
+        step(model, optimizer, batch, how)
+    return len(rows) / (time.perf_counter() - began)
+
+
+def matmul() -> float:
+    """GFLOP/s of one large square product, the best of some."""
+    a, b = (torch.randn(SQUARE, SQUARE).to(how.dtype) for _ in range(2))
+    torch.mm(a, b)
+    seconds = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        torch.mm(a, b)
+        seconds.append(time.perf_counter() - began)
+    return 2 * SQUARE**3 / min(seconds) / 1e9
+
+
+how.out.write_text(json.dumps({"rates": {size: rate(size) for size in SIZES}, "gflops": matmul()}), encoding="utf-8")

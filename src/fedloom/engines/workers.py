@@ -1,0 +1,319 @@
+"""Simulation in several processes: each has a model and a host of its own, and waves go to whichever is free.
+
+What a wave is does not depend on how many workers there are, nor does the order in which answers count: the same tasks give the same
+updates for any number of workers (to the bit where stack and threads are equal). Packed tasks and packed updates cross a socket each.
+A client's state does not: the worker is told the name of its file, writes the new one beside it and tells its name, and the store on
+this side, which owns the index, takes it when the answer is here. So a worker that dies leaves nothing half done: its wave is done
+again by another.
+
+Workers are started when there is something for them to do. They end with this process, however it ends: their standard input, to
+which nothing is ever written, is closed then. What a worker is to build is said in a JSON object, the *order*, which this module
+passes on and does not read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedloom.client.store import ClientStore
+from fedloom.engines.local import gather, joined, may_cross, waves
+from fedloom.messages import Failure, Replies, Task
+from fedloom.wire import Packer
+
+log = logging.getLogger("fedloom")
+
+ATTEMPTS = 2
+"""How often a wave is begun before its clients fail: a worker that dies takes nobody's answer with it the first time."""
+
+LAST_BREATH = 5.0
+"""Seconds that a process may take to end once it has hung up."""
+
+READY, FAILED, SAID, ANSWERS = "ready", "failed", "said", "answers"
+"""What a worker tells: it can begin; why it cannot; a line for the log; the answers to a wave."""
+
+
+class WorkerError(ChildProcessError):
+    """A worker that could not start, and why."""
+
+
+class Answering(Protocol):
+    """What answers packed tasks in a worker: a :class:`~fedloom.client.host.Host`. Its store is replaced for each wave."""
+
+    store: ClientStore
+
+    def answer(self, blobs: Sequence[bytes]) -> list[bytes | Failure]:
+        """One packed update or one failure for each packed task, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Start:
+    """How worker i starts: ``command`` with the number of its socket as last word, ``environment(i)`` over that of this process.
+
+    ``order`` is JSON and all that it is told; see :func:`ordered` and :func:`serve`.
+    """
+
+    command: Sequence[str]
+    order: Mapping[str, Any]
+    environment: Callable[[int], Mapping[str, str]]
+
+
+class Workers:
+    """An :class:`~fedloom.engines.engine.Engine` over ``count`` processes, ``wave`` clients at a time each.
+
+    Raises:
+        ValueError: a store without a folder, through which no state can pass from process to process.
+    """
+
+    def __init__(self, start: Start, count: int, store: ClientStore, digest: str, wave: int) -> None:
+        if store.folder is None:
+            raise ValueError("workers need a client store with a folder; this one keeps everything in the memory of one process")
+        self.start, self.count, self.store, self.digest, self.wave = start, count, store, digest, wave
+        self.workers: list[Worker] = []
+
+    def run(self, tasks: Sequence[Task]) -> Replies:
+        """Give every wave to a worker that is free. A wave whose worker died is begun again; after ``ATTEMPTS`` its clients fail.
+
+        Raises:
+            WireError: a task may not cross the wire; that is the method's fault and ends the run. No task was carried out then.
+            WorkerError: a worker could not start.
+        """
+        may_cross(tasks)
+        try:
+            return joined(self._answered(waves(tasks, self.wave)))
+        except BaseException:
+            self.close()  # what they are still doing is nobody's answer any more
+            raise
+
+    def close(self) -> None:
+        """End the workers. The next ``run`` starts others."""
+        for worker in self.workers:
+            worker.end()
+        self.workers.clear()
+
+    def _answered(self, parts: Sequence[Sequence[Task]]) -> list[Replies]:
+        packer, begun = Packer(self.digest), Counter[int]()
+        waiting, replies = deque(range(len(parts))), dict[int, Replies]()
+        while len(replies) < len(parts):
+            self._start(len(waiting))
+            for worker in [w for w in self.workers if w.ready and not w.sent][: len(waiting)]:
+                worker.wave = waiting.popleft()
+                begun[worker.wave] += 1
+                tasks = parts[worker.wave]
+                if not worker.give(self.store, tasks, [packer.pack(task) for task in tasks]):
+                    self._lost(worker, parts, begun, waiting, replies)
+            for worker in self._heard():
+                try:
+                    told, blobs = receive(worker.line)
+                except (EOFError, OSError):
+                    self._lost(worker, parts, begun, waiting, replies)
+                    continue
+                if told["kind"] == ANSWERS:
+                    replies[worker.wave] = self._taken(parts[worker.wave], worker, told["clients"], blobs)
+                else:
+                    worker.hear(told)
+        return [replies[i] for i in range(len(parts))]
+
+    def _start(self, waiting: int) -> None:
+        """Have as many live workers as there is work for, ``count`` at most."""
+        for worker in [w for w in self.workers if w.ready and not w.sent and w.process.poll() is not None]:
+            log.warning("%s %s while it had nothing to do; another takes its place", worker.name, worker.ended())
+            self.workers.remove(worker)
+        free = sum(not worker.sent for worker in self.workers)
+        for _ in range(min(self.count - len(self.workers), waiting - free)):
+            taken = {worker.number for worker in self.workers}
+            number = next(i for i in range(self.count) if i not in taken)
+            self.workers.append(Worker(number, self.start))
+
+    def _heard(self) -> list[Worker]:
+        """The workers that have something to tell, or died; waits for the first. Those that are idle are not listened to."""
+        expected: dict[Any, Worker] = {w.line: w for w in self.workers if w.sent or not w.ready}
+        return [expected[line] for line in wait(list(expected))] if expected else []
+
+    def _taken(self, tasks: Sequence[Task], worker: Worker, told: Sequence[Mapping[str, str]], blobs: Sequence[bytes]) -> Replies:
+        """The replies of a wave; from here on the new states are the clients'."""
+        sent, arrived = worker.sent, iter(blobs)
+        worker.sent = []
+        answers: list[bytes | Failure] = []
+        for task, one in zip(tasks, told, strict=True):
+            if "reason" in one:
+                answers.append(Failure(task.client, one["reason"]))
+            else:
+                self.store.take(task.client, one["state"])
+                answers.append(next(arrived))
+        return gather(tasks, sent, answers, self.digest)
+
+    def _lost(
+        self, worker: Worker, parts: Sequence[Sequence[Task]], begun: Counter[int], waiting: deque[int], replies: dict[int, Replies]
+    ) -> None:
+        """A worker died: its wave waits again, or fails.
+
+        Raises:
+            WorkerError: it had not begun; another would fare no better.
+        """
+        how = worker.ended()
+        self.workers.remove(worker)
+        if not worker.ready:
+            raise WorkerError(f"{worker.name} {how} before it could begin; what it said of it, if anything, is above")
+        tasks = parts[worker.wave]
+        if begun[worker.wave] < ATTEMPTS:
+            log.warning("%s %s while it computed clients %s; another does them again", worker.name, how, [t.client for t in tasks])
+            waiting.appendleft(worker.wave)
+        else:
+            reason = f"WorkerError: {worker.name} {how} while it computed this client's wave, as did the one before"
+            replies[worker.wave] = gather(tasks, worker.sent, [Failure(task.client, reason) for task in tasks], self.digest)
+
+
+class Worker:
+    """One process, seen from here. ``sent``: the packed tasks that it is busy with; ``wave``: which they are."""
+
+    def __init__(self, number: int, start: Start) -> None:
+        self.number, self.ready, self.wave, self.sent = number, False, -1, list[bytes]()
+        ours, theirs = socket.socketpair()
+        path = os.pathsep.join(os.path.abspath(place) for place in sys.path)  # it imports what this process would
+        with theirs:
+            self.process = subprocess.Popen(
+                [*start.command, str(theirs.fileno())],
+                stdin=subprocess.PIPE,
+                stdout=2,
+                env={**os.environ, "PYTHONPATH": path, **start.environment(number)},
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is for this process, which then ends its workers
+            )
+        self.line = Connection(ours.detach())
+        self._end = weakref.finalize(self, _ended, self.process, self.line)
+        with suppress(OSError):  # dead already: that is seen when it is listened to
+            send(self.line, start.order)
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"worker {self.number} (process {self.process.pid})"
+
+    def give(self, store: ClientStore, tasks: Sequence[Task], blobs: Sequence[bytes]) -> bool:
+        """Hand over a wave; False if the worker is dead."""
+        self.sent = list(blobs)
+        clients = [{"client": task.client, "state": store.name(task.client)} for task in tasks]
+        try:
+            send(self.line, {"folder": str(store.folder), "aside": str(store.aside or ""), "clients": clients}, blobs)
+        except OSError:
+            return False
+        return True
+
+    def hear(self, told: Mapping[str, Any]) -> None:
+        """Take in what is no answer.
+
+        Raises:
+            WorkerError: it cannot begin.
+        """
+        if told["kind"] == FAILED:
+            raise WorkerError(f"worker {self.number} could not start: {told['text']}")
+        if told["kind"] == SAID:
+            log.log(told["level"], "worker %d: %s", self.number, told["text"])
+        self.ready = self.ready or told["kind"] == READY
+
+    def end(self) -> None:
+        """End the process, whatever it is doing."""
+        self._end()
+
+    def ended(self) -> str:
+        """How a process that hung up has ended."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(LAST_BREATH)
+        self.end()
+        code = self.process.returncode
+        return f"ended with signal {-code}" if code < 0 else f"ended with exit code {code}"
+
+
+def _ended(process: subprocess.Popen[bytes], line: Connection) -> None:
+    line.close()
+    assert process.stdin is not None
+    process.stdin.close()
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+
+
+def send(line: Connection, head: Mapping[str, Any], blobs: Sequence[bytes] = ()) -> None:
+    """One message: a JSON object, and as many blobs as it says."""
+    line.send_bytes(json.dumps({**head, "blobs": len(blobs)}).encode())
+    for blob in blobs:
+        line.send_bytes(blob)
+
+
+def receive(line: Connection) -> tuple[dict[str, Any], list[bytes]]:
+    """What :func:`send` sent.
+
+    Raises:
+        EOFError, OSError: the other side is gone.
+    """
+    head = json.loads(line.recv_bytes())
+    return head, [line.recv_bytes() for _ in range(head["blobs"])]
+
+
+# ---- in the worker ----------------------------------------------------------------------------------------------------------
+
+
+def ordered(number: str) -> tuple[Connection, dict[str, Any]]:
+    """The worker's socket, whose number is the last word of its command, and its order."""
+    line = Connection(int(number))
+    return line, receive(line)[0]
+
+
+def refuse(line: Connection, error: BaseException) -> None:
+    """Tell why this worker cannot begin."""
+    send(line, {"kind": FAILED, "text": f"{type(error).__name__}: {error}"})
+
+
+def serve(line: Connection, host: Answering) -> None:
+    """Answer waves until nobody asks any more."""
+    log.addHandler(Forwarded(line))
+    log.propagate = False
+    send(line, {"kind": READY})
+    while True:
+        try:
+            asked, blobs = receive(line)
+        except (EOFError, OSError):
+            return
+        clients = asked["clients"]
+        host.store = ClientStore(Path(asked["folder"]), Path(asked["aside"]) if asked["aside"] else None)
+        host.store.restore({str(one["client"]): one["state"] for one in clients if one["state"]})
+        answers = host.answer(blobs)
+        told = [
+            {"reason": answer.reason} if isinstance(answer, Failure) else {"state": host.store.name(one["client"])}
+            for one, answer in zip(clients, answers, strict=True)
+        ]
+        send(line, {"kind": ANSWERS, "clients": told}, [answer for answer in answers if not isinstance(answer, Failure)])
+
+
+class Forwarded(logging.Handler):
+    """Log lines, to the process that started this worker."""
+
+    def __init__(self, line: Connection) -> None:
+        logging.Handler.__init__(self)
+        self.line = line
+        self.setFormatter(_OneLine())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send the line."""
+        send(self.line, {"kind": SAID, "level": record.levelno, "text": self.format(record)})
+
+
+class _OneLine(logging.Formatter):
+    """The message, and of an exception its kind and text."""
+
+    def formatException(self, ei: Any) -> str:
+        return f"  {ei[0].__name__}: {ei[1]}"
