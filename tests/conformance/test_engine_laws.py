@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -341,6 +342,32 @@ def test_a_wave_has_ended_before_the_next_is_packed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("fedloom.client.host.pack", lambda message, digest: pack_one(Packer(digest), message))
     world.run(*(task(k) for k in (0, 1, 2, 3, 4)))
     assert happened == ["pack", "pack", "answer"] * 2 + ["pack", "answer"]
+
+
+def held() -> int:
+    """Bytes of this process in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the kernel does not tell what a process holds")
+def test_memory_that_was_freed_is_given_back() -> None:
+    """Blocks of 100 kB come from the heap, and every second one of them keeps its neighbours' place from being the end of it."""
+    blocks = [bytearray(100_000) for _ in range(2000)]
+    full = held()
+    del blocks[::2]
+    engines_local.give_memory_back()
+    assert full - held() > 80_000_000
+    assert len(blocks) == 1000
+
+
+def test_many_waves_give_back_what_they_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(engines_local, "BREATH", 2)
+    monkeypatch.setattr(engines_local, "give_memory_back", lambda: given.append(1))
+    local(wave=6).run(*(task(k) for k in CLIENTS))
+    assert given == [], "a single wave, as of most rounds, does not pay for it"
+    local(wave=1).run(*(task(k) for k in CLIENTS))
+    assert len(given) == 3
 
 
 def test_many_tasks_of_one_broadcast_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

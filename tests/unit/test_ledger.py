@@ -9,7 +9,7 @@ import pytest
 
 from fedloom.messages import Failure, Replies, Task, Traffic, Update
 from fedloom.run.devices import DeviceProfile
-from fedloom.run.ledger import Ledger, give_memory_back, peak_rss_bytes
+from fedloom.run.ledger import Ledger, peak_rss_bytes
 
 PROFILE = DeviceProfile("round", 100.0, 10.0, 20.0)
 SCORES = {"test": {"personalised": 0.5, "global": 0.25}, "validation": {"personalised": 0.4, "global": 0.3, "loss": 1.5}}
@@ -109,19 +109,3 @@ def test_no_rows_yet(tmp_path: Path) -> None:
 
 def test_memory_never_falls() -> None:
     assert peak_rss_bytes() <= peak_rss_bytes()
-
-
-def held() -> int:
-    """Bytes of this process in memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the kernel does not tell what a process holds")
-def test_memory_that_was_freed_is_given_back() -> None:
-    """Blocks of 100 kB come from the heap, and every second one of them keeps its neighbours' place from being the end of it."""
-    blocks = [bytearray(100_000) for _ in range(2000)]
-    full = held()
-    del blocks[::2]
-    give_memory_back()
-    assert full - held() > 80_000_000
-    assert len(blocks) == 1000

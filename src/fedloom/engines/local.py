@@ -15,9 +15,12 @@ from fedloom.messages import Failure, Replies, Task, Traffic, Update
 from fedloom.tensors import nbytes
 from fedloom.wire import Packer, WireError, checked_settings, checked_tensors, unpack
 
-WAVE = 64
-"""Clients in one wave: enough to fill a stacked pass. The number of clients and of workers must not change it: stacks, and with them
-the last bits of a result, depend on it."""
+WAVE = 32
+"""Clients in one wave: enough to fill a stacked pass. The number of clients and of workers must not change it: what is stacked with
+what, and the memory it takes, depend on it."""
+
+BREATH = 8
+"""Waves after which freed memory is given back."""
 
 
 SMALL = 4096
@@ -38,10 +41,10 @@ class Local:
         """
         may_cross(tasks)
         packer = Packer(self.host.digest)
-        return joined(self._wave(part, packer) for part in waves(tasks, self.wave))
+        return joined(self._wave(i, part, packer) for i, part in enumerate(waves(tasks, self.wave), 1))
 
-    def _wave(self, tasks: Sequence[Task], packer: Packer) -> Replies:
-        if len(tasks) == self.wave:
+    def _wave(self, number: int, tasks: Sequence[Task], packer: Packer) -> Replies:
+        if number % BREATH == 0:
             give_memory_back()
         blobs = [packer.pack(task) for task in tasks]
         return gather(tasks, blobs, self.host.answer(blobs), self.host.digest)

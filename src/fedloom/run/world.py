@@ -82,10 +82,14 @@ class World:
         return Host(self.experiment.method, self.device, self.compute, store, self.experiment.digest())
 
     def engine(self, store: ClientStore) -> Engine:
-        """The engine that the experiment asks for, over devices that keep their state in ``store``."""
+        """The engine that the experiment asks for, over devices that keep their state in ``store``.
+
+        Workers share a cohort evenly where a device's result does not depend on its company (``model/kernels.py``).
+        """
         how = self.experiment.engine
         if how.kind == "local" and how.workers > 1:
-            return Workers(start(self), how.workers, store, self.experiment.digest(), self.wave)
+            share = -(-self.experiment.cohort // how.workers) if self.model.together_by.startswith("packed") else self.wave
+            return Workers(start(self), how.workers, store, self.experiment.digest(), min(self.wave, share))
         host = self.host(store)
         if how.kind == "local":
             return Local(host, self.wave)
