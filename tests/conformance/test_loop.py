@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from fedloom.engines.local import Local
+from fedloom.engines.local import WAVE, Local
+from fedloom.engines.workers import Workers
 from fedloom.methods import named
 from fedloom.run import checkpoint, loop
 from fedloom.run.again import evaluate_again
 from fedloom.run.checkpoint import CheckpointError, fingerprint_of
 from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.run.loop import run
-from fedloom.run.world import World, build
+from fedloom.run.world import World, build, store_in
 from tests import small
 
 TIMES = ("train_seconds", "host_seconds", "peak_rss_bytes")
@@ -190,8 +191,16 @@ def test_a_finished_run_leaves_nothing_in_memory(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(("workers", "stack", "told"), [(1, 0, False), (2, 0, True), (2, 3, True), (2, 2, False)])
-def test_workers_that_a_round_does_not_need_are_told(workers: int, stack: int, told: bool, tmp_path: Path) -> None:
-    """Of four devices three are drawn: they are one wave, unless a stack is smaller."""
-    experiment = replace(small.experiment("lora"), engine=EngineSettings(stack=stack, workers=workers))
-    notes = loop._idle(build(experiment))
-    assert notes == (["a round of 3 devices goes to one of the 2 workers as a whole; --engine.stack 2 shares it out"] if told else [])
+def test_workers_that_a_round_does_not_need_are_told(
+    workers: int, stack: int, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four devices three are drawn: they are one wave, unless a stack is smaller. A model that runs packed has them shared."""
+    world = build(replace(small.experiment("lora"), engine=EngineSettings(stack=stack, workers=workers)))
+    assert loop._idle(world) == []
+    monkeypatch.setattr(World, "alone_or_together", False)
+    text = "a round of 3 devices goes to one of the 2 workers as a whole; --engine.stack 2 shares it out"
+    assert loop._idle(world) == ([text] if told else [])
+    if workers > 1:
+        engine = world.engine(store_in(tmp_path))
+        assert isinstance(engine, Workers)
+        assert (engine.wave, engine.even) == (stack or WAVE, False)

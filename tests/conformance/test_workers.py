@@ -99,6 +99,24 @@ def test_every_worker_works_and_updates_come_in_task_order(toys: Workers) -> Non
     assert {u.metrics["visits"] for u in replies.updates} == {1.0}
 
 
+@pytest.mark.parametrize(
+    ("count", "wave", "even", "sizes"),
+    [(2, 32, True, [3, 2]), (3, 32, True, [2, 2, 1]), (9, 2, True, [1] * 5), (2, 2, True, [2, 2, 1]), (2, 32, False, [5])],
+)
+def test_workers_share_an_asking_evenly_where_that_changes_nothing(
+    count: int, wave: int, even: bool, sizes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut: list[int] = []
+
+    def answered(self: Workers, parts: list[list[Task]]) -> list[Replies]:
+        cut.extend(map(len, parts))
+        return []
+
+    monkeypatch.setattr(Workers, "_answered", answered)
+    Workers(start(), count, ClientStore(tmp_path), DIGEST, wave, even).run([task(k) for k in range(5)])
+    assert cut == sizes
+
+
 def test_what_may_not_cross_ends_the_run_before_anything_ran(toys: Workers) -> None:
     with pytest.raises(WireError, match="setting 'value' is None"):
         toys.run([*(task(k) for k in range(5)), Task("echo", 5, {}, {"value": None})])  # type: ignore[dict-item]
@@ -251,9 +269,9 @@ def same(first: tuple[list, str, str], second: tuple[list, str, str]) -> bool:
 
 @pytest.mark.parametrize("name", ["lora", "fibecfed"])
 def test_one_two_and_three_workers_are_bit_identical(name: str, tmp_path: Path) -> None:
-    wanted = replace(small.experiment(name), engine=EngineSettings(stack=2, threads=1, workers=2), clients=6, cohort=5)
+    wanted = replace(small.experiment(name), engine=EngineSettings(threads=1, workers=2), clients=6, cohort=5)
     world = build(wanted)
-    alone = replace(world, experiment=replace(wanted, engine=EngineSettings(stack=2, threads=1)))
+    alone = replace(world, experiment=replace(wanted, engine=EngineSettings(threads=1)))
     store = ClientStore(tmp_path / "alone")
     expected = whole(alone, alone.engine(store), store)
     engine = world.engine(ClientStore(tmp_path / "workers"))

@@ -16,8 +16,8 @@ from fedloom.tensors import nbytes
 from fedloom.wire import Packer, WireError, checked_settings, checked_tensors, unpack
 
 WAVE = 32
-"""Clients in one wave: enough to fill a stacked pass. The number of clients and of workers must not change it: what is stacked with
-what, and the memory it takes, depend on it."""
+"""Clients in one wave: enough to fill a stacked pass. The number of clients must not change it: the memory that a run takes depends on
+it, and for some models what a client gets, by who is stacked with whom."""
 
 BREATH = 8
 """Waves after which freed memory is given back."""

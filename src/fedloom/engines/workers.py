@@ -1,7 +1,7 @@
 """Simulation in several processes: each has a model and a host of its own, and waves go to whichever is free.
 
-What a wave is does not depend on how many workers there are, nor does the order in which answers count: the same tasks give the same
-updates for any number of workers (to the bit where stack and threads are equal). Packed tasks and packed updates cross a socket each.
+The order in which answers count does not depend on how many workers there are, nor, unless they share evenly, what a wave is: the same
+tasks give the same updates for any number of workers. Packed tasks and packed updates cross a socket each.
 A client's state does not: the worker is told the name of its file, writes the new one beside it and tells its name, and the store on
 this side, which owns the index, takes it when the answer is here. So a worker that dies leaves nothing half done: its wave is done
 again by another.
@@ -24,12 +24,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
 from fedloom.client.store import ClientStore
-from fedloom.engines.local import gather, joined, may_cross, waves
+from fedloom.engines.local import BREATH, gather, give_memory_back, joined, may_cross, waves
 from fedloom.messages import Failure, Replies, Task
 from fedloom.wire import Packer
 
@@ -72,16 +73,20 @@ class Start:
 
 
 class Workers:
-    """An :class:`~fedloom.engines.engine.Engine` over ``count`` processes, ``wave`` clients at a time each.
+    """An :class:`~fedloom.engines.engine.Engine` over ``count`` processes, ``wave`` clients at a time each at most.
+
+    ``even``: the clients of one asking are shared out evenly, so that all workers have something to do. For computes whose results do not
+    depend on what is stacked with what; otherwise waves are cut as in one process.
 
     Raises:
         ValueError: a store without a folder, through which no state can pass from process to process.
     """
 
-    def __init__(self, start: Start, count: int, store: ClientStore, digest: str, wave: int) -> None:
+    def __init__(self, start: Start, count: int, store: ClientStore, digest: str, wave: int, even: bool = False) -> None:
         if store.folder is None:
             raise ValueError("workers need a client store with a folder; this one keeps everything in the memory of one process")
-        self.start, self.count, self.store, self.digest, self.wave = start, count, store, digest, wave
+        self.start, self.count, self.store, self.digest = start, count, store, digest
+        self.wave, self.even = wave, even
         self.workers: list[Worker] = []
 
     def run(self, tasks: Sequence[Task]) -> Replies:
@@ -92,8 +97,9 @@ class Workers:
             WorkerError: a worker could not start.
         """
         may_cross(tasks)
+        size = min(self.wave, max(1, -(-len(tasks) // self.count))) if self.even else self.wave
         try:
-            return joined(self._answered(waves(tasks, self.wave)))
+            return joined(self._answered(waves(tasks, size)))
         except BaseException:
             self.close()  # what they are still doing is nobody's answer any more
             raise
@@ -283,7 +289,7 @@ def serve(line: Connection, host: Answering) -> None:
     log.addHandler(Forwarded(line))
     log.propagate = False
     send(line, {"kind": READY})
-    while True:
+    for number in count(1):
         try:
             asked, blobs = receive(line)
         except (EOFError, OSError):
@@ -297,6 +303,8 @@ def serve(line: Connection, host: Answering) -> None:
             for one, answer in zip(clients, answers, strict=True)
         ]
         send(line, {"kind": ANSWERS, "clients": told}, [answer for answer in answers if not isinstance(answer, Failure)])
+        if number % BREATH == 0:
+            give_memory_back()
 
 
 class Forwarded(logging.Handler):

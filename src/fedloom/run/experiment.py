@@ -31,7 +31,7 @@ class EngineSettings:
         kind: local (the fast one) or flower (the same tasks as real Flower messages, in memory).
         stack: clients computed in one pass (0: as many as pay; 1: one by one).
         threads: CPU threads of a process (0: PyTorch's default, divided among the workers).
-        workers: processes that share the devices, a stack at a time each; one GPU each where there are several (0 or 1: this process).
+        workers: processes that share the devices, each with its own model and, where there are several, GPU (0 or 1: this process).
     """
 
     kind: Literal["local", "flower"] = "local"

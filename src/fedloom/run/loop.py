@@ -76,7 +76,7 @@ def _loaded(experiment: Experiment, folder: Path, show: Progress) -> dict[str, A
 def _idle(world: World) -> list[str]:
     """What to say when most workers would have nothing to do in a round."""
     e, workers = world.experiment, world.experiment.engine.workers
-    if workers < 2 or e.cohort > world.wave:
+    if workers < 2 or world.alone_or_together or e.cohort > world.wave:
         return []
     share = f"--engine.stack {-(-e.cohort // workers)} shares it out"
     return [f"a round of {e.cohort} devices goes to one of the {workers} workers as a whole; {share}"]

@@ -74,22 +74,23 @@ class World:
 
     @property
     def wave(self) -> int:
-        """Devices that are computed together, or by one worker: the stack if one is set."""
+        """Devices that are computed together, or by one worker, at most: the stack if one is set."""
         return self.experiment.engine.stack or WAVE
 
     def host(self, store: ClientStore) -> Host:
         """What answers for the devices in this process."""
         return Host(self.experiment.method, self.device, self.compute, store, self.experiment.digest())
 
-    def engine(self, store: ClientStore) -> Engine:
-        """The engine that the experiment asks for, over devices that keep their state in ``store``.
+    @property
+    def alone_or_together(self) -> bool:
+        """Whether a device's result is the same to the bit whoever shares a pass with it (``model/kernels.py``)."""
+        return self.model.together_by.startswith("packed")
 
-        Workers share a cohort evenly where a device's result does not depend on its company (``model/kernels.py``).
-        """
+    def engine(self, store: ClientStore) -> Engine:
+        """The engine that the experiment asks for, over devices that keep their state in ``store``."""
         how = self.experiment.engine
         if how.kind == "local" and how.workers > 1:
-            share = -(-self.experiment.cohort // how.workers) if self.model.together_by.startswith("packed") else self.wave
-            return Workers(start(self), how.workers, store, self.experiment.digest(), min(self.wave, share))
+            return Workers(start(self), how.workers, store, self.experiment.digest(), self.wave, even=self.alone_or_together)
         host = self.host(store)
         if how.kind == "local":
             return Local(host, self.wave)
