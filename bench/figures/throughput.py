@@ -134,7 +134,8 @@ class Course:
             words += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
         words += [str(PEERS / peer / f"{script}.py"), *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
         environment = {**os.environ, **QUIET, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(PEERS)}
-        out.unlink(missing_ok=True)
+        for stale in (out, out.with_suffix(".safetensors")):
+            stale.unlink(missing_ok=True)
         began = time.perf_counter()
         with log.open("w") as said:
             process = subprocess.Popen(words, env=environment, cwd=self.folder, stdout=said, stderr=said, start_new_session=True)
@@ -150,14 +151,18 @@ class Course:
         return json.loads(out.read_text()), time.perf_counter() - began
 
     def apart(self, peer: str, precision: Precision) -> float:
-        """How far its tensors after the first round are from the reference, as a share of the way that this went; 0 if it averages none.
+        """How far its tensors after the first round are from the reference, as a share of the way that this went.
+
+        0 for the plain loop, which averages nothing.
 
         Raises:
-            Failed: so far that it was other work.
+            Failed: it left none, or they are so far that it was other work.
         """
         made = self.folder / f"{peer}-{precision}.safetensors"
-        if not made.exists():
+        if peer == "plain":
             return 0.0
+        if not made.exists():
+            raise Failed("it left no tensors of its first round, so nobody knows what it did")
         start, wanted, got = (load_file(f) for f in (self.folder / "start.safetensors", self.reference, made))
         if set(got) != set(wanted):
             raise Failed(f"it trained other tensors: {sorted(set(got) ^ set(wanted))[:4]}")
@@ -281,7 +286,9 @@ def _told(crew: Crew) -> str:
 
 def measure(quick: bool) -> list[Row]:
     """Rates, Fedloom's ratios, and its share of the rate at large batches."""
-    cores = len(os.sched_getaffinity(0))
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    if load > cores / 4:
+        print(f"bench: the machine is busy (load {load:.1f}); rates will be too low, most of all of those with several threads", flush=True)
     for who in RIVALS:
         try:
             python_of(who.folder)

@@ -58,15 +58,20 @@ def test_one_example_less_on_one_device_is_other_work(course: Course, tmp_path: 
     other.run(FEDLOOM.folder, "float32", "eager", (1, 1))  # it draws its batches itself
     with pytest.raises(Failed, match="did other work: its tensors are 0"):
         other.apart(FEDLOOM.folder, "float32")
+    with pytest.raises(Failed, match="left no tensors"):
+        other.apart("pfl", "float32")
 
 
 def test_a_contestant_that_breaks_is_told_with_its_last_words(course: Course, monkeypatch: pytest.MonkeyPatch) -> None:
+    stale = course.folder / "script-bf16.json"
+    stale.write_text("{}")
     mine = Taken()
-    turn(course, SCRIPT, "float32", "no such attention", (1, 1), mine)
+    turn(course, SCRIPT, "bf16", "no such attention", (1, 1), mine)
     assert mine.fault.startswith("exit code 1: ValueError")
     assert not mine.rates
+    assert not stale.exists()
     monkeypatch.setattr(throughput, "LONGEST", 0.2)
-    turn(course, SCRIPT, "float32", "eager", (1, 1), mine)
+    turn(course, SCRIPT, "bf16", "eager", (1, 1), mine)
     assert mine.fault == "stopped after 0.2 s"
 
 

@@ -227,3 +227,13 @@ def test_a_tokenizer_without_padding_pads_with_the_end_of_text(tmp_path: Path) -
     tokenizer = json.loads((Path(path) / "tokenizer.json").read_text())
     (Path(path) / "tokenizer.json").write_text(json.dumps({**tokenizer, "padding": None}))
     assert load(path, num_labels=2, max_length=16).pad_id == 3
+
+
+def test_what_encoding_depends_on_is_in_its_digest() -> None:
+    """Tokens are kept on disk under it: another length or tokenizer must not find them."""
+    one = tiny.model()
+    assert len(one.encoding) == 64 and one.encoding == tiny.model().encoding
+    longer = load(str(tiny.folder()), num_labels=3, seed=1, max_length=20)
+    assert longer.encoding != one.encoding
+    one.tokenizer.add_tokens(["other"])
+    assert one.encoding != longer.encoding != tiny.model().encoding

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib.metadata
 import importlib.util
 import inspect
+import json
 import logging
 import os
 import warnings
@@ -118,6 +120,12 @@ class Model:
         return Shape(self.causal, self.pad_id, int(self.config.to_dict().get("local_attention") or 0))
 
     @property
+    def trial_length(self) -> int:
+        """Tokens of the texts by which ways of calling are told apart: few, but longer than any window that attention is kept to."""
+        c = self.config.to_dict()
+        return self.max_length if c.get("local_attention") or c.get("sliding_window") else min(self.max_length, 24)
+
+    @property
     def dtype(self) -> torch.dtype:
         """What training computes in; trainable tensors are kept in float32 all the same."""
         return DTYPES[self.precision]
@@ -133,6 +141,18 @@ class Model:
         made = self.tokenizer(texts, pairs, truncation=True, max_length=self.max_length, return_token_type_ids=True)
         ids = [row or [self.pad_id] for row in made["input_ids"]]
         return ids, [row or [0] for row in made["token_type_ids"]]
+
+    @property
+    def encoding(self) -> str:
+        """A digest of all that :meth:`encode` depends on but the texts: tokenizer, libraries, length ("": a tokenizer written in Python)."""
+        if not self.tokenizer.is_fast:
+            return ""
+        rust = self.tokenizer.backend_tokenizer
+        rust.no_truncation()  # both are set anew by every call
+        rust.no_padding()
+        versions = [importlib.metadata.version(library) for library in ("tokenizers", "transformers")]
+        said = [type(self.tokenizer).__name__, self.tokenizer.truncation_side, self.max_length, self.pad_id, *versions, rust.to_str()]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def embed(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Input embeddings E of token ids, (B, L, d)."""
@@ -341,7 +361,8 @@ def _loaded(folder: str, name: str, num_labels: int) -> tuple[Any, Any, Any]:
 def _learn_to_call(model: Model, base: Any) -> None:
     """Find out whether the base is causal, and which of ``CALLS`` equals its own plain call on a padded batch."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, int(model.config.vocab_size), (2, model.max_length), generator=generator).to(model.device)
+    length = model.trial_length
+    ids = torch.randint(5, int(model.config.vocab_size), (2, length), generator=generator).to(model.device)
     changed = ids[:, :8].clone()
     changed[:, -1] = (changed[:, -1] + 1) % int(model.config.vocab_size)
     with torch.no_grad():
@@ -351,8 +372,8 @@ def _learn_to_call(model: Model, base: Any) -> None:
         if model.causal:
             base.config.pad_token_id = -1  # no token: the head then always reads the last position, which left padding makes real
         mask = torch.ones_like(ids, dtype=torch.bool)
-        short = max(1, model.max_length // 3)
-        mask[1, : model.max_length - short] = not model.causal
+        short = max(1, length // 3)
+        mask[1, : length - short] = not model.causal
         if not model.causal:
             mask[1, short:] = False
         batch = Batch(torch.where(mask, ids, model.pad_id), mask, torch.zeros_like(ids), ids[:, 0] * 0, torch.ones(2))
@@ -377,11 +398,11 @@ def _learn_to_call(model: Model, base: Any) -> None:
 def _learn_to_pack(model: Model) -> None:
     """Find the fastest way to call the model for many owners that equals its own calls for each; if there is none, say why in ``alone``.
 
-    Two owners with different tensors, texts of the greatest length, a third of it and one token; logits and all layers' outputs, and
+    Two owners with different tensors, texts of the trial length, a third of it and one token; logits and all layers' outputs, and
     with dropout if there is any.
     """
     generator = torch.Generator().manual_seed(0)
-    lengths = np.array([model.max_length, max(1, model.max_length // 3), 1])
+    lengths = np.array([model.trial_length, max(1, model.trial_length // 3), 1])
     ids = torch.randint(5, int(model.config.vocab_size), (int(lengths.sum()),), generator=generator).to(model.device)
     zero, one = torch.zeros_like(ids[:3]), torch.ones(3, device=model.device)
     keys = torch.tensor([3, 4], device=model.device) if model.dropout else None

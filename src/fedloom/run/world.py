@@ -163,7 +163,7 @@ def build(experiment: Experiment) -> World:
         precision=e.precision,
         device=device,
     )
-    splits = tokenise(source, in_parts(model.encode))
+    splits = tokenise(source, in_parts(model.encode), model.encoding)
     return World(e, source, shards, splits, model, Stacked(model, e.engine.stack))
 
 
