@@ -144,7 +144,7 @@ class Model:
 
     @property
     def encoding(self) -> str:
-        """A digest of all that :meth:`encode` depends on but the texts: tokenizer, libraries, length ("": a tokenizer written in Python)."""
+        """A digest of all that :meth:`encode` depends on but the texts: tokenizer, libraries, length ("": one written in Python)."""
         if not self.tokenizer.is_fast:
             return ""
         rust = self.tokenizer.backend_tokenizer

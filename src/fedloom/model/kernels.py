@@ -88,7 +88,8 @@ def runs_of(rows: np.ndarray) -> list[Run]:
 def owned_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, runs: Sequence[Run]) -> torch.Tensor:
     """(N, d_out): row i of x (N, d_in) times the weight (and plus the bias) of the owner it belongs to.
 
-    ``weight``: (S, d_out, d_in). ``bias``: (S, d_out) or None. Rows lie in order of their owners; the runs cover all S and all N.
+    ``weight``: (S, d_out, d_in). ``bias``: (S, d_out) or None. Rows lie in order of their owners; the runs cover all S, and rows beyond
+    them belong to nobody and become zero.
     """
     return _OwnedLinear.apply(x.contiguous(), weight, bias, runs)  # type: ignore[return-value]
 
@@ -98,10 +99,11 @@ class _OwnedLinear(Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, runs: Sequence[Run]) -> torch.Tensor:
         ctx.runs, ctx.biased = runs, bias is not None
         ctx.save_for_backward(x, weight)
-        y = x.new_empty(x.shape[0], weight.shape[1])
+        y = x.new_zeros(x.shape[0], weight.shape[1])
         _products(runs, _rows(x, runs), _owners(weight.transpose(1, 2), runs), _rows(y, runs))
         if bias is not None:
-            y += bias.repeat_interleave(torch.tensor([run.rows for run in runs for _ in range(run.count)], device=x.device), 0)
+            counts = torch.tensor([run.rows for run in runs for _ in range(run.count)], device=x.device)
+            y[: int(counts.sum())] += bias.repeat_interleave(counts, 0)
         return y
 
     @staticmethod
@@ -109,7 +111,7 @@ class _OwnedLinear(Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, None]:
         (x, weight), runs = ctx.saved_tensors, ctx.runs
         upstream = _rows(gradient.contiguous(), runs)
-        to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        to_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         to_weight, to_bias = torch.zeros_like(weight), weight.new_zeros(weight.shape[:2]) if ctx.biased else None
         if to_x is not None:
             _products(runs, upstream, _owners(weight, runs), _rows(to_x, runs))
@@ -122,7 +124,8 @@ class _OwnedLinear(Function):
 
 def _rows(x: torch.Tensor, runs: Sequence[Run]) -> list[torch.Tensor]:
     """Each run's rows of x (N, d) as (count, rows, d), views."""
-    parts = x.split([count * rows for count, rows in runs])
+    sizes = [count * rows for count, rows in runs]
+    parts = x.split([*sizes, len(x) - sum(sizes)])[:-1]
     return [part.view(run.count, run.rows, x.shape[1]) for part, run in zip(parts, runs, strict=True)]
 
 

@@ -19,7 +19,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -33,6 +33,9 @@ from torch.overrides import TorchFunctionMode
 from fedloom.messages import Tensors
 from fedloom.model import dropout
 from fedloom.model.kernels import Attention, Frozen, Run, onednn, owned_linear, ragged_attention, runs_of
+
+FILL = 32
+"""Packed passes hold a multiple of this many tokens: oneDNN makes, and keeps, a program for every number of rows that it meets."""
 
 ATTENTION = "fedloom"
 """The name under which :func:`attend` is known to the library."""
@@ -82,6 +85,23 @@ class Texts:
     def losses(self, logits: torch.Tensor) -> torch.Tensor:
         """Each owner's weighted sum of cross-entropies (S,) of logits (n, C)."""
         return self.per_owner(functional.cross_entropy(logits, self.labels, reduction="none") * self.weights)
+
+
+def filled(texts: Texts) -> Texts:
+    """The texts and one more, of no owner's account, that makes T a multiple of :data:`FILL`."""
+    missing = -len(texts.ids) % FILL
+    if not missing:
+        return texts
+    return replace(
+        texts,
+        ids=functional.pad(texts.ids, (0, missing)),
+        segments=functional.pad(texts.segments, (0, missing)),
+        labels=functional.pad(texts.labels, (0, 1)),
+        weights=functional.pad(texts.weights, (0, 1)),
+        lengths=np.append(texts.lengths, missing),
+        owners=np.append(texts.owners, texts.owners[-1]),
+        rows=np.append(texts.rows, 0),
+    )
 
 
 class Way(Protocol):
@@ -175,7 +195,7 @@ class Pass(TorchFunctionMode):
             made = functional.linear(rows, weight, plain) if frozen is None else frozen(rows, plain)
             if own_bias is not None:
                 counts = torch.tensor([run.rows for run in self._runs(rows) for _ in range(run.count)], device=rows.device)
-                made = made + own_bias.repeat_interleave(counts, 0)
+                made = made + functional.pad(own_bias.repeat_interleave(counts, 0), (0, 0, 0, len(made) - int(counts.sum())))
         return made.view(*input.shape[:-1], made.shape[-1])
 
     def _frozen(self, weight: torch.Tensor, of: torch.Tensor) -> Frozen | None:
@@ -318,13 +338,14 @@ class Packed:
         self, tensors: Tensors, texts: Texts, embeddings: torch.Tensor | None = None, layers: bool = False
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """See :class:`Way`."""
+        given_texts, texts = texts, filled(texts)
         device, count, total = texts.ids.device, len(texts.lengths), len(texts.ids)
-        ends = np.cumsum(texts.lengths)
-        within = torch.from_numpy(np.arange(total) - np.repeat(ends - texts.lengths, texts.lengths)).to(device)
-        from_end = torch.from_numpy(np.repeat(ends, texts.lengths) - 1 - np.arange(total)).to(device)
+        longest, ends = int(given_texts.lengths.max()), np.cumsum(texts.lengths)
+        within = np.arange(total) - np.repeat(ends - texts.lengths, texts.lengths)
+        places = np.repeat(ends, texts.lengths) - 1 - np.arange(total) if self.causal else within
         read = torch.from_numpy(ends - 1 if self.causal else ends - texts.lengths).to(device)
-        per_owner = np.bincount(texts.owners, minlength=texts.count)
-        of_tokens = np.bincount(texts.owners, weights=texts.lengths, minlength=texts.count).astype(np.int64)
+        per_owner = np.bincount(given_texts.owners, minlength=texts.count)
+        of_tokens = np.bincount(given_texts.owners, weights=given_texts.lengths, minlength=texts.count).astype(np.int64)
         layout = Layout(
             texts,
             self.causal,
@@ -332,22 +353,25 @@ class Packed:
             OneRow(
                 Attention(texts.lengths, device),
                 Attention(texts.lengths, device, "last" if self.causal else "first"),
-                from_end if self.causal else within,
+                torch.from_numpy(places).to(device),
                 read,
             ),
         )
-        positions = self.positions(int(texts.lengths.max()))
+        positions = self.positions(longest)
         given: dict[str, Any] = {"input_ids": torch.zeros(count, 1, dtype=torch.int64, device=device)}
         if positions is not None:
-            given["position_ids"] = positions.to(device)[within][None]
+            given["position_ids"] = positions.to(device)[torch.from_numpy(np.minimum(within, longest - 1)).to(device)][None]
         if self.kinds:
             given["token_type_ids"] = texts.segments.clamp(max=self.kinds - 1)[None]
         self._ids, self._given = texts.ids[None], embeddings
+        if embeddings is not None:
+            self._given = functional.pad(embeddings, (0, 0, 0, total - embeddings.shape[1]))
         with running(Pass(layout, self.weights, self.rate if texts.keys is not None else 0.0)):
             out = functional_call(self.module, dict(tensors), (), {**given, "output_hidden_states": layers})
         self._given = None
         hidden = (h.flatten(0, -2) for h in out.hidden_states[1:]) if layers else ()
-        return out.logits.float(), tuple(h if len(h) == count else h[read] for h in hidden)
+        real = slice(0, len(given_texts.lengths))
+        return out.logits.float()[real], tuple((h if len(h) == count else h[read])[real] for h in hidden)
 
     def embed(self, texts: Texts) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`Way`."""
@@ -362,6 +386,7 @@ class Packed:
             layer.forward(*args, **kwargs)
             raise Unpackable(f"{type(layer).__name__} does not call the library's attention")
         except _Seen as seen:
+            seen.__traceback__ = None  # it would hold its frames, and with them every tensor of the layer
             now.last, now.site = seen, site
         total, read = len(now.layout.texts.ids), row.read
         return tuple(_only(a, total, read) for a in args), {name: _only(a, total, read) for name, a in kwargs.items()}
