@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification
@@ -140,17 +140,26 @@ def model_of(how: Settings) -> Any:
 
 def trained(model: Any) -> list[torch.nn.Parameter]:
     """The parameters that are trained."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return list(named(model).values())
+
+
+@functools.cache
+def named(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The parameters that are trained, by the names that PEFT saves."""
+    parts = (".modules_to_save.default", ".default")
+    return {functools.reduce(lambda n, part: n.replace(part, ""), parts, n): p for n, p in model.named_parameters() if p.requires_grad}
 
 
 def state(model: Any) -> dict[str, torch.Tensor]:
-    """A copy of the trained tensors, by the names that PEFT saves."""
-    return {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(model).items()}
+    """A copy of the trained tensors. PEFT's own functions go through the state dict of the whole model, which takes 30 ms each."""
+    return {name: parameter.detach().clone() for name, parameter in named(model).items()}
 
 
+@torch.no_grad()
 def load(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put trained tensors into the model."""
-    set_peft_model_state_dict(model, dict(tensors))
+    """Put trained tensors into the model, in place."""
+    for name, parameter in named(model).items():
+        parameter.copy_(tensors[name])
 
 
 def mixed(how: Settings) -> AbstractContextManager[Any]:
