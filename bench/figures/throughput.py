@@ -6,7 +6,7 @@ start (``bench/job.py``), and after the first round everybody's tensors must be 
 
 Only rounds are timed, and not the first: loading, starting workers and ending are told apart, as seconds outside rounds. Contestants
 take turns in several passes. The peers get what is fastest for them: of transformers' ways of attention the faster one for the step
-that they all do, and of one worker with all cores and one worker a core the better one; both are found out in each run.
+that they all do; and everybody, Fedloom too, the better of one worker with all cores and one worker a core. Both are found out in each run.
 """
 
 from __future__ import annotations
@@ -61,22 +61,39 @@ QUIET = {
 
 @dataclass(frozen=True)
 class Contestant:
-    """A folder of ``bench/peers``, its name, what Fedloom's ratio to it should be, and what one should know about it."""
+    """A folder of ``bench/peers``, its name, what Fedloom's ratio to it should be, what one should know about it, and whether its processes
+    keep the model from device to device or load it for each."""
 
     folder: str
     name: str
     at_least: float | None = None
     aim: float | None = None
     note: str = ""
+    keeps: bool = True
+
+    @property
+    def key(self) -> str:
+        """Its name among files."""
+        return self.folder if self.keeps else f"{self.folder}-loading"
 
 
 FEDLOOM = Contestant("fedloom", "Fedloom", note="local engine, everything through its wire, as in fedloom run")
 SCRIPT = Contestant("script", "FedAvg in a research script", note="load the global state, train, average the state dicts")
+PLAIN = Contestant("plain", "plain PEFT loop", 2.0, 3.0, "no federation: one model, the same batches one after another")
+TUNED = Contestant("flower", "Flower simulation", 5.0, 10.0, "flwr 1.41, 100 virtual nodes on Ray, the model cached in each worker by hand")
 RIVALS = (
-    Contestant("flower", "Flower simulation", 5.0, 10.0, "flwr 1.41, 100 virtual nodes on Ray, the model cached in each worker"),
+    TUNED,
+    Contestant(
+        "flower",
+        "Flower simulation as in its template",
+        5.0,
+        10.0,
+        "flwr 1.41, 100 virtual nodes on Ray, the model loaded for each message as FlowerTune's client does",
+        keeps=False,
+    ),
     Contestant("pfl", "pfl", 2.0, 4.0, "pfl 0.6, PyTorchModel, the model resident in each process"),
     Contestant("nvflare", "NVFlare simulator", 5.0, 10.0, "nvflare 2.9, ten resident sites that play each round's cohort"),
-    Contestant("plain", "plain PEFT loop", 2.0, 3.0, "no federation: one model, the same batches one after another"),
+    PLAIN,
     SCRIPT,
 )
 CEILING = Contestant(
@@ -119,16 +136,17 @@ class Course:
     folder: Path
     rounds: int
 
-    def run(self, peer: str, precision: Precision, attention: str, crew: Crew, script: str = "run") -> tuple[dict[str, Any], float]:
+    def run(self, who: Contestant, precision: Precision, attention: str, crew: Crew, script: str = "run") -> tuple[dict[str, Any], float]:
         """What the contestant's script wrote, and the seconds from its start to its end.
 
         Raises:
             NotInstalled: its packages cannot be had.
             Failed: it broke or took too long.
         """
-        processes, threads = crew
-        out, log = self.folder / f"{peer}-{precision}.json", self.folder / f"{peer}-{precision}.log"
-        given = {"job": self.folder, "out": out, "rounds": self.rounds, "precision": precision, "attention": attention, "threads": threads}
+        (processes, threads), peer = crew, who.folder
+        out, log = self.folder / f"{who.key}-{precision}.json", self.folder / f"{who.key}-{precision}.log"
+        given = {"job": self.folder, "out": out, "rounds": self.rounds, "precision": precision, "attention": attention}
+        given |= {"processes": processes, "threads": threads, "keeps": int(who.keeps)}
         words = [str(python_of(peer)), "-W", "ignore"]
         if peer == "pfl" and processes > 1:
             words += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
@@ -150,7 +168,7 @@ class Course:
             raise Failed(f"exit code {code}: {' '.join(last)[:300]}")
         return json.loads(out.read_text()), time.perf_counter() - began
 
-    def apart(self, peer: str, precision: Precision) -> float:
+    def apart(self, who: Contestant, precision: Precision) -> float:
         """How far its tensors after the first round are from the reference, as a share of the way that this went.
 
         0 for the plain loop, which averages nothing.
@@ -158,8 +176,8 @@ class Course:
         Raises:
             Failed: it left none, or they are so far that it was other work.
         """
-        made = self.folder / f"{peer}-{precision}.safetensors"
-        if peer == "plain":
+        made = self.folder / f"{who.key}-{precision}.safetensors"
+        if who is PLAIN:
             return 0.0
         if not made.exists():
             raise Failed("it left no tensors of its first round, so nobody knows what it did")
@@ -177,7 +195,7 @@ class Course:
     @property
     def reference(self) -> Path:
         """The research script's tensors after one round in float32."""
-        return self.folder / f"{SCRIPT.folder}-float32.safetensors"
+        return self.folder / f"{SCRIPT.key}-float32.safetensors"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -195,7 +213,7 @@ def crews(peer: str, cores: int) -> tuple[Crew, ...]:
     match peer:
         case "nvflare":
             return ((10, 1),)
-        case "flower" | "pfl" if cores > 1:
+        case "fedloom" | "flower" | "pfl" if cores > 1:
             return ((1, cores), (cores, 1))
         case _:
             return ((1, cores),)
@@ -204,8 +222,8 @@ def crews(peer: str, cores: int) -> tuple[Crew, ...]:
 def turn(course: Course, who: Contestant, precision: Precision, attention: str, crew: Crew, mine: Taken) -> None:
     """One contestant's turn, written down in ``mine``; if it fails, why."""
     try:
-        result, life = course.run(who.folder, precision, attention, crew)
-        mine.apart = max(mine.apart, course.apart(who.folder, precision))
+        result, life = course.run(who, precision, attention, crew)
+        mine.apart = max(mine.apart, course.apart(who, precision))
     except (NotInstalled, Failed) as error:
         mine.fault = str(error)
         print(f"bench: {who.name}, {precision}: {error}", flush=True)
@@ -233,28 +251,29 @@ def race(course: Course, passes: int, cores: int) -> Race:
     """
     attention: dict[Precision, str] = {}
     for precision in PRECISIONS:
-        seconds = course.run("plain", precision, "eager", (1, cores), "attention")[0]
+        seconds = course.run(PLAIN, precision, "eager", (1, cores), "attention")[0]
         attention[precision] = min(seconds, key=lambda way: seconds[way])
     order = (SCRIPT, FEDLOOM, *(who for who in RIVALS if who is not SCRIPT))  # the reference first
-    made = Race(attention, {(who.folder, p): Taken() for who in order for p in PRECISIONS}, {p: [] for p in PRECISIONS})
+    made = Race(attention, {(who.key, p): Taken() for who in order for p in PRECISIONS}, {p: [] for p in PRECISIONS})
     for i in range(passes):
         for precision in PRECISIONS:
             for who in order if i % 2 == 0 else reversed(order):
-                mine = made.taken[who.folder, precision]
-                for crew in crews(who.folder, cores) if i == 0 else (mine.crew,) if mine.rates else ():
+                mine, tuned = made.taken[who.key, precision], made.taken[TUNED.key, precision]
+                tried = (tuned.crew,) if not who.keeps and tuned.rates else crews(who.folder, cores)  # what was best for it is best here
+                for crew in tried if i == 0 else (mine.crew,) if mine.rates else ():
                     if not mine.fault:
                         turn(course, who, precision, attention[precision], crew, mine)
                 if mine.fault and who in (FEDLOOM, SCRIPT):
                     raise Failed(f"{who.name}, {precision}: {mine.fault}")
-            made.ceilings[precision].append(course.run(CEILING.folder, precision, attention[precision], (1, cores))[0])
+            made.ceilings[precision].append(course.run(CEILING, precision, attention[precision], (1, cores))[0])
     return made
 
 
 def rows(made: Race, precision: Precision) -> list[Row]:
     """Rates, ratios and the share, in one precision."""
-    ours, out = made.taken[FEDLOOM.folder, precision], []
+    ours, out = made.taken[FEDLOOM.key, precision], []
     for who in (FEDLOOM, *RIVALS):
-        mine = made.taken[who.folder, precision]
+        mine = made.taken[who.key, precision]
         name, versus = f"examples/s, {who.name}, {precision}", f"Fedloom / {who.name}, {precision}"
         if mine.fault:
             out += [Row(name, None, "1/s", note=mine.fault), Row(versus, None, "x", who.at_least, who.aim, note=mine.fault)]

@@ -42,7 +42,9 @@ class Settings:
         rounds: rounds to run, from the job's first on.
         precision: float32, or bf16: the frozen base in bfloat16, trained tensors in float32 under autocast.
         attention: eager or sdpa, transformers' two ways on a CPU.
+        processes: workers, for whoever starts its own.
         threads: PyTorch threads a process.
+        keeps: 1 if a process keeps its model from one device to the next, 0 if it loads it for each.
     """
 
     job: Path
@@ -50,7 +52,9 @@ class Settings:
     rounds: int
     precision: str
     attention: str
+    processes: int
     threads: int
+    keeps: int
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,7 +66,8 @@ def settings() -> Settings:
     """From the command line, or in a process that another one started from ``BENCH_SETTINGS``, which this sets."""
     if "BENCH_SETTINGS" not in os.environ:
         parser = argparse.ArgumentParser()
-        for name, kind in (("job", str), ("out", str), ("rounds", int), ("precision", str), ("attention", str), ("threads", int)):
+        words = ("job", "out", "precision", "attention")
+        for name, kind in (*((word, str) for word in words), *((word, int) for word in ("rounds", "processes", "threads", "keeps"))):
             parser.add_argument(f"--{name}", type=kind, required=True)
         os.environ["BENCH_SETTINGS"] = json.dumps(vars(parser.parse_args()))
     given = json.loads(os.environ["BENCH_SETTINGS"])
@@ -118,9 +123,17 @@ def job_of(folder: Path) -> Job:
     return Job(folder)
 
 
-@functools.cache
 def model_of(how: Settings) -> Any:
-    """The base with LoRA on it, loaded once a process; trained tensors in float32, at the job's start."""
+    """The base with LoRA on it, loaded once a process if that keeps it; trained tensors in float32, at the job's start."""
+    return _resident(how) if how.keeps else _loaded(how)
+
+
+@functools.cache
+def _resident(how: Settings) -> Any:
+    return _loaded(how)
+
+
+def _loaded(how: Settings) -> Any:
     job = job_of(how.job)
     base = AutoModelForSequenceClassification.from_pretrained(
         job.settings["model"],
@@ -143,7 +156,7 @@ def trained(model: Any) -> list[torch.nn.Parameter]:
     return list(named(model).values())
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def named(model: Any) -> dict[str, torch.nn.Parameter]:
     """The parameters that are trained, by the names that PEFT saves."""
     parts = (".modules_to_save.default", ".default")

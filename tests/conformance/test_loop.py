@@ -203,4 +203,4 @@ def test_workers_that_a_round_does_not_need_are_told(
     if workers > 1:
         engine = world.engine(store_in(tmp_path))
         assert isinstance(engine, Workers)
-        assert (engine.wave, engine.even) == (stack or WAVE, False)
+        assert (engine.wave, engine.load) == (stack or WAVE, None)

@@ -24,7 +24,7 @@ from fedloom.data.tasks import DataError
 from fedloom.engines.engine import Engine, drive
 from fedloom.engines.workers import Start, WorkerError, Workers, receive, refuse
 from fedloom.engines.wrap import Recording
-from fedloom.messages import Failure, Replies, Task
+from fedloom.messages import Failure, Replies, Task, Update
 from fedloom.methods.fedavg import FedAvg
 from fedloom.run import worker as program
 from fedloom.run import world as loading
@@ -99,22 +99,35 @@ def test_every_worker_works_and_updates_come_in_task_order(toys: Workers) -> Non
     assert {u.metrics["visits"] for u in replies.updates} == {1.0}
 
 
+LOADS = [4.0, 1.0, 1.0, 1.0, 3.0]
+
+
 @pytest.mark.parametrize(
-    ("count", "wave", "even", "sizes"),
-    [(2, 32, True, [3, 2]), (3, 32, True, [2, 2, 1]), (9, 2, True, [1] * 5), (2, 2, True, [2, 2, 1]), (2, 32, False, [5])],
+    ("count", "wave", "loads", "parts"),
+    [
+        (2, 32, LOADS, [[0, 2], [1, 3, 4]]),
+        (2, 32, [1.0] * 5, [[0, 2, 4], [1, 3]]),
+        (3, 32, LOADS, [[0], [4], [1, 2, 3]]),
+        (9, 2, LOADS, [[0], [4], [1], [2], [3]]),
+        (2, 2, LOADS, [[0], [4], [1, 3], [2]]),
+        (2, 32, None, [[0, 1, 2, 3, 4]]),
+        (2, 2, None, [[0, 1], [2, 3], [4]]),
+    ],
 )
-def test_workers_share_an_asking_evenly_where_that_changes_nothing(
-    count: int, wave: int, even: bool, sizes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_workers_share_an_asking_by_load_where_that_changes_nothing(
+    count: int, wave: int, loads: list[float] | None, parts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cut: list[int] = []
+    given: list[list[int]] = []
 
     def answered(self: Workers, parts: list[list[Task]]) -> list[Replies]:
-        cut.extend(map(len, parts))
-        return []
+        given.extend([task.client for task in part] for part in parts)
+        return [Replies(tuple(Update(task.client, 1) for task in part)) for part in reversed(parts)]
 
     monkeypatch.setattr(Workers, "_answered", answered)
-    Workers(start(), count, ClientStore(tmp_path), DIGEST, wave, even).run([task(k) for k in range(5)])
-    assert cut == sizes
+    load = None if loads is None else lambda client: loads[client]
+    replies = Workers(start(), count, ClientStore(tmp_path), DIGEST, wave, load).run([task(k) for k in range(5)])
+    assert given == parts
+    assert [update.client for update in replies.updates] == [0, 1, 2, 3, 4]
 
 
 def test_what_may_not_cross_ends_the_run_before_anything_ran(toys: Workers) -> None:

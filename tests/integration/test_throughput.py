@@ -13,7 +13,7 @@ from statistics import median
 import pytest
 
 from bench.figures import throughput
-from bench.figures.throughput import FEDLOOM, RIVALS, SCRIPT, Course, Failed, Race, Taken, crews, rows, turn
+from bench.figures.throughput import FEDLOOM, RIVALS, SCRIPT, Contestant, Course, Failed, Race, Taken, crews, rows, turn
 from bench.job import experiment, export
 from bench.peers import environment
 from bench.peers.environment import NotInstalled, python_of
@@ -24,7 +24,7 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Course:
     """A small job of one round, with what the research script made of it in float32."""
     here = Course(tmp_path_factory.mktemp("job"), 1)
     export(here.folder, experiment(1, rows=400))
-    assert here.run(SCRIPT.folder, "float32", "eager", (1, 1))[0]["examples"] == [sum(len(d["rows"]) for d in job(here)["rounds"][0])]
+    assert here.run(SCRIPT, "float32", "eager", (1, 1))[0]["examples"] == [sum(len(d["rows"]) for d in job(here)["rounds"][0])]
     return here
 
 
@@ -34,8 +34,8 @@ def job(course: Course) -> dict:
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_the_research_script_and_fedloom_do_the_same_work(course: Course, attention: str) -> None:
-    course.run(FEDLOOM.folder, "float32", attention, (1, 1))
-    assert 0 < course.apart(FEDLOOM.folder, "float32") < 1e-3
+    course.run(FEDLOOM, "float32", attention, (1, 1))
+    assert 0 < course.apart(FEDLOOM, "float32") < 1e-3
 
 
 def test_the_job_is_a_hundred_devices_ten_a_round_batch_eight_one_epoch(course: Course) -> None:
@@ -54,12 +54,12 @@ def test_one_example_less_on_one_device_is_other_work(course: Course, tmp_path: 
         (tmp_path / name).symlink_to(course.folder / name)
     (tmp_path / "job.json").write_text(json.dumps(told))
     other = Course(tmp_path, 1)
-    other.run(SCRIPT.folder, "float32", "eager", (1, 1))
-    other.run(FEDLOOM.folder, "float32", "eager", (1, 1))  # it draws its batches itself
+    other.run(SCRIPT, "float32", "eager", (1, 1))
+    other.run(FEDLOOM, "float32", "eager", (1, 1))  # it draws its batches itself
     with pytest.raises(Failed, match="did other work: its tensors are 0"):
-        other.apart(FEDLOOM.folder, "float32")
+        other.apart(FEDLOOM, "float32")
     with pytest.raises(Failed, match="left no tensors"):
-        other.apart("pfl", "float32")
+        other.apart(Contestant("pfl", "pfl"), "float32")
 
 
 def test_a_contestant_that_breaks_is_told_with_its_last_words(course: Course, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,10 +79,10 @@ def race() -> Race:
     """What a race could have made: Fedloom is ten times as fast as the others, whose n-th rival is 1 + n slow; pfl broke."""
     taken = {}
     for precision in throughput.PRECISIONS:
-        taken[FEDLOOM.folder, precision] = Taken({(1, 2): [100.0, 200.0, 300.0]}, [5.0, 7.0], 1e-5)
+        taken[FEDLOOM.key, precision] = Taken({(1, 2): [100.0, 200.0, 300.0]}, [5.0, 7.0], 1e-5)
         for n, who in enumerate(RIVALS):
             slow = {(1, 2): [10.0 / (1 + n)] * 3, (2, 1): [1.0, 1.0]}
-            taken[who.folder, precision] = Taken(fault="no wheel") if who.folder == "pfl" else Taken(slow, [9.0], 1e-5)
+            taken[who.key, precision] = Taken(fault="no wheel") if who.folder == "pfl" else Taken(slow, [9.0], 1e-5)
     ceiling = {"rates": {"64": 250.0, "128": 400.0}, "gflops": 90.0}
     return Race(dict.fromkeys(throughput.PRECISIONS, "sdpa"), taken, {p: [ceiling] for p in throughput.PRECISIONS})
 
@@ -100,13 +100,13 @@ def test_rows_hold_the_median_of_ratios_the_better_crew_and_what_was_not_measure
     assert (share.value, share.at_least, share.aim) == (50.0, 60.0, 85.0)
     assert all(row.note for row in made.values())
     bounds = [(row.at_least, row.aim) for row in made.values() if row.name.startswith("Fedloom /")]
-    assert bounds == [(5.0, 10.0), (2.0, 4.0), (5.0, 10.0), (2.0, 3.0), (None, None)]
+    assert bounds == [(5.0, 10.0), (5.0, 10.0), (2.0, 4.0), (5.0, 10.0), (2.0, 3.0), (None, None)]
 
 
 def test_the_better_crew_is_that_of_the_higher_median() -> None:
     assert Taken({(1, 2): [1.0, 9.0, 1.0], (2, 1): [2.0, 2.0, 2.0]}).crew == (2, 1)
     assert median(Taken({(1, 2): [3.0]}).best) == 3.0
-    assert crews("flower", 2) == crews("pfl", 2) == ((1, 2), (2, 1))
+    assert crews("fedloom", 2) == crews("flower", 2) == crews("pfl", 2) == ((1, 2), (2, 1))
     assert crews("flower", 1) == crews("plain", 1) == ((1, 1),)
 
 

@@ -15,7 +15,9 @@ from fedloom.run.world import build, store_in
 
 how = settings()
 experiment = from_json(job_of(how.job).settings["experiment"])
-world = build(replace(experiment, precision=how.precision))
+workers = how.processes if how.processes > 1 else 0
+engine_settings = replace(experiment.engine, workers=workers, threads=how.threads)
+world = build(replace(experiment, precision=how.precision, engine=engine_settings))
 method = world.experiment.method
 seconds, after_first = [], None
 with tempfile.TemporaryDirectory() as folder:

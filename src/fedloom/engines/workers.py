@@ -1,6 +1,6 @@
 """Simulation in several processes: each has a model and a host of its own, and waves go to whichever is free.
 
-The order in which answers count does not depend on how many workers there are, nor, unless they share evenly, what a wave is: the same
+The order in which answers count does not depend on how many workers there are, nor, unless they share by load, what a wave is: the same
 tasks give the same updates for any number of workers. Packed tasks and packed updates cross a socket each.
 A client's state does not: the worker is told the name of its file, writes the new one beside it and tells its name, and the store on
 this side, which owns the index, takes it when the answer is here. So a worker that dies leaves nothing half done: its wave is done
@@ -75,18 +75,20 @@ class Start:
 class Workers:
     """An :class:`~fedloom.engines.engine.Engine` over ``count`` processes, ``wave`` clients at a time each at most.
 
-    ``even``: the clients of one asking are shared out evenly, so that all workers have something to do. For computes whose results do not
-    depend on what is stacked with what; otherwise waves are cut as in one process.
+    ``load``: how much work a client is, in any unit. The clients of one asking are then dealt out so that all workers are done at about
+    the same time. For computes whose results do not depend on what is stacked with what; without it waves are cut as in one process.
 
     Raises:
         ValueError: a store without a folder, through which no state can pass from process to process.
     """
 
-    def __init__(self, start: Start, count: int, store: ClientStore, digest: str, wave: int, even: bool = False) -> None:
+    def __init__(
+        self, start: Start, count: int, store: ClientStore, digest: str, wave: int, load: Callable[[int], float] | None = None
+    ) -> None:
         if store.folder is None:
             raise ValueError("workers need a client store with a folder; this one keeps everything in the memory of one process")
         self.start, self.count, self.store, self.digest = start, count, store, digest
-        self.wave, self.even = wave, even
+        self.wave, self.load = wave, load
         self.workers: list[Worker] = []
 
     def run(self, tasks: Sequence[Task]) -> Replies:
@@ -97,9 +99,9 @@ class Workers:
             WorkerError: a worker could not start.
         """
         may_cross(tasks)
-        size = min(self.wave, max(1, -(-len(tasks) // self.count))) if self.even else self.wave
+        parts = waves(tasks, self.wave) if self.load is None else dealt(tasks, self.count, self.wave, self.load)
         try:
-            return joined(self._answered(waves(tasks, size)))
+            return in_order(joined(self._answered(parts)), tasks)
         except BaseException:
             self.close()  # what they are still doing is nobody's answer any more
             raise
@@ -181,6 +183,29 @@ class Workers:
         else:
             reason = f"WorkerError: {worker.name} {how} while it computed this client's wave, as did the one before"
             replies[worker.wave] = gather(tasks, worker.sent, [Failure(task.client, reason) for task in tasks], self.digest)
+
+
+def dealt(tasks: Sequence[Task], count: int, size: int, load: Callable[[int], float]) -> list[list[Task]]:
+    """The tasks in parts of at most ``size`` whose loads are alike, as many for each of ``count`` workers: the heaviest task first, each to
+    the part that has least. Tasks keep their order within a part."""
+    if not tasks:
+        return []
+    number = min(len(tasks), count * -(-len(tasks) // (count * size)))
+    parts: list[list[int]] = [[] for _ in range(number)]
+    total = [0.0] * number
+    loads = [load(task.client) for task in tasks]
+    for i in sorted(range(len(tasks)), key=lambda i: (-loads[i], i)):
+        least = min((p for p in range(number) if len(parts[p]) < size), key=lambda p: (total[p], len(parts[p]), p))
+        parts[least].append(i)
+        total[least] += loads[i]
+    return [[tasks[i] for i in sorted(part)] for part in parts if part]
+
+
+def in_order(replies: Replies, tasks: Sequence[Task]) -> Replies:
+    """The replies in the order of their tasks."""
+    place = {task.client: i for i, task in enumerate(tasks)}
+    ordered = (tuple(sorted(some, key=lambda one: place[one.client])) for some in (replies.updates, replies.failures, replies.traffic))
+    return Replies(*ordered)
 
 
 class Worker:

@@ -11,8 +11,7 @@ its own rows. On a CPU in float32 this makes results equal to the bit whatever t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -72,84 +71,114 @@ class _FrozenLinear(Function):
 # ---- weights that every owner has its own of --------------------------------------------------------------------------------------
 
 
-class Run(NamedTuple):
-    """``count`` neighbouring owners with ``rows`` rows each."""
+class Owners:
+    """Whose rows are whose: ``counts`` (S,) rows of each owner, one owner after another, then rows of nobody up to ``total``.
 
-    count: int
-    rows: int
-
-
-def runs_of(rows: np.ndarray) -> list[Run]:
-    """The runs of owners that have these numbers of rows (S,)."""
-    cuts = [*np.flatnonzero(np.diff(rows, prepend=-1)).tolist(), len(rows)]
-    return [Run(end - begin, int(rows[begin])) for begin, end in pairwise(cuts)]
-
-
-def owned_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, runs: Sequence[Run]) -> torch.Tensor:
-    """(N, d_out): row i of x (N, d_in) times the weight (and plus the bias) of the owner it belongs to.
-
-    ``weight``: (S, d_out, d_in). ``bias``: (S, d_out) or None. Rows lie in order of their owners; the runs cover all S, and rows beyond
-    them belong to nobody and become zero.
+    Owners are dealt into a few groups by their numbers of rows, each padded to its group's width, so that a group is one product.
     """
-    return _OwnedLinear.apply(x.contiguous(), weight, bias, runs)  # type: ignore[return-value]
+
+    def __init__(self, counts: np.ndarray, total: int, device: torch.device) -> None:
+        widths = np.array([_width(int(n)) for n in counts])
+        groups = [np.flatnonzero(widths == width) for width in np.unique(widths[widths > 0])]
+        self.counts, self.total, self.owned = counts, total, int(counts.sum())
+        self.all = len(groups) == 1 and len(groups[0]) == len(counts)
+        self.groups = [torch.from_numpy(group).to(device) for group in groups]
+        self.side = Side(counts, groups, [int(widths[group[0]]) for group in groups], np.zeros_like(counts), device)
+        self._last: tuple[torch.Tensor, int, list[torch.Tensor]] | None = None
+
+    def blocks(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Each group's rows of x (N, d) as (m, L, d); padding repeats a row. The last answer is kept: layers often share their input."""
+        if self._last is not None:
+            of, version, made = self._last
+            if (of.data_ptr(), of.shape, of.dtype, version) == (x.data_ptr(), x.shape, x.dtype, x._version):
+                return made
+        made = [x.index_select(0, rows.reshape(-1)).view(*rows.shape, x.shape[1]) for rows in self.side.rows]
+        self._last = (x, x._version, made)
+        return made
+
+    def upstream(self, gradient: torch.Tensor) -> list[torch.Tensor]:
+        """As :meth:`blocks`, padding zero: it sends nothing back."""
+        gathered = (gradient.index_select(0, rows.reshape(-1)).view(*rows.shape, gradient.shape[1]) for rows in self.side.rows)
+        return [part.mul_(real[..., None]) for part, real in zip(gathered, self.side.real, strict=True)]
+
+    def rows(self, parts: Sequence[torch.Tensor], like: torch.Tensor, width: int) -> torch.Tensor:
+        """(N, width) from the groups' (m, L, width); nobody's rows are zero."""
+        out = like.new_zeros(self.total, width) if self.owned < self.total else like.new_empty(self.total, width)
+        if parts:
+            out[: self.owned] = self.side.given(parts, 1)[:, 0]
+        return out
+
+    def theirs(self, of: torch.Tensor) -> list[torch.Tensor]:
+        """Each group's part (m, …) of what every owner has one of (S, …), copied: the last bits of a product depend on where in memory its
+        factors begin, and in the clients' matrix that depends on who they are."""
+        return [of.clone(memory_format=torch.contiguous_format)] if self.all else [of.index_select(0, group) for group in self.groups]
+
+    def everyones(self, parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """(S, …) from the groups' parts; zero for who has no rows."""
+        if self.all:
+            return parts[0]
+        made = torch.zeros_like(like)
+        for group, part in zip(self.groups, parts, strict=True):
+            made.index_copy_(0, group, part)
+        return made
+
+
+def _width(rows: int) -> int:
+    """Rows that an owner with that many is given: a function of its own number, of which there are few, at most half as many more (from
+    16 on), and a multiple of 8: products of other numbers of rows are cut in ways that depend on who else is there."""
+    step = max(8, 2 ** (rows.bit_length() - 2)) if rows else 1
+    return -(-rows // step) * step
+
+
+def owned_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, owners: Owners) -> torch.Tensor:
+    """(N, d_out): row i of x (N, d_in) times the weight (and plus the bias) of the owner it belongs to; nobody's rows become zero.
+
+    ``weight``: (S, d_out, d_in). ``bias``: (S, d_out) or None.
+    """
+    return _OwnedLinear.apply(x.contiguous(), weight, bias, owners)  # type: ignore[return-value]
 
 
 class _OwnedLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, runs: Sequence[Run]) -> torch.Tensor:
-        ctx.runs, ctx.biased = runs, bias is not None
-        ctx.save_for_backward(x, weight)
-        y = x.new_zeros(x.shape[0], weight.shape[1])
-        _products(runs, _rows(x, runs), _owners(weight.transpose(1, 2), runs), _rows(y, runs))
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, owners: Owners) -> torch.Tensor:
+        blocks = owners.blocks(x)
+        ctx.owners, ctx.biased = owners, bias is not None
+        ctx.save_for_backward(weight, *blocks)
+        made = [_product(block, theirs.transpose(1, 2)) for block, theirs in zip(blocks, owners.theirs(weight), strict=True)]
         if bias is not None:
-            counts = torch.tensor([run.rows for run in runs for _ in range(run.count)], device=x.device)
-            y[: int(counts.sum())] += bias.repeat_interleave(counts, 0)
-        return y
+            made = [part.add_(theirs[:, None]) for part, theirs in zip(made, owners.theirs(bias), strict=True)]
+        return owners.rows(made, x, weight.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, None]:
-        (x, weight), runs = ctx.saved_tensors, ctx.runs
-        upstream = _rows(gradient.contiguous(), runs)
-        to_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        to_weight, to_bias = torch.zeros_like(weight), weight.new_zeros(weight.shape[:2]) if ctx.biased else None
-        if to_x is not None:
-            _products(runs, upstream, _owners(weight, runs), _rows(to_x, runs))
-        _products(runs, [g.transpose(1, 2) for g in upstream], _rows(x, runs), _owners(to_weight, runs))
-        if to_bias is not None:
-            for g, out in zip(upstream, _owners(to_bias, runs), strict=True):
-                torch.sum(g, 1, out=out)
+        (weight, *blocks), owners = ctx.saved_tensors, ctx.owners
+        upstream, to_x, to_bias = owners.upstream(gradient), None, None
+        if ctx.needs_input_grad[0]:
+            to_x = owners.rows(
+                [_product(g, theirs) for g, theirs in zip(upstream, owners.theirs(weight), strict=True)], gradient, weight.shape[2]
+            )
+        to_weight = owners.everyones([_product(g.transpose(1, 2), x) for g, x in zip(upstream, blocks, strict=True)], weight)
+        if ctx.biased:
+            to_bias = owners.everyones([g.sum(1) for g in upstream], weight[:, :, 0])
         return to_x, to_weight, to_bias, None
 
 
-def _rows(x: torch.Tensor, runs: Sequence[Run]) -> list[torch.Tensor]:
-    """Each run's rows of x (N, d) as (count, rows, d), views."""
-    sizes = [count * rows for count, rows in runs]
-    parts = x.split([*sizes, len(x) - sum(sizes)])[:-1]
-    return [part.view(run.count, run.rows, x.shape[1]) for part, run in zip(parts, runs, strict=True)]
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a (k, m, i) times b (k, i, o), each of the k the same to the bit whatever k is.
 
-
-def _owners(of: torch.Tensor, runs: Sequence[Run]) -> Sequence[torch.Tensor]:
-    """Each run's part of something that every owner has one of (S, …), views."""
-    return of.split([run.count for run in runs])
-
-
-def _products(runs: Sequence[Run], a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], out: Sequence[torch.Tensor]) -> None:
-    """For every run that has rows, ``out`` (k, m, o) = a (k, m, i) times b (k, i, o), each of the k the same to the bit whatever k is.
-
-    Two threads cut a lone product of a few rows (or into one column) another way than one among several, and a product of one row in
-    another comes out another way among many than among few: the former is done twice, the latter term by term.
+    Where the product is tall it is computed lying down: up to three times as fast. Two threads cut a lone product of a few rows (or into
+    one column) another way than one among several, and a product of one row in another comes out another way among many than among few:
+    the former is done twice, the latter term by term.
     """
-    for run, left, right, made in zip(runs, a, b, out, strict=True):
-        rows, columns = made.shape[1:]
-        if not run.rows:
-            continue
-        if rows == 1:
-            torch.sum(left.transpose(1, 2) * right, 1, keepdim=True, out=made)
-        elif run.count == 1 and (columns == 1 or (rows < 16 and rows % 8)):
-            made.copy_(torch.bmm(left.expand(2, -1, -1), right.expand(2, -1, -1))[:1])
-        else:
-            torch.bmm(left, right, out=made)
+    rows, columns = a.shape[1], b.shape[2]
+    if columns < rows:
+        return _product(b.transpose(1, 2), a.transpose(1, 2)).transpose(1, 2)
+    if rows == 1:
+        return torch.sum(a.transpose(1, 2) * b, 1, keepdim=True)
+    if len(a) == 1 and rows < 16 and rows % 8:
+        return torch.bmm(a.expand(2, -1, -1), b.expand(2, -1, -1))[:1]
+    return torch.bmm(a, b)
 
 
 # ---- attention within each text ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ This file does not know transformers, PEFT, clients or methods. Shapes: n texts,
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedloom.messages import Tensors
 from fedloom.model import dropout
-from fedloom.model.kernels import Attention, Frozen, Run, onednn, owned_linear, ragged_attention, runs_of
+from fedloom.model.kernels import Attention, Frozen, Owners, onednn, owned_linear, ragged_attention
 
 FILL = 32
 """Packed passes hold a multiple of this many tokens: oneDNN makes, and keeps, a program for every number of rows that it meets."""
@@ -149,11 +149,11 @@ class OneRow:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a pass' tensors lie. ``runs``: the owners' runs by number of rows. ``packed``: for packed passes."""
+    """How a pass' tensors lie. ``owners``: whose rows are whose, by number of rows. ``packed``: for packed passes."""
 
     texts: Texts
     causal: bool
-    runs: Mapping[int, Sequence[Run]]
+    owners: Mapping[int, Owners]
     packed: OneRow | None = None
 
 
@@ -186,7 +186,7 @@ class Pass(TorchFunctionMode):
         rows = input.reshape(-1, input.shape[-1])
         own_bias = bias if bias is not None and bias.dim() == 2 else None
         if weight.dim() == 3:
-            made = owned_linear(rows, weight, own_bias, self._runs(rows))
+            made = owned_linear(rows, weight, own_bias, self._owners(rows))
             if bias is not None and own_bias is None:
                 made = made + bias
         else:
@@ -206,10 +206,10 @@ class Pass(TorchFunctionMode):
             kept = self.weights[id(of)] = Kept(of, of._version, Frozen(weight.detach()))
         return kept.frozen
 
-    def _runs(self, rows: torch.Tensor) -> Sequence[Run]:
-        if len(rows) not in self.layout.runs:
-            raise Unpackable(f"a trained linear layer saw {len(rows)} rows; rows of tokens or texts are {sorted(self.layout.runs)}")
-        return self.layout.runs[len(rows)]
+    def _owners(self, rows: torch.Tensor) -> Owners:
+        if len(rows) not in self.layout.owners:
+            raise Unpackable(f"a trained linear layer saw {len(rows)} rows; rows of tokens or texts are {sorted(self.layout.owners)}")
+        return self.layout.owners[len(rows)]
 
     def _entries(self, x: torch.Tensor) -> torch.Tensor:
         """The hash of every entry of x: (1, T, d) or (1, n, d), (n, 1, d), (n, d), or padded rows (n, …)."""
@@ -292,9 +292,13 @@ def attend(
         raise _Seen(k, v)
     if isinstance(now.last, _Seen):
         k, v, within = now.last.keys, now.last.values, row.last_attention
+    dtype = q.dtype
+    if q.device.type == "cpu":
+        q, k, v = q.float(), k.float(), v.float()  # products of this size, and above all softmax, are several times slower in bfloat16
     masks = within.masks(q.dtype, q.shape[1], now.layout.causal, sliding_window or 0)
     dropped = now.attention_entries(within, q.shape[1], q.dtype) if now.rate else None
-    return ragged_attention(q, k, v, within, masks, q.shape[-1] ** -0.5 if scaling is None else scaling, dropped)[None], None
+    made = ragged_attention(q, k, v, within, masks, q.shape[-1] ** -0.5 if scaling is None else scaling, dropped)
+    return made.to(dtype)[None], None
 
 
 # ---- the ways ---------------------------------------------------------------------------------------------------------------------
@@ -349,7 +353,7 @@ class Packed:
         layout = Layout(
             texts,
             self.causal,
-            {total: runs_of(of_tokens), count: runs_of(per_owner)},
+            {total: Owners(of_tokens, total, device), count: Owners(per_owner, count, device)},
             OneRow(
                 Attention(texts.lengths, device),
                 Attention(texts.lengths, device, "last" if self.causal else "first"),
@@ -422,7 +426,8 @@ class Rows:
         """See :class:`Way`."""
         ids, mask, segments = padded(texts, self.causal, self.pad_id)
         per_owner = np.bincount(texts.owners, minlength=texts.count)
-        layout = Layout(texts, self.causal, {ids.numel(): runs_of(per_owner * ids.shape[1]), len(ids): runs_of(per_owner)})
+        rows = (per_owner * ids.shape[1], per_owner)
+        layout = Layout(texts, self.causal, {int(of.sum()): Owners(of, int(of.sum()), ids.device) for of in rows})
         with running(Pass(layout, self.weights, self.rate if texts.keys is not None else 0.0)):
             logits, hidden = self.call(tensors, ids, mask, segments, embeddings, layers)
         return logits, tuple(h[:, -1 if self.causal else 0] for h in hidden)

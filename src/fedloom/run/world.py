@@ -59,6 +59,10 @@ class World:
         shards = {split: examples if client == CENTRE else examples.subset(rows[split][client]) for split, examples in self.splits.items()}
         return Client(client, shards["train"], shards["validation"], shards["test"], self.experiment.seed)
 
+    def examples_of(self, client: int) -> int:
+        """How many examples a device trains on."""
+        return len(self.device(client).train)
+
     def fingerprint(self) -> str:
         """16 hex digits over the tokens, labels and partition: a resumed run must find the same data."""
         digest = hashlib.sha256()
@@ -90,7 +94,8 @@ class World:
         """The engine that the experiment asks for, over devices that keep their state in ``store``."""
         how = self.experiment.engine
         if how.kind == "local" and how.workers > 1:
-            return Workers(start(self), how.workers, store, self.experiment.digest(), self.wave, even=self.alone_or_together)
+            load = self.examples_of if self.alone_or_together else None
+            return Workers(start(self), how.workers, store, self.experiment.digest(), self.wave, load)
         host = self.host(store)
         if how.kind == "local":
             return Local(host, self.wave)
