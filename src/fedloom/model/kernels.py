@@ -103,10 +103,9 @@ class Owners:
 
     def rows(self, parts: Sequence[torch.Tensor], like: torch.Tensor, width: int) -> torch.Tensor:
         """(N, width) from the groups' (m, L, width); nobody's rows are zero."""
-        out = like.new_zeros(self.total, width) if self.owned < self.total else like.new_empty(self.total, width)
-        if parts:
-            out[: self.owned] = self.side.given(parts, 1)[:, 0]
-        return out
+        if self.owned < self.total:
+            parts = [*parts, like.new_zeros(1, width)]
+        return self.side.given(parts, 1, self.total)[:, 0] if parts else like.new_empty(0, width)
 
     def theirs(self, of: torch.Tensor) -> list[torch.Tensor]:
         """Each group's part (m, …) of what every owner has one of (S, …), copied: the last bits of a product depend on where in memory its
@@ -217,17 +216,16 @@ class Side:
             self._kept["taken", heads, of] = [(rows[:, None, :] * of + head).reshape(-1) for rows in self.rows]
         return self._kept["taken", heads, of]
 
-    def given(self, parts: Sequence[torch.Tensor], heads: int) -> torch.Tensor:
-        """(N, heads, D) from the groups' (m·heads, L, D)."""
-        if ("given", heads, 0) not in self._kept:
-            before, at, width = self._inverse
-            self._kept["given", heads, 0] = (before * heads + torch.arange(heads, device=at.device) * width + at).reshape(-1)
+    def given(self, parts: Sequence[torch.Tensor], heads: int, total: int = 0) -> torch.Tensor:
+        """(N, heads, D) from the groups' (m·heads, L, D); or ``total`` rows, of which those beyond N are the last of the parts' rows."""
         rows = [part.reshape(-1, part.shape[-1]) for part in parts]
-        return (
-            (rows[0] if len(rows) == 1 else torch.cat(rows))
-            .index_select(0, self._kept["given", heads, 0])
-            .view(-1, heads, rows[0].shape[-1])
-        )
+        joined = rows[0] if len(rows) == 1 else torch.cat(rows)
+        key = ("given", heads, total)
+        if key not in self._kept:
+            before, at, width = self._inverse
+            mine = (before * heads + torch.arange(heads, device=at.device) * width + at).reshape(-1)
+            self._kept[key] = torch.cat([mine, mine.new_full((max(0, total - len(at)) * heads,), len(joined) - 1)])
+        return joined.index_select(0, self._kept[key]).view(-1, heads, joined.shape[-1])
 
 
 class Attention:

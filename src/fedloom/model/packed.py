@@ -16,6 +16,7 @@ This file does not know transformers, PEFT, clients or methods. Shapes: n texts,
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -337,6 +338,9 @@ class Packed:
             stacks[0][-1].register_forward_pre_hook(self._before_last, with_kwargs=True)
         stacks[0][-1].register_forward_hook(self._after_last)
         self._ids, self._given = torch.zeros(1, 1, dtype=torch.int64), None
+        names = [(name, id(parameter)) for name, parameter in self.module.named_parameters(remove_duplicate=False)]
+        times = Counter(of for _, of in names)
+        self.tied = {name for name, of in names if times[of] > 1}
 
     def __call__(
         self, tensors: Tensors, texts: Texts, embeddings: torch.Tensor | None = None, layers: bool = False
@@ -371,7 +375,8 @@ class Packed:
         if embeddings is not None:
             self._given = functional.pad(embeddings, (0, 0, 0, total - embeddings.shape[1]))
         with running(Pass(layout, self.weights, self.rate if texts.keys is not None else 0.0)):
-            out = functional_call(self.module, dict(tensors), (), {**given, "output_hidden_states": layers})
+            call = {**given, "output_hidden_states": layers}
+            out = functional_call(self.module, dict(tensors), (), call, tie_weights=not self.tied.isdisjoint(tensors))
         self._given = None
         hidden = (h.flatten(0, -2) for h in out.hidden_states[1:]) if layers else ()
         real = slice(0, len(given_texts.lengths))
