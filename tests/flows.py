@@ -10,7 +10,7 @@ import torch
 
 from fedloom.client.client import Client
 from fedloom.compute.work import Fit, Fitted, Moments
-from fedloom.messages import Flow, Task, Update, Work
+from fedloom.messages import Asking, Flow, Task, Update, Work, whole
 from fedloom.server.participation import Pool
 from tests import tiny
 
@@ -38,10 +38,11 @@ def play(flow: Flow[Any], answer: Answer) -> tuple[list[list[Task]], Any]:
     """Run a server flow: every asking, and what the flow returned. ``answer`` gives None for a client that fails."""
     askings: list[list[Task]] = []
     try:
-        tasks = next(flow)
+        asked = next(flow)
         while True:
+            tasks, take = (asked.tasks, asked.take) if isinstance(asked, Asking) else (asked, whole)
             askings.append(tasks)
-            tasks = flow.send([update for update in map(answer, tasks) if update is not None])
+            asked = flow.send([take(update) for update in map(answer, tasks) if update is not None])
     except StopIteration as done:
         return askings, done.value
 

@@ -20,11 +20,11 @@ from bench.trec import of, small_bert, world
 from fedloom.client.client import Client
 from fedloom.client.store import ClientStore
 from fedloom.engines.engine import drive
-from fedloom.messages import Flow, Task, Tensors, Update, Work, ask, on_client
+from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
 from fedloom.methods.method import Predictor, State, nothing_to_set_up, predict
 from fedloom.model.base import Model
 from fedloom.run.world import World
-from fedloom.server.aggregation import weighted_mean
+from fedloom.server.aggregation import Average
 from fedloom.server.participation import Pool, uniform
 
 AT_LEAST, AIM = 0.02, 0.005
@@ -48,8 +48,9 @@ class Echo:
         return nothing_to_set_up(state)
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
-        updates = yield [ask(self.echo, k, state.shared) for k in uniform(pool, state.round)]
-        return state.after_round(weighted_mean(updates))
+        mean = Average()
+        yield Asking([ask(self.echo, k, state.shared) for k in uniform(pool, state.round)], mean.take)
+        return state.after_round(mean.value())
 
     @on_client
     def echo(self, c: Client, task: Task) -> Work[Update]:

@@ -87,7 +87,27 @@ class Replies:
     traffic: tuple[Traffic, ...] = ()
 
 
-Flow = Generator[list[Task], list[Update], T]
+Take = Callable[[Update], Update]
+"""What is done with an update when it is here. What it returns is what anybody sees of the update later."""
+
+
+def whole(update: Update) -> Update:
+    """The :data:`Take` that leaves every update as it is."""
+    return update
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Tasks whose updates are taken in as they come, in task order, so that all of them need not be in memory at once.
+
+    ``take`` is called once for every client that answered, also if too few did, and then nothing that it gathered may be used.
+    """
+
+    tasks: list[Task]
+    take: Take
+
+
+Flow = Generator[list[Task] | Asking, list[Update], T]
 """Server side of a conversation: yields tasks, receives updates in task order (failed clients absent), returns T."""
 
 Work = Generator[Any, Any, T]

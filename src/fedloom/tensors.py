@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import accumulate, groupby
 
 import torch
@@ -12,6 +12,10 @@ from fedloom.messages import Tensors
 
 STRETCH = 2**19
 """How many numbers are averaged at a time: 4 MB of float64, which stay in a cache."""
+
+
+Piece = tuple[str, int, int]
+"""A tensor's name, and which of its numbers."""
 
 
 def only(tensors: Tensors, names: Collection[str]) -> dict[str, torch.Tensor]:
@@ -52,54 +56,99 @@ def nbytes(tensors: Tensors) -> int:
 
 @torch.no_grad()
 def weighted_mean(pairs: Iterable[tuple[float, Tensors]]) -> dict[str, torch.Tensor]:
-    """Σ w·x / Σ w of each named tensor, in the first's dtype, summed in float64: order changes nothing that float32 could see.
-
-    Every number is read from memory once: a stretch of the sums stays in a cache while all entries are added to it, one after another.
+    """The :class:`Mean` of all pairs of a weight and tensors.
 
     Raises:
         ValueError: names or shapes differ between entries, there are none, or their weights have no positive sum.
     """
-    weights, entries = [], []
+    mean = Mean()
     for weight, tensors in pairs:
-        weights.append(float(weight))
-        entries.append(tensors)
-        same_names(entries[0], tensors)
-    if not entries or not sum(weights) > 0:
-        raise ValueError(f"a mean needs at least one set of tensors and a positive sum of weights; the weights are {weights}")
-    mean = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for name, tensor in entries[0].items()}
-    space: dict[torch.device, torch.Tensor] = {}
-    for name in (name for name, tensor in mean.items() if tensor.numel() > STRETCH):
-        columns = zip(*(tensors[name].reshape(-1).split(STRETCH) for tensors in entries), strict=True)
-        for out, column in zip(mean[name].view(-1).split(STRETCH), columns, strict=True):
-            _average([out], weights, [[part] for part in column], space)
-    small = [name for name, tensor in mean.items() if tensor.numel() <= STRETCH]
-    ends = accumulate(mean[name].numel() for name in small)
-    for _, together in groupby(zip(small, ends, strict=True), key=lambda at: at[1] // STRETCH):
-        names = [name for name, _ in together]
-        _average([mean[name] for name in names], weights, [[tensors[name] for name in names] for tensors in entries], space)
-    return mean
+        mean.add(weight, tensors)
+    return mean.value()
 
 
-def _average(
-    out: Sequence[torch.Tensor],
-    weights: Sequence[float],
-    entries: Sequence[Sequence[torch.Tensor]],
-    space: dict[torch.device, torch.Tensor],
-) -> None:
-    """Fill ``out`` with the weighted mean of the entries, each of which has a tensor for each of ``out``. ``space`` is kept from call to
-    call: fresh memory would cost more than the sums."""
-    sizes, device = [tensor.numel() for tensor in out], out[0].device
-    if device not in space or space[device].shape[1] < sum(sizes):
-        space[device] = torch.empty(2, sum(sizes), dtype=torch.float64, device=device)
-    total, doubles = space[device][:, : sum(sizes)]
-    places = [part.view(tensor.shape) for part, tensor in zip(doubles.split(sizes), out, strict=True)]
-    for entry, (weight, tensors) in enumerate(zip(weights, entries, strict=True)):
-        for place, tensor in zip(places, tensors, strict=True):
-            place.copy_(tensor)
-        total.add_(doubles, alpha=weight) if entry else torch.mul(doubles, weight, out=total)
-    total.div_(sum(weights))
-    for tensor, part in zip(out, total.split(sizes), strict=True):
-        tensor.copy_(part.view(tensor.shape))
+class Mean:
+    """Σ w·x / Σ w of named tensors that come one after another, in the first's dtype, summed in float64: order changes nothing that float32
+    could see.
+
+    What comes is held until it is ``held`` bytes (0: for ever) and then goes into the sums, so that every number is read from memory once:
+    a stretch of the sums stays in a cache while all entries are added to it, one after another. What ``held`` is changes no bit.
+    """
+
+    def __init__(self, held: int = 0) -> None:
+        self.held, self.weights = held, list[float]()
+        self._like: Tensors = {}
+        self._waiting: list[tuple[float, Tensors]] = []
+        self._bytes = 0
+        self._sums: list[torch.Tensor] | None = None
+
+    def add(self, weight: float, tensors: Tensors) -> None:
+        """One entry, whose tensors must not change any more.
+
+        Raises:
+            ValueError: names or shapes are not those of the first.
+        """
+        self._like = self._like if self.weights else tensors
+        same_names(self._like, tensors)
+        self.weights.append(float(weight))
+        self._waiting.append((float(weight), tensors))
+        self._bytes += nbytes(tensors)
+        if self.held and self._bytes >= self.held:
+            self._sums = [total.clone() for _, total in self._totals()]
+            self._waiting, self._bytes = [], 0
+
+    @torch.no_grad()
+    def value(self) -> dict[str, torch.Tensor]:
+        """The mean of all that came.
+
+        Raises:
+            ValueError: nothing came, or the weights have no positive sum.
+        """
+        whole = sum(self.weights)
+        if not whole > 0:
+            raise ValueError(f"a mean needs at least one set of tensors and a positive sum of weights; the weights are {self.weights}")
+        mean = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for name, tensor in self._like.items()}
+        for pieces, total in self._totals():
+            total.div_(whole)
+            for (name, begin, end), part in zip(pieces, total.split([end - begin for _, begin, end in pieces]), strict=True):
+                mean[name].view(-1)[begin:end].copy_(part)
+        return mean
+
+    @torch.no_grad()
+    def _totals(self) -> Iterator[tuple[list[Piece], torch.Tensor]]:
+        """Σ w·x of all that came, stretch by stretch, in space that the next stretch takes."""
+        stretches = _stretches(self._like)
+        longest = max((sum(end - begin for _, begin, end in pieces) for pieces in stretches), default=0)
+        device = next((tensor.device for tensor in self._like.values()), None)
+        space = torch.empty(2, longest, dtype=torch.float64, device=device)  # fresh memory for every stretch would cost more than the sums
+        flat = [(weight, {name: tensor.reshape(-1) for name, tensor in tensors.items()}) for weight, tensors in self._waiting]
+        for i, pieces in enumerate(stretches):
+            sizes = [end - begin for _, begin, end in pieces]
+            total, doubles = space[:, : sum(sizes)]
+            if self._sums is None:
+                total.zero_()
+            else:
+                total.copy_(self._sums[i])
+            places = [(place, *piece) for place, piece in zip(doubles.split(sizes), pieces, strict=True)]
+            for weight, tensors in flat:
+                for place, name, begin, end in places:
+                    place.copy_(tensors[name][begin:end])
+                total.add_(doubles, alpha=weight)
+            yield pieces, total
+
+
+def _stretches(tensors: Tensors) -> list[list[Piece]]:
+    """All numbers, :data:`STRETCH` at a time at most: large tensors in pieces, small ones together."""
+    made = [
+        [(name, begin, min(begin + STRETCH, tensor.numel()))]
+        for name, tensor in tensors.items()
+        if tensor.numel() > STRETCH
+        for begin in range(0, tensor.numel(), STRETCH)
+    ]
+    small = [(name, tensor.numel()) for name, tensor in tensors.items() if tensor.numel() <= STRETCH]
+    ends = accumulate(size for _, size in small)
+    grouped = groupby(zip(small, ends, strict=True), key=lambda at: (at[1] - 1) // STRETCH)
+    return made + [[(name, 0, size) for (name, size), _ in together] for _, together in grouped]
 
 
 def fingerprint(tensors: Tensors) -> str:

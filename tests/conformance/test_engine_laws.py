@@ -14,7 +14,7 @@ from fedloom.engines import local as engines_local
 from fedloom.engines.engine import drive
 from fedloom.engines.local import Local
 from fedloom.engines.wrap import Faulty, Lossy, Recording
-from fedloom.messages import CohortFailed, Failure, Replies, Task, Traffic, insist
+from fedloom.messages import CohortFailed, Failure, Replies, Task, Traffic, Update, insist
 from fedloom.tensors import clone, fingerprint
 from fedloom.wire import Packer, WireError, pack
 from tests.conformance.toy import (
@@ -55,6 +55,22 @@ def test_order_holds_around_failures(world: World) -> None:
     replies = world.run(task(4), task(0, "stumble"), task(5), task(2, "stumble"), task(1, "trian"), task(3))
     assert [u.client for u in replies.updates] == [4, 5, 3]
     assert [f.client for f in replies.failures] == [0, 2, 1]
+    assert [t.client for t in replies.traffic] == [4, 0, 5, 2, 1, 3]
+
+
+def test_order_updates_are_taken_in_task_order_once_and_nothing_else_is_kept(world: World) -> None:
+    came: list[Update] = []
+
+    def take(update: Update) -> Update:
+        came.append(update)
+        return replace(update, tensors={})
+
+    tasks = [task(4), task(0, "stumble"), task(5), task(2), task(1), task(3)]
+    replies = world.engine.run(tasks, take)
+    assert [update.client for update in came] == [4, 5, 2, 1, 3]
+    assert all(update.tensors for update in came)
+    assert list(replies.updates) == [replace(update, tensors={}) for update in came]
+    assert [f.client for f in replies.failures] == [0]
     assert [t.client for t in replies.traffic] == [4, 0, 5, 2, 1, 3]
 
 
@@ -350,6 +366,20 @@ def held() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the kernel does not tell what a process holds")
+def test_a_waves_updates_are_taken_before_the_next_wave_begins() -> None:
+    one = local(wave=2)
+    events: list[str] = []
+    answer = one.host.answer
+    one.host.answer = lambda blobs: events.append(f"{len(blobs)} answered") or answer(blobs)  # type: ignore[method-assign]
+
+    def take(update: Update) -> Update:
+        events.append(f"{update.client} taken")
+        return update
+
+    one.engine.run([task(k) for k in range(3)], take)
+    assert events == ["2 answered", "0 taken", "1 taken", "1 answered", "2 taken"]
+
+
 def test_memory_that_was_freed_is_given_back() -> None:
     """Blocks of 100 kB come from the heap, and every second one of them keeps its neighbours' place from being the end of it."""
     blocks = [bytearray(100_000) for _ in range(2000)]
@@ -396,9 +426,23 @@ def test_recording_keeps_everything_and_changes_nothing(world: World) -> None:
     recording.run([])
     (asked, said), (none, nothing) = recording.calls
     assert list(asked) == tasks
-    assert said is replies
+    assert said == replies
     assert (none, nothing) == ((), Replies(()))
     assert same_replies(replies, local().run(*tasks))
+
+
+def test_recording_keeps_updates_as_they_came_and_a_lost_one_is_never_taken(world: World) -> None:
+    came: list[int] = []
+
+    def take(update: Update) -> Update:
+        came.append(update.client)
+        return replace(update, tensors={})
+
+    recording = Recording(Lossy(world.engine, once(1, "lost")))
+    replies = recording.run([task(0), task(1), task(2)], take)
+    assert came == [0, 2]
+    assert [len(update.tensors) for update in replies.updates] == [0, 0]
+    assert [len(update.tensors) > 0 for update in recording.calls[0][1].updates] == [True, True]
 
 
 def test_faulty_never_lets_the_device_run(world: World) -> None:

@@ -107,9 +107,9 @@ def test_a_resumed_run_does_not_do_the_set_up_or_finished_rounds_again(tmp_path:
     asked: list[tuple[str, int]] = []
     carry = Local.run
 
-    def told(self: Local, tasks: Any) -> Any:
+    def told(self: Local, tasks: Any, take: Any) -> Any:
         asked.extend((task.op, int(task.settings.get("round", -1))) for task in tasks)
-        return carry(self, tasks)
+        return carry(self, tasks, take)
 
     monkeypatch.setattr(Local, "run", told)
     run(small.experiment("lora-personal-head"), tmp_path / "run", plain=True)

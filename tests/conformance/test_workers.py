@@ -109,7 +109,7 @@ LOADS = [4.0, 1.0, 1.0, 1.0, 3.0]
         (2, 32, [1.0] * 5, [[0, 2, 4], [1, 3]]),
         (3, 32, LOADS, [[0], [4], [1, 2, 3]]),
         (9, 2, LOADS, [[0], [4], [1], [2], [3]]),
-        (2, 2, LOADS, [[0], [4], [1, 3], [2]]),
+        (2, 2, LOADS, [[0, 3], [1, 2], [4]]),
         (2, 32, None, [[0, 1, 2, 3, 4]]),
         (2, 2, None, [[0, 1], [2, 3], [4]]),
     ],
@@ -121,7 +121,7 @@ def test_workers_share_an_asking_by_load_where_that_changes_nothing(
 
     def answered(self: Workers, parts: list[list[Task]]) -> list[Replies]:
         given.extend([task.client for task in part] for part in parts)
-        return [Replies(tuple(Update(task.client, 1) for task in part)) for part in reversed(parts)]
+        return [Replies(tuple(Update(task.client, 1) for task in part)) for part in parts]
 
     monkeypatch.setattr(Workers, "_answered", answered)
     load = None if loads is None else lambda client: loads[client]

@@ -19,6 +19,7 @@ from bench import figure, page, results, run
 from bench.figures import aggregation, echo, evaluation, gpu, scaling, scores
 from bench.row import Row, dumps, loads
 from bench.timing import interleaved, ratio
+from fedloom.server.aggregation import Average
 
 MORE = Row("speed", 1.0, "x", 5.0, 10.0, "more")
 LESS = Row("wait", 1.0, "s", 5.0, 3.0, "less")
@@ -116,7 +117,8 @@ def test_the_accelerator_figure_runs_on_a_processor_at_toy_size_and_names_the_sa
 
 
 def test_a_mean_that_is_wrong_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(echo, "weighted_mean", lambda updates: {n: 2 * t for n, t in updates[0].tensors.items()})
+    value = Average.value
+    monkeypatch.setattr(Average, "value", lambda mean: {n: 2 * t for n, t in value(mean).items()})
     with pytest.raises(AssertionError, match="would time something else"):
         echo.measure(True)
 

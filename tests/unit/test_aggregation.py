@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.messages import Update
-from fedloom.server.aggregation import weighted_mean
+from fedloom.server.aggregation import Average, weighted_mean
 from fedloom.tensors import fingerprint
 
 
@@ -65,3 +65,22 @@ def test_nothing_strangers_and_weightless_are_refused() -> None:
         weighted_mean([update(0, 1, 1.0), Update(1, 1, {"w": torch.ones(2)})])
     with pytest.raises(ValueError, match=r"\[3, 4\] trained on no examples"):
         weighted_mean([update(3, 0, 1.0), update(4, 0, 1.0)])
+
+
+def test_an_average_keeps_no_tensors_and_is_the_mean_of_what_came() -> None:
+    updates = [Update(k, 3 + k, {"x": torch.tensor([float(k), 2.0])}, {"loss": 0.5}) for k in range(5)]
+    average = Average(held=1)
+    kept = [average.take(update) for update in updates]
+    assert [one.tensors for one in kept] == [{}] * 5
+    assert [(one.client, one.num_examples, one.metrics) for one in kept] == [(k, 3 + k, {"loss": 0.5}) for k in range(5)]
+    assert not average._mean._waiting
+    assert fingerprint(average.value()) == fingerprint(weighted_mean(updates))
+
+
+def test_an_average_of_nothing_and_of_nobodys_examples_is_refused() -> None:
+    with pytest.raises(ValueError, match="a mean needs at least one set"):
+        Average().value()
+    average = Average()
+    average.take(Update(7, 0, {"x": torch.ones(1)}))
+    with pytest.raises(ValueError, match=r"clients \[7\] trained on no examples"):
+        average.value()

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import pytest
 
 from fedloom.engines.engine import drive
-from fedloom.messages import CohortFailed, Failure, Flow, Replies, Task, Update
+from fedloom.messages import CohortFailed, Failure, Flow, Replies, Take, Task, Update, whole
 
 
 class Half:
     """An engine over which clients with odd numbers never answer."""
 
-    def run(self, tasks: Sequence[Task]) -> Replies:
-        answered = tuple(Update(t.client, 1) for t in tasks if t.client % 2 == 0)
+    def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
+        answered = tuple(take(Update(t.client, 1)) for t in tasks if t.client % 2 == 0)
         return Replies(answered, tuple(Failure(t.client, "odd") for t in tasks if t.client % 2))
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom import tensors as module
-from fedloom.tensors import clone, fingerprint, nbytes, only, same_names, weighted_mean, without
+from fedloom.tensors import Mean, clone, fingerprint, nbytes, only, same_names, weighted_mean, without
 
 
 def three() -> dict[str, torch.Tensor]:
@@ -92,9 +92,13 @@ def test_order_changes_nothing_that_float32_could_see(entries: list[tuple[int, f
     st.lists(st.integers(1, 500), min_size=1, max_size=5),
     st.integers(1, 12),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    st.integers(1, 100),
 )
-def test_stretches_change_no_bit(shapes: list[list[int]], weights: list[int], stretch: int, dtype: torch.dtype) -> None:
-    """Many tensors in one stretch and one tensor in many stretches: each number is the same sum in the same order."""
+def test_stretches_and_what_is_held_change_no_bit(
+    shapes: list[list[int]], weights: list[int], stretch: int, dtype: torch.dtype, held: int
+) -> None:
+    """Many tensors in one stretch and one tensor in many stretches, summed at once or as they come: each number is the same sum in the same
+    order."""
     generator = torch.Generator().manual_seed(len(shapes))
     sets = [{f"t{i}": torch.randn(shape, generator=generator).to(dtype) for i, shape in enumerate(shapes)} for _ in weights]
     sets = [{n: t.mT if t.ndim >= 2 else t for n, t in tensors.items()} for tensors in sets]  # not all are contiguous
@@ -102,6 +106,11 @@ def test_stretches_change_no_bit(shapes: list[list[int]], weights: list[int], st
     try:
         module.STRETCH = stretch
         mean = weighted_mean(zip(map(float, weights), sets, strict=True))
+        as_they_come = Mean(held)
+        for weight, tensors in zip(weights, sets, strict=True):
+            as_they_come.add(weight, tensors)
+        for _ in range(2):  # asking changes nothing
+            assert fingerprint(as_they_come.value()) == fingerprint(mean)
     finally:
         module.STRETCH = whole
     due = {}

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
-from fedloom.messages import CohortFailed, Flow, Replies, Task, quorum_of
+from fedloom.messages import Asking, CohortFailed, Flow, Replies, Take, Task, quorum_of, whole
 
 T = TypeVar("T")
 
@@ -24,8 +24,9 @@ T = TypeVar("T")
 class Engine(Protocol):
     """``Local``, ``Workers`` and ``FlowerGrid`` are engines; so is anything that wraps one."""
 
-    def run(self, tasks: Sequence[Task]) -> Replies:
-        """Carry out the tasks, each client at most once, and return what came back."""
+    def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
+        """Carry out the tasks, each client at most once, and return what came back: of every update what ``take`` returns, which is called
+        in task order, as soon as may be."""
         ...
 
 
@@ -39,17 +40,18 @@ def drive(flow: Flow[T], engine: Engine, quorum: float = 1.0, seen: Callable[[Se
         ValueError: one asking names a client twice.
     """
     try:
-        tasks = next(flow)
+        asked = next(flow)
         while True:
+            tasks, take = (asked.tasks, asked.take) if isinstance(asked, Asking) else (asked, whole)
             twice = sorted(client for client, times in Counter(task.client for task in tasks).items() if times > 1)
             if twice:
                 raise ValueError(f"clients {twice} are asked twice at once; ask one task a client, then ask again")
-            replies = engine.run(tasks)
+            replies = engine.run(tasks, take)
             if seen is not None:
                 seen(tasks, replies)
             needed = quorum_of(len(tasks), quorum) if quorum > 0 else 0
             if len(replies.updates) < needed:
                 raise CohortFailed(replies.failures, len(replies.updates), needed)
-            tasks = flow.send(list(replies.updates))
+            asked = flow.send(list(replies.updates))
     except StopIteration as done:
         return done.value

@@ -51,8 +51,8 @@ from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.grid import InMemoryGrid
 
 from fedloom.client.host import Host
-from fedloom.engines.local import gather
-from fedloom.messages import Failure, Replies, Task
+from fedloom.engines.local import gather, taken
+from fedloom.messages import Failure, Replies, Take, Task, whole
 from fedloom.wire import WireError, pack
 
 log = logging.getLogger("fedloom")
@@ -89,7 +89,7 @@ class FlowerGrid:
             raise ValueError(f"timeout is {timeout}; a finite number of seconds above 0 is needed, so that nothing waits for ever")
         self.grid, self.nodes, self.digest, self.timeout = grid, dict(nodes), digest, timeout
 
-    def run(self, tasks: Sequence[Task]) -> Replies:
+    def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
         """Send every task to its client's node and collect the replies until all are here or the deadline has passed.
 
         Raises:
@@ -102,7 +102,7 @@ class FlowerGrid:
         arrived = {reply.metadata.reply_to_message_id: reply for reply in replies}
         answers = [self._answer(task.client, message, arrived) for task, message in zip(tasks, sent, strict=True)]
         down = [blob if message is not None else b"" for blob, message in zip(blobs, sent, strict=True)]
-        return gather(tasks, down, answers, self.digest)
+        return taken(gather(tasks, down, answers, self.digest), take)
 
     def _message(self, client: int, blob: bytes) -> Message | None:
         if client not in self.nodes:

@@ -13,7 +13,7 @@ from sys import intern
 import torch
 
 from fedloom.client.host import Host
-from fedloom.messages import Failure, Replies, Task, Traffic, Update
+from fedloom.messages import Failure, Replies, Take, Task, Traffic, Update, whole
 from fedloom.tensors import nbytes
 from fedloom.wire import Packer, WireError, checked_settings, checked_tensors, unpack
 
@@ -38,7 +38,7 @@ class Local:
         # messages of that size then cost half as much. What is kept so is given back between waves.
         torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
-    def run(self, tasks: Sequence[Task]) -> Replies:
+    def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
         """Pack the tasks of a wave, let the host answer all of them at once, unpack their replies; then the next wave.
 
         Raises:
@@ -46,7 +46,7 @@ class Local:
         """
         may_cross(tasks)
         packer = Packer(self.host.digest)
-        return joined(self._wave(i, part, packer) for i, part in enumerate(waves(tasks, self.wave), 1))
+        return joined(taken(self._wave(i, part, packer), take) for i, part in enumerate(waves(tasks, self.wave), 1))
 
     def _wave(self, number: int, tasks: Sequence[Task], packer: Packer) -> Replies:
         if number % BREATH == 0:
@@ -91,6 +91,11 @@ def may_cross(tasks: Iterable[Task]) -> None:
 def _identity(task: Task) -> tuple[int, ...]:
     """Equal for two tasks that carry the same tensor objects under the same names, as long as both live."""
     return (*map(id, task.tensors.values()), hash(tuple(task.tensors)))
+
+
+def taken(replies: Replies, take: Take) -> Replies:
+    """The replies with what ``take`` makes of every update."""
+    return replies if take is whole else replace(replies, updates=tuple(map(take, replies.updates)))
 
 
 def joined(parts: Iterable[Replies]) -> Replies:

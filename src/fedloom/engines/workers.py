@@ -21,17 +21,17 @@ import subprocess
 import sys
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
 from fedloom.client.store import ClientStore
-from fedloom.engines.local import BREATH, gather, give_memory_back, joined, may_cross, waves
-from fedloom.messages import Failure, Replies, Task
+from fedloom.engines.local import BREATH, gather, give_memory_back, joined, may_cross, taken, waves
+from fedloom.messages import Failure, Replies, Take, Task, Traffic, Update, whole
 from fedloom.wire import Packer
 
 log = logging.getLogger("fedloom")
@@ -91,17 +91,22 @@ class Workers:
         self.wave, self.load = wave, load
         self.workers: list[Worker] = []
 
-    def run(self, tasks: Sequence[Task]) -> Replies:
+    def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
         """Give every wave to a worker that is free. A wave whose worker died is begun again; after ``ATTEMPTS`` its clients fail.
+        Updates are taken in when all tasks up to the end of their turn (a wave for each worker) are answered.
 
         Raises:
             WireError: a task may not cross the wire; that is the method's fault and ends the run. No task was carried out then.
             WorkerError: a worker could not start.
         """
         may_cross(tasks)
-        parts = waves(tasks, self.wave) if self.load is None else dealt(tasks, self.count, self.wave, self.load)
+        place = {task.client: i for i, task in enumerate(tasks)}
+        turns: list[Sequence[Sequence[Task]]] = [[part] for part in waves(tasks, self.wave)]
+        if self.load is not None:
+            turns = [dealt(turn, self.count, self.wave, self.load) for turn in waves(tasks, self.count * self.wave)]
         try:
-            return in_order(joined(self._answered(parts)), tasks)
+            answers = iter(self._answered([part for turn in turns for part in turn]))
+            return joined(taken(in_order(joined(islice(answers, len(turn))), place), take) for turn in turns)
         except BaseException:
             self.close()  # what they are still doing is nobody's answer any more
             raise
@@ -112,10 +117,11 @@ class Workers:
             worker.end()
         self.workers.clear()
 
-    def _answered(self, parts: Sequence[Sequence[Task]]) -> list[Replies]:
+    def _answered(self, parts: Sequence[Sequence[Task]]) -> Iterator[Replies]:
+        """The replies of each part, in order, each as soon as it and all before it are here."""
         packer, begun = Packer(self.digest), Counter[int]()
-        waiting, replies = deque(range(len(parts))), dict[int, Replies]()
-        while len(replies) < len(parts):
+        waiting, replies, due = deque(range(len(parts))), dict[int, Replies](), 0
+        while due < len(parts):
             self._start(len(waiting))
             for worker in [w for w in self.workers if w.ready and not w.sent][: len(waiting)]:
                 worker.wave = waiting.popleft()
@@ -133,7 +139,9 @@ class Workers:
                     replies[worker.wave] = self._taken(parts[worker.wave], worker, told["clients"], blobs)
                 else:
                     worker.hear(told)
-        return [replies[i] for i in range(len(parts))]
+            while due in replies:
+                yield replies.pop(due)
+                due += 1
 
     def _start(self, waiting: int) -> None:
         """Have as many live workers as there is work for, ``count`` at most."""
@@ -201,11 +209,13 @@ def dealt(tasks: Sequence[Task], count: int, size: int, load: Callable[[int], fl
     return [[tasks[i] for i in sorted(part)] for part in parts if part]
 
 
-def in_order(replies: Replies, tasks: Sequence[Task]) -> Replies:
-    """The replies in the order of their tasks."""
-    place = {task.client: i for i, task in enumerate(tasks)}
-    ordered = (tuple(sorted(some, key=lambda one: place[one.client])) for some in (replies.updates, replies.failures, replies.traffic))
-    return Replies(*ordered)
+def in_order(replies: Replies, place: Mapping[int, int]) -> Replies:
+    """The replies in the order of their clients' places."""
+
+    def at(one: Update | Failure | Traffic) -> int:
+        return place[one.client]
+
+    return Replies(tuple(sorted(replies.updates, key=at)), tuple(sorted(replies.failures, key=at)), tuple(sorted(replies.traffic, key=at)))
 
 
 class Worker:

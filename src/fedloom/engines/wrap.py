@@ -8,24 +8,32 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from fedloom.engines.engine import Engine
-from fedloom.messages import Failure, Replies, Task, Traffic
+from fedloom.engines.local import taken
+from fedloom.messages import Failure, Replies, Take, Task, Traffic, Update, whole
 
 Fails = Callable[[Task, int], str | None]
 
 
 class Recording:
-    """Passes everything on and keeps it: ``calls`` holds (tasks, replies) of every run, in order."""
+    """Passes everything on and keeps it: ``calls`` holds (tasks, replies) of every run, in order, updates as they came."""
 
     def __init__(self, inner: Engine) -> None:
         self.inner = inner
         self.calls: list[tuple[tuple[Task, ...], Replies]] = []
 
-    def run(self, tasks: Sequence[Task]) -> Replies:
+    def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
         """What the inner engine says."""
-        replies = self.inner.run(tasks)
-        self.calls.append((tuple(tasks), replies))
+        updates: list[Update] = []
+
+        def heard(update: Update) -> Update:
+            updates.append(update)
+            return take(update)
+
+        replies = self.inner.run(tasks, heard)
+        self.calls.append((tuple(tasks), replace(replies, updates=tuple(updates))))
         return replies
 
 
@@ -35,10 +43,10 @@ class Faulty:
     def __init__(self, inner: Engine, fails: Fails) -> None:
         self.inner, self.fails, self.asked = inner, fails, Counter[tuple[str, int]]()
 
-    def run(self, tasks: Sequence[Task]) -> Replies:
+    def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
         """Let the inner engine run the tasks that are not dropped."""
         reasons = _reasons(tasks, self.fails, self.asked)
-        return _without(tasks, reasons, self.inner.run([task for task in tasks if task.client not in reasons]), reached=False)
+        return _without(tasks, reasons, self.inner.run([task for task in tasks if task.client not in reasons], take), reached=False)
 
 
 class Lossy:
@@ -47,9 +55,9 @@ class Lossy:
     def __init__(self, inner: Engine, fails: Fails) -> None:
         self.inner, self.fails, self.asked = inner, fails, Counter[tuple[str, int]]()
 
-    def run(self, tasks: Sequence[Task]) -> Replies:
+    def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
         """Let the inner engine run every task, then lose some of the answers."""
-        return _without(tasks, _reasons(tasks, self.fails, self.asked), self.inner.run(tasks), reached=True)
+        return taken(_without(tasks, _reasons(tasks, self.fails, self.asked), self.inner.run(tasks), reached=True), take)
 
 
 def _reasons(tasks: Sequence[Task], fails: Fails, asked: Counter[tuple[str, int]]) -> dict[int, str]:

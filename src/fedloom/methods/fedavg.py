@@ -19,11 +19,11 @@ import torch
 from fedloom.client.client import Client
 from fedloom.client.curriculum import shuffled
 from fedloom.compute.work import AdamW, Fit, Moments, Penalty
-from fedloom.messages import Flow, Task, Tensors, Update, Work, ask, on_client
+from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
 from fedloom.methods.method import Predictor, State, nothing_to_set_up, predict
 from fedloom.model.base import Model
 from fedloom.seeds import derive_int
-from fedloom.server.aggregation import weighted_mean
+from fedloom.server.aggregation import Average
 from fedloom.server.participation import Pool, uniform
 
 
@@ -61,8 +61,9 @@ class FedAvg:
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """S_t trains; the server takes the mean by numbers of examples."""
         cohort = uniform(pool, state.round)
-        updates = yield [ask(self.train, k, state.shared, round=state.round) for k in cohort]
-        return state.after_round(weighted_mean(updates))
+        mean = Average()
+        yield Asking([ask(self.train, k, state.shared, round=state.round) for k in cohort], mean.take)
+        return state.after_round(mean.value())
 
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:

@@ -30,14 +30,14 @@ import torch
 from fedloom.client.client import Client
 from fedloom.client.curriculum import Pacing, easiest_examples_first, easiest_first, fraction, open_count
 from fedloom.compute.work import Fisher, Norm, Score, Sensitivity
-from fedloom.messages import Flow, Task, Tensors, Update, Work, ask, insist, on_client
+from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, insist, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.adapters import is_factor, partner
 from fedloom.model.base import Model
 from fedloom.model.blocks import layer_of, layers
 from fedloom.seeds import derive
-from fedloom.server.aggregation import weighted_mean
+from fedloom.server.aggregation import Average, weighted_mean
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import only, without
 
@@ -137,8 +137,9 @@ class FibecFed:
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """S_t trains on what is open; the GAL and the head are averaged."""
         cohort = uniform(pool, state.round)
-        updates = yield [ask(self.train, k, state.shared, round=state.round, rounds=pool.rounds) for k in cohort]
-        return state.after_round(weighted_mean(updates))
+        mean = Average()
+        yield Asking([ask(self.train, k, state.shared, round=state.round, rounds=pool.rounds) for k in cohort], mean.take)
+        return state.after_round(mean.value())
 
     def assembled(self, state: State) -> Tensors | None:
         """The shared tensors alone; local layers stay at their start, where B = 0."""

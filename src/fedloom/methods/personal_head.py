@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from fedloom.client.client import Client
-from fedloom.messages import Flow, Task, Tensors, Update, Work, ask, insist, on_client
+from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, insist, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.adapters import is_factor
 from fedloom.model.base import Model
-from fedloom.server.aggregation import weighted_mean
+from fedloom.server.aggregation import Average
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import only, without
 
@@ -42,8 +42,9 @@ class PersonalHead:
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """FedAvg on the factors."""
         cohort = uniform(pool, state.round)
-        updates = yield [ask(self.train, k, state.shared, round=state.round) for k in cohort]
-        return state.after_round(weighted_mean(updates))
+        mean = Average()
+        yield Asking([ask(self.train, k, state.shared, round=state.round) for k in cohort], mean.take)
+        return state.after_round(mean.value())
 
     @on_client
     def receive(self, c: Client, task: Task) -> Work[Update]:

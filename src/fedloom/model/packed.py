@@ -195,8 +195,9 @@ class Pass(TorchFunctionMode):
             frozen = self._frozen(weight, weight if of is None else of)
             made = functional.linear(rows, weight, plain) if frozen is None else frozen(rows, plain)
             if own_bias is not None:
-                counts = torch.tensor([run.rows for run in self._runs(rows) for _ in range(run.count)], device=rows.device)
-                made = made + functional.pad(own_bias.repeat_interleave(counts, 0), (0, 0, 0, len(made) - int(counts.sum())))
+                owners = self._owners(rows)
+                counts = torch.from_numpy(owners.counts).to(rows.device)
+                made = made + functional.pad(own_bias.repeat_interleave(counts, 0), (0, 0, 0, owners.total - owners.owned))
         return made.view(*input.shape[:-1], made.shape[-1])
 
     def _frozen(self, weight: torch.Tensor, of: torch.Tensor) -> Frozen | None:

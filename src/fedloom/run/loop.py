@@ -14,7 +14,7 @@ import numpy as np
 
 from fedloom.engines.engine import Engine, drive
 from fedloom.engines.local import give_memory_back
-from fedloom.messages import Replies, Task
+from fedloom.messages import Replies, Take, Task, whole
 from fedloom.methods.method import State
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import CheckpointError, Saved, write_atomically
@@ -36,11 +36,11 @@ class Told:
     inner: Engine
     show: Progress
 
-    def run(self, tasks: Sequence[Task]) -> Replies:
+    def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
         """As inner."""
         if tasks:
             self.show.phase(f"set-up: {tasks[0].op.replace('_', ' ')} on {len(tasks)} devices")
-        return self.inner.run(tasks)
+        return self.inner.run(tasks, take)
 
 
 def run(experiment: Experiment, folder: Path, plain: bool | None = None) -> dict[str, Any]:
