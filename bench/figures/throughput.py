@@ -61,36 +61,20 @@ QUIET = {
 
 @dataclass(frozen=True)
 class Contestant:
-    """A folder of ``bench/peers``, its name, what Fedloom's ratio to it should be, what one should know about it, and whether its processes
-    keep the model from device to device or load it for each."""
+    """A folder of ``bench/peers``, its name, what Fedloom's ratio to it should be, and what one should know about it."""
 
     folder: str
     name: str
     at_least: float | None = None
     aim: float | None = None
     note: str = ""
-    keeps: bool = True
-
-    @property
-    def key(self) -> str:
-        """Its name among files."""
-        return self.folder if self.keeps else f"{self.folder}-loading"
 
 
 FEDLOOM = Contestant("fedloom", "Fedloom", note="local engine, everything through its wire, as in fedloom run")
 SCRIPT = Contestant("script", "FedAvg in a research script", note="load the global state, train, average the state dicts")
 PLAIN = Contestant("plain", "plain PEFT loop", 2.0, 3.0, "no federation: one model, the same batches one after another")
-TUNED = Contestant("flower", "Flower simulation", 5.0, 10.0, "flwr 1.41, 100 virtual nodes on Ray, the model cached in each worker by hand")
 RIVALS = (
-    TUNED,
-    Contestant(
-        "flower",
-        "Flower simulation as in its template",
-        5.0,
-        10.0,
-        "flwr 1.41, 100 virtual nodes on Ray, the model loaded for each message as FlowerTune's client does",
-        keeps=False,
-    ),
+    Contestant("flower", "Flower simulation", 5.0, 10.0, "flwr 1.41, 100 virtual nodes on Ray, the model cached in each worker"),
     Contestant("pfl", "pfl", 2.0, 4.0, "pfl 0.6, PyTorchModel, the model resident in each process"),
     Contestant("nvflare", "NVFlare simulator", 5.0, 10.0, "nvflare 2.9, ten resident sites that play each round's cohort"),
     PLAIN,
@@ -144,9 +128,9 @@ class Course:
             Failed: it broke or took too long.
         """
         (processes, threads), peer = crew, who.folder
-        out, log = self.folder / f"{who.key}-{precision}.json", self.folder / f"{who.key}-{precision}.log"
+        out, log = self.folder / f"{who.folder}-{precision}.json", self.folder / f"{who.folder}-{precision}.log"
         given = {"job": self.folder, "out": out, "rounds": self.rounds, "precision": precision, "attention": attention}
-        given |= {"processes": processes, "threads": threads, "keeps": int(who.keeps)}
+        given |= {"processes": processes, "threads": threads}
         words = [str(python_of(peer)), "-W", "ignore"]
         if peer == "pfl" and processes > 1:
             words += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
@@ -176,7 +160,7 @@ class Course:
         Raises:
             Failed: it left none, or they are so far that it was other work.
         """
-        made = self.folder / f"{who.key}-{precision}.safetensors"
+        made = self.folder / f"{who.folder}-{precision}.safetensors"
         if who is PLAIN:
             return 0.0
         if not made.exists():
@@ -195,7 +179,7 @@ class Course:
     @property
     def reference(self) -> Path:
         """The research script's tensors after one round in float32."""
-        return self.folder / f"{SCRIPT.key}-float32.safetensors"
+        return self.folder / f"{SCRIPT.folder}-float32.safetensors"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -254,13 +238,12 @@ def race(course: Course, passes: int, cores: int) -> Race:
         seconds = course.run(PLAIN, precision, "eager", (1, cores), "attention")[0]
         attention[precision] = min(seconds, key=lambda way: seconds[way])
     order = (SCRIPT, FEDLOOM, *(who for who in RIVALS if who is not SCRIPT))  # the reference first
-    made = Race(attention, {(who.key, p): Taken() for who in order for p in PRECISIONS}, {p: [] for p in PRECISIONS})
+    made = Race(attention, {(who.folder, p): Taken() for who in order for p in PRECISIONS}, {p: [] for p in PRECISIONS})
     for i in range(passes):
         for precision in PRECISIONS:
             for who in order if i % 2 == 0 else reversed(order):
-                mine, tuned = made.taken[who.key, precision], made.taken[TUNED.key, precision]
-                tried = (tuned.crew,) if not who.keeps and tuned.rates else crews(who.folder, cores)  # what was best for it is best here
-                for crew in tried if i == 0 else (mine.crew,) if mine.rates else ():
+                mine = made.taken[who.folder, precision]
+                for crew in crews(who.folder, cores) if i == 0 else (mine.crew,) if mine.rates else ():
                     if not mine.fault:
                         turn(course, who, precision, attention[precision], crew, mine)
                 if mine.fault and who in (FEDLOOM, SCRIPT):
@@ -271,9 +254,9 @@ def race(course: Course, passes: int, cores: int) -> Race:
 
 def rows(made: Race, precision: Precision) -> list[Row]:
     """Rates, ratios and the share, in one precision."""
-    ours, out = made.taken[FEDLOOM.key, precision], []
+    ours, out = made.taken[FEDLOOM.folder, precision], []
     for who in (FEDLOOM, *RIVALS):
-        mine = made.taken[who.key, precision]
+        mine = made.taken[who.folder, precision]
         name, versus = f"examples/s, {who.name}, {precision}", f"Fedloom / {who.name}, {precision}"
         if mine.fault:
             out += [Row(name, None, "1/s", note=mine.fault), Row(versus, None, "x", who.at_least, who.aim, note=mine.fault)]

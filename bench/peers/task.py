@@ -44,7 +44,6 @@ class Settings:
         attention: eager or sdpa, transformers' two ways on a CPU.
         processes: workers, for whoever starts its own.
         threads: PyTorch threads a process.
-        keeps: 1 if a process keeps its model from one device to the next, 0 if it loads it for each.
     """
 
     job: Path
@@ -54,7 +53,6 @@ class Settings:
     attention: str
     processes: int
     threads: int
-    keeps: int
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,7 +65,7 @@ def settings() -> Settings:
     if "BENCH_SETTINGS" not in os.environ:
         parser = argparse.ArgumentParser()
         words = ("job", "out", "precision", "attention")
-        for name, kind in (*((word, str) for word in words), *((word, int) for word in ("rounds", "processes", "threads", "keeps"))):
+        for name, kind in (*((word, str) for word in words), *((word, int) for word in ("rounds", "processes", "threads"))):
             parser.add_argument(f"--{name}", type=kind, required=True)
         os.environ["BENCH_SETTINGS"] = json.dumps(vars(parser.parse_args()))
     given = json.loads(os.environ["BENCH_SETTINGS"])
@@ -123,17 +121,9 @@ def job_of(folder: Path) -> Job:
     return Job(folder)
 
 
-def model_of(how: Settings) -> Any:
-    """The base with LoRA on it, loaded once a process if that keeps it; trained tensors in float32, at the job's start."""
-    return _resident(how) if how.keeps else _loaded(how)
-
-
 @functools.cache
-def _resident(how: Settings) -> Any:
-    return _loaded(how)
-
-
-def _loaded(how: Settings) -> Any:
+def model_of(how: Settings) -> Any:
+    """The base with LoRA on it, loaded once a process; trained tensors in float32, at the job's start."""
     job = job_of(how.job)
     base = AutoModelForSequenceClassification.from_pretrained(
         job.settings["model"],
@@ -156,7 +146,7 @@ def trained(model: Any) -> list[torch.nn.Parameter]:
     return list(named(model).values())
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def named(model: Any) -> dict[str, torch.nn.Parameter]:
     """The parameters that are trained, by the names that PEFT saves."""
     parts = (".modules_to_save.default", ".default")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -105,6 +108,21 @@ def test_layers_that_share_their_input_share_its_blocks_until_it_changes() -> No
     (changed,) = owners.blocks(x)
     assert torch.equal(changed[1, :3], x[2:])
     assert owners.blocks(torch.zeros(5, 2))[0].any().item() is False
+
+
+def test_a_pass_that_is_over_holds_nothing() -> None:
+    """The blocks that are kept for the next layer are of an input whose graph holds this very layout."""
+    gc.disable()
+    try:
+        owners = Owners(np.array([2, 3]), 5, CPU)
+        over = weakref.ref(owners)
+        x, weight = torch.randn(5, 4, requires_grad=True), torch.randn(2, 4, 4, requires_grad=True)
+        made = owned_linear(owned_linear(x, weight, None, owners), weight, None, owners)
+        made.sum().backward()
+        del made, owners
+        assert over() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("outs", "ins"), [(o, i) for o in (1, 2, 3, 6, 8, 384) for i in (2, 3, 8, 12, 384) if max(o, i) >= 8])

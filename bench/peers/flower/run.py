@@ -1,7 +1,6 @@
 """Flower's simulation: a ServerApp with its FedAvg, a ClientApp with PEFT, 100 virtual nodes on Ray.
 
-Ray keeps its workers alive between messages. The model is cached in each, so that only the first message pays for loading it, or loaded
-for each message (``--keeps 0``), which is how Flower's own template for PEFT, FlowerTune, has its client do it.
+Ray keeps its workers alive between messages and the model is cached in each, so that only the first message pays for loading it.
 Flower draws which ten of its nodes train; the n-th of them plays the n-th device of the job's cohort, so that the work is the job's.
 """
 

@@ -93,7 +93,7 @@ class Owners:
             if (of.data_ptr(), of.shape, of.dtype, version) == (x.data_ptr(), x.shape, x.dtype, x._version):
                 return made
         made = [x.index_select(0, rows.reshape(-1)).view(*rows.shape, x.shape[1]) for rows in self.side.rows]
-        self._last = (x, x._version, made)
+        self._last = (x.detach(), x._version, made)  # its graph would hold this pass, and this pass it
         return made
 
     def upstream(self, gradient: torch.Tensor) -> list[torch.Tensor]:
