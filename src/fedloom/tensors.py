@@ -94,7 +94,11 @@ class Mean:
         self._waiting.append((float(weight), tensors))
         self._bytes += nbytes(tensors)
         if self.held and self._bytes >= self.held:
-            self._sums = [total.clone() for _, total in self._totals()]
+            if self._sums is None:
+                self._sums = [total.clone() for _, total in self._totals()]
+            else:
+                for kept, (_, total) in zip(self._sums, self._totals(), strict=True):
+                    kept.copy_(total)
             self._waiting, self._bytes = [], 0
 
     @torch.no_grad()
@@ -138,7 +142,7 @@ class Mean:
 
 
 def _stretches(tensors: Tensors) -> list[list[Piece]]:
-    """All numbers, :data:`STRETCH` at a time at most: large tensors in pieces, small ones together."""
+    """All numbers, about :data:`STRETCH` at a time: large tensors in pieces, small ones together."""
     made = [
         [(name, begin, min(begin + STRETCH, tensor.numel()))]
         for name, tensor in tensors.items()

@@ -360,12 +360,6 @@ def test_a_wave_has_ended_before_the_next_is_packed(monkeypatch: pytest.MonkeyPa
     assert happened == ["pack", "pack", "answer"] * 2 + ["pack", "answer"]
 
 
-def held() -> int:
-    """Bytes of this process in memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the kernel does not tell what a process holds")
 def test_a_waves_updates_are_taken_before_the_next_wave_begins() -> None:
     one = local(wave=2)
     events: list[str] = []
@@ -380,6 +374,12 @@ def test_a_waves_updates_are_taken_before_the_next_wave_begins() -> None:
     assert events == ["2 answered", "0 taken", "1 taken", "1 answered", "2 taken"]
 
 
+def held() -> int:
+    """Bytes of this process in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the kernel does not tell what a process holds")
 def test_memory_that_was_freed_is_given_back() -> None:
     """Blocks of 100 kB come from the heap, and every second one of them keeps its neighbours' place from being the end of it."""
     blocks = [bytearray(100_000) for _ in range(2000)]

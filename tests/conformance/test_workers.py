@@ -15,6 +15,7 @@ from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import psutil
 import pytest
@@ -119,15 +120,34 @@ def test_workers_share_an_asking_by_load_where_that_changes_nothing(
 ) -> None:
     given: list[list[int]] = []
 
-    def answered(self: Workers, parts: list[list[Task]]) -> list[Replies]:
+    def answered(self: Workers, parts: list[list[Task]]) -> Iterator[Replies]:
         given.extend([task.client for task in part] for part in parts)
-        return [Replies(tuple(Update(task.client, 1) for task in part)) for part in parts]
+        return (Replies(tuple(Update(task.client, 1) for task in part)) for part in parts)
 
     monkeypatch.setattr(Workers, "_answered", answered)
     load = None if loads is None else lambda client: loads[client]
     replies = Workers(start(), count, ClientStore(tmp_path), DIGEST, wave, load).run([task(k) for k in range(5)])
     assert given == parts
     assert [update.client for update in replies.updates] == [0, 1, 2, 3, 4]
+
+
+def test_updates_are_taken_in_task_order_before_the_last_wave_is_answered(toys: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    answers = Workers._taken
+
+    def heard(self: Workers, tasks: list[Task], *rest: Any) -> Replies:
+        happened.append(f"answered {[task.client for task in tasks]}")
+        return answers(self, tasks, *rest)
+
+    def take(update: Update) -> Update:
+        happened.append(f"taken {update.client}")
+        return replace(update, tensors={})
+
+    monkeypatch.setattr(Workers, "_taken", heard)
+    replies = toys.run([task(k) for k in range(6)], take)
+    assert [line for line in happened if line.startswith("taken")] == [f"taken {k}" for k in range(6)]
+    assert happened.index("taken 0") < happened.index("answered [4, 5]")
+    assert not any(update.tensors for update in replies.updates)
 
 
 def test_what_may_not_cross_ends_the_run_before_anything_ran(toys: Workers) -> None:

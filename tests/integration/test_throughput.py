@@ -79,7 +79,8 @@ def race() -> Race:
     """What a race could have made: Fedloom is ten times as fast as the others, whose n-th rival is 1 + n slow; pfl broke."""
     taken = {}
     for precision in throughput.PRECISIONS:
-        taken[FEDLOOM.folder, precision] = Taken({(1, 2): [100.0, 200.0, 300.0]}, [5.0, 7.0], 1e-5)
+        both = {(1, 2): [100.0, 200.0, 300.0], (2, 1): [400.0, 400.0, 400.0]}
+        taken[FEDLOOM.folder, precision] = Taken(both, [5.0, 7.0], 1e-5)
         for n, who in enumerate(RIVALS):
             slow = {(1, 2): [10.0 / (1 + n)] * 3, (2, 1): [1.0, 1.0]}
             taken[who.folder, precision] = Taken(fault="no wheel") if who.folder == "pfl" else Taken(slow, [9.0], 1e-5)
@@ -89,9 +90,10 @@ def race() -> Race:
 
 def test_rows_hold_the_median_of_ratios_the_better_crew_and_what_was_not_measured() -> None:
     made = {row.name: row for row in rows(race(), "bf16")}
-    assert made["examples/s, Fedloom, bf16"].value == 200.0
+    assert made["examples/s, Fedloom, bf16"].value == 400.0
     flower = made["Fedloom / Flower simulation, bf16"]
-    assert (flower.value, flower.at_least, flower.aim) == (20.0, 5.0, 10.0)
+    assert (flower.value, flower.at_least, flower.aim) == (40.0, 5.0, 10.0)
+    assert made["Fedloom / plain PEFT loop, bf16"].value == 80.0, "a single process against a single process"
     assert "1 process of 2 threads, sdpa attention" in made["examples/s, Flower simulation, bf16"].note
     assert made["examples/s, Flower simulation, bf16"].samples["examples/s, 2 processes of 1 thread"] == [1.0, 1.0]
     assert made["Fedloom / pfl, bf16"].value is made["examples/s, pfl, bf16"].value is None
@@ -106,6 +108,9 @@ def test_rows_hold_the_median_of_ratios_the_better_crew_and_what_was_not_measure
 def test_the_better_crew_is_that_of_the_higher_median() -> None:
     assert Taken({(1, 2): [1.0, 9.0, 1.0], (2, 1): [2.0, 2.0, 2.0]}).crew == (2, 1)
     assert median(Taken({(1, 2): [3.0]}).best) == 3.0
+    fell_behind = Taken({(1, 2): [5.0, 5.0, 5.0], (2, 1): [6.0, 6.0, 6.0, 1.0, 1.0, 1.0]})
+    assert fell_behind.crew == (2, 1), "the other one did not run as often: there is nothing to hold neighbours against"
+    assert fell_behind.single == [5.0, 5.0, 5.0]
     assert crews("fedloom", 2) == crews("flower", 2) == crews("pfl", 2) == ((1, 2), (2, 1))
     assert crews("flower", 1) == crews("plain", 1) == ((1, 1),)
 

@@ -39,6 +39,9 @@ log = logging.getLogger("fedloom")
 ATTEMPTS = 2
 """How often a wave is begun before its clients fail: a worker that dies takes nobody's answer with it the first time."""
 
+AHEAD = 2
+"""How many parts for each worker may be answered before the first that is not: their updates wait in memory."""
+
 LAST_BREATH = 5.0
 """Seconds that a process may take to end once it has hung up."""
 
@@ -93,7 +96,8 @@ class Workers:
 
     def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
         """Give every wave to a worker that is free. A wave whose worker died is begun again; after ``ATTEMPTS`` its clients fail.
-        Updates are taken in when all tasks up to the end of their turn (a wave for each worker) are answered.
+        Updates are taken in when all tasks up to the end of their wave are answered; where they are shared by load, up to the end of a
+        wave for each worker.
 
         Raises:
             WireError: a task may not cross the wire; that is the method's fault and ends the run. No task was carried out then.
@@ -105,7 +109,7 @@ class Workers:
         if self.load is not None:
             turns = [dealt(turn, self.count, self.wave, self.load) for turn in waves(tasks, self.count * self.wave)]
         try:
-            answers = iter(self._answered([part for turn in turns for part in turn]))
+            answers = self._answered([part for turn in turns for part in turn])
             return joined(taken(in_order(joined(islice(answers, len(turn))), place), take) for turn in turns)
         except BaseException:
             self.close()  # what they are still doing is nobody's answer any more
@@ -123,13 +127,18 @@ class Workers:
         waiting, replies, due = deque(range(len(parts))), dict[int, Replies](), 0
         while due < len(parts):
             self._start(len(waiting))
-            for worker in [w for w in self.workers if w.ready and not w.sent][: len(waiting)]:
+            for worker in [w for w in self.workers if w.ready and not w.sent]:
+                if not waiting or waiting[0] >= due + AHEAD * self.count:
+                    break
                 worker.wave = waiting.popleft()
                 begun[worker.wave] += 1
                 tasks = parts[worker.wave]
                 if not worker.give(self.store, tasks, [packer.pack(task) for task in tasks]):
                     self._lost(worker, parts, begun, waiting, replies)
-            for worker in self._heard():
+            while due in replies:  # what is yielded is summed here while the workers compute
+                yield replies.pop(due)
+                due += 1
+            for worker in self._heard() if due < len(parts) else ():
                 try:
                     told, blobs = receive(worker.line)
                 except (EOFError, OSError):
@@ -139,9 +148,6 @@ class Workers:
                     replies[worker.wave] = self._taken(parts[worker.wave], worker, told["clients"], blobs)
                 else:
                     worker.hear(told)
-            while due in replies:
-                yield replies.pop(due)
-                due += 1
 
     def _start(self, waiting: int) -> None:
         """Have as many live workers as there is work for, ``count`` at most."""

@@ -61,7 +61,7 @@ class World:
 
     def examples_of(self, client: int) -> int:
         """How many examples a device trains on."""
-        return len(self.device(client).train)
+        return len(self.splits["train"]) if client == CENTRE else len(self.partition.train[client])
 
     def fingerprint(self) -> str:
         """16 hex digits over the tokens, labels and partition: a resumed run must find the same data."""

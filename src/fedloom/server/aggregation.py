@@ -31,7 +31,7 @@ def weighted_mean(updates: Sequence[Update]) -> dict[str, torch.Tensor]:
 class Average:
     """The same of updates that come one after another and are not kept: ``yield Asking(tasks, average.take)``.
 
-    However many clients a round has and whatever they send, at most ``held`` bytes of it are in memory at a time, and the sums.
+    However many clients a round has, in memory are the first one's update, ``held`` bytes of others, and the sums.
     """
 
     def __init__(self, held: int = HELD) -> None:
