@@ -6,6 +6,7 @@ import importlib.util
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -18,6 +19,7 @@ from fedloom.engines.engine import Engine
 from fedloom.engines.wrap import Faulty, Lossy
 from fedloom.messages import CohortFailed, Task
 from fedloom.methods import all_methods
+from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.console import Progress
@@ -296,3 +298,15 @@ def test_a_round_that_misses_its_quorum_ends_the_run_names_who_and_can_be_resume
     assert len(rows(tmp_path / "run")) == 2
     run(small.experiment(name, rounds=ROUNDS), tmp_path / "run", plain=True)
     assert fingerprint_of(tmp_path / "run") == fingerprint_of(whole(name)[0])
+
+
+def test_fibecfed_with_lossless_choices_is_the_same_in_any_stack_and_tells_what_it_found(tmp_path: Path) -> None:
+    lossless = FibecFed(curriculum=Curriculum(head_rounds=1), gal=Gal(fraction=0.5, lossless=True), keep_lossless=True)
+    made = {}
+    for stack in (1, 0):
+        e = replace(small.experiment("fibecfed", stack=stack), method=lossless)
+        made[stack] = run(e, tmp_path / str(stack), plain=True)
+    assert made[0]["facts"] == made[1]["facts"]
+    told = made[0]["facts"]["lossless"]
+    assert isinstance(told, str) or (0 < told["prunable"] <= 1 and 0 < told["examples_on_devices_with_a_gap"] <= 1)
+    assert made[0]["setup_device_seconds"] > run(small.experiment("fibecfed"), tmp_path / "plain", plain=True)["setup_device_seconds"]

@@ -14,12 +14,13 @@ import torch
 
 from fedloom.compute.compute import Done
 from fedloom.compute.flops import Flops
-from fedloom.compute.work import Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, WorkItem
+from fedloom.compute.spectrum import density, lipschitz
+from fedloom.compute.work import Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, Spectral, Spectrum, WorkItem
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
 from fedloom.model.base import Batch, Model, as_batch, weighted_loss
 from fedloom.model.dropout import SeededDropout
-from fedloom.seeds import derive_int
+from fedloom.seeds import derive, derive_int
 
 PREDICT_ROWS = 32
 """Examples per forward pass when predicting one by one."""
@@ -45,6 +46,8 @@ class Serial:
                 return self._fisher(item)
             case Sensitivity():
                 return self._sensitivity(item)
+            case Spectrum():
+                return self._spectrum(item)
             case Predict():
                 return self._predict(item)
 
@@ -104,6 +107,33 @@ class Serial:
         at = {n: t.detach().float().to(self.model.device) for n, t in item.at.items()}
         return sensitivity(self.model, at, self.batch(item.examples, item.batch), item).cpu().numpy().astype(np.float64)
 
+    def _spectrum(self, item: Spectrum) -> Spectral:
+        names = sorted(scored_names(item))
+        at = {n: t.detach().float().to(self.model.device) for n, t in item.at.items()}
+        shapes, batch = [at[n].shape for n in names], self.batch(item.examples, item.batch)
+        point = torch.cat([at[n].reshape(-1) for n in names]).requires_grad_(True)
+
+        def gradient(where: torch.Tensor, twice: bool = False) -> torch.Tensor:
+            parts = where.split([shape.numel() for shape in shapes])
+            named = {n: part.view(shape) for n, part, shape in zip(names, parts, shapes, strict=True)}
+            return torch.autograd.grad(self.model.loss({**at, **named}, batch, torch.float32), where, create_graph=twice)[0]
+
+        slope = gradient(point, twice=True)
+
+        def product(vector: torch.Tensor) -> torch.Tensor:
+            return torch.autograd.grad(slope, point, vector.to(slope.device), retain_graph=True, materialize_grads=True)[0]
+
+        def draw(purpose: str, i: int) -> torch.Tensor:
+            normal = derive(item.seed, "spectrum", purpose, i).standard_normal(len(point), dtype=np.float32)
+            return torch.from_numpy(normal).to(point.device)
+
+        nodes, weights = density(product, [draw("probe", i) for i in range(item.probes)], item.steps)
+        reach = item.radius * float(point.detach().norm())
+        moves = [reach * move / move.norm() for move in (draw("move", i) for i in range(item.probes))]
+        base, here = slope.detach(), point.detach()
+        bound = lipschitz(product, lambda move: gradient((here + move).requires_grad_(True)) - base, moves)
+        return Spectral(nodes, weights, bound)
+
     def _predict(self, item: Predict) -> torch.Tensor:
         at = {n: t.detach().float().to(self.model.device) for n, t in item.at.items()}
         rows = np.arange(len(item.examples))
@@ -136,8 +166,8 @@ def sensitivity(model: Model, at: Tensors, batch: Batch, item: Sensitivity) -> t
     return torch.stack([(m.norm() - h.norm()).abs() / h.norm() for h, m in pooled])
 
 
-def scored_names(item: Score | Fisher) -> list[str]:
-    """The tensors whose gradients a Score or Fisher is about, in order.
+def scored_names(item: Score | Fisher | Spectrum) -> list[str]:
+    """The tensors whose gradients a Score, Fisher or Spectrum is about, in order.
 
     Raises:
         ValueError: none of ``over`` is among ``at``.
@@ -168,6 +198,11 @@ def cost(item: WorkItem, flops: Flops) -> tuple[float, int]:
         case Sensitivity():
             longest, n = int(lengths[item.batch].max()), len(item.batch)
             return n * float(flops.step(frozenset(item.at), longest) + flops.forward(longest)), 0
+        case Spectrum():
+            # a gradient that can be differentiated, products at twice its price, and a gradient and a product for every move
+            longest, n = int(lengths[item.batch].max()), len(item.batch)
+            passes = 1 + item.probes * (2 * item.steps + 3)
+            return passes * n * float(flops.step(frozenset(scored_names(item)), longest)), 0
         case Predict():
             return float(np.sum(flops.forward(lengths))) if len(lengths) else 0.0, 0
 

@@ -24,7 +24,7 @@ from torch.func import vmap
 from fedloom.compute.compute import Done
 from fedloom.compute.flops import Flops
 from fedloom.compute.serial import Serial, cost, dropout_key, scored_names
-from fedloom.compute.work import Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, WorkItem
+from fedloom.compute.work import Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, Spectrum, WorkItem
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
 from fedloom.model.base import Model, free_bytes
@@ -85,6 +85,8 @@ class Stacked:
                 return self._fisher(items)
             case Sensitivity():
                 return self._sensitivity(items)
+            case Spectrum():  # the packed passes' gradients cannot be differentiated again
+                return [done.result for done in Serial(self.model).run(items)]
             case Predict():
                 return self._predict(items)
             case unknown:

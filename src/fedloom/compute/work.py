@@ -120,6 +120,33 @@ class Sensitivity:
 
 
 @dataclass(frozen=True)
+class Spectrum:
+    """The spectral density of the Hessian H of one batch's mean loss over the tensors ``at`` whose names are in ``over`` (all if None), and
+    the Lipschitz estimate of Δ ↦ HΔ − ∇F(P + Δ); ``compute/spectrum.py`` says how. float32, dropout off. Result: :class:`Spectral`.
+
+    ``steps`` Lanczos steps for each of ``probes`` starts, which are derived from ``seed``. ``radius``: ‖Δ‖ over ‖P‖.
+    """
+
+    at: Tensors
+    examples: Examples
+    batch: Indices
+    over: frozenset[str] | None = None
+    probes: int = 1
+    steps: int = 32
+    radius: float = 0.05
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Spectral:
+    """What :class:`Spectrum` found: nodes (ascending) and weights (sum 1) of the density, float64 (m,), and the Lipschitz estimate ℒ."""
+
+    nodes: np.ndarray
+    weights: np.ndarray
+    lipschitz: float
+
+
+@dataclass(frozen=True)
 class Predict:
     """Logits of all ``examples`` at the tensors ``at``. Result: float32 tensor (n, C)."""
 
@@ -127,4 +154,4 @@ class Predict:
     examples: Examples
 
 
-WorkItem = Fit | Score | Fisher | Sensitivity | Predict
+WorkItem = Fit | Score | Fisher | Sensitivity | Spectrum | Predict

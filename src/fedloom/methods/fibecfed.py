@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -29,14 +29,15 @@ import torch
 
 from fedloom.client.client import Client
 from fedloom.client.curriculum import Pacing, easiest_examples_first, easiest_first, fraction, open_count
-from fedloom.compute.work import Fisher, Norm, Score, Sensitivity
+from fedloom.compute.spectrum import first_gap
+from fedloom.compute.work import Fisher, Norm, Score, Sensitivity, Spectrum
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, insist, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.adapters import is_factor, partner
 from fedloom.model.base import Model
 from fedloom.model.blocks import layer_of, layers
-from fedloom.seeds import derive
+from fedloom.seeds import derive, derive_int
 from fedloom.server.aggregation import Average, weighted_mean
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import only, without
@@ -78,6 +79,7 @@ class Gal:
         which: those with the least or the most sensitive output, or random ones.
         rho: size of the perturbation; see the work item Sensitivity.
         norm: form of the score; see the work item Sensitivity.
+        lossless: as many as the devices' Hessian spectra allow without loss, instead of the fraction or count; see ``first_gap``.
     """
 
     fraction: float = 0.75
@@ -85,6 +87,7 @@ class Gal:
     which: Literal["least", "most", "random"] = "least"
     rho: float = 0.5
     norm: Norm = "difference"
+    lossless: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class FibecFed:
         curriculum: the easy-to-hard curriculum.
         gal: which layers are global.
         keep: share of the output neurons of each local layer that is trained.
+        keep_lossless: the share that a device's own Hessian spectrum allows without loss, where it tells; ``keep`` otherwise.
         warmup_epochs: epochs E_w of the warm-up behind the mask.
         momentum: γ of the mask's Fisher over those epochs.
     """
@@ -107,6 +111,7 @@ class FibecFed:
     curriculum: Curriculum = field(default_factory=Curriculum)
     gal: Gal = field(default_factory=Gal)
     keep: float = 0.95
+    keep_lossless: bool = False
     warmup_epochs: int = 1
     momentum: float = 0.5
 
@@ -125,13 +130,17 @@ class FibecFed:
             updates = yield from insist([ask(self.warm_head, k, only(shared, head), round=-1 - i) for k in cohort])
             shared |= weighted_mean(updates)
         answers = yield from insist([ask(self.inspect, k, shared) for k in pool.clients])
-        scores = weighted_mean(answers)["layer_scores"].numpy()
-        chosen = choose_gal(scores, sorted(layers(shared)), self.gal, pool.seed)
+        means = weighted_mean(answers)
+        scores, adapted, told = means["layer_scores"].numpy(), sorted(layers(shared)), {}
+        gal = self.gal
+        if self.gal.lossless or self.keep_lossless:
+            gal, told = lossless_gal(self.gal, means["prunable"].numpy(), len(adapted))
+        chosen = choose_gal(scores, adapted, gal, pool.seed)
         yield from insist([ask(self.adopt, k, gal=chosen) for k in pool.clients])
         kept = {n: t for n, t in shared.items() if n in head or layer_of(n) in chosen}
         pace = self.curriculum
         opened = [fraction(pace.pacing, t, pool.rounds, pace.start, pace.full_at) for t in range(pool.rounds)]
-        facts = {"gal": chosen, "layer_scores": scores.tolist(), "pacing": opened, "difficulty_head": pace.head}
+        facts = {"gal": chosen, "layer_scores": scores.tolist(), "pacing": opened, "difficulty_head": pace.head, **told}
         return State(0, kept, facts={**state.facts, **facts})
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
@@ -158,13 +167,21 @@ class FibecFed:
     def inspect(self, c: Client, task: Task) -> Work[Update]:
         """Step 1: difficulty of every example (kept here) and the layers' sensitivity on one batch (uploaded)."""
         batch = self.inner.cut(c, "batches")[0]
-        difficulty, scores = yield [
+        spectrum = Spectrum(task.tensors, c.train, batch, seed=derive_int(c.seed, "spectrum", c.id))
+        difficulty, scores, *spectral = yield [
             self._score(task.tensors, c),
             Sensitivity(task.tensors, c.train, batch, self.gal.rho, self.gal.norm),
+            *([spectrum] if self.gal.lossless or self.keep_lossless else []),
         ]
         c.private = dict(task.tensors)
         c.memory = {"difficulty": torch.from_numpy(difficulty), "scored_at": torch.tensor(0)}
-        return Update(c.id, len(c.train), {"layer_scores": torch.from_numpy(scores)})
+        found = {"layer_scores": torch.from_numpy(scores)}
+        for one in spectral:
+            share = first_gap(one.nodes, one.weights, one.lipschitz)
+            found["prunable"] = torch.tensor([0.0, 0.0] if share is None else [share, 1.0], dtype=torch.float64)
+            if share is not None:
+                c.memory["prunable"] = torch.tensor(share, dtype=torch.float64)
+        return Update(c.id, len(c.train), found)
 
     @on_client
     def adopt(self, c: Client, task: Task) -> Work[Update]:
@@ -173,9 +190,10 @@ class FibecFed:
         local = [n for n in c.private if is_factor(n) and layer_of(n) not in chosen]
         if set(local) == set(c.private):  # asked again because the answer was lost: this device has adopted already
             return Update(c.id, len(c.train))
-        if local and self.keep < 1:
+        keep = 1 - float(c.memory["prunable"]) if self.keep_lossless and "prunable" in c.memory else self.keep
+        if local and keep < 1:
             fisher = yield from self._warm_up(c)
-            c.memory |= {f"mask/{name}": mask for name, mask in neuron_masks(only(fisher, local), self.keep).items()}
+            c.memory |= {f"mask/{name}": mask for name, mask in neuron_masks(only(fisher, local), keep).items()}
         c.private = only(c.private, local)
         return Update(c.id, len(c.train))
 
@@ -223,6 +241,20 @@ class FibecFed:
             now = yield Fisher({**head, **lora}, c.train, frozenset(lora))
             fisher = {n: self.momentum * f + (1 - self.momentum) * now[n] for n, f in fisher.items()}
         return fisher
+
+
+def lossless_gal(gal: Gal, prunable: np.ndarray, adapted: int) -> tuple[Gal, dict[str, object]]:
+    """``gal`` with the count that the spectra allow, if it is to be lossless, and what to tell of it.
+
+    ``prunable``: (Σ_k (n_k/n) m_k/d_k over the devices whose spectrum has a gap above 4ℒ_k, their share Σ n_k/n). The complement of the
+    devices' mean is the share of the ``adapted`` layers that become global, at least one. Where no device has such a gap, ``gal`` stays.
+    """
+    total, told = (float(value) for value in prunable)
+    if not told:
+        return gal, {"lossless": "no device's Hessian spectrum has a gap above 4ℒ: the given shares are used"}
+    share = total / told
+    facts: dict[str, object] = {"lossless": {"prunable": share, "examples_on_devices_with_a_gap": told}}
+    return replace(gal, count=max(1, math.ceil((1 - share) * adapted - 1e-9))) if gal.lossless else gal, facts
 
 
 def choose_gal(scores: np.ndarray, adapted: list[int], gal: Gal, seed: int) -> list[int]:

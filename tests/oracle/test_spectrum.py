@@ -1,0 +1,133 @@
+"""Stochastic Lanczos against dense eigenvalues: of random matrices, and of the Hessian of tiny models written out entry by entry."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fedloom.compute.serial import Serial
+from fedloom.compute.spectrum import density, first_gap, lanczos, lipschitz
+from fedloom.compute.stacked import Stacked
+from fedloom.compute.work import Spectral, Spectrum
+from fedloom.model.base import Model
+from tests import families, tiny
+from tests.oracle.numpy_fibecfed import first_gap as derived_gap
+
+
+def symmetric(size: int, seed: int) -> np.ndarray:
+    made = np.random.default_rng(seed).standard_normal((size, size))
+    return (made + made.T) / 2
+
+
+def of(matrix: np.ndarray):
+    whole = torch.from_numpy(matrix).float()
+    return lambda vector: whole @ vector
+
+
+def start(size: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(size)).float()
+
+
+def test_as_many_steps_as_dimensions_give_all_eigenvalues() -> None:
+    matrix = symmetric(20, 1)
+    nodes, weights = density(of(matrix), [start(20)], 100)
+    assert np.allclose(nodes, np.linalg.eigvalsh(matrix), atol=2e-5)
+    vectors, unit = np.linalg.eigh(matrix)[1], start(20).double().numpy()
+    assert np.allclose(weights, (vectors.T @ unit) ** 2 / (unit @ unit), atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [3, 6])
+def test_m_nodes_have_the_first_2m_minus_1_moments_of_the_start(steps: int) -> None:
+    matrix, unit = symmetric(30, 2) / 4, start(30, 3).double().numpy()
+    unit /= np.linalg.norm(unit)
+    nodes, weights = density(of(matrix), [start(30, 3)], steps)
+    assert len(nodes) == steps
+    for power in range(2 * steps):
+        assert weights @ nodes**power == pytest.approx(unit @ np.linalg.matrix_power(matrix, power) @ unit, rel=1e-4, abs=1e-5)
+
+
+def test_an_exhausted_krylov_space_ends_early_and_zero_is_a_spectrum() -> None:
+    two = np.diag([3.0] * 6 + [-1.0] * 4)
+    nodes, weights = density(of(two), [start(10)], 10)
+    assert np.allclose(nodes, [-1, 3], atol=1e-5)
+    assert weights.sum() == pytest.approx(1)
+    nodes, _ = density(of(np.zeros((5, 5))), [start(5)], 5)
+    assert nodes.tolist() == [0.0]
+
+
+def test_many_probes_tell_the_share_of_eigenvalues_in_a_band() -> None:
+    values = np.concatenate([np.linspace(-1, 1, 90), np.linspace(8, 9, 10)])
+    basis = np.linalg.qr(symmetric(100, 4))[0]
+    nodes, weights = density(of(basis @ np.diag(values) @ basis.T), [start(100, i) for i in range(60)], 12)
+    assert weights.sum() == pytest.approx(1)
+    assert np.all(np.diff(nodes) >= 0)
+    assert weights[nodes > 5].sum() == pytest.approx(0.1, abs=0.01)
+
+
+def test_full_orthogonalisation_makes_no_ghosts() -> None:
+    """Without it an outlying eigenvalue comes again and again."""
+    values = np.concatenate([np.linspace(0, 1, 60), [50.0]])
+    basis = np.linalg.qr(symmetric(61, 5))[0]
+    diagonal, beside = lanczos(of(basis @ np.diag(values) @ basis.T), start(61), 61)
+    nodes = np.linalg.eigvalsh(np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1))
+    assert (nodes > 25).sum() == 1
+
+
+@pytest.mark.parametrize("bound", [0.01, 0.05, 0.3, 10.0])
+def test_the_first_gap_is_that_of_the_sorted_eigenvalues(bound: float) -> None:
+    values = np.sort(np.random.default_rng(6).standard_normal(40))
+    due = derived_gap(values, bound)
+    made = first_gap(values, np.full(40, 1 / 40), bound)
+    assert (made is None) == (due is None)
+    assert due is None or made == pytest.approx(due / 40)
+
+
+def test_the_lipschitz_estimate_of_a_cubic() -> None:
+    """∇F(P + Δ) − ∇F(P) = HΔ + c‖Δ‖Δ: the quotient is c‖Δ‖, and the largest counts."""
+    hessian = of(symmetric(4, 7))
+    moves = [torch.tensor([0.3, 0, 0, 0.4]), torch.tensor([0, 2.0, 0, 0]), torch.tensor([0.1, 0, 0, 0])]
+    assert lipschitz(hessian, lambda move: hessian(move) + 3 * move.norm() * move, moves) == pytest.approx(6.0, rel=1e-4)
+
+
+def dense(model: Model, item: Spectrum) -> np.ndarray:
+    """Eigenvalues need the Hessian of the batch's mean loss over the item's tensors, entry by entry: autograd's own second derivatives."""
+    names = sorted(n for n in item.at if item.over is None or n in item.over)
+    flat = torch.cat([item.at[n].reshape(-1) for n in names])
+    batch = Serial(model).batch(item.examples, item.batch)
+
+    def loss(where: torch.Tensor) -> torch.Tensor:
+        parts = where.split([item.at[n].numel() for n in names])
+        return model.loss({**item.at, **{n: p.view(item.at[n].shape) for n, p in zip(names, parts, strict=True)}}, batch, torch.float32)
+
+    return torch.autograd.functional.hessian(loss, flat).double().numpy()
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("over", [None, "lora"])
+def test_a_models_spectrum_is_that_of_its_dense_hessian(family: str, over: str | None) -> None:
+    model = families.model(family)
+    at = families.moved(model, 3)
+    names = None if over is None else frozenset(n for n in at if "lora_" in n)
+    item = Spectrum(at, tiny.clients()[1].train, np.arange(4), names, probes=2, steps=400, seed=5)
+    (done,) = Serial(model).run([item])
+    made: Spectral = done.result
+    values = np.linalg.eigvalsh(dense(model, item))
+    size = np.abs(values).max()
+    assert made.nodes.min() == pytest.approx(values.min(), abs=1e-3 * size)
+    assert made.nodes.max() == pytest.approx(values.max(), abs=1e-3 * size)
+    assert all(np.abs(values - node).min() < 2e-3 * size for node in made.nodes[made.weights > 1e-6])
+    assert made.weights.sum() == pytest.approx(1)
+    assert made.lipschitz > 0
+    assert done.flops > 0
+
+
+def test_equal_seeds_give_equal_spectra_and_the_stack_the_same() -> None:
+    model = families.model("bert")
+    items = [Spectrum(families.moved(model, k), tiny.clients()[k].train, np.arange(3), steps=8, seed=k) for k in (0, 1)]
+    alone, stacked = (on.run(items) for on in (Serial(model), Stacked(model)))
+    for one, other in zip(alone, stacked, strict=True):
+        assert np.array_equal(one.result.nodes, other.result.nodes)
+        assert np.array_equal(one.result.weights, other.result.weights)
+        assert one.result.lipschitz == other.result.lipschitz
+    assert not np.array_equal(alone[0].result.nodes, alone[1].result.nodes)

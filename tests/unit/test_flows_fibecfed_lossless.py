@@ -1,0 +1,97 @@
+"""FibecFed's lossless choices, played by hand: what a device tells of its spectrum, and what the server and the mask make of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fedloom.compute.work import Spectral, Spectrum
+from fedloom.messages import Task, Update, ask
+from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.fibecfed import FibecFed, Gal
+from fedloom.methods.method import State
+from tests.flows import POOL, SIZES, client, of_layers, play, start, told, work
+from tests.unit.test_flows_fibecfed_device import drive
+
+GAP = Spectral(np.array([0.0, 0.1, 3.0]), np.array([0.5, 0.1, 0.4]), 0.25)
+"""The first gap above 4ℒ = 1 is the second one; 0.6 of the spectrum lies below."""
+
+NO_GAP = Spectral(np.array([0.0, 0.1, 3.0]), np.array([0.5, 0.1, 0.4]), 0.75)
+
+
+def inspected(method: FibecFed, spectral: Spectral | None):
+    """Device 1 after scoring: its items, its update, and the device."""
+    c = client(1)
+    results = [np.arange(len(c.train), dtype=np.float64), np.array([0.1, 0.2, 0.3, 0.4])]
+    items, update = work(method.inspect(c, ask(method.inspect, 1, start())), [*results, *([] if spectral is None else [spectral])])
+    return items[0], update, c
+
+
+@pytest.mark.parametrize("method", [FibecFed(gal=Gal(lossless=True)), FibecFed(keep_lossless=True)])
+@pytest.mark.parametrize(("spectral", "tells"), [(GAP, [0.6, 1.0]), (NO_GAP, [0.0, 0.0])])
+def test_a_device_tells_what_its_spectrum_lets_be_pruned(method: FibecFed, spectral: Spectral, tells: list[float]) -> None:
+    items, update, c = inspected(method, spectral)
+    asked = items[2]
+    assert isinstance(asked, Spectrum)
+    assert asked.batch.tolist() == method.inner.cut(c, "batches")[0].tolist()
+    assert asked.over is None
+    assert set(asked.at) == set(start())
+    assert update.tensors["prunable"].tolist() == pytest.approx(tells)
+    assert ("prunable" in c.memory) == bool(tells[1])
+
+
+def test_nobody_pays_for_a_spectrum_that_nobody_asked_for() -> None:
+    items, update, _ = inspected(FibecFed(), None)
+    assert len(items) == 2
+    assert set(update.tensors) == {"layer_scores"}
+
+
+def chosen(gal: Gal, prunable: dict[int, float], keep_lossless: bool = False) -> tuple[list[int], object]:
+    """The GAL and what is told of it when the devices answer with these shares (a device that is not named has no gap)."""
+
+    def answer(task: Task) -> Update:
+        update = told(task)
+        if task.op != "inspect":
+            return update
+        share = [prunable[task.client], 1.0] if task.client in prunable else [0.0, 0.0]
+        return Update(task.client, update.num_examples, {**update.tensors, "prunable": torch.tensor(share, dtype=torch.float64)})
+
+    _, state = play(FibecFed(gal=gal, keep_lossless=keep_lossless).setup(State(0, start(), facts={"depth": 4}), POOL), answer)
+    return state.facts["gal"], state.facts.get("lossless")
+
+
+def test_the_complement_of_the_mean_prunable_share_is_global() -> None:
+    everyone = {0: 0.9, 1: 0.5, 2: 0.6, 3: 0.2}
+    mean = sum(SIZES[k] * share for k, share in everyone.items()) / sum(SIZES.values())
+    assert 0.5 < mean < 0.75  # so two of the four layers
+    gal, facts = chosen(Gal(lossless=True, fraction=1.0), everyone)
+    assert gal == [1, 2]
+    assert facts == {"prunable": pytest.approx(mean), "examples_on_devices_with_a_gap": pytest.approx(1.0)}
+
+
+def test_devices_without_a_gap_do_not_count_and_none_with_one_means_the_fraction() -> None:
+    gal, facts = chosen(Gal(lossless=True, fraction=1.0), {1: 0.2})
+    assert len(gal) == 4  # ceil(0.8 * 4)
+    assert facts == {"prunable": pytest.approx(0.2), "examples_on_devices_with_a_gap": pytest.approx(SIZES[1] / sum(SIZES.values()))}
+    gal, facts = chosen(Gal(lossless=True, fraction=0.5), {})
+    assert len(gal) == 2
+    assert facts == "no device's Hessian spectrum has a gap above 4ℒ: the given shares are used"
+    assert len(chosen(Gal(lossless=True), {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0})[0]) == 1, "at least one layer is global"
+
+
+def test_a_mask_alone_may_be_lossless() -> None:
+    gal, facts = chosen(Gal(fraction=0.5), {0: 0.9, 1: 0.9, 2: 0.9, 3: 0.9}, keep_lossless=True)
+    assert len(gal) == 2
+    assert facts == {"prunable": pytest.approx(0.9), "examples_on_devices_with_a_gap": pytest.approx(1.0)}
+
+
+@pytest.mark.parametrize(("spectral", "kept"), [(GAP, 2), (NO_GAP, 3)])  # of four neurons: ceil(0.4 * 4), else ceil(0.75 * 4)
+def test_the_mask_keeps_what_the_devices_own_spectrum_says(spectral: Spectral, kept: int) -> None:
+    method = FibecFed(FedAvg(batch_size=4), keep=0.75, keep_lossless=True)
+    _, _, c = inspected(method, spectral)
+    drive(method.adopt(c, ask(method.adopt, 1, gal=[1, 3])))
+    masks = {n: t for n, t in c.memory.items() if n.startswith("mask/")}
+    assert {n.removeprefix("mask/") for n in masks} == {n for n in of_layers(0, 2) if "lora_B" in n}
+    total = sum(int(t.sum()) for t in masks.values())
+    assert total == 2 * (4 if kept == 2 else 6)  # two modules a layer are ranked together
