@@ -81,7 +81,7 @@ def corrupted(mutant: Mutant, source: Path) -> str:
     """The text of the mutant's file under ``source`` with the corruption in it.
 
     Raises:
-        Misfit: no such file, ``old`` not there exactly once, nothing changes, or the result is not Python.
+        Misfit: no such file, ``old`` not there exactly once, nothing changes, or a Python file is none any more.
     """
     path = source / mutant.file
     if not path.is_file():
@@ -93,7 +93,8 @@ def corrupted(mutant: Mutant, source: Path) -> str:
         raise Misfit("old and new are the same text")
     mutated = text.replace(mutant.old, mutant.new)
     try:
-        compile(mutated, mutant.file, "exec")
+        if path.suffix == ".py":
+            compile(mutated, mutant.file, "exec")
     except SyntaxError as error:
         raise Misfit(f"the corrupted {mutant.file} is not Python: {error}") from error
     return mutated

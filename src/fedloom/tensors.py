@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, groupby
 
 import torch
 
 from fedloom.messages import Tensors
+from fedloom.native.library import takes, weighted_sum
 
 STRETCH = 2**19
 """How many numbers are averaged at a time: 4 MB of float64, which stay in a cache."""
@@ -124,21 +125,27 @@ class Mean:
         stretches = _stretches(self._like)
         longest = max((sum(end - begin for _, begin, end in pieces) for pieces in stretches), default=0)
         device = next((tensor.device for tensor in self._like.values()), None)
-        space = torch.empty(2, longest, dtype=torch.float64, device=device)  # fresh memory for every stretch would cost more than the sums
-        flat = [(weight, {name: tensor.reshape(-1) for name, tensor in tensors.items()}) for weight, tensors in self._waiting]
+        space = torch.empty(longest, dtype=torch.float64, device=device)  # fresh memory for every stretch would cost more than the sums
+        weights = [weight for weight, _ in self._waiting]
+        flat = {name: [tensors[name].reshape(-1) for _, tensors in self._waiting] for name in self._like}
         for i, pieces in enumerate(stretches):
-            sizes = [end - begin for _, begin, end in pieces]
-            total, doubles = space[:, : sum(sizes)]
+            total = space[: sum(end - begin for _, begin, end in pieces)]
             if self._sums is None:
                 total.zero_()
             else:
                 total.copy_(self._sums[i])
-            places = [(place, *piece) for place, piece in zip(doubles.split(sizes), pieces, strict=True)]
-            for weight, tensors in flat:
-                for place, name, begin, end in places:
-                    place.copy_(tensors[name][begin:end])
-                total.add_(doubles, alpha=weight)
+            for place, (name, begin, end) in zip(total.split([end - begin for _, begin, end in pieces]), pieces, strict=True):
+                _add(place, [tensor[begin:end] for tensor in flat[name]], weights)
             yield pieces, total
+
+
+def _add(sums: torch.Tensor, tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> None:
+    """sums (float64) += Σ w·x, one after another."""
+    if all(tensor.dtype is torch.float32 for tensor in tensors) and takes(*tensors):
+        return weighted_sum(tensors, weights, sums)
+    for tensor, weight in zip(tensors, weights, strict=True):
+        sums.add_(tensor.double(), alpha=weight)
+    return None
 
 
 def _stretches(tensors: Tensors) -> list[list[Piece]]:

@@ -1,4 +1,5 @@
-"""The packed kernels against the same thing written out text by text and owner by owner, and their gradients against autograd's."""
+"""The packed kernels against the same thing written out text by text and owner by owner, and their gradients against autograd's; each as
+loops in C (skipped visibly where there is no compiler) and as PyTorch operations."""
 
 from __future__ import annotations
 
@@ -10,10 +11,23 @@ import pytest
 import torch
 from torch import nn
 
-from fedloom.model.kernels import Attention, Frozen, Owners, onednn, owned_linear, ragged_attention
+from fedloom.model import kernels
+from fedloom.model.kernels import Frozen, computes_bf16, gelu, owned_linear, packable, ragged_attention
+from fedloom.model.layout import Attention, Owners
+from fedloom.native.library import why_not
 
 LENGTHS = np.array([3, 8, 1, 17, 9, 5])
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["native", "plain"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of a kernel."""
+    if request.param == "plain":
+        monkeypatch.setattr(kernels, "takes", lambda *tensors: False)
+    elif why_not():
+        pytest.skip(why_not())
+    return request.param
 
 
 def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, window: int, only: str) -> torch.Tensor:
@@ -34,13 +48,13 @@ def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
 @pytest.mark.parametrize("only", ["all", "first", "last"])
 @pytest.mark.parametrize(("heads", "shared"), [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize(("causal", "window"), [(False, 0), (True, 0), (False, 3), (True, 4)])
-def test_attention_stays_within_a_text(only: str, heads: int, shared: int, causal: bool, window: int) -> None:
+def test_attention_stays_within_a_text(either: str, only: str, heads: int, shared: int, causal: bool, window: int) -> None:
     generator = torch.Generator().manual_seed(1)
     asks = int(LENGTHS.sum()) if only == "all" else len(LENGTHS)
     q = torch.randn(asks, heads, 5, generator=generator, requires_grad=True)
     k, v = (torch.randn(int(LENGTHS.sum()), shared, 5, generator=generator, requires_grad=True) for _ in "kv")
     within = Attention(LENGTHS, CPU, only)  # type: ignore[arg-type]
-    made = ragged_attention(q, k, v, within, within.masks(torch.float32, heads, causal, window), 0.3)
+    made = ragged_attention(q, k, v, within, 0.3, causal, window)
     wanted = written_out(q, k, v, 0.3, causal, window, only)
     assert torch.allclose(made, wanted, atol=1e-6)
     upstream = torch.randn(made.shape, generator=generator)
@@ -54,7 +68,7 @@ def test_dropped_attention_weights_carry_no_gradient() -> None:
     q, k, v = (torch.randn(5, 2, 4, generator=generator, requires_grad=True) for _ in "qkv")
     within = Attention(lengths, CPU)
     dropped = [(torch.rand(4, 8, 8, generator=generator) > 0.4).float() * 2]
-    made = ragged_attention(q, k, v, within, within.masks(torch.float32, 2, False, 0), 1.0, dropped)
+    made = ragged_attention(q, k, v, within, 1.0, False, 0, dropped)
     outs = []
     for text, rows in enumerate((slice(0, 3), slice(3, 5))):
         n = int(lengths[text])
@@ -82,7 +96,7 @@ def test_owners_are_grouped_by_widths_that_depend_on_their_own_rows_alone() -> N
 @pytest.mark.parametrize("nobodys", [0, 3])
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("outs", [1, 3, 70])
-def test_every_row_meets_its_owners_weight(rows: list[int], nobodys: int, biased: bool, outs: int) -> None:
+def test_every_row_meets_its_owners_weight(either: str, rows: list[int], nobodys: int, biased: bool, outs: int) -> None:
     generator = torch.Generator().manual_seed(3)
     owned = sum(rows)
     x = torch.randn(owned + nobodys, 5, generator=generator, requires_grad=True)
@@ -110,7 +124,7 @@ def test_layers_that_share_their_input_share_its_blocks_until_it_changes() -> No
     assert owners.blocks(torch.zeros(5, 2))[0].any().item() is False
 
 
-def test_a_pass_that_is_over_holds_nothing() -> None:
+def test_a_pass_that_is_over_holds_nothing(either: str) -> None:
     """The blocks that are kept for the next layer are of an input whose graph holds this very layout."""
     gc.disable()
     try:
@@ -126,7 +140,7 @@ def test_a_pass_that_is_over_holds_nothing() -> None:
 
 
 @pytest.mark.parametrize(("outs", "ins"), [(o, i) for o in (1, 2, 3, 6, 8, 384) for i in (2, 3, 8, 12, 384) if max(o, i) >= 8])
-def test_an_owners_rows_come_out_the_same_in_any_company(outs: int, ins: int) -> None:
+def test_an_owners_rows_come_out_the_same_in_any_company(either: str, outs: int, ins: int) -> None:
     """To the bit, values and gradients: alone and among others, wherever in memory the weights begin. (Not where both numbers are below 8:
     there it counts where each factor begins. No layer is that small.)"""
     generator, count = torch.Generator().manual_seed(4), 5
@@ -157,8 +171,6 @@ def test_an_owners_rows_come_out_the_same_in_any_company(outs: int, ins: int) ->
 def test_frozen_weights(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(5)
     layer = nn.Linear(48, 24).to(dtype).requires_grad_(False)
-    if not onednn(layer.weight):
-        pytest.skip("this processor's oneDNN does not compute in this precision")
     x = torch.randn(50, 48, generator=generator).to(dtype).requires_grad_(True)
     made, wanted = Frozen(layer.weight)(x, layer.bias), layer(x)
     tolerance = 1e-5 if dtype is torch.float32 else 0.05
@@ -170,5 +182,76 @@ def test_frozen_weights(dtype: torch.dtype) -> None:
         assert torch.equal(Frozen(layer.weight)(x[:rows], layer.bias), made[:rows])
 
 
-def test_what_onednn_takes() -> None:
-    assert not onednn(torch.zeros(2, 2, dtype=torch.float64)) and not onednn(torch.zeros(2, 2, device="meta"))
+def test_a_processor_without_bfloat16_widens_rounds_once_and_gets_the_same() -> None:
+    """Sums in float32 and one rounding is what a processor does that has it, to the last bit but for the order of the sum."""
+    generator = torch.Generator().manual_seed(6)
+    weight, x = (torch.randn(n, 64, generator=generator).bfloat16() for n in (32, 40))
+    frozen = Frozen(weight)
+    assert frozen.widens is not computes_bf16()
+    exact = x.double() @ weight.double().t()
+    assert torch.allclose(frozen(x, None).double(), exact, rtol=2**-8, atol=1e-5)
+
+
+def test_what_can_be_packed() -> None:
+    assert packable(torch.zeros(2, 2)) and packable(torch.zeros(2, 2, dtype=torch.bfloat16))
+    assert not packable(torch.zeros(2, 2, dtype=torch.float64)) and not packable(torch.zeros(2, 2, device="meta"))
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 511, 512, 513, 3000])
+def test_gelu(either: str, count: int) -> None:
+    x = torch.linspace(-12, 12, count).requires_grad_(True)
+    wanted, exact = nn.functional.gelu(x.double()), x.detach().double().requires_grad_(True)
+    made = gelu(x)
+    assert torch.allclose(made.double(), wanted, atol=6e-7)
+    upstream = torch.linspace(1, 2, count)
+    (mine,) = torch.autograd.grad(made, x, upstream)
+    (due,) = torch.autograd.grad(nn.functional.gelu(exact), exact, upstream.double())
+    assert torch.allclose(mine.double(), due, atol=2e-6)
+
+
+@pytest.mark.skipif(bool(why_not()), reason=why_not() or "there are C kernels")
+def test_the_loops_in_bfloat16_round_once() -> None:
+    """Widened, computed in float32, rounded at the end: within half a last place of the exact result."""
+    generator = torch.Generator().manual_seed(7)
+    rows = np.array([3, 0, 130, 9])
+    x, up = torch.randn(145, 16, generator=generator).bfloat16(), torch.randn(145, 11, generator=generator).bfloat16()
+    weight, bias = torch.randn(4, 11, 16, generator=generator).bfloat16(), torch.randn(4, 11, generator=generator).bfloat16()
+    leaves = [t.requires_grad_(True) for t in (x, weight, bias)]
+    exact = [t.detach().double().requires_grad_(True) for t in leaves]
+    made = owned_linear(x, weight, bias, Owners(rows, 145, CPU))
+    of = torch.arange(4).repeat_interleave(torch.from_numpy(rows))
+    wanted = torch.einsum("ni,noi->no", exact[0][:142], exact[1][of]) + exact[2][of]
+    pairs = zip(
+        [made[:142], *torch.autograd.grad(made, leaves, up)],
+        [wanted, *torch.autograd.grad(wanted, exact, up[:142].double())],
+        strict=True,
+    )
+    for mine, due in pairs:
+        assert mine.dtype is torch.bfloat16
+        assert torch.allclose(mine.double(), due, rtol=2**-8, atol=2e-5)
+    assert not made[142:].any()
+    x = torch.linspace(-4, 4, 700).bfloat16().requires_grad_(True)
+    exact_x = x.detach().double().requires_grad_(True)
+    up = torch.linspace(1, 2, 700).bfloat16()
+    assert torch.allclose(gelu(x).double(), nn.functional.gelu(exact_x), rtol=2**-8, atol=1e-6)
+    mine, due = torch.autograd.grad(gelu(x), x, up)[0], torch.autograd.grad(nn.functional.gelu(exact_x), exact_x, up.double())[0]
+    assert torch.allclose(mine.double(), due, rtol=2**-8, atol=2e-6)
+
+
+@pytest.mark.skipif(bool(why_not()), reason=why_not() or "there are C kernels")
+def test_threads_change_no_bit_of_the_loops() -> None:
+    generator, threads = torch.Generator().manual_seed(8), torch.get_num_threads()
+    x, up = torch.randn(60, 24, generator=generator), torch.randn(60, 24, generator=generator)
+    weight = torch.randn(6, 24, 24, generator=generator)
+    seen = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            leaf, own = x.clone().requires_grad_(True), weight.clone().requires_grad_(True)
+            made = gelu(owned_linear(leaf, own, None, Owners(np.full(6, 10), 60, CPU))).view(60, 3, 8)
+            out = ragged_attention(made, made, made, Attention(np.array([25, 35]), CPU), 0.4, False, 0)
+            seen.append([out.detach(), *torch.autograd.grad(out, [leaf, own], up.view(60, 3, 8))])
+    finally:
+        torch.set_num_threads(threads)
+    for other in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))

@@ -40,6 +40,7 @@ from fedloom.messages import Tensors
 from fedloom.model.adapters import Lora, attach, is_factor, trainable_names
 from fedloom.model.calls import CALLS, Call, Shape, from_zero
 from fedloom.model.dropout import SeededDropout
+from fedloom.model.kernels import computes_bf16
 from fedloom.model.packed import ATTENTION, Mapped, Packed, Rows, Texts, Unpackable, Way, Weights, attend, padded
 from fedloom.seeds import derive_int
 
@@ -241,7 +242,8 @@ class Model:
 
     def _weights(self, dtype: torch.dtype) -> Weights | None:
         """Where packed weights are kept; None if two more copies of the base would take more than a quarter of the free memory."""
-        copies = 2 * sum(p.numel() for p in self.module.parameters()) * torch.empty(0, dtype=dtype).element_size()
+        wide = 4 if dtype is torch.bfloat16 and not computes_bf16() else torch.empty(0, dtype=dtype).element_size()
+        copies = 2 * wide * sum(p.numel() for p in self.module.parameters())
         return {} if copies < free_bytes(self.device) / 4 else None
 
     def loss(self, tensors: Tensors, batch: Batch, dtype: torch.dtype) -> torch.Tensor:

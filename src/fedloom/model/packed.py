@@ -33,7 +33,8 @@ from torch.overrides import TorchFunctionMode
 
 from fedloom.messages import Tensors
 from fedloom.model import dropout
-from fedloom.model.kernels import Attention, Frozen, Owners, onednn, owned_linear, ragged_attention
+from fedloom.model.kernels import Frozen, gelu, owned_linear, packable, ragged_attention
+from fedloom.model.layout import Attention, Owners
 
 FILL = 32
 """Packed passes hold a multiple of this many tokens: oneDNN makes, and keeps, a program for every number of rows that it meets."""
@@ -176,6 +177,8 @@ class Pass(TorchFunctionMode):
         if func is torch.addmm and len(args) == 3 and not kwargs:  # GPT-2 keeps its weights the other way round
             bias, x, weight = args
             return self._linear(x, weight.transpose(-1, -2), bias, of=weight)
+        if func is functional.gelu and len(args) == 1 and not kwargs:
+            return gelu(args[0])
         if func is functional.dropout and self.rate:
             x = args[0] if args else kwargs["input"]  # type: ignore[index]
             return torch.where(dropout.kept(self._entries(x), self.rate), x / (1 - self.rate), 0.0).to(x.dtype)
@@ -201,7 +204,7 @@ class Pass(TorchFunctionMode):
         return made.view(*input.shape[:-1], made.shape[-1])
 
     def _frozen(self, weight: torch.Tensor, of: torch.Tensor) -> Frozen | None:
-        if self.weights is None or not isinstance(of, nn.Parameter) or of.requires_grad or not onednn(of):
+        if self.weights is None or not isinstance(of, nn.Parameter) or of.requires_grad or not packable(of):
             return None
         kept = self.weights.get(id(of))
         if kept is None or kept.version != of._version:  # changed in place since it was packed
@@ -297,9 +300,9 @@ def attend(
     dtype = q.dtype
     if q.device.type == "cpu":
         q, k, v = q.float(), k.float(), v.float()  # products of this size, and above all softmax, are several times slower in bfloat16
-    masks = within.masks(q.dtype, q.shape[1], now.layout.causal, sliding_window or 0)
     dropped = now.attention_entries(within, q.shape[1], q.dtype) if now.rate else None
-    made = ragged_attention(q, k, v, within, masks, q.shape[-1] ** -0.5 if scaling is None else scaling, dropped)
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    made = ragged_attention(q, k, v, within, scale, now.layout.causal, sliding_window or 0, dropped)
     return made.to(dtype)[None], None
 
 

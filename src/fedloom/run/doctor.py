@@ -17,6 +17,8 @@ from fedloom import cache
 from fedloom.data.sources import load as load_data
 from fedloom.model.base import folder_of
 from fedloom.model.base import load as load_model
+from fedloom.model.kernels import computes_bf16
+from fedloom.native.library import why_not
 from fedloom.run.console import human_bytes
 
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy", "tyro", "rich")
@@ -47,13 +49,16 @@ def examine(folder: Path) -> list[Finding]:
 
 def _machine(folder: Path) -> list[Finding]:
     memory, disk = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), shutil.disk_usage(folder).free
-    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported() if torch.backends.mkldnn.is_available() else False
-    fast = "the processor has it" if bf16 else "works, but this processor does not speed it up"
+    bf16, slow = computes_bf16(), why_not()
+    fast = "the processor has it" if bf16 else "works, but no faster than float32: this processor has no instructions for it"
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none; the processor is used"
     return [
         Finding("threads", True, f"{torch.get_num_threads()} for PyTorch, {os.cpu_count()} processors"),
         Finding("accelerator", True, cuda),
         Finding("bf16", True if bf16 else None, fast),
+        Finding(
+            "C kernels", None if slow else True, f"PyTorch operations do their work, slower: {slow}" if slow else "compiled and loaded"
+        ),
         Finding("memory", memory > LITTLE_MEMORY, f"{human_bytes(memory)} in this machine; a run of the default model takes about 2 GB"),
         Finding("disk", disk > LITTLE_DISK and os.access(folder, os.W_OK), f"{human_bytes(disk)} free in {folder.resolve()}"),
         _loads("cache", lambda: f"{human_bytes(cache.nbytes())} in {cache.folder()}, which may be deleted; {cache.VARIABLE} moves it"),
