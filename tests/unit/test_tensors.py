@@ -42,7 +42,10 @@ def test_nbytes_counts_payload_whatever_the_dtype() -> None:
     assert nbytes({"a": torch.zeros(3), "b": torch.zeros(3, dtype=torch.bfloat16), "c": torch.zeros(2, 2, dtype=torch.bool)}) == 12 + 6 + 4
 
 
-def test_weighted_mean_by_hand_and_without_touching_the_inputs() -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_weighted_mean_by_hand_and_without_touching_the_inputs(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(module, "takes", lambda *tensors: False)
     first, second = three(), {name: 10 * t for name, t in three().items()}
     mean = weighted_mean([(1.5, first), (0.5, second)])
     assert list(mean) == list(first)

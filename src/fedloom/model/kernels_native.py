@@ -1,4 +1,4 @@
-"""The kernels of a packed pass in C (``native/kernels.c``), for processors: loops over owners and over texts, nothing gathered or padded."""
+"""The kernels of a packed pass in C (``native/kernels.c``), for processors: loops over owners and texts, nothing gathered or padded."""
 
 from __future__ import annotations
 

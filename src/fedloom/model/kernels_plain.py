@@ -1,5 +1,5 @@
-"""The kernels of a packed pass as PyTorch operations with hand-written gradients: for accelerators, for dropped attention weights, and where
-there is no C compiler. Rows are gathered into padded groups of like sizes (``layout.py``), so that a group is one product.
+"""The kernels of a packed pass as PyTorch operations with hand-written gradients: for accelerators, for dropped attention weights, and
+where there is no C compiler. Rows are gathered into padded groups of like sizes (``layout.py``), so that a group is one product.
 
 What is computed for a row depends on that row alone: a text's attention is padded to a length that is a function of its own, an owner's
 rows to a width that is a function of its own number, and an owner's gradients are sums over its own rows.

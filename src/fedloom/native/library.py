@@ -87,7 +87,13 @@ def call(function: str, *arguments: object) -> None:
 
 
 def weighted_sum(tensors: Sequence[torch.Tensor], weights: Sequence[float], sums: torch.Tensor) -> None:
-    """sums (n,) float64 += Σ weight · tensor (n,) float32, one after another."""
+    """sums (n,) float64 += Σ weight · tensor (n,) float32, one after another.
+
+    Raises:
+        TypeError: sums of another precision.
+    """
+    if sums.dtype is not torch.float64:
+        raise TypeError(f"the sums are {sums.dtype}; they must be torch.float64")
     places = np.array([tensor.data_ptr() for tensor in tensors], np.uint64)
     call("weighted_sum", sums.numel(), len(tensors), places, np.array(weights, np.float64), sums)
 
