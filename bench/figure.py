@@ -1,9 +1,10 @@
-"""One figure as a command: ``python -m bench.figure echo [--quick] [--rows FILE]``, or ``python -m bench.figures.echo``."""
+"""One figure as a command: ``python -m bench.figure echo [--quick] [--bf16] [--rows FILE]``, or ``python -m bench.figures.echo``."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from bench.row import Row, dumps
 
 FIGURES = ("throughput", "echo", "scores", "evaluation", "memory", "aggregation", "startup", "scaling", "gpu")
 """All figures, in the order in which they are measured and told."""
+
+BF16 = "BENCH_BF16"
+"""Set in the environment: measure bf16 also on a processor without bfloat16 instructions, where a peer takes minutes."""
 
 Measure = Callable[[bool], list[Row]]
 """Measure a figure; with True in seconds and at toy size, to see that it runs: such numbers say nothing."""
@@ -51,8 +55,11 @@ def command(measure: Measure, words: Sequence[str] | None = None) -> None:
     """Measure one figure, print its rows and, if asked, write them."""
     parser = argparse.ArgumentParser(description="Measure one figure.")
     parser.add_argument("--quick", action="store_true", help="toy size: sees that it runs, measures nothing")
+    parser.add_argument("--bf16", action="store_true", help="throughput in bf16 also where the processor has no instructions for it")
     parser.add_argument("--rows", type=Path, help="write the rows into this file, as JSON")
     given = parser.parse_args(words)
+    if given.bf16:
+        os.environ[BF16] = "1"
     rows = measure(given.quick)
     for row in rows:
         print(line(row), flush=True)
@@ -64,5 +71,5 @@ if __name__ == "__main__":
     import sys
 
     if not sys.argv[1:] or sys.argv[1] not in FIGURES:
-        sys.exit(f"usage: python -m bench.figure FIGURE [--quick] [--rows FILE]; the figures are {' '.join(FIGURES)}")
+        sys.exit(f"usage: python -m bench.figure FIGURE [--quick] [--bf16] [--rows FILE]; the figures are {' '.join(FIGURES)}")
     command(measure_of(sys.argv[1]), sys.argv[2:])

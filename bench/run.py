@@ -3,6 +3,7 @@
     python bench/run.py                                     all figures (at most 20 minutes on two cores once the peers' environments exist)
     python bench/run.py echo scaling                        only these; others keep what they have in results.json
     python bench/run.py --gpu                               those that need an accelerator
+    python bench/run.py throughput --bf16                   in bf16 also on a processor without bfloat16 instructions; slow
     python bench/run.py --quick                             toy size: does it run at all; the numbers mean nothing
     python bench/run.py --write-docs docs/performance.md    measure nothing; fill the page's table from results.json
 
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.figure import FIGURES, bound, told
+from bench.figure import BF16, FIGURES, bound, told
 from bench.results import ROOT, Results, entry, load, machine, save, versions
 from bench.row import Row, loads
 
@@ -48,6 +49,8 @@ def main(words: Sequence[str] | None = None) -> int:
     names = [name for name in FIGURES if name in (given.figures or FIGURES)]
     if given.gpu:
         names = ["gpu"]
+    if given.bf16:
+        os.environ[BF16] = "1"
     given.out.mkdir(parents=True, exist_ok=True)
     results, broken = _before(path, Results(given.quick, machine(), versions(), {})), []
     for i, name in enumerate(names):
@@ -71,6 +74,7 @@ def _parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"of {' '.join(FIGURES)}; all if none is named")
     parser.add_argument("--gpu", action="store_true", help="only the figures that need an accelerator")
     parser.add_argument("--quick", action="store_true", help="toy size: see that it runs")
+    parser.add_argument("--bf16", action="store_true", help="throughput in bf16 also where the processor has no instructions for it")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out", help="where results go (bench/out)")
     parser.add_argument("--write-docs", type=Path, metavar="PAGE", help="fill the page's table from results.json and stop")
     given = parser.parse_args(words)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -156,6 +157,24 @@ def test_a_figure_that_breaks_is_told_apart_from_one_that_misses(monkeypatch: py
     monkeypatch.setattr(run, "sys", type("S", (), {"executable": "false"}))
     rows, broke = run._measured("echo", True)
     assert broke and rows[0].value is None and "exit code 1" in rows[0].note
+
+
+def test_bf16_without_instructions_is_asked_for_by_a_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def measure(quick: bool) -> list[Row]:
+        asked.append(os.environ[figure.BF16])
+        return []
+
+    monkeypatch.setenv(figure.BF16, "")
+    monkeypatch.setattr(run, "machine", dict)
+    monkeypatch.setattr(run, "_measured", lambda name, quick: (measure(quick), False))
+    for flag in ([], ["--bf16"]):
+        monkeypatch.setenv(figure.BF16, "")
+        figure.command(measure, ["--quick", *flag])
+        monkeypatch.setenv(figure.BF16, "")
+        run.main(["throughput", "--quick", "--out", str(tmp_path), *flag])
+    assert asked == ["", "", "1", "1"]
 
 
 def test_unknown_figures_are_named(capsys: pytest.CaptureFixture) -> None:

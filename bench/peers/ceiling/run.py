@@ -11,14 +11,16 @@ import math
 import time
 
 import torch
-from task import job_of, model_of, optimizer_of, settings, step
+from setups import setup_of
+from task import job_of, settings, start_of
 
 SIZES, ENOUGH = (64, 128, 256), 1024
 SQUARE, REPEATS = 2048, 8
 
 how = settings()
-job, model = job_of(how.job), model_of(how)
-model.train()
+job, setup = job_of(how.job), setup_of(how)
+model = setup.model(how)
+setup.load(model, start_of(how))
 rows = [row for t in range(1, how.rounds) for place in job.cohort(t) for row in job.rows(t, place)]
 rows = sorted(rows, key=lambda row: len(job.text(row)))[:: math.ceil(len(rows) / ENOUGH)]
 
@@ -26,11 +28,11 @@ rows = sorted(rows, key=lambda row: len(job.text(row)))[:: math.ceil(len(rows) /
 def rate(size: int) -> float:
     """Examples a second over all rows, in batches of ``size``."""
     batches = [job.pad(rows[at : at + size]) for at in range(0, len(rows), size)]
-    optimizer = optimizer_of(model, how)
-    step(model, optimizer, batches[len(batches) // 2], how)
+    optimizer = setup.optimizer(model, how)
+    setup.step(model, optimizer, batches[len(batches) // 2], how)
     began = time.perf_counter()
     for batch in batches:
-        step(model, optimizer, batch, how)
+        setup.step(model, optimizer, batch, how)
     return len(rows) / (time.perf_counter() - began)
 
 

@@ -7,8 +7,7 @@ import time
 
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_opt.pt.fedavg import PTFedAvg
-from safetensors.torch import load_file
-from task import settings, write
+from task import settings, start_of, write
 
 
 class TimedFedAvg(PTFedAvg):
@@ -20,7 +19,7 @@ class TimedFedAvg(PTFedAvg):
 
     def load_model(self) -> FLModel:
         """The trained tensors only: the frozen base stays where it is."""
-        return FLModel(params=load_file(settings().job / "start.safetensors"))
+        return FLModel(params=start_of(settings()))
 
     def sample_clients(self, num_clients: int | None = None) -> list[str]:
         """As FedAvg; every round begins with it."""

@@ -1,6 +1,11 @@
 """pfl-research's simulation: FederatedAveraging on a SimulatedBackend with a PyTorchModel, the model resident in the process.
 
-With several processes (``torchrun``) pfl deals the cohort to them, the devices with the most data first, and sums their updates.
+As documented, apple/pfl-research: benchmarks/llm/train.py and benchmarks/model/hugging_face/__init__.py, its example of transformers and
+PEFT: the whole PEFT model is the PyTorchModel's, its loss the model's own, the local optimiser a class of ``torch.optim`` as it is; one
+process, as benchmarks/llm/README.md starts it. That example pads a device's texts to the longest of the device; here each batch is padded
+to its own. Its configuration compiles the model, for a GPU; PyTorchModel by default does not, nor does this. Tuned: several processes
+(``torchrun``, see docs/source/guides/simulation_distributed.rst) where they are better; pfl deals the cohort to them, the devices with the
+most data first, and sums their updates.
 """
 
 from __future__ import annotations
@@ -22,11 +27,11 @@ from pfl.data.pytorch import PyTorchDataDataset
 from pfl.hyperparam.base import NNEvalHyperParams, NNTrainHyperParams
 from pfl.metrics import Metrics, Weighted
 from pfl.model.pytorch import PyTorchModel
-from task import job_of, model_of, settings, state, trained, write
-from torch.nn.functional import cross_entropy
+from setups import collator, examples, setup_of
+from task import job_of, settings, start_of, write
 
 how = settings()
-job = job_of(how.job)
+job, setup = job_of(how.job), setup_of(how)
 
 
 class Classifier(torch.nn.Module):
@@ -36,15 +41,15 @@ class Classifier(torch.nn.Module):
         super().__init__()
         self.peft = peft
 
-    def loss(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss(self, **batch: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of a batch."""
-        logits = self.peft(input_ids=input_ids, attention_mask=attention_mask).logits
-        return cross_entropy(logits.float(), labels)
+        return setup.loss(self.peft, batch)
 
     @torch.no_grad()
-    def metrics(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    def metrics(self, **batch: torch.Tensor) -> dict[str, Any]:
         """The loss, for pfl's evaluation; it happens in the first round only, which is not timed."""
-        return {"loss": Weighted(self.loss(input_ids, attention_mask, labels).item() * len(labels), len(labels))}
+        count = len(batch["labels"])
+        return {"loss": Weighted(self.loss(**batch).item() * count, count)}
 
 
 class Timed(TrainingProcessCallback):
@@ -58,22 +63,24 @@ class Timed(TrainingProcessCallback):
     def after_central_iteration(self, aggregate_metrics: Metrics, model: PyTorchModel, *, central_iteration: int) -> tuple[bool, Metrics]:
         """After each round."""
         self.marks.append(time.perf_counter())
-        self.after_first = self.after_first or state(model.pytorch_model.peft)
+        self.after_first = self.after_first or setup.copied(model.pytorch_model.peft)
         return False, Metrics()
 
 
 def device(user: tuple[int, int]) -> PyTorchDataDataset:
     """The data of one participation: the round and the place in its cohort."""
-    return PyTorchDataDataset(job.rows(*user), collate_fn=job.pad)
+    rows = job.rows(*user)
+    if how.setup == "as-documented":
+        return PyTorchDataDataset(examples(rows, how), collate_fn=lambda found: dict(collator(how)(found)))  # pfl asks for a dict
+    return PyTorchDataDataset(rows, collate_fn=job.pad)
 
 
-classifier = Classifier(model_of(how)).train()
+classifier = Classifier(setup.model(how)).train()
+setup.load(classifier.peft, start_of(how))
 model = PyTorchModel(
     classifier,
-    local_optimizer_create=lambda parameters, **given: torch.optim.AdamW(
-        [p for p in parameters if p.requires_grad], weight_decay=job.settings["weight_decay"], fused=True, **given
-    ),
-    central_optimizer=torch.optim.SGD(trained(classifier), lr=1.0),
+    local_optimizer_create=lambda parameters, **_: setup.optimizer(classifier.peft, how),
+    central_optimizer=torch.optim.SGD([p for p in classifier.parameters() if p.requires_grad], lr=1.0),
     amp_dtype=torch.bfloat16 if how.precision == "bf16" else None,
 )
 users = [(t, place) for t in range(how.rounds) for place in job.cohort(t)]
