@@ -129,6 +129,10 @@ CEILING = Contestant(
 )
 
 
+LIMIT = "examples/s, the frozen layers' products alone"
+LIMIT_NOTE = "oneDNN on packed weights, real tokens only, nothing else: nobody who trains LoRA in every layer here can be faster"
+
+
 class Failed(RuntimeError):
     """A contestant broke, took too long or did other work; the message says which."""
 
@@ -338,13 +342,14 @@ def rows(made: Race, precision: Precision) -> list[Row]:
             held, note = (ours.best, who.note) if mine.spreads else (ours.single, f"{who.note}; Fedloom in one process too")
             out.append(Row(versus, ratio(held[: len(mine.best)], mine.best), "x", who.at_least, who.aim, note=note))
     tops = [max(one["rates"].values()) for one in made.ceilings]
-    peaks = [one["gflops"] for one in made.ceilings]
+    peaks, limits = ([one[of] for one in made.ceilings] for of in ("gflops", "arithmetic"))
     note = f"{CEILING.note} of {', '.join(made.ceilings[0]['rates'])}; {made.attention} attention"
     share = None if ours.fault else 100 * median(ours.single) / median(tops)
     return [
         *out,
         Row(f"examples/s, {CEILING.name}, {precision}", median(tops), "1/s", samples={"examples/s": tops}, note=note),
         Row(_share(precision), share, "%", CEILING.at_least, CEILING.aim, note=ours.fault or note),
+        Row(f"{LIMIT}, {precision}", median(limits), "1/s", samples={"examples/s": limits}, note=LIMIT_NOTE),
         Row(f"matmul rate, {precision}", median(peaks), "GFLOP/s", samples={"GFLOP/s": peaks}, note="torch.mm, 2048 x 2048 x 2048"),
     ]
 

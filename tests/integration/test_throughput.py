@@ -128,7 +128,7 @@ def race() -> Race:
         taken[who.key] = Taken(fault="no wheel") if who.folder == "pfl" else Taken({crew: [10.0 / (1 + n)] * 3}, [9.0], 1e-5)
     for n, who in enumerate(TUNED):
         taken[who.key] = Taken({(1, 2): [20.0 / (1 + n)] * 2} | ({(2, 1): [1.0]} if who.folder in ("flower", "pfl") else {}), [9.0], 1e-5)
-    return Race("eager", taken, [{"rates": {"64": 250.0, "128": 400.0}, "gflops": 90.0}])
+    return Race("eager", taken, [{"rates": {"64": 250.0, "128": 400.0}, "gflops": 90.0, "arithmetic": 900.0}])
 
 
 def test_rows_hold_the_median_of_ratios_the_better_crew_and_what_was_not_measured() -> None:
@@ -179,7 +179,7 @@ def test_the_reference_goes_first_and_only_the_documented_go_on(monkeypatch: pyt
         mine.rates.setdefault(crew, []).append(float(crew[0]))
         mine.fault = "stopped after 150 s" if who.key == "pfl-as-documented" else ""
 
-    ran = {"attention": {"eager": 2.0, "sdpa": 1.0}, "run": {"rates": {"64": 1.0}, "gflops": 1.0}}
+    ran = {"attention": {"eager": 2.0, "sdpa": 1.0}, "run": {"rates": {"64": 1.0}, "gflops": 1.0, "arithmetic": 1.0}}
     monkeypatch.setattr(throughput, "turn", turned)
     monkeypatch.setattr(Course, "run", lambda *given: (ran[given[5] if len(given) > 5 else "run"], 1.0))
     made = throughput.race(Course(tmp_path, 2), "float32", 2, 2)
