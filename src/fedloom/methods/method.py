@@ -45,7 +45,11 @@ class Predictor(NamedTuple):
 
 
 class Method(Protocol):
-    """The protocol of a method. ``name`` is its name on the command line, ``paper`` its source."""
+    """The protocol of a method. ``name`` is its name on the command line, ``paper`` its source.
+
+    A method that trains exactly as its field ``inner`` and only predicts otherwise may say ``trains_as_inner = True``; then what ``inner``
+    trained can be evaluated as this method (``fedloom evaluate RUN --method``).
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str]
