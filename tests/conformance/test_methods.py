@@ -32,8 +32,8 @@ from tests import small
 
 ROUNDS = 2
 METHODS = list(all_methods())
-NO_GLOBAL = {"local", "lora-personal-head"}
-NO_PERSONAL_PART = {"lora", "centralised"}
+NO_GLOBAL = {"local", "lora-personal-head", "fedsa", "fedalt-partial"}
+NO_PERSONAL_PART = {"lora", "centralised", "ffa", "rolora", "fedopt"}
 
 RESULT_KEYS = {
     "method", "metric", "rounds", "seed", "digest", "final", "best", "bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down",
@@ -141,9 +141,13 @@ def test_traffic_is_ordered_as_the_methods_say() -> None:
     assert up["fibecfed"] < 0.6 * up["lora"], "one layer of three and the head"
     assert up["lora-personal-head"] < up["lora"]
     assert up["lora-finetuned"] == up["lora-prior"] == up["lora"]
+    assert max(up["ffa"], up["fedsa"], up["rolora"]) < up["lora"], "one factor of the two"
+    assert up["fedalt-partial"] == pytest.approx(up["lora-personal-head"], rel=0.002), "the same tensors, with another loss and cost"
+    assert up["fedopt"] == pytest.approx(up["lora"], rel=0.002), "the moments are the server's"
+    assert up["ditto"] == pytest.approx(up["lora"], rel=0.002), "the personal model stays"
     setup = {name: whole(name)[1]["setup_bytes_down"] for name in METHODS}
-    assert setup["lora"] == setup["centralised"] == setup["lora-finetuned"] == 0
-    assert min(setup["fibecfed"], setup["local"], setup["lora-personal-head"], setup["lora-prior"]) > 0
+    assert setup["lora"] == setup["centralised"] == setup["lora-finetuned"] == setup["rolora"] == setup["fedopt"] == 0
+    assert min(setup[name] for name in WITH_SET_UP) > 0
 
 
 def test_rivals_of_lora_train_exactly_as_lora_does() -> None:
@@ -236,7 +240,7 @@ def first_asking_lost(task: Task, attempt: int) -> str | None:
     return "out of range" if task.client == 2 and attempt == 0 and task.op not in ("train", "predict") else None
 
 
-WITH_SET_UP = ["fibecfed", "local", "lora-personal-head", "lora-prior"]
+WITH_SET_UP = ["fibecfed", "local", "lora-personal-head", "lora-prior", "ffa", "fedsa", "fedalt-partial", "ditto"]
 
 
 @pytest.mark.parametrize("wrapper", [Faulty, Lossy])
