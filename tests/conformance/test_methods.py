@@ -13,6 +13,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from fedloom.client.store import ClientStore
 from fedloom.engines.engine import Engine
@@ -25,9 +26,11 @@ from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.console import Progress
 from fedloom.run.evaluation import evaluate
 from fedloom.run.experiment import from_json
+from fedloom.run.export import ExportError, export
 from fedloom.run.loop import run
 from fedloom.run.world import World, build, store_in
 from fedloom.server.participation import uniform
+from fedloom.tensors import fingerprint
 from tests import small
 
 ROUNDS = 2
@@ -156,6 +159,31 @@ def test_rivals_of_lora_train_exactly_as_lora_does() -> None:
         folder, results = whole(name)
         shared[name] = ([row["global"] for row in rows(folder)], [row["loss"] for row in rows(folder)], results["final"]["global"])
     assert shared["lora"] == shared["lora-finetuned"] == shared["lora-prior"]
+
+
+@pytest.mark.parametrize(
+    ("name", "client"),
+    [("ffa", None), ("ffa", 2), ("rolora", None), ("fedsa", 2), ("fedalt-partial", 2), ("ditto", None), ("ditto", 2), ("fedopt", None)],
+)
+def test_an_export_holds_what_the_server_shares_and_the_device_keeps(name: str, client: int | None, tmp_path: Path) -> None:
+    """The device's own tensors over the shared ones, and the start where neither has any. Global: the shared ones alone."""
+    folder, _ = whole(name)
+    experiment = small.experiment(name, rounds=ROUNDS)
+    export(experiment, folder, tmp_path / "out", client)
+    store = ClientStore(folder / "checkpoints" / "clients")
+    saved = checkpoint.load(folder, store)
+    assert saved is not None
+    start = BUILT(experiment).model.initial
+    due = {**start, **saved.state.shared, **(store.load(client)[0] if client is not None else {})}
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert fingerprint(written) == fingerprint(due)
+    assert fingerprint(written) != fingerprint(start)
+
+
+@pytest.mark.parametrize("name", sorted(NO_GLOBAL))
+def test_without_a_global_model_there_is_none_to_export(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=f"'{name}' has no global model; give --client 0 to 3"):
+        export(small.experiment(name, rounds=ROUNDS), whole(name)[0], tmp_path / "out")
 
 
 class Killed(BaseException):
