@@ -18,7 +18,7 @@ from fedloom.methods import named
 from fedloom.run import checkpoint, loop
 from fedloom.run.again import evaluate_again
 from fedloom.run.checkpoint import CheckpointError, fingerprint_of
-from fedloom.run.experiment import EngineSettings, Experiment
+from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError
 from fedloom.run.loop import run
 from fedloom.run.world import World, build, store_in
 from tests import small
@@ -163,6 +163,13 @@ def test_looking_at_a_run_again_writes_nothing_even_where_a_method_keeps_state(t
     again = evaluate_again(small.experiment("lora"), tmp_path / "run", named("lora-prior"))
     assert again.method == "lora-prior"
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["ditto", "rolora", "centralised"])
+def test_a_run_is_not_evaluated_as_a_method_that_shares_the_same_tensors_and_trains_otherwise(name: str, tmp_path: Path) -> None:
+    """Ditto's personal models, say, do not exist in a run of ``lora``; a fresh set-up would make some up."""
+    with pytest.raises(ExperimentError, match=f"'{name}' does not train as 'lora' does, .* must be trained"):
+        evaluate_again(small.experiment("lora"), tmp_path / "run", named(name))
 
 
 def test_devices_without_state_have_no_file(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from fedloom.client.store import ClientStore
 from fedloom.engines.engine import Engine
@@ -25,15 +26,17 @@ from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.console import Progress
 from fedloom.run.evaluation import evaluate
 from fedloom.run.experiment import from_json
+from fedloom.run.export import ExportError, export
 from fedloom.run.loop import run
 from fedloom.run.world import World, build, store_in
 from fedloom.server.participation import uniform
+from fedloom.tensors import fingerprint
 from tests import small
 
 ROUNDS = 2
 METHODS = list(all_methods())
-NO_GLOBAL = {"local", "lora-personal-head"}
-NO_PERSONAL_PART = {"lora", "centralised"}
+NO_GLOBAL = {"local", "lora-personal-head", "fedsa", "fedalt-partial"}
+NO_PERSONAL_PART = {"lora", "centralised", "ffa", "rolora", "fedopt"}
 
 RESULT_KEYS = {
     "method", "metric", "rounds", "seed", "digest", "final", "best", "bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down",
@@ -141,9 +144,13 @@ def test_traffic_is_ordered_as_the_methods_say() -> None:
     assert up["fibecfed"] < 0.6 * up["lora"], "one layer of three and the head"
     assert up["lora-personal-head"] < up["lora"]
     assert up["lora-finetuned"] == up["lora-prior"] == up["lora"]
+    assert max(up["ffa"], up["fedsa"], up["rolora"]) < up["lora"], "one factor of the two"
+    assert up["fedalt-partial"] == pytest.approx(up["lora-personal-head"], rel=0.002), "the same tensors, with another loss and cost"
+    assert up["fedopt"] == pytest.approx(up["lora"], rel=0.002), "the moments are the server's"
+    assert up["ditto"] == pytest.approx(up["lora"], rel=0.002), "the personal model stays"
     setup = {name: whole(name)[1]["setup_bytes_down"] for name in METHODS}
-    assert setup["lora"] == setup["centralised"] == setup["lora-finetuned"] == 0
-    assert min(setup["fibecfed"], setup["local"], setup["lora-personal-head"], setup["lora-prior"]) > 0
+    assert setup["lora"] == setup["centralised"] == setup["lora-finetuned"] == setup["rolora"] == setup["fedopt"] == 0
+    assert min(setup[name] for name in WITH_SET_UP) > 0
 
 
 def test_rivals_of_lora_train_exactly_as_lora_does() -> None:
@@ -152,6 +159,31 @@ def test_rivals_of_lora_train_exactly_as_lora_does() -> None:
         folder, results = whole(name)
         shared[name] = ([row["global"] for row in rows(folder)], [row["loss"] for row in rows(folder)], results["final"]["global"])
     assert shared["lora"] == shared["lora-finetuned"] == shared["lora-prior"]
+
+
+@pytest.mark.parametrize(
+    ("name", "client"),
+    [("ffa", None), ("ffa", 2), ("rolora", None), ("fedsa", 2), ("fedalt-partial", 2), ("ditto", None), ("ditto", 2), ("fedopt", None)],
+)
+def test_an_export_holds_what_the_server_shares_and_the_device_keeps(name: str, client: int | None, tmp_path: Path) -> None:
+    """The device's own tensors over the shared ones, and the start where neither has any. Global: the shared ones alone."""
+    folder, _ = whole(name)
+    experiment = small.experiment(name, rounds=ROUNDS)
+    export(experiment, folder, tmp_path / "out", client)
+    store = ClientStore(folder / "checkpoints" / "clients")
+    saved = checkpoint.load(folder, store)
+    assert saved is not None
+    start = BUILT(experiment).model.initial
+    due = {**start, **saved.state.shared, **(store.load(client)[0] if client is not None else {})}
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert fingerprint(written) == fingerprint(due)
+    assert fingerprint(written) != fingerprint(start)
+
+
+@pytest.mark.parametrize("name", sorted(NO_GLOBAL))
+def test_without_a_global_model_there_is_none_to_export(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=f"'{name}' has no global model; give --client 0 to 3"):
+        export(small.experiment(name, rounds=ROUNDS), whole(name)[0], tmp_path / "out")
 
 
 class Killed(BaseException):
@@ -236,7 +268,7 @@ def first_asking_lost(task: Task, attempt: int) -> str | None:
     return "out of range" if task.client == 2 and attempt == 0 and task.op not in ("train", "predict") else None
 
 
-WITH_SET_UP = ["fibecfed", "local", "lora-personal-head", "lora-prior"]
+WITH_SET_UP = ["fibecfed", "local", "lora-personal-head", "lora-prior", "ffa", "fedsa", "fedalt-partial", "ditto"]
 
 
 @pytest.mark.parametrize("wrapper", [Faulty, Lossy])

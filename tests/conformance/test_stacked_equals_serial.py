@@ -74,6 +74,7 @@ OPTIONS: dict[str, Callable[[Model, int], dict[str, Any]]] = {
     "plain": lambda m, k: {},
     "mask": lambda m, k: {"mask": rows_mask(m, k)},
     "penalty": lambda m, k: {"penalty": pull},
+    "anchor": lambda m, k: {"penalty": pull, "anchor": families.moved(m, 30 + k)},
     "moments": lambda m, k: {"moments": some_moments(m, k)},
     "fixed": lambda m, k: {"fixed": {n: t for n, t in families.moved(m, k).items() if not is_factor(n)}},
     "all": lambda m, k: {"mask": rows_mask(m, k), "penalty": pull, "moments": some_moments(m, k)},
@@ -127,6 +128,8 @@ def test_every_option_and_dropout_changes_what_is_learnt(option: str) -> None:
     assert all(gap(done[k].result.tensors, fitted(option, 0.2, None)[k].result.tensors) > 20 * TENSORS for k in range(4))
     if option not in ("plain", "fixed"):
         assert max(gap(done[k].result.tensors, fitted("plain", 0.0, None)[k].result.tensors) for k in range(4)) > 20 * TENSORS
+    if option == "anchor":
+        assert max(gap(done[k].result.tensors, fitted("penalty", 0.0, None)[k].result.tensors) for k in range(4)) > 20 * TENSORS
 
 
 @pytest.mark.parametrize("compute", [Serial, Stacked])
@@ -139,6 +142,24 @@ def test_where_the_mask_is_zero_nothing_moves_and_elsewhere_it_does(compute: Cal
             moved = done.result.tensors[name] != item.start[name]
             assert not moved[kept].any()
             assert moved[~kept].all()
+
+
+def test_an_anchor_must_be_of_use_and_match_what_is_trained() -> None:
+    of = model()
+    start, elsewhere = families.moved(of, 0), families.moved(of, 1)
+    with pytest.raises(ValueError, match="an anchor and no penalty"):
+        Fit(start, examples(0), batches(0), OPTIMIZER, anchor=elsewhere)
+    few = dict(list(elsewhere.items())[1:])
+    with pytest.raises(ValueError, match=f"missing .*{min(set(elsewhere) - set(few))}"):
+        Fit(start, examples(0), batches(0), OPTIMIZER, penalty=pull, anchor=few)
+
+
+def test_an_anchor_is_not_mixed_with_none() -> None:
+    """Devices that differ in nothing but whether they have an anchor go in passes of their own."""
+    of = model()
+    items = [fit(of, option, k) for k in range(3) for option in ("anchor", "penalty")]
+    for one, many in zip(Serial(of).run(items), Stacked(of).run(items), strict=True):
+        assert gap(one.result.tensors, many.result.tensors) <= TENSORS
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

@@ -51,8 +51,13 @@ def train(
     batches: Sequence[Indices],
     rule: AdamW,
     masks: Tensors | None = None,
+    pull: float = 0.0,
+    towards: Tensors | None = None,
 ) -> tuple[dict[str, np.ndarray], list[float]]:
-    """All ``tensors`` after one step a batch on those called ``names``, and the loss before each step."""
+    """All ``tensors`` after one step a batch on those called ``names``, and the loss before each step.
+
+    With ``towards`` each step's loss has (pull/2)·‖now − towards‖² added; the losses told are without.
+    """
     # "fresh optimiser each participation"
     now, masks, losses = dict(tensors), masks or {}, []
     trained = sorted(names)
@@ -62,7 +67,8 @@ def train(
         losses.append(encoder.forward(now, chosen).loss)
         gradients = encoder.backward(now, chosen).tensors
         # "Masked-out rows of B get no update". Read as: their gradient is gone before the norm is taken for clipping.
-        masked = {n: gradients[n].mean(0) * masks.get(n, 1.0) for n in trained}
+        pulled = {n: gradients[n].mean(0) + (pull * (now[n] - towards[n]) if towards else 0.0) for n in trained}
+        masked = {n: pulled[n] * masks.get(n, 1.0) for n in trained}
         for n, g in clip_to(masked, rule.clip).items():
             moved, first[n], second[n] = adamw_step(now[n], g, first[n], second[n], step, rule)
             now[n] = np.where(masks.get(n, 1.0) == 1.0, moved, now[n])

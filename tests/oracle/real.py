@@ -175,12 +175,12 @@ def run(method: Method, kind: Kind, pool: Pool = POOL) -> Run:
     return watch(method, compute(kind), pool)
 
 
-def watch(method: Method, on: Compute, pool: Pool) -> Run:
-    """As ``run``, on any compute."""
+def watch(method: Method, on: Compute, pool: Pool, of: Model | None = None) -> Run:
+    """As ``run``, on any compute, which is that of ``of`` if given."""
     store, watched = ClientStore(), Watched(on)
     line = Overheard(Host(method, lambda k: replace(devices()[k], private={}, memory={}), watched, store, DIGEST), watched)
     engine: Any = Local(line)  # type: ignore[arg-type]
-    states, private, memory = [drive(method.setup(method.init(model()), pool), engine)], [], []
+    states, private, memory = [drive(method.setup(method.init(of or model()), pool), engine)], [], []
     for t in range(pool.rounds + 1):
         kept = {k: deepcopy(store.load(k)) for k in pool.clients}
         private.append({k: own for k, (own, _) in kept.items()})

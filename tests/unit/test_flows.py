@@ -1,5 +1,5 @@
-"""Every method's conversations but FibecFed's, played by hand: the server's tasks are inspected and answered with made-up updates, the
-device's work items are inspected and answered with made-up results. No engine, no model."""
+"""The conversations of plain federated LoRA, its cheap rivals, floor and ceiling, played by hand: the server's tasks are inspected and
+answered with made-up updates, the device's work items are inspected and answered with made-up results. No engine, no model."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ from tests.flows import (
 
 
 def test_there_are_these_methods_and_each_says_its_paper() -> None:
-    wanted = ["centralised", "fibecfed", "local", "lora", "lora-finetuned", "lora-personal-head", "lora-prior"]
-    assert list(all_methods()) == wanted
+    ours = ["centralised", "local", "lora", "lora-finetuned", "lora-personal-head", "lora-prior"]
+    assert list(all_methods()) == sorted([*ours, "ditto", "fedalt-partial", "fedopt", "fedsa", "ffa", "fibecfed", "rolora"])
     assert all(kind.paper for kind in all_methods().values())
     assert named("fibecfed") is FibecFed
 

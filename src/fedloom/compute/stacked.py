@@ -164,6 +164,7 @@ class Stacked:
         model, o, penalty = self.model, items[0].optimizer, items[0].penalty
         flat, begin = self._flat([i.start for i in items])
         rest, fixed = self._flat([i.fixed for i in items])
+        anchor = begin if items[0].anchor is None else flat.join([i.anchor or {} for i in items], model.device)
         mask = self._mask(items, flat)
         now = begin.clone()
         first, second, steps = self._moments(items, flat)
@@ -185,7 +186,7 @@ class Stacked:
                 values = texts.losses(model.together(tensors, texts, model.dtype)[0])
                 total = values.sum()
                 if penalty is not None:
-                    whole = vmap(penalty)(flat.split(leaf), flat.split(begin[low:high]))
+                    whole = vmap(penalty)(flat.split(leaf), flat.split(anchor[low:high]))
                     total = total + whole[[p.first == 0 for p in parts]].sum()
                 gradient[low:high] += torch.autograd.grad(total, leaf)[0]
                 loss[low:high] += values.detach()
@@ -369,7 +370,7 @@ def _kind(item: WorkItem) -> Hashable:
         case Fit():
             masks = tuple((n, tuple(t.shape)) for n, t in item.mask.items())
             fixed = tuple((n, tuple(t.shape)) for n, t in sorted(item.fixed.items()))
-            return ("fit", shapes, masks, fixed, item.optimizer, item.penalty, item.moments is None)
+            return ("fit", shapes, masks, fixed, item.optimizer, item.penalty, item.anchor is None, item.moments is None)
         case Score() | Fisher():
             return (type(item).__name__, shapes, item.over)
         case Sensitivity():

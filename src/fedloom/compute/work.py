@@ -18,12 +18,13 @@ import torch
 
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
+from fedloom.tensors import same_names
 
 Indices = np.ndarray
 """int64 positions into an item's ``examples``."""
 
 Penalty = Callable[[Tensors, Tensors], torch.Tensor]
-"""(tensors now, tensors at the start) -> scalar added to the mean loss of each step (FedProx and the like)."""
+"""(tensors now, anchor) -> scalar added to the mean loss of each step (FedProx and the like)."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,11 @@ class Fit:
 
     ``fixed`` tensors override the model's too and are not trained. ``mask`` holds 0/1 tensors broadcastable to the tensors they name: where
     it is 0 nothing moves.
+    ``penalty`` is held against ``anchor``, or against ``start`` where none is given.
     ``dropout_seed`` makes the dropout masks of the run; step i uses ``derive(dropout_seed, "dropout", i)``.
+
+    Raises:
+        ValueError: an anchor that is not named and shaped as ``start``, or one without a penalty, which would do nothing.
     """
 
     start: Tensors
@@ -64,6 +69,14 @@ class Fit:
     moments: Moments | None = None
     fixed: Tensors = field(default_factory=dict)
     dropout_seed: int = 0
+    anchor: Tensors | None = None
+
+    def __post_init__(self) -> None:
+        if self.anchor is None:
+            return
+        if self.penalty is None:
+            raise ValueError("a Fit has an anchor and no penalty to hold against it; give a penalty, or leave the anchor out")
+        same_names(self.start, self.anchor)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class FineTuned:
 
     name: ClassVar[str] = "lora-finetuned"
     paper: ClassVar[str] = "baseline: FedIT, then local fine-tuning"
+    trains_as_inner: ClassVar[bool] = True
 
     inner: FedAvg = field(default_factory=FedAvg)
     epochs: int = 2

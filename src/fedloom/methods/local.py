@@ -11,7 +11,7 @@ from typing import ClassVar
 from fedloom.client.client import Client
 from fedloom.messages import Flow, Task, Tensors, Update, Work, ask, insist, on_client
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.method import Predictor, State, predict
+from fedloom.methods.method import Predictor, State, predict, receive
 from fedloom.model.base import Model
 from fedloom.server.participation import Pool, uniform
 
@@ -40,13 +40,6 @@ class Local:
         return state.after_round({})
 
     @on_client
-    def receive(self, c: Client, task: Task) -> Work[Update]:
-        """Keep the start."""
-        yield from ()
-        c.private = dict(task.tensors)
-        return Update(c.id, len(c.train))
-
-    @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:
         """Train on from where this device was."""
         t = int(task.settings["round"])  # type: ignore[arg-type]
@@ -63,4 +56,5 @@ class Local:
         """None: there is no global model."""
         return None
 
+    receive = receive
     predict = predict

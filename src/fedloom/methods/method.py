@@ -45,7 +45,11 @@ class Predictor(NamedTuple):
 
 
 class Method(Protocol):
-    """The protocol of a method. ``name`` is its name on the command line, ``paper`` its source."""
+    """The protocol of a method. ``name`` is its name on the command line, ``paper`` its source.
+
+    A method that trains exactly as its field ``inner`` and only predicts otherwise may say ``trains_as_inner = True``; then what ``inner``
+    trained can be evaluated as this method (``fedloom evaluate RUN --method``).
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str]
@@ -83,6 +87,14 @@ def predict(method: Method, c: Client, task: Task) -> Work[Update]:
     logits = yield [Predict(model.tensors, c.shard(split)) for split in splits]
     bias = torch.zeros(()) if model.bias is None else model.bias
     return Update(c.id, len(c.train), {split: made + bias for split, made in zip(splits, logits, strict=True)})
+
+
+@on_client
+def receive(method: object, c: Client, task: Task) -> Work[Update]:
+    """Keep what came as the device's own tensors; what a set-up hands out once. A method that does so says ``receive = receive``."""
+    yield from ()
+    c.private = dict(task.tensors)
+    return Update(c.id, len(c.train))
 
 
 def nothing_to_set_up(state: State) -> Flow[State]:

@@ -12,7 +12,7 @@ from typing import ClassVar
 from fedloom.client.client import Client
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, insist, on_client
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.method import Predictor, State, predict
+from fedloom.methods.method import Predictor, State, predict, receive
 from fedloom.model.adapters import is_factor
 from fedloom.model.base import Model
 from fedloom.server.aggregation import Average
@@ -47,13 +47,6 @@ class PersonalHead:
         return state.after_round(mean.value())
 
     @on_client
-    def receive(self, c: Client, task: Task) -> Work[Update]:
-        """Keep the start's head."""
-        yield from ()
-        c.private = dict(task.tensors)
-        return Update(c.id, len(c.train))
-
-    @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:
         """Train factors and head; send the factors."""
         t = int(task.settings["round"])  # type: ignore[arg-type]
@@ -70,4 +63,5 @@ class PersonalHead:
         """None: there is no global head."""
         return None
 
+    receive = receive
     predict = predict

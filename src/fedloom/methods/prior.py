@@ -34,6 +34,7 @@ class PriorCorrected:
 
     name: ClassVar[str] = "lora-prior"
     paper: ClassVar[str] = "baseline: FedIT with logit adjustment 2007.07314"
+    trains_as_inner: ClassVar[bool] = True
 
     inner: FedAvg = field(default_factory=FedAvg)
     smoothing: float = 1.0

@@ -97,7 +97,17 @@ def _saved(name: str) -> str:
 
 def is_factor(name: str) -> bool:
     """Whether a saved name is one of a LoRA pair (the rest is the task head)."""
-    return ".lora_A." in name or ".lora_B." in name
+    return is_down(name) or is_up(name)
+
+
+def is_down(name: str) -> bool:
+    """Whether a saved name is an A (r, d_in), the factor that projects down."""
+    return ".lora_A." in name
+
+
+def is_up(name: str) -> bool:
+    """Whether a saved name is a B (d_out, r), the factor that projects up."""
+    return ".lora_B." in name
 
 
 def partner(name: str) -> str:

@@ -75,6 +75,11 @@ def _as_method(experiment: Experiment, kind: type[Any]) -> Experiment:
             f"'{kind.name}' trains by '{type(kind().inner).name}', and the run by '{experiment.method_name}'; "
             "give a method that trains alike"
         )
+    if not vars(kind).get("trains_as_inner", False):
+        raise ExperimentError(
+            f"'{kind.name}' does not train as '{experiment.method_name}' does, whatever it shares; it must be trained. "
+            "A method that only predicts otherwise says so: trains_as_inner = True"
+        )
     return dataclasses.replace(experiment, method=kind(inner=experiment.method))
 
 

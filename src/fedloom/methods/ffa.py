@@ -1,0 +1,73 @@
+"""FFA-LoRA: federated freeze-A LoRA (Improving LoRA in Privacy-preserving Federated Learning, 2403.12313).
+
+A is frozen at its random start, the same on every device; B and the task head are trained and averaged:
+
+    w^k   <- AdamW on device k from w_t = {B_t, head_t}, under A_0           A_0 (r, d_in), B (d_out, r)
+    w_t+1 <- Σ_{k in S_t} p_k w^k,   p_k = n_k / Σ_{j in S_t} n_j
+
+The average is exact, because every device has the same A: s·(Σ p_k B_k)·A_0 = Σ p_k s·B_k A_0, the mean of the devices' updates of W.
+
+A_0 is sent to every device once, in the set-up, and insisted on: a device with another A would train another function without any error.
+From then on B and the head travel, nothing else. Since A_0 follows from the experiment's seed, devices could draw it themselves and save
+that one message; they do not, because random numbers need not be the same in another version of PyTorch.
+
+Deviations: the paper's noise and clipping for differential privacy are not here; the optimiser is AdamW, fresh at each participation. The
+head, which a classification needs, is trained and averaged like B.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from fedloom.client.client import Client
+from fedloom.messages import Flow, Task, Tensors, Update, Work, ask, insist, on_client
+from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.method import Predictor, State, predict, receive
+from fedloom.model.adapters import is_down
+from fedloom.model.base import Model
+from fedloom.server.participation import Pool
+from fedloom.tensors import only, without
+
+
+@dataclass(frozen=True)
+class FfaLora:
+    """``inner``: local training and its optimiser."""
+
+    name: ClassVar[str] = "ffa"
+    paper: ClassVar[str] = "FFA-LoRA 2403.12313"
+
+    inner: FedAvg = field(default_factory=FedAvg)
+
+    def init(self, model: Model) -> State:
+        """The common start."""
+        return State(0, model.initial)
+
+    def setup(self, state: State, pool: Pool) -> Flow[State]:
+        """Every device receives A_0 once. The server keeps it too: its global model needs it."""
+        frozen = only(state.shared, [name for name in state.shared if is_down(name)])
+        yield from insist([ask(self.receive, k, frozen) for k in pool.clients])
+        return State(0, without(state.shared, frozen), server=frozen)
+
+    def round(self, state: State, pool: Pool) -> Flow[State]:
+        """FedAvg on B and the head."""
+        return self.inner.round(state, pool)
+
+    @on_client
+    def train(self, c: Client, task: Task) -> Work[Update]:
+        """Train B and the head under A_0; send them."""
+        t = int(task.settings["round"])  # type: ignore[arg-type]
+        fitted = yield self.inner.fit(c, task.tensors, self.inner.batches(c, t), t, fixed=c.private)
+        return Update(c.id, len(c.train), fitted.tensors, {"loss": float(fitted.losses.mean())})
+
+    def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
+        """The shared model: B and the head over A_0."""
+        yield from ()
+        return Predictor({**client.private, **shared})
+
+    def assembled(self, state: State) -> Tensors | None:
+        """The shared model."""
+        return {**state.server, **state.shared}
+
+    receive = receive
+    predict = predict
