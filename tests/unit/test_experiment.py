@@ -132,7 +132,7 @@ def test_json_that_is_no_experiment(saved: dict[str, Any], says: str) -> None:
 
 
 def test_an_unknown_method_lists_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"no method 'fibecfet'; there are centralised, fibecfed, local, lora"):
+    with pytest.raises(ValueError, match=f"no method 'fibecfet'; there are {', '.join(all_methods())}"):
         from_json(changed(method={"name": "fibecfet"}))
     with pytest.raises(ValueError, match="no method"):
         named("FibecFed")
