@@ -65,6 +65,7 @@ def test_a_text_is_cut_to_its_first_tokens_and_its_last() -> None:
     assert cut.pad(np.array([3]), pad_id=0).segments.tolist() == [[0, 1, 1]]
     assert cut.pad(np.array([0]), pad_id=0).segments.tolist() == [[0, 0, 1]]
     assert texts(store().truncated(2)) == [[11, 13], [21], [31, 32], [41, 44]]
+    assert [store().truncated(2).pad(np.array([i]), pad_id=0).segments[0].tolist() for i in range(4)] == [[0, 1], [0], [0, 1], [0, 1]]
 
 
 def test_a_view_is_cut_as_the_view_it_is() -> None:
