@@ -10,7 +10,7 @@ Platanios et al., *Competence-based Curriculum Learning for Neural Machine Trans
 In round t a device trains on the texts with d̄(s) ≤ c(t), in shuffled batches. No model is asked, so scoring costs no work.
 
 Deviations: words are the tokenizer's tokens (its special ones occur once in every text and shift all difficulties alike); an epoch is one
-pass over what is open, where the paper draws each batch from it; and never less than one batch is open, which c₀ of a small device would be.
+pass over what is open, where the paper draws each batch from it; and never less than one batch is open, as c₀ of few texts would have it.
 Of the paper's competences there is the square root, its recommendation.
 """
 
