@@ -96,6 +96,20 @@ def test_cut_texts_are_what_is_trained_on() -> None:
     assert next(SLW.train(c, ask(SLW.train, 1, start(), round=4, rounds=8))).examples is c.train
 
 
+def test_a_method_may_hold_tensors_fixed_or_train_twice_on_what_is_open() -> None:
+    """Scores are taken at the whole model; ``open`` gives what ``learn`` trains on."""
+    c, head = client(), {n: start()[n] for n in HEAD}
+    factors = {n: t for n, t in start().items() if n not in head}
+    task = ask(FISHER.train, 1, factors, round=0, rounds=8)
+    operation = FISHER.learn(c, factors, task, fixed=head)
+    score = next(operation)
+    assert (type(score), set(score.at)) == (Score, set(start()))
+    fit = operation.send(np.arange(9.0))
+    assert (set(fit.start), set(fit.fixed)) == (set(factors), set(head))
+    items, opened = work(FISHER.open(c, start(), task))
+    assert items == [] and same(opened.batches, fit.batches) and opened.examples is fit.examples
+
+
 # who refuses
 
 

@@ -94,14 +94,25 @@ class FedAvg:
         """The settings that tell a device the time: t, and T where a curriculum depends on it."""
         return {"round": round, "rounds": pool.rounds} if self.has_curriculum else {"round": round}
 
-    def learn(
-        self, c: Client, start: Tensors, task: Task, mask: dict[str, torch.Tensor] | None = None, penalty: Penalty | None = None
-    ) -> Work[Fitted]:
-        """Train ``start`` on what the curriculum opens at the time that the task tells (:meth:`clock`)."""
+    def open(self, c: Client, at: Tensors, task: Task) -> Work[Opened]:
+        """What the curriculum opens at the time that the task tells (:meth:`clock`). ``at``: all tensors of the device's model now."""
         turn = self._turn(task)
-        yield from self.curriculum.prepare(c, start, turn.round)
-        opened = self.curriculum.open(c, turn)
-        return (yield self.fit(c, start, opened.batches, turn.round, mask, penalty, examples=opened.examples))
+        yield from self.curriculum.prepare(c, at, turn.round)
+        return self.curriculum.open(c, turn)
+
+    def learn(
+        self,
+        c: Client,
+        start: Tensors,
+        task: Task,
+        mask: dict[str, torch.Tensor] | None = None,
+        penalty: Penalty | None = None,
+        fixed: Tensors | None = None,
+    ) -> Work[Fitted]:
+        """Train ``start`` on what the curriculum opens, under tensors that stay ``fixed``."""
+        opened = yield from self.open(c, {**(fixed or {}), **start}, task)
+        t = int(task.settings["round"])  # type: ignore[arg-type]
+        return (yield self.fit(c, start, opened.batches, t, mask, penalty, fixed=fixed, examples=opened.examples))
 
     def whole(self, c: Client) -> Opened:
         """One epoch over everything, in the order that the curriculum ends with. It must have been prepared."""
@@ -111,7 +122,7 @@ class FedAvg:
         """The batches of all local epochs of one participation without a curriculum, in order.
 
         Raises:
-            ValueError: there is a curriculum; :meth:`learn` follows it.
+            ValueError: there is a curriculum; :meth:`learn` and :meth:`open` follow it.
         """
         if self.has_curriculum:
             raise ValueError(f"this method's local training does not follow a curriculum, and {self.curriculum} was given; it takes none")
