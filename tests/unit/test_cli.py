@@ -93,6 +93,7 @@ def test_the_options_of_a_curriculum_stand_where_the_method_has_it() -> None:
 
 def test_a_method_with_a_curriculum_becomes_the_experiment() -> None:
     recipe = recipes.resolve("lora-prior+voc")
+    assert recipe.method == PriorCorrected(FedAvg(curriculum=ByRarity())), "what a comparison takes"
     experiment = options.experiment_of(cli._parse(options.for_run(recipe), names("--method.inner.curriculum.start 0.2 --rounds 3"), "x"))
     assert experiment.method == PriorCorrected(FedAvg(curriculum=ByRarity(start=0.2)))
     assert (experiment.method_name, experiment.rounds) == ("lora-prior+voc", 3)
