@@ -135,11 +135,15 @@ def partition(words: Sequence[str]) -> int:
 def methods(words: Sequence[str]) -> int:
     """The methods there are."""
     _parse(arguments.Nothing, words, "fedloom methods", "The methods there are, with the paper of each.")
+    from fedloom.client.curricula import all_curricula
     from fedloom.methods import all_methods
 
     rows = [(name, kind.paper, (sys.modules[kind.__module__].__doc__ or "").split("\n")[0]) for name, kind in all_methods().items()]
     _show("", ("method", "paper", "what it is"), rows)
     print("fedloom run METHOD --help shows a method's settings. A Python file that defines a method is one too.")
+    orders = [(name, kind.paper, (sys.modules[kind.__module__].__doc__ or "").split("\n")[0]) for name, kind in all_curricula().items()]
+    _show("", ("curriculum", "paper", "what it is"), orders)
+    print("fedloom run METHOD+CURRICULUM gives a method a curriculum; with --help it shows the settings of both.")
     return 0
 
 

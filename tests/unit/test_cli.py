@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from fedloom import cli
+from fedloom.client.curricula import all_curricula
+from fedloom.client.curricula.slw import LengthWarmup
+from fedloom.client.curricula.voc import ByRarity
 from fedloom.client.store import StoreError
 from fedloom.messages import CohortFailed, Failure
 from fedloom.methods import all_methods
+from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.prior import PriorCorrected
 from fedloom.run import options, recipes
 from fedloom.run.checkpoint import CheckpointError
-from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.experiment import Experiment, ExperimentError, as_json
 from fedloom.run.failures import explain
 
 
@@ -65,6 +72,46 @@ def test_the_options_of_the_other_commands_are_frozen() -> None:
     assert cli.long_options(cli.arguments.Report) == ["--help", "--out"]
 
 
+def test_the_options_of_a_curriculum_stand_where_the_method_has_it() -> None:
+    """METHOD+CURRICULUM: the method's own options and the curriculum's, and no other curriculum's."""
+    plain = cli.long_options(options.for_run(recipes.resolve("lora")))
+    assert not [option for option in plain if "curriculum" in option]
+    added = {
+        "lora+voc": "--method.curriculum.full-at --method.curriculum.start",
+        "lora-personal-head+slw": "--method.inner.curriculum.full-at --method.inner.curriculum.start",
+        "lora+fisher": "--method.curriculum.full-at --method.curriculum.granularity --method.curriculum.over --method.curriculum.pacing "
+        "--method.curriculum.refresh --method.curriculum.start",
+        "lora+none": "",
+    }
+    for word, listed in added.items():
+        bare = cli.long_options(options.for_run(recipes.resolve(word.split("+")[0])))
+        assert cli.long_options(options.for_run(recipes.resolve(word))) == sorted([*bare, *listed.split()]), word
+    own = [option for option in FIBECFED if not option.startswith("--method.curriculum.")]
+    given = cli.long_options(options.for_run(recipes.resolve("fibecfed+shortformer")))
+    assert [o for o in given if o.startswith("--method.")] == sorted([*own, *added["lora+voc"].split()])
+
+
+def test_a_method_with_a_curriculum_becomes_the_experiment() -> None:
+    recipe = recipes.resolve("lora-prior+voc")
+    assert recipe.method == PriorCorrected(FedAvg(curriculum=ByRarity())), "what a comparison takes"
+    experiment = options.experiment_of(cli._parse(options.for_run(recipe), names("--method.inner.curriculum.start 0.2 --rounds 3"), "x"))
+    assert experiment.method == PriorCorrected(FedAvg(curriculum=ByRarity(start=0.2)))
+    assert (experiment.method_name, experiment.rounds) == ("lora-prior+voc", 3)
+    assert recipes.default_folder(experiment).name.startswith("lora-prior+voc-trec-")
+    assert options.experiment_of(cli._parse(options.for_run(recipes.resolve("lora+none")), [], "x")) == Experiment(method=FedAvg())
+
+
+def test_a_saved_experiment_can_be_given_a_curriculum(tmp_path: Path) -> None:
+    start = Experiment(method=FedAvg(lr=0.25), rounds=7)
+    (tmp_path / "a+voc").mkdir()
+    (tmp_path / "a+voc" / "experiment.json").write_text(json.dumps(as_json(start)))
+    assert recipes.resolve(str(tmp_path / "a+voc")).experiment == start, "a folder's name is a folder's name"
+    recipe = recipes.resolve(f"{tmp_path / 'a+voc'}+slw")
+    assert options.experiment_of(cli._parse(options.for_run(recipe), [], "x")) == replace(
+        start, method=FedAvg(lr=0.25, curriculum=LengthWarmup())
+    )
+
+
 def test_options_become_the_experiment() -> None:
     words = names("--rounds 3 --method.inner.lr 0.5 --method.gal.which random --adapter.targets a b --text q p --engine.stack 4")
     given = cli._parse(options.for_run(recipes.resolve("fibecfed")), words, "x")
@@ -105,6 +152,11 @@ def test_a_saved_experiment_is_where_options_start() -> None:
         (["run", "lora", "--cohort", "11", "--clients", "10"], ["--cohort 11", "--clients 10"]),
         (["run", "lora", "--alpha", "0"], ["--alpha is 0.0", "positive"]),
         (["run", "lora", "--device", "fridge"], ["'fridge'", "jetson"]),
+        (["run", "lora+vok"], ["no curriculum 'vok'", "Did you mean 'voc'?", "shortformer"]),
+        (["run", "lroa+voc"], ["no method 'lroa'", "Did you mean 'lora'?"]),
+        (["run", "centralised+voc"], ["'centralised' takes no curriculum", "devices' own"]),
+        (["run", "lora+voc", "--method.curriculum.start", "0"], ["0 < start <= 1"]),
+        (["run", "lora+voc", "--method.curriculum.pacing", "sqrt"], ["--method.curriculum.pacing", "--method.curriculum.start"]),
         (["compare", "lora", "lora"], ["named twice: lora"]),
         (["compare", "lora", "--seeds", "1", "1"], ["named twice: 1"]),
         (["compare", "lora", "nope"], ["'nope'", "fibecfed"]),
@@ -209,6 +261,8 @@ def test_methods_are_listed_with_their_papers(capsys: pytest.CaptureFixture[str]
     assert cli.main(["methods"]) == 0
     out = capsys.readouterr().out
     assert [name for name, kind in all_methods().items() if name not in out or kind.paper not in out] == []
+    assert [name for name, kind in all_curricula().items() if name not in out or kind.paper not in out] == []
+    assert "METHOD+CURRICULUM" in out
 
 
 def test_help_and_version_load_nothing_heavy() -> None:

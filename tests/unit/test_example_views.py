@@ -51,3 +51,37 @@ def test_what_does_not_fit_is_refused() -> None:
         Examples.of([[1], []], [0, 0])
     with pytest.raises(ValueError, match="3 segment ids came with 2 tokens"):
         Examples.of([[1, 2]], [0], [[0, 0, 0]])
+
+
+def texts(examples: Examples) -> list[list[int]]:
+    return [examples.pad(np.array([i]), pad_id=0).ids[0].tolist() for i in range(len(examples))]
+
+
+def test_a_text_is_cut_to_its_first_tokens_and_its_last() -> None:
+    cut = store().truncated(3)
+    assert texts(cut) == [[11, 12, 13], [21], [31, 32], [41, 42, 44]]
+    assert cut.lengths.tolist() == [3, 1, 2, 3]
+    assert cut.labels.tolist() == LABELS
+    assert cut.pad(np.array([3]), pad_id=0).segments.tolist() == [[0, 1, 1]]
+    assert cut.pad(np.array([0]), pad_id=0).segments.tolist() == [[0, 0, 1]]
+    assert texts(store().truncated(2)) == [[11, 13], [21], [31, 32], [41, 44]]
+    assert [store().truncated(2).pad(np.array([i]), pad_id=0).segments[0].tolist() for i in range(4)] == [[0, 1], [0], [0, 1], [0, 1]]
+
+
+def test_a_view_is_cut_as_the_view_it_is() -> None:
+    cut = store().subset([3, 3, 0]).truncated(2)
+    assert texts(cut) == [[41, 44], [41, 44], [11, 13]]
+    assert cut.labels.tolist() == [2, 2, 2]
+    view = store().subset([3, 1, 2]).truncated(2)
+    assert (texts(view), view.labels.tolist()) == ([[41, 44], [21], [31, 32]], [2, 0, 1])
+    assert texts(view.subset([2, 0])) == [[31, 32], [41, 44]], "what is cut is a view like any other"
+    assert texts(store()) == IDS, "the store stays whole"
+
+
+def test_what_is_short_enough_is_left_alone() -> None:
+    whole = store()
+    assert whole.truncated(4) is whole
+    assert whole.subset([1, 2]).truncated(2).tokens is whole.tokens
+    assert len(whole.subset([]).truncated(2)) == 0
+    with pytest.raises(ValueError, match="cannot be cut to 1 tokens"):
+        whole.truncated(1)

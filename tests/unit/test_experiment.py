@@ -8,9 +8,14 @@ from typing import Any
 
 import pytest
 
+from fedloom.client.curricula.everything import Everything
+from fedloom.client.curricula.fisher import ByFisher
+from fedloom.client.curricula.slw import LengthWarmup
+from fedloom.client.curricula.voc import ByRarity
 from fedloom.methods import all_methods, named
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
+from fedloom.methods.finetuned import FineTuned
 from fedloom.model.adapters import Lora
 from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError, as_json, first_difference, from_json
 
@@ -34,6 +39,42 @@ def test_json_round_trip(experiment: Experiment) -> None:
     assert again == experiment
     assert json.dumps(as_json(again)) == text
     assert again.digest() == experiment.digest()
+
+
+CURRICULA = {
+    "lora+voc": FedAvg(curriculum=ByRarity(0.2, 0.5)),
+    "lora-finetuned+slw": FineTuned(FedAvg(curriculum=LengthWarmup(5))),
+    "fibecfed+fisher": FibecFed(curriculum=ByFisher(0.1, over="all")),
+    "fibecfed+none": FibecFed(curriculum=Everything()),
+}
+
+
+@pytest.mark.parametrize("name", CURRICULA)
+def test_a_curriculum_is_part_of_the_experiment(name: str) -> None:
+    method = CURRICULA[name]
+    experiment = Experiment(method)
+    again = from_json(json.loads(json.dumps(as_json(experiment))))
+    assert again == experiment
+    assert (again.digest(), again.method_name) == (experiment.digest(), name)
+    assert experiment.digest() not in {Experiment(other).digest() for other in (type(method)(), *CURRICULA.values()) if other != method}
+
+
+def test_a_methods_own_curriculum_has_no_name_and_needs_none() -> None:
+    assert "name" not in as_json(RICH)["method"]["curriculum"]
+    assert as_json(RICH)["method"]["inner"]["curriculum"] == {"name": "none"}
+    assert [Experiment(kind()).method_name for kind in all_methods().values()] == list(all_methods())
+    before = as_json(RICH)  # as written before curricula were values
+    del before["method"]["inner"]["curriculum"]
+    assert from_json(before) == RICH
+
+
+def test_an_unknown_curriculum_lists_those_there_are() -> None:
+    with pytest.raises(ValueError, match="no curriculum 'vok'; there are fisher, loss, none, shortformer, slw, voc"):
+        from_json(changed(method={"name": "lora", "curriculum": {"name": "vok"}}))
+    with pytest.raises(ExperimentError, match=r"curriculum has no fields \['pacing'\]; it has \['full_at', 'start'\]"):
+        from_json(changed(method={"name": "lora", "curriculum": {"name": "voc", "pacing": "sqrt"}}))
+    with pytest.raises(ExperimentError, match="curriculum is 'voc'; it must be"):
+        from_json(changed(method={"name": "lora", "curriculum": "voc"}))
 
 
 def test_a_method_carries_its_name_in_json_at_every_depth() -> None:

@@ -32,9 +32,10 @@ def device(method: FibecFed, k: int = 1, gal: tuple[int, ...] = (1, 2, 3)) -> Cl
     batch = method.inner.cut(c, "batches")[0]
     items, update = work(
         method.inspect(c, ask(method.inspect, k, start())),
-        [np.arange(len(c.train), dtype=np.float64), np.array([0.1, 0.2, 0.3, 0.4])],
+        np.arange(len(c.train), dtype=np.float64),
+        [np.array([0.1, 0.2, 0.3, 0.4])],
     )
-    score, sense = items[0]
+    score, (sense,) = items
     assert isinstance(score, Score)
     assert isinstance(sense, Sensitivity)
     assert score.examples is c.train
@@ -63,7 +64,7 @@ def drive(operation: Work[Update]) -> Update:
 def test_the_score_is_over_all_or_without_the_head() -> None:
     for head, over in (("warm", None), ("as-is", None), ("left-out", frozenset(FACTORS))):
         method = FibecFed(curriculum=Curriculum(head=head))  # type: ignore[arg-type]
-        assert next(method.inspect(client(), ask(method.inspect, 1, start())))[0].over == over
+        assert next(method.inspect(client(), ask(method.inspect, 1, start()))).over == over
 
 
 def test_adopting_keeps_the_local_layers_from_the_common_start_and_fixes_the_mask() -> None:
@@ -79,7 +80,7 @@ def test_adopting_keeps_the_local_layers_from_the_common_start_and_fixes_the_mas
 def test_the_warm_up_trains_all_factors_on_all_batches_easy_first_under_the_fixed_head() -> None:
     method = FibecFed(FedAvg(batch_size=4), warmup_epochs=2)
     c = client()
-    work(method.inspect(c, ask(method.inspect, 1, start())), [-np.arange(9.0), np.zeros(4)])
+    work(method.inspect(c, ask(method.inspect, 1, start())), -np.arange(9.0), [np.zeros(4)])
     operation = method.adopt(c, ask(method.adopt, 1, gal=[1, 2, 3]))
     first = next(operation)
     assert set(first.start) == set(FACTORS)
@@ -105,7 +106,7 @@ def test_momentum_weighs_the_epochs() -> None:
     for momentum, best in ((0.9, 3), (0.1, 0)):
         method = FibecFed(FedAvg(batch_size=4), keep=0.25, warmup_epochs=2, momentum=momentum)
         c = client()
-        work(method.inspect(c, ask(method.inspect, 1, start())), [np.arange(9.0), np.zeros(4)])
+        work(method.inspect(c, ask(method.inspect, 1, start())), np.arange(9.0), [np.zeros(4)])
         operation = method.adopt(c, ask(method.adopt, 1, gal=[1, 2, 3]))
         item: Any = next(operation)
         for rows in (first, second):
@@ -133,7 +134,7 @@ def test_asked_to_adopt_twice_a_device_does_it_once() -> None:
 def test_without_local_layers_or_with_all_neurons_there_is_no_warm_up() -> None:
     for method, gal in ((FibecFed(), (0, 1, 2, 3)), (FibecFed(keep=1.0), (0,))):
         c = client()
-        work(method.inspect(c, ask(method.inspect, 1, start())), [np.zeros(9), np.zeros(4)])
+        work(method.inspect(c, ask(method.inspect, 1, start())), np.zeros(9), [np.zeros(4)])
         items, _ = work(method.adopt(c, ask(method.adopt, 1, gal=list(gal))))
         assert items == []
         assert set(c.private) == set(FACTORS) - of_layers(*gal)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedloom.compute.work import Spectral, Spectrum
+from fedloom.compute.work import Score, Sensitivity, Spectral, Spectrum
 from fedloom.messages import Task, Update, ask
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fibecfed import FibecFed, Gal
@@ -23,16 +23,17 @@ NO_GAP = Spectral(np.array([0.0, 0.1, 3.0]), np.array([0.5, 0.1, 0.4]), 0.75)
 def inspected(method: FibecFed, spectral: Spectral | None):
     """Device 1 after scoring: its items, its update, and the device."""
     c = client(1)
-    results = [np.arange(len(c.train), dtype=np.float64), np.array([0.1, 0.2, 0.3, 0.4])]
-    items, update = work(method.inspect(c, ask(method.inspect, 1, start())), [*results, *([] if spectral is None else [spectral])])
-    return items[0], update, c
+    results = [np.array([0.1, 0.2, 0.3, 0.4]), *([] if spectral is None else [spectral])]
+    (score, items), update = work(method.inspect(c, ask(method.inspect, 1, start())), np.arange(len(c.train), dtype=np.float64), results)
+    assert isinstance(score, Score)
+    return items, update, c
 
 
 @pytest.mark.parametrize("method", [FibecFed(gal=Gal(lossless=True)), FibecFed(keep_lossless=True)])
 @pytest.mark.parametrize(("spectral", "tells"), [(GAP, [0.6, 1.0]), (NO_GAP, [0.0, 0.0])])
 def test_a_device_tells_what_its_spectrum_lets_be_pruned(method: FibecFed, spectral: Spectral, tells: list[float]) -> None:
     items, update, c = inspected(method, spectral)
-    asked = items[2]
+    asked = items[1]
     assert isinstance(asked, Spectrum)
     assert asked.batch.tolist() == method.inner.cut(c, "batches")[0].tolist()
     assert asked.over is None
@@ -43,7 +44,7 @@ def test_a_device_tells_what_its_spectrum_lets_be_pruned(method: FibecFed, spect
 
 def test_nobody_pays_for_a_spectrum_that_nobody_asked_for() -> None:
     items, update, _ = inspected(FibecFed(), None)
-    assert len(items) == 2
+    assert [type(item) for item in items] == [Sensitivity]
     assert set(update.tensors) == {"layer_scores"}
 
 

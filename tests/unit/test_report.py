@@ -276,3 +276,29 @@ def test_layer_scores_refuse_a_chosen_layer_without_a_score():
 
 def test_many_lines_stay_apart():
     assert len({figures.appearance(i)[:2] for i in range(24)}) == 24
+
+
+@pytest.mark.parametrize(
+    ("facts", "title", "label"),
+    [
+        ({"pacing": [0.6, 1.0]}, "Data opened by the curriculum, easy first", "share of batches"),
+        ({"pacing": [0.1, 1.0], "opens": "examples"}, "Data opened by the curriculum, easy first", "share of examples"),
+        ({"pacing": [0.0, 1.0], "opens": "length"}, "Text length opened by the curriculum", "way to whole texts"),
+    ],
+)
+def test_the_pacing_of_any_method_is_drawn_and_says_what_it_opens(tmp_path, facts, title, label):
+    text, _ = page([write_run(tmp_path / "a", "lora", facts=facts)], tmp_path / "report.html")
+    assert title in text and label in text
+    assert "opens" not in text.replace("opened", ""), "what is drawn is not told again"
+
+
+def test_a_run_goes_by_its_method_and_its_curriculum(tmp_path):
+    slw, voc = ({"name": "lora", "curriculum": {"name": name, "start": 8}} for name in ("slw", "voc"))
+    held = {"name": "lora-prior", "inner": {"name": "lora", "curriculum": {"name": "none"}}}
+    runs = []
+    for i, method in enumerate((slw, voc, held)):
+        folder = write_run(tmp_path / str(i), "lora")
+        written = json.loads((folder / "experiment.json").read_text())
+        (folder / "experiment.json").write_text(json.dumps({**written, "method": method}))
+        runs.append(read(folder))
+    assert label_runs(runs) == ["lora+slw", "lora+voc", "lora-prior"]

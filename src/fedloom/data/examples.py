@@ -75,6 +75,28 @@ class Examples:
         rows = self.rows[np.asarray(indices, np.int64)]
         return Examples(self.tokens, self.segments, self.offsets, self.store_labels, rows)
 
+    def truncated(self, length: int) -> Examples:
+        """The examples with texts of at most ``length`` tokens: of a longer one the first ``length`` − 1 tokens stay, and the last.
+
+        The last token is the one that tokenizers end a text with ([SEP], </s>) and that models look for; so what is left of a single
+        text is what the tokenizer's own truncation leaves. Where a tokenizer ends texts with no such token, the text's last word stays
+        in its place. Of a pair the end of the second text goes first. Everything that counts tokens counts those that are left.
+        This view itself comes back if no text is longer; otherwise the tokens of its texts (not of the whole store) are copied.
+
+        Raises:
+            ValueError: fewer than two tokens.
+        """
+        if length < 2:
+            raise ValueError(f"a text cannot be cut to {length} tokens; its first and its last one stay")
+        if self.lengths.max(initial=0) <= length:
+            return self
+        kept = np.minimum(self.lengths, length)
+        offsets = np.concatenate([[0], np.cumsum(kept)])
+        within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], kept)  # position in the shorter text
+        is_last = within == np.repeat(kept - 1, kept)
+        source = np.repeat(self.offsets[self.rows], kept) + np.where(is_last, np.repeat(self.lengths - 1, kept), within)
+        return Examples(self.tokens[source], self.segments[source], offsets, self.labels, np.arange(len(self)))
+
     @property
     def labels(self) -> np.ndarray:
         """int64 (n,)."""

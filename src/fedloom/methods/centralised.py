@@ -31,6 +31,10 @@ class Centralised:
 
     inner: FedAvg = field(default_factory=FedAvg)
 
+    def __post_init__(self) -> None:
+        if self.inner.has_curriculum:
+            raise ValueError(f"'centralised' takes no curriculum, and {self.inner.curriculum} was given; curricula are devices' own")
+
     def init(self, model: Model) -> State:
         """The common start."""
         return State(0, model.initial)

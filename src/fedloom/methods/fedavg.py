@@ -4,23 +4,26 @@
     w_t+1 <- Σ_{k in S_t} p_k w^k,   p_k = n_k / Σ_{j in S_t} n_j
 
 The mean of products is not the product of means: mean(B)·mean(A) differs from mean(B·A). That error belongs to the method.
-Optimiser state is fresh at each participation.
+Optimiser state is fresh at each participation. With a curriculum a device trains on what that opens in the round, and on nothing else;
+n_k stays the number of its examples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
 import torch
 
 from fedloom.client.client import Client
-from fedloom.client.curriculum import shuffled
-from fedloom.compute.work import AdamW, Fit, Moments, Penalty
+from fedloom.client.curricula.everything import Everything
+from fedloom.client.curriculum import Curriculum, Opened, Turn, shuffled, shuffled_epochs
+from fedloom.compute.work import AdamW, Fit, Fitted, Moments, Penalty
+from fedloom.data.examples import Examples
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
-from fedloom.methods.method import Predictor, State, nothing_to_set_up, predict
+from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
 from fedloom.seeds import derive_int
 from fedloom.server.aggregation import Average
@@ -38,6 +41,7 @@ class FedAvg:
         weight_decay: AdamW's decoupled weight decay.
         clip: limit of the gradient's 2-norm (0: none).
         reshuffle: cut new batches in every epoch; otherwise one seeded cut per device for ever, as FibecFed has it.
+        curriculum: what is trained on in which round; ``fedloom run METHOD+CURRICULUM`` chooses one.
     """
 
     name: ClassVar[str] = "lora"
@@ -49,26 +53,28 @@ class FedAvg:
     weight_decay: float = 0.0
     clip: float = 1.0
     reshuffle: bool = True
+    curriculum: Curriculum = field(default_factory=Everything)
 
     def init(self, model: Model) -> State:
         """Every trainable tensor is shared."""
         return State(0, model.initial)
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
-        """Nothing."""
-        return nothing_to_set_up(state)
+        """Nothing but what the curriculum tells."""
+        yield from ()
+        return replace(state, facts={**state.facts, **self.curriculum.facts(pool.rounds)})
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """S_t trains; the server takes the mean by numbers of examples."""
         cohort = uniform(pool, state.round)
         mean = Average()
-        yield Asking([ask(self.train, k, state.shared, round=state.round) for k in cohort], mean.take)
+        yield Asking([ask(self.train, k, state.shared, **self.clock(state.round, pool)) for k in cohort], mean.take)
         return state.after_round(mean.value())
 
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:
         """ClientUpdate(k, w_t)."""
-        fitted = yield self.fit(c, task.tensors, self.batches(c, int(task.settings["round"])), int(task.settings["round"]))  # type: ignore[arg-type]
+        fitted = yield from self.learn(c, task.tensors, task)
         return Update(c.id, len(c.train), fitted.tensors, {"loss": float(fitted.losses.mean())})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
@@ -82,10 +88,45 @@ class FedAvg:
 
     predict = predict
 
+    # ---- local training, for whoever holds this method as ``inner`` ----------------------------------------------------------
+
+    def clock(self, round: int, pool: Pool) -> dict[str, int]:
+        """The settings that tell a device the time: t, and T where a curriculum depends on it."""
+        return {"round": round, "rounds": pool.rounds} if self.has_curriculum else {"round": round}
+
+    def open(self, c: Client, at: Tensors, task: Task) -> Work[Opened]:
+        """What the curriculum opens at the time that the task tells (:meth:`clock`). ``at``: all tensors of the device's model now."""
+        turn = self._turn(task)
+        yield from self.curriculum.prepare(c, at, turn.round)
+        return self.curriculum.open(c, turn)
+
+    def learn(
+        self,
+        c: Client,
+        start: Tensors,
+        task: Task,
+        mask: dict[str, torch.Tensor] | None = None,
+        penalty: Penalty | None = None,
+        fixed: Tensors | None = None,
+    ) -> Work[Fitted]:
+        """Train ``start`` on what the curriculum opens, under tensors that stay ``fixed``."""
+        opened = yield from self.open(c, {**(fixed or {}), **start}, task)
+        t = int(task.settings["round"])  # type: ignore[arg-type]
+        return (yield self.fit(c, start, opened.batches, t, mask, penalty, fixed=fixed, examples=opened.examples))
+
+    def whole(self, c: Client) -> Opened:
+        """One epoch over everything, in the order that the curriculum ends with. It must have been prepared."""
+        return self.curriculum.open(c, Turn(1, 1, 1, self.batch_size, reshuffle=False))
+
     def batches(self, c: Client, round: int) -> list[np.ndarray]:
-        """The batches of all local epochs of one participation, in order."""
-        cut = [self.cut(c, "batches", round, epoch) if self.reshuffle else self.cut(c, "batches") for epoch in range(self.local_epochs)]
-        return [batch for epoch in cut for batch in epoch]
+        """The batches of all local epochs of one participation without a curriculum, in order.
+
+        Raises:
+            ValueError: there is a curriculum; :meth:`learn` and :meth:`open` follow it.
+        """
+        if self.has_curriculum:
+            raise ValueError(f"this method's local training does not follow a curriculum, and {self.curriculum} was given; it takes none")
+        return shuffled_epochs(c, Turn(round, 0, self.local_epochs, self.batch_size, self.reshuffle))
 
     def cut(self, c: Client, purpose: str, *path: int) -> list[np.ndarray]:
         """One epoch of seeded batches of the device's training data."""
@@ -101,12 +142,29 @@ class FedAvg:
         penalty: Penalty | None = None,
         moments: Moments | None = None,
         fixed: Tensors | None = None,
+        examples: Examples | None = None,
     ) -> Fit:
-        """The work item of local training with this method's optimiser."""
+        """The work item of local training with this method's optimiser, on the device's own examples unless others are given."""
         seed = derive_int(c.seed, "fit", round, c.id)
-        return Fit(start, c.train, batches, self.optimizer, mask or {}, penalty, moments, fixed or {}, seed)
+        return Fit(
+            start, c.train if examples is None else examples, batches, self.optimizer, mask or {}, penalty, moments, fixed or {}, seed
+        )
 
     @property
     def optimizer(self) -> AdamW:
         """AdamW with this method's settings."""
         return AdamW(self.lr, weight_decay=self.weight_decay, clip=self.clip)
+
+    @property
+    def has_curriculum(self) -> bool:
+        """Whether there is anything to follow."""
+        return self.curriculum != Everything()
+
+    def _turn(self, task: Task) -> Turn:
+        t = int(task.settings["round"])  # type: ignore[arg-type]
+        if self.has_curriculum and "rounds" not in task.settings:
+            raise ValueError(
+                f"'{task.op}' was asked without the number of rounds, on which {self.curriculum} depends; ask with clock(t, pool)"
+            )
+        rounds = int(task.settings["rounds"]) if self.has_curriculum else 0  # type: ignore[arg-type]
+        return Turn(t, rounds, self.local_epochs, self.batch_size, self.reshuffle)

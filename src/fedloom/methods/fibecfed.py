@@ -22,15 +22,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 
 from fedloom.client.client import Client
-from fedloom.client.curriculum import Pacing, easiest_examples_first, easiest_first, fraction, open_count
+from fedloom.client.curricula.fisher import ByFisher
+from fedloom.client.curriculum import Curriculum as AnyCurriculum
+from fedloom.client.curriculum import Granularity, Opened, Pacing, Turn
 from fedloom.compute.spectrum import first_gap
-from fedloom.compute.work import Fisher, Norm, Score, Sensitivity, Spectrum
+from fedloom.compute.work import Fisher, Norm, Sensitivity, Spectrum
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, insist, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
@@ -48,7 +50,7 @@ WARM_UP = -1000
 
 @dataclass(frozen=True)
 class Curriculum:
-    """The easy-to-hard curriculum and the score behind it.
+    """FibecFed's own curriculum: easy first by Fisher information (``client/curricula/fisher.py``), and what becomes of a fresh head.
 
     Attributes:
         start: share of batches open in the first round, β₀.
@@ -63,10 +65,28 @@ class Curriculum:
     start: float = 0.6
     full_at: float = 0.8
     pacing: Pacing = "linear"
-    granularity: Literal["batch", "example"] = "batch"
+    granularity: Granularity = "batch"
     refresh: int = 0
     head: Literal["warm", "left-out", "as-is"] = "warm"
     head_rounds: int = 3
+
+    @property
+    def on_device(self) -> ByFisher:
+        """What a device follows."""
+        over = "adapter" if self.head == "left-out" else "all"
+        return ByFisher(self.start, self.full_at, self.pacing, self.granularity, self.refresh, over)
+
+    def prepare(self, c: Client, at: Tensors, round: int) -> Work[None]:
+        """The difficulty of every example."""
+        return self.on_device.prepare(c, at, round)
+
+    def open(self, c: Client, turn: Turn) -> Opened:
+        """The easiest batches."""
+        return self.on_device.open(c, turn)
+
+    def facts(self, rounds: int) -> dict[str, Any]:
+        """The share of batches open in each round, and how the head was kept from drowning the score."""
+        return {**self.on_device.facts(rounds), "difficulty_head": self.head}
 
 
 @dataclass(frozen=True)
@@ -96,7 +116,7 @@ class FibecFed:
 
     Attributes:
         inner: local training and its optimiser.
-        curriculum: the easy-to-hard curriculum.
+        curriculum: FibecFed's own curriculum, or another in its place; then nobody warms a head up.
         gal: which layers are global.
         keep: share of the output neurons of each local layer that is trained.
         keep_lossless: the share that a device's own Hessian spectrum allows without loss, where it tells; ``keep`` otherwise.
@@ -108,12 +128,21 @@ class FibecFed:
     paper: ClassVar[str] = "FibecFed 2410.00131"
 
     inner: FedAvg = field(default_factory=FedAvg)
-    curriculum: Curriculum = field(default_factory=Curriculum)
+    curriculum: AnyCurriculum = field(default_factory=Curriculum)
     gal: Gal = field(default_factory=Gal)
     keep: float = 0.95
     keep_lossless: bool = False
     warmup_epochs: int = 1
     momentum: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.inner.has_curriculum:
+            raise ValueError(f"FibecFed follows its own curriculum; give it {self.inner.curriculum} as curriculum=, not within inner=")
+
+    @property
+    def local(self) -> FedAvg:
+        """Local training under this method's curriculum."""
+        return replace(self.inner, curriculum=self.curriculum)
 
     # ---- server -------------------------------------------------------------------------------------------------------------
 
@@ -125,7 +154,8 @@ class FibecFed:
         """Head, scores, GAL, masks (the four steps above)."""
         shared = dict(state.shared)
         head = {name for name in shared if not is_factor(name)}
-        for i in range(self.curriculum.head_rounds if self.curriculum.head == "warm" else 0):
+        own = self.curriculum if isinstance(self.curriculum, Curriculum) else None
+        for i in range(own.head_rounds if own and own.head == "warm" else 0):
             cohort = uniform(pool, -1 - i)
             updates = yield from insist([ask(self.warm_head, k, only(shared, head), round=-1 - i) for k in cohort])
             shared |= weighted_mean(updates)
@@ -138,16 +168,14 @@ class FibecFed:
         chosen = choose_gal(scores, adapted, gal, pool.seed)
         yield from insist([ask(self.adopt, k, gal=chosen) for k in pool.clients])
         kept = {n: t for n, t in shared.items() if n in head or layer_of(n) in chosen}
-        pace = self.curriculum
-        opened = [fraction(pace.pacing, t, pool.rounds, pace.start, pace.full_at) for t in range(pool.rounds)]
-        facts = {"gal": chosen, "layer_scores": scores.tolist(), "pacing": opened, "difficulty_head": pace.head, **told}
+        facts = {"gal": chosen, "layer_scores": scores.tolist(), **self.curriculum.facts(pool.rounds), **told}
         return State(0, kept, facts={**state.facts, **facts})
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """S_t trains on what is open; the GAL and the head are averaged."""
         cohort = uniform(pool, state.round)
         mean = Average()
-        yield Asking([ask(self.train, k, state.shared, round=state.round, rounds=pool.rounds) for k in cohort], mean.take)
+        yield Asking([ask(self.train, k, state.shared, **self.local.clock(state.round, pool)) for k in cohort], mean.take)
         return state.after_round(mean.value())
 
     def assembled(self, state: State) -> Tensors | None:
@@ -168,13 +196,12 @@ class FibecFed:
         """Step 1: difficulty of every example (kept here) and the layers' sensitivity on one batch (uploaded)."""
         batch = self.inner.cut(c, "batches")[0]
         spectrum = Spectrum(task.tensors, c.train, batch, seed=derive_int(c.seed, "spectrum", c.id))
-        difficulty, scores, *spectral = yield [
-            self._score(task.tensors, c),
+        c.private, c.memory = dict(task.tensors), {}
+        yield from self.curriculum.prepare(c, task.tensors, 0)
+        scores, *spectral = yield [
             Sensitivity(task.tensors, c.train, batch, self.gal.rho, self.gal.norm),
             *([spectrum] if self.gal.lossless or self.keep_lossless else []),
         ]
-        c.private = dict(task.tensors)
-        c.memory = {"difficulty": torch.from_numpy(difficulty), "scored_at": torch.tensor(0)}
         found = {"layer_scores": torch.from_numpy(scores)}
         for one in spectral:
             share = first_gap(one.nodes, one.weights, one.lipschitz)
@@ -200,16 +227,8 @@ class FibecFed:
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:
         """GAL and head dense, local layers masked, on the easiest open batches; only what came goes back."""
-        t, rounds = int(task.settings["round"]), int(task.settings["rounds"])  # type: ignore[arg-type]
-        start = {**c.private, **task.tensors}
-        if self.curriculum.refresh and t - int(c.memory["scored_at"]) >= self.curriculum.refresh:
-            difficulty = yield self._score(start, c)
-            c.memory |= {"difficulty": torch.from_numpy(difficulty), "scored_at": torch.tensor(t)}
-        batches = self._ordered(c)
-        share = fraction(self.curriculum.pacing, t, rounds, self.curriculum.start, self.curriculum.full_at)
-        opened = batches[: open_count(share, len(batches))]
         mask = {name.removeprefix("mask/"): kept for name, kept in c.memory.items() if name.startswith("mask/")}
-        fitted = yield self.inner.fit(c, start, opened * self.inner.local_epochs, t, mask)
+        fitted = yield from self.local.learn(c, {**c.private, **task.tensors}, task, mask)
         c.private = without(fitted.tensors, task.tensors.keys())
         return Update(c.id, len(c.train), only(fitted.tensors, task.tensors.keys()), {"loss": float(fitted.losses.mean())})
 
@@ -220,23 +239,13 @@ class FibecFed:
 
     predict = predict
 
-    def _score(self, at: Tensors, c: Client) -> Score:
-        over = frozenset(n for n in at if is_factor(n)) if self.curriculum.head == "left-out" else None
-        return Score(at, c.train, over)
-
-    def _ordered(self, c: Client) -> list[np.ndarray]:
-        difficulty = c.memory["difficulty"].numpy()
-        if self.curriculum.granularity == "example":
-            return easiest_examples_first(difficulty, self.inner.batch_size)
-        return easiest_first(self.inner.cut(c, "batches"), difficulty)
-
     def _warm_up(self, c: Client) -> Work[dict[str, torch.Tensor]]:
         """Diagonal Fisher of all LoRA with momentum: F <- γF + (1−γ)F̃ after each of E_w epochs over all batches, easy first, from F = 0."""
         lora = {n: t for n, t in c.private.items() if is_factor(n)}
-        head = without(c.private, lora)
+        head, batches = without(c.private, lora), self.local.whole(c).batches
         fisher, moments = {n: torch.zeros_like(t) for n, t in lora.items()}, None
         for epoch in range(self.warmup_epochs):
-            fitted = yield self.inner.fit(c, lora, self._ordered(c), WARM_UP - epoch, moments=moments, fixed=head)
+            fitted = yield self.inner.fit(c, lora, batches, WARM_UP - epoch, moments=moments, fixed=head)
             lora, moments = fitted.tensors, fitted.moments
             now = yield Fisher({**head, **lora}, c.train, frozenset(lora))
             fisher = {n: self.momentum * f + (1 - self.momentum) * now[n] for n, f in fisher.items()}

@@ -5,7 +5,7 @@ A device trains when the cohort of a federated run would have drawn it, from its
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedloom.client.client import Client
@@ -32,18 +32,17 @@ class Local:
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """Every device receives the start once; afterwards nothing is shared."""
         yield from insist([ask(self.receive, k, state.shared) for k in pool.clients])
-        return State(0, {})
+        return (yield from self.inner.setup(replace(state, shared={}), pool))
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """The cohort trains, each for itself."""
-        yield [ask(self.train, k, round=state.round) for k in uniform(pool, state.round)]
+        yield [ask(self.train, k, {}, **self.inner.clock(state.round, pool)) for k in uniform(pool, state.round)]
         return state.after_round({})
 
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:
         """Train on from where this device was."""
-        t = int(task.settings["round"])  # type: ignore[arg-type]
-        fitted = yield self.inner.fit(c, c.private, self.inner.batches(c, t), t)
+        fitted = yield from self.inner.learn(c, c.private, task)
         c.private = fitted.tensors
         return Update(c.id, len(c.train), metrics={"loss": float(fitted.losses.mean())})
 

@@ -6,7 +6,7 @@ the start's head. There is no global head, so there is no global model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedloom.client.client import Client
@@ -37,20 +37,19 @@ class PersonalHead:
         """Every device receives the start's head once."""
         head = [name for name in state.shared if not is_factor(name)]
         yield from insist([ask(self.receive, k, only(state.shared, head)) for k in pool.clients])
-        return State(0, without(state.shared, head))
+        return (yield from self.inner.setup(replace(state, shared=without(state.shared, head)), pool))
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """FedAvg on the factors."""
         cohort = uniform(pool, state.round)
         mean = Average()
-        yield Asking([ask(self.train, k, state.shared, round=state.round) for k in cohort], mean.take)
+        yield Asking([ask(self.train, k, state.shared, **self.inner.clock(state.round, pool)) for k in cohort], mean.take)
         return state.after_round(mean.value())
 
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:
         """Train factors and head; send the factors."""
-        t = int(task.settings["round"])  # type: ignore[arg-type]
-        fitted = yield self.inner.fit(c, {**c.private, **task.tensors}, self.inner.batches(c, t), t)
+        fitted = yield from self.inner.learn(c, {**c.private, **task.tensors}, task)
         c.private = without(fitted.tensors, task.tensors.keys())
         return Update(c.id, len(c.train), only(fitted.tensors, task.tensors.keys()), {"loss": float(fitted.losses.mean())})
 

@@ -13,10 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
+from fedloom.client.curricula import named as curriculum_named
+from fedloom.client.curriculum import Curriculum
 from fedloom.methods import named
 from fedloom.model.adapters import Lora
 from fedloom.model.base import Precision
 from fedloom.run.devices import named as device_named
+from fedloom.run.reading import full_name
 
 
 class ExperimentError(ValueError):
@@ -126,8 +129,8 @@ class Experiment:
 
     @property
     def method_name(self) -> str:
-        """The method's name."""
-        return str(type(self.method).name)
+        """The method's name, with its curriculum's where that is not the method's own: ``lora``, ``lora+voc``."""
+        return full_name(as_json(self.method))
 
     def digest(self) -> str:
         """16 hex digits over everything that decides the result."""
@@ -136,7 +139,7 @@ class Experiment:
 
 
 def as_json(value: Any) -> Any:
-    """Plain JSON of an experiment or any part of it; a method carries its name."""
+    """Plain JSON of an experiment or any part of it; a method carries its name, and so does a curriculum."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
         named_kind = "name" in vars(type(value)) and "name" not in fields
@@ -181,10 +184,20 @@ def _build(kind: type[Any], saved: Mapping[str, Any], what: str) -> Any:
     if unknown:
         raise ExperimentError(f"{what} has no fields {unknown}; it has {sorted(names)}")
     hints = get_type_hints(kind)
+    hints |= {f.name: _curriculum_kind(f, saved.get(f.name), what) for f in dataclasses.fields(kind) if hints[f.name] is Curriculum}
     try:
         return kind(**{key: _value(hints[key], value, f"{what}: {key}") for key, value in saved.items()})
     except TypeError as error:
         raise ExperimentError(f"{what} is incomplete: {error}") from error
+
+
+def _curriculum_kind(field: dataclasses.Field[Any], saved: Any, what: str) -> type[Any]:
+    """The kind of the curriculum in a field: the one whose name was saved, or, without a name, the method's own."""
+    if isinstance(saved, Mapping) and "name" in saved:
+        return curriculum_named(str(saved["name"]))
+    if not callable(field.default_factory):
+        raise ExperimentError(f"{what}: {field.name} has no name, and the method has no curriculum of its own")
+    return type(field.default_factory())
 
 
 def _value(hint: Any, value: Any, what: str) -> Any:

@@ -26,6 +26,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 Kind = Literal["svg", "png"]
 Protocol = Literal["personalised", "global"]
 Against = Literal["round", "bytes", "device"]
+Opens = Literal["batches", "examples", "length"]
+"""What a curriculum opens a share of; of length: of the way from its shortest texts to whole ones."""
 
 INK = "#757a82"
 """Middle grey: contrast about 4.2 on white and on #14171b alike."""
@@ -133,16 +135,21 @@ def loss_curve(tracks: Sequence[Track], kind: Kind = "svg") -> bytes:
     return render(draw, kind, height=_height(len(tracks)))
 
 
-def pacing(fractions: Sequence[float], kind: Kind = "svg") -> bytes:
-    """The share of each device's batches that the curriculum opens in rounds 1, 2, ..."""
+def pacing(fractions: Sequence[float], opens: Opens = "batches", kind: Kind = "svg") -> bytes:
+    """The share of each device's batches, examples or text length that the curriculum opens in rounds 1, 2, ..."""
+    title, label = {
+        "batches": ("Data opened by the curriculum, easy first", "share of batches"),
+        "examples": ("Data opened by the curriculum, easy first", "share of examples"),
+        "length": ("Text length opened by the curriculum", "way to whole texts"),
+    }[opens]
 
     def draw(figure: matplotlib.figure.Figure) -> None:
         ax = figure.add_subplot()
         ax.step(np.arange(1, len(fractions) + 1), fractions, where="mid", color=OKABE_ITO[0])
         ax.set_ylim(0, 1.05)
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0%}"))
-        ax.set_title("Data opened by the curriculum, easy first")
-        ax.set_ylabel("share of batches")
+        ax.set_title(title)
+        ax.set_ylabel(label)
         _rounds(ax)
 
     return render(draw, kind)

@@ -66,7 +66,8 @@ def _type(names: Iterable[str], extras: Iterable[Extra], recipe: Recipe | None =
     for name in names:
         if name == "method":
             assert recipe is not None
-            made.append((name, recipe.kind, _constant(start.method)) if start else (name, recipe.kind))  # without: required or its own
+            given = recipe.start if start is None else start.method
+            made.append((name, recipe.kind, _constant(given)) if given is not None else (name, recipe.kind))  # without: required or its own
         else:
             own: Mapping[str, Any] = Experiment.__dataclass_fields__
             made.append((name, hints[name], _constant(getattr(start, name)) if start else _default(own[name])))

@@ -10,7 +10,7 @@ usage: fedloom COMMAND ...
   report DIR...           an HTML page about runs or a comparison
   describe METHOD         what would be run and what it would cost; trains nothing
   partition               which device would hold what, as a table, a picture, a file
-  methods                 the methods there are, with the paper of each
+  methods                 the methods and the curricula there are, with the paper of each
   evaluate DIR            the last checkpoint of a run, evaluated again
   export DIR OUT          a folder that plain PEFT (or, merged, transformers) loads
   doctor                  whether this machine has what is needed
@@ -24,6 +24,7 @@ Start here. It works offline: questions and encoder are installed with the packa
   fedloom compare lora fibecfed --seeds 1 2 3 --lr 1e-3      mean and deviation over seeds
   fedloom export runs/NAME OUT --client 7                    device 7's own model
 
+METHOD+CURRICULUM, such as lora+voc, gives a method's local training a curriculum; fedloom methods lists both.
 METHOD may also be a Python file that defines a method (or an Experiment named 'experiment'), or the experiment.json of a run.
 fedloom COMMAND --help shows what a command takes; fedloom run METHOD --help adds the settings of that method.
 FEDLOOM_TRACEBACK=1 shows where an error came from; FEDLOOM_CACHE names the folder that keeps tokens for the next run.

@@ -35,13 +35,23 @@ class Run:
 
     @property
     def method(self) -> str:
-        """The method's name; an experiment holds it as text or as an object with a ``name``."""
+        """The method's name, with its curriculum's; an experiment holds it as text or as an object."""
         method = self.experiment["method"]
-        return str(method["name"] if isinstance(method, Mapping) else method)
+        return full_name(method) if isinstance(method, Mapping) else str(method)
 
     @property
     def done(self) -> int:
         return int(self.rows[-1]["round"]) if self.rows else 0
+
+
+def full_name(method: Mapping[str, Any]) -> str:
+    """The name that an experiment's method (as JSON) goes by: METHOD, or METHOD+CURRICULUM where it was given another than its own."""
+    holder: Any = method
+    while isinstance(holder, Mapping) and "curriculum" not in holder:
+        holder = holder.get("inner")
+    chosen = holder["curriculum"].get("name") if isinstance(holder, Mapping) else None  # one without a name is a method's own
+    its_own = chosen is None or (chosen == "none" and "inner" not in holder)
+    return str(method["name"]) if its_own else f"{method['name']}+{chosen}"
 
 
 def read(folder: Path) -> Run:

@@ -1,4 +1,5 @@
-"""What the word after ``fedloom run`` stands for: a method's name, a Python file, or an experiment saved by a run.
+"""What the word after ``fedloom run`` stands for: a method's name, a Python file, or an experiment saved by a run; each with a curriculum
+behind a plus, if it is to have one.
 
 This module does not know options or the command line.
 """
@@ -18,29 +19,35 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from fedloom.client.curricula import all_curricula
 from fedloom.methods import all_methods, methods_in
 from fedloom.run.experiment import Experiment, ExperimentError, from_json
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A kind of method, and the experiment to start from where the word named one."""
+    """A kind of method, the experiment to start from where the word named one, and the method to start from where it is not the default."""
 
     kind: type[Any]
     experiment: Experiment | None = None
+    start: Any = None
 
     @property
     def method(self) -> Any:
         """The method as the recipe has it, or with its defaults."""
-        return self.experiment.method if self.experiment else self.kind()
+        return self.experiment.method if self.experiment else self.start or self.kind()
 
 
 def resolve(word: str) -> Recipe:
-    """The recipe that ``word`` names: METHOD, FILE.py, FILE.py:METHOD, or an ``experiment.json`` (or the run folder that holds it).
+    """The recipe that ``word`` names: METHOD, FILE.py, FILE.py:METHOD, or an ``experiment.json`` (or the run folder that holds it), each
+    alone or as WORD+CURRICULUM.
 
     Raises:
         ExperimentError: it names none; the message lists what there is.
     """
+    base, plus, curriculum = word.rpartition("+")
+    if plus and not Path(word).exists():
+        return _with_curriculum(resolve(base), curriculum)
     path, _, chosen = word.partition(".py:") if ".py:" in word else (word, "", "")
     path = Path(f"{path}.py" if chosen else path).expanduser()
     if path.suffix == ".py":
@@ -97,6 +104,33 @@ def with_learning_rate(method: Any, lr: float) -> Any:
     if "inner" in names:
         return dataclasses.replace(method, inner=with_learning_rate(method.inner, lr))
     raise ExperimentError(f"--lr: {type(method).__name__} has no field 'lr' or 'inner'; it has {names}")
+
+
+def with_curriculum(method: Any, curriculum: Any) -> Any:
+    """``method`` with its field ``curriculum``, or that of the method it holds as ``inner``, replaced.
+
+    Raises:
+        ExperimentError: it has neither, or takes no curriculum.
+    """
+    names = [f.name for f in dataclasses.fields(method)]
+    try:
+        if "curriculum" in names:
+            return dataclasses.replace(method, curriculum=curriculum)
+        if "inner" in names:
+            return dataclasses.replace(method, inner=with_curriculum(method.inner, curriculum))
+    except ValueError as refused:
+        raise ExperimentError(str(refused)) from refused
+    raise ExperimentError(f"{type(method).__name__} takes no curriculum: it has no field 'curriculum' or 'inner'; it has {names}")
+
+
+def _with_curriculum(recipe: Recipe, name: str) -> Recipe:
+    known = all_curricula()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise ExperimentError(f"there is no curriculum '{name}'.{hint} There are: {', '.join(known)}")
+    method = with_curriculum(recipe.method, known[name]())
+    return Recipe(recipe.kind, dataclasses.replace(recipe.experiment, method=method) if recipe.experiment else None, method)
 
 
 def default_folder(experiment: Experiment) -> Path:

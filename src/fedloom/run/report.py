@@ -23,7 +23,7 @@ from fedloom.run import figures
 from fedloom.run.console import human_bytes, human_seconds, score_text
 from fedloom.run.reading import Run, flat_settings, label_runs, read
 
-DRAWN_FACTS = ("layer_scores", "pacing")
+DRAWN_FACTS = ("layer_scores", "pacing", "opens")
 """Facts that are shown as figures rather than as text."""
 
 SHOWN_DEVICES = 200
@@ -182,7 +182,7 @@ def _facts(run: Run, name: str) -> tuple[list[str], dict[str, str]]:
     if facts.get("layer_scores") and facts.get("gal"):
         pictures.append(_picture(figures.layer_scores(facts["layer_scores"], facts["gal"]), f"{name}-layers"))
     if facts.get("pacing"):
-        pictures.append(_picture(figures.pacing(facts["pacing"]), f"{name}-pacing"))
+        pictures.append(_picture(figures.pacing(facts["pacing"], facts.get("opens", "batches")), f"{name}-pacing"))
     return pictures, {key: _plain(value) for key, value in facts.items() if key not in DRAWN_FACTS or not pictures}
 
 

@@ -1,0 +1,70 @@
+"""Easy first by Fisher information: the curriculum of FibecFed (2410.00131) without the rest of that method.
+
+    d_i = tr F_i = ‖∇_P ℓ(s_i; P)‖²     difficulty of example i: the trace of its empirical Fisher information, true label (n_k numbers)
+    d(batch) = mean of its d_i           batches are cut once per device and sorted, easy ones first
+    share(t) = β₀ + (1 − β₀)·t/(αT)      and other pacings (``client/curriculum.py``, ``fraction``); capped at 1
+
+In round t of T a device trains on its first ⌈share(t) · #batches⌉ batches in each local epoch. It scores at the tensors that it has when
+it first takes part, and anew when the scores are ``refresh`` rounds old.
+
+A freshly initialised head has most of the gradient, whatever the example; so P is the adapter alone unless told otherwise. FibecFed
+itself warms the head up before anybody scores (``methods/fibecfed.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from fedloom.client.client import Client
+from fedloom.client.curriculum import Granularity, Opened, Pacing, Turn, easy_first, fraction
+from fedloom.compute.work import Score
+from fedloom.messages import Tensors, Work
+from fedloom.model.adapters import is_factor
+
+
+@dataclass(frozen=True)
+class ByFisher:
+    """Easy first, by the squared norm of an example's gradient.
+
+    Attributes:
+        start: share of batches open in the first round, β₀.
+        full_at: share of the rounds after which all are open, α.
+        pacing: how the share grows between them.
+        granularity: sort fixed batches, or sort examples and then cut.
+        refresh: score anew at the current model when the scores are this many rounds old (0: never).
+        over: whose gradient is the score: the adapter's alone, or that of all that is trained, the head too.
+    """
+
+    name: ClassVar[str] = "fisher"
+    paper: ClassVar[str] = "FibecFed 2410.00131"
+
+    start: float = 0.6
+    full_at: float = 0.8
+    pacing: Pacing = "linear"
+    granularity: Granularity = "batch"
+    refresh: int = 0
+    over: Literal["adapter", "all"] = "adapter"
+
+    def prepare(self, c: Client, at: Tensors, round: int) -> Work[None]:
+        """d_i of every example, at the first participation and whenever the scores are too old."""
+        known = "difficulty" in c.memory
+        if known and not (self.refresh and round - int(c.memory["scored_at"]) >= self.refresh):
+            return
+        over = frozenset(n for n in at if is_factor(n)) if self.over == "adapter" else None
+        difficulty = yield Score(at, c.train, over)
+        c.memory |= {"difficulty": torch.from_numpy(difficulty), "scored_at": torch.tensor(round)}
+
+    def open(self, c: Client, turn: Turn) -> Opened:
+        """The easiest batches."""
+        return easy_first(c, c.memory["difficulty"].numpy(), self.share(turn.round, turn.rounds), turn, self.granularity)
+
+    def facts(self, rounds: int) -> dict[str, Any]:
+        """The share of batches open in each round."""
+        return {"pacing": [self.share(t, rounds) for t in range(rounds)]}
+
+    def share(self, round: int, rounds: int) -> float:
+        """The share of batches open in round t of T."""
+        return fraction(self.pacing, round, rounds, self.start, self.full_at)

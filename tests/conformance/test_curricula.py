@@ -1,0 +1,176 @@
+"""Every curriculum with every method that takes one, in whole tiny experiments: it runs, it is the same to the bit in any stack, it resumes
+to the same bits, it saves what it should; and a curriculum of nothing is FedAvg to the bit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedloom.client.curricula import all_curricula
+from fedloom.compute.serial import Serial
+from fedloom.compute.stacked import Stacked
+from fedloom.compute.work import AdamW, Fit, Predict, Score
+from fedloom.methods import all_methods
+from fedloom.run.checkpoint import fingerprint_of
+from fedloom.run.console import Progress
+from fedloom.run.describe import describe
+from fedloom.run.experiment import Experiment
+from fedloom.run.loop import run
+from fedloom.run.recipes import with_curriculum
+from fedloom.run.world import build
+from tests import small, tiny
+
+BUILT = cache(build)
+CURRICULA = list(all_curricula())
+TAKE_ONE = [name for name in all_methods() if name != "centralised"]
+EASY = {"voc": {"start": 0.3}, "slw": {"start": 4}, "shortformer": {"start": 4}, "fisher": {"start": 0.4}, "loss": {"start": 0.4}}
+"""Settings that close something on the tiny devices, whose texts have 3 to 10 tokens."""
+
+
+@pytest.fixture(autouse=True)
+def worlds_are_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedloom.run.loop.build", BUILT)
+    monkeypatch.setattr("fedloom.run.describe.build", BUILT)
+
+
+def takes_one(name: str) -> bool:
+    try:
+        with_curriculum(all_methods()[name](), all_curricula()["voc"]())
+    except ValueError:
+        return False
+    return True
+
+
+def experiment(method: str, curriculum: str, stack: int = 1, rounds: int = 2) -> Experiment:
+    base = small.experiment(method, stack, rounds=rounds, evaluate_every=0)
+    return replace(base, method=with_curriculum(base.method, all_curricula()[curriculum](**EASY.get(curriculum, {}))))
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+
+
+@cache
+def whole(method: str, curriculum: str, stack: int = 1, rounds: int = 2) -> tuple[Path, dict[str, Any]]:
+    folder = Path(mkdtemp(prefix="curricula-")) / "run"
+    return folder, run(experiment(method, curriculum, stack, rounds), folder, plain=True)
+
+
+def test_every_method_but_the_centre_takes_a_curriculum() -> None:
+    """A method that cannot follow one must refuse it; see that it does before it is listed here."""
+    assert [name for name in all_methods() if takes_one(name)] == TAKE_ONE
+
+
+@pytest.mark.parametrize("curriculum", CURRICULA)
+@pytest.mark.parametrize("method", TAKE_ONE)
+def test_every_curriculum_runs_with_every_method_that_takes_one(method: str, curriculum: str) -> None:
+    folder, results = whole(method, curriculum)
+    assert results["final"]["round"] == 2
+    assert all(row["loss"] > 0 and row["examples"] > 0 and not row["failed"] for row in rows(folder)[1:])
+    told = results["facts"].get("pacing")
+    assert (told is None) == (curriculum == "none")
+    assert told is None or (len(told) == 2 and all(0 <= share <= 1 for share in told))
+    plain = method if (curriculum, method) != ("none", "fibecfed") else "fibecfed+none"
+    assert results["method"] == (plain if curriculum == "none" else f"{method}+{curriculum}")
+
+
+@pytest.mark.parametrize(("method", "curriculum"), [*(("lora", name) for name in CURRICULA), ("fibecfed", "fisher"), ("fibecfed", "slw")])
+def test_any_stack_ends_at_the_same_bits(method: str, curriculum: str) -> None:
+    (one, first), (many, second) = whole(method, curriculum, 1), whole(method, curriculum, 0)
+    assert fingerprint_of(one) == fingerprint_of(many)
+    assert [first[key] for key in ("final", "facts", "device_seconds")] == [second[key] for key in ("final", "facts", "device_seconds")]
+
+
+class Killed(BaseException):
+    """As good as kill −9: nobody catches it."""
+
+
+@pytest.mark.parametrize("curriculum", ["fisher", "loss", "slw"])
+def test_interrupted_after_every_round_it_ends_at_the_same_bits(curriculum: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    show = Progress.round
+    for seen in range(3):
+
+        def dying(self: Progress, row: dict[str, Any], last: int = seen) -> None:
+            show(self, row)
+            if row["round"] > last:
+                raise Killed
+
+        monkeypatch.setattr(Progress, "round", dying)
+        with pytest.raises(Killed):
+            run(experiment("lora", curriculum, 0, rounds=3), tmp_path / "run", plain=True)
+    monkeypatch.setattr(Progress, "round", show)
+    results = run(experiment("lora", curriculum, 0, rounds=3), tmp_path / "run", plain=True)
+    folder, expected = whole("lora", curriculum, 0, rounds=3)
+    assert fingerprint_of(tmp_path / "run") == fingerprint_of(folder)
+    assert (results["final"], results["facts"]) == (expected["final"], expected["facts"])
+    assert results["device_seconds"] == pytest.approx(expected["device_seconds"])
+
+
+@pytest.mark.parametrize("method", [name for name in TAKE_ONE if name != "fibecfed"])
+def test_no_curriculum_is_the_method_as_it_comes(method: str) -> None:
+    assert experiment(method, "none") == replace(small.experiment(method, rounds=2, evaluate_every=0))
+
+
+def test_curricula_train_differently() -> None:
+    assert len({fingerprint_of(whole("lora", curriculum)[0]) for curriculum in CURRICULA}) == len(CURRICULA)
+
+
+# what it costs
+
+
+def costs(curriculum: str) -> list[tuple[float, int]]:
+    """(device seconds, examples trained on) of each round."""
+    return [(row["device_seconds"], row["examples"]) for row in rows(whole("lora", curriculum)[0])[1:]]
+
+
+def test_what_is_closed_or_cut_is_not_paid_for() -> None:
+    everything = costs("none")
+    for curriculum in ("slw", "shortformer"):
+        assert costs(curriculum)[0][1] == everything[0][1], "every example takes part"
+        assert costs(curriculum)[0][0] < everything[0][0], "in fewer tokens"
+    for curriculum in ("voc", "fisher", "loss"):
+        assert costs(curriculum)[0][1] < everything[0][1]
+
+
+def test_both_computes_count_cut_texts_and_scores() -> None:
+    model, c = tiny.model(), tiny.clients()[1]
+    fit = Fit(model.initial, c.train, [np.arange(9)], AdamW(1e-3))
+    for kind in (Serial, Stacked):
+        full, short = kind(model).run([fit, replace(fit, examples=c.train.truncated(4))])
+        assert short.flops < full.flops and short.examples == full.examples == 9
+        scored, looked = kind(model).run([Score(model.initial, c.train), Predict(model.initial, c.train)])
+        assert scored.flops > looked.flops > 0 == scored.examples == looked.examples
+
+
+def test_both_computes_read_the_same_cut_texts() -> None:
+    """Cut texts are what a tokenizer would have made: logits equal those of texts written out short."""
+    model, c = tiny.model(), tiny.clients()[2]
+    cut = c.train.truncated(5)
+    assert cut.lengths.max() == 5 < c.train.lengths.max()
+    written = [
+        row[mask].tolist() for row, mask in ((p.ids[0], p.mask[0]) for p in (c.train.pad(np.array([i]), pad_id=0) for i in range(12)))
+    ]
+    short = type(cut).of([text if len(text) <= 5 else [*text[:4], text[-1]] for text in written], c.train.labels.tolist())
+    due = Serial(model).run([Predict(model.initial, short)])[0].result
+    for kind in (Serial, Stacked):
+        made = kind(model).run([Predict(model.initial, cut)])[0].result
+        assert float((made - due).abs().max()) < 2e-5
+        assert float((kind(model).run([Predict(model.initial, c.train)])[0].result - due).abs().max()) > 1e-2
+
+
+def test_describing_counts_what_a_curriculum_saves_and_asks_for() -> None:
+    """Nothing is trained and every score is 0, so all batches are equally easy and only the numbers of texts and tokens differ."""
+    said = {name: dict(describe(experiment("lora", name)).lines) for name in CURRICULA}
+    assert said["slw"]["method"].startswith("lora+slw: ")
+    assert all(lines["set-up"] == "none" for lines in said.values())
+    flops = {name: float(lines["first round"].split(" FLOPs")[0].rsplit(" ", 1)[-1]) for name, lines in said.items()}
+    assert max(flops["slw"], flops["shortformer"], flops["voc"]) < flops["none"]
+    assert flops["slw"] == flops["shortformer"], "both begin with texts of four tokens"
+    assert flops["loss"] < flops["fisher"], "the same batches; a gradient of every example costs more than its logits"
