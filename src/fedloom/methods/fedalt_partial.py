@@ -65,7 +65,7 @@ class FedAltPartial:
         """Every device receives the start of its local part once; the rest is shared."""
         local = local_part(state.shared, self.top_layers)
         yield from insist([ask(self.receive, k, local) for k in pool.clients])
-        return State(0, without(state.shared, local))
+        return (yield from self.inner.setup(replace(state, shared=without(state.shared, local)), pool))
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """FedAvg on u."""

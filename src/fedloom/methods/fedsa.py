@@ -17,7 +17,7 @@ Deviations: AdamW, fresh at each participation, and epochs instead of a number o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedloom.client.client import Client
@@ -47,7 +47,7 @@ class FedSaLora:
         """Every device receives the start's B and head once; A alone is shared from then on."""
         common = only(state.shared, [name for name in state.shared if is_down(name)])
         yield from insist([ask(self.receive, k, without(state.shared, common)) for k in pool.clients])
-        return State(0, common)
+        return (yield from self.inner.setup(replace(state, shared=common), pool))
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """FedAvg on A."""

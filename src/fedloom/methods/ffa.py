@@ -8,8 +8,8 @@ A is frozen at its random start, the same on every device; B and the task head a
 The average is exact, because every device has the same A: s·(Σ p_k B_k)·A_0 = Σ p_k s·B_k A_0, the mean of the devices' updates of W.
 
 A_0 is sent to every device once, in the set-up, and insisted on: a device with another A would train another function without any error.
-From then on B and the head travel, nothing else. Since A_0 follows from the experiment's seed, devices could draw it themselves and save
-that one message; they do not, because random numbers need not be the same in another version of PyTorch.
+From then on B and the head travel, nothing else. Devices could draw A_0 from the experiment's seed and save that one message; they do not,
+because random numbers need not be the same in another version of PyTorch (decision 0011).
 
 Deviations: the paper's noise and clipping for differential privacy are not here; the optimiser is AdamW, fresh at each participation. The
 head, which a classification needs, is trained and averaged like B.
@@ -17,7 +17,7 @@ head, which a classification needs, is trained and averaged like B.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedloom.client.client import Client
@@ -47,7 +47,7 @@ class FfaLora:
         """Every device receives A_0 once. The server keeps it too: its global model needs it."""
         frozen = only(state.shared, [name for name in state.shared if is_down(name)])
         yield from insist([ask(self.receive, k, frozen) for k in pool.clients])
-        return State(0, without(state.shared, frozen), server=frozen)
+        return (yield from self.inner.setup(replace(state, shared=without(state.shared, frozen), server=frozen), pool))
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """FedAvg on B and the head."""
