@@ -98,7 +98,7 @@ def test_per_device_figures_add_up_to_the_personalised_score(name: str) -> None:
     folder, results = whole(name)
     devices = results["per_device"]
     assert [d["client"] for d in devices] == [0, 1, 2, 3]
-    assert all(set(d) == {"client", "train", "test", "correct", "score", "participations", "labels"} for d in devices)
+    assert all(set(d) == {"client", "train", "test", "correct", "score", "participations", "labels", "confusion"} for d in devices)
     assert sum(d["correct"] for d in devices) / sum(d["test"] for d in devices) == pytest.approx(results["final"]["personalised"])
     assert (sum(d["train"] for d in devices), sum(d["test"] for d in devices)) == (small.ROWS["train"], small.ROWS["test"])
     counts = results["partition"]["train_counts"]

@@ -56,7 +56,8 @@ def test_the_options_of_run_are_frozen() -> None:
 
 
 def test_the_options_of_the_other_commands_are_frozen() -> None:
-    assert cli.long_options(options.for_compare()) == sorted([*EXPERIMENT, "--help", "--lr", "--out", "--plain", "--seeds"])
+    grid = "--alphas --jobs --lr --lrs --reference --seeds --share-training --target"
+    assert cli.long_options(options.for_compare()) == sorted([*EXPERIMENT, *grid.split(), "--help", "--out", "--plain"])
     assert cli.long_options(options.for_describe(recipes.resolve("fibecfed"))) == sorted([*EXPERIMENT, *FIBECFED, "--help"])
     data = "--alpha --beta --clients --data --label --max-test --max-train --max-validation --metric --min-examples --partition --seed"
     assert cli.long_options(options.for_partition()) == sorted([*data.split(), "--help", "--plot", "--save", "--text"])
