@@ -187,7 +187,7 @@ def _tex_cell(rows: Sequence[Mapping[str, Any]], i: int, protocol: str) -> str:
     score, found = rows[i]["scores"]["final"][protocol], rows[i]["against"][protocol]
     if score["mean"] is None:
         return "--"
-    highest = max(row["scores"]["final"][protocol]["mean"] or 0 for row in rows)
+    highest = max(mean for row in rows if (mean := row["scores"]["final"][protocol]["mean"]) is not None)
     text = f"{score['mean']:.3f}" + ("" if score["deviation"] is None else rf" $\pm$ {score['deviation']:.3f}")
     sign = "" if found is None else "+" if found["low"] > 0 else "-" if found["high"] < 0 else ""
     return (rf"\textbf{{{text}}}" if score["mean"] == highest else text) + (f"$^{{{sign}}}$" if sign else "")
