@@ -82,7 +82,7 @@ def test_the_files_say_the_same(place: Path) -> None:
     assert rows["lora"]["against"]["personalised"] is None
     assert rows["local"]["against"]["global"] is None
     assert rows["lora"]["reached"]["personalised"]["reached"] == 2, "the reference reaches its own score"
-    lines = list(csv.DictReader((out / "comparison.csv").open()))
+    lines = list(csv.DictReader((out / "comparison.csv").read_text().splitlines()))
     assert [line["method"] for line in lines] == ["lora", "local"]
     page = (out / "report.html").read_text()
     assert 'id="comparison"' in page

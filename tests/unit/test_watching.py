@@ -74,11 +74,12 @@ def test_a_note_is_told_once_and_failures_at_once() -> None:
         watch.heard("a", {"kind": "failed", "text": "x", "diverged": False, "trace": "Traceback\nTypeError"})
         watch.ended("a", Ended(None, "a fault"), before=False)
         watch.ended("b", Ended(None, "is nan", diverged=True), before=False)
+        watch.heard("a process", {"kind": "note", "text": "warning: late"})
     said = stream.getvalue()
     assert said.count("columns: text") == 1
     assert "a:\nTraceback\nTypeError\n" in said
     assert "a: failed: a fault\n" in said
-    assert "b: diverged: is nan\n" in said
+    assert "b: diverged: is nan\na process: warning: late\n" in said
     assert said.splitlines()[-1] == "[2/2 runs, 2 failed]  done after 0.00 s"
 
 

@@ -97,6 +97,7 @@ def metric_curve(
     def draw(figure: matplotlib.figure.Figure) -> None:
         ax = figure.add_subplot()
         size, label = _unit(against, max((track.axis(against).max(initial=0) for track in tracks), default=0))
+        edges: list[float] = []
         for i, track in enumerate(tracks):
             places, (colour, dash, marker) = track.axis(against) / size, appearance(i)
             points = [(x, row[protocol], row["round"]) for x, row in zip(places, track.rows, strict=True) if row[protocol] is not None]
@@ -106,12 +107,13 @@ def metric_curve(
             ax.plot([x for x, _ in ringed], [y for _, y in ringed], "o", color=colour, markersize=10, fillstyle="none", clip_on=False)
             apart = zip(places, track.rows, track.deviations.get(protocol, []), strict=False)
             band = [(x, row[protocol] - d, row[protocol] + d) for x, row, d in apart if d is not None]
-            ax.fill_between(
-                [x for x, _, _ in band], [y for _, y, _ in band], [y for _, _, y in band], color=colour, alpha=0.15, linewidth=0
-            )
+            low, high = [y for _, y, _ in band], [y for _, _, y in band]
+            ax.fill_between([x for x, _, _ in band], low, high, color=colour, alpha=0.15, linewidth=0)
+            edges += low + high
         if target is not None:
             ax.axhline(target, color=INK, linewidth=0.8, linestyle=(0, (1, 3)))
-        _scale(ax, [row[p] for track in tracks for row in track.rows for p in ("personalised", "global") if row[p] is not None])
+        scores = [row[p] for track in tracks for row in track.rows for p in ("personalised", "global") if row[p] is not None]
+        _scale(ax, scores + edges)
         ax.set_title(f"{protocol.capitalize()} {metric} against {WORDS[against]}")
         ax.set_ylabel(f"test {metric}")
         ax.set_xlabel(label)

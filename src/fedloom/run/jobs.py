@@ -16,6 +16,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -138,6 +139,25 @@ class Process:
     process: subprocess.Popen[str]
     run: str = ""
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL))
+    readers: list[threading.Thread] = field(default_factory=list)
+
+    def hang_up(self) -> None:
+        """Close its standard input, whereupon it ends."""
+        if self.process.stdin is not None:
+            with suppress(BrokenPipeError):  # it has ended already, before it read what it was given
+                self.process.stdin.close()
+
+    def end(self) -> int:
+        """See it end, by force if need be; its exit code."""
+        self.hang_up()
+        try:
+            self.process.wait(LAST_BREATH)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        code = self.process.wait()
+        for reader in self.readers:
+            reader.join(LAST_BREATH)
+        return code
 
 
 class Crew:
@@ -153,14 +173,9 @@ class Crew:
 
     def __exit__(self, *_: object) -> None:
         for one in self.processes.values():
-            if one.process.stdin is not None:
-                one.process.stdin.close()
+            one.hang_up()
         for one in self.processes.values():
-            try:
-                one.process.wait(LAST_BREATH)
-            except subprocess.TimeoutExpired:
-                one.process.kill()
-                one.process.wait()
+            one.end()
 
     def names(self) -> set[str]:
         """The runs being carried out."""
@@ -174,11 +189,9 @@ class Crew:
         one = self.processes[slot]
         one.run = run.name
         assert one.process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # it has died; that is heard, with what it said
             one.process.stdin.write(json.dumps(order_of(run.experiment, folder, trained)) + "\n")
             one.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has died; that is heard, with what it said
 
     def hear(self, patience: float = 1.0) -> tuple[str, Event] | None:
         """(run, event) of whichever process tells something next; None if none does within ``patience`` seconds."""
@@ -186,12 +199,13 @@ class Crew:
             one, event = self.events.get(timeout=patience)
         except queue.Empty:
             return None
-        name = one.run
+        name = one.run or "a process"  # (what it warns of may be heard when its run has ended)
         if event is None:
             self.processes = {slot: other for slot, other in self.processes.items() if other is not one}
-            if not name:
+            code = one.end()
+            if not one.run:
                 return None
-            event = {"kind": "failed", "text": _death(one.process.wait(), one.tail), "diverged": False}
+            event = {"kind": "failed", "text": _death(code, one.tail), "diverged": False}
         if event["kind"] in ("done", "failed"):
             one.run = ""
         return name, event
@@ -201,23 +215,26 @@ class Crew:
         pipe = subprocess.PIPE
         started = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment(slot, threads)})
         one = Process(started)
-        for target in (self._events, self._lines):
-            threading.Thread(target=target, args=(one,), daemon=True).start()
+        one.readers += [threading.Thread(target=target, args=(one,), daemon=True) for target in (self._events, self._lines)]
+        for reader in one.readers:
+            reader.start()
         return one
 
     def _events(self, one: Process) -> None:
         assert one.process.stdout is not None
-        for line in one.process.stdout:
-            self.events.put((one, json.loads(line)))
+        with one.process.stdout as lines:
+            for line in lines:
+                self.events.put((one, json.loads(line)))
         self.events.put((one, None))
 
     def _lines(self, one: Process) -> None:
         """Keep what a process prints; what the program itself warns of is told at once."""
         assert one.process.stderr is not None
-        for line in one.process.stderr:
-            one.tail.append(line.rstrip())
-            if one.run and (line.startswith("warning: ") or os.environ.get(TRACEBACK)):
-                self.events.put((one, {"kind": "note", "text": line.rstrip()}))
+        with one.process.stderr as lines:
+            for line in lines:
+                one.tail.append(line.rstrip())
+                if one.run and (line.startswith("warning: ") or os.environ.get(TRACEBACK)):
+                    self.events.put((one, {"kind": "note", "text": line.rstrip()}))
 
 
 def environment(slot: int, threads: int) -> dict[str, str]:

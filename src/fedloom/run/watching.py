@@ -91,12 +91,14 @@ class Watching:
 
     def heard(self, run: str, event: Mapping[str, Any]) -> None:
         """Something happened in a run. A note that several runs have is told once."""
+        if event["kind"] == "note":
+            if event["text"] not in self.said:
+                self.said.add(event["text"])
+                self._line(f"{run}: {event['text']}", always=True)
+            return
         one = self.going[run]
         if event["kind"] == "phase":
             one.doing = event["text"]
-        elif event["kind"] == "note" and event["text"] not in self.said:
-            self.said.add(event["text"])
-            self._line(f"{run}: {event['text']}", always=True)
         elif event["kind"] in ("round", "resume"):
             one.round, one.doing = event["round"], f"round {event['round']}/{self.rounds}"
             one.from_round = event["round"] if event["kind"] == "resume" else one.from_round
