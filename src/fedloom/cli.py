@@ -62,7 +62,8 @@ def run(words: Sequence[str]) -> int:
 
 def compare(words: Sequence[str]) -> int:
     """Several methods."""
-    names, rest = _named(words, "fedloom compare METHOD METHOD ...", "methods, such as: fedloom compare lora fibecfed", several=True)
+    wanted = "methods, such as: fedloom compare lora fibecfed"
+    names, rest = _named(words, "fedloom compare METHOD METHOD ...", wanted, several=True, about=f"{COMPARE}\n\n")
     with loading():
         from fedloom.run import compare as comparing
         from fedloom.run import options, recipes
@@ -268,12 +269,12 @@ def version() -> str:
     return importlib.metadata.version("fedloom")
 
 
-def _named(words: Sequence[str], usage: str, wanted: str, several: bool = False) -> tuple[list[str], list[str]]:
-    """(the names that come first, the options after them)."""
+def _named(words: Sequence[str], usage: str, wanted: str, several: bool = False, about: str = "") -> tuple[list[str], list[str]]:
+    """(the names that come first, the options after them). ``about``: what ``--help`` without a name says first."""
     at = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     names, rest = list(words[:at]), list(words[at:])
     if not names and rest[:1] in (["-h"], ["--help"]):
-        print(f"usage: {usage} [options]\n\nName {wanted}. With --help after it, its options are shown. fedloom methods lists them.")
+        print(f"usage: {usage} [options]\n\n{about}Name {wanted}. With --help after it, its options are shown. fedloom methods lists them.")
         raise SystemExit(0)
     if not names or (len(names) > 1 and not several):
         came = f"{len(names)} came: {' '.join(names)}" if names else f"'{rest[0]}' came first" if rest else "none came"

@@ -30,7 +30,11 @@ GRID = (
         *("share_training", bool, False),
         "evaluate lora-finetuned and lora-prior on what lora trained, instead of training the same again: after the last round only.",
     ),
-    ("jobs", int, 1, "runs at a time, each in a process of its own with one PyTorch thread. The results are the same for any number."),
+    (
+        *("jobs", int, 1),
+        "runs at a time; of more than 1 each has a process of its own with one PyTorch thread. The results do not depend on how many "
+        "(1 and 2: in float32 on a CPU; docs/comparing.md says when else).",
+    ),
     ("reference", str, "", "the method that the others are set against (default: the first named)."),
     ("target", float | None, None, "the score whose cost is told (default: what the reference ends with, seed by seed)."),
 )
