@@ -27,9 +27,12 @@ from rich.text import Text
 
 from fedloom.run import arguments
 from fedloom.run.ending import Terminated, quiet, terminable
-from fedloom.run.overview import HELP
+from fedloom.run.overview import COMPARE, HELP
 
 T = TypeVar("T")
+
+FEW = 12
+"""Runs of a comparison up to which each has a line of its own at the end."""
 
 
 class Usage(ValueError):
@@ -59,25 +62,33 @@ def run(words: Sequence[str]) -> int:
 
 def compare(words: Sequence[str]) -> int:
     """Several methods."""
-    names, rest = _named(words, "fedloom compare METHOD METHOD ...", "methods, such as: fedloom compare lora fibecfed", several=True)
+    wanted = "methods, such as: fedloom compare lora fibecfed"
+    names, rest = _named(words, "fedloom compare METHOD METHOD ...", wanted, several=True, about=f"{COMPARE}\n\n")
     with loading():
         from fedloom.run import compare as comparing
         from fedloom.run import options, recipes
         from fedloom.run.console import results_table
+        from fedloom.run.plan import Plan, named_methods
+        from fedloom.run.tables import labelled, terminal
 
-    methods = [recipes.resolve(name).method for name in names]
-    given = _parse(options.for_compare(), rest, f"fedloom compare {' '.join(names)}", "Run several methods on one partition.")
-    methods = [recipes.with_learning_rate(m, given.lr) if given.lr is not None else m for m in methods]
-    seeds = given.seeds or (given.seed,)
-    experiments = comparing.named_experiments(methods, seeds, lambda m, s: options.experiment_of(given, method=m, seed=s))
-    out = given.out or recipes.comparison_folder(list(experiments.values()))
-    ended = comparing.compare(experiments, out, given.plain or None)
-    if len(seeds) > 1 and ended.results:
-        headers = ("method", "seeds", *(f"{protocol}\n{at}" for at, protocol in comparing.PLACES))
-        _show("Test scores, mean ± standard deviation over the seeds", headers, comparing.over_seeds(ended.results))
-    if ended.results:
-        Console().print(results_table(comparing.labelled(ended.results)))
-        print(f"results: {out / 'comparison.json'}\nreport:  {ended.report}")
+    methods = named_methods([recipes.resolve(name).method for name in names])
+    given = _parse(options.for_compare(), rest, f"fedloom compare {' '.join(names)}", COMPARE)
+    if given.lr is not None and given.lrs:
+        raise Usage("--lr sets one learning rate for every method and --lrs searches several; give one of them")
+    grid = {"data": given.data, "alphas": given.alphas or (given.alpha,), "seeds": given.seeds or (given.seed,)}
+    if not given.data:
+        raise Usage("--data names no data set; give one or several")
+    start = {"method": next(iter(methods.values())), "data": given.data[0], "alpha": grid["alphas"][0], "seed": grid["seeds"][0]}
+    rates = given.lrs or (() if given.lr is None else (given.lr,))
+    plan = Plan(options.experiment_of(given, **start), methods, **grid, rates=rates, shared=given.share_training)
+    out = given.out or recipes.comparison_folder([run.experiment for run in plan.every()], plan.shared)
+    ended = comparing.compare(plan, out, given.jobs, given.plain or None, given.reference, given.target)
+    if ended.summary is not None:
+        if len(ended.results) <= FEW:
+            Console().print(results_table(labelled(ended.results, plan)))
+        for title, headers, rows in terminal(ended.summary):
+            _show(title, headers, rows)
+        print(f"results: {out / 'comparison.json'}, .csv, .tex and {out / 'summary.json'}\nreport:  {ended.report}")
     for name, paragraph in ended.failed.items():
         _complain(f"{name} failed: {paragraph}")
     return 1 if ended.failed else 0
@@ -85,12 +96,13 @@ def compare(words: Sequence[str]) -> int:
 
 def report(words: Sequence[str]) -> int:
     """A page about runs."""
-    from fedloom.run.compare import run_folders
+    from fedloom.run.compare import run_folders, summary_in
     from fedloom.run.report import write_report
 
     given = _parse(arguments.Report, words, "fedloom report")
-    only = given.folders[0] if len(given.folders) == 1 else Path()
-    print(write_report(run_folders(given.folders), given.out or only / "report.html"))
+    alone = len(given.folders) == 1
+    only = given.folders[0] if alone else Path()
+    print(write_report(run_folders(given.folders), given.out or only / "report.html", summary_in(only) if alone else None))
     return 0
 
 
@@ -261,12 +273,12 @@ def version() -> str:
     return importlib.metadata.version("fedloom")
 
 
-def _named(words: Sequence[str], usage: str, wanted: str, several: bool = False) -> tuple[list[str], list[str]]:
-    """(the names that come first, the options after them)."""
+def _named(words: Sequence[str], usage: str, wanted: str, several: bool = False, about: str = "") -> tuple[list[str], list[str]]:
+    """(the names that come first, the options after them). ``about``: what ``--help`` without a name says first."""
     at = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     names, rest = list(words[:at]), list(words[at:])
     if not names and rest[:1] in (["-h"], ["--help"]):
-        print(f"usage: {usage} [options]\n\nName {wanted}. With --help after it, its options are shown. fedloom methods lists them.")
+        print(f"usage: {usage} [options]\n\n{about}Name {wanted}. With --help after it, its options are shown. fedloom methods lists them.")
         raise SystemExit(0)
     if not names or (len(names) > 1 and not several):
         came = f"{len(names)} came: {' '.join(names)}" if names else f"'{rest[0]}' came first" if rest else "none came"

@@ -22,12 +22,14 @@ from fedloom.messages import CohortFailed, Task
 from fedloom.methods import all_methods
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
 from fedloom.run import checkpoint
+from fedloom.run.adopt import adopt
 from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.console import Progress
 from fedloom.run.evaluation import evaluate
 from fedloom.run.experiment import from_json
 from fedloom.run.export import ExportError, export
 from fedloom.run.loop import run
+from fedloom.run.plan import TRAINS_AS
 from fedloom.run.world import World, build, store_in
 from fedloom.server.participation import uniform
 from fedloom.tensors import fingerprint
@@ -101,8 +103,18 @@ def test_per_device_figures_add_up_to_the_personalised_score(name: str) -> None:
     folder, results = whole(name)
     devices = results["per_device"]
     assert [d["client"] for d in devices] == [0, 1, 2, 3]
-    assert all(set(d) == {"client", "train", "test", "correct", "score", "participations", "labels"} for d in devices)
+    assert all(set(d) == {"client", "train", "test", "correct", "score", "participations", "labels", "confusion"} for d in devices)
     assert sum(d["correct"] for d in devices) / sum(d["test"] for d in devices) == pytest.approx(results["final"]["personalised"])
+    for protocol in ("personalised", "global"):
+        told = [d["confusion"][protocol] for d in devices]
+        assert (told == [None] * 4) == (results["final"][protocol] is None)
+        if told[0] is not None:
+            assert [sum(n for _, _, n in cells) for cells in told] == [d["test"] for d in devices]
+            right = [sum(n for true, predicted, n in cells if true == predicted) for cells in told]
+            assert sum(right) / small.ROWS["test"] == pytest.approx(results["final"][protocol])
+            assert protocol == "global" or right == [d["correct"] for d in devices]
+    if name in NO_PERSONAL_PART:
+        assert all(d["confusion"]["global"] == d["confusion"]["personalised"] for d in devices), "each device's own rows"
     assert (sum(d["train"] for d in devices), sum(d["test"] for d in devices)) == (small.ROWS["train"], small.ROWS["test"])
     counts = results["partition"]["train_counts"]
     assert [d["labels"] for d in devices] == counts
@@ -184,6 +196,25 @@ def test_an_export_holds_what_the_server_shares_and_the_device_keeps(name: str, 
 def test_without_a_global_model_there_is_none_to_export(name: str, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=f"'{name}' has no global model; give --client 0 to 3"):
         export(small.experiment(name, rounds=ROUNDS), whole(name)[0], tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", TRAINS_AS)
+def test_what_trains_alike_is_the_same_when_it_takes_the_training_over(name: str, tmp_path: Path) -> None:
+    """Evaluated on what ``lora`` trained, in a folder that has all of a run's, it is what it would have trained itself."""
+    folder, expected = whole(name)
+    show = Progress(ROUNDS, "", plain=True)
+    results = adopt(small.experiment(name, rounds=ROUNDS), tmp_path / "run", whole(TRAINS_AS[name])[0], show)
+    assert fingerprint_of(tmp_path / "run") == fingerprint_of(folder)
+    assert results["final"] == expected["final"] == results["best"]
+    assert {**without_clock(results), "best": 0, "notes": 0} == {
+        **without_clock(expected),
+        "best": 0,
+        "notes": 0,
+        "validation": results["validation"],
+    }
+    assert results["validation"]["final"] == expected["validation"]["final"]
+    assert [row["personalised"] is None for row in rows(tmp_path / "run")] == [True, True, False]
+    assert adopt(small.experiment(name, rounds=ROUNDS), tmp_path / "run", tmp_path / "gone", show) == results
 
 
 class Killed(BaseException):

@@ -63,7 +63,8 @@ def test_the_options_of_run_are_frozen() -> None:
 
 
 def test_the_options_of_the_other_commands_are_frozen() -> None:
-    assert cli.long_options(options.for_compare()) == sorted([*EXPERIMENT, "--help", "--lr", "--out", "--plain", "--seeds"])
+    grid = "--alphas --jobs --lr --lrs --reference --seeds --share-training --target"
+    assert cli.long_options(options.for_compare()) == sorted([*EXPERIMENT, *grid.split(), "--help", "--out", "--plain"])
     assert cli.long_options(options.for_describe(recipes.resolve("fibecfed"))) == sorted([*EXPERIMENT, *FIBECFED, "--help"])
     data = "--alpha --beta --clients --data --label --max-test --max-train --max-validation --metric --min-examples --partition --seed"
     assert cli.long_options(options.for_partition()) == sorted([*data.split(), "--help", "--plot", "--save", "--text"])
@@ -246,6 +247,28 @@ def test_help_names_every_command_and_every_example_is_one(capsys: pytest.Captur
     examples = [line.split()[1] for line in out.splitlines() if line.startswith("  fedloom ")]
     assert len(examples) >= 5
     assert set(examples) <= set(cli.COMMANDS)
+
+
+def test_what_help_and_documentation_say_of_compare_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "--help"])
+    page = (Path(__file__).parents[2] / "docs" / "comparing.md").read_text(encoding="utf-8")
+    said = capsys.readouterr().out + page
+    lines = [line.strip().split("  ")[0] for line in said.splitlines() if line.strip().startswith("fedloom compare ")]
+    assert len(lines) >= 4
+    for line in lines:
+        words = line.split()[2:]
+        first = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+        assert set(words[:first]) <= {*all_methods(), "METHOD", "..."}
+        cli._parse(options.for_compare(), words[first:], "x")
+    named = {word for row in page.splitlines() if row.startswith("| `--") for word in row.split("`")[1].split()[:1]}
+    assert named == {"--data", *names("--alphas --seeds --lrs --share-training --jobs --reference --target")}
+
+
+def test_of_options_given_twice_the_later_counts() -> None:
+    """``recipes/rivals.py`` counts on it."""
+    given = cli._parse(options.for_compare(), names("--lrs 1 2 3 --seeds 1 2 --rounds 5 --rounds 6 --lrs 4 --data a --data b c"), "x")
+    assert (given.lrs, given.seeds, given.rounds, given.data) == ((4.0,), (1, 2), 6, ("b", "c"))
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

@@ -37,7 +37,7 @@ DOORS = {
     "tyro": {"cli.py"},
     "matplotlib": {"run/figures.py"},
     "jinja2": {"run/report.py"},
-    "rich": {"run/console.py", "cli.py"},
+    "rich": {"run/console.py", "run/watching.py", "cli.py"},
 }
 """Each third-party library and the files that may import it; a folder stands for all its files."""
 

@@ -96,24 +96,35 @@ class Classification:
         predicted = logits.argmax(1)
         scores = {"accuracy": float((predicted == labels).mean())}
         counts = np.bincount(shape[1] * labels + predicted, minlength=shape[1] ** 2).reshape(shape[1], shape[1])
-        if self.metric == "mcc":
-            scores["mcc"] = _matthews(counts)
-        if self.metric == "f1":
-            each = _f1(counts)
-            scores["f1"] = float(each[1] if shape[1] == 2 else each.mean())
+        if self.metric != "accuracy":
+            scores[self.metric] = float(headline(self.metric, np.diag(counts), counts.sum(1), counts.sum(0)))
         return scores
 
 
-def _matthews(counts: np.ndarray) -> float:
-    """Matthews' correlation of a confusion matrix (C, C), true class by predicted class, for any C (Gorodkin 2004); 0 where it has none."""
-    true, predicted, n = counts.sum(1), counts.sum(0), counts.sum()
-    spread = float(n**2 - true @ true) * float(n**2 - predicted @ predicted)
-    return float(np.trace(counts) * n - true @ predicted) / spread**0.5 if spread else 0.0
+def headline(metric: str, right: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """The metric of pooled predictions from counts a class, each (..., C): predicted and right, of this class, predicted. Gives (...).
+
+    Counts can be added before: those of several devices make the score of all their predictions.
+
+    Raises:
+        DataError: there is no such metric.
+    """
+    n = true.sum(-1)
+    if metric == "accuracy":
+        return right.sum(-1) / np.maximum(n, 1)
+    if metric == "mcc":
+        return _matthews(right.sum(-1), true, predicted, n)
+    if metric == "f1":
+        each = 2 * right / np.maximum(true + predicted, 1)  # 0 for a class that neither occurs nor is predicted
+        return each[..., 1] if each.shape[-1] == 2 else each.mean(-1)
+    raise DataError(f"no metric '{metric}'; there are {', '.join(METRICS)}")
 
 
-def _f1(counts: np.ndarray) -> np.ndarray:
-    """F1 of each class, (C,), from a confusion matrix (C, C); 0 for a class that neither occurs nor is predicted."""
-    return 2 * np.diag(counts) / np.maximum(counts.sum(1) + counts.sum(0), 1)
+def _matthews(right: np.ndarray, true: np.ndarray, predicted: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Matthews' correlation for any number of classes (Gorodkin 2004); 0 where it has none."""
+    spread = (n**2 - (true * true).sum(-1)).astype(float) * (n**2 - (predicted * predicted).sum(-1)).astype(float)
+    agreement = right * n - (true * predicted).sum(-1)
+    return np.where(spread > 0, agreement / np.sqrt(np.where(spread > 0, spread, 1)), 0.0)
 
 
 def metric_for(name: str) -> str:

@@ -1,6 +1,8 @@
-"""Several experiments beside each other: each in a folder of its own, one table, one report. A finished run is used as it is.
+"""A comparison from its plan to its files: runs, ``comparison.json``, ``summary.json``, ``comparison.csv``, ``comparison.tex``, the page.
 
-One experiment that fails does not lose the others. This module does not know the command line.
+Each run has a folder of its own in the comparison's. A finished run is used as it is, whatever its folder is called, so a comparison can
+grow by methods, seeds, rates; an interrupted one goes on. One run that fails does not lose the others. This module does not know the
+command line.
 """
 
 from __future__ import annotations
@@ -9,95 +11,132 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-from fedloom.run.checkpoint import write_atomically
-from fedloom.run.experiment import Experiment, ExperimentError
-from fedloom.run.failures import explain
-from fedloom.run.loop import check, run
+from fedloom.run.checkpoint import CheckpointError, only_one, write_atomically
+from fedloom.run.experiment import ExperimentError, digest_of
+from fedloom.run.jobs import carry_out, finished, order_of
+from fedloom.run.loop import check
+from fedloom.run.plan import Ended, Plan, Run
+from fedloom.run.summary import summarise
+from fedloom.run.tables import as_csv, as_tex
+from fedloom.run.watching import Watching
 from fedloom.run.world import read_data
-
-PLACES = tuple((at, protocol) for at in ("final", "best") for protocol in ("personalised", "global"))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The results in order, the folders that hold them, what failed (folder name -> paragraph), and the report if anything ended."""
+    """The results that the table tells, in order; the summary; what failed (run -> paragraph); the report if anything ended."""
 
-    results: list[dict[str, Any]]
+    results: list[Mapping[str, Any]]
+    summary: Mapping[str, Any] | None
     failed: dict[str, str]
     report: Path | None
 
 
-def named_experiments(methods: Sequence[Any], seeds: Sequence[int], make: Callable[[Any, int], Experiment]) -> dict[str, Experiment]:
-    """Folder name -> experiment: METHOD, or METHOD-seedS where there are several seeds.
+def compare(
+    plan: Plan,
+    out: Path,
+    jobs: int = 1,
+    plain: bool | None = None,
+    reference: str = "",
+    target: float | None = None,
+) -> Comparison:
+    """Carry out ``plan`` in ``out``, ``jobs`` runs at a time. ``reference``: the method that others are set against ("": the first).
 
     Raises:
-        ExperimentError: a method or a seed was named twice.
-    """
-    names = [str(type(method).name) for method in methods]
-    twice = sorted({str(v) for v in [*names, *seeds] if [*names, *seeds].count(v) > 1})
-    if twice:
-        raise ExperimentError(f"named twice: {', '.join(twice)}; a comparison has each method and each seed once")
-    several = len(seeds) > 1
-    return {f"{name}-seed{s}" if several else name: make(method, s) for s in seeds for name, method in zip(names, methods, strict=True)}
-
-
-def compare(experiments: Mapping[str, Experiment], out: Path, plain: bool | None = None) -> Comparison:
-    """Run each experiment in ``out / name``, then write ``comparison.json`` and ``report.html``.
-
-    Raises:
+        ExperimentError: something asked for makes no sense; nothing was started.
         CheckpointError: a folder belongs to something else; nothing was started.
         DataError: the data cannot be read or partitioned; nothing was started.
     """
-    for name, experiment in experiments.items():
-        check(out / name, experiment)
-    for experiment in {e.seed: e for e in experiments.values()}.values():
+    reference = reference or next(iter(plan.methods))
+    if reference not in plan.methods:
+        raise ExperimentError(f"--reference {reference} is not compared; there are {', '.join(plan.methods)}")
+    if jobs < 1:
+        raise ExperimentError(f"--jobs is {jobs}; it must be at least 1")
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file; --out must name a folder")
+    folder = homes(out)
+    runs = [*plan.wanted({}).values(), *plan.every()]
+    for run in runs:
+        check(folder(run), run.experiment)
+        if jobs > 1:
+            order_of(run.experiment, folder(run), None)
+    unread = [run.experiment for run in runs if finished(folder(run), run.experiment) is None]
+    for experiment in {(e.data, e.alpha, e.seed): e for e in unread}.values():
         read_data(experiment)
-    results, failed = {}, {}
-    for name, experiment in experiments.items():
-        try:
-            results[name] = run(experiment, out / name, plain)
-        except Exception as error:
-            explained = explain(error)
-            if explained is None:
-                raise
-            failed[name] = explained[0]
-    if not results:
-        return Comparison([], failed, None)
-    write_atomically(out / "comparison.json", json.dumps(list(results.values()), indent=1))
+    with only_one(out):
+        title = f"{', '.join(plan.methods)} on {', '.join(plan.labels.values())} -> {out}"
+        with Watching(title, plan.base.rounds, plan.expected, plain) as watch:
+            ended = carry_out(plan.wanted, folder, jobs, watch)
+        return _told(plan, ended, folder, out, reference, target)
+
+
+def _told(
+    plan: Plan, ended: Mapping[str, Ended], folder: Callable[[Run], Path], out: Path, reference: str, target: float | None
+) -> Comparison:
+    """Write what there is to tell."""
+    chosen = [(case, m, run) for case in plan.cases for m in plan.methods for run in plan.chosen(case, m, ended)]
+    chosen.sort(key=lambda one: (plan.cases.index(one[0]), plan.seeds.index(one[2].experiment.seed)))
+    told = [(run, how.results) for _, _, run in chosen if (how := ended.get(run.name)) and how.results is not None]
+    lost = {
+        name: how.failure for name, how in ended.items() if how.results is None and (not how.diverged or not _outlived(plan, ended, name))
+    }
+    if not told:
+        return Comparison([], None, lost, None)
+    summary = summarise(plan, ended, folder, reference, target)
+    write_atomically(out / "comparison.json", json.dumps([results for _, results in told], indent=1))
+    write_atomically(out / "summary.json", json.dumps(summary, indent=1))
+    write_atomically(out / "comparison.csv", as_csv(summary))
+    write_atomically(out / "comparison.tex", as_tex(summary))
     from fedloom.run.report import write_report  # loads matplotlib, which no run should wait for
 
-    return Comparison(list(results.values()), failed, write_report([out / name for name in results], out / "report.html"))
+    return Comparison([results for _, results in told], summary, lost, write_report(run_folders([out]), out / "report.html", summary))
 
 
-def over_seeds(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """One row a method: name, number of seeds, then mean ± standard deviation over its seeds for each of ``PLACES``."""
-    rows = []
-    for method in dict.fromkeys(str(r["method"]) for r in results):
-        of = [r for r in results if r["method"] == method]
-        rows.append([method, str(len(of)), *(_spread([r[at][protocol] for r in of]) for at, protocol in PLACES)])
-    return rows
+def _outlived(plan: Plan, ended: Mapping[str, Ended], name: str) -> bool:
+    """Whether a run that diverged was one of a search that found a rate nevertheless: that is what a search is for."""
+    pairs = [(case, method) for case in plan.cases for method in plan.methods]
+    chosen = {run.name for case, method in pairs for run in plan.chosen(case, method, ended)}
+    tried = [(pair, run) for pair in pairs for run in plan.tries(*pair).values()]
+    return name not in chosen and any(plan.choice(*pair, ended).made for pair, run in tried if name in (run.name, run.trained))
 
 
-def labelled(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The results with the seed beside the method's name where there are several seeds."""
-    several = len({r["seed"] for r in results}) > 1
-    return [{**r, "method": f"{r['method']}, seed {r['seed']}" if several else r["method"]} for r in results]
-
-
-def _spread(scores: Sequence[float | None]) -> str:
-    known = [s for s in scores if s is not None]
-    if not known:
-        return "-"
-    return f"{mean(known):.4f}" + (f" ± {stdev(known):.4f}" if len(known) > 1 else "")
+def homes(out: Path) -> Callable[[Run], Path]:
+    """The folder of a run: the one in ``out`` that holds its experiment already, whatever it is called, else one of the run's name."""
+    there: dict[str, Path] = {}
+    for path in sorted(out.glob("*/experiment.json")):
+        try:
+            there.setdefault(digest_of(json.loads(path.read_text(encoding="utf-8"))), path.parent)
+        except (ValueError, AttributeError):
+            continue  # told when it is needed
+    return lambda run: there.get(run.experiment.digest(), out / run.name)
 
 
 def run_folders(places: Sequence[Path]) -> list[Path]:
-    """The run folders that ``places`` mean: each itself, or, for the folder of a comparison, those in it, in the comparison's order."""
+    """The run folders that ``places`` mean: each itself, or, for the folder of a comparison, those of its table, in order."""
     found: list[Path] = []
     for place in places:
-        inside = [p.parent for p in sorted(place.glob("*/experiment.json"))] if not (place / "experiment.json").exists() else []
+        if (place / "experiment.json").exists():
+            found.append(place)
+            continue
+        summary = summary_in(place)
+        told = [place / name for c in summary["cases"] for row in c["rows"] for name in row["runs"].values()] if summary else []
+        inside = told or [p.parent for p in sorted(place.glob("*/experiment.json"))]
         found += inside or [place]
     return found
+
+
+def summary_in(place: Path) -> Mapping[str, Any] | None:
+    """The summary of the comparison in that folder.
+
+    Raises:
+        ValueError: it is corrupt.
+    """
+    path = place / "summary.json"
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is corrupt: {error}; run the comparison again to mend it") from error

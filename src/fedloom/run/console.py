@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Protocol, Self, TextIO
 
 import numpy as np
 from rich import box
@@ -27,6 +27,19 @@ from rich.text import Text
 
 Row = Mapping[str, Any]
 """One object of ``rounds.jsonl``."""
+
+
+class Show(Protocol):
+    """To whom a run tells its progress."""
+
+    def phase(self, text: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def round(self, row: Row) -> None: ...
+
+    def resume(self, rows: Sequence[Row]) -> None: ...
+
 
 WINDOW = 9
 """Rounds in the moving median that predicts the time left."""

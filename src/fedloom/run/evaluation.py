@@ -28,10 +28,12 @@ AT_ONCE = 512
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores by split and protocol, and of how many test examples each device was right, int64 (K,)."""
+    """Scores by split and protocol; of how many test examples each device was right, int64 (K,); and by protocol, for each device, the
+    cells ``[true class, predicted class, examples]`` of its test examples' confusion matrix that are not 0 (None: no such model)."""
 
     scores: dict[str, dict[str, Any]]
     correct: np.ndarray
+    confusion: dict[str, list[list[list[int]]] | None]
 
 
 NOTHING = {"validation": {"personalised": None, "global": None, "loss": None}, "test": {"personalised": None, "global": None}}
@@ -43,7 +45,8 @@ def evaluate(world: World, state: State, engine: Engine) -> Evaluation:
     metric = world.source.task.metric
     logits = drive(_predictions(world, state), engine)
     scores: dict[str, dict[str, Any]] = {}
-    correct = np.zeros(0, np.int64)
+    correct, owner, order = (np.zeros(0, np.int64) for _ in range(3))
+    confusion: dict[str, list[list[list[int]]] | None] = {"personalised": None, "global": None}
     for split in SPLITS:
         shards, made = world.partition.shards(split), logits[split]
         labels = world.splits[split].labels[np.concatenate(shards)]
@@ -51,14 +54,27 @@ def evaluate(world: World, state: State, engine: Engine) -> Evaluation:
         if split == "validation":
             scores[split]["loss"] = float(torch.nn.functional.cross_entropy(torch.from_numpy(made), torch.from_numpy(labels)))
         else:
-            owner = np.repeat(np.arange(len(shards)), [len(rows) for rows in shards])
+            owner, order = np.repeat(np.arange(len(shards)), [len(rows) for rows in shards]), np.concatenate(shards)
             correct = np.bincount(owner[made.argmax(1) == labels], minlength=len(shards))
+            confusion["personalised"] = cells(owner, labels, made.argmax(1), len(shards))
     assembled = world.experiment.method.assembled(state)
     if assembled is not None:
         done = world.compute.run([Predict(assembled, world.splits[split]) for split in SPLITS])
         for split, one in zip(SPLITS, done, strict=True):
-            scores[split]["global"] = world.source.task.scores(world.splits[split].labels, one.result.numpy())[metric]
-    return Evaluation(scores, correct)
+            labels, made = world.splits[split].labels, one.result.numpy()
+            scores[split]["global"] = world.source.task.scores(labels, made)[metric]
+            if split == "test":
+                confusion["global"] = cells(owner, labels[order], made[order].argmax(1), len(world.pool.clients))
+    return Evaluation(scores, correct, confusion)
+
+
+def cells(owner: np.ndarray, labels: np.ndarray, predicted: np.ndarray, devices: int) -> list[list[list[int]]]:
+    """For each device the cells of its confusion matrix that are not 0. ``owner`` (n,) is the device of each example."""
+    found: list[list[list[int]]] = [[] for _ in range(devices)]
+    rows, counts = np.unique(np.stack([owner, labels, predicted], 1), axis=0, return_counts=True)
+    for (device, true, told), count in zip(rows.tolist(), counts.tolist(), strict=True):
+        found[device].append([true, told, count])
+    return found
 
 
 def _predictions(world: World, state: State) -> Flow[dict[Split, np.ndarray]]:

@@ -134,8 +134,13 @@ class Experiment:
 
     def digest(self) -> str:
         """16 hex digits over everything that decides the result."""
-        what = {name: value for name, value in as_json(self).items() if name not in self.HOW}
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+        return digest_of(as_json(self))
+
+
+def digest_of(saved: Mapping[str, Any]) -> str:
+    """The digest of an experiment's JSON."""
+    what = {name: value for name, value in saved.items() if name not in Experiment.HOW}
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def as_json(value: Any) -> Any:

@@ -7,11 +7,13 @@ hidden.
 from __future__ import annotations
 
 import errno
+import re
 
 import torch
 from safetensors import SafetensorError
 
 from fedloom.client.store import StoreError
+from fedloom.data.tasks import DataError
 from fedloom.messages import CohortFailed
 from fedloom.run.checkpoint import CheckpointError
 from fedloom.wire import WireError
@@ -25,7 +27,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     said = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, CohortFailed):
         mend = "--engine.stack 1 computes devices one by one; --quorum 0.5 goes on without some"
-        if " nan" in said or "finite" in said:
+        if diverged(error):
             mend = "A number that is not finite asks for a smaller learning rate, in another --out"
         return f"{_shortened(said.rstrip('.'))}. {RESUMES} {mend}", 1
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -42,6 +44,11 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         mend = f"free some space. {RESUMES}" if error.errno in FULL else "check the permissions, or give another --out"
         return _of_system(error, mend), 1
     return (said, 2) if isinstance(error, ValueError) else None
+
+
+def diverged(error: BaseException) -> bool:
+    """Whether it tells that numbers stopped being finite, which a smaller learning rate may mend and running again does not."""
+    return isinstance(error, CohortFailed | DataError | WireError) and re.search(r"\b(nan|inf|finite)\b", str(error)) is not None
 
 
 def _of_system(error: OSError, mend: str) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import matplotlib
@@ -25,7 +25,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 Kind = Literal["svg", "png"]
 Protocol = Literal["personalised", "global"]
-Against = Literal["round", "bytes", "device"]
+Against = Literal["round", "bytes", "up", "device"]
 Opens = Literal["batches", "examples", "length"]
 """What a curriculum opens a share of; of length: of the way from its shortest texts to whole ones."""
 
@@ -64,25 +64,34 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Track:
-    """One run's line: its rows of ``rounds.jsonl`` and what its set-up cost, at which the first point then sits."""
+    """One run's line: its rows of ``rounds.jsonl`` and what its set-up cost, at which the first point then sits.
+
+    The rows may be means over seeds; ``deviations`` are then those of each protocol's scores, row by row, and drawn as a band.
+    """
 
     label: str
     rows: Sequence[Mapping[str, Any]]
     setup_bytes: float = 0.0
     setup_seconds: float = 0.0
     best_round: int | None = None
+    setup_up: float = 0.0
+    deviations: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
 
     def axis(self, against: Against) -> np.ndarray:
-        """(rows,) where each row stands: completed rounds, bytes up and down so far, simulated seconds so far."""
+        """(rows,) where each row stands: completed rounds, bytes up and down, or up, so far, simulated seconds so far."""
         if against == "round":
             return np.array([row["round"] for row in self.rows], float)
+        if against == "up":
+            return self.setup_up + np.cumsum([row["bytes_up"] for row in self.rows], dtype=float)
         if against == "bytes":
             return self.setup_bytes + np.cumsum([row["bytes_up"] + row["bytes_down"] for row in self.rows], dtype=float)
         return self.setup_seconds + np.cumsum([row["device_seconds"] for row in self.rows], dtype=float)
 
 
-def metric_curve(tracks: Sequence[Track], protocol: Protocol, against: Against, metric: str, kind: Kind = "svg") -> bytes:
-    """One protocol's test metric, evaluated points only; a ring marks the round that validation chose.
+def metric_curve(
+    tracks: Sequence[Track], protocol: Protocol, against: Against, metric: str, kind: Kind = "svg", target: float | None = None
+) -> bytes:
+    """One protocol's test metric, evaluated points only; a ring marks the round that validation chose, a thin line the target.
 
     Both protocols of the same tracks get the same vertical scale, so that their pictures can be compared.
     """
@@ -90,24 +99,23 @@ def metric_curve(tracks: Sequence[Track], protocol: Protocol, against: Against, 
     def draw(figure: matplotlib.figure.Figure) -> None:
         ax = figure.add_subplot()
         size, label = _unit(against, max((track.axis(against).max(initial=0) for track in tracks), default=0))
+        edges: list[float] = []
         for i, track in enumerate(tracks):
-            places = track.axis(against) / size
-            points = [(x, row[protocol], row["round"]) for x, row in zip(places, track.rows, strict=True)]
-            points = [point for point in points if point[1] is not None]
-            colour, dash, marker = appearance(i)
+            places, (colour, dash, marker) = track.axis(against) / size, appearance(i)
+            points = [(x, row[protocol], row["round"]) for x, row in zip(places, track.rows, strict=True) if row[protocol] is not None]
             xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
             ax.plot(xs, ys, dash, color=colour, marker=marker, markersize=3.5, label=track.label, clip_on=False)
             ringed = [(x, y) for x, y, t in points if t == track.best_round]
-            ax.plot(
-                [x for x, _ in ringed],
-                [y for _, y in ringed],
-                "o",
-                color=colour,
-                markersize=10,
-                fillstyle="none",
-                clip_on=False,
-            )
-        _scale(ax, [row[p] for track in tracks for row in track.rows for p in ("personalised", "global") if row[p] is not None])
+            ax.plot([x for x, _ in ringed], [y for _, y in ringed], "o", color=colour, markersize=10, fillstyle="none", clip_on=False)
+            apart = zip(places, track.rows, track.deviations.get(protocol, []), strict=False)
+            band = [(x, row[protocol] - d, row[protocol] + d) for x, row, d in apart if d is not None]
+            low, high = [y for _, y, _ in band], [y for _, _, y in band]
+            ax.fill_between([x for x, _, _ in band], low, high, color=colour, alpha=0.15, linewidth=0)
+            edges += low + high
+        if target is not None:
+            ax.axhline(target, color=INK, linewidth=0.8, linestyle=(0, (1, 3)))
+        scores = [row[p] for track in tracks for row in track.rows for p in ("personalised", "global") if row[p] is not None]
+        _scale(ax, scores + edges)
         ax.set_title(f"{protocol.capitalize()} {metric} against {WORDS[against]}")
         ax.set_ylabel(f"test {metric}")
         ax.set_xlabel(label)
@@ -246,12 +254,13 @@ def appearance(i: int) -> tuple[str, str, str]:
     return OKABE_ITO[i % len(OKABE_ITO)], DASHES[i // len(OKABE_ITO) % len(DASHES)], MARKERS[i % len(MARKERS)]
 
 
-WORDS: dict[Against, str] = {"round": "rounds", "bytes": "traffic", "device": "device time"}
+WORDS: dict[Against, str] = {"round": "rounds", "bytes": "traffic", "up": "uploads", "device": "device time"}
 
-
+BYTES = [(1e3, "(kB)"), (1e6, "(MB)"), (1e9, "(GB)"), (1e12, "(TB)")]
 UNITS: dict[Against, tuple[str, Sequence[tuple[float, str]]]] = {
     "round": ("completed rounds", [(1.0, "")]),
-    "bytes": ("bytes up and down, all devices", [(1e3, "(kB)"), (1e6, "(MB)"), (1e9, "(GB)"), (1e12, "(TB)")]),
+    "bytes": ("bytes up and down, all devices", BYTES),
+    "up": ("bytes uploaded, all devices", BYTES),
     "device": ("simulated device time", [(1.0, "(s)"), (60.0, "(min)"), (3600.0, "(h)"), (86400.0, "(d)")]),
 }
 

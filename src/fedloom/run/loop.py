@@ -18,7 +18,7 @@ from fedloom.messages import Replies, Take, Task, whole
 from fedloom.methods.method import State
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import CheckpointError, Saved, write_atomically
-from fedloom.run.console import Progress
+from fedloom.run.console import Progress, Show
 from fedloom.run.devices import named as device_named
 from fedloom.run.evaluation import NOTHING, Evaluation, evaluate
 from fedloom.run.experiment import Experiment, as_json, first_difference
@@ -34,7 +34,7 @@ class Told:
     """An engine that says what it is about to do."""
 
     inner: Engine
-    show: Progress
+    show: Show
 
     def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
         """As inner."""
@@ -43,8 +43,9 @@ class Told:
         return self.inner.run(tasks, take)
 
 
-def run(experiment: Experiment, folder: Path, plain: bool | None = None) -> dict[str, Any]:
-    """Run ``experiment`` in ``folder`` (or go on where it stopped) and return what ``results.json`` holds.
+def run(experiment: Experiment, folder: Path, plain: bool | None = None, show: Show | None = None) -> dict[str, Any]:
+    """Run ``experiment`` in ``folder`` (or go on where it stopped) and return what ``results.json`` holds. ``show``: to whom the progress
+    is told, instead of a display of its own.
 
     Raises:
         CheckpointError: the folder belongs to another experiment, another process, other data, or its checkpoint is corrupt.
@@ -56,14 +57,16 @@ def run(experiment: Experiment, folder: Path, plain: bool | None = None) -> dict
             return json.loads(results.read_text())
         title = f"{experiment.method_name} on {experiment.data}, {experiment.clients} devices, {experiment.cohort} a round -> {folder}"
         try:
-            with Progress(experiment.rounds, title, plain) as show:
+            if show is not None:
                 return _loaded(experiment, folder, show)
+            with Progress(experiment.rounds, title, plain) as display:
+                return _loaded(experiment, folder, display)
         finally:
             gc.collect()  # a model's parts hold each other
             give_memory_back()
 
 
-def _loaded(experiment: Experiment, folder: Path, show: Progress) -> dict[str, Any]:
+def _loaded(experiment: Experiment, folder: Path, show: Show) -> dict[str, Any]:
     """Load everything, then run. Whatever was loaded is gone when this returns."""
     show.phase("loading data and model")
     world = build(experiment)
@@ -82,7 +85,7 @@ def _idle(world: World) -> list[str]:
     return [f"a round of {e.cohort} devices goes to one of the {workers} workers as a whole; {share}"]
 
 
-def _run(world: World, folder: Path, show: Progress) -> dict[str, Any]:
+def _run(world: World, folder: Path, show: Show) -> dict[str, Any]:
     """The round loop."""
     e, method, store = world.experiment, world.experiment.method, store_in(folder)
     engine, data = world.engine(store), world.fingerprint()
@@ -108,16 +111,21 @@ def _run(world: World, folder: Path, show: Progress) -> dict[str, Any]:
         trained, found = section.seconds, _evaluated(world, state, engine, show)
         show.round(ledger.write(state.round, section, trained, found.scores if found else NOTHING))
         checkpoint.save(folder, Saved(state, ledger.totals, data), store)
-    found = found or evaluate(world, state, engine)
+    return finish(world, folder, state, ledger, found or evaluate(world, state, engine))
+
+
+def finish(world: World, folder: Path, state: State, ledger: Ledger, found: Evaluation, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """Write the adapter and ``results.json``, with these notes after the data's, and return what it holds."""
     outcome = results_of(world, state, ledger, found)
-    assembled = method.assembled(state)
+    outcome["notes"] += notes
+    assembled = world.experiment.method.assembled(state)
     if assembled is not None:
         write_folder(world.model, assembled, folder / "adapter")
     write_atomically(folder / "results.json", json.dumps(outcome, indent=1))
     return outcome
 
 
-def _evaluated(world: World, state: State, engine: Engine, show: Progress) -> Evaluation | None:
+def _evaluated(world: World, state: State, engine: Engine, show: Show) -> Evaluation | None:
     """The evaluation after this round, if it is due: every ``evaluate_every`` rounds from 0 on, and after the last."""
     every, last = world.experiment.evaluate_every, world.experiment.rounds
     if state.round < last and (not every or state.round % every):
@@ -169,7 +177,8 @@ def results_of(world: World, state: State, ledger: Ledger, found: Evaluation) ->
     for k in world.pool.clients:
         held, right = len(shards[k]), int(found.correct[k])
         one = {"client": k, "train": int(counts[k].sum()), "test": held, "correct": right, "score": right / held if held else None}
-        per_device.append({**one, "participations": participations.get(str(k), 0), "labels": counts[k].tolist()})
+        told = {protocol: None if of is None else of[k] for protocol, of in found.confusion.items()}
+        per_device.append({**one, "participations": participations.get(str(k), 0), "labels": counts[k].tolist(), "confusion": told})
     picked = ("round", "personalised", "global", "loss")
     return {
         "method": e.method_name,

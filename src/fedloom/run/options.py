@@ -17,8 +17,27 @@ from fedloom.run.recipes import Recipe
 
 OUT = ("out", Path | None, None, "the folder to write (default: one named after the experiment, so that the same command resumes).")
 PLAIN = ("plain", bool, False, "plain lines instead of the live view.")
-LR = ("lr", float | None, None, "the learning rate of every method (default: each method's own).")
-SEEDS = ("seeds", tuple[int, ...], (), "several seeds: each method once with each (default: the one of --seed).")
+GRID = (
+    ("alphas", tuple[float, ...], (), "several alphas: each method with each, on each data set (default: the one of --alpha)."),
+    ("seeds", tuple[int, ...], (), "several seeds: each method once with each (default: the one of --seed)."),
+    ("lr", float | None, None, "the learning rate of every method (default: each method's own)."),
+    (
+        *("lrs", tuple[float, ...], ()),
+        "learning rates to search, the same for every method: for each data set and alpha, each is run with the first seed, and the one "
+        "with the best personalised validation score after the last round is used with all seeds. The test split has no part in it.",
+    ),
+    (
+        *("share_training", bool, False),
+        "evaluate lora-finetuned and lora-prior on what lora trained, instead of training the same again: after the last round only.",
+    ),
+    (
+        *("jobs", int, 1),
+        "runs at a time; of more than 1 each has a process of its own with one PyTorch thread. The results do not depend on how many "
+        "(1 and 2: in float32 on a CPU; docs/comparing.md says when else).",
+    ),
+    ("reference", str, "", "the method that the others are set against (default: the first named)."),
+    ("target", float | None, None, "the score whose cost is told (default: what the reference ends with, seed by seed)."),
+)
 PLOT = ("plot", Path | None, None, "draw it: a .png or .svg file (without a name: partition.png).")
 SAVE = ("save", Path | None, None, "write it to this file, for --partition FILE.")
 
@@ -40,8 +59,9 @@ def for_describe(recipe: Recipe) -> type[Any]:
 
 
 def for_compare() -> type[Any]:
-    """Options of ``fedloom compare``."""
-    return _type([name for name in _fields() if name != "method"], (LR, SEEDS, OUT, PLAIN))
+    """Options of ``fedloom compare``: those of an experiment, with several data sets, and the grid."""
+    several = {"data": (tuple[str, ...], ("trec",))}
+    return _type([name for name in _fields() if name != "method"], (*GRID, OUT, PLAIN), instead=several)
 
 
 def for_partition() -> type[Any]:
@@ -59,8 +79,11 @@ def _fields() -> list[str]:
     return [f.name for f in dataclasses.fields(Experiment)]
 
 
-def _type(names: Iterable[str], extras: Iterable[Extra], recipe: Recipe | None = None) -> type[Any]:
-    """A dataclass of these fields of ``Experiment`` and the extras; defaults are the recipe's experiment's where it has one."""
+def _type(
+    names: Iterable[str], extras: Iterable[Extra], recipe: Recipe | None = None, instead: Mapping[str, tuple[Any, Any]] | None = None
+) -> type[Any]:
+    """A dataclass of these fields of ``Experiment`` and the extras; defaults are the recipe's experiment's where it has one.
+    ``instead``: type and default of fields that have others than an experiment's."""
     hints, start = get_type_hints(Experiment), recipe.experiment if recipe else None
     made: list[tuple[str, Any] | tuple[str, Any, Any]] = []
     for name in names:
@@ -68,6 +91,8 @@ def _type(names: Iterable[str], extras: Iterable[Extra], recipe: Recipe | None =
             assert recipe is not None
             given = recipe.start if start is None else start.method
             made.append((name, recipe.kind, _constant(given)) if given is not None else (name, recipe.kind))  # without: required or its own
+        elif instead and name in instead:
+            made.append((name, instead[name][0], _constant(instead[name][1])))
         else:
             own: Mapping[str, Any] = Experiment.__dataclass_fields__
             made.append((name, hints[name], _constant(getattr(start, name)) if start else _default(own[name])))

@@ -6,7 +6,7 @@ fedloom fine-tunes pre-trained language models across many simulated devices tha
 usage: fedloom COMMAND ...
 
   run METHOD              one method, in one run folder; stopped, the same command resumes it
-  compare METHOD METHOD   several methods on one partition: one table, one report
+  compare METHOD METHOD   methods x data sets x alphas x seeds, learning rates searched alike: one table, one report
   report DIR...           an HTML page about runs or a comparison
   describe METHOD         what would be run and what it would cost; trains nothing
   partition               which device would hold what, as a table, a picture, a file
@@ -21,7 +21,7 @@ Start here. It works offline: questions and encoder are installed with the packa
   fedloom run fibecfed --rounds 5 --method.inner.lr 1e-3     other settings
   fedloom run fibecfed --data FOLDER --model FOLDER          your Parquet, CSV or JSON lines; your Hugging Face model
   fedloom compare lora fibecfed local --alpha 0.1            who gains from what, on more skewed devices
-  fedloom compare lora fibecfed --seeds 1 2 3 --lr 1e-3      mean and deviation over seeds
+  fedloom compare lora fibecfed --seeds 1 2 3 --lrs 5e-4 2e-3 8e-3 --jobs 2      rates searched on validation; two processes
   fedloom export runs/NAME OUT --client 7                    device 7's own model
 
 METHOD+CURRICULUM, such as lora+voc, gives a method's local training a curriculum; fedloom methods lists both.
@@ -30,3 +30,15 @@ fedloom COMMAND --help shows what a command takes; fedloom run METHOD --help add
 FEDLOOM_TRACEBACK=1 shows where an error came from; FEDLOOM_CACHE names the folder that keeps tokens for the next run.
 fedloom --version shows the version.
 """
+
+COMPARE = """\
+Run several methods on the same partitions, with the same seeds and the same learning rates to choose from, and tell them apart: mean and
+deviation over seeds, ranks, a paired bootstrap over devices against a reference, and what it cost to reach a score.
+
+  fedloom compare lora fibecfed local --seeds 1 2 3                  each method's own learning rate
+  fedloom compare lora fibecfed --lrs 5e-4 2e-3 8e-3 --seeds 1 2 3   rates searched on validation, with the first seed
+  fedloom compare lora fibecfed --data trec FOLDER --alphas 1 0.1 --jobs 2
+
+Stopped however, the same command goes on; with the same --out and more methods, seeds or rates, finished runs are used as they are.
+It writes comparison.json (the results of the table's runs), summary.json (everything computed from them), comparison.csv, comparison.tex
+and report.html. How to read them: docs/comparing.md."""

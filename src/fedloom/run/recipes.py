@@ -92,6 +92,12 @@ def experiment_in(path: Path, recipe: Path | None = None) -> Experiment:
     return from_json(saved, _methods_of(_module(recipe), recipe) if recipe else None)
 
 
+def file_of(method: Any) -> str | None:
+    """The Python file that defines a method, from which another process can load it; None for the package's, "" if there is none."""
+    module = sys.modules[type(method).__module__]
+    return None if module.__name__.startswith("fedloom.") else str(vars(module).get("__file__", ""))
+
+
 def with_learning_rate(method: Any, lr: float) -> Any:
     """``method`` with its field ``lr``, or that of the method it holds as ``inner``, replaced.
 
@@ -138,10 +144,10 @@ def default_folder(experiment: Experiment) -> Path:
     return Path("runs") / f"{experiment.method_name}-{data_name(experiment)}-{experiment.digest()[:8]}"
 
 
-def comparison_folder(experiments: Sequence[Experiment]) -> Path:
-    """``runs/compare-DATA-DIGEST``, by the same rule."""
+def comparison_folder(experiments: Sequence[Experiment], shared: bool = False) -> Path:
+    """``runs/compare-DATA-DIGEST``, by the same rule; another one if trainings are ``shared``, for then less is known of a run."""
     digest = hashlib.sha256(" ".join(e.digest() for e in experiments).encode()).hexdigest()
-    return Path("runs") / f"compare-{data_name(experiments[0])}-{digest[:8]}"
+    return Path("runs") / f"compare-{data_name(experiments[0])}-{digest[:8]}{'-shared' if shared else ''}"
 
 
 def data_name(experiment: Experiment) -> str:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedloom.run import figures
+from fedloom.run.comparison_page import comparison_of
 from fedloom.run.console import human_bytes, human_seconds, score_text
 from fedloom.run.reading import Run, flat_settings, label_runs, read
 
@@ -27,10 +28,12 @@ DRAWN_FACTS = ("layer_scores", "pacing", "opens")
 """Facts that are shown as figures rather than as text."""
 
 SHOWN_DEVICES = 200
+SHOWN_RUNS = 12
 
 
-def write_report(folders: Sequence[Path], out: Path) -> Path:
-    """Write the page about these run folders to ``out``, replacing it in one step, and return ``out``.
+def write_report(folders: Sequence[Path], out: Path, summary: Mapping[str, Any] | None = None) -> Path:
+    """Write the page about these run folders to ``out``, replacing it in one step, and return ``out``. ``summary``: of the comparison
+    whose runs they are; not all of them are then shown one by one.
 
     Raises:
         FileNotFoundError: a folder without ``experiment.json`` or ``rounds.jsonl``.
@@ -40,7 +43,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
         raise ValueError("a report needs at least one run folder; none was named")
     if out.is_dir():
         raise ValueError(f"{out} is a folder; name the file to write, such as {out / 'report.html'}")
-    page = page_of([read(Path(folder)) for folder in folders])
+    page = page_of([read(Path(folder)) for folder in folders], summary)
     out.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
     try:
@@ -54,8 +57,11 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def page_of(runs: Sequence[Run]) -> str:
-    """The HTML of the page about these runs."""
+def page_of(runs: Sequence[Run], summary: Mapping[str, Any] | None = None) -> str:
+    """The HTML of the page about these runs, and the comparison that they make."""
+    compared = None if summary is None else comparison_of(summary, runs)
+    kept = runs if compared is None else _some(runs)
+    omitted, runs = len(runs) - len(kept), kept
     environment = Environment(
         loader=PackageLoader("fedloom.run", "templates"),
         autoescape=True,
@@ -66,6 +72,8 @@ def page_of(runs: Sequence[Run]) -> str:
     environment.filters.update(bytes=human_bytes, seconds=human_seconds, score=score_text)
     labels = label_runs(runs)
     return environment.get_template("report.html.j2").render(
+        comparison=compared,
+        omitted=omitted,
         title=", ".join(dict.fromkeys(run.method for run in runs)) + f" on {runs[0].experiment['data']}",
         experiment=runs[0].experiment,
         runs=[_headline(run, label, i) for i, (run, label) in enumerate(zip(runs, labels, strict=True))],
@@ -82,6 +90,16 @@ def page_of(runs: Sequence[Run]) -> str:
         configuration=_configuration(runs),
         labels=labels,
     )
+
+
+def _some(runs: Sequence[Run]) -> list[Run]:
+    """Those of a comparison that are shown one by one: of the first case, and, if these are many, of the first seed."""
+    kept = [
+        run
+        for run in runs
+        if (run.experiment["data"], run.experiment["alpha"]) == (runs[0].experiment["data"], runs[0].experiment["alpha"])
+    ]
+    return kept if len(kept) <= SHOWN_RUNS else [run for run in kept if run.experiment["seed"] == runs[0].experiment["seed"]]
 
 
 def _headline(run: Run, label: str, i: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedloom.run.experiment import Experiment
     from fedloom.run.world import World
 
 
@@ -48,9 +49,23 @@ def built(order: Mapping[str, Any]) -> World:
         DataError, ModelError, AdapterError: whatever is wrong, with the mend.
     """
     from fedloom.data.tasks import DataError
+    from fedloom.run.world import build
+
+    experiment = ordered_experiment(order)
+    world = build(experiment)
+    if world.fingerprint() != order["data"]:
+        raise DataError(f"the data '{experiment.data}' changed while the run went on; restore it")
+    return world
+
+
+def ordered_experiment(order: Mapping[str, Any]) -> Experiment:
+    """The experiment of the order: its JSON, the file of its method if that is not the package's, and the digest it must come to.
+
+    Raises:
+        ExperimentError: it is not what it was where the order was written.
+    """
     from fedloom.run import recipes
     from fedloom.run.experiment import ExperimentError, from_json
-    from fedloom.run.world import build
 
     name = order["experiment"]["method"]["name"]
     kinds = {name: recipes.resolve(f"{order['recipe']}:{name}").kind} if order["recipe"] else None
@@ -59,10 +74,7 @@ def built(order: Mapping[str, Any]) -> World:
         raise ExperimentError(
             f"method '{name}' is another in a process of its own; it must hold nothing that is neither in its file nor ours"
         )
-    world = build(experiment)
-    if world.fingerprint() != order["data"]:
-        raise DataError(f"the data '{experiment.data}' changed while the run went on; restore it")
-    return world
+    return experiment
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from fedloom.messages import CENTRE
 from fedloom.model.base import Model
 from fedloom.model.base import load as load_model
 from fedloom.run.experiment import Experiment, ExperimentError, as_json
+from fedloom.run.recipes import file_of
 from fedloom.server.participation import Pool
 
 
@@ -126,8 +127,7 @@ def order_of(world: World, threads: int) -> dict[str, Any]:
         ExperimentError: a method that no file defines.
     """
     e = world.experiment
-    module = sys.modules[type(e.method).__module__]
-    recipe = None if module.__name__.startswith("fedloom.") else vars(module).get("__file__", "")
+    recipe = file_of(e.method)
     if recipe == "":
         raise ExperimentError(f"--engine.workers needs method '{e.method_name}' in a Python file, from which every worker can load it")
     alone = replace(e, engine=replace(e.engine, threads=threads, workers=0))

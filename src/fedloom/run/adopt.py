@@ -1,0 +1,66 @@
+"""A run that takes over what another method trained: a method that trains as the one it holds does, and only predicts otherwise.
+
+Its folder is a run folder like any other, with a checkpoint. Rows, bytes, examples and times of the rounds are the trained run's; set-up
+is its own. Only the last round is evaluated, because the models of the rounds before it are gone: ``best`` is ``final``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedloom.engines.engine import drive
+from fedloom.methods.method import State
+from fedloom.run import checkpoint
+from fedloom.run.checkpoint import CheckpointError, Saved, write_atomically
+from fedloom.run.console import Show
+from fedloom.run.devices import named as device_named
+from fedloom.run.evaluation import NOTHING, evaluate
+from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.ledger import Ledger
+from fedloom.run.loop import Told, check, claim, finish
+from fedloom.run.world import build, store_in
+
+
+def adopt(experiment: Experiment, folder: Path, trained: Path, show: Show) -> dict[str, Any]:
+    """Evaluate ``experiment`` in ``folder`` on what its method's inner method trained in ``trained``; what ``results.json`` then holds.
+
+    Raises:
+        CheckpointError: a folder belongs to another experiment, the training has not ended, or the data changed since.
+        ExperimentError: the method shares other tensors than were trained.
+    """
+    with checkpoint.only_one(folder):
+        if check(folder, experiment) and (folder / "results.json").exists():
+            return json.loads((folder / "results.json").read_text())
+        check(trained, replace(experiment, method=experiment.method.inner))
+        saved = checkpoint.load(trained, store_in(trained))
+        if saved is None or saved.state.round < experiment.rounds:
+            raise CheckpointError(f"the training in {trained} has not ended; run it first")
+        show.phase("loading data and model")
+        world = build(experiment)
+        if saved.data != world.fingerprint():
+            raise CheckpointError(f"the data behind {trained} changed since it was trained (fingerprint {saved.data}); give another --out")
+        claim(folder, experiment)
+        store, method = store_in(folder), experiment.method
+        ledger = Ledger(folder, device_named(experiment.device), saved.totals)
+        ledger.totals.update({name: 0 for name in ledger.totals if name.startswith("setup_")})
+        section, engine = ledger.section(), world.engine(store)
+        prepared = drive(method.setup(method.init(world.model), world.pool), Told(engine, show), quorum=0, seen=section.hear)
+        if prepared.shared.keys() != saved.state.shared.keys():
+            raise ExperimentError(f"'{experiment.method_name}' shares other tensors than '{method.inner.name}' did; it must be trained")
+        ledger.set_up(section)
+        state = State(saved.state.round, saved.state.shared, prepared.server, prepared.facts)
+        show.phase(f"evaluating what {trained.name} trained")
+        found = evaluate(world, state, engine)
+        write_atomically(ledger.path, "".join(json.dumps(row) + "\n" for row in _rows(trained, found.scores)))
+        checkpoint.save(folder, Saved(state, ledger.totals, saved.data), store)
+        return finish(world, folder, state, ledger, found, [f"trained by {trained.name}; evaluated after the last round only"])
+
+
+def _rows(trained: Path, scores: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The trained run's rows with these scores in the last and none in the others."""
+    rows = [json.loads(line) for line in (trained / "rounds.jsonl").read_text().splitlines()]
+    blank = {**NOTHING["test"], "validation": NOTHING["validation"]}
+    return [{**row, **blank} for row in rows[:-1]] + [{**rows[-1], **scores["test"], "validation": scores["validation"]}]

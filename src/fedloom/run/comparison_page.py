@@ -1,0 +1,67 @@
+"""What the page says of a comparison as a whole: the tables of its summary and curves of means over seeds, case by case.
+
+This module does not know HTML; ``report.py`` puts what it gives into the page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from fedloom.run import figures
+from fedloom.run.reading import Run
+from fedloom.run.statistics import spread
+from fedloom.run.tables import terminal
+
+PROTOCOLS: tuple[figures.Protocol, ...] = ("personalised", "global")
+COSTS = ("bytes_up", "bytes_down", "device_seconds")
+
+
+def comparison_of(summary: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
+    """What the template needs; ``runs`` are those of the table, found by their folders' names."""
+    by_name = {run.folder.name: run for run in runs}
+    return {
+        "seeds": len(summary["seeds"]),
+        "reference": summary["reference"],
+        "confidence": f"{summary['confidence']:.0%}",
+        "resamples": f"{summary['resamples']:,}",
+        "resampled": summary["resampled"],
+        "searched": len(summary["rates"]) > 1,
+        "chosen_by": summary["chosen_by"],
+        "tables": terminal(summary),
+        "lost": [*summary["failed"].items(), *((name, f"diverged. {why}") for name, why in summary["diverged"].items())],
+        "curves": [(case["label"], _pictures(case, by_name, f"case{i}")) for i, case in enumerate(summary["cases"])],
+    }
+
+
+def _pictures(case: Mapping[str, Any], by_name: Mapping[str, Run], name: str) -> list[str]:
+    """Both protocols against device time and against uploaded bytes."""
+    tracks = [
+        track_of(row["method"], found) for row in case["rows"] if (found := [by_name[f] for f in row["runs"].values() if f in by_name])
+    ]
+    if not tracks:
+        return []
+    pictures = []
+    for against in ("device", "up"):
+        for protocol in PROTOCOLS:
+            goals = [goal for goal in case["target"][protocol].values() if goal is not None]
+            svg = figures.metric_curve(tracks, protocol, against, case["metric"], target=mean(goals) if goals else None)
+            pictures.append(figures.inline(svg, f"{name}-{protocol}-{against}"))
+    return pictures
+
+
+def track_of(label: str, runs: Sequence[Run]) -> figures.Track:
+    """The mean of a method's runs, row by row, with the deviations of its scores. A score that one run lacks is left out."""
+    rows, deviations = [], {p: [] for p in PROTOCOLS}
+    for together in zip(*(run.rows for run in runs), strict=False):
+        row: dict[str, Any] = {"round": together[0]["round"], **{key: mean(one[key] for one in together) for key in COSTS}}
+        for p in PROTOCOLS:
+            scores = [one[p] for one in together]
+            found = spread(scores)
+            row[p] = found.mean if None not in scores else None
+            deviations[p].append(found.deviation if None not in scores else None)
+        rows.append(row)
+    results = [run.results for run in runs if run.results is not None]
+    up, down, seconds = (mean(r[f"setup_{key}"] for r in results) if results else 0.0 for key in COSTS)
+    return figures.Track(label, rows, up + down, seconds, setup_up=up, deviations=deviations)

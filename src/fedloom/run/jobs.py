@@ -1,0 +1,264 @@
+"""Carrying out runs, here or in several processes, each with its own folder, until nothing more is wanted.
+
+What is wanted may depend on what has ended (``plan.py``), so it is asked again after each. One run that fails does not lose the others.
+With one job runs are carried out in this process, one after another; with more, each of so many processes (``job.py``) is given one run
+at a time and has one PyTorch thread, if ``--engine.threads`` does not say otherwise. A process that dies takes its run's last round with
+it and nothing else. However this side ends, the processes end, because their standard input is closed then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fedloom.run.ending import TRACEBACK
+from fedloom.run.experiment import Experiment, ExperimentError, as_json
+from fedloom.run.job import Event, perform
+from fedloom.run.loop import check
+from fedloom.run.plan import Ended, Run
+from fedloom.run.recipes import file_of
+
+LAST_BREATH = 5.0
+"""Seconds that a process may take to end once its standard input is closed."""
+
+TAIL = 20
+"""Last lines of a process's error output that are kept, to be told if it dies."""
+
+Wanted = Callable[[Mapping[str, Ended]], Mapping[str, Run]]
+
+
+class Watch(Protocol):
+    """To whom it is told how the runs go."""
+
+    def started(self, run: str) -> None: ...
+
+    def heard(self, run: str, event: Event) -> None: ...
+
+    def ended(self, run: str, how: Ended, before: bool) -> None: ...
+
+    def idle(self) -> None: ...
+
+
+def carry_out(wanted: Wanted, folder: Callable[[Run], Path], jobs: int, watch: Watch) -> dict[str, Ended]:
+    """Carry out every run that ``wanted`` asks for, ``jobs`` at a time, and say how each ended."""
+    ended: dict[str, Ended] = {}
+    looked: set[str] = set()
+    with Crew(jobs) as crew:
+        waiting = _from_before(wanted, folder, ended, looked, watch)
+        while True:
+            busy = crew.names()
+            ready = [run for name, run in waiting.items() if name not in ended and name not in busy]
+            ready = [run for run in ready if not run.trained or run.trained in ended]
+            if not ready and not busy:
+                return ended
+            if ready and len(busy) < jobs:
+                told = _begun(ready[0], waiting, ended, folder, crew if jobs > 1 else None, watch)
+            else:
+                told = crew.hear()
+                if told is None:
+                    watch.idle()
+                else:
+                    watch.heard(*told)
+            if told is not None and told[1]["kind"] in ("done", "failed"):
+                name, event = told
+                ended[name] = _outcome(event, folder(waiting[name]), waiting[name].experiment)
+                watch.ended(name, ended[name], before=False)
+                waiting = _from_before(wanted, folder, ended, looked, watch)
+
+
+def _from_before(
+    wanted: Wanted, folder: Callable[[Run], Path], ended: dict[str, Ended], looked: set[str], watch: Watch
+) -> Mapping[str, Run]:
+    """What is wanted now. A run that had ended before joins ``ended``, which may decide what else is wanted."""
+    while True:
+        waiting = wanted(ended)
+        new = [run for name, run in waiting.items() if name not in looked]
+        if not new:
+            return waiting
+        for run in new:
+            looked.add(run.name)
+            found = finished(folder(run), run.experiment)
+            if found is not None:
+                ended[run.name] = Ended(found)
+                watch.ended(run.name, ended[run.name], before=True)
+
+
+def _begun(
+    run: Run, waiting: Mapping[str, Run], ended: Mapping[str, Ended], folder: Callable[[Run], Path], crew: Crew | None, watch: Watch
+) -> tuple[str, Event] | None:
+    """Give a run to a process of the crew, or carry it out here: (its name, its last event), if it has ended."""
+    trainer = ended[run.trained] if run.trained else None
+    if trainer is not None and trainer.results is None:
+        text = f"{run.trained}, whose training it was to take over, failed"
+        return run.name, {"kind": "failed", "text": text, "diverged": trainer.diverged}
+    watch.started(run.name)
+    trained = folder(waiting[run.trained]) if run.trained else None
+    if crew is not None:
+        crew.give(run, folder(run), trained)
+        return None
+    last: deque[Event] = deque(maxlen=1)
+
+    def tell(event: Event) -> None:
+        last.append(event)
+        watch.heard(run.name, event)
+
+    perform(run.experiment, folder(run), trained, tell)
+    return run.name, last[0]
+
+
+def finished(folder: Path, experiment: Experiment) -> Mapping[str, Any] | None:
+    """The results of a run that has ended there before."""
+    path = folder / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() and check(folder, experiment) else None
+
+
+def _outcome(event: Event, folder: Path, experiment: Experiment) -> Ended:
+    """What the last event of a run comes to."""
+    if event["kind"] == "failed":
+        return Ended(None, event["text"], event["diverged"])
+    found = finished(folder, experiment)
+    return Ended(found) if found is not None else Ended(None, f"{folder} holds no results although the run ended; was it deleted?")
+
+
+@dataclass
+class Process:
+    """One process and the run it carries out ("": none)."""
+
+    process: subprocess.Popen[str]
+    run: str = ""
+    tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL))
+    readers: list[threading.Thread] = field(default_factory=list)
+
+    def hang_up(self) -> None:
+        """Close its standard input, whereupon it ends."""
+        if self.process.stdin is not None:
+            with suppress(BrokenPipeError):  # it has ended already, before it read what it was given
+                self.process.stdin.close()
+
+    def end(self) -> int:
+        """See it end, by force if need be; its exit code."""
+        self.hang_up()
+        try:
+            self.process.wait(LAST_BREATH)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        code = self.process.wait()
+        for reader in self.readers:
+            reader.join(LAST_BREATH)
+        return code
+
+
+class Crew:
+    """At most ``count`` processes, started when there is something for them to do."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.processes: dict[int, Process] = {}
+        self.events: queue.Queue[tuple[Process, Event | None]] = queue.Queue()
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self.processes.values():
+            one.hang_up()
+        for one in self.processes.values():
+            one.end()
+
+    def names(self) -> set[str]:
+        """The runs being carried out."""
+        return {one.run for one in self.processes.values() if one.run}
+
+    def give(self, run: Run, folder: Path, trained: Path | None) -> None:
+        """Give a run to a process that has none."""
+        slot = next(i for i in range(self.count) if i not in self.processes or not self.processes[i].run)
+        if slot not in self.processes:
+            self.processes[slot] = self._start(slot, run.experiment.engine.threads)
+        one = self.processes[slot]
+        one.run = run.name
+        assert one.process.stdin is not None
+        with suppress(BrokenPipeError):  # it has died; that is heard, with what it said
+            one.process.stdin.write(json.dumps(order_of(run.experiment, folder, trained)) + "\n")
+            one.process.stdin.flush()
+
+    def hear(self, patience: float = 1.0) -> tuple[str, Event] | None:
+        """(run, event) of whichever process tells something next; None if none does within ``patience`` seconds."""
+        try:
+            one, event = self.events.get(timeout=patience)
+        except queue.Empty:
+            return None
+        name = one.run or "a process"  # (what it warns of may be heard when its run has ended)
+        if event is None:
+            self.processes = {slot: other for slot, other in self.processes.items() if other is not one}
+            code = one.end()
+            if not one.run:
+                return None
+            event = {"kind": "failed", "text": _death(code, one.tail), "diverged": False}
+        if event["kind"] in ("done", "failed"):
+            one.run = ""
+        return name, event
+
+    def _start(self, slot: int, threads: int) -> Process:
+        words = [sys.executable, "-m", "fedloom.run.job"]
+        pipe = subprocess.PIPE
+        started = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment(slot, threads)})
+        one = Process(started)
+        one.readers += [threading.Thread(target=target, args=(one,), daemon=True) for target in (self._events, self._lines)]
+        for reader in one.readers:
+            reader.start()
+        return one
+
+    def _events(self, one: Process) -> None:
+        assert one.process.stdout is not None
+        with one.process.stdout as lines:
+            for line in lines:
+                self.events.put((one, json.loads(line)))
+        self.events.put((one, None))
+
+    def _lines(self, one: Process) -> None:
+        """Keep what a process prints; what the program itself warns of is told at once."""
+        assert one.process.stderr is not None
+        with one.process.stderr as lines:
+            for line in lines:
+                one.tail.append(line.rstrip())
+                if one.run and (line.startswith("warning: ") or os.environ.get(TRACEBACK)):
+                    self.events.put((one, {"kind": "note", "text": line.rstrip()}))
+
+
+def environment(slot: int, threads: int) -> dict[str, str]:
+    """What a process's environment has besides: its threads and, where there are several GPUs, one of them."""
+    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    mine = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if torch.cuda.device_count() > 1 else {}
+    return {**dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads or 1)), "TOKENIZERS_PARALLELISM": "false", **mine}
+
+
+def order_of(experiment: Experiment, folder: Path, trained: Path | None) -> dict[str, object]:
+    """What a process is told (JSON).
+
+    Raises:
+        ExperimentError: a method that no file defines.
+    """
+    recipe = file_of(experiment.method)
+    if recipe == "":
+        raise ExperimentError(f"--jobs needs method '{experiment.method_name}' in a Python file, from which every process can load it")
+    where = {"folder": str(folder), "trained": None if trained is None else str(trained)}
+    return {"experiment": as_json(experiment), "recipe": recipe, "digest": experiment.digest(), **where}
+
+
+def _death(code: int, tail: deque[str]) -> str:
+    """What is told of a process that ended in the middle of a run."""
+    how = f"by signal {-code}{' (out of memory?)' if code == -9 else ''}" if code < 0 else f"with code {code}"
+    said = f" The last it said: {tail[-1]}" if tail else ""
+    return f"its process was ended {how}; the rounds before are saved, and the same command goes on from there.{said}"

@@ -1,0 +1,136 @@
+"""What a comparison comes to, as plain JSON (``summary.json``): every table and the page are made of it.
+
+One entry a case (a data set at one α), with one row a method: the search for its rate, its runs, scores over the seeds, ranks, the paired
+bootstrap against the reference, what it had cost when it reached the target. This module runs nothing and draws nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from fedloom.run import statistics, targets
+from fedloom.run.plan import Case, Ended, Plan, Run
+from fedloom.run.reading import read
+
+PROTOCOLS = ("personalised", "global")
+COSTS = ("bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down", "examples", "device_seconds", "setup_device_seconds")
+CHOSEN_BY = "the personalised validation score after the last round, at the first seed"
+RESAMPLED = (
+    "Paired bootstrap: of each seed independently, as many devices as there are are drawn with replacement, the same for both methods; "
+    "the metric after the last round is recomputed from the pooled test predictions of the drawn devices; differences are averaged over "
+    "seeds. Seeds and training are not resampled, and nothing is corrected for the number of comparisons."
+)
+
+Result = Mapping[str, Any]
+
+
+def summarise(
+    plan: Plan, ended: Mapping[str, Ended], folder: Callable[[Run], Path], reference: str, target: float | None = None
+) -> dict[str, Any]:
+    """The summary; ``target`` None: the reference's own final score, seed by seed."""
+    cases = [_case(plan, case, ended, folder, reference, target) for case in plan.cases]
+    return {
+        **plan.as_json(),
+        "seed_of_search": plan.seeds[0],
+        "chosen_by": CHOSEN_BY,
+        "reference": reference,
+        "target": target,
+        "resamples": statistics.RESAMPLES,
+        "confidence": statistics.CONFIDENCE,
+        "resampled": RESAMPLED,
+        "cases": cases,
+        "mean_rank": {p: {m: statistics.mean_rank([_row(c, m)["rank"][p] for c in cases]) for m in plan.methods} for p in PROTOCOLS},
+        "failed": {name: how.failure for name, how in ended.items() if how.results is None and not how.diverged},
+        "diverged": {name: how.failure for name, how in ended.items() if how.diverged},
+    }
+
+
+def _row(case: Mapping[str, Any], method: str) -> Mapping[str, Any]:
+    return next(row for row in case["rows"] if row["method"] == method)
+
+
+def _case(
+    plan: Plan, case: Case, ended: Mapping[str, Ended], folder: Callable[[Run], Path], reference: str, target: float | None
+) -> dict[str, Any]:
+    runs = {method: plan.chosen(case, method, ended) for method in plan.methods}
+    results = {m: {r.experiment.seed: found for r in of if (found := _results(ended, r)) is not None} for m, of in runs.items()}
+    goals = {p: _goals(plan, results[reference], p, target) for p in PROTOCOLS}
+    rows: list[dict[str, Any]] = []
+    for method, of in runs.items():
+        known, choice = results[method], plan.choice(case, method, ended)
+        tells = {run.experiment.seed: read(folder(run)).rows for run in of if run.experiment.seed in known}
+        rows.append(
+            {
+                "method": method,
+                "lr": choice.rate if choice.made else None,
+                "grid": [
+                    {"lr": rate, "validation": score, "diverged": bool((how := ended.get(run.name)) and how.diverged)}
+                    for (rate, run), score in zip(plan.tries(case, method).items(), choice.tried.values(), strict=True)
+                ],
+                "runs": {str(run.experiment.seed): folder(run).name for run in of if run.experiment.seed in known},
+                "scores": {at: {p: _spread(known.values(), at, p) for p in PROTOCOLS} for at in ("final", "best")},
+                "rank": dict.fromkeys(PROTOCOLS),
+                "against": {p: _against(plan, case, known, results[reference], p) if method != reference else None for p in PROTOCOLS},
+                "reached": {p: _reached(known, tells, p, goals[p]) for p in PROTOCOLS},
+                "costs": {key: mean(r[key] for r in known.values()) if known else None for key in COSTS},
+            }
+        )
+    for p in PROTOCOLS:  # a mean over fewer seeds is not ranked among the others
+        whole = [row["scores"]["final"][p]["mean"] if row["scores"]["final"][p]["count"] == len(plan.seeds) else None for row in rows]
+        for row, rank in zip(rows, statistics.ranks(whole), strict=True):
+            row["rank"][p] = rank
+    metrics = sorted({str(r["metric"]) for of in results.values() for r in of.values()})
+    return {"data": case.data, "alpha": case.alpha, "label": plan.label(case), "metric": "/".join(metrics), "target": goals, "rows": rows}
+
+
+def _results(ended: Mapping[str, Ended], run: Run) -> Result | None:
+    how = ended.get(run.name)
+    return how.results if how else None
+
+
+def _spread(results: Any, at: str, protocol: str) -> dict[str, Any]:
+    """Mean, deviation and count, and the scores by seed."""
+    each = {str(r["seed"]): r[at][protocol] for r in results}
+    return {**asdict(statistics.spread(list(each.values()))), "each": each}
+
+
+def _against(plan: Plan, case: Case, mine: Mapping[int, Result], reference: Mapping[int, Result], protocol: str) -> dict[str, Any] | None:
+    """The paired bootstrap; None where a seed of either is missing, or either has no such model."""
+    if not mine.keys() == reference.keys() == set(plan.seeds):
+        return None
+    counts = [{seed: statistics.tallies_of(r, protocol) for seed, r in of.items()} for of in (mine, reference)]
+    if any(found is None for of in counts for found in of.values()):
+        return None
+    metric = str(next(iter(mine.values()))["metric"])
+    path = ("personalised and global alike", plan.labels[case.data], repr(case.alpha))
+    found = statistics.paired(*[{seed: c for seed, c in of.items() if c is not None} for of in counts], metric, path)  # type: ignore[arg-type]
+    return asdict(found)
+
+
+def _goals(plan: Plan, reference: Mapping[int, Result], protocol: str, target: float | None) -> dict[str, float | None]:
+    """The target by seed."""
+    if target is not None:
+        return {str(seed): target for seed in plan.seeds}
+    return {str(seed): reference[seed]["final"][protocol] if seed in reference else None for seed in plan.seeds}
+
+
+def _reached(
+    results: Mapping[int, Result], tells: Mapping[int, Sequence[Mapping[str, Any]]], protocol: str, goals: Mapping[str, float | None]
+) -> dict[str, Any] | None:
+    """When the target was first reached, by seed and in the mean; None where there is nothing to reach or nothing that could."""
+    able = [s for s, r in results.items() if r["final"][protocol] is not None and goals[str(s)] is not None]
+    if not able:
+        return None
+    each = {str(s): targets.reached(tells[s], results[s], protocol, goal) for s in able if (goal := goals[str(s)]) is not None}
+    together = targets.mean_cost(list(each.values()))
+    return {
+        "device_seconds": together[0] if together else None,
+        "bytes_up": together[1] if together else None,
+        "reached": sum(cost is not None for cost in each.values()),
+        "seeds": len(each),
+        "each": {seed: asdict(cost) if cost else None for seed, cost in each.items()},
+    }

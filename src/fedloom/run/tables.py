@@ -1,0 +1,193 @@
+"""The tables of a comparison, from its summary: lines for a terminal, ``comparison.csv``, ``comparison.tex``.
+
+This module computes nothing and knows no run folder.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedloom.run.console import NOTHING, human_bytes, human_seconds, score_text
+from fedloom.run.plan import Case, Plan
+
+PROTOCOLS = ("personalised", "global")
+Summary = Mapping[str, Any]
+Cells = Sequence[Sequence[str]]
+
+SPECIAL = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "α": r"$\alpha$", "±": r"$\pm$", "<": r"\textless{}", ">": r"\textgreater{}",
+}  # fmt: skip
+"""What LaTeX reads otherwise than it is written."""
+
+
+def spread_text(score: Mapping[str, Any]) -> str:
+    """``0.9012 ± 0.0051``; without a deviation where there is one seed."""
+    deviation = "" if score["deviation"] is None else f" ± {score['deviation']:.4f}"
+    return f"{score_text(score['mean'])}{deviation}"
+
+
+def rank_text(rank: float | None) -> str:
+    """A rank or a mean of ranks."""
+    return NOTHING if rank is None else f"{rank:.1f}".removesuffix(".0")
+
+
+def against_text(found: Mapping[str, Any] | None) -> str:
+    """``+0.0123 [+0.0010, +0.0240] p .031``."""
+    if found is None:
+        return NOTHING
+    return f"{found['difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}] p {p_text(found['p'])}"
+
+
+def p_text(p: float) -> str:
+    """Three decimals without the 0 before them; what is smaller is said to be."""
+    return "< .001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+
+
+def reached_text(found: Mapping[str, Any] | None, key: str) -> str:
+    """A cost, or in how many seeds the target was reached."""
+    if found is None:
+        return NOTHING
+    if found[key] is not None:
+        return human_seconds(found[key]) if key == "device_seconds" else human_bytes(found[key])
+    return "not reached" if not found["reached"] else f"{found['reached']} of {found['seeds']} seeds"
+
+
+def rate_text(row: Mapping[str, Any]) -> str:
+    """The chosen learning rate; a dash for the method's own, and for none chosen."""
+    return NOTHING if row["lr"] is None else f"{row['lr']:g}"
+
+
+def labelled(results: Sequence[Mapping[str, Any]], plan: Plan) -> list[dict[str, Any]]:
+    """The results, each with its case and seed beside the method's name where there are several."""
+    labels = {case: f"{plan.label(case)}: " if len(plan.cases) > 1 else "" for case in plan.cases}
+    made = []
+    for result in results:
+        case = Case(result["experiment"]["data"], result["experiment"]["alpha"])
+        seed = f", seed {result['seed']}" if len(plan.seeds) > 1 else ""
+        made.append({**result, "method": f"{labels[case]}{result['method']}{seed}"})
+    return made
+
+
+def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
+    """(title, headers, rows) of each table: one of scores and one of costs a case, then the searches and the mean ranks."""
+    shown: list[tuple[str, Sequence[str], Cells]] = []
+    seeds, searched = len(summary["seeds"]), len(summary["rates"]) > 1
+    versus = f"personalised against {summary['reference']}"
+    for case in summary["cases"]:
+        title = f"{case['label']}: test {case['metric']} after the last round"
+        title += f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
+        rows = []
+        for row in case["rows"]:
+            final, best = row["scores"]["final"], row["scores"]["best"]
+            cells = [row["method"], *([rate_text(row)] if searched else []), str(len(row["runs"]))]
+            cells += [spread_text(final[p]) for p in PROTOCOLS] + [spread_text(best["personalised"])]
+            rows.append([*cells, *(rank_text(row["rank"][p]) for p in PROTOCOLS), against_text(row["against"]["personalised"])])
+        lr = ["lr"] if searched else []
+        shown.append((title, ["method", *lr, "seeds", *PROTOCOLS, "personalised\nbest", "rank", "rank\nglobal", versus], rows))
+    for case in summary["cases"]:
+        rows = []
+        for row in case["rows"]:
+            found = row["reached"]["personalised"]
+            rows.append([row["method"], reached_text(found, "device_seconds"), reached_text(found, "bytes_up")])
+        shown.append((f"{case['label']}: cost to reach {goal_text(summary, case)}", ("method", "device time", "uploaded"), rows))
+    if searched:
+        headers = ("", "method", *(f"lr {rate:g}" for rate in summary["rates"]))
+        rows = [[case["label"], row["method"], *map(grid_text, row["grid"])] for case in summary["cases"] for row in case["rows"]]
+        shown.append((f"Search: validation score, personalised, after the last round, seed {summary['seed_of_search']}", headers, rows))
+    if len(summary["cases"]) > 1:
+        ranks = summary["mean_rank"]
+        rows = [[m, *(rank_text(ranks[p][m]) for p in PROTOCOLS)] for m in summary["methods"]]
+        shown.append((f"Mean rank over {len(summary['cases'])} cases", ("method", *PROTOCOLS), rows))
+    return shown
+
+
+def goal_text(summary: Summary, case: Mapping[str, Any]) -> str:
+    """What is to be reached."""
+    if summary["target"] is not None:
+        return f"a personalised score of {summary['target']:g}"
+    each = [goal for goal in case["target"]["personalised"].values() if goal is not None]
+    if not each:
+        return f"what {summary['reference']} ends with, which is not known"
+    mean = sum(each) / len(each)
+    return f"what {summary['reference']} ends with ({f'seed by seed; {mean:.4f} in the mean' if len(each) > 1 else f'{mean:.4f}'})"
+
+
+def grid_text(tried: Mapping[str, Any]) -> str:
+    """A rate's validation score, or that it diverged."""
+    return "diverged" if tried["diverged"] else score_text(tried["validation"])
+
+
+def as_csv(summary: Summary) -> str:
+    """One line a case and method; numbers in full, nothing where nothing is known."""
+    lines = []
+    for case in summary["cases"]:
+        for row in case["rows"]:
+            line: dict[str, Any] = {"data": case["data"], "alpha": case["alpha"], "metric": case["metric"], "method": row["method"]}
+            line |= {"lr": row["lr"], "seeds": len(row["runs"])}
+            for at in ("final", "best"):
+                for p in PROTOCOLS:
+                    line |= {f"{at}_{p}_{what}": row["scores"][at][p][what] for what in ("mean", "deviation")}
+            line |= {f"rank_{p}": row["rank"][p] for p in PROTOCOLS}
+            for p in PROTOCOLS:
+                found = row["against"][p] or dict.fromkeys(("difference", "low", "high", "p", "better"))
+                line |= {f"{p}_against_reference_{key}": found[key] for key in ("difference", "low", "high", "p", "better")}
+            for p in PROTOCOLS:
+                found = row["reached"][p] or dict.fromkeys(("device_seconds", "bytes_up", "reached"))
+                line |= {f"{p}_to_target_{key}": found[key] for key in ("device_seconds", "bytes_up", "reached")}
+            line |= row["costs"]
+            line["grid"] = " ".join(f"{t['lr']!r}:{grid_text(t) if t['diverged'] else t['validation']}" for t in row["grid"] if t["lr"])
+            lines.append({key: "" if value is None else value for key, value in line.items()})
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return out.getvalue()
+
+
+def escaped(text: str) -> str:
+    r"""Text as LaTeX sets it.
+
+    >>> print(escaped("50% of my_data & α"))
+    50\% of my\_data \& $\alpha$
+    """
+    return "".join(SPECIAL.get(letter, letter) for letter in text)
+
+
+def as_tex(summary: Summary) -> str:
+    """A ``tabular`` with one row a method: both protocols of each case, then the mean ranks; no package is needed.
+
+    The highest mean of a column is bold. A plus or minus above a score: its interval against the reference does not hold 0.
+    """
+    cases, methods, sure = summary["cases"], list(summary["methods"]), f"{summary['confidence']:.0%} interval"
+    several = len(cases) > 1
+    lines = [
+        f"% fedloom compare: test scores after the last round, mean and standard deviation over {len(summary['seeds'])} seeds",
+        f"% + and -: 0 lies outside the {sure} against {summary['reference']} ({summary['resamples']} resamples)",
+        f"% {summary['resampled']}",
+        rf"\begin{{tabular}}{{l{'rr' * len(cases)}{'rr' if several else ''}}}",
+        r"\hline",
+        " & ".join(["", *(rf"\multicolumn{{2}}{{c}}{{{escaped(case['label'])}}}" for case in cases)])
+        + (r" & \multicolumn{2}{c}{mean rank}" if several else "")
+        + r" \\",
+        " & ".join(["method", *["personalised", "global"] * (len(cases) + several)]) + r" \\",
+        r"\hline",
+    ]
+    for i, method in enumerate(methods):
+        cells = [_tex_cell(case["rows"], i, p) for case in cases for p in PROTOCOLS]
+        ranks = [rank_text(summary["mean_rank"][p][method]) for p in PROTOCOLS] if several else []
+        lines.append(" & ".join([escaped(method), *cells, *ranks]) + r" \\")
+    return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
+
+
+def _tex_cell(rows: Sequence[Mapping[str, Any]], i: int, protocol: str) -> str:
+    score, found = rows[i]["scores"]["final"][protocol], rows[i]["against"][protocol]
+    if score["mean"] is None:
+        return "--"
+    highest = max(mean for row in rows if (mean := row["scores"]["final"][protocol]["mean"]) is not None)
+    text = f"{score['mean']:.3f}" + ("" if score["deviation"] is None else rf" $\pm$ {score['deviation']:.3f}")
+    sign = "" if found is None else "+" if found["low"] > 0 else "-" if found["high"] < 0 else ""
+    return (rf"\textbf{{{text}}}" if score["mean"] == highest else text) + (f"$^{{{sign}}}$" if sign else "")

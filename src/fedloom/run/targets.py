@@ -1,0 +1,49 @@
+"""Time to target and bytes to target: what a run had cost when it first reached a score.
+
+A run has reached a target at the first *evaluated* round whose test score is at least as high; its cost there is that of set-up and of all
+rounds up to that one. Evaluated seldom, it is told late: ``--evaluate-every`` sets how finely this is known. Scores between evaluations
+are not guessed.
+
+This module does not know run folders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run had cost after a round: simulated device seconds and bytes uploaded by all devices, set-up included."""
+
+    round: int
+    device_seconds: float
+    bytes_up: float
+
+
+def costs(rows: Sequence[Row], result: Mapping[str, Any]) -> Iterator[Cost]:
+    """The cost so far at each row of ``rounds.jsonl``; ``result`` tells that of set-up."""
+    seconds, up = float(result["setup_device_seconds"]), float(result["setup_bytes_up"])
+    for row in rows:
+        seconds, up = seconds + row["device_seconds"], up + row["bytes_up"]
+        yield Cost(int(row["round"]), seconds, up)
+
+
+def reached(rows: Sequence[Row], result: Mapping[str, Any], protocol: str, target: float) -> Cost | None:
+    """The cost at which the protocol's test score first was ``target`` or more; None if it never was."""
+    return next(
+        (c for row, c in zip(rows, costs(rows, result), strict=True) if row[protocol] is not None and row[protocol] >= target), None
+    )
+
+
+def mean_cost(each: Sequence[Cost | None]) -> tuple[float, float] | None:
+    """Mean (device seconds, bytes up); None unless every run reached the target: a mean over the lucky ones says less than it seems to."""
+    known = [c for c in each if c is not None]
+    if not known or len(known) < len(each):
+        return None
+    return mean(c.device_seconds for c in known), mean(c.bytes_up for c in known)

@@ -1,0 +1,227 @@
+"""Comparisons with a tiny model: any number of processes gives the same, stopping loses nothing, one failure loses no other run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedloom import cli
+from tests.integration.test_cli import command, hashes, refused, small, write_data
+
+RECIPE = """
+import os
+from dataclasses import dataclass
+from typing import ClassVar
+from fedloom.methods.fedavg import FedAvg
+
+@dataclass(frozen=True)
+class Bad(FedAvg):
+    name: ClassVar[str] = "bad"
+    paper: ClassVar[str] = "none"
+
+    def setup(self, state, pool):
+        {how}
+"""
+CLOCKS = {"host_seconds", "setup_host_seconds", "peak_rss_bytes", "experiment"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data and, in ``one``, a comparison carried out in this process."""
+    folder = tmp_path_factory.mktemp("compare")
+    write_data(folder / "data")
+    assert cli.main([*asked(folder), "--out", str(folder / "one")]) == 0
+    return folder
+
+
+def asked(place: Path) -> list[str]:
+    return ["compare", "lora", "local", *small(place / "data"), "--seeds", "1", "2", "--lrs", "1e-3", "0.05"]
+
+
+def listed(out: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if k not in CLOCKS} for r in json.loads((out / "comparison.json").read_text())]
+
+
+def test_two_processes_give_what_one_gives(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*asked(place), "--out", str(place / "two"), "--jobs", "2"]) == 0
+    assert listed(place / "two") == listed(place / "one")
+    for name in ("summary.json", "comparison.csv", "comparison.tex"):
+        assert (place / "two" / name).read_text() == (place / "one" / name).read_text()
+    said = capfd.readouterr().err.splitlines()
+    assert said[-1].startswith("[6/6 runs]  done after ")
+    names = {path.parent.name for path in (place / "one").glob("*/results.json")}
+    assert [line for line in said[1:-1] if not line.startswith("[") and line.split(": ")[0] not in names] == []
+
+
+def test_the_files_say_the_same(place: Path) -> None:
+    out = place / "one"
+    summary = json.loads((out / "summary.json").read_text())
+    rows = {row["method"]: row for row in summary["cases"][0]["rows"]}
+    results = json.loads((out / "comparison.json").read_text())
+    assert [(r["method"], r["seed"]) for r in results] == [("lora", 1), ("local", 1), ("lora", 2), ("local", 2)]
+    for result in results:
+        row = rows[result["method"]]
+        assert result == json.loads((out / row["runs"][str(result["seed"])] / "results.json").read_text())
+        assert row["scores"]["final"]["personalised"]["each"][str(result["seed"])] == result["final"]["personalised"]
+        assert (result["experiment"]["method"].get("inner") or result["experiment"]["method"])["lr"] == row["lr"]
+    for method, row in rows.items():
+        scores = {t["lr"]: t["validation"] for t in row["grid"]}
+        folders = {lr: out / f"{method}-lr{lr}-seed1" / "results.json" for lr in (0.001, 0.05)}
+        assert scores == {lr: json.loads(p.read_text())["validation"]["final"]["personalised"] for lr, p in folders.items()}
+        assert row["lr"] == max(scores, key=lambda lr: scores[lr])
+    found = rows["local"]["against"]["personalised"]
+    means = [rows[m]["scores"]["final"]["personalised"]["mean"] for m in ("local", "lora")]
+    assert found["difference"] == pytest.approx(means[0] - means[1])
+    assert rows["lora"]["against"]["personalised"] is None
+    assert rows["local"]["against"]["global"] is None
+    assert rows["lora"]["reached"]["personalised"]["reached"] == 2, "the reference reaches its own score"
+    lines = list(csv.DictReader((out / "comparison.csv").read_text().splitlines()))
+    assert [line["method"] for line in lines] == ["lora", "local"]
+    page = (out / "report.html").read_text()
+    assert 'id="comparison"' in page
+    assert "Personalised accuracy against uploads" in page
+
+
+def test_finished_runs_are_used_when_a_comparison_grows(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = place / "growing"
+    few = ["compare", "lora", *small(place / "data"), "--seed", "1", "--lr", "1e-3", "--out", str(out)]
+    assert cli.main(few) == 0
+    before = hashes(out / "lora")
+    more = ["compare", "lora", *small(place / "data"), "--seeds", "1", "2", "--lrs", "1e-3", "--out", str(out)]
+    assert cli.main(more) == 0
+    assert "(1 from before)" in capsys.readouterr().err
+    assert hashes(out / "lora") == before
+    assert {p.parent.name for p in out.glob("*/results.json")} == {"lora", "lora-seed2"}
+    page = (out / "report.html").read_bytes()
+    (out / "report.html").unlink()
+    assert cli.main(["report", str(out)]) == 0
+    assert (out / "report.html").read_bytes() == page
+
+
+@pytest.mark.parametrize("how", ["raise ValueError('this method is broken')", "os._exit(3)"])
+def test_a_run_that_fails_or_a_process_that_dies_loses_no_other(
+    how: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.py").write_text(RECIPE.format(how=how))
+    words = ["compare", "bad.py", "lora", *small(place / "data"), "--jobs", "2", "--out", "c"]
+    assert cli.main(words) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("fedloom: bad failed: ")
+    assert ("this method is broken" if "raise" in how else "its process was ended with code 3") in last
+    assert [r["method"] for r in json.loads(Path("c/comparison.json").read_text())] == ["lora"]
+    assert "bad" in json.loads(Path("c/summary.json").read_text())["failed"]
+    Path("bad.py").write_text(RECIPE.format(how="yield from (); return state"))
+    assert cli.main(words) == 0
+    assert [r["method"] for r in json.loads(Path("c/comparison.json").read_text())] == ["bad", "lora"]
+
+
+def test_a_rate_that_diverges_is_no_failure_of_a_search(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["compare", "local", *small(place / "data"), "--rounds", "3", "--lrs", "1e38", "0.01", "--out", str(tmp_path / "c")]
+    assert cli.main(words) == 0
+    assert "diverged" in capsys.readouterr().out
+    row = json.loads((tmp_path / "c" / "summary.json").read_text())["cases"][0]["rows"][0]
+    assert row["lr"] == 0.01
+    assert row["grid"][0] == {"lr": 1e38, "validation": None, "diverged": True}
+
+
+def test_shared_training_is_evaluated_and_not_done_again(place: Path, tmp_path: Path) -> None:
+    words = ["compare", "lora", "lora-prior", *small(place / "data"), "--share-training", "--out", str(tmp_path / "c")]
+    assert cli.main(words) == 0
+    trained, other = (json.loads((tmp_path / "c" / name / "results.json").read_text()) for name in ("lora", "lora-prior"))
+    assert other["notes"][-1] == "trained by lora; evaluated after the last round only"
+    assert other["host_seconds"] == trained["host_seconds"]
+    assert cli.main(["evaluate", str(tmp_path / "c" / "lora-prior")]) == 0
+    assert cli.main(["export", str(tmp_path / "c" / "lora-prior"), str(tmp_path / "x"), "--client", "2"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--lrs", "0.1", "-1"], ["positive and finite", "-1.0"]),
+        (["--lrs", "0.1", "--lr", "0.1"], ["--lr sets one", "--lrs searches"]),
+        (["--lrs", "0.1", "many"], ["'many'"]),
+        (["--alphas", "1", "0"], ["--alpha is 0.0"]),
+        (["--alphas", "1", "0.1", "--partition", "iid"], ["--partition iid"]),
+        (["--reference", "fibecfed"], ["fibecfed is not compared", "lora, local"]),
+        (["--jobs", "0"], ["--jobs is 0"]),
+        (["--data", "./nowhere", "trec"], ["./nowhere"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_makes_no_sense_is_refused_before_anything_starts(
+    words: list[str], wanted: list[str], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(capsys, ["compare", "lora", "local", *small(place / "data"), *words, "--out", str(tmp_path / "c")], *wanted)
+    assert not (tmp_path / "c").exists()
+
+
+def test_stopped_it_ends_its_processes_and_the_same_command_goes_on(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    words = [
+        "compare",
+        "lora",
+        "local",
+        *small(place / "data"),
+        "--rounds",
+        "40",
+        "--evaluate-every",
+        "0",
+        "--jobs",
+        "2",
+        "--out",
+        str(out),
+    ]
+    process = command(words)
+
+    def lines(name: str) -> list[str]:
+        path = out / name / "rounds.jsonl"
+        return path.read_text().splitlines() if path.exists() else []
+
+    while process.poll() is None and min(len(lines("lora")), len(lines("local"))) < 4:
+        time.sleep(0.02)
+    children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "fedloom: stopped; the same command resumes"
+    assert "Traceback" not in said
+    assert len(children) == 2
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    before = {name: lines(name) for name in ("lora", "local")}
+    assert not (out / "lora" / "results.json").exists()
+    assert cli.main(words) == 0
+    for name, kept in before.items():
+        rows = lines(name)
+        assert [json.loads(row)["round"] for row in rows] == list(range(41))
+        assert rows[: len(kept) - 1] == kept[:-1], "what was done was not done again"
+
+
+def test_processes_end_with_the_one_that_started_them(place: Path, tmp_path: Path) -> None:
+    words = ["compare", "lora", "local", *small(place / "data"), "--rounds", "400", "--jobs", "2", "--out", str(tmp_path / "c")]
+    process = command(words)
+    while process.poll() is None and not list(tmp_path.glob("c/*/rounds.jsonl")):
+        time.sleep(0.02)
+    children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.kill()
+    process.communicate(timeout=60)
+    end = time.monotonic() + 20
+    while any(alive(pid) for pid in children) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert children
+    assert not any(alive(pid) for pid in children)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False

@@ -1,0 +1,126 @@
+"""Carrying out runs in this process, with runs that only pretend: what is started, in which order, and what a failure takes with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedloom.methods.fedavg import FedAvg
+from fedloom.run import jobs
+from fedloom.run.compare import homes
+from fedloom.run.experiment import Experiment, as_json
+from fedloom.run.job import Event, failed
+from fedloom.run.jobs import carry_out, environment, order_of
+from fedloom.run.plan import Ended, Run
+from fedloom.run.worker import ordered_experiment
+
+BASE = Experiment(FedAvg(), clients=6, cohort=3, rounds=2)
+
+
+def run(name: str, trained: str = "") -> Run:
+    return Run(name, replace(BASE, seed=sum(map(ord, name))), trained)
+
+
+class Heard:
+    """A watch that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, ...]] = []
+
+    def started(self, run: str) -> None:
+        self.said.append(("started", run))
+
+    def heard(self, run: str, event: Event) -> None:
+        pass
+
+    def ended(self, run: str, how: Ended, before: bool) -> None:
+        self.said.append(("before" if before else "ended" if how.results else "failed", run))
+
+    def idle(self) -> None:
+        raise AssertionError("nothing is waited for in one process")
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose folder is named bad fails; any other writes what a run writes."""
+
+    def perform(experiment: Experiment, folder: Path, trained: Path | None, tell: Any) -> None:
+        if folder.name.startswith("bad"):
+            tell({"kind": "failed", "text": "no luck", "diverged": folder.name == "bad-nan"})
+            return
+        write(folder, experiment, trained=None if trained is None else trained.name)
+        tell({"kind": "done"})
+
+    monkeypatch.setattr(jobs, "perform", perform)
+
+
+def write(folder: Path, experiment: Experiment, **results: Any) -> None:
+    folder.mkdir(parents=True)
+    (folder / "experiment.json").write_text(json.dumps(as_json(experiment)))
+    (folder / "results.json").write_text(json.dumps({"name": folder.name, **results}))
+
+
+def carried(out: Path, *runs: Run) -> tuple[Heard, dict[str, Ended]]:
+    watch = Heard()
+    return watch, carry_out(lambda ended: {r.name: r for r in runs}, homes(out), 1, watch)
+
+
+def test_a_failure_is_kept_and_loses_nothing_else(tmp_path: Path, pretended: None) -> None:
+    watch, ended = carried(tmp_path, run("a"), run("bad"), run("b"))
+    assert [said for said in watch.said if said[0] != "started"] == [("ended", "a"), ("failed", "bad"), ("ended", "b")]
+    assert {name: how.results for name, how in ended.items()} == {
+        "a": {"name": "a", "trained": None},
+        "bad": None,
+        "b": {"name": "b", "trained": None},
+    }
+    assert (ended["bad"].failure, ended["bad"].diverged) == ("no luck", False)
+
+
+def test_what_had_ended_is_not_run_again_and_may_be_called_otherwise(tmp_path: Path, pretended: None) -> None:
+    write(tmp_path / "old-name", run("a").experiment, kept=True)
+    watch, ended = carried(tmp_path, run("a"), run("b"))
+    assert watch.said == [("before", "a"), ("started", "b"), ("ended", "b")]
+    assert ended["a"].results == {"name": "old-name", "kept": True}
+
+
+def test_training_that_is_taken_over_comes_first_and_its_failure_is_passed_on(tmp_path: Path, pretended: None) -> None:
+    watch, ended = carried(tmp_path, run("b", "a"), run("a"), run("c", "bad-nan"), run("bad-nan"))
+    assert [name for what, name in watch.said if what == "started"] == ["a", "b", "bad-nan"]
+    assert ended["b"].results == {"name": "b", "trained": "a"}
+    assert (ended["c"].failure, ended["c"].diverged) == ("bad-nan, whose training it was to take over, failed", True)
+
+
+def test_what_ends_decides_what_else_is_wanted(tmp_path: Path, pretended: None) -> None:
+    write(tmp_path / "first", run("first").experiment)
+
+    def wanted(ended: Mapping[str, Ended]) -> dict[str, Run]:
+        names = ["first", *(["second"] if "first" in ended else []), *(["third"] if "second" in ended else [])]
+        return {name: run(name) for name in names}
+
+    watch = Heard()
+    assert list(carry_out(wanted, homes(tmp_path), 1, watch)) == ["first", "second", "third"]
+    assert watch.said[0] == ("before", "first")
+
+
+def test_an_order_is_read_as_it_was_written(tmp_path: Path) -> None:
+    order = json.loads(json.dumps(order_of(run("a").experiment, tmp_path / "a", tmp_path / "b")))
+    assert ordered_experiment(order) == run("a").experiment
+    assert (order["folder"], order["trained"]) == (str(tmp_path / "a"), str(tmp_path / "b"))
+
+
+def test_each_process_has_one_thread_unless_told() -> None:
+    assert environment(0, 0)["OMP_NUM_THREADS"] == environment(3, 0)["MKL_NUM_THREADS"] == "1"
+    assert environment(0, 3)["OMP_NUM_THREADS"] == "3"
+
+
+def test_a_fault_of_the_program_tells_where_it_is() -> None:
+    event = failed(TypeError("ours"))
+    assert event["text"] == "a fault of the program: TypeError: ours"
+    assert "TypeError" in event["trace"]
+    assert not event["diverged"]
+    assert "trace" not in failed(ValueError("theirs"))

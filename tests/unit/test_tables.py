@@ -1,0 +1,130 @@
+"""The tables of a comparison, from summaries written by hand."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+import pytest
+
+from fedloom.run.tables import against_text, as_csv, as_tex, escaped, p_text, reached_text, spread_text, terminal
+
+COSTS = dict.fromkeys(
+    ("bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down", "examples", "device_seconds", "setup_device_seconds"), 1
+)
+
+
+def score(mean: float | None, deviation: float | None = 0.01) -> dict[str, Any]:
+    return {"mean": mean, "deviation": deviation if mean is not None else None, "count": 2, "each": {}}
+
+
+def row(method: str, personalised: float, shared: float | None, rank: float, against: Any = None, reached: Any = None) -> dict[str, Any]:
+    scores = {"personalised": score(personalised), "global": score(shared)}
+    nothing = {"personalised": None, "global": None}
+    return {
+        "method": method,
+        "lr": 0.002,
+        "grid": [{"lr": 0.002, "validation": 0.75, "diverged": False}, {"lr": 0.5, "validation": None, "diverged": True}],
+        "runs": {"1": f"{method}-seed1", "2": f"{method}-seed2"},
+        "scores": {"final": scores, "best": scores},
+        "rank": {"personalised": rank, "global": None if shared is None else rank},
+        "against": {**nothing, "personalised": against},
+        "reached": {**nothing, "personalised": reached},
+        "costs": COSTS,
+    }
+
+
+BETTER = {"difference": 0.1, "low": 0.02, "high": 0.2, "p": 0.0123, "better": 2, "seeds": 2}
+WORSE = {**BETTER, "difference": -0.1, "low": -0.2, "high": -0.02, "p": 0.0004}
+REACHED = {"device_seconds": 75.0, "bytes_up": 2_000_000, "reached": 2, "seeds": 2, "each": {}}
+HALF = {"device_seconds": None, "bytes_up": None, "reached": 1, "seeds": 2, "each": {}}
+
+
+def summary(cases: int = 2, **more: Any) -> dict[str, Any]:
+    rows = [row("lora", -0.2, -0.2, 2), row("my_method", 0.9, None, 1, BETTER, REACHED), row("local", -0.3, None, 3, WORSE, HALF)]
+    case = {"data": "a/r_te", "alpha": 0.1, "label": "r_te, α = 0.1", "metric": "mcc", "rows": rows}
+    case["target"] = {"personalised": {"1": 0.1, "2": 0.3}, "global": {"1": None, "2": None}}
+    ranks = {"lora": 2.0, "my_method": 1.5, "local": None}
+    return {
+        "methods": {"lora": {}, "my_method": {}, "local": {}},
+        "seeds": [1, 2],
+        "rates": [0.002, 0.5],
+        "seed_of_search": 1,
+        "cases": [case] * cases,
+        "mean_rank": {"personalised": ranks, "global": dict.fromkeys(ranks)},
+        "reference": "lora",
+        "resamples": 2000,
+        "confidence": 0.95,
+        "resampled": "devices",
+        "target": None,
+        **more,
+    }
+
+
+def test_the_terminal_has_scores_costs_the_search_and_mean_ranks() -> None:
+    tables = terminal(summary())
+    assert [len(rows) for _, _, rows in tables] == [3, 3, 3, 3, 6, 3]
+    title, headers, rows = tables[0]
+    assert title == "r_te, α = 0.1: test mcc after the last round, mean ± standard deviation over 2 seeds"
+    assert len(headers) == len(rows[0])
+    assert rows[1][:5] == ["my_method", "0.002", "2", "0.9000 ± 0.0100", "-"]
+    assert rows[1][6:] == ["1", "-", "+0.1000 [+0.0200, +0.2000] p .012"]
+    assert rows[2][-1] == "-0.1000 [-0.2000, -0.0200] p < .001"
+    title, _, rows = tables[2]
+    assert title == "r_te, α = 0.1: cost to reach what lora ends with (seed by seed; 0.2000 in the mean)"
+    assert rows == [["lora", "-", "-"], ["my_method", "1 min 15 s", "2.0 MB"], ["local", "1 of 2 seeds", "1 of 2 seeds"]]
+    assert tables[4][2][0] == ["r_te, α = 0.1", "lora", "0.7500", "diverged"]
+    assert tables[5][2] == [["lora", "2", "-"], ["my_method", "1.5", "-"], ["local", "-", "-"]]
+
+
+def test_one_case_without_a_search_has_no_table_of_either() -> None:
+    tables = terminal(summary(1, rates=[], target=0.8))
+    assert len(tables) == 2
+    assert "lr" not in tables[0][1]
+    assert tables[1][0].endswith("cost to reach a personalised score of 0.8")
+
+
+def test_a_target_that_no_seed_reached_is_said() -> None:
+    assert reached_text({**HALF, "reached": 0}, "bytes_up") == "not reached"
+    assert reached_text(None, "bytes_up") == against_text(None) == "-"
+    assert spread_text(score(0.5, None)) == "0.5000"
+    assert (p_text(0.0005), p_text(0.001), p_text(1.0)) == ("< .001", ".001", "1.000")
+
+
+def test_csv_has_full_numbers_and_nothing_where_nothing_is_known() -> None:
+    lines = list(csv.DictReader(io.StringIO(as_csv(summary()))))
+    assert [(line["data"], line["method"]) for line in lines] == [("a/r_te", m) for m in ("lora", "my_method", "local")] * 2
+    mine = lines[1]
+    assert (mine["final_personalised_mean"], mine["final_global_mean"], mine["lr"], mine["seeds"]) == ("0.9", "", "0.002", "2")
+    assert (mine["personalised_against_reference_p"], mine["personalised_to_target_device_seconds"]) == ("0.0123", "75.0")
+    assert (lines[2]["personalised_to_target_device_seconds"], lines[2]["personalised_to_target_reached"]) == ("", "1")
+    assert mine["grid"] == "0.002:0.75 0.5:diverged"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("my_method", r"my\_method"),
+        ("50% & more", r"50\% \& more"),
+        (r"a\b{c}", r"a\textbackslash{}b\{c\}"),
+        ("#1 ~ x^2 $5", r"\#1 \textasciitilde{} x\textasciicircum{}2 \$5"),
+        ("α < 1", r"$\alpha$ \textless{} 1"),
+    ],
+)
+def test_latex_is_escaped(text: str, wanted: str) -> None:
+    assert escaped(text) == wanted
+
+
+def test_the_tabular_marks_the_best_of_each_column_and_what_the_interval_says() -> None:
+    lines = as_tex(summary()).splitlines()
+    body = [line for line in lines if line.endswith(r"\\")]
+    assert {line.count("&") for line in body[1:]} == {6}
+    assert body[0].count("multicolumn{2}") == 3
+    assert r"r\_te, $\alpha$ = 0.1" in body[0]
+    assert body[2].startswith(r"lora & -0.200 $\pm$ 0.010 & \textbf{-0.200 $\pm$ 0.010} & "), "the best of a column may be negative"
+    assert body[3].startswith(r"my\_method & \textbf{0.900 $\pm$ 0.010}$^{+}$ & -- & ")
+    assert body[4].startswith(r"local & -0.300 $\pm$ 0.010$^{-}$ & -- & ")
+    assert body[3].endswith(r" & 1.5 & - \\")
+    columns = lines[next(i for i, line in enumerate(lines) if "begin{tabular}" in line)]
+    assert columns == r"\begin{tabular}{lrrrrrr}"

@@ -1,0 +1,56 @@
+"""Cost to target, on rows played by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fedloom.run.targets import Cost, costs, mean_cost, reached
+
+RESULT = {"setup_device_seconds": 10.0, "setup_bytes_up": 100}
+
+
+def rows(*scores: float | None) -> list[dict[str, Any]]:
+    """Round 0 costs nothing; round t takes t seconds and uploads 10 · t bytes (and downloads, which must not count)."""
+    return [
+        {"round": t, "device_seconds": float(t), "bytes_up": 10 * t, "bytes_down": 7777, "personalised": s, "global": None}
+        for t, s in enumerate(scores)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scores", "target", "wanted"),
+    [
+        ((0.2, 0.5, 0.4, 0.9), 0.5, Cost(1, 11.0, 110)),
+        ((0.2, 0.4, 0.4, 0.9), 0.5, Cost(3, 16.0, 160)),
+        ((0.6, 0.4), 0.5, Cost(0, 10.0, 100)),
+        ((None, None, 0.5, 0.9), 0.5, Cost(2, 13.0, 130)),
+        ((None, 0.49999), 0.5, None),
+    ],
+    ids=["as high is reached", "first of all", "set-up alone", "not evaluated is not reached", "never"],
+)
+def test_a_target_is_reached_at_the_first_evaluated_round_with_the_cost_of_set_up(
+    scores: tuple[float | None, ...], target: float, wanted: Cost | None
+) -> None:
+    assert reached(rows(*scores), RESULT, "personalised", target) == wanted
+
+
+def test_a_protocol_that_a_method_lacks_is_never_reached() -> None:
+    assert reached(rows(0.9, 0.9), RESULT, "global", 0.1) is None
+
+
+def test_costs_are_totals_so_far() -> None:
+    assert [(c.device_seconds, c.bytes_up) for c in costs(rows(None, None, None, None), RESULT)] == [
+        (10, 100),
+        (11, 110),
+        (13, 130),
+        (16, 160),
+    ]
+
+
+def test_a_mean_needs_every_seed() -> None:
+    one, two = Cost(1, 10.0, 100), Cost(3, 20.0, 400)
+    assert mean_cost([one, two]) == (15.0, 250)
+    assert mean_cost([one, None]) is None
+    assert mean_cost([]) is None
