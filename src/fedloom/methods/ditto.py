@@ -69,10 +69,10 @@ class Ditto:
     def train(self, c: Client, task: Task) -> Work[Update]:
         """Train w^k and send it; train v_k and keep it."""
         t = int(task.settings["round"])  # type: ignore[arg-type]
-        batches = self.inner.batches(c, t)
-        personal = self.inner.fit(c, c.private, batches, t, penalty=self.proximal)
+        examples, batches = yield from self.inner.open(c, task.tensors, task)
+        personal = self.inner.fit(c, c.private, batches, t, penalty=self.proximal, examples=examples)
         personal = replace(personal, anchor=task.tensors, dropout_seed=derive_int(c.seed, "fit personal", t, c.id))
-        common, own = yield [self.inner.fit(c, task.tensors, batches, t), personal]
+        common, own = yield [self.inner.fit(c, task.tensors, batches, t, examples=examples), personal]
         c.private = own.tensors
         return Update(c.id, len(c.train), common.tensors, {"loss": float(common.losses.mean())})
 

@@ -75,10 +75,11 @@ class FedAltPartial:
     def train(self, c: Client, task: Task) -> Work[Update]:
         """Train v_k under u_t and keep it, then u under v_k and send it."""
         t = int(task.settings["round"])  # type: ignore[arg-type]
-        first = replace(self.inner, local_epochs=self.epochs).batches(c, t)
-        own = self.inner.fit(c, c.private, first, t, fixed=task.tensors)
+        first = replace(self.inner, local_epochs=self.epochs)
+        examples, batches = yield from first.open(c, {**task.tensors, **c.private}, task)
+        own = self.inner.fit(c, c.private, batches, t, fixed=task.tensors, examples=examples)
         own = yield replace(own, dropout_seed=derive_int(c.seed, "fit local part", t, c.id))
-        common = yield self.inner.fit(c, task.tensors, self.inner.batches(c, t), t, fixed=own.tensors)
+        common = yield from self.inner.learn(c, task.tensors, task, fixed=own.tensors)
         c.private = own.tensors
         loss = (float(own.losses.mean()) + float(common.losses.mean())) / 2
         return Update(c.id, len(c.train), common.tensors, {"loss": loss})

@@ -56,8 +56,7 @@ class FedSaLora:
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:
         """Train A, B and the head; keep B and the head; send A."""
-        t = int(task.settings["round"])  # type: ignore[arg-type]
-        fitted = yield self.inner.fit(c, {**c.private, **task.tensors}, self.inner.batches(c, t), t)
+        fitted = yield from self.inner.learn(c, {**c.private, **task.tensors}, task)
         c.private = without(fitted.tensors, task.tensors.keys())
         return Update(c.id, len(c.train), only(fitted.tensors, task.tensors.keys()), {"loss": float(fitted.losses.mean())})
 

@@ -56,8 +56,7 @@ class FfaLora:
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:
         """Train B and the head under A_0; send them."""
-        t = int(task.settings["round"])  # type: ignore[arg-type]
-        fitted = yield self.inner.fit(c, task.tensors, self.inner.batches(c, t), t, fixed=c.private)
+        fitted = yield from self.inner.learn(c, task.tensors, task, fixed=c.private)
         return Update(c.id, len(c.train), fitted.tensors, {"loss": float(fitted.losses.mean())})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:

@@ -54,16 +54,15 @@ class RoLora:
         """S_t trains one factor and the head; the other factor stays as it is."""
         cohort = uniform(pool, state.round)
         mean = Average()
-        yield Asking([ask(self.train, k, state.shared, round=state.round) for k in cohort], mean.take)
+        yield Asking([ask(self.train, k, state.shared, **self.inner.clock(state.round, pool)) for k in cohort], mean.take)
         return state.after_round({**state.shared, **mean.value()})
 
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:
         """Train this round's factor and the head under the other factor; send what was trained."""
-        t = int(task.settings["round"])  # type: ignore[arg-type]
-        frozen = frozen_in(t, task.tensors.keys())
+        frozen = frozen_in(int(task.settings["round"]), task.tensors.keys())  # type: ignore[arg-type]
         start = only(task.tensors, task.tensors.keys() - frozen)
-        fitted = yield self.inner.fit(c, start, self.inner.batches(c, t), t, fixed=only(task.tensors, frozen))
+        fitted = yield from self.inner.learn(c, start, task, fixed=only(task.tensors, frozen))
         return Update(c.id, len(c.train), fitted.tensors, {"loss": float(fitted.losses.mean())})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
