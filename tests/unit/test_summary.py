@@ -1,0 +1,110 @@
+"""What a comparison comes to, from run folders written by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.local import Local
+from fedloom.run.compare import run_folders, summary_in
+from fedloom.run.comparison_page import track_of
+from fedloom.run.experiment import Experiment
+from fedloom.run.plan import Ended, Plan
+from fedloom.run.reading import read
+from fedloom.run.report import write_report
+from fedloom.run.summary import summarise
+from tests.unit.run_folder import write_run
+
+SEEDS = (1, 2)
+PLAN = Plan(Experiment(FedAvg(), clients=3, cohort=3, rounds=10), {"lora": FedAvg(), "local": Local()}, ("trec",), (1.0,), SEEDS)
+
+
+def ended_in(out: Path, confusions: bool = True, without: tuple[str, ...] = ()) -> dict[str, Ended]:
+    """lora ends at .8 - .1134, local at .9 - .1134, both a hundredth lower with the second seed."""
+    ended = {}
+    for name, run in PLAN.wanted({}).items():
+        if name in without:
+            continue
+        seed, method = run.experiment.seed, run.experiment.method_name
+        folder = write_run(out / name, method, 10, height={"lora": 0.8, "local": 0.9}[method] - 0.01 * seed, clients=3, seed=seed)
+        results = json.loads((folder / "results.json").read_text())
+        for device in results["per_device"] if confusions else ():
+            right = device["correct"] + (method == "local")
+            device["confusion"] = {"personalised": [[0, 0, right], [0, 1, 5 - right]], "global": None}
+        ended[name] = Ended(results)
+    return ended
+
+
+def summed(out: Path, target: float | None = None, **how: Any) -> dict[str, Any]:
+    return summarise(PLAN, ended_in(out, **how), lambda run: out / run.name, "lora", target)
+
+
+def rows_of(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    return summary["cases"][0]["rows"]
+
+
+def test_scores_ranks_and_the_bootstrap_against_the_reference(tmp_path: Path) -> None:
+    lora, local = rows_of(summed(tmp_path))
+    final = lora["scores"]["final"]["personalised"]
+    assert final["mean"] == pytest.approx(sum(final["each"].values()) / 2)
+    assert set(final["each"]) == {"1", "2"}
+    assert (lora["rank"], local["rank"]) == ({"personalised": 2, "global": 2}, {"personalised": 1, "global": 1})
+    assert lora["against"] == {"personalised": None, "global": None}
+    assert local["against"]["global"] is None, "no confusions of that protocol"
+    assert local["against"]["personalised"]["difference"] == pytest.approx(1 / 5), "one more right of five on each device"
+    assert local["runs"] == {"1": "local-seed1", "2": "local-seed2"}
+
+
+def test_a_method_that_lacks_a_seed_is_neither_ranked_nor_set_against_another(tmp_path: Path) -> None:
+    summary = summed(tmp_path, without=("local-seed2",))
+    lora, local = rows_of(summary)
+    assert (lora["rank"]["personalised"], local["rank"]["personalised"]) == (1, None)
+    assert local["scores"]["final"]["personalised"]["count"] == 1
+    assert local["against"]["personalised"] is None
+    assert summary["mean_rank"]["personalised"] == {"lora": 1, "local": None}
+
+
+def test_runs_without_confusions_have_no_bootstrap(tmp_path: Path) -> None:
+    assert rows_of(summed(tmp_path, confusions=False))[1]["against"] == {"personalised": None, "global": None}
+
+
+def test_the_target_is_the_references_end_seed_by_seed_or_what_is_given(tmp_path: Path) -> None:
+    summary = summed(tmp_path)
+    lora, local = rows_of(summary)
+    ends = lora["scores"]["final"]["personalised"]["each"]
+    assert summary["cases"][0]["target"]["personalised"] == ends
+    assert {seed: cost["round"] for seed, cost in lora["reached"]["personalised"]["each"].items()} == {"1": 10, "2": 10}
+    assert {seed: cost["round"] for seed, cost in local["reached"]["personalised"]["each"].items()} == {"1": 10, "2": 10}
+    setup = 95.0
+    assert lora["reached"]["personalised"]["device_seconds"] == setup + 10 * 20.0
+    assert lora["reached"]["personalised"]["bytes_up"] == 5_000_000 + 10 * 3_000_000
+    between = summed(tmp_path / "b", target=0.775)
+    told = [row["reached"]["personalised"] for row in rows_of(between)]
+    assert [(t["reached"], t["device_seconds"]) for t in told] == [(0, None), (1, None)], "of two seeds one is high enough"
+
+
+def test_a_mean_curve_has_the_deviation_of_its_scores(tmp_path: Path) -> None:
+    ended_in(tmp_path)
+    runs = [read(tmp_path / f"lora-seed{seed}") for seed in SEEDS]
+    track = track_of("lora", runs)
+    for t in (0, 5, 10):
+        assert track.rows[t]["personalised"] == pytest.approx((runs[0].rows[t]["personalised"] + runs[1].rows[t]["personalised"]) / 2)
+        assert track.deviations["personalised"][t] == pytest.approx(0.01 / 2**0.5)
+    assert track.rows[1]["personalised"] is None
+    assert track.axis("up").tolist()[:3] == [5_000_000, 8_000_000, 11_000_000]
+
+
+def test_a_page_about_many_runs_shows_some_and_says_so(tmp_path: Path) -> None:
+    summary = summed(tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    folders = run_folders([tmp_path])
+    assert [f.name for f in folders] == ["lora-seed1", "lora-seed2", "local-seed1", "local-seed2"]
+    page = write_report(folders, tmp_path / "report.html", summary_in(tmp_path)).read_text()
+    assert "cost to reach what lora ends with" in page
+    assert "others have folders of their own" not in page
+    other = write_run(tmp_path / "x", "lora", 10, clients=3, seed=1, alpha=0.1)
+    assert "1 others have folders" in write_report([*folders, other], tmp_path / "report.html", summary).read_text()
