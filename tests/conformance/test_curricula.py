@@ -48,7 +48,7 @@ def takes_one(name: str) -> bool:
     return True
 
 
-def experiment(method: str, curriculum: str, stack: int = 1, rounds: int = 2) -> Experiment:
+def experiment(method: str, curriculum: str, stack: int = 0, rounds: int = 2) -> Experiment:
     base = small.experiment(method, stack, rounds=rounds, evaluate_every=0)
     return replace(base, method=with_curriculum(base.method, all_curricula()[curriculum](**EASY.get(curriculum, {}))))
 
@@ -58,7 +58,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 @cache
-def whole(method: str, curriculum: str, stack: int = 1, rounds: int = 2) -> tuple[Path, dict[str, Any]]:
+def whole(method: str, curriculum: str, stack: int = 0, rounds: int = 2) -> tuple[Path, dict[str, Any]]:
     folder = Path(mkdtemp(prefix="curricula-")) / "run"
     return folder, run(experiment(method, curriculum, stack, rounds), folder, plain=True)
 
@@ -81,9 +81,9 @@ def test_every_curriculum_runs_with_every_method_that_takes_one(method: str, cur
     assert results["method"] == (plain if curriculum == "none" else f"{method}+{curriculum}")
 
 
-@pytest.mark.parametrize(("method", "curriculum"), [*(("lora", name) for name in CURRICULA), ("fibecfed", "fisher"), ("fibecfed", "slw")])
+@pytest.mark.parametrize(("method", "curriculum"), [("lora", "fisher"), ("lora", "slw"), ("lora", "voc"), ("fibecfed", "loss")])
 def test_any_stack_ends_at_the_same_bits(method: str, curriculum: str) -> None:
-    (one, first), (many, second) = whole(method, curriculum, 1), whole(method, curriculum, 0)
+    (one, first), (many, second) = whole(method, curriculum, 0), whole(method, curriculum, 1)
     assert fingerprint_of(one) == fingerprint_of(many)
     assert [first[key] for key in ("final", "facts", "device_seconds")] == [second[key] for key in ("final", "facts", "device_seconds")]
 
@@ -92,7 +92,7 @@ class Killed(BaseException):
     """As good as kill −9: nobody catches it."""
 
 
-@pytest.mark.parametrize("curriculum", ["fisher", "loss", "slw"])
+@pytest.mark.parametrize("curriculum", ["fisher", "slw"])
 def test_interrupted_after_every_round_it_ends_at_the_same_bits(curriculum: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     show = Progress.round
     for seen in range(3):
@@ -115,7 +115,7 @@ def test_interrupted_after_every_round_it_ends_at_the_same_bits(curriculum: str,
 
 @pytest.mark.parametrize("method", [name for name in TAKE_ONE if name != "fibecfed"])
 def test_no_curriculum_is_the_method_as_it_comes(method: str) -> None:
-    assert experiment(method, "none") == replace(small.experiment(method, rounds=2, evaluate_every=0))
+    assert experiment(method, "none") == small.experiment(method, 0, rounds=2, evaluate_every=0)
 
 
 def test_curricula_train_differently() -> None:
