@@ -29,7 +29,7 @@ from fedloom.run.evaluation import evaluate
 from fedloom.run.experiment import from_json
 from fedloom.run.export import ExportError, export
 from fedloom.run.loop import run
-from fedloom.run.plan import TRAINS_AS
+from fedloom.run.plan import trains_as
 from fedloom.run.world import World, build, store_in
 from fedloom.server.participation import uniform
 from fedloom.tensors import fingerprint
@@ -37,6 +37,7 @@ from tests import small
 
 ROUNDS = 2
 METHODS = list(all_methods())
+TRAINS_AS = {name: held for name, kind in all_methods().items() if (held := trains_as(kind()))}
 NO_GLOBAL = {"local", "lora-personal-head", "fedsa", "fedalt-partial"}
 NO_PERSONAL_PART = {"lora", "centralised", "ffa", "rolora", "fedopt"}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from fedloom.client.curricula.voc import ByRarity
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fibecfed import FibecFed
 from fedloom.methods.finetuned import FineTuned
@@ -48,6 +49,15 @@ def test_a_run_is_the_base_with_what_its_name_says() -> None:
     made = plan(FibecFed(), data=("trec", "rte"), alphas=(1.0, 0.1), seeds=(1, 2), rates=(0.5, 0.25))
     run = made.run(Case("rte", 0.1), "fibecfed", 0.25, 2)
     assert run.experiment == replace(BASE, method=FibecFed(inner=FedAvg(lr=0.25)), data="rte", alpha=0.1, seed=2)
+
+
+def test_a_curriculum_is_part_of_the_name() -> None:
+    made = plan(FedAvg(), FedAvg(curriculum=ByRarity()), FineTuned(inner=FedAvg(curriculum=ByRarity())), shared=True)
+    runs = made.wanted({})
+    assert list(runs) == ["lora", "lora+voc", "lora-finetuned+voc"]
+    assert runs["lora-finetuned+voc"].trained == "lora+voc"
+    with pytest.raises(ExperimentError, match=r"named twice: lora\+voc"):
+        plan(FedAvg(curriculum=ByRarity()), FedAvg(curriculum=ByRarity()))
 
 
 def test_without_rates_every_method_keeps_its_own() -> None:

@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.run.experiment import Experiment, ExperimentError, as_json
+from fedloom.run.reading import full_name
 from fedloom.run.recipes import with_learning_rate
-
-TRAINS_AS = {"lora-finetuned": "lora", "lora-prior": "lora"}
-"""Methods that train exactly as the one they hold does and only predict otherwise; a conformance test holds them to it."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class Plan:
         alphas: Dirichlet concentrations.
         seeds: the first is the one that rates are searched with.
         rates: learning rates to choose from (none: each method's own; one: that one).
-        shared: evaluate methods of ``TRAINS_AS`` on what the method they hold trained.
+        shared: evaluate methods that train as the one they hold (:func:`trains_as`) on what that one trained.
     """
 
     base: Experiment
@@ -117,7 +115,7 @@ class Plan:
         experiment = replace(
             self.base, method=kind if rate is None else with_learning_rate(kind, rate), data=case.data, alpha=case.alpha, seed=seed
         )
-        held = TRAINS_AS.get(method, "") if self.shared else ""
+        held = trains_as(kind) if self.shared else ""
         return Run(self._name(case, method, rate, seed), experiment, self._name(case, held, rate, seed) if held else "")
 
     def trainer(self, run: Run) -> Run | None:
@@ -204,6 +202,12 @@ class Plan:
         return {"methods": methods, **lists, "share_training": self.shared}
 
 
+def trains_as(method: Any) -> str:
+    """The name of the method that this one trains exactly as, only predicting otherwise; "" if it is none. A conformance test holds
+    methods to what they say of it (``Method``)."""
+    return full_name(as_json(method.inner)) if vars(type(method)).get("trains_as_inner", False) else ""
+
+
 def validation(results: Mapping[str, Any]) -> float:
     """What rates are chosen by."""
     return float(results["validation"]["final"]["personalised"])
@@ -228,7 +232,7 @@ def named_methods(methods: Sequence[Any]) -> dict[str, Any]:
     Raises:
         ExperimentError: one was named twice.
     """
-    names = [str(type(method).name) for method in methods]
+    names = [full_name(as_json(method)) for method in methods]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ExperimentError(f"named twice: {', '.join(twice)}; a comparison has each method once")
     return dict(zip(names, methods, strict=True))
