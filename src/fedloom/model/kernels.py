@@ -72,8 +72,8 @@ def packable(weight: torch.Tensor) -> bool:
 
 @functools.cache
 def computes_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 numbers. Where it does not, PyTorch's products of them are some fifteen times slower
-    than float32's (226 against 15 ms, measured on one without)."""
+    """Whether this processor multiplies bfloat16 numbers. Where it does not, PyTorch's products of them are many times slower than
+    float32's (docs/log.md, 2026-11-26: training at 5 examples a second instead of 75)."""
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
