@@ -44,8 +44,8 @@ demo: $(STAMP) ## plain federated LoRA against FibecFed on 100 devices holding T
 	$(BIN)/fedloom compare $(DEMO_METHODS) $(DEMO_OPTIONS) --out $(DEMO_OUT)
 	@echo "demo: the report, with its plots: $(abspath $(DEMO_OUT))/report.html"
 
-test: $(STAMP) ## all tests, then the branch coverage of floors 0-3, at least 95 % (at most 10 minutes)
-	@echo "test: unit, conformance, oracle and integration tests in $(WORKERS) processes (at most 10 minutes on two cores)"
+test: $(STAMP) ## all tests, then the branch coverage of floors 0-3, at least 95 % (10 to 25 minutes)
+	@echo "test: unit, conformance, oracle and integration tests in $(WORKERS) processes (10 to 25 minutes on two cores, by their speed)"
 	$(PYTEST) --cov --cov-report= tests
 	@echo "test: branch coverage of floors 0-3 (messages to methods and engines)"
 	$(BIN)/python -m coverage report --include='$(FLOORS_0_TO_3)' --fail-under=95
@@ -68,8 +68,8 @@ docs: $(STAMP) ## build the documentation into site/, any broken link an error (
 mutants: $(STAMP) ## break the source in one line at a time; the tests must notice every time (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/mutants.py
 
-bench: $(STAMP) ## every speed figure, side by side with other frameworks (at most 20 minutes; once some more to install those)
-	@echo "bench: at most 20 minutes on two cores that do nothing else; the first time also about five to build bench/.venvs (4 GB)"
+bench: $(STAMP) ## every speed figure, side by side with other frameworks (20 to 35 minutes; once some more to install those)
+	@echo "bench: 20 to 35 minutes on two cores that do nothing else; the first time also about five to build bench/.venvs (4 GB)"
 	$(BIN)/python bench/run.py $(BENCH_OPTIONS)
 	@echo "bench: the results: $(abspath bench/out)"
 
