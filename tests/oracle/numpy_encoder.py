@@ -95,26 +95,28 @@ class Encoder:
         """E (B, L, H): the word embeddings, before positions, token types and the first LayerNorm."""
         return self.weights["bert.embeddings.word_embeddings.weight"][batch.ids]
 
-    def forward(self, tensors: Tensors, batch: Batch, embeddings: np.ndarray | None = None) -> Forward:
-        """Loss, logits and layer outputs with ``tensors`` in place of the weights they name, from ``embeddings`` if given."""
-        return self._run(tensors, batch, embeddings)[0]
+    def forward(self, tensors: Tensors, batch: Batch, embeddings: np.ndarray | None = None, offset: float | np.ndarray = 0.0) -> Forward:
+        """Loss, logits and layer outputs with ``tensors`` in place of the weights they name, from ``embeddings`` if given. The loss is
+        that of logits + ``offset`` (C,)."""
+        return self._run(tensors, batch, embeddings, offset)[0]
 
-    def backward(self, tensors: Tensors, batch: Batch, embeddings: np.ndarray | None = None) -> Backward:
-        """Every example's gradient in each of ``tensors`` and in the embeddings.
+    def backward(self, tensors: Tensors, batch: Batch, embeddings: np.ndarray | None = None, offset: float | np.ndarray = 0.0) -> Backward:
+        """Every example's gradient in each of ``tensors`` and in the embeddings, the loss being that of logits + ``offset`` (C,).
 
         Raises:
             KeyError: a tensor is not the weight, bias, lora_A or lora_B of a linear map of this model.
         """
-        answer, run = self._run(tensors, batch, embeddings)
-        at_embeddings = run.classify_back(answer.logits, batch.labels)
+        answer, run = self._run(tensors, batch, embeddings, offset)
+        at_embeddings = run.classify_back(answer.logits + offset, batch.labels)
         return Backward({name: run.found[canonical(name)] for name in tensors}, at_embeddings)
 
-    def _run(self, tensors: Tensors, batch: Batch, embeddings: np.ndarray | None) -> tuple[Forward, _Pass]:
+    def _run(self, tensors: Tensors, batch: Batch, embeddings: np.ndarray | None, offset: float | np.ndarray) -> tuple[Forward, _Pass]:
         own = {canonical(name): np.asarray(tensor, np.float64) for name, tensor in tensors.items()}
         run = _Pass({**self.weights, **own}, self.heads, self.scaling, self.eps, self.layers, batch.mask)
         logits, layers = run.classify(self.embed(batch) if embeddings is None else embeddings, batch.segments)
-        top = logits.max(1, keepdims=True)
-        log_p = logits - top - np.log(np.exp(logits - top).sum(1, keepdims=True))  # (B, C)
+        seen = logits + offset
+        top = seen.max(1, keepdims=True)
+        log_p = seen - top - np.log(np.exp(seen - top).sum(1, keepdims=True))  # (B, C)
         losses = -log_p[np.arange(len(logits)), batch.labels]
         return Forward(float(losses.mean()), losses, logits, layers), run
 

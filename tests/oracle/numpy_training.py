@@ -53,10 +53,12 @@ def train(
     masks: Tensors | None = None,
     pull: float = 0.0,
     towards: Tensors | None = None,
+    offset: float | np.ndarray = 0.0,
 ) -> tuple[dict[str, np.ndarray], list[float]]:
     """All ``tensors`` after one step a batch on those called ``names``, and the loss before each step.
 
     With ``towards`` each step's loss has (pull/2)·‖now − towards‖² added; the losses told are without.
+    ``offset`` (C,) is added to the logits.
     """
     # "fresh optimiser each participation"
     now, masks, losses = dict(tensors), masks or {}, []
@@ -64,8 +66,8 @@ def train(
     first, second = ({n: np.zeros_like(now[n]) for n in trained} for _ in range(2))
     for step, batch in enumerate(batches, start=1):
         chosen = pad([examples[i] for i in batch])
-        losses.append(encoder.forward(now, chosen).loss)
-        gradients = encoder.backward(now, chosen).tensors
+        losses.append(encoder.forward(now, chosen, offset=offset).loss)
+        gradients = encoder.backward(now, chosen, offset=offset).tensors
         # "Masked-out rows of B get no update". Read as: their gradient is gone before the norm is taken for clipping.
         pulled = {n: gradients[n].mean(0) + (pull * (now[n] - towards[n]) if towards else 0.0) for n in trained}
         masked = {n: pulled[n] * masks.get(n, 1.0) for n in trained}

@@ -62,6 +62,7 @@ class Serial:
         fixed = {n: t.detach().float().to(model.device) for n, t in item.fixed.items()}
         anchor = start if item.anchor is None else {n: t.detach().float().to(model.device) for n, t in item.anchor.items()}
         mask = {n: t.to(model.device).expand_as(start[n]) for n, t in item.mask.items()}
+        bias = torch.zeros((), device=model.device) if item.bias is None else item.bias.float().to(model.device)
         adam = torch.optim.AdamW(now.values(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
         _load_moments(adam, now, item.moments)
         losses = []
@@ -69,7 +70,7 @@ class Serial:
             batch = self.batch(item.examples, indices)
             key = torch.tensor(dropout_key(item.dropout_seed, i), device=model.device)
             with SeededDropout(key, model.dropout, model.causal) if model.dropout else nullcontext():
-                loss = model.loss({**fixed, **now}, batch, model.dtype)
+                loss = weighted_loss(model.forward({**fixed, **now}, batch, model.dtype)[0] + bias, batch)
             total = loss if item.penalty is None else loss + item.penalty(now, anchor)
             gradients = torch.autograd.grad(total, list(now.values()))
             for (name, tensor), gradient in zip(now.items(), gradients, strict=True):

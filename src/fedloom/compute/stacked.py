@@ -166,6 +166,7 @@ class Stacked:
         rest, fixed = self._flat([i.fixed for i in items])
         anchor = begin if items[0].anchor is None else flat.join([i.anchor or {} for i in items], model.device)
         mask = self._mask(items, flat)
+        bias = None if items[0].bias is None else torch.stack([i.bias.float() for i in items if i.bias is not None]).to(model.device)
         now = begin.clone()
         first, second, steps = self._moments(items, flat)
         losses = [np.zeros(len(item.batches)) for item in items]
@@ -183,7 +184,8 @@ class Stacked:
                 texts = self._texts(items, parts, [p.item - low for p in parts], weights, keys)
                 leaf = now[low:high].detach().requires_grad_(True)
                 tensors = {**rest.split(fixed[low:high]), **flat.split(leaf.to(model.dtype))}
-                values = texts.losses(model.together(tensors, texts, model.dtype)[0])
+                logits = model.together(tensors, texts, model.dtype)[0]
+                values = texts.losses(logits if bias is None else logits + bias[low:high][texts.text_owners])
                 total = values.sum()
                 if penalty is not None:
                     whole = vmap(penalty)(flat.split(leaf), flat.split(anchor[low:high]))
@@ -370,7 +372,7 @@ def _kind(item: WorkItem) -> Hashable:
         case Fit():
             masks = tuple((n, tuple(t.shape)) for n, t in item.mask.items())
             fixed = tuple((n, tuple(t.shape)) for n, t in sorted(item.fixed.items()))
-            return ("fit", shapes, masks, fixed, item.optimizer, item.penalty, item.anchor is None, item.moments is None)
+            return ("fit", shapes, masks, fixed, item.optimizer, item.penalty, item.anchor is None, item.moments is None, item.bias is None)
         case Score() | Fisher():
             return (type(item).__name__, shapes, item.over)
         case Sensitivity():

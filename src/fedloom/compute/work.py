@@ -54,6 +54,7 @@ class Fit:
     ``fixed`` tensors override the model's too and are not trained. ``mask`` holds 0/1 tensors broadcastable to the tensors they name: where
     it is 0 nothing moves.
     ``penalty`` is held against ``anchor``, or against ``start`` where none is given.
+    ``bias`` (C,) is added to the logits of every example before the loss, and is not trained.
     ``dropout_seed`` makes the dropout masks of the run; step i uses ``derive(dropout_seed, "dropout", i)``.
 
     Raises:
@@ -70,6 +71,7 @@ class Fit:
     fixed: Tensors = field(default_factory=dict)
     dropout_seed: int = 0
     anchor: Tensors | None = None
+    bias: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.anchor is None:

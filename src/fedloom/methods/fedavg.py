@@ -108,11 +108,12 @@ class FedAvg:
         mask: dict[str, torch.Tensor] | None = None,
         penalty: Penalty | None = None,
         fixed: Tensors | None = None,
+        bias: torch.Tensor | None = None,
     ) -> Work[Fitted]:
-        """Train ``start`` on what the curriculum opens, under tensors that stay ``fixed``."""
+        """Train ``start`` on what the curriculum opens, under tensors that stay ``fixed``, with ``bias`` (C,) on the logits."""
         opened = yield from self.open(c, {**(fixed or {}), **start}, task)
         t = int(task.settings["round"])  # type: ignore[arg-type]
-        return (yield self.fit(c, start, opened.batches, t, mask, penalty, fixed=fixed, examples=opened.examples))
+        return (yield self.fit(c, start, opened.batches, t, mask, penalty, fixed=fixed, examples=opened.examples, bias=bias))
 
     def whole(self, c: Client) -> Opened:
         """One epoch over everything, in the order that the curriculum ends with. It must have been prepared."""
@@ -143,12 +144,12 @@ class FedAvg:
         moments: Moments | None = None,
         fixed: Tensors | None = None,
         examples: Examples | None = None,
+        bias: torch.Tensor | None = None,
     ) -> Fit:
         """The work item of local training with this method's optimiser, on the device's own examples unless others are given."""
         seed = derive_int(c.seed, "fit", round, c.id)
-        return Fit(
-            start, c.train if examples is None else examples, batches, self.optimizer, mask or {}, penalty, moments, fixed or {}, seed
-        )
+        own = c.train if examples is None else examples
+        return Fit(start, own, batches, self.optimizer, mask or {}, penalty, moments, fixed or {}, seed, bias=bias)
 
     @property
     def optimizer(self) -> AdamW:

@@ -59,8 +59,7 @@ class PriorCorrected:
     def count(self, c: Client, task: Task) -> Work[Update]:
         """π_k of the training labels."""
         yield from ()
-        counts = np.bincount(c.train.labels, minlength=int(task.settings["classes"])) + self.smoothing  # type: ignore[arg-type]
-        c.memory["prior"] = torch.from_numpy(counts / counts.sum()).float()
+        c.memory["prior"] = label_prior(c.train.labels, int(task.settings["classes"]), self.smoothing)  # type: ignore[arg-type]
         return Update(c.id, len(c.train), {"prior": c.memory["prior"]})
 
     @on_client
@@ -85,3 +84,9 @@ class PriorCorrected:
         return self.inner.assembled(state)
 
     predict = predict
+
+
+def label_prior(labels: np.ndarray, classes: int, smoothing: float) -> torch.Tensor:
+    """π[c] = (n_c + ε) / (n + C·ε) of ``labels`` (n,), float32 (C,)."""
+    counts = np.bincount(labels, minlength=classes) + smoothing
+    return torch.from_numpy(counts / counts.sum()).float()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.run.checkpoint import CheckpointError, only_one, write_atomically
-from fedloom.run.experiment import ExperimentError, digest_of
+from fedloom.run.experiment import ExperimentError, completed, digest_of
 from fedloom.run.jobs import carry_out, finished, order_of
 from fedloom.run.loop import check
 from fedloom.run.plan import Ended, Plan, Run
@@ -107,7 +107,7 @@ def homes(out: Path) -> Callable[[Run], Path]:
     there: dict[str, Path] = {}
     for path in sorted(out.glob("*/experiment.json")):
         try:
-            there.setdefault(digest_of(json.loads(path.read_text(encoding="utf-8"))), path.parent)
+            there.setdefault(digest_of(completed(json.loads(path.read_text(encoding="utf-8")))), path.parent)
         except (ValueError, AttributeError):
             continue  # told when it is needed
     return lambda run: there.get(run.experiment.digest(), out / run.name)

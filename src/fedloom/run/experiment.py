@@ -170,6 +170,15 @@ def from_json(saved: Mapping[str, Any], kinds: Mapping[str, type[Any]] | None = 
     return _build(Experiment, {**rest, "method": _build(kind, fields, f"method {name}")}, "the experiment")
 
 
+def completed(saved: Mapping[str, Any], kinds: Mapping[str, type[Any]] | None = None) -> Mapping[str, Any]:
+    """An experiment's JSON with every field that it lacks at its default: a field that came later means by default what was done before.
+    As it is where it is no experiment."""
+    try:
+        return as_json(from_json(saved, kinds))
+    except (ValueError, TypeError, AttributeError):
+        return saved
+
+
 def first_difference(saved: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> str | None:
     """``field: saved value against wanted value`` of the first field that differs, or None."""
     for key in [*wanted, *(k for k in saved if k not in wanted)]:

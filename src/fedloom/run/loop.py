@@ -21,7 +21,7 @@ from fedloom.run.checkpoint import CheckpointError, Saved, write_atomically
 from fedloom.run.console import Progress, Show
 from fedloom.run.devices import named as device_named
 from fedloom.run.evaluation import NOTHING, Evaluation, evaluate
-from fedloom.run.experiment import Experiment, as_json, first_difference
+from fedloom.run.experiment import Experiment, as_json, completed, first_difference
 from fedloom.run.export import write_folder
 from fedloom.run.ledger import Ledger
 from fedloom.run.world import World, build, store_in
@@ -159,6 +159,7 @@ def check(folder: Path, experiment: Experiment) -> bool:
         there = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is no JSON object ({error}); give another --out") from error
+    there = completed(there, {experiment.method.name: type(experiment.method)})
     hows = Experiment.HOW
     difference = first_difference({k: v for k, v in there.items() if k not in hows}, {k: v for k, v in wanted.items() if k not in hows})
     if difference:
