@@ -76,7 +76,12 @@ def _parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="toy size: see that it runs")
     parser.add_argument("--bf16", action="store_true", help="throughput in bf16 also where the processor has no instructions for it")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out", help="where results go (bench/out)")
-    parser.add_argument("--write-docs", type=Path, metavar="PAGE", help="fill the page's table from results.json and stop")
+    parser.add_argument(
+        "--write-docs",
+        type=Path,
+        metavar="PAGE",
+        help="fill the page's table from results.json and from what it was filled with before on an equal machine, kept beside it; then stop",
+    )
     given = parser.parse_args(words)
     unknown = [name for name in given.figures if name not in FIGURES]
     if unknown:
@@ -148,7 +153,10 @@ def _document(path: Path, page: Path) -> int:
     from bench.page import PageError, write
 
     try:
-        write(load(path), page)
+        kept, results = page.with_suffix(".json"), load(path)
+        results = _before(kept, results).merged(results, FIGURES)
+        write(results, page)
+        save(results, kept)
     except (PageError, FileNotFoundError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1

@@ -214,6 +214,21 @@ def test_the_page_of_the_documentation_can_be_filled(tmp_path: Path, measured: r
     assert "| speed | 7.50 x | ≥ 5 x | ≥ 10 x | met |" in to.read_text(encoding="utf-8")
 
 
+def test_a_page_keeps_what_was_measured_before_on_an_equal_machine_only(tmp_path: Path, measured: results.Results) -> None:
+    to, out = tmp_path / "performance.md", tmp_path / "results.json"
+    to.write_text(f"{page.BEGIN}\n{page.END}\n")
+    words = ["--write-docs", str(to), "--out", str(tmp_path)]
+    later = {"scaling": replace(measured.figures["echo"], rows=(replace(MORE, name="slope", value=12.0),))}
+    results.save(measured, out)
+    assert run.main(words) == 0
+    results.save(replace(measured, figures=later), out)
+    assert run.main(words) == 0
+    assert "| speed | 7.50 x |" in to.read_text() and "| slope | 12.0 x |" in to.read_text()
+    results.save(replace(measured, figures=later, machine={**measured.machine, "cores": 4}), out)
+    assert run.main(words) == 0
+    assert "| speed |" not in to.read_text() and "| slope | 12.0 x |" in to.read_text()
+
+
 def test_toy_numbers_and_pages_without_markers_are_refused(tmp_path: Path, measured: results.Results) -> None:
     to = tmp_path / "performance.md"
     to.write_text("no markers\n")
