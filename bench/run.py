@@ -80,7 +80,7 @@ def _parsed(words: Sequence[str] | None) -> argparse.Namespace:
         "--write-docs",
         type=Path,
         metavar="PAGE",
-        help="fill the page's table from results.json and from what it was filled with before on an equal machine, kept beside it; then stop",
+        help="fill the page's table from results.json and from what filled it before on an equal machine, kept beside it; then stop",
     )
     given = parser.parse_args(words)
     unknown = [name for name in given.figures if name not in FIGURES]
