@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from fedloom.methods.fedeven import FedEven
+from fedloom.methods.fedeven import FedEven, unevenness
 from tests.oracle import real
 from tests.oracle.numpy_training import aggregate, train
 from tests.oracle.test_baselines import COHORTS, EVERYBODY, epochs, kinds, logits
@@ -21,7 +22,8 @@ def log_prior(client: int) -> np.ndarray:
 
 @kinds
 def test_fedeven(kind: real.Kind) -> None:
-    """Devices minimise −log softmax(z + log π_k)[y]; the server takes the mean; globally z decides, on device k z + log π_k."""
+    """Devices minimise −log softmax(z + log π_k)[y]; the server takes the mean; globally z decides. On device k decides z + log π_k at
+    v = w + λ(u − w): u is w after more epochs of the same, λ = 1 − H(π_k)/log C."""
     made = real.run(FedEven(real.INNER, SMOOTHING), kind)
     shared = real.start()
     for t, exchange in enumerate(made.asked("train")):
@@ -34,9 +36,14 @@ def test_fedeven(kind: real.Kind) -> None:
         shared = aggregate([fitted[k][0] for k in COHORTS[t]], [real.SIZES[k] for k in COHORTS[t]])
         real.assert_close(made.states[t + 1].shared, shared)
     for k in EVERYBODY:
+        prior = np.exp(log_prior(k))
+        skew = 1 + (prior * np.log(prior)).sum() / np.log(3)
+        more = train(real.encoder(), shared, list(shared), real.questions(k), epochs(k, "refine"), real.RULE, offset=log_prior(k))[0]
+        own = {name: shared[name] + skew * (more[name] - shared[name]) for name in shared}
         for split in ("validation", "test"):
-            np.testing.assert_allclose(made.logits[k][split].numpy(), logits(shared, k, split) + log_prior(k), atol=3e-3)
-        assert np.ptp(log_prior(k)) > 0.05, "a device whose prior says nothing would show nothing"
+            np.testing.assert_allclose(made.logits[k][split].numpy(), logits(own, k, split) + log_prior(k), atol=3e-3)
+        assert np.ptp(log_prior(k)) > 0.05 and skew > 0.01, "a device whose prior says nothing would show nothing"
+        assert np.abs(logits(own, k) - logits(shared, k)).max() > 0.01, "too small a step to see"
     assert made.assembled is not None
     real.assert_close(made.assembled, shared)
 
@@ -49,3 +56,23 @@ def test_the_label_counts_stay_on_the_device() -> None:
     for exchange in made.asked("train"):
         assert all(set(update.tensors) == set(real.start()) for update in exchange.up.values())
     assert all("prior" not in str(blob) for exchange in made.exchanges for blob in exchange.came.values())
+
+
+def test_without_more_epochs_a_device_predicts_with_the_shared_model() -> None:
+    made = real.run(FedEven(real.INNER, SMOOTHING, epochs=0), "stacked")
+    shared = {name: tensor.numpy() for name, tensor in made.states[-1].shared.items()}
+    for k in EVERYBODY:
+        np.testing.assert_allclose(made.logits[k]["test"].numpy(), logits(shared, k) + log_prior(k), atol=3e-3)
+
+
+@pytest.mark.parametrize(("counts", "due"), [([5, 5, 5, 5], 0.0), ([1, 1], 0.0), ([97, 1, 1, 1], 0.879)])
+def test_unevenness(counts: list[int], due: float) -> None:
+    prior = torch.tensor(counts, dtype=torch.float64) / sum(counts)
+    assert unevenness(prior.log()) == pytest.approx(due, abs=1e-3)
+    assert unevenness(prior.log().flip(0)) == pytest.approx(unevenness(prior.log()))
+
+
+@pytest.mark.parametrize("settings", [{"smoothing": 0.0}, {"smoothing": float("nan")}, {"epochs": -1}])
+def test_settings_without_a_meaning_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        FedEven(**settings)  # type: ignore[arg-type]

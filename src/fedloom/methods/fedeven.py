@@ -3,12 +3,16 @@
     log π_k[c] = log (n_{k,c} + ε) / (n_k + C·ε)                 device k's own label prior; it stays there
     w^k    <- AdamW on  −log softmax(z(x; w) + log π_k)[y]       from w_t; every A, B and the head
     w_t+1  <- Σ_{k in S_t} p_k w^k,   p_k = n_k / Σ_{j in S_t} n_j
-    global: argmax z(x; w_T)          personalised on device k: argmax z(x; w_T) + log π_k
+    global: argmax z(x; w_T)
+    personalised on device k: argmax z(x; v^k) + log π_k,   v^k = w_T + λ_k (u^k − w_T),   λ_k = 1 − H(π_k) / log C
+    u^k    <- AdamW as above from w_T, a few more epochs, thrown away afterwards
 
 Under label skew much of what a device learns is which labels it has. Devices pull the shared model apart with that, and the mean knows it
 of none of them. Here the prior explains it, so it does not enter w: z tends to log p(x|c), which all devices agree on, and Bayes' rule
-with the device's own prior gives its own best prediction back. Traffic and compute are those of plain federated LoRA; a set-up asks every
-device once to count its labels, and nothing comes back.
+with the device's own prior gives its own best prediction back. What a device learns beyond the others counts as far as its labels are
+uneven (λ_k: 0 where they are even, towards 1 where there is one label only): few and even examples mislead more than they tell. Traffic
+and rounds are those of plain federated LoRA; a set-up asks every device once to count its labels, and nothing comes back. Every
+personalised evaluation pays for u^k, as that of ``lora-finetuned`` does.
 
 The parts: softmax under the prior is logit adjustment (Menon et al., 2007.07314, eq. 10, there for one imbalanced set); a margin by label
 counts on each device is FedLC's (2209.00189), which has another form, n^(−1/4), and no personalised prediction. The prior at prediction
@@ -17,8 +21,11 @@ is that of ``prior.py``, without its exchange of priors: a model trained evenly 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
+
+import torch
 
 from fedloom.client.client import Client
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, insist, on_client
@@ -37,6 +44,7 @@ class FedEven:
     Attributes:
         inner: local training and its optimiser.
         smoothing: examples of each label that every device is taken to have besides its own, ε.
+        epochs: epochs of local training before a device predicts (0: none, v^k = w_T).
     """
 
     name: ClassVar[str] = "fedeven"
@@ -44,6 +52,15 @@ class FedEven:
 
     inner: FedAvg = field(default_factory=FedAvg)
     smoothing: float = 1.0
+    epochs: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.smoothing > 0:
+            raise ValueError(
+                f"smoothing is {self.smoothing}; it must be positive, or the logarithm of a missing label's prior is not finite"
+            )
+        if self.epochs < 0:
+            raise ValueError(f"epochs is {self.epochs}; it must be 0 or more")
 
     def init(self, model: Model) -> State:
         """Every trainable tensor is shared; ``facts["classes"]`` is C."""
@@ -75,12 +92,23 @@ class FedEven:
         return Update(c.id, len(c.train), fitted.tensors, {"loss": float(fitted.losses.mean())})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
-        """The shared model under the device's own prior."""
-        yield from ()
-        return Predictor(shared, client.memory["log_prior"])
+        """v^k under log π_k."""
+        log_prior = client.memory["log_prior"]
+        batches = [b for epoch in range(self.epochs) for b in self.inner.cut(client, "refine", epoch)]
+        if not batches:
+            return Predictor(shared, log_prior)
+        refined = yield self.inner.fit(client, shared, batches, -1, bias=log_prior)
+        skew = unevenness(log_prior)
+        return Predictor({name: torch.lerp(t, refined.tensors[name], skew) for name, t in shared.items()}, log_prior)
 
     def assembled(self, state: State) -> Tensors | None:
         """The shared model, which favours no label."""
         return state.shared
 
     predict = predict
+
+
+def unevenness(log_prior: torch.Tensor) -> float:
+    """λ = 1 − H(π) / log C of log π (C,): 0 where all labels are alike, towards 1 where there is one only."""
+    log_p = log_prior.double()
+    return float(1 + (log_p.exp() * log_p).sum() / math.log(len(log_p)))
