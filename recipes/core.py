@@ -6,16 +6,16 @@
 
 It is ``fedloom compare`` with these methods and settings; whatever is added is added to them, and the later one counts. Every method gets
 the same grid of learning rates, chosen on validation with the first seed. What docs/results/core holds has been measured and is not run
-again: take the folder away to run everything anew. Stop it and run it again: finished runs are used as they are.
+again: take the archives away to run everything anew. Stop it and run it again: finished runs are used as they are.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from pathlib import Path
+from zipfile import ZIP_LZMA, ZipFile, ZipInfo
 
 from fedloom.cli import main
 
@@ -29,13 +29,32 @@ FILES = ("experiment.json", "rounds.jsonl", "results.json")
 """What a finished run is known by, without its checkpoint."""
 
 
-def copied(source: Path, target: Path) -> None:
-    """Copy every finished run of ``source`` that ``target`` lacks."""
-    for run in sorted(path.parent for path in source.glob("*/results.json")):
-        if not (target / run.name / "results.json").exists():
-            (target / run.name).mkdir(parents=True, exist_ok=True)
+def keep(runs: Path, kept: Path) -> None:
+    """Put every finished run's files into the archive ``kept``, those that it has already included, in order of names."""
+    unpack(kept, runs)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    scratch = kept.with_suffix(".tmp")
+    with ZipFile(scratch, "w", ZIP_LZMA) as archive:
+        for run in sorted(path.parent for path in runs.glob("*/results.json")):
             for file in FILES:
-                shutil.copyfile(run / file, target / run.name / file)
+                archive.writestr(ZipInfo(f"{run.name}/{file}"), (run / file).read_bytes(), ZIP_LZMA)
+    os.replace(scratch, kept)
+
+
+def unpack(kept: Path, runs: Path) -> None:
+    """Give ``runs`` every run of the archive that it has not finished itself."""
+    if not kept.exists():
+        return
+    with ZipFile(kept) as archive:
+        for name in archive.namelist():
+            run, _, file = name.partition("/")
+            if file not in FILES or Path(run).name != run:
+                raise ValueError(f"{kept} holds {name}, which is no file of a run")
+        for run in sorted({name.partition("/")[0] for name in archive.namelist()}):
+            if not (runs / run / "results.json").exists():
+                (runs / run).mkdir(parents=True, exist_ok=True)
+                for file in FILES:
+                    (runs / run / file).write_bytes(archive.read(f"{run}/{file}"))
 
 
 if __name__ == "__main__":
@@ -47,11 +66,11 @@ if __name__ == "__main__":
     given, more = parser.parse_known_args()
     code = 0
     for task in given.tasks:
-        out, kept = given.out.resolve() / task, KEPT / task
+        out, kept = given.out.resolve() / task, KEPT / f"{task}.zip"
         if given.keep:
-            copied(out, kept)
+            keep(out, kept)
             continue
-        copied(kept, out)
+        unpack(kept, out)
         if given.folder:
             os.chdir(given.folder)  # so that an experiment names its data alike wherever the sets are
         data = task if task == "trec" else f"./{task}"
