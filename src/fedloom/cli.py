@@ -88,7 +88,7 @@ def compare(words: Sequence[str]) -> int:
             Console().print(results_table(labelled(ended.results, plan)))
         for title, headers, rows in terminal(ended.summary):
             _show(title, headers, rows)
-        print(f"results: {out / 'comparison.json'}, .csv, .tex and {out / 'summary.json'}\nreport:  {ended.report}")
+        print(f"results: {out / 'comparison.json'}, .csv, .md, .tex and {out / 'summary.json'}\nreport:  {ended.report}")
     for name, paragraph in ended.failed.items():
         _complain(f"{name} failed: {paragraph}")
     return 1 if ended.failed else 0

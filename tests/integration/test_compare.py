@@ -52,7 +52,7 @@ def listed(out: Path) -> list[dict[str, Any]]:
 def test_two_processes_give_what_one_gives(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*asked(place), "--out", str(place / "two"), "--jobs", "2"]) == 0
     assert listed(place / "two") == listed(place / "one")
-    for name in ("summary.json", "comparison.csv", "comparison.tex"):
+    for name in ("summary.json", "comparison.csv", "comparison.md", "comparison.tex"):
         assert (place / "two" / name).read_text() == (place / "one" / name).read_text()
     said = capfd.readouterr().err.splitlines()
     assert said[-1].startswith("[6/6 runs]  done after ")

@@ -17,7 +17,7 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
 from fedloom.methods.finetuned import FineTuned
 from fedloom.model.adapters import Lora
-from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError, as_json, first_difference, from_json
+from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError, as_json, completed, first_difference, from_json
 
 RICH = Experiment(
     FibecFed(
@@ -39,6 +39,21 @@ def test_json_round_trip(experiment: Experiment) -> None:
     assert again == experiment
     assert json.dumps(as_json(again)) == text
     assert again.digest() == experiment.digest()
+
+
+def test_a_field_that_came_later_means_its_default() -> None:
+    new = as_json(RICH)
+    old = json.loads(json.dumps(new))
+    del old["max_length"], old["method"]["gal"], old["engine"]["workers"]
+    filled = dataclasses.replace(
+        RICH,
+        max_length=128,
+        method=dataclasses.replace(RICH.method, gal=Gal()),  # type: ignore[type-var]
+        engine=dataclasses.replace(RICH.engine, workers=EngineSettings().workers),
+    )
+    assert completed(old) == as_json(filled) != old
+    assert completed(new) == new
+    assert completed({**new, "unheard": 1}) == {**new, "unheard": 1}, "what is no experiment is left as it is, to be told where it is used"
 
 
 CURRICULA = {

@@ -47,7 +47,7 @@ from tests.flows import (
 
 def test_there_are_these_methods_and_each_says_its_paper() -> None:
     ours = ["centralised", "local", "lora", "lora-finetuned", "lora-personal-head", "lora-prior"]
-    assert list(all_methods()) == sorted([*ours, "ditto", "fedalt-partial", "fedopt", "fedsa", "ffa", "fibecfed", "rolora"])
+    assert list(all_methods()) == sorted([*ours, "ditto", "fedalt-partial", "fedeven", "fedopt", "fedsa", "ffa", "fibecfed", "rolora"])
     assert all(kind.paper for kind in all_methods().values())
     assert named("fibecfed") is FibecFed
 
@@ -61,7 +61,8 @@ def test_a_module_has_the_methods_that_it_defines_itself() -> None:
 @pytest.mark.parametrize("name", all_methods())
 def test_predicting_asks_for_each_split_in_order(name: str) -> None:
     method, c = named(name)(), client()
-    c.private, c.memory = start(), {"bias": torch.tensor([1.0, 2.0, 3.0])}
+    adds = torch.tensor([1.0, 2.0, 3.0])
+    c.private, c.memory = start(), {"bias": adds, "log_prior": adds}
     before = fingerprint(c.private), fingerprint(c.memory)
     results: list[Any] = [[torch.zeros(2, 3), torch.ones(3, 3)]]
     operation = method.predict(c, ask(method.predict, 1, start(), splits=["validation", "test"]))
@@ -72,7 +73,7 @@ def test_predicting_asks_for_each_split_in_order(name: str) -> None:
     assert [i.examples for i in item] == [c.validation, c.test]
     with pytest.raises(StopIteration) as done:
         operation.send(results[0])
-    bias = torch.tensor([1.0, 2.0, 3.0]) if name == "lora-prior" else torch.zeros(3)
+    bias = adds if name in ("lora-prior", "fedeven") else torch.zeros(3)
     assert torch.equal(done.value.value.tensors["validation"], bias.expand(2, 3))
     assert torch.equal(done.value.value.tensors["test"], 1 + bias.expand(3, 3))
     assert (fingerprint(c.private), fingerprint(c.memory)) == before

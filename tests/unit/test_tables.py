@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from fedloom.run.tables import against_text, as_csv, as_tex, escaped, p_text, reached_text, spread_text, terminal
+from fedloom.run.tables import against_text, as_csv, as_markdown, as_tex, escaped, leads, p_text, reached_text, spread_text, terminal
 
 COSTS = dict.fromkeys(
     ("bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down", "examples", "device_seconds", "setup_device_seconds"), 1
 )
+COSTS |= {"device_seconds": 60.0, "setup_device_seconds": 5.0, "bytes_up": 2_000_000, "setup_bytes_up": 1_000_000}
 
 
 def score(mean: float | None, deviation: float | None = 0.01) -> dict[str, Any]:
@@ -31,8 +32,14 @@ def row(method: str, personalised: float, shared: float | None, rank: float, aga
         "rank": {"personalised": rank, "global": None if shared is None else rank},
         "against": {**nothing, "personalised": against},
         "reached": {**nothing, "personalised": reached},
+        "over": {},
         "costs": COSTS,
     }
+
+
+def lead(margin: float, time_saved: float | None) -> dict[str, Any]:
+    """Of the other protocol a lead that would win."""
+    return {"personalised": {"margin": margin, "time_saved": time_saved}, "global": {"margin": 9.0, "time_saved": 0.9}}
 
 
 BETTER = {"difference": 0.1, "low": 0.02, "high": 0.2, "p": 0.0123, "better": 2, "seeds": 2}
@@ -72,17 +79,48 @@ def test_the_terminal_has_scores_costs_the_search_and_mean_ranks() -> None:
     assert rows[1][6:] == ["1", "-", "+0.1000 [+0.0200, +0.2000] p .012"]
     assert rows[2][-1] == "-0.1000 [-0.2000, -0.0200] p < .001"
     title, _, rows = tables[2]
-    assert title == "r_te, α = 0.1: cost to reach what lora ends with (seed by seed; 0.2000 in the mean)"
-    assert rows == [["lora", "-", "-"], ["my_method", "1 min 15 s", "2.0 MB"], ["local", "1 of 2 seeds", "1 of 2 seeds"]]
+    assert title == "r_te, α = 0.1: cost to reach what lora ends with (seed by seed; 0.2000 in the mean), and of the whole run"
+    whole = ["1 min 05 s", "3.0 MB"]
+    assert [row[:3] for row in rows] == [
+        ["lora", "-", "-"],
+        ["my_method", "1 min 15 s", "2.0 MB"],
+        ["local", "1 of 2 seeds", "1 of 2 seeds"],
+    ]
+    assert [row[3:] for row in rows] == [whole, whole, whole]
     assert tables[4][2][0] == ["r_te, α = 0.1", "lora", "0.7500", "diverged"]
     assert tables[5][2] == [["lora", "2", "-"], ["my_method", "1.5", "-"], ["local", "-", "-"]]
+
+
+def test_the_largest_leads_name_whom() -> None:
+    told = summary(1)
+    rows = told["cases"][0]["rows"]
+    over = {"lora": lead(0.2, 0.4), "local": lead(0.3, None)}
+    rows[1]["over"], rows[0]["over"] = over, {"my_method": lead(-0.2, -0.5), "local": {"personalised": None, "global": None}}
+    _, headers, cells = leads(told)
+    assert cells == [
+        ["r_te, α = 0.1", "lora", "-", "-"],
+        ["r_te, α = 0.1", "my_method", "+0.3000 (local)", "40% (lora)"],
+        ["r_te, α = 0.1", "local", "-", "-"],
+    ]
+    assert len(headers) == 4
+
+
+def test_markdown_has_every_table_with_as_many_cells_in_each_row() -> None:
+    told = summary()
+    text = as_markdown(told)
+    assert text.count("**") == 2 * (len(terminal(told)) + 1)
+    for _, headers, rows in [*terminal(told), leads(told)]:
+        for line in rows:
+            assert f"| {' | '.join(line)} |" in text.splitlines()
+        assert "| " + " | ".join(h.replace("\n", " ") for h in headers) + " |" in text.splitlines()
+    assert as_markdown({**told, "reference": "a|b"}).count(r"a\|b") > 0
 
 
 def test_one_case_without_a_search_has_no_table_of_either() -> None:
     tables = terminal(summary(1, rates=[], target=0.8))
     assert len(tables) == 2
     assert "lr" not in tables[0][1]
-    assert tables[1][0].endswith("cost to reach a personalised score of 0.8")
+    assert tables[1][0].endswith("cost to reach a personalised score of 0.8, and of the whole run")
 
 
 def test_a_target_that_no_seed_reached_is_said() -> None:

@@ -1,4 +1,4 @@
-"""A comparison from its plan to its files: runs, ``comparison.json``, ``summary.json``, ``comparison.csv``, ``comparison.tex``, the page.
+"""A comparison from its plan to its files: runs, ``comparison.json``, ``summary.json``, ``comparison.csv``, ``.md``, ``.tex``, the page.
 
 Each run has a folder of its own in the comparison's. A finished run is used as it is, whatever its folder is called, so a comparison can
 grow by methods, seeds, rates; an interrupted one goes on. One run that fails does not lose the others. This module does not know the
@@ -19,7 +19,7 @@ from fedloom.run.jobs import carry_out, finished, order_of
 from fedloom.run.loop import check
 from fedloom.run.plan import Ended, Plan, Run
 from fedloom.run.summary import summarise
-from fedloom.run.tables import as_csv, as_tex
+from fedloom.run.tables import as_csv, as_markdown, as_tex
 from fedloom.run.watching import Watching
 from fedloom.run.world import read_data
 
@@ -88,6 +88,7 @@ def _told(
     write_atomically(out / "comparison.json", json.dumps([results for _, results in told], indent=1))
     write_atomically(out / "summary.json", json.dumps(summary, indent=1))
     write_atomically(out / "comparison.csv", as_csv(summary))
+    write_atomically(out / "comparison.md", as_markdown(summary))
     write_atomically(out / "comparison.tex", as_tex(summary))
     from fedloom.run.report import write_report  # loads matplotlib, which no run should wait for
 

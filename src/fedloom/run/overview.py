@@ -40,5 +40,5 @@ deviation over seeds, ranks, a paired bootstrap over devices against a reference
   fedloom compare lora fibecfed --data trec FOLDER --alphas 1 0.1 --jobs 2
 
 Stopped however, the same command goes on; with the same --out and more methods, seeds or rates, finished runs are used as they are.
-It writes comparison.json (the results of the table's runs), summary.json (everything computed from them), comparison.csv, comparison.tex
-and report.html. How to read them: docs/comparing.md."""
+It writes comparison.json (the results of the table's runs), summary.json (everything computed from them), comparison.csv, comparison.md,
+comparison.tex and report.html. How to read them: docs/comparing.md."""

@@ -1,7 +1,8 @@
 """What a comparison comes to, as plain JSON (``summary.json``): every table and the page are made of it.
 
 One entry a case (a data set at one α), with one row a method: the search for its rate, its runs, scores over the seeds, ranks, the paired
-bootstrap against the reference, what it had cost when it reached the target. This module runs nothing and draws nothing.
+bootstrap against the reference, what it had cost when it reached the target, its lead over every other method. This module runs nothing
+and draws nothing.
 """
 
 from __future__ import annotations
@@ -60,9 +61,10 @@ def _case(
     results = {m: {r.experiment.seed: found for r in of if (found := _results(ended, r)) is not None} for m, of in runs.items()}
     goals = {p: _goals(plan, results[reference], p, target) for p in PROTOCOLS}
     rows: list[dict[str, Any]] = []
+    told: dict[str, dict[int, Sequence[Mapping[str, Any]]]] = {}
     for method, of in runs.items():
         known, choice = results[method], plan.choice(case, method, ended)
-        tells = {run.experiment.seed: read(folder(run)).rows for run in of if run.experiment.seed in known}
+        told[method] = {run.experiment.seed: read(folder(run)).rows for run in of if run.experiment.seed in known}
         rows.append(
             {
                 "method": method,
@@ -75,7 +77,8 @@ def _case(
                 "scores": {at: {p: _spread(known.values(), at, p) for p in PROTOCOLS} for at in ("final", "best")},
                 "rank": dict.fromkeys(PROTOCOLS),
                 "against": {p: _against(plan, case, known, results[reference], p) if method != reference else None for p in PROTOCOLS},
-                "reached": {p: _reached(known, tells, p, goals[p]) for p in PROTOCOLS},
+                "reached": {p: _reached(known, told[method], p, goals[p]) for p in PROTOCOLS},
+                "over": {},
                 "costs": {key: mean(r[key] for r in known.values()) if known else None for key in COSTS},
             }
         )
@@ -83,6 +86,9 @@ def _case(
         whole = [row["scores"]["final"][p]["mean"] if row["scores"]["final"][p]["count"] == len(plan.seeds) else None for row in rows]
         for row, rank in zip(rows, statistics.ranks(whole), strict=True):
             row["rank"][p] = rank
+    for row in rows:
+        others = [m for m in runs if m != row["method"]]
+        row["over"] = {o: {p: _over(plan, row["method"], o, results, told, p) for p in PROTOCOLS} for o in others}
     metrics = sorted({str(r["metric"]) for of in results.values() for r in of.values()})
     return {"data": case.data, "alpha": case.alpha, "label": plan.label(case), "metric": "/".join(metrics), "target": goals, "rows": rows}
 
@@ -109,6 +115,32 @@ def _against(plan: Plan, case: Case, mine: Mapping[int, Result], reference: Mapp
     path = ("personalised and global alike", plan.labels[case.data], repr(case.alpha))
     found = statistics.paired(*[{seed: c for seed, c in of.items() if c is not None} for of in counts], metric, path)  # type: ignore[arg-type]
     return asdict(found)
+
+
+def _over(
+    plan: Plan,
+    method: str,
+    other: str,
+    results: Mapping[str, Mapping[int, Result]],
+    told: Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]],
+    protocol: str,
+) -> dict[str, Any] | None:
+    """How much higher ``method`` ends than ``other``, and the share of the other's device time to its own end that it saves on the way
+    there (None where a seed does not get there); None where a seed of either is missing, or either has no such model."""
+    mine, theirs = results[method], results[other]
+    if not mine.keys() == theirs.keys() == set(plan.seeds):
+        return None
+    ends = {seed: r["final"][protocol] for seed, r in theirs.items()}
+    if any(end is None for end in ends.values()) or any(r["final"][protocol] is None for r in mine.values()):
+        return None
+    times = [
+        targets.mean_cost([targets.reached(told[m][seed], of[seed], protocol, end) for seed, end in ends.items()])
+        for m, of in ((method, mine), (other, theirs))
+    ]
+    return {
+        "margin": mean(mine[seed]["final"][protocol] - end for seed, end in ends.items()),
+        "time_saved": 1 - times[0][0] / times[1][0] if times[0] and times[1] and times[1][0] else None,
+    }
 
 
 def _goals(plan: Plan, reference: Mapping[int, Result], protocol: str, target: float | None) -> dict[str, float | None]:

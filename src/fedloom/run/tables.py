@@ -1,4 +1,4 @@
-"""The tables of a comparison, from its summary: lines for a terminal, ``comparison.csv``, ``comparison.tex``.
+"""The tables of a comparison, from its summary: lines for a terminal, ``comparison.csv``, ``comparison.md``, ``comparison.tex``.
 
 This module computes nothing and knows no run folder.
 """
@@ -56,6 +56,14 @@ def reached_text(found: Mapping[str, Any] | None, key: str) -> str:
     return "not reached" if not found["reached"] else f"{found['reached']} of {found['seeds']} seeds"
 
 
+def whole_text(row: Mapping[str, Any], key: str) -> str:
+    """The cost of a whole run, set-up included."""
+    costs = row["costs"]
+    if costs[key] is None:
+        return NOTHING
+    return (human_seconds if key == "device_seconds" else human_bytes)(costs[key] + costs[f"setup_{key}"])
+
+
 def rate_text(row: Mapping[str, Any]) -> str:
     """The chosen learning rate; a dash for the method's own, and for none chosen."""
     return NOTHING if row["lr"] is None else f"{row['lr']:g}"
@@ -92,8 +100,10 @@ def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
         rows = []
         for row in case["rows"]:
             found = row["reached"]["personalised"]
-            rows.append([row["method"], reached_text(found, "device_seconds"), reached_text(found, "bytes_up")])
-        shown.append((f"{case['label']}: cost to reach {goal_text(summary, case)}", ("method", "device time", "uploaded"), rows))
+            reached = [reached_text(found, "device_seconds"), reached_text(found, "bytes_up")]
+            rows.append([row["method"], *reached, whole_text(row, "device_seconds"), whole_text(row, "bytes_up")])
+        title = f"{case['label']}: cost to reach {goal_text(summary, case)}, and of the whole run"
+        shown.append((title, ("method", "device time\nto it", "uploaded\nto it", "device time", "uploaded"), rows))
     if searched:
         headers = ("", "method", *(f"lr {rate:g}" for rate in summary["rates"]))
         rows = [[case["label"], row["method"], *map(grid_text, row["grid"])] for case in summary["cases"] for row in case["rows"]]
@@ -146,6 +156,31 @@ def as_csv(summary: Summary) -> str:
     writer.writeheader()
     writer.writerows(lines)
     return out.getvalue()
+
+
+def leads(summary: Summary) -> tuple[str, Sequence[str], Cells]:
+    """(title, headers, rows): whom each method leads by most, in score and in device time to where the other ends; personalised."""
+    rows = []
+    for case in summary["cases"]:
+        for row in case["rows"]:
+            over = {other: found["personalised"] for other, found in row["over"].items() if found["personalised"]}
+            cells = []
+            for key, form in (("margin", "+.4f"), ("time_saved", ".0%")):
+                known = {other: found[key] for other, found in over.items() if found[key] is not None and found[key] > 0}
+                best = max(known, key=lambda other: known[other], default=None)
+                cells.append(NOTHING if best is None else f"{known[best]:{form}} ({best})")
+            rows.append([case["label"], row["method"], *cells])
+    title = "Largest leads: personalised score, and device time to where the other method ends"
+    return title, ("", "method", "score above (whom)", "device time saved (whom)"), rows
+
+
+def as_markdown(summary: Summary) -> str:
+    """Every table of the terminal and the largest leads, as Markdown."""
+    parts = []
+    for title, headers, rows in [*terminal(summary), leads(summary)]:
+        lines = [[str(cell).replace("|", r"\|").replace("\n", " ") for cell in line] for line in (headers, ["---"] * len(headers), *rows)]
+        parts.append("\n".join([f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in lines)]))
+    return "\n\n".join(parts) + "\n"
 
 
 def escaped(text: str) -> str:

@@ -1,0 +1,98 @@
+"""The recipe of the core table: what it keeps comes back, nothing else does, and its tables go to their places on the page."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from zipfile import ZipFile
+
+import pytest
+
+from fedloom.methods import all_methods
+from tests.unit.run_folder import write_run
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "core.py"
+
+
+@pytest.fixture(scope="module")
+def core() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("core_recipe", RECIPE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_what_is_kept_comes_back_and_grows(core: ModuleType, tmp_path: Path) -> None:
+    first, second, kept = tmp_path / "first", tmp_path / "second", tmp_path / "deep" / "trec.zip"
+    write_run(first / "lora-seed1", rounds=3)
+    write_run(first / "ditto-seed1", rounds=8, ended=False)
+    (first / "lora-seed1" / "checkpoint.bin").write_bytes(b"large")
+    core.keep(first, kept)
+    write_run(second / "local-seed1", "local", 3)
+    core.keep(second, kept)
+    again = tmp_path / "again"
+    write_run(again / "local-seed1", "local", 3, height=0.5)
+    own = files(again)
+    core.unpack(kept, again)
+    made = files(again)
+    names = [f"{run}/{file}" for run in ("local-seed1", "lora-seed1") for file in core.FILES]
+    assert sorted(made) == sorted(names), "three files a finished run, nothing of what had not ended, no checkpoint"
+    assert all(made[name] == files(first)[name] for name in names[3:])
+    assert {name: made[name] for name in own} == own, "one's own finished run stays as it is"
+    assert not list(kept.parent.glob("*.tmp"))
+    before = kept.read_bytes()
+    core.keep(second, kept)
+    assert kept.read_bytes() == before, "the same runs make the same archive"
+
+
+@pytest.mark.parametrize("name", ["../x/results.json", "a/b/results.json", "run/model.pt", "results.json"])
+def test_an_archive_with_anything_else_is_refused(core: ModuleType, tmp_path: Path, name: str) -> None:
+    with ZipFile(tmp_path / "odd.zip", "w") as archive:
+        archive.writestr(name, "{}")
+    with pytest.raises(ValueError, match="no file of a run"):
+        core.unpack(tmp_path / "odd.zip", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_alpha_is_told_when_all_of_its_runs_are_there(core: ModuleType, tmp_path: Path) -> None:
+    for method in core.METHODS:
+        for i in range(5):
+            write_run(tmp_path / f"{method}-{i}", method, 2, alpha=0.1)
+            if i < 4 or method != "local":
+                write_run(tmp_path / f"{method}-mild-{i}", method, 2, alpha=1.0)
+    assert core.measured(tmp_path) == ("0.1",)
+    write_run(tmp_path / "local-mild-4", "local", 2, alpha=1.0)
+    assert core.measured(tmp_path) == ("0.1", "1.0")
+
+
+def test_tables_go_between_their_marks(core: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "results.md"
+    monkeypatch.setattr(core, "PAGE", page)
+    page.write_text("a\n<!-- trec -->\nold\n<!-- /trec -->\nb\n<!-- rte -->\n<!-- /rte -->\nc\n")
+    core.write_page({"trec": r"| \1 |"})
+    core.write_page({"trec": r"| \1 |"})
+    assert page.read_text() == "a\n<!-- trec -->\n\n| \\1 |\n<!-- /trec -->\nb\n<!-- rte -->\n<!-- /rte -->\nc\n"
+    with pytest.raises(ValueError, match="sst2"):
+        core.write_page({"sst2": "x"})
+
+
+def test_what_lies_beside_the_page_are_runs_of_this_recipe(core: ModuleType) -> None:
+    shape = core.SHAPE.replace("--", "").split()
+    due = {key.replace("-", "_"): int(value) for key, value in zip(shape[::2], shape[1::2], strict=True)}
+    assert list(core.KEPT.glob("*.zip")), "there is one slice at least"
+    assert set(core.METHODS) <= set(all_methods())
+    for kept in core.KEPT.glob("*.zip"):
+        with ZipFile(kept) as archive:
+            told = [json.loads(archive.read(name)) for name in archive.namelist() if name.endswith("results.json")]
+        for result in told:
+            experiment = result["experiment"]
+            assert {key: experiment[key] for key in due} == due
+            assert (experiment["data"].removeprefix("./"), experiment["precision"]) == (kept.stem, "float32")
+            assert result["method"] in core.METHODS
