@@ -1,9 +1,11 @@
-"""The recipe of the core table: what it keeps comes back, nothing else does, and its tables go to their places on the page."""
+"""The recipes. Of the core table: what it keeps comes back, nothing else does, and its tables go to their places on the page. Of the
+ablations: each changes what its name says and makes sense as a plan."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from zipfile import ZipFile
@@ -11,18 +13,29 @@ from zipfile import ZipFile
 import pytest
 
 from fedloom.methods import all_methods
+from fedloom.run.experiment import as_json
+from fedloom.run.plan import Plan
 from tests.unit.run_folder import write_run
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "core.py"
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
-@pytest.fixture(scope="module")
-def core() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("core_recipe", RECIPE)
+def loaded(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{name}_recipe", RECIPES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def core() -> ModuleType:
+    return loaded("core")
+
+
+@pytest.fixture(scope="module")
+def ablations() -> ModuleType:
+    return loaded("ablations")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -96,3 +109,24 @@ def test_what_lies_beside_the_page_are_runs_of_this_recipe(core: ModuleType) -> 
             assert {key: experiment[key] for key in due} == due
             assert (experiment["data"].removeprefix("./"), experiment["precision"]) == (kept.stem, "float32")
             assert result["method"] in core.METHODS
+
+
+def test_every_ablation_is_a_plan_of_different_methods(ablations: ModuleType) -> None:
+    for name, make in ablations.VARIANTS.items():
+        methods = make()
+        assert methods["fibecfed"] == ablations.WHOLE
+        plan = Plan(ablations.SHAPE, methods, ("trec",), (0.1,), (1, 2, 3), (8e-3,))
+        assert len({json.dumps(as_json(run.experiment)) for run in plan.every()}) == 3 * len(methods), f"{name}: two variants are one"
+    for name, values in ablations.SETTINGS.items():
+        bases = [replace(ablations.SHAPE, **change) for change in values.values()]
+        assert len({base.digest() for base in bases}) == len(values), name
+
+
+@pytest.mark.parametrize("asked", [["partz"], []])
+def test_an_ablation_that_is_not_there_is_told_what_is(
+    ablations: ModuleType, asked: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["ablations.py", *asked])
+    with pytest.raises(SystemExit):
+        ablations.main()
+    assert "parts, pacing, order, layers, keep, skew, devices, cohort" in capsys.readouterr().err

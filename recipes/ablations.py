@@ -1,0 +1,117 @@
+"""What each part of FibecFed does, and where it does it: one part changed at a time, everything else as in recipes/core.py.
+
+    python recipes/ablations.py parts                        FibecFed without each of its three ideas, and without all of them
+    python recipes/ablations.py pacing layers --jobs 2       several, one after the other
+    python recipes/ablations.py devices --seeds 1            from 20 to 1,000 devices
+    python recipes/ablations.py --list                       what there is
+
+Each makes a folder under --out with the tables and the report of a comparison (comparison.md, report.html). The learning rate is the one
+that the core table's search found for FibecFed on TREC (docs/results.md); it is not searched again. Stop it and run it again: finished runs
+are used as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedloom.client.curricula.everything import Everything
+from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
+from fedloom.run.compare import compare
+from fedloom.run.experiment import Experiment
+from fedloom.run.plan import Plan
+
+WHOLE = FibecFed()
+SHAPE = Experiment(
+    WHOLE, clients=100, cohort=10, rounds=30, max_train=1600, max_validation=400, max_test=500, max_length=64, evaluate_every=6
+)
+OPEN = Curriculum(start=1.0)
+"""Everything is open from the start; the head is warmed up and the batches stay as they were cut."""
+
+
+def variants(**changes: Mapping[str, Any]) -> dict[str, FibecFed]:
+    """FibecFed, and FibecFed with each named change; underscores in names become hyphens."""
+    return {"fibecfed": WHOLE, **{name.replace("_", "-"): replace(WHOLE, **change) for name, change in changes.items()}}
+
+
+VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "parts": lambda: {
+        **variants(
+            no_curriculum={"curriculum": OPEN},
+            all_layers_global={"gal": Gal(fraction=1.0)},
+            no_mask={"keep": 1.0},
+            none_of_them={"curriculum": OPEN, "gal": Gal(fraction=1.0), "keep": 1.0},
+        ),
+        "lora": FedAvg(),
+    },
+    "pacing": lambda: variants(**{p: {"curriculum": Curriculum(pacing=p)} for p in ("sqrt", "quadratic", "exp", "none")}),
+    "order": lambda: variants(
+        by_example={"curriculum": Curriculum(granularity="example")},
+        refreshed={"curriculum": Curriculum(refresh=10)},
+        head_left_out={"curriculum": Curriculum(head="left-out")},
+        head_as_is={"curriculum": Curriculum(head="as-is")},
+        shuffled={"curriculum": Everything()},
+    ),
+    "layers": lambda: variants(
+        quarter={"gal": Gal(fraction=0.25)},
+        half={"gal": Gal(fraction=0.5)},
+        all={"gal": Gal(fraction=1.0)},
+        most={"gal": Gal(which="most")},
+        random={"gal": Gal(which="random")},
+    ),
+    "keep": lambda: variants(**{f"keep_{int(share * 100)}": {"keep": share} for share in (0.1, 0.25, 0.75, 1.0)}),
+}
+"""By name, the methods of one comparison."""
+
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "skew": {f"alpha-{alpha:g}": {"alpha": alpha} for alpha in (0.1, 1.0, 10.0)},
+    "devices": {f"devices-{n}": {"clients": n, "max_train": 0} for n in (20, 50, 100, 200, 500, 1000)},
+    "cohort": {f"cohort-{n}": {"cohort": n} for n in (5, 10, 20, 50)},
+}
+"""By name, what is changed for all methods, a comparison for each."""
+
+
+def main() -> int:
+    """Run what was asked for; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to vary: {', '.join([*VARIANTS, *SETTINGS])}")
+    parser.add_argument("--alpha", type=float, default=0.1, help="label skew, where it is not varied (default: 0.1)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--lr", type=float, default=8e-3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--list", action="store_true", help="say what there is")
+    given = parser.parse_args()
+    if given.list:
+        for name, make in VARIANTS.items():
+            print(f"{name}: {', '.join(make())}")
+        for name, values in SETTINGS.items():
+            print(f"{name}: lora and fibecfed at {', '.join(values)}")
+        return 0
+    unknown = [name for name in given.names if name not in {*VARIANTS, *SETTINGS}]
+    if unknown or not given.names:
+        parser.error(f"{f'there is no {unknown[0]}' if unknown else 'nothing is named'}; there are {', '.join([*VARIANTS, *SETTINGS])}")
+    failed = 0
+    for name in given.names:
+        if name in VARIANTS:
+            todo = {name: (VARIANTS[name](), {})}
+        else:
+            todo = {f"{name}/{value}": ({"lora": FedAvg(), "fibecfed": WHOLE}, change) for value, change in SETTINGS[name].items()}
+        for where, (methods, change) in todo.items():
+            base = replace(SHAPE, **{"alpha": given.alpha, **change})
+            plan = Plan(base, methods, (base.data,), (base.alpha,), tuple(given.seeds), (given.lr,))
+            reference = "lora" if "lora" in methods else "fibecfed"
+            ended = compare(plan, given.out / where, given.jobs, reference=reference)
+            failed += len(ended.failed)
+            print(f"{where}: {ended.report}")
+            for run, why in ended.failed.items():
+                print(f"{run} failed: {why}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
