@@ -37,14 +37,18 @@ FILES = ("experiment.json", "rounds.jsonl", "results.json")
 
 
 def keep(runs: Path, kept: Path) -> None:
-    """Put every finished run's files into the archive ``kept``, those that it has already included, in order of names."""
+    """Put every finished run's files into the archive ``kept``, those that it has already included, in order of names. A name tells α."""
     unpack(kept, runs)
+    found = {}
+    for results in sorted(runs.glob("*/results.json")):
+        alpha = f"alpha{json.loads(results.read_text(encoding='utf-8'))['experiment']['alpha']!r}-"
+        found[f"{alpha}{results.parent.name.removeprefix(alpha)}"] = results.parent
     kept.parent.mkdir(parents=True, exist_ok=True)
     scratch = kept.with_suffix(".tmp")
     with ZipFile(scratch, "w", ZIP_LZMA) as archive:
-        for run in sorted(path.parent for path in runs.glob("*/results.json")):
+        for name, run in sorted(found.items()):
             for file in FILES:
-                archive.writestr(ZipInfo(f"{run.name}/{file}"), (run / file).read_bytes(), ZIP_LZMA)
+                archive.writestr(ZipInfo(f"{name}/{file}"), (run / file).read_bytes(), ZIP_LZMA)
     os.replace(scratch, kept)
 
 
@@ -125,7 +129,7 @@ if __name__ == "__main__":
         parser.error(f"{f'there is no task {unknown[0]}' if unknown else 'no task is named'}; there are {', '.join(TASKS)}")
     code = 0
     for task in given.tasks:
-        out = given.out.resolve() / task
+        out = given.out.resolve() / (task if tuple(given.alphas) == ALPHAS else f"{task}-{'-'.join(given.alphas)}")
         if given.keep:
             keep(out, KEPT / f"{task}.zip")
             continue

@@ -44,20 +44,20 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_what_is_kept_comes_back_and_grows(core: ModuleType, tmp_path: Path) -> None:
     first, second, kept = tmp_path / "first", tmp_path / "second", tmp_path / "deep" / "trec.zip"
-    write_run(first / "lora-seed1", rounds=3)
+    write_run(first / "lora-seed1", rounds=3, alpha=0.1)
     write_run(first / "ditto-seed1", rounds=8, ended=False)
     (first / "lora-seed1" / "checkpoint.bin").write_bytes(b"large")
     core.keep(first, kept)
-    write_run(second / "local-seed1", "local", 3)
+    write_run(second / "lora-seed1", rounds=4, alpha=1.0)
     core.keep(second, kept)
     again = tmp_path / "again"
-    write_run(again / "local-seed1", "local", 3, height=0.5)
+    write_run(again / "alpha1.0-lora-seed1", rounds=5, alpha=1.0)
     own = files(again)
     core.unpack(kept, again)
     made = files(again)
-    names = [f"{run}/{file}" for run in ("local-seed1", "lora-seed1") for file in core.FILES]
-    assert sorted(made) == sorted(names), "three files a finished run, nothing of what had not ended, no checkpoint"
-    assert all(made[name] == files(first)[name] for name in names[3:])
+    names = [f"alpha{alpha}-lora-seed1/{file}" for alpha in ("0.1", "1.0") for file in core.FILES]
+    assert sorted(made) == sorted(names), "three files a finished run under a name that tells alpha, nothing of what had not ended"
+    assert all(made[f"alpha0.1-{name}"] == files(first)[name] for name in files(first) if name.startswith("lora") and "check" not in name)
     assert {name: made[name] for name in own} == own, "one's own finished run stays as it is"
     assert not list(kept.parent.glob("*.tmp"))
     before = kept.read_bytes()
