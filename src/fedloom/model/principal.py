@@ -9,21 +9,28 @@ a part in it. Devices that started from different directions would be averaged t
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 
 def principal_factors(weight: torch.Tensor, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
     """A0 (r, d_in) and B0 (d_out, r), float32, of ``weight`` (d_out, d_in) in any precision.
 
+    The r highest eigenvectors of W0·W0ᵀ or W0ᵀ·W0, whichever is smaller, are found alone; the other side's directions follow from them.
+
     Raises:
         ValueError: the rank is higher than that of any such matrix.
     """
+    from scipy.linalg import eigh  # only this start should wait for it
+
     highest = min(weight.shape)
     if rank > highest:
         raise ValueError(f"rank {rank} is more than a weight of {weight.shape[0]} × {weight.shape[1]} has; it can be at most {highest}")
-    u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
-    u, s, vt = u[:, :rank], s[:rank], vt[:rank]
-    largest = u.gather(0, u.abs().argmax(0, keepdim=True))
-    sign = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
-    root = (s / scaling).sqrt()
-    return ((root * sign[0])[:, None] * vt).float(), (u * sign * root).float()
+    w = weight.detach().double().cpu().numpy()
+    wide = w.shape[0] <= w.shape[1]
+    squares, found = eigh(w @ w.T if wide else w.T @ w, subset_by_index=(highest - rank, highest - 1))
+    s, found = np.sqrt(np.maximum(squares[::-1], 0.0)), found[:, ::-1]
+    safe = np.where(s > 0, s, 1.0)
+    u, v = (found, w.T @ found / safe) if wide else (w @ found / safe, found)
+    root = np.sqrt(s / scaling) * np.where(u[np.abs(u).argmax(0), np.arange(rank)] < 0, -1.0, 1.0)
+    return torch.from_numpy((root * v).T.copy()).float(), torch.from_numpy(root * u).float()
