@@ -136,7 +136,7 @@ def keep_rows(lm: Any, filler: Filler) -> None:
     ids = [filler.pieces(word) for word in filler.cloze.words]
     if len({tuple(sorted(one)) for one in ids}) < len(ids):
         raise ClozeError(f"two of the words {list(filler.cloze.words)} are the same to this tokenizer; name others with --label-words")
-    bias = getattr(old, "bias", None)
+    bias = old.bias
     new = nn.Linear(old.weight.shape[1], len(ids), bias=bias is not None)
     with torch.no_grad():
         new.weight.copy_(torch.stack([old.weight[one].mean(0) for one in ids]))
