@@ -20,6 +20,7 @@ from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
 from fedloom.model.base import Batch, Model, as_batch, weighted_loss
 from fedloom.model.dropout import SeededDropout
+from fedloom.model.some_rows import SomeRows
 from fedloom.seeds import derive, derive_int
 
 PREDICT_ROWS = 32
@@ -69,8 +70,10 @@ class Serial:
         for i, indices in enumerate(item.batches):
             batch = self.batch(item.examples, indices)
             key = torch.tensor(dropout_key(item.dropout_seed, i), device=model.device)
-            with SeededDropout(key, model.dropout, model.causal) if model.dropout else nullcontext():
-                loss = weighted_loss(model.forward({**fixed, **now}, batch, model.dtype)[0] + bias, batch)
+            tensors = {n: t.to(model.dtype) for n, t in {**fixed, **now}.items()}
+            dropping = SeededDropout(key, model.dropout, model.causal) if model.dropout else nullcontext()
+            with dropping, SomeRows(tensors, item.rows, model.initial) if item.rows else nullcontext():
+                loss = weighted_loss(model.forward(tensors, batch, model.dtype)[0] + bias, batch)
             total = loss if item.penalty is None else loss + item.penalty(now, anchor)
             gradients = torch.autograd.grad(total, list(now.values()))
             for (name, tensor), gradient in zip(now.items(), gradients, strict=True):
@@ -192,8 +195,8 @@ def cost(item: WorkItem, flops: Flops) -> tuple[float, int]:
     lengths = item.examples.lengths
     match item:
         case Fit():
-            names = frozenset(item.start)
-            spent = sum(len(b) * float(flops.step(names, int(lengths[b].max()))) for b in item.batches)
+            names, rows = frozenset(item.start), {n: len(at) for n, at in item.rows.items()}
+            spent = sum(len(b) * float(flops.step(names, int(lengths[b].max()), rows)) for b in item.batches)
             return spent, sum(len(b) for b in item.batches)
         case Score() | Fisher():
             return float(np.sum(flops.step(frozenset(scored_names(item)), lengths))), 0
