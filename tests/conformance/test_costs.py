@@ -31,16 +31,18 @@ def fibecfed(pacing: Pacing = "linear", **fields: object) -> Experiment:
 
 
 def test_plain_lora_is_played_at_the_cost_of_a_real_run(tmp_path: Path) -> None:
-    """To the byte and to the operation, round by round; and a run's set-up is set against exactly that."""
+    """To the operation, and to the bytes but for the digits of a loss, round by round; a run's set-up is set against that."""
     asked = fibecfed()
     real = replace(asked, method=plain_of(asked.method))
     run(real, tmp_path / "lora", plain=True)
     rows = [json.loads(line) for line in (tmp_path / "lora" / "rounds.jsonl").read_text().splitlines()][1:]
     world = build(asked)
     theirs = played(world, plain_of(asked.method), device_named(asked.device))  # type: ignore[arg-type]
-    # the digest of the experiment, which every message carries, has the same length; bytes are those of the real messages
-    assert [row["bytes_up"] for row in theirs] == [row["bytes_up"] for row in rows]
-    assert [row["device_seconds"] for row in theirs] == pytest.approx([row["device_seconds"] for row in rows], rel=1e-12)
+    assert len(theirs) == len(rows) == 6
+    assert all(0 <= real["bytes_up"] - one["bytes_up"] <= 16 * asked.cohort for real, one in zip(rows, theirs, strict=True))
+    digits = 16 / device_named(asked.device).upload_bytes_per_second
+    assert [row["device_seconds"] for row in theirs] == pytest.approx([row["device_seconds"] for row in rows], abs=digits, rel=1e-9)
+    assert len({round(row["device_seconds"], 9) for row in theirs}) > 1, "every round has its own cohort"
     results = run(asked, tmp_path / "fibecfed", plain=True)
     mine = [json.loads(line) for line in (tmp_path / "fibecfed" / "rounds.jsonl").read_text().splitlines()][1:]
     due = {key: first_paid(results[f"setup_{key}"], [r[key] for r in mine], [r[key] for r in rows]) for key in KEYS}

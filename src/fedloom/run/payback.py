@@ -3,7 +3,8 @@
 A run's cost after a round is that of its set-up and of all rounds up to that one. The set-up has paid for itself after the first round
 at which this is no more than plain LoRA's, which has none: once for what devices upload, once for simulated device time. Plain LoRA is
 the same local training (epochs, batch size, seed, cohorts) with everything shared and without a curriculum. It is not trained for this: it
-is played with a compute that only counts, so its messages and operations are those of a real run of it, whatever the values in them.
+is played with a compute that only counts, so its operations are those of a real run of it, and its messages are as long, but for the
+digits of a loss.
 """
 
 from __future__ import annotations
