@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from fedloom.model.adapters import Lora
+from fedloom.model.adapters import Adapter, Kind
 from fedloom.model.base import Model, Precision, load
 from tests import tiny
 
@@ -50,8 +50,14 @@ def folder(family: str) -> Path:
 @cache
 def model(family: str, dropout: float = 0.0, precision: Precision = "float32") -> Model:
     """The family's tiny model with rank-2 LoRA."""
-    lora = Lora(rank=2, alpha=4.0, targets=TARGETS.get(family, ()), dropout=dropout)
-    return load(str(folder(family)), num_labels=3, lora=lora, seed=1, max_length=16, precision=precision)
+    adapter = Adapter(rank=2, alpha=4.0, targets=TARGETS.get(family, ()), dropout=dropout)
+    return load(str(folder(family)), num_labels=3, adapter=adapter, seed=1, max_length=16, precision=precision)
+
+
+@cache
+def of_kind(family: str, kind: Kind) -> Model:
+    """The family's tiny model with an adapter of this kind, of rank 2."""
+    return load(str(folder(family)), num_labels=3, adapter=Adapter(rank=2, kind=kind), seed=1, max_length=16)
 
 
 def moved(of: Model, seed: int = 0, by: float = 0.2) -> dict[str, torch.Tensor]:

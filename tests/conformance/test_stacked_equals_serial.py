@@ -18,7 +18,7 @@ from fedloom.compute.stacked import Stacked, _chunks, _states_that_fit, token_by
 from fedloom.compute.work import AdamW, Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, WorkItem
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
-from fedloom.model.adapters import Lora, is_factor
+from fedloom.model.adapters import Adapter, is_factor
 from fedloom.model.base import Model, load
 from fedloom.model.packed import Unpackable
 from fedloom.model.some_rows import whole as whole_tensor
@@ -572,27 +572,27 @@ def test_a_changed_base_is_packed_anew() -> None:
     assert torch.allclose(one, many, atol=LOGITS, rtol=0) and not torch.allclose(before, many, atol=100 * LOGITS)
 
 
-ADAPTERS: dict[str, tuple[str, Lora]] = {
-    "bert, every linear layer": ("bert", Lora(rank=2, alpha=4.0, targets=("query", "key", "value", "dense"))),
-    "bert, feed-forward, rank 3": ("bert", Lora(rank=3, alpha=4.0, targets=("intermediate.dense",))),
-    "bert, rank 1": ("bert", Lora(rank=1, alpha=4.0)),
-    "bert, rank above the width": ("bert", Lora(rank=20, alpha=4.0)),
-    "roberta, every linear layer": ("roberta", Lora(rank=2, alpha=4.0, targets=("query", "key", "value", "dense"))),
+ADAPTERS: dict[str, tuple[str, Adapter]] = {
+    "bert, every linear layer": ("bert", Adapter(rank=2, alpha=4.0, targets=("query", "key", "value", "dense"))),
+    "bert, feed-forward, rank 3": ("bert", Adapter(rank=3, alpha=4.0, targets=("intermediate.dense",))),
+    "bert, rank 1": ("bert", Adapter(rank=1, alpha=4.0)),
+    "bert, rank above the width": ("bert", Adapter(rank=20, alpha=4.0)),
+    "roberta, every linear layer": ("roberta", Adapter(rank=2, alpha=4.0, targets=("query", "key", "value", "dense"))),
     "llama, every linear layer": (
         "llama",
-        Lora(rank=2, alpha=4.0, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
+        Adapter(rank=2, alpha=4.0, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
     ),
-    "qwen2, feed-forward": ("qwen2", Lora(rank=2, alpha=4.0, targets=("up_proj", "down_proj"))),
-    "gpt2, every linear layer": ("gpt2", Lora(rank=2, alpha=4.0, targets=("c_attn", "c_proj", "c_fc"))),
-    "deberta-v2, feed-forward": ("deberta-v2", Lora(rank=2, alpha=4.0, targets=("intermediate.dense",))),
+    "qwen2, feed-forward": ("qwen2", Adapter(rank=2, alpha=4.0, targets=("up_proj", "down_proj"))),
+    "gpt2, every linear layer": ("gpt2", Adapter(rank=2, alpha=4.0, targets=("c_attn", "c_proj", "c_fc"))),
+    "deberta-v2, feed-forward": ("deberta-v2", Adapter(rank=2, alpha=4.0, targets=("intermediate.dense",))),
 }
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_adapters_of_other_places_and_ranks(adapter: str) -> None:
     """Wherever the pairs sit and whatever their rank; the head trains with them, and alone."""
-    family, lora = ADAPTERS[adapter]
-    of = load(str(families.folder(family)), num_labels=3, lora=lora, seed=1, max_length=16)
+    family, adapter = ADAPTERS[adapter]
+    of = load(str(families.folder(family)), num_labels=3, adapter=adapter, seed=1, max_length=16)
     assert not of.alone
     items: list[WorkItem] = [
         item for k in range(3) for item in (fit(of, "plain", k), fit(of, "fixed", k), Predict(families.moved(of, k), examples(k)))

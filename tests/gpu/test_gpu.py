@@ -9,7 +9,7 @@ import torch
 from fedloom.client.curriculum import shuffled
 from fedloom.compute.stacked import Stacked, token_bytes
 from fedloom.compute.work import AdamW, Fit, Predict, Score
-from fedloom.model.adapters import Lora
+from fedloom.model.adapters import Adapter
 from fedloom.model.base import load
 from tests import tiny
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no accele
 
 def results(device: str) -> list[object]:
     """Fit, Score and Predict of four devices on the tiny model."""
-    model = load(str(tiny.folder()), num_labels=3, lora=Lora(rank=2), seed=1, max_length=16, device=device)
+    model = load(str(tiny.folder()), num_labels=3, adapter=Adapter(rank=2), seed=1, max_length=16, device=device)
     items = []
     for c in tiny.clients().values():
         items += [Fit(model.initial, c.train, shuffled(len(c.train), 4, 1, "x", c.id), AdamW(1e-3))]
@@ -36,7 +36,7 @@ def test_the_accelerator_agrees_with_the_cpu() -> None:
 
 
 def test_a_stack_stays_within_its_estimate() -> None:
-    model = load(str(tiny.folder(layers=6, hidden=256)), num_labels=3, lora=Lora(rank=8), seed=1, max_length=32, device="cuda")
+    model = load(str(tiny.folder(layers=6, hidden=256)), num_labels=3, adapter=Adapter(rank=8), seed=1, max_length=32, device="cuda")
     examples = tiny.examples(64)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from fedloom.methods import named
-from fedloom.model.adapters import Lora
+from fedloom.model.adapters import Adapter
 from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.run.loop import run
@@ -29,7 +29,7 @@ def experiment(method: str, stack: int, model: str) -> Experiment:
     """Six rounds of a small federation on packaged questions."""
     shape = {"clients": 8, "cohort": 4, "rounds": 6, "max_train": 120, "max_validation": 30, "max_test": 40, "max_length": 32}
     engine = EngineSettings(stack=stack, threads=1)
-    return Experiment(named(method)(), model=model, adapter=Lora(rank=2), evaluate_every=2, engine=engine, **shape)
+    return Experiment(named(method)(), model=model, adapter=Adapter(rank=2), evaluate_every=2, engine=engine, **shape)
 
 
 def child(wanted: Experiment, folder: Path) -> int:

@@ -185,6 +185,11 @@ def test_describe_says_what_would_be_run(world: Path, capsys: pytest.CaptureFixt
     assert f"{row['examples']:,} examples" in out
     assert "60 train, 20 validation, 20 test" in out
     assert "query, value" in out
+    assert "packed: all texts of a stack in one row" in out
+    assert cli.main(["describe", "lora", *small(world / "data"), "--adapter.kind", "bitfit"]) == 0
+    out = capsys.readouterr().out
+    assert "vmap over padded batches" in out
+    assert "LoRA" not in out
 
 
 def test_partition_shows_saves_and_draws(

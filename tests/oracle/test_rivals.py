@@ -24,7 +24,7 @@ from fedloom.methods.ffa import FfaLora
 from fedloom.methods.local import Local
 from fedloom.methods.method import Method
 from fedloom.methods.rolora import RoLora
-from fedloom.model.adapters import Lora, merged
+from fedloom.model.adapters import Adapter, merged
 from fedloom.model.base import Model, load
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import nbytes
@@ -274,13 +274,13 @@ def test_a_device_that_never_took_part_predicts_with_the_start_where_it_is_its_o
 
 # ---- the distance to the ideal update ------------------------------------------------------------------------------------------
 
-WIDE = Lora(rank=2, alpha=6.0, targets=("query", "intermediate.dense", "output.dense"))
+WIDE = Adapter(rank=2, alpha=6.0, targets=("query", "intermediate.dense", "output.dense"))
 """s = alpha/r = 3; pairs on square weights, on wide ones (32, 16) and on tall ones (16, 32)."""
 
 
 @cache
 def wide() -> Model:
-    return load(str(tiny.folder(real.LAYERS)), num_labels=3, lora=WIDE, seed=1, max_length=16)
+    return load(str(tiny.folder(real.LAYERS)), num_labels=3, adapter=WIDE, seed=1, max_length=16)
 
 
 @cache
@@ -331,7 +331,7 @@ def test_the_global_model_is_the_base_with_the_ideal_update_added(method: Method
     due, of = ideal(run.asked("train")[-1]), wide()
     weights = {name: tensor.numpy() for name, tensor in of.module.state_dict().items()}
     encoder = Encoder.of(weights, heads=of.config.num_attention_heads, scaling=float("nan"), eps=of.config.layer_norm_eps)
-    plain = merged(of.module, dict(run.assembled)).state_dict()
+    plain = merged(of.module, of.parameters, dict(run.assembled)).state_dict()
     moved: Arrays = {name: tensor for name, tensor in real.arrays(run.assembled).items() if not is_lora(name)}
     without_pairs = {name: tensor for name, tensor in encoder.weights.items() if ".lora_" not in name}
     for name, update in due.items():

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForSequenceClassification
 
-from fedloom.model.adapters import AdapterError, Lora, attach, is_factor, merged, partner, trainable_names, write_adapter
+from fedloom.model.adapters import Adapter, AdapterError, attach, is_factor, merged, partner, trainable_names, write_adapter
 from fedloom.model.base import as_batch, load
 from fedloom.model.blocks import layer_of, layers
 from tests import families, tiny
@@ -46,40 +46,40 @@ def test_factors_come_in_pairs_of_the_rank_and_b_starts_at_zero(family: str) -> 
 
 def test_query_and_value_by_default_and_what_is_named_otherwise() -> None:
     assert {n.split(".lora")[0].rsplit(".", 1)[-1] for n in families.model("bert").initial if is_factor(n)} == {"query", "value"}
-    made = attach(plain(), Lora(rank=3, targets=("key", "intermediate.dense")))
+    made = attach(plain(), Adapter(rank=3, targets=("key", "intermediate.dense")))
     found = {n.split(".lora")[0].split("layer.0.")[-1] for n in trainable_names(made) if is_factor(n) and ".0." in n}
     assert found == {"attention.self.key", "intermediate.dense"}
 
 
 def test_the_scaling_is_alpha_over_rank() -> None:
-    made = attach(plain(), Lora(rank=2, alpha=5.0))
+    made = attach(plain(), Adapter(rank=2, alpha=5.0))
     assert {m.scaling["default"] for m in made.modules() if isinstance(m, LoraLayer)} == {2.5}
 
 
 def test_a_target_that_does_not_exist_lists_the_linear_modules() -> None:
     with pytest.raises(AdapterError, match=r"targets \['q_prjo'\] for BertFor.*--adapter.targets .*'intermediate|'key'") as said:
-        attach(plain(), Lora(targets=("q_prjo",)))
+        attach(plain(), Adapter(targets=("q_prjo",)))
     for end in ("query", "key", "value", "dense", "classifier"):
         assert f"'{end}'" in str(said.value)
     with pytest.raises(AdapterError, match=r"'c_attn'"):
-        attach(plain("gpt2"), Lora(targets=("q_prjo",)))
+        attach(plain("gpt2"), Adapter(targets=("q_prjo",)))
 
 
 def test_an_architecture_without_defaults_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model = plain("bert")
     monkeypatch.setattr(type(model.config), "model_type", "something-new")
     with pytest.raises(AdapterError, match=r"no known default targets for BertFor"):
-        attach(model, Lora())
+        attach(model, Adapter())
 
 
-@pytest.mark.parametrize("lora", [Lora(rank=0), Lora(rank=-3), Lora(dropout=1.0), Lora(dropout=-0.1)])
-def test_impossible_settings(lora: Lora) -> None:
+@pytest.mark.parametrize("adapter", [Adapter(rank=0), Adapter(rank=-3), Adapter(dropout=1.0), Adapter(dropout=-0.1)])
+def test_impossible_settings(adapter: Adapter) -> None:
     with pytest.raises(AdapterError, match="rank >= 1 and 0 <= dropout < 1"):
-        attach(plain(), lora)
+        attach(plain(), adapter)
 
 
 def test_other_trainable_tensors_than_peft_saves_are_noticed() -> None:
-    made = attach(plain(), Lora())
+    made = attach(plain(), Adapter())
     next(p for n, p in made.named_parameters() if "LayerNorm" in n).requires_grad_(True)
     with pytest.raises(AdapterError, match=r"PEFT saves other tensors than are trained: .*LayerNorm"):
         trainable_names(made)
@@ -98,7 +98,7 @@ def test_layers_are_whole_numbers_not_prefixes() -> None:
 
 @pytest.mark.parametrize("family", ["bert", "deberta-v2", "llama", "gpt2"])
 def test_plain_peft_loads_what_was_written_with_the_same_logits(family: str, tmp_path: Path) -> None:
-    model = load(str(families.folder(family)), num_labels=2, lora=Lora(rank=2, alpha=4.0), max_length=16)
+    model = load(str(families.folder(family)), num_labels=2, adapter=Adapter(rank=2, alpha=4.0), max_length=16)
     at = families.moved(model)
     write_adapter(model.module, list(model.parameters), at, tmp_path / "out", str(families.folder(family)))
     loaded = PeftModel.from_pretrained(plain(family), tmp_path / "out").eval()
@@ -120,14 +120,14 @@ def test_merged_is_a_plain_model_with_the_same_logits(family: str) -> None:
     before = {name: p.detach().clone() for name, p in model.module.named_parameters()}
     text = tiny.examples(1, seed=8)
     batch = as_batch(vars(text.pad(np.array([0]), pad_id=0)), model.device)
-    plain_model = merged(model.module, at)
+    plain_model = merged(model.module, model.parameters, at)
     assert not [name for name, _ in plain_model.named_parameters() if "lora" in name]
     with torch.no_grad():
         wanted, _ = model.forward(at, batch, torch.float32)
         assert torch.allclose(plain_model(input_ids=batch.ids).logits, wanted, atol=2e-5)
     assert all(torch.equal(p, before[name]) for name, p in model.module.named_parameters()), "the shared base must stay as it is"
     with pytest.raises(AdapterError, match=r"exactly the trained tensors"):
-        merged(model.module, dict(list(at.items())[1:]))
+        merged(model.module, model.parameters, dict(list(at.items())[1:]))
 
 
 def test_a_tensor_too_few_or_too_many_is_not_written(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, BloomConfig, BloomF
 
 from fedloom.data.examples import Examples
 from fedloom.model import base
-from fedloom.model.adapters import Lora
+from fedloom.model.adapters import Adapter
 from fedloom.model.base import Batch, Model, ModelError, as_batch, folder_of, load
 from tests import families, tiny
 
@@ -36,8 +36,8 @@ def test_causality_is_found_by_behaviour(family: str) -> None:
 
 @pytest.mark.parametrize("family", families.CONFIGS)
 def test_logits_on_a_padded_batch_equal_plain_calls_without_padding(family: str) -> None:
-    lora = Lora(rank=2, targets=families.TARGETS.get(family, ()))
-    model = load(str(families.folder(family)), num_labels=2, lora=lora, max_length=16)
+    adapter = Adapter(rank=2, targets=families.TARGETS.get(family, ()))
+    model = load(str(families.folder(family)), num_labels=2, adapter=adapter, max_length=16)
     plain = AutoModelForSequenceClassification.from_pretrained(families.folder(family), attn_implementation="eager").eval()
     with torch.no_grad():
         made, _ = model.forward({}, padded(model), torch.float32)
@@ -171,7 +171,7 @@ def test_a_model_that_cannot_take_ready_masks_is_refused_and_says_what_was_tried
     with pytest.raises(
         ModelError, match=r"\(bloom\) cannot be called on ready masks; tried _one_mask/from_zero: .*_key_mask/_no_positions"
     ):
-        load(path, num_labels=2, max_length=16, lora=Lora(targets=("query_key_value",)))
+        load(path, num_labels=2, max_length=16, adapter=Adapter(targets=("query_key_value",)))
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:

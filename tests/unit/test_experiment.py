@@ -16,14 +16,14 @@ from fedloom.methods import all_methods, named
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
 from fedloom.methods.finetuned import FineTuned
-from fedloom.model.adapters import Lora
+from fedloom.model.adapters import Adapter
 from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError, as_json, completed, first_difference, from_json
 
 RICH = Experiment(
     FibecFed(
         FedAvg(lr=1e-3, local_epochs=3), Curriculum(0.5, 0.7, "sqrt", "example", 4, "left-out", 1), Gal(0.5, 2, "most", 0.1, "norms"), 0.9
     ),
-    adapter=Lora(4, 8.0, ("query", "key"), 0.1),
+    adapter=Adapter(4, 8.0, ("query", "key"), 0.1),
     text=("a", "b"),
     label="y",
     metric="f1",
@@ -177,7 +177,7 @@ BAD_JSON = {
     "true for a float": (changed(alpha=True), "alpha is True; it must be float"),
     "an unknown choice": (changed(precision="fp8"), "precision is 'fp8'; it must be"),
     "a string for a tuple": (changed(text="question"), "text is 'question'"),
-    "a number for a part": (changed(adapter=3), "adapter is 3; it must be Lora"),
+    "a number for a part": (changed(adapter=3), "adapter is 3; it must be Adapter"),
 }
 
 

@@ -146,7 +146,7 @@ def faults(path: str, source: str) -> list[str]:
 FILES = sorted(p.relative_to(SOURCE).as_posix() for p in SOURCE.rglob("*.py"))
 
 BAD = {
-    "upwards": ("server/a.py", "from fedloom.methods.lora import Lora", "floor 3 from floor 1"),
+    "upwards": ("server/a.py", "from fedloom.methods.lora import Adapter", "floor 3 from floor 1"),
     "upwards, inside a function": ("messages.py", "def f():\n    import fedloom.data.tasks", "floor 1 from floor 0"),
     "upwards, by the package's name": ("wire.py", "from fedloom import cli", "floor 5 from floor 0"),
     "the package itself": ("client/a.py", "import fedloom", "floor 5 from floor 2"),

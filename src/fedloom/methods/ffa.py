@@ -24,7 +24,7 @@ from fedloom.client.client import Client
 from fedloom.messages import Flow, Task, Tensors, Update, Work, ask, insist, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict, receive
-from fedloom.model.adapters import is_down
+from fedloom.model.adapters import is_down, need_pairs
 from fedloom.model.base import Model
 from fedloom.server.participation import Pool
 from fedloom.tensors import only, without
@@ -40,7 +40,12 @@ class FfaLora:
     inner: FedAvg = field(default_factory=FedAvg)
 
     def init(self, model: Model) -> State:
-        """The common start."""
+        """The common start.
+
+        Raises:
+            ValueError: no LoRA is trained.
+        """
+        need_pairs(model.initial, self.name)
         return State(0, model.initial)
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:

@@ -42,7 +42,7 @@ from fedloom.compute.work import Fisher, Norm, Sensitivity, Spectrum
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, insist, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
-from fedloom.model.adapters import is_factor, partner
+from fedloom.model.adapters import is_factor, is_head, need_pairs, partner
 from fedloom.model.base import Model
 from fedloom.model.blocks import layer_of, layers
 from fedloom.seeds import Part, derive, derive_int
@@ -158,13 +158,18 @@ class FibecFed:
     # ---- server -------------------------------------------------------------------------------------------------------------
 
     def init(self, model: Model) -> State:
-        """Everything is shared until the GAL is chosen. ``facts["depth"]`` is D."""
+        """Everything is shared until the GAL is chosen. ``facts["depth"]`` is D.
+
+        Raises:
+            ValueError: no LoRA is trained; the mask is one of its pairs.
+        """
+        need_pairs(model.initial, self.name)
         return State(0, model.initial, facts={"depth": model.depth})
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """Head, scores, GAL, masks (the four steps above)."""
         shared = dict(state.shared)
-        head = {name for name in shared if not is_factor(name)}
+        head = {name for name in shared if is_head(name)}
         own = self.curriculum if isinstance(self.curriculum, Curriculum) else None
         for i in range(own.head_rounds if own and own.head == "warm" else 0):
             cohort = uniform(pool, -1 - i)

@@ -13,7 +13,7 @@ from fedloom.client.client import Client
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, insist, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict, receive
-from fedloom.model.adapters import is_factor
+from fedloom.model.adapters import is_head
 from fedloom.model.base import Model
 from fedloom.server.aggregation import Average
 from fedloom.server.participation import Pool, uniform
@@ -35,7 +35,7 @@ class PersonalHead:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """Every device receives the start's head once."""
-        head = [name for name in state.shared if not is_factor(name)]
+        head = [name for name in state.shared if is_head(name)]
         yield from insist([ask(self.receive, k, only(state.shared, head)) for k in pool.clients])
         return (yield from self.inner.setup(replace(state, shared=without(state.shared, head)), pool))
 

@@ -26,7 +26,7 @@ from fedloom.client.client import Client
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
-from fedloom.model.adapters import is_down, is_up
+from fedloom.model.adapters import is_down, is_up, need_pairs
 from fedloom.model.base import Model
 from fedloom.server.aggregation import Average
 from fedloom.server.participation import Pool, uniform
@@ -43,7 +43,12 @@ class RoLora:
     inner: FedAvg = field(default_factory=FedAvg)
 
     def init(self, model: Model) -> State:
-        """Every trainable tensor is shared."""
+        """Every trainable tensor is shared.
+
+        Raises:
+            ValueError: no LoRA is trained.
+        """
+        need_pairs(model.initial, self.name)
         return self.inner.init(model)
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:

@@ -1,8 +1,9 @@
-"""Adapters: LoRA through PEFT, and the names of what is trained. The only file that imports ``peft``.
+"""Adapters: what of a pre-trained model is trained, and under which names. The only file that imports ``peft``.
 
 LoRA (2106.09685): a frozen weight W0 (d_out, d_in) becomes W0 + s·B·A with A (r, d_in), B (d_out, r), s = alpha/r; A starts random,
-B starts at zero, so the start is the pre-trained function. Tensors carry the names that PEFT saves
-(``base_model.model.….lora_A.weight``), so any set of them can be written as an adapter folder.
+B starts at zero, so the start is the pre-trained function. The other kinds are in :class:`Adapter`. Tensors carry the names under which
+they are saved: PEFT's (``base_model.model.….lora_A.weight``) where PEFT has the kind, so any set of them can be written as an adapter
+folder, and the base model's own otherwise. The task head is trained with every kind.
 
 This file does not know transformers, data, or who trains.
 """
@@ -14,64 +15,100 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
+from fedloom.model import bottleneck
+
 ADAPTER = "default"
+HEADS = frozenset({"classifier", "score"})
+"""What the libraries call the head of a classifier."""
+
+Kind = Literal["lora", "ia3", "houlsby", "pfeiffer", "bitfit", "full"]
+IN_PEFT = frozenset({"lora", "ia3"})
 
 
 @dataclass(frozen=True)
-class Lora:
-    """LoRA's settings.
+class Adapter:
+    """What is trained, beside the task head.
 
     Attributes:
-        rank: rank r of each pair.
-        alpha: the pair is scaled by s = alpha / rank.
-        targets: ends of the module names that get a pair (empty: PEFT's choice for the architecture, query and value in most).
+        rank: rank r of each LoRA pair; width of a bottleneck.
+        alpha: a LoRA pair is scaled by s = alpha / rank.
+        targets: ends of the module names that get a pair, or an (IA)³ scale (empty: PEFT's choice for the architecture).
         dropout: rate for LoRA's input and for every dropout site of the base model (0: none).
+        kind: lora; ia3: scales of keys, values and the feed-forward part ((IA)³ 2205.05638); houlsby, pfeiffer: bottleneck adapters;
+            bitfit: the biases (2106.10199); full: every weight.
     """
 
     rank: int = 8
     alpha: float = 16.0
     targets: tuple[str, ...] = ()
     dropout: float = 0.0
+    kind: Kind = "lora"
 
 
 class AdapterError(ValueError):
     """An adapter that cannot be put on this model; the message lists what could."""
 
 
-def attach(base: nn.Module, lora: Lora) -> nn.Module:
-    """``base`` with LoRA pairs on its targets and a trainable task head; everything else is frozen.
+def attach(base: nn.Module, adapter: Adapter) -> nn.Module:
+    """``base`` with the adapter and a trainable task head; everything else is frozen (``requires_grad`` says which is which).
 
     Raises:
-        AdapterError: the rank is not positive, or no target exists in this architecture (the message lists the linear modules).
+        AdapterError: the rank is not positive, no target exists in this architecture, or it lacks what the kind trains.
     """
-    if lora.rank < 1 or not 0 <= lora.dropout < 1:
-        raise AdapterError(f"LoRA needs rank >= 1 and 0 <= dropout < 1; got rank {lora.rank}, dropout {lora.dropout}")
-    config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.targets) or None,
-    )
+    if adapter.rank < 1 or not 0 <= adapter.dropout < 1:
+        raise AdapterError(f"an adapter needs rank >= 1 and 0 <= dropout < 1; got rank {adapter.rank}, dropout {adapter.dropout}")
+    targets = list(adapter.targets) or None
+    match adapter.kind:
+        case "lora":
+            scaling: dict[str, Any] = {"lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout}
+            return _by_peft(base, adapter, LoraConfig(task_type=TaskType.SEQ_CLS, r=adapter.rank, target_modules=targets, **scaling))
+        case "ia3":
+            fed: dict[str, Any] = {"feedforward_modules": []} if targets else {}
+            return _by_peft(base, adapter, IA3Config(task_type=TaskType.SEQ_CLS, target_modules=targets, **fed))
+        case "houlsby" | "pfeiffer":
+            before = {id(p) for p in base.parameters()}
+            try:
+                bottleneck.insert(base, adapter.kind, adapter.rank)
+            except LookupError as error:
+                raise AdapterError(f"{adapter.kind} has no place: {error}. Other kinds: {_other(adapter.kind)}") from error
+            train = {name for name, p in base.named_parameters() if id(p) not in before}
+        case "bitfit":
+            train = {name for name, _ in base.named_parameters() if name.endswith(".bias") and not is_head(name)}
+            if not train:
+                raise AdapterError(f"bitfit trains biases, and {type(base).__name__} has none. Other kinds: {_other('bitfit')}")
+        case "full":
+            train = {name for name, _ in base.named_parameters()}
+        case _:
+            raise AdapterError(f"there is no kind '{adapter.kind}'; there are {', '.join(get_args(Kind))}")
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(name in train or is_head(name))
+    return base
+
+
+def _other(kind: str) -> str:
+    return ", ".join(one for one in get_args(Kind) if one != kind)
+
+
+def _by_peft(base: nn.Module, adapter: Adapter, config: PeftConfig) -> nn.Module:
     try:
-        model = get_peft_model(base, config)  # type: ignore[arg-type]
+        return get_peft_model(base, config)  # type: ignore[arg-type]
     except ValueError as error:
         ends = sorted(
             {n.rsplit(".", 1)[-1] for n, m in base.named_modules() if "Linear" in type(m).__name__ or "Conv1D" in type(m).__name__}
         )
-        wanted = f"targets {list(lora.targets)}" if lora.targets else "no known default targets"
+        name = "LoRA" if adapter.kind == "lora" else "(IA)³"
+        wanted = f"targets {list(adapter.targets)}" if adapter.targets else "no known default targets"
         raise AdapterError(
-            f"LoRA has {wanted} for {type(base).__name__}. Name some of its linear modules, e.g. --adapter.targets {' '.join(ends[:2])}; "
+            f"{name} has {wanted} for {type(base).__name__}. Name some of its linear modules, e.g. --adapter.targets {' '.join(ends[:2])}; "
             f"it has {ends}"
         ) from error
-    return model
 
 
 def trainable_names(model: nn.Module) -> dict[str, str]:
@@ -81,7 +118,7 @@ def trainable_names(model: nn.Module) -> dict[str, str]:
         AdapterError: PEFT would save other tensors than are trained (a PEFT release that this file does not know).
     """
     names = {_saved(name): name for name, p in model.named_parameters() if p.requires_grad}
-    saved = set(get_peft_model_state_dict(model))  # type: ignore[arg-type]
+    saved = set(get_peft_model_state_dict(model)) if isinstance(model, PeftModel) else set(names)  # type: ignore[arg-type]
     if saved != set(names):
         raise AdapterError(f"PEFT saves other tensors than are trained: {sorted(saved ^ set(names))[:4]}")
     return names
@@ -92,11 +129,29 @@ def _saved(name: str) -> str:
         name.replace(f".modules_to_save.{ADAPTER}.", ".")
         .replace(f".lora_A.{ADAPTER}.", ".lora_A.")
         .replace(f".lora_B.{ADAPTER}.", ".lora_B.")
+        .removesuffix(f".{ADAPTER}")
     )
 
 
+def is_head(name: str) -> bool:
+    """Whether a saved name is a tensor of the task head."""
+    return not HEADS.isdisjoint(name.split("."))
+
+
+def need_pairs(names: Collection[str], who: str) -> None:
+    """For methods that treat LoRA's factors apart.
+
+    Raises:
+        ValueError: there are none among ``names``.
+    """
+    if not any(is_factor(name) for name in names):
+        raise ValueError(
+            f"'{who}' works on LoRA's factors, and this model trains none, but {sorted(names)[:2]} …; give it --adapter.kind lora"
+        )
+
+
 def is_factor(name: str) -> bool:
-    """Whether a saved name is one of a LoRA pair (the rest is the task head)."""
+    """Whether a saved name is one of a LoRA pair."""
     return is_down(name) or is_up(name)
 
 
@@ -121,21 +176,29 @@ def partner(name: str) -> str:
     return name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
 
 
-def merged(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """A copy of the base with W0 + s·B·A in place of the pairs and ``tensors``' task head: a plain model that needs no PEFT.
+def merged(model: nn.Module, names: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> Any:
+    """A copy of the base with ``tensors`` in their places and PEFT's adapters merged into the weights (W0 + s·B·A): a plain model.
+
+    ``names``: saved name -> parameter name of all trained tensors (:func:`trainable_names`).
 
     Raises:
-        AdapterError: a tensor that the model trains is missing, or one is unknown.
+        AdapterError: a tensor that the model trains is missing, or one is unknown; or bottlenecks, which no plain model has.
     """
-    copied: Any = copy.deepcopy(model)
-    own = dict(copied.named_parameters())
-    names = {_saved(name): name for name in own if is_factor(_saved(name)) or f".modules_to_save.{ADAPTER}." in name}
+    if any(isinstance(module, bottleneck.Bottleneck) for module in model.modules()):
+        raise AdapterError(f"bottleneck adapters cannot be exported: no library loads them. Of other kinds there are {_other('houlsby')}")
     if set(tensors) != set(names):
         raise AdapterError(f"the adapter needs exactly the trained tensors; these differ: {sorted(set(tensors) ^ set(names))[:6]}")
+    copied: Any = copy.deepcopy(model)
+    own = dict(copied.named_parameters())
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[names[name]].copy_(tensor)
-    return copied.merge_and_unload()
+    if not isinstance(copied, PeftModel):
+        return copied
+    try:
+        return copied.merge_and_unload()  # type: ignore[operator]
+    except AttributeError as error:  # (IA)³ under a head of several modules, as of PEFT 0.21
+        raise AdapterError(f"PEFT cannot merge this adapter ({error}); export it without --merge") from error
 
 
 def write_adapter(model: nn.Module, names: Collection[str], tensors: Mapping[str, torch.Tensor], folder: Path, base: str) -> None:
@@ -144,11 +207,12 @@ def write_adapter(model: nn.Module, names: Collection[str], tensors: Mapping[str
     ``names`` are the saved names of all trained tensors, ``base`` the folder or Hub name of the base model.
 
     Raises:
-        AdapterError: a tensor that the model trains is missing, or one is unknown.
+        AdapterError: a tensor that the model trains is missing, or one is unknown; or a kind that PEFT does not have.
     """
+    if not isinstance(model, PeftModel):
+        raise AdapterError("PEFT has no adapter of this kind; bitfit and full are exported as whole models, with --merge")
     if set(tensors) != set(names):
         raise AdapterError(f"the adapter needs exactly the trained tensors; these differ: {sorted(set(tensors) ^ set(names))[:6]}")
-    assert isinstance(model, PeftModel)
     folder.mkdir(parents=True, exist_ok=True)
     config = model.peft_config[ADAPTER].to_dict()
     config |= {"base_model_name_or_path": base, "inference_mode": True}

@@ -37,7 +37,7 @@ from transformers.utils import logging as transformers_logging
 
 from fedloom.hub import reachable
 from fedloom.messages import Tensors
-from fedloom.model.adapters import Lora, attach, is_factor, trainable_names
+from fedloom.model.adapters import Adapter, attach, is_head, trainable_names
 from fedloom.model.calls import CALLS, Call, Shape, from_zero
 from fedloom.model.dropout import SeededDropout
 from fedloom.model.kernels import computes_bf16
@@ -97,8 +97,8 @@ class Model:
 
     @property
     def head(self) -> frozenset[str]:
-        """Names of the task head's tensors: all that is trainable and no LoRA factor."""
-        return frozenset(name for name in self.initial if not is_factor(name))
+        """Names of the task head's tensors."""
+        return frozenset(name for name in self.initial if is_head(name))
 
     @property
     def depth(self) -> int:
@@ -304,7 +304,7 @@ def load(
     name: str,
     *,
     num_labels: int,
-    lora: Lora = Lora(),  # noqa: B008  (frozen value)
+    adapter: Adapter = Adapter(),  # noqa: B008  (frozen value)
     seed: int = 42,
     max_length: int = 128,
     precision: Precision = "float32",
@@ -323,17 +323,18 @@ def load(
         warnings.simplefilter("ignore", FutureWarning)  # the libraries' own, about calls between them
         torch.manual_seed(derive_int(seed, "model"))
         base, tokenizer, config = _loaded(folder, name, num_labels)
-        module = attach(base, lora)
+        module = attach(base, adapter)
     parameters = trainable_names(module)
     module.eval().requires_grad_(False).to(device)
     limit = config.to_dict().get("max_position_embeddings") or max_length
     length = min(max_length, int(limit), int(tokenizer.model_max_length))
-    model = Model(name, module, config, tokenizer, num_labels, length, precision, lora.dropout, torch.device(device))
+    model = Model(name, module, config, tokenizer, num_labels, length, precision, adapter.dropout, torch.device(device))
     model.parameters = parameters
     own = dict(module.named_parameters())
     model.initial = {saved: own[parameter].detach().float().clone() for saved, parameter in sorted(model.parameters.items())}
     model._copies[torch.float32] = module
     _learn_to_call(model, base)
+    _leave_unreached_out(model)
     _learn_to_pack(model)
     return model
 
@@ -395,6 +396,17 @@ def _learn_to_call(model: Model, base: Any) -> None:
                 return
             tried.append(f"{call[0].__name__}/{call[1].__name__}: logits differ by {error:.2g}")
     raise ModelError(f"'{model.name}' ({model.config.model_type}) cannot be called on ready masks; tried " + "; ".join(tried))
+
+
+def _leave_unreached_out(model: Model) -> None:
+    """What no loss depends on (a pooler that the head does not read) is not trained, whatever the kind."""
+    now = {name: tensor.clone().to(model.device).requires_grad_() for name, tensor in model.initial.items()}
+    ids = torch.full((1, 4), 5, device=model.device)
+    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids), ids[:, 0] * 0, torch.ones(1, device=model.device))
+    found = torch.autograd.grad(model.loss(now, batch, torch.float32), list(now.values()), allow_unused=True)
+    reached = {name for name, gradient in zip(now, found, strict=True) if gradient is not None}
+    model.initial = {name: tensor for name, tensor in model.initial.items() if name in reached}
+    model.parameters = {name: parameter for name, parameter in model.parameters.items() if name in reached}
 
 
 def _learn_to_pack(model: Model) -> None:

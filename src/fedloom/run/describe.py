@@ -28,6 +28,14 @@ from fedloom.run.ledger import Section
 from fedloom.run.pretended import Pretended
 from fedloom.run.world import World, build, read_data
 
+WAYS = {
+    "packed": "packed: all texts of a stack in one row, without padding (the fastest way)",
+    "packed, whole last layer": "packed: all texts of a stack in one row, without padding; the last layer computes every token",
+    "padded rows": "padded rows: the texts of a stack side by side, padded to the longest (this attention cannot be packed)",
+    "vmap": "vmap over padded batches, slower than packed: this model, or what is trained of it, cannot be packed",
+}
+"""By the way that the model found to be called for many devices, what a person is told of it."""
+
 Lines = list[tuple[str, str]]
 """(what, its value) in order."""
 
@@ -96,11 +104,13 @@ def _model(world: World) -> Lines:
     total = sum(p.numel() for p in model.module.parameters())
     trained = sum(t.numel() for t in model.initial.values())
     pairs = sorted({name.split(".lora_A.")[0].rsplit(".", 1)[-1] for name in model.initial if ".lora_A." in name})
+    kind = {"lora": "LoRA", "ia3": "(IA)³"}.get(world.experiment.adapter.kind, world.experiment.adapter.kind)
     head = sum(model.initial[name].numel() for name in model.head)
     return [
         ("model", f"{model.name} ({model.config.model_type}, {model.depth} layers, {'causal' if model.causal else 'bidirectional'})"),
-        ("parameters", f"{total:,}, of which {trained:,} are trained ({trained / total:.2%}): {trained - head:,} LoRA, {head:,} head"),
-        ("LoRA targets", ", ".join(pairs)),
+        ("parameters", f"{total:,}, of which {trained:,} are trained ({trained / total:.2%}): {trained - head:,} {kind}, {head:,} head"),
+        *([("LoRA targets", ", ".join(pairs))] if pairs else []),
+        ("devices together", f"one by one: {model.alone}" if model.alone else WAYS[model.together_by]),
     ]
 
 

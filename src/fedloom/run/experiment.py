@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 from fedloom.client.curricula import named as curriculum_named
 from fedloom.client.curriculum import Curriculum
 from fedloom.methods import named
-from fedloom.model.adapters import Lora
+from fedloom.model.adapters import Adapter
 from fedloom.model.base import Precision
 from fedloom.run.devices import named as device_named
 from fedloom.run.reading import full_name
@@ -77,7 +77,7 @@ class Experiment:
     method: Any
     data: str = "trec"
     model: str = "minilm"
-    adapter: Lora = field(default_factory=Lora)
+    adapter: Adapter = field(default_factory=Adapter)
     clients: int = 100
     cohort: int = 10
     rounds: int = 20

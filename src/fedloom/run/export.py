@@ -34,7 +34,7 @@ def write_folder(model: Model, tensors: Tensors, out: Path) -> None:
 
 def write_merged(model: Model, tensors: Tensors, classes: Sequence[str], out: Path) -> None:
     """Write the base with the adapter merged in, the classes' names and the tokenizer: a folder that transformers loads by itself."""
-    plain = merged(model.module, whole(model, tensors))
+    plain = merged(model.module, model.parameters, whole(model, tensors))
     plain.config.pad_token_id = model.pad_id
     plain.config.id2label = dict(enumerate(classes))
     plain.config.label2id = {name: i for i, name in enumerate(classes)}

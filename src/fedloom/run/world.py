@@ -162,7 +162,7 @@ def build(experiment: Experiment) -> World:
     model = load_model(
         e.model,
         num_labels=len(source.task.classes),
-        lora=e.adapter,
+        adapter=e.adapter,
         seed=e.seed,
         max_length=e.max_length,
         precision=e.precision,

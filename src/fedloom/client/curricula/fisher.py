@@ -22,7 +22,7 @@ from fedloom.client.client import Client
 from fedloom.client.curriculum import Granularity, Opened, Pacing, Turn, easy_first, fraction
 from fedloom.compute.work import Score
 from fedloom.messages import Tensors, Work
-from fedloom.model.adapters import is_factor
+from fedloom.model.adapters import is_head
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ByFisher:
         known = "difficulty" in c.memory
         if known and not (self.refresh and round - int(c.memory["scored_at"]) >= self.refresh):
             return
-        over = frozenset(n for n in at if is_factor(n)) if self.over == "adapter" else None
+        over = frozenset(n for n in at if not is_head(n)) if self.over == "adapter" else None
         difficulty = yield Score(at, c.train, over)
         c.memory |= {"difficulty": torch.from_numpy(difficulty), "scored_at": torch.tensor(round)}
 

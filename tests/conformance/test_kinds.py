@@ -1,0 +1,123 @@
+"""Every kind of adapter: stacked equals one by one, methods take it or say why not, resumed and exported it is what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+from fedloom.client.host import Host
+from fedloom.client.store import ClientStore
+from fedloom.compute.compute import Compute
+from fedloom.compute.serial import Serial
+from fedloom.compute.stacked import Stacked
+from fedloom.compute.work import AdamW, Fit
+from fedloom.engines.engine import drive
+from fedloom.engines.local import Local
+from fedloom.methods import all_methods, named
+from fedloom.model.adapters import AdapterError, Kind, is_head, merged, write_adapter
+from fedloom.model.base import Model, as_batch
+from fedloom.server.participation import Pool
+from tests import families, tiny
+
+COVER: list[tuple[str, Kind]] = [
+    ("bert", "full"), ("llama", "full"), ("roberta", "bitfit"), ("gpt2", "bitfit"), ("deberta-v2", "houlsby"), ("qwen2", "houlsby"),
+    ("bert", "pfeiffer"), ("llama", "pfeiffer"), ("roberta", "ia3"), ("qwen2", "ia3"), ("gpt2", "full"), ("deberta-v2", "bitfit"),
+]  # fmt: skip
+"""Every kind with two families, every family with two kinds; LoRA has them all (conformance)."""
+
+
+@pytest.mark.parametrize(("family", "kind"), COVER)
+def test_stacked_equals_one_by_one(family: str, kind: Kind) -> None:
+    of = families.of_kind(family, kind)
+    items = []
+    for client, size in enumerate((5, 9, 1)):
+        order = np.random.default_rng(client).permutation(size)
+        batches = [order[at : at + 4] for at in range(0, size, 4)]
+        start = families.moved(of, client, by=0.05)
+        items.append(Fit(start, tiny.examples(size, seed=20 + client), batches, AdamW(1e-2, eps=1e-3, weight_decay=0.01, clip=0.5)))
+    alone, together = Serial(of).run(items), Stacked(of).run(items)
+    for one, other, item in zip(alone, together, items, strict=True):
+        np.testing.assert_allclose(one.result.losses, other.result.losses, atol=1e-4)
+        for name, tensor in one.result.tensors.items():
+            torch.testing.assert_close(other.result.tensors[name], tensor, atol=3e-4, rtol=0)
+        assert any(not torch.equal(one.result.tensors[n], item.start[n]) for n in item.start if not is_head(n))
+    assert not of.alone, f"{kind} on {family} runs one by one: {of.alone}"
+
+
+LORA_ONLY = {"fibecfed", "ffa", "fedsa", "rolora"}
+POOL = Pool((0, 1, 2), 2, 2, 8)
+
+
+def ends(name: str, of: Model, compute: Compute) -> Mapping[str, torch.Tensor]:
+    """What is shared after two rounds."""
+    method, devices = named(name)(), tiny.clients((5, 9, 12))
+    host = Host(method, lambda k: devices[k], compute, ClientStore(None), "kinds")
+    engine = Local(host)
+    state = drive(method.setup(method.init(of), POOL), engine)
+    for _ in range(2):
+        state = drive(method.round(state, POOL), engine)
+    return state.shared
+
+
+@pytest.mark.parametrize("kind", ["pfeiffer", "full"])
+@pytest.mark.parametrize("name", [name for name in all_methods() if name not in {"centralised", "local"}])
+def test_a_method_takes_a_kind_or_says_which_it_needs(name: str, kind: Kind) -> None:
+    of = families.of_kind("bert", kind)
+    if name in LORA_ONLY:
+        with pytest.raises(ValueError, match=f"'{name}' works on LoRA's factors.*--adapter.kind lora"):
+            named(name)().init(of)
+        return
+    alone, together = (ends(name, of, compute) for compute in (Serial(of), Stacked(of)))
+    assert set(alone) <= set(of.initial)
+    assert any(not torch.equal(tensor, of.initial[n]) for n, tensor in alone.items() if not is_head(n))
+    off = torch.cat([(together[n] - tensor).flatten() for n, tensor in alone.items()])
+    assert float(off.square().mean().sqrt()) < 1e-3, "lone scalars whose gradient is nothing may go either way; tensors may not"
+
+
+def logits(of: Model, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    text = tiny.examples(1, seed=8)
+    batch = as_batch(vars(text.pad(np.array([0]), pad_id=0)), of.device)
+    with torch.no_grad():
+        return of.forward(tensors, batch, torch.float32)[0], batch.ids
+
+
+@pytest.mark.parametrize(("family", "kind"), [("bert", "bitfit"), ("llama", "full"), ("bert", "ia3"), ("qwen2", "ia3")])
+def test_a_whole_model_is_plain_and_says_the_same(family: str, kind: Kind, tmp_path: Path) -> None:
+    of = families.of_kind(family, kind)
+    at = families.moved(of, by=0.1)
+    wanted, ids = logits(of, at)
+    before = {name: p.detach().clone() for name, p in of.module.named_parameters()}
+    merged(of.module, of.parameters, at).save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.allclose(again(input_ids=ids).logits, wanted, atol=2e-5)
+    assert not torch.allclose(logits(of, {})[0], wanted, atol=1e-2)
+    assert all(torch.equal(p, before[name]) for name, p in of.module.named_parameters()), "the shared base must stay as it is"
+
+
+def test_plain_peft_loads_ia3(tmp_path: Path) -> None:
+    of = families.of_kind("roberta", "ia3")
+    at = families.moved(of, by=0.1)
+    wanted, ids = logits(of, at)
+    write_adapter(of.module, list(of.parameters), at, tmp_path, str(families.folder("roberta")))
+    base = AutoModelForSequenceClassification.from_pretrained(families.folder("roberta"), num_labels=3, ignore_mismatched_sizes=True)
+    with torch.no_grad():
+        assert torch.allclose(PeftModel.from_pretrained(base, tmp_path).eval()(input_ids=ids).logits, wanted, atol=2e-5)
+
+
+def test_what_cannot_be_exported_says_what_can(tmp_path: Path) -> None:
+    full, narrow = families.of_kind("bert", "full"), families.of_kind("bert", "houlsby")
+    with pytest.raises(AdapterError, match="--merge"):
+        write_adapter(full.module, list(full.parameters), full.initial, tmp_path / "a", "base")
+    with pytest.raises(AdapterError, match="no library loads them"):
+        merged(narrow.module, narrow.parameters, narrow.initial)
+    scaled = families.of_kind("roberta", "ia3")
+    with pytest.raises(AdapterError, match="without --merge"):
+        merged(scaled.module, scaled.parameters, scaled.initial)
+    assert not list(tmp_path.iterdir())
