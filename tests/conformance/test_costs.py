@@ -40,7 +40,7 @@ def test_plain_lora_is_played_at_the_cost_of_a_real_run(tmp_path: Path) -> None:
     theirs = played(world, plain_of(asked.method), device_named(asked.device))  # type: ignore[arg-type]
     assert len(theirs) == len(rows) == 6
     assert all(0 <= real["bytes_up"] - one["bytes_up"] <= 16 * asked.cohort for real, one in zip(rows, theirs, strict=True))
-    digits = 16 / device_named(asked.device).upload_bytes_per_second
+    digits = 20 / device_named(asked.device).upload_bytes_per_second
     assert [row["device_seconds"] for row in theirs] == pytest.approx([row["device_seconds"] for row in rows], abs=digits, rel=1e-9)
     assert len({round(row["device_seconds"], 9) for row in theirs}) > 1, "every round has its own cohort"
     results = run(asked, tmp_path / "fibecfed", plain=True)

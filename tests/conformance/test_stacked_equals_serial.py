@@ -211,6 +211,18 @@ def test_some_rows_go_on_from_their_moments() -> None:
         assert gap(all_.result.tensors, second.result.tensors) <= 1e-6
 
 
+def test_other_numbers_of_rows_go_in_passes_of_their_own() -> None:
+    """A device that keeps another share has a matrix of another width; beside each other they come out as alone, to the bit."""
+    of = model()
+    items = [fit_rows(of, k) for k in range(3)]
+    name, rows = max(items[1].rows.items(), key=lambda one: len(one[1]))
+    items[1] = replace(items[1], start={**items[1].start, name: items[1].start[name][:-1]}, rows={**items[1].rows, name: rows[:-1]})
+    for item, among in zip(items, Stacked(of).run(items), strict=True):
+        (alone,) = Stacked(of).run([item])
+        assert fingerprint(among.result.tensors) == fingerprint(alone.result.tensors)
+        assert {n: t.shape for n, t in among.result.tensors.items()} == {n: t.shape for n, t in item.start.items()}
+
+
 def test_rows_must_fit_what_is_trained() -> None:
     of = model()
     name, rows = next(iter(some_rows(of, 0).items()))
