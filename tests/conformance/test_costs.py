@@ -47,7 +47,9 @@ def test_plain_lora_is_played_at_the_cost_of_a_real_run(tmp_path: Path) -> None:
     mine = [json.loads(line) for line in (tmp_path / "fibecfed" / "rounds.jsonl").read_text().splitlines()][1:]
     due = {key: first_paid(results[f"setup_{key}"], [r[key] for r in mine], [r[key] for r in rows]) for key in KEYS}
     assert results["setup_paid_back"] == {"against": "lora", **due}
-    assert due["bytes_up"] is not None and due["device_seconds"] is None
+    assert due["bytes_up"] is not None
+    never = run(fibecfed(pacing="none", gal=Gal(count=3)), tmp_path / "never", plain=True)["setup_paid_back"]
+    assert never == {"against": "lora", "bytes_up": None, "device_seconds": None}, "nothing is saved: all is shared, all data is open"
     assert json.loads((tmp_path / "lora" / "results.json").read_text())["setup_paid_back"] is None, "there is no set-up"
 
 

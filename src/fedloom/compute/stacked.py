@@ -24,8 +24,9 @@ from torch.func import vmap
 from fedloom.compute.compute import Done
 from fedloom.compute.flat import Flat
 from fedloom.compute.flops import Flops
-from fedloom.compute.serial import Serial, cost, dropout_key, scored_names
-from fedloom.compute.work import Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, Spectrum, WorkItem
+from fedloom.compute.serial import Serial, cost, dropout_key, scored_names, twice_differentiated
+from fedloom.compute.spectrum import spectra
+from fedloom.compute.work import Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, Spectral, Spectrum, WorkItem
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
 from fedloom.model.base import Model, free_bytes
@@ -87,8 +88,14 @@ class Stacked:
                 return self._fisher(items)
             case Sensitivity():
                 return self._sensitivity(items)
-            case Spectrum():  # the packed passes' gradients cannot be differentiated again
-                return [done.result for done in Serial(self.model).run(items)]
+            case Spectrum():
+                try:
+                    return self._spectrum(items)
+                except (RuntimeError, NotImplementedError, TypeError) as error:
+                    if _out_of_memory(error):
+                        raise
+                    log.warning("'%s' does not run under vmap (%s); its spectra are taken one by one", self.model.name, str(error)[:120])
+                    return [done.result for done in Serial(self.model).run(items)]
             case Predict():
                 return self._predict(items)
             case unknown:
@@ -324,6 +331,33 @@ class Stacked:
         self._passes(items, [Part(k, item.batch) for k, item in enumerate(items)], measure)
         return scores
 
+    def _spectrum(self, items: Sequence[Spectrum]) -> list[Spectral]:
+        """Under ``vmap``: the packed passes' gradients cannot be differentiated again. Losses do not share tensors, so the gradient of their
+        sum is each client's own, and so is its product with the Hessian."""
+        names = scored_names(items[0])
+        flat, wanted = self._flat([{n: i.at[n] for n in names} for i in items])
+        rest, fixed = self._flat([{n: t for n, t in i.at.items() if n not in names} for i in items])
+        found: dict[int, Spectral] = {}
+
+        def measure(parts: list[Part]) -> None:
+            batches, of = [items[p.item].batch for p in parts], [p.item for p in parts]
+            if any(len(p.rows) < len(batch) for p, batch in zip(parts, batches, strict=True)):
+                raise MemoryError(
+                    f"a batch of {len(batches[0])} texts does not fit into memory for its spectrum; take a smaller batch size"
+                )
+            texts = self._texts(items, parts, range(len(parts)), [1 / len(batch) for batch in batches])
+
+            def gradient(where: torch.Tensor, twice: bool) -> torch.Tensor:
+                logits = self.model.mapped({**rest.split(fixed[of]), **flat.split(where)}, texts)
+                return torch.autograd.grad(texts.losses(logits).sum(), where, create_graph=twice)[0]
+
+            found.update(zip(of, spectra([items[k] for k in of], *twice_differentiated(wanted[of], gradient)), strict=True))
+
+        longest = max(int(i.examples.lengths[i.batch].max()) * len(i.batch) for i in items)
+        each = 8 * (items[0].steps + 8) * flat.size + 4 * longest * token_bytes(self.model)  # the basis; the graph of the gradient
+        self._passes(items, [Part(k, item.batch) for k, item in enumerate(items)], measure, each)
+        return [found[k] for k in range(len(items))]
+
     def _predict(self, items: Sequence[Predict]) -> list[torch.Tensor]:
         logits = [torch.zeros(len(i.examples), self.model.num_labels) for i in items]
         flat, at = self._flat([i.at for i in items])
@@ -364,6 +398,8 @@ def _kind(item: WorkItem) -> Hashable:
             return (type(item).__name__, shapes, item.over)
         case Sensitivity():
             return ("sensitivity", shapes, item.rho, item.norm)
+        case Spectrum():
+            return ("spectrum", shapes, item.over, item.probes, item.steps, item.radius)
         case _:
             return (type(item).__name__, shapes)
 
