@@ -174,7 +174,9 @@ def test_spectra_of_many_devices_are_those_of_each(family: str, over: str | None
     assert max(spread) > 1.05 * min(spread), "a neighbour's spectrum would be noticed"
 
 
-def test_a_model_that_cannot_be_mapped_is_told_and_goes_one_by_one(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_cannot_be_mapped_is_told_and_goes_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     model = families.model("bert")
     item = Spectrum(families.moved(model, 1), tiny.clients()[1].train, np.arange(3), steps=4)
 

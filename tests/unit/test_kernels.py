@@ -117,7 +117,7 @@ def test_every_row_meets_its_owners_weight(either: str, rows: list[int], nobodys
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("nobodys", [0, 5])
 def test_of_a_weight_some_rows_may_be_there(either: str, nobodys: int, dtype: torch.dtype) -> None:
-    """As if the others were there and zero: values and gradients; each owner has other rows, one none, one all; what pads them is nothing."""
+    """As if the others were there and zero: values, gradients; each owner has other rows, one none, one all; what pads them is nothing."""
     generator, rows, tall = torch.Generator().manual_seed(6), [3, 100, 1, 12], 19
     kept = [np.array(mine, np.int64) for mine in ([0, 7, 18], range(tall), [], [2, 3, 4, 5, 9, 10, 11, 12, 13])]
     owned = sum(rows)
@@ -125,10 +125,15 @@ def test_of_a_weight_some_rows_may_be_there(either: str, nobodys: int, dtype: to
     weight = torch.randn(4, tall, 8, generator=generator).to(dtype).requires_grad_(True)  # what is beyond an owner's rows is no part of it
     upstream = torch.randn(owned + nobodys, tall, generator=generator).to(dtype)
     which, owners = RowsKept.of(kept, tall), Owners(np.array(rows), owned + nobodys, CPU)
-    whole = torch.stack([torch.zeros(tall, 8, dtype=dtype).index_copy(0, torch.from_numpy(k), w[: len(k)]) for w, k in zip(weight, kept, strict=True)])
+    whole = torch.stack(
+        [torch.zeros(tall, 8, dtype=dtype).index_copy(0, torch.from_numpy(k), w[: len(k)]) for w, k in zip(weight, kept, strict=True)]
+    )
     assert torch.equal(which.whole(weight), whole)
     made, due = owned_linear(x, weight, None, owners, which), owned_linear(x, whole, None, owners)
-    assert torch.allclose(made.float(), due.float(), atol=1e-6 if dtype is torch.float32 else 0.05) and made.shape == (owned + nobodys, tall)
+    assert torch.allclose(made.float(), due.float(), atol=1e-6 if dtype is torch.float32 else 0.05) and made.shape == (
+        owned + nobodys,
+        tall,
+    )
     assert torch.equal(made == 0, due == 0)
     for got, wanted in zip(*(torch.autograd.grad(y, [x, weight], upstream, retain_graph=True) for y in (made, due)), strict=True):
         assert torch.allclose(got.float(), wanted.float(), atol=5e-6 if dtype is torch.float32 else 0.1)

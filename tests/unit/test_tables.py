@@ -8,7 +8,19 @@ from typing import Any
 
 import pytest
 
-from fedloom.run.tables import against_text, as_csv, as_markdown, as_tex, escaped, leads, p_text, paid_text, reached_text, spread_text, terminal
+from fedloom.run.tables import (
+    against_text,
+    as_csv,
+    as_markdown,
+    as_tex,
+    escaped,
+    leads,
+    p_text,
+    paid_text,
+    reached_text,
+    spread_text,
+    terminal,
+)
 
 COSTS = dict.fromkeys(
     ("bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down", "examples", "device_seconds", "setup_device_seconds"), 1

@@ -137,9 +137,11 @@ class Serial:
         return torch.cat(parts).cpu() if parts else torch.zeros(0, self.model.num_labels)
 
 
-def twice_differentiated(point: torch.Tensor, gradient: Callable[[torch.Tensor, bool], torch.Tensor]) -> tuple[torch.Tensor, Product, Product]:
-    """``point``, its gradient as a function of where it is taken, and Hessian-vector products at it. ``gradient``: (where it is taken, whether
-    it is to be differentiated again) -> the gradient there."""
+def twice_differentiated(
+    point: torch.Tensor, gradient: Callable[[torch.Tensor, bool], torch.Tensor]
+) -> tuple[torch.Tensor, Product, Product]:
+    """``point``, the gradient as a function of where it is taken, and Hessian-vector products at ``point``. ``gradient``: (where it is taken,
+    whether it is to be differentiated again) -> the gradient there."""
     leaf = point.detach().clone().requires_grad_(True)
     slope = gradient(leaf, True)
 

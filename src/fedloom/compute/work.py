@@ -81,8 +81,8 @@ class Fit:
             if name not in self.start or len(rows) != len(self.start[name]) or name in self.mask or self.penalty is not None:
                 had = f"{len(self.start[name])} rows" if name in self.start else "none"
                 raise ValueError(
-                    f"a Fit of some rows of '{name}' starts with exactly these, has no mask of it and no penalty; it names {len(rows)} rows, "
-                    f"its start has {had}"
+                    f"a Fit of some rows of '{name}' starts with exactly these, has no mask of it and no penalty; "
+                    f"it names {len(rows)} rows, its start has {had}"
                 )
         if self.anchor is None:
             return

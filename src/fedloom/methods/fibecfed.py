@@ -330,8 +330,8 @@ def lossless_gal(gal: Gal, prunable: np.ndarray, adapted: int) -> tuple[Gal, dic
 
 
 def choose_gal(scores: np.ndarray, adapted: list[int], gal: Gal, seed: int, *path: Part) -> list[int]:
-    """The GAL among the ``adapted`` layers, ascending: as many as ``gal`` says, by score (equal scores: the lower layer first). ``path``: of
-    a random choice, besides the seed's.
+    """The GAL among the ``adapted`` layers, ascending: as many as ``gal`` says, by score (equal scores: the lower layer first). ``path``:
+    that of a random choice, after the seed.
 
     Raises:
         ValueError: a count or fraction that is not between 1 layer and all of them.

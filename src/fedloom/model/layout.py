@@ -1,8 +1,8 @@
 """Where the rows of a packed pass lie: whose they are (:class:`Owners`) and to which texts they belong (:class:`Attention`); and which rows
 of a weight are there at all (:class:`RowsKept`).
 
-The first two say it twice: as boundaries, for kernels that loop, and as padded groups of like sizes, for PyTorch operations; the groups are made
-when somebody asks. Nothing here knows models, clients or methods.
+The first two say it twice: as boundaries, for kernels that loop, and as padded groups of like sizes, for PyTorch operations; the groups
+are made when somebody asks. Nothing here knows models, clients or methods.
 
 Packed rows: all tokens (or all texts) of a pass, one after another, without padding. N rows in all, S owners, T tokens, n texts.
 """

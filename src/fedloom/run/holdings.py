@@ -1,5 +1,5 @@
-"""What devices hold at the end of a run, measured: their files, their tensors, their optimiser's state, what a step costs; and what it would
-be if every row of every tensor were there (a method may leave rows out, ``client/neurons.py``).
+"""What devices hold at the end of a run, measured: their files, their tensors, their optimiser's state, what a step costs; and what it
+would be if every row of every tensor were there (a method may leave rows out, ``client/neurons.py``).
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def held(world: World, store: ClientStore) -> dict[str, Any] | None:
         own = nbytes(device.private)
         whole = own + sum(nbytes({n: model.initial[n]}) - nbytes({n: device.private[n]}) for n in rows)
         names, length = frozenset(model.initial), float(np.mean(device.train.lengths))
-        one = {"private_bytes": own, "private_bytes_whole": whole, "memory_bytes": nbytes(device.memory), "file_bytes": store.size(k)}
+        one: dict[str, float] = {"private_bytes": own, "private_bytes_whole": whole}
+        one |= {"memory_bytes": nbytes(device.memory), "file_bytes": store.size(k)}
         one["step_flops"] = float(flops.step(names, length, {n: len(at) for n, at in rows.items()}))  # type: ignore[arg-type]
         one["step_flops_whole"] = float(flops.step(names, length))  # type: ignore[arg-type]
         if "optimizer_bytes" in device.memory:
