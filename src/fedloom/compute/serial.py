@@ -140,8 +140,10 @@ class Serial:
 def twice_differentiated(
     point: torch.Tensor, gradient: Callable[[torch.Tensor, bool], torch.Tensor]
 ) -> tuple[torch.Tensor, Product, Product]:
-    """``point``, the gradient as a function of where it is taken, and Hessian-vector products at ``point``. ``gradient``: (where it is taken,
-    whether it is to be differentiated again) -> the gradient there."""
+    """``point``, the gradient as a function of where it is taken, and Hessian-vector products at ``point``.
+
+    ``gradient``: (where it is taken, whether it is to be differentiated again) -> the gradient there.
+    """
     leaf = point.detach().clone().requires_grad_(True)
     slope = gradient(leaf, True)
 

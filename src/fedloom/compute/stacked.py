@@ -332,8 +332,8 @@ class Stacked:
         return scores
 
     def _spectrum(self, items: Sequence[Spectrum]) -> list[Spectral]:
-        """Under ``vmap``: the packed passes' gradients cannot be differentiated again. Losses share no tensors, so the gradient of their sum
-        is each client's own, and so is its product with the Hessian."""
+        """Under ``vmap``: the packed passes' gradients cannot be differentiated again. Losses share no tensors, so the gradient of their
+        sum is each client's own, and so is its product with the Hessian."""
         names = scored_names(items[0])
         flat, wanted = self._flat([{n: i.at[n] for n in names} for i in items])
         rest, fixed = self._flat([{n: t for n, t in i.at.items() if n not in names} for i in items])
