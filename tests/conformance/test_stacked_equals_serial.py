@@ -100,7 +100,8 @@ def fitted(option: str, dropout: float, stack: int | None, precision: str = "flo
 
 def gap(first: Tensors, second: Tensors) -> float:
     assert set(first) == set(second)
-    return max(float((first[n] - second[n]).abs().max()) for n in first)
+    assert all(first[n].shape == second[n].shape for n in first)
+    return max(float((first[n] - second[n]).abs().max()) for n in first if first[n].numel())
 
 
 def relative(first: np.ndarray, second: np.ndarray) -> float:
