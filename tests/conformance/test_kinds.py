@@ -50,7 +50,7 @@ def test_stacked_equals_one_by_one(family: str, kind: Kind) -> None:
     assert not of.alone, f"{kind} on {family} runs one by one: {of.alone}"
 
 
-LORA_ONLY = {"fibecfed", "ffa", "fedsa", "rolora"}
+LORA_ONLY = {"fibecfed", "federa", "ffa", "fedsa", "rolora"}
 POOL = Pool((0, 1, 2), 2, 2, 8)
 
 

@@ -63,9 +63,10 @@ MODEL = cache(partial(tiny.model, layers=4))
 def play(name: str, engine_over: Callable[[Host], Engine], disturbed: Callable[[Engine], Engine]) -> Played:
     """Set-up, two rounds and, twice, the personal predictions of one method."""
     method, store = all_methods()[name](), ClientStore()
-    host = Host(method, device, Serial(MODEL()), store, DIGEST)
+    model = MODEL(start=vars(type(method)).get("adapter_start", "zero"))
+    host = Host(method, device, Serial(model), store, DIGEST)
     recording = Recording(disturbed(engine_over(host)))
-    state = drive(method.setup(method.init(MODEL()), POOL), recording, quorum=0)
+    state = drive(method.setup(method.init(model), POOL), recording, quorum=0)
     for _ in range(POOL.rounds):
         state = drive(method.round(state, POOL), recording, quorum=0.3)
     trained = store.fingerprint()

@@ -19,17 +19,19 @@ from typing import Any, Literal, get_args
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 
 from fedloom.model import bottleneck
+from fedloom.model.principal import principal_factors
 
 ADAPTER = "default"
 HEADS = frozenset({"classifier", "score"})
 """What the libraries call the head of a classifier."""
 
 Kind = Literal["lora", "ia3", "houlsby", "pfeiffer", "bitfit", "full"]
-IN_PEFT = frozenset({"lora", "ia3"})
+Start = Literal["auto", "zero", "svd"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Adapter:
         dropout: rate for LoRA's input and for every dropout site of the base model (0: none).
         kind: lora; ia3: scales of keys, values and the feed-forward part ((IA)³ 2205.05638); houlsby, pfeiffer: bottleneck adapters;
             bitfit: the biases (2106.10199); full: every weight.
+        start: where LoRA starts: at zero, from the weights' singular vectors (svd; ``principal.py``), or auto: as the method has it, else
+            at zero.
     """
 
     rank: int = 8
@@ -50,6 +54,7 @@ class Adapter:
     targets: tuple[str, ...] = ()
     dropout: float = 0.0
     kind: Kind = "lora"
+    start: Start = "auto"
 
 
 class AdapterError(ValueError):
@@ -64,11 +69,17 @@ def attach(base: nn.Module, adapter: Adapter) -> nn.Module:
     """
     if adapter.rank < 1 or not 0 <= adapter.dropout < 1:
         raise AdapterError(f"an adapter needs rank >= 1 and 0 <= dropout < 1; got rank {adapter.rank}, dropout {adapter.dropout}")
+    if adapter.start == "svd" and adapter.kind != "lora":
+        raise AdapterError(f"start svd is one of LoRA's pairs, and kind {adapter.kind} has none; give --adapter.kind lora")
     targets = list(adapter.targets) or None
     match adapter.kind:
         case "lora":
             scaling: dict[str, Any] = {"lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout}
-            return _by_peft(base, adapter, LoraConfig(task_type=TaskType.SEQ_CLS, r=adapter.rank, target_modules=targets, **scaling))
+            config = LoraConfig(task_type=TaskType.SEQ_CLS, r=adapter.rank, target_modules=targets, **scaling)
+            made = _by_peft(base, adapter, config)
+            if adapter.start == "svd":
+                _start_from_principal_parts(made)
+            return made
         case "ia3":
             fed: dict[str, Any] = {"feedforward_modules": []} if targets else {}
             return _by_peft(base, adapter, IA3Config(task_type=TaskType.SEQ_CLS, target_modules=targets, **fed))
@@ -109,6 +120,26 @@ def _by_peft(base: nn.Module, adapter: Adapter, config: PeftConfig) -> nn.Module
             f"{name} has {wanted} for {type(base).__name__}. Name some of its linear modules, e.g. --adapter.targets {' '.join(ends[:2])}; "
             f"it has {ends}"
         ) from error
+
+
+def _start_from_principal_parts(model: nn.Module) -> None:
+    """Put A0 and B0 into every pair and W_res under it. The model's copy in memory is changed, never a file."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
+            pair: Any = module
+            layer = pair.get_base_layer()
+            transposed = "Conv1D" in type(layer).__name__
+            weight = layer.weight.detach().T if transposed else layer.weight.detach()
+            scaling = float(pair.scaling[ADAPTER])
+            try:
+                a, b = principal_factors(weight, int(pair.r[ADAPTER]), scaling)
+            except ValueError as error:
+                raise AdapterError(f"LoRA cannot start from singular vectors: {error}") from error
+            with torch.no_grad():
+                pair.lora_A[ADAPTER].weight.copy_(a)
+                pair.lora_B[ADAPTER].weight.copy_(b)
+                rest = weight.double() - scaling * b.double() @ a.double()
+                layer.weight.copy_(rest.T if transposed else rest)
 
 
 def trainable_names(model: nn.Module) -> dict[str, str]:
@@ -201,10 +232,18 @@ def merged(model: nn.Module, names: Mapping[str, str], tensors: Mapping[str, tor
         raise AdapterError(f"PEFT cannot merge this adapter ({error}); export it without --merge") from error
 
 
-def write_adapter(model: nn.Module, names: Collection[str], tensors: Mapping[str, torch.Tensor], folder: Path, base: str) -> None:
+def write_adapter(
+    model: nn.Module,
+    names: Collection[str],
+    tensors: Mapping[str, torch.Tensor],
+    folder: Path,
+    base: str,
+    start: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write a folder that ``peft.PeftModel.from_pretrained`` loads: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-    ``names`` are the saved names of all trained tensors, ``base`` the folder or Hub name of the base model.
+    ``names`` are the saved names of all trained tensors, ``base`` the folder or Hub name of the base model. ``start``: A0 and B0, if
+    that is where the pairs started; then the adapter stands on the untouched base with twice the rank, [B | −B0] and [A ; A0].
 
     Raises:
         AdapterError: a tensor that the model trains is missing, or one is unknown; or a kind that PEFT does not have.
@@ -216,6 +255,11 @@ def write_adapter(model: nn.Module, names: Collection[str], tensors: Mapping[str
     folder.mkdir(parents=True, exist_ok=True)
     config = model.peft_config[ADAPTER].to_dict()
     config |= {"base_model_name_or_path": base, "inference_mode": True}
+    if start is not None and any(bool(tensor.any()) for name, tensor in start.items() if is_up(name)):
+        config |= {"r": 2 * config["r"], "lora_alpha": 2 * config["lora_alpha"]}
+        downs = {n: torch.cat([t, start[n]]) for n, t in tensors.items() if is_down(n)}
+        ups = {n: torch.cat([t, -start[n]], 1) for n, t in tensors.items() if is_up(n)}
+        tensors = {**tensors, **downs, **ups}
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str))
     save_file(

@@ -407,7 +407,8 @@ def _leave_unreached_out(model: Model) -> None:
     now = {name: tensor.clone().to(model.device).requires_grad_() for name, tensor in model.initial.items()}
     ids = torch.full((1, 4), 5, device=model.device)
     batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids), ids[:, 0] * 0, torch.ones(1, device=model.device))
-    found = torch.autograd.grad(model.loss(now, batch, torch.float32), list(now.values()), allow_unused=True)
+    with torch.enable_grad():
+        found = torch.autograd.grad(model.loss(now, batch, torch.float32), list(now.values()), allow_unused=True)
     reached = {name for name, gradient in zip(now, found, strict=True) if gradient is not None}
     model.initial = {name: tensor for name, tensor in model.initial.items() if name in reached}
     model.parameters = {name: parameter for name, parameter in model.parameters.items() if name in reached}

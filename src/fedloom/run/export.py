@@ -28,7 +28,7 @@ def whole(model: Model, tensors: Tensors) -> dict[str, torch.Tensor]:
 
 def write_folder(model: Model, tensors: Tensors, out: Path) -> None:
     """Write ``tensors`` (the rest at the start) as an adapter folder with the tokenizer beside it."""
-    write_adapter(model.module, list(model.parameters), whole(model, tensors), out, folder_of(model.name))
+    write_adapter(model.module, list(model.parameters), whole(model, tensors), out, folder_of(model.name), model.initial)
     model.tokenizer.save_pretrained(out)
 
 

@@ -25,6 +25,7 @@ from fedloom.engines.engine import Engine
 from fedloom.engines.local import WAVE, Local
 from fedloom.engines.workers import Start, Workers
 from fedloom.messages import CENTRE
+from fedloom.model.adapters import Adapter
 from fedloom.model.base import Model
 from fedloom.model.base import load as load_model
 from fedloom.run.experiment import Experiment, ExperimentError, as_json
@@ -162,7 +163,7 @@ def build(experiment: Experiment) -> World:
     model = load_model(
         e.model,
         num_labels=len(source.task.classes),
-        adapter=e.adapter,
+        adapter=adapter_of(e),
         seed=e.seed,
         max_length=e.max_length,
         precision=e.precision,
@@ -170,6 +171,12 @@ def build(experiment: Experiment) -> World:
     )
     splits = tokenise(source, in_parts(model.encode), model.encoding)
     return World(e, source, shards, splits, model, Stacked(model, e.engine.stack))
+
+
+def adapter_of(experiment: Experiment) -> Adapter:
+    """The adapter with its start as the method has it, where that is left to it."""
+    own = experiment.adapter
+    return replace(own, start=vars(type(experiment.method)).get("adapter_start", "zero")) if own.start == "auto" else own
 
 
 def in_parts(encode: Encode, size: int = 1024) -> Encode:

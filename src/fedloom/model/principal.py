@@ -1,0 +1,36 @@
+"""LoRA that starts from a weight's principal part: FeDeRA (2404.18848, eqs. 3 and 4) and PiSSA (2404.02948).
+
+    W0 = U S Vᵀ,   B0 = U_r (S_r / s)^(1/2)  (d_out, r),   A0 = (S_r / s)^(1/2) V_rᵀ  (r, d_in),   W_res = W0 − s·B0·A0
+
+so W_res + s·B0·A0 is W0 again, to rounding. The decomposition is exact, in float64, and of the two signs that each direction can have
+takes the one that makes the largest number of B0's column positive: whoever computes it comes to the same, to rounding, and no seed has
+a part in it. Devices that started from different directions would be averaged to nonsense.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+def principal_factors(weight: torch.Tensor, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A0 (r, d_in) and B0 (d_out, r), float32, of ``weight`` (d_out, d_in) in any precision.
+
+    The r highest eigenvectors of W0·W0ᵀ or W0ᵀ·W0, whichever is smaller, are found alone; the other side's directions follow from them.
+
+    Raises:
+        ValueError: the rank is higher than that of any such matrix.
+    """
+    from scipy.linalg import eigh  # only this start should wait for it
+
+    highest = min(weight.shape)
+    if rank > highest:
+        raise ValueError(f"rank {rank} is more than a weight of {weight.shape[0]} × {weight.shape[1]} has; it can be at most {highest}")
+    w = weight.detach().double().cpu().numpy()
+    wide = w.shape[0] <= w.shape[1]
+    squares, found = eigh(w @ w.T if wide else w.T @ w, subset_by_index=(highest - rank, highest - 1))
+    s, found = np.sqrt(np.maximum(squares[::-1], 0.0)), found[:, ::-1]
+    safe = np.where(s > 0, s, 1.0)
+    u, v = (found, w.T @ found / safe) if wide else (w @ found / safe, found)
+    root = np.sqrt(s / scaling) * np.where(u[np.abs(u).argmax(0), np.arange(rank)] < 0, -1.0, 1.0)
+    return torch.from_numpy((root * v).T.copy()).float(), torch.from_numpy(root * u).float()

@@ -1,0 +1,61 @@
+"""LoRA's start is free of the method and the curriculum: every method from both starts, every curriculum from the other one, stacked as one
+by one. (Every method with every curriculum: ``test_curricula.py``.)"""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import cycle
+
+import pytest
+import torch
+
+from fedloom.client.curricula import all_curricula
+from fedloom.client.host import Host
+from fedloom.client.store import ClientStore
+from fedloom.compute.serial import Serial
+from fedloom.compute.stacked import Stacked
+from fedloom.engines.engine import drive
+from fedloom.engines.local import Local
+from fedloom.messages import ask
+from fedloom.methods import all_methods, named
+from fedloom.model.adapters import is_factor
+from fedloom.model.base import Model
+from fedloom.run.recipes import with_curriculum
+from fedloom.server.participation import Pool
+from tests import tiny
+
+POOL = Pool((0, 1, 2), 2, 2, 8)
+METHODS = [name for name in all_methods() if name != "centralised"]  # it trains nowhere but in the centre, and takes no curriculum
+PAIRS = [("fibecfed", "fisher"), *zip([m for m in METHODS if m != "fibecfed"], cycle(all_curricula()), strict=False)]
+
+
+@cache
+def svd() -> Model:
+    return tiny.model(layers=4, start="svd")
+
+
+def played(name: str, curriculum: str, stacked: bool) -> dict[str, torch.Tensor]:
+    """What is shared after two rounds, and what device 0 says of its test rows."""
+    method, devices, of = with_curriculum(named(name)(), all_curricula()[curriculum]()), tiny.clients((9, 5, 12)), svd()
+    host = Host(method, lambda k: devices[k], Stacked(of) if stacked else Serial(of), ClientStore(None), "starts")
+    engine = Local(host)
+    state = drive(method.setup(method.init(of), POOL), engine)
+    for _ in range(POOL.rounds):
+        state = drive(method.round(state, POOL), engine)
+    (said,) = engine.run([ask(method.predict, 0, state.shared, splits=["test"])]).updates
+    return {**state.shared, "logits": said.tensors["test"]}
+
+
+def test_every_curriculum_is_among_the_pairs() -> None:
+    assert {curriculum for _, curriculum in PAIRS} == set(all_curricula())
+    assert {method for method, _ in PAIRS} == set(METHODS)
+
+
+@pytest.mark.parametrize(("name", "curriculum"), PAIRS)
+def test_it_trains_from_singular_vectors_stacked_as_one_by_one(name: str, curriculum: str) -> None:
+    alone, together = (played(name, curriculum, stacked) for stacked in (False, True))
+    assert set(alone) == set(together)
+    for key, tensor in alone.items():
+        torch.testing.assert_close(together[key], tensor, atol=5e-4, rtol=0)
+    shared = [key for key in alone if is_factor(key)]
+    assert not shared or any(not torch.equal(alone[key], svd().initial[key]) for key in shared)

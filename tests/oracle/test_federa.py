@@ -1,0 +1,165 @@
+"""FeDeRA's start against decompositions by NumPy and the residual form written out: W_res = W0 − s·B0·A0 frozen, s·B·A trained."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from torch.func import functional_call
+from torch.nn import functional
+from transformers import AutoModelForSequenceClassification
+
+from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.federa import FeDeRA
+from fedloom.methods.fibecfed import FibecFed
+from fedloom.model.adapters import Adapter, AdapterError, is_down, is_factor, is_head, merged, partner, write_adapter
+from fedloom.model.base import Batch, Model, load
+from tests import families, tiny
+
+RANK, ALPHA = 3, 4.5
+SCALING = ALPHA / RANK
+
+
+@cache
+def model(family: str) -> Model:
+    adapter = Adapter(RANK, ALPHA, families.TARGETS.get(family, ()), start="svd")
+    return load(str(families.folder(family)), num_labels=3, adapter=adapter, seed=1, max_length=16)
+
+
+@cache
+def plain(family: str) -> Any:
+    """The model as the library loads it, with the same fresh head."""
+    kwargs: dict[str, Any] = {"num_labels": 3, "attn_implementation": "eager", "ignore_mismatched_sizes": True}
+    made = AutoModelForSequenceClassification.from_pretrained(families.folder(family), **kwargs).eval()
+    own = dict(made.named_parameters())
+    with torch.no_grad():
+        for name, tensor in model(family).initial.items():
+            if is_head(name):
+                own[name.removeprefix("base_model.model.")].copy_(tensor)
+    return made
+
+
+def batch() -> Batch:
+    ids = torch.randint(5, 60, (4, 9), generator=torch.Generator().manual_seed(5))
+    return Batch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids), torch.arange(4) % 3, torch.ones(4))
+
+
+def plain_logits(module: Any, tensors: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+    given = {"input_ids": batch().ids, "attention_mask": batch().mask.long()}
+    return (module(**given) if tensors is None else functional_call(module, tensors, (), given)).logits
+
+
+def pairs(family: str) -> list[tuple[str, str, str]]:
+    """(name of A, name of B, the plain model's weight)."""
+    downs = [name for name in model(family).initial if is_down(name)]
+    return [(a, partner(a), a.removeprefix("base_model.model.").split(".lora_A.")[0] + ".weight") for a in downs]
+
+
+def oriented(family: str, weight: torch.Tensor) -> np.ndarray:
+    """W (d_out, d_in), in float64; GPT-2 keeps its weights the other way round."""
+    return (weight.T if family == "gpt2" else weight).detach().double().numpy()
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_the_start_is_the_best_approximation_with_balanced_factors(family: str) -> None:
+    """B0 = U_r (S_r/s)^(1/2), A0 = (S_r/s)^(1/2) V_rᵀ: s·B0·A0 is the truncated SVD, and BᵀB = AAᵀ = S_r/s."""
+    own = dict(plain(family).named_parameters())
+    assert pairs(family)
+    for a, b, name in pairs(family):
+        down, up = (model(family).initial[n].double().numpy() for n in (a, b))
+        u, s, vt = np.linalg.svd(oriented(family, own[name]), full_matrices=False)
+        np.testing.assert_allclose(SCALING * up @ down, (u[:, :RANK] * s[:RANK]) @ vt[:RANK], atol=1e-5)
+        np.testing.assert_allclose(up.T @ up, np.diag(s[:RANK] / SCALING), atol=1e-5)
+        np.testing.assert_allclose(down @ down.T, np.diag(s[:RANK] / SCALING), atol=1e-5)
+        columns = up[np.abs(up).argmax(0), range(RANK)]
+        assert bool((columns > 0).all()), "the sign of every direction is fixed"
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_the_start_is_the_pre_trained_function(family: str) -> None:
+    of = model(family)
+    torch.testing.assert_close(of.forward(of.initial, batch(), torch.float32)[0], plain_logits(plain(family)), atol=1e-5, rtol=0)
+    zero = {n: torch.zeros_like(t) if is_factor(n) else t for n, t in of.initial.items()}
+    with torch.no_grad():
+        far = (of.forward(zero, batch(), torch.float32)[0] - plain_logits(plain(family))).abs().max()
+    assert float(far) > 1e-2, "W_res is not W0"
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_gradients_are_those_of_the_residual_form(family: str) -> None:
+    """At a point away from the start, with W = W_res + s·B·A put into the plain model: ∂/∂B = s·G·Aᵀ and ∂/∂A = s·Bᵀ·G for G = ∂/∂W."""
+    of, module = model(family), plain(family)
+    at = families.moved(of, by=0.05)
+    own = dict(module.named_parameters())
+    weights = {}
+    for a, b, name in pairs(family):
+        w0 = torch.from_numpy(oriented(family, own[name]))
+        now = w0 - SCALING * of.initial[b].double() @ of.initial[a].double() + SCALING * at[b].double() @ at[a].double()
+        weights[name] = (now.T if family == "gpt2" else now).float().contiguous().requires_grad_()
+    heads = {n.removeprefix("base_model.model."): t for n, t in at.items() if is_head(n)}
+    loss = functional.cross_entropy(plain_logits(module, {**weights, **heads}), batch().labels)
+    slopes = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+    now = {n: t.clone().requires_grad_() for n, t in at.items()}
+    made_loss = of.loss(now, batch(), torch.float32)
+    assert float(made_loss.detach()) == pytest.approx(float(loss.detach()), abs=1e-5)
+    made = dict(zip(now, torch.autograd.grad(made_loss, list(now.values())), strict=True))
+    for a, b, name in pairs(family):
+        g = slopes[name].T if family == "gpt2" else slopes[name]
+        for wanted, got in ((SCALING * g @ at[a].T, made[b]), (SCALING * at[b].T @ g, made[a])):
+            assert float((got - wanted).norm()) <= 1e-4 * float(wanted.norm()) + 1e-7
+
+
+def test_the_start_is_the_same_whenever_it_is_computed() -> None:
+    adapter = Adapter(RANK, ALPHA, start="svd")
+    first, second = (load(str(families.folder("bert")), num_labels=3, adapter=adapter, seed=s, max_length=16) for s in (1, 2))
+    assert all(torch.equal(first.initial[n], second.initial[n]) for n in first.initial if is_factor(n)), "no seed has a part in it"
+
+
+def test_a_rank_that_the_matrix_does_not_have_is_refused() -> None:
+    with pytest.raises(AdapterError, match=r"rank 17 .* 16 × 16.*at most 16"):
+        load(str(families.folder("bert")), num_labels=3, adapter=Adapter(17, start="svd"), max_length=16)
+    with pytest.raises(AdapterError, match="start svd.*bitfit.*lora"):
+        load(str(families.folder("bert")), num_labels=3, adapter=Adapter(kind="bitfit", start="svd"), max_length=16)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_exported_it_stands_on_the_untouched_base_with_twice_the_rank(family: str, tmp_path: Path) -> None:
+    of = model(family)
+    at = families.moved(of, by=0.1)
+    wanted = of.forward(at, batch(), torch.float32)[0]
+    write_adapter(of.module, list(of.parameters), at, tmp_path / "a", str(families.folder(family)), of.initial)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (2 * RANK, 2 * ALPHA)
+    kwargs: dict[str, Any] = {"num_labels": 3, "attn_implementation": "eager", "ignore_mismatched_sizes": True}
+    base = AutoModelForSequenceClassification.from_pretrained(families.folder(family), **kwargs)
+    with torch.no_grad():
+        torch.testing.assert_close(plain_logits(PeftModel.from_pretrained(base, tmp_path / "a").eval()), wanted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(plain_logits(merged(of.module, of.parameters, at)), wanted, atol=2e-5, rtol=0)
+
+
+def test_the_method_is_the_average_from_that_start() -> None:
+    method = FeDeRA()
+    state = method.init(model("bert"))
+    assert state == FedAvg().init(model("bert"))
+    with pytest.raises(ValueError, match="federa.*--adapter.start svd"):
+        method.init(families.model("bert"))
+    assert FeDeRA.adapter_start == "svd"
+    FibecFed().init(model("bert"))
+
+
+def test_tiny_clients_train_from_it_stacked_as_alone() -> None:
+    from fedloom.compute.serial import Serial
+    from fedloom.compute.stacked import Stacked
+    from fedloom.compute.work import AdamW, Fit
+
+    of = model("bert")
+    items = [Fit(of.initial, tiny.examples(n, seed=n), [np.arange(n)] * 3, AdamW(1e-2, eps=1e-4)) for n in (5, 8)]
+    for one, other in zip(Serial(of).run(items), Stacked(of).run(items), strict=True):
+        for name, tensor in one.result.tensors.items():
+            torch.testing.assert_close(other.result.tensors[name], tensor, atol=2e-4, rtol=0)
