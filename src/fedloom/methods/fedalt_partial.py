@@ -32,7 +32,7 @@ from fedloom.client.client import Client
 from fedloom.messages import Flow, Task, Tensors, Update, Work, ask, insist, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict, receive
-from fedloom.model.adapters import is_head
+from fedloom.model.adapters import is_head, need_head
 from fedloom.model.base import Model
 from fedloom.model.blocks import layer_of, layers
 from fedloom.seeds import derive_int
@@ -107,6 +107,7 @@ def local_part(tensors: Tensors, top_layers: int) -> Tensors:
     if not 0 <= top_layers <= len(adapted):
         raise ValueError(f"top_layers must be 0 (the head is local) to {len(adapted)}, the layers with LoRA {adapted}; got {top_layers}")
     if not top_layers:
+        need_head(tensors, "fedalt-partial")
         return only(tensors, [name for name in tensors if is_head(name)])
     chosen = adapted[-top_layers:]
     return only(tensors, [name for name in tensors if not is_head(name) and layer_of(name) in chosen])

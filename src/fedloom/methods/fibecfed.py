@@ -171,7 +171,7 @@ class FibecFed:
         shared = dict(state.shared)
         head = {name for name in shared if is_head(name)}
         own = self.curriculum if isinstance(self.curriculum, Curriculum) else None
-        for i in range(own.head_rounds if own and own.head == "warm" else 0):
+        for i in range(own.head_rounds if own and own.head == "warm" and head else 0):
             cohort = uniform(pool, -1 - i)
             updates = yield from insist([ask(self.warm_head, k, only(shared, head), round=-1 - i) for k in cohort])
             shared |= weighted_mean(updates)
@@ -184,6 +184,7 @@ class FibecFed:
         chosen = choose_gal(scores, adapted, gal, pool.seed)
         yield from insist([ask(self.adopt, k, gal=chosen) for k in pool.clients])
         kept = {n: t for n, t in shared.items() if n in head or layer_of(n) in chosen}
+        told |= {} if head else {"difficulty_head": "none: the head is the language model's own"}
         facts = {"gal": chosen, "layer_scores": scores.tolist(), **self.curriculum.facts(pool.rounds), **told}
         if self.gal.refresh:
             facts |= {"adapted": adapted, "gal_history": [{"round": 0, "gal": chosen, "layer_scores": scores.tolist()}]}

@@ -13,7 +13,7 @@ from fedloom.client.client import Client
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, insist, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict, receive
-from fedloom.model.adapters import is_head
+from fedloom.model.adapters import is_head, need_head
 from fedloom.model.base import Model
 from fedloom.server.aggregation import Average
 from fedloom.server.participation import Pool, uniform
@@ -30,7 +30,12 @@ class PersonalHead:
     inner: FedAvg = field(default_factory=FedAvg)
 
     def init(self, model: Model) -> State:
-        """The common start."""
+        """The common start.
+
+        Raises:
+            ValueError: there is no head that could be personal.
+        """
+        need_head(model.initial, self.name)
         return State(0, model.initial)
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:

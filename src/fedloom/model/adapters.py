@@ -61,8 +61,9 @@ class AdapterError(ValueError):
     """An adapter that cannot be put on this model; the message lists what could."""
 
 
-def attach(base: nn.Module, adapter: Adapter) -> nn.Module:
-    """``base`` with the adapter and a trainable task head; everything else is frozen (``requires_grad`` says which is which).
+def attach(base: nn.Module, adapter: Adapter, classifier: bool = True) -> nn.Module:
+    """``base`` with the adapter and, of a ``classifier``, a trainable task head; everything else is frozen
+    (``requires_grad`` says which is which).
 
     Raises:
         AdapterError: the rank is not positive, no target exists in this architecture, or it lacks what the kind trains.
@@ -72,17 +73,18 @@ def attach(base: nn.Module, adapter: Adapter) -> nn.Module:
     if adapter.start == "svd" and adapter.kind != "lora":
         raise AdapterError(f"start svd is one of LoRA's pairs, and kind {adapter.kind} has none; give --adapter.kind lora")
     targets = list(adapter.targets) or None
+    task = TaskType.SEQ_CLS if classifier else None
     match adapter.kind:
         case "lora":
             scaling: dict[str, Any] = {"lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout}
-            config = LoraConfig(task_type=TaskType.SEQ_CLS, r=adapter.rank, target_modules=targets, **scaling)
+            config = LoraConfig(task_type=task, r=adapter.rank, target_modules=targets, **scaling)
             made = _by_peft(base, adapter, config)
             if adapter.start == "svd":
                 _start_from_principal_parts(made)
             return made
         case "ia3":
             fed: dict[str, Any] = {"feedforward_modules": []} if targets else {}
-            return _by_peft(base, adapter, IA3Config(task_type=TaskType.SEQ_CLS, target_modules=targets, **fed))
+            return _by_peft(base, adapter, IA3Config(task_type=task, target_modules=targets, **fed))
         case "houlsby" | "pfeiffer":
             before = {id(p) for p in base.parameters()}
             try:
@@ -167,6 +169,16 @@ def _saved(name: str) -> str:
 def is_head(name: str) -> bool:
     """Whether a saved name is a tensor of the task head."""
     return not HEADS.isdisjoint(name.split("."))
+
+
+def need_head(names: Collection[str], who: str) -> None:
+    """For methods whose heads are personal.
+
+    Raises:
+        ValueError: none is trained among ``names``.
+    """
+    if not any(is_head(name) for name in names):
+        raise ValueError(f"'{who}' keeps each device's head to itself, and a cloze head is the language model's; give it --head linear")
 
 
 def need_pairs(names: Collection[str], who: str) -> None:

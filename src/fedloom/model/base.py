@@ -22,7 +22,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -32,13 +32,22 @@ import psutil
 import torch
 from torch import nn
 from torch.func import functional_call
-from transformers import AttentionInterface, AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.utils import logging as transformers_logging
 
 from fedloom.hub import reachable
 from fedloom.messages import Tensors
 from fedloom.model.adapters import Adapter, attach, is_head, trainable_names
 from fedloom.model.calls import CALLS, Call, Shape, from_zero
+from fedloom.model.cloze import Cloze, Filler, keep_rows
 from fedloom.model.dropout import SeededDropout
 from fedloom.model.kernels import computes_bf16
 from fedloom.model.packed import ATTENTION, Mapped, Packed, Rows, Texts, Unpackable, Way, Weights, attend, padded
@@ -91,6 +100,7 @@ class Model:
     parameters: dict[str, str] = field(default_factory=dict)
     alone: str = ""
     together_by: str = ""
+    filler: Filler | None = None
     _copies: dict[torch.dtype, nn.Module] = field(default_factory=dict)
     _ways: dict[torch.dtype, Way] = field(default_factory=dict)
     _make_way: Callable[[torch.dtype], Way] = field(init=False)
@@ -112,8 +122,8 @@ class Model:
 
     @property
     def pooled(self) -> int:
-        """The position that the head reads: 0, or the last."""
-        return -1 if self.causal else 0
+        """The position that the head reads: the last of a causal model, the first of another, or a cloze's gap."""
+        return -1 if self.causal else self.filler.gap if self.filler else 0
 
     @property
     def shape(self) -> Shape:
@@ -139,6 +149,8 @@ class Model:
 
     def encode(self, texts: list[str], pairs: list[str] | None) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids and segment ids of each text (or pair), truncated to ``max_length``; at least one token each."""
+        if self.filler is not None:
+            texts, pairs = self.filler.fill(texts, pairs), None
         made = self.tokenizer(texts, pairs, truncation=True, max_length=self.max_length, return_token_type_ids=True)
         ids = [row or [self.pad_id] for row in made["input_ids"]]
         return ids, [row or [0] for row in made["token_type_ids"]]
@@ -153,6 +165,7 @@ class Model:
         rust.no_padding()
         versions = [importlib.metadata.version(library) for library in ("tokenizers", "transformers")]
         said = [type(self.tokenizer).__name__, self.tokenizer.truncation_side, self.max_length, self.pad_id, *versions, rust.to_str()]
+        said += [] if self.filler is None else [self.filler.template]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def embed(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -191,7 +204,8 @@ class Model:
         if layers:
             given["output_hidden_states"] = True
         out = functional_call(module, dict(named), (), given)
-        return out.logits.float(), tuple(out.hidden_states[1:]) if layers else ()
+        logits = out.logits[:, self.pooled] if out.logits.dim() > 2 else out.logits
+        return logits.float(), tuple(out.hidden_states[1:]) if layers else ()
 
     def together(
         self, tensors: Tensors, texts: Texts, dtype: torch.dtype, embeddings: torch.Tensor | None = None, layers: bool = False
@@ -227,18 +241,21 @@ class Model:
             rate=self.dropout,
             weights=self._weights(dtype),
             trims=trims,
+            reads=max(0, self.pooled),
         )
 
     def _rows(self, dtype: torch.dtype) -> Way:
         module = self.base(dtype)
         table: Any = module.get_input_embeddings()  # type: ignore[operator]
         weights = self._weights(dtype)
-        return Rows(partial(self._call, module, dtype), table, causal=self.causal, pad_id=self.pad_id, rate=self.dropout, weights=weights)
+        call, reads = partial(self._call, module, dtype), self.pooled
+        return Rows(call, table, causal=self.causal, pad_id=self.pad_id, rate=self.dropout, weights=weights, reads=reads)
 
     def _mapped(self, dtype: torch.dtype) -> Way:
         module = self.base(dtype)
         table: Any = module.get_input_embeddings()  # type: ignore[operator]
-        return Mapped(partial(self._call, module, dtype), table, causal=self.causal, pad_id=self.pad_id, rate=self.dropout)
+        call, reads = partial(self._call, module, dtype), self.pooled
+        return Mapped(call, table, causal=self.causal, pad_id=self.pad_id, rate=self.dropout, reads=reads)
 
     def _positions(self, length: int) -> torch.Tensor | None:
         made = self.call[1](self.shape, torch.ones(1, length, dtype=torch.bool, device=self.device))
@@ -313,11 +330,14 @@ def load(
     max_length: int = 128,
     precision: Precision = "float32",
     device: str = "cpu",
+    cloze: Cloze | None = None,
 ) -> Model:
-    """Load a base, put the adapter on it, find out how to call it. ``seed`` draws the new head and LoRA's A.
+    """Load a base, put the adapter on it, find out how to call it. ``seed`` draws the new head and LoRA's A. With a ``cloze`` the base is a
+    language model, its own head is used, and ``num_labels`` is the number of its words.
 
     Raises:
         ModelError: no such model, not a classifier, an encoder-decoder, or one that cannot be called on ready masks.
+        ClozeError: a template or words that do not fit the model.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -326,13 +346,20 @@ def load(
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the libraries' own, about calls between them
         torch.manual_seed(derive_int(seed, "model"))
-        base, tokenizer, config = _loaded(folder, name, num_labels)
-        module = attach(base, adapter)
+        base, tokenizer, config = _loaded(folder, name, num_labels if cloze is None else 0)
+        limit = config.to_dict().get("max_position_embeddings") or max_length
+        length = min(max_length, int(limit), int(tokenizer.model_max_length))
+        filler = None
+        if cloze is not None:
+            answers_last = type(base).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+            cloze = replace(cloze, template=cloze.after) if answers_last and cloze.after else cloze
+            cloze.check(answers_last, num_labels)
+            filler = Filler(cloze, tokenizer, answers_last, length)
+            keep_rows(base, filler)
+        module = attach(base, adapter, classifier=cloze is None)
     parameters = trainable_names(module)
     module.eval().requires_grad_(False).to(device)
-    limit = config.to_dict().get("max_position_embeddings") or max_length
-    length = min(max_length, int(limit), int(tokenizer.model_max_length))
-    model = Model(name, module, config, tokenizer, num_labels, length, precision, adapter.dropout, torch.device(device))
+    model = Model(name, module, config, tokenizer, num_labels, length, precision, adapter.dropout, torch.device(device), filler=filler)
     model.parameters = parameters
     own = dict(module.named_parameters())
     model.initial = {saved: own[parameter].detach().float().clone() for saved, parameter in sorted(model.parameters.items())}
@@ -344,15 +371,23 @@ def load(
 
 
 def _loaded(folder: str, name: str, num_labels: int) -> tuple[Any, Any, Any]:
+    """The base, its tokenizer, its config: a classifier of so many labels, or with 0 the language model."""
     try:
         local: dict[str, Any] = {"local_files_only": Path(folder).is_dir() or not reachable()}
-        config = AutoConfig.from_pretrained(folder, num_labels=num_labels, **local)
+        config = AutoConfig.from_pretrained(folder, **({"num_labels": num_labels} if num_labels else {}), **local)
         if config.is_encoder_decoder:
             raise ModelError(f"'{name}' is an encoder-decoder ({config.model_type}); give an encoder or a decoder")
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        base = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, dtype=torch.float32, attn_implementation="eager", ignore_mismatched_sizes=True, **local
-        )
+        kind: Any = AutoModelForSequenceClassification
+        if not num_labels:
+            kind = AutoModelForMaskedLM if type(config) in MODEL_FOR_MASKED_LM_MAPPING else AutoModelForCausalLM
+        how: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "ignore_mismatched_sizes": True, **local}
+        base, found = kind.from_pretrained(folder, config=config, output_loading_info=True, **how)
+        if not num_labels and found["missing_keys"]:
+            raise ModelError(
+                f"'{name}' has no trained language-model head: {', '.join(sorted(found['missing_keys'])[:3])} would be new, and a "
+                "cloze asks that head. Give a model that has one, or --head linear"
+            )
     except ModelError:
         raise
     except (OSError, ValueError, KeyError) as error:
@@ -388,6 +423,7 @@ def _learn_to_call(model: Model, base: Any) -> None:
         if model.causal and "position_ids" in inspect.signature(base.forward).parameters:
             plain["position_ids"] = from_zero(model.shape, mask)
         wanted = base(**plain).logits.float()
+        wanted = wanted[:, model.pooled] if wanted.dim() > 2 else wanted
         tried = []
         for call in CALLS:
             model.call = call
@@ -421,7 +457,8 @@ def _learn_to_pack(model: Model) -> None:
     with dropout if there is any.
     """
     generator = torch.Generator().manual_seed(0)
-    lengths = np.array([model.trial_length, max(1, model.trial_length // 3), 1])
+    fewest = max(0, model.pooled) + 1
+    lengths = np.array([model.trial_length, max(fewest, model.trial_length // 3), fewest])
     ids = torch.randint(5, int(model.config.vocab_size), (int(lengths.sum()),), generator=generator).to(model.device)
     zero, one = torch.zeros_like(ids[:3]), torch.ones(3, device=model.device)
     keys = torch.tensor([3, 4], device=model.device) if model.dropout else None

@@ -326,9 +326,12 @@ class Packed:
         rate: float,
         weights: Weights | None,
         trims: bool,
+        reads: int = 0,
     ) -> None:
         """``module`` is not changed: a copy that shares its tensors is. ``kinds``: number of token types (0: none).
-        ``positions``: those of a text of so many tokens (L,)."""
+        ``positions``: those of a text of so many tokens (L,). ``reads``: the place in a text that the head reads, if it is not causal."""
+        if trims and reads:
+            raise Unpackable("the last layer is trimmed to the first token or the last")
         shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
         self.module: Any = copy.deepcopy(module, shared)
         for part in self.module.modules():
@@ -337,7 +340,7 @@ class Packed:
         stacks = [part for part in self.module.modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
         if not stacks:
             raise Unpackable(f"no list of {depth} transformer layers in {type(module).__name__}")
-        self.causal, self.kinds, self.positions, self.rate, self.weights = causal, kinds, positions, rate, weights
+        self.causal, self.kinds, self.positions, self.rate, self.weights, self.reads = causal, kinds, positions, rate, weights, reads
         self.table = self.module.get_input_embeddings()
         self.table.register_forward_pre_hook(lambda _, __: (self._ids,))
         self.table.register_forward_hook(lambda _, __, made: made if self._given is None else self._given)
@@ -358,7 +361,7 @@ class Packed:
         longest, ends = int(given_texts.lengths.max()), np.cumsum(texts.lengths)
         within = np.arange(total) - np.repeat(ends - texts.lengths, texts.lengths)
         places = np.repeat(ends, texts.lengths) - 1 - np.arange(total) if self.causal else within
-        read = torch.from_numpy(ends - 1 if self.causal else ends - texts.lengths).to(device)
+        read = torch.from_numpy(ends - 1 if self.causal else ends - texts.lengths + np.minimum(self.reads, texts.lengths - 1)).to(device)
         per_owner = np.bincount(given_texts.owners, minlength=texts.count)
         of_tokens = np.bincount(given_texts.owners, weights=given_texts.lengths, minlength=texts.count).astype(np.int64)
         layout = Layout(
@@ -387,7 +390,8 @@ class Packed:
         self._given = None
         hidden = (h.flatten(0, -2) for h in out.hidden_states[1:]) if layers else ()
         real = slice(0, len(given_texts.lengths))
-        return out.logits.float()[real], tuple((h if len(h) == count else h[read])[real] for h in hidden)
+        logits = out.logits.float()
+        return (logits[:, 0] if logits.dim() > 2 else logits)[real], tuple((h if len(h) == count else h[read])[real] for h in hidden)
 
     def embed(self, texts: Texts) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`Way`."""
@@ -428,9 +432,12 @@ class Rows:
         pad_id: int,
         rate: float,
         weights: Weights | None,
+        reads: int,
     ) -> None:
-        """``call``: (tensors, ids (n, L), mask, segments, embeddings or None, layers) -> (logits, layers' outputs (n, L, d))."""
+        """``call``: (tensors, ids (n, L), mask, segments, embeddings or None, layers) -> (logits, layers' outputs (n, L, d)).
+        ``reads``: the place that the head reads."""
         self.call, self.table, self.causal, self.pad_id, self.rate, self.weights = call, table, causal, pad_id, rate, weights
+        self.reads = reads
 
     def __call__(
         self, tensors: Tensors, texts: Texts, embeddings: torch.Tensor | None = None, layers: bool = False
@@ -442,7 +449,7 @@ class Rows:
         layout = Layout(texts, self.causal, {int(of.sum()): Owners(of, int(of.sum()), ids.device) for of in rows})
         with running(Pass(layout, self.weights, self.rate if texts.keys is not None else 0.0, tensors)):
             logits, hidden = self.call(tensors, ids, mask, segments, embeddings, layers)
-        return logits, tuple(h[:, -1 if self.causal else 0] for h in hidden)
+        return logits, tuple(h[:, self.reads] for h in hidden)
 
     def embed(self, texts: Texts) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`Way`."""
@@ -462,9 +469,10 @@ class Mapped:
         causal: bool,
         pad_id: int,
         rate: float,
+        reads: int,
     ) -> None:
-        """``call`` as for :class:`Rows`."""
-        self.call, self.table, self.causal, self.pad_id, self.rate = call, table, causal, pad_id, rate
+        """``call`` and ``reads`` as for :class:`Rows`."""
+        self.call, self.table, self.causal, self.pad_id, self.rate, self.reads = call, table, causal, pad_id, rate, reads
 
     def __call__(
         self, tensors: Tensors, texts: Texts, embeddings: torch.Tensor | None = None, layers: bool = False
@@ -483,7 +491,7 @@ class Mapped:
         whole = {name: texts.kept[name].whole(tensor) if name in texts.kept else tensor for name, tensor in tensors.items()}
         logits, hidden = each(whole, *self._padded(texts), embeddings, keys)
         where = self._where(texts)
-        return logits[where], tuple(h[:, :, -1 if self.causal else 0][where] for h in hidden)
+        return logits[where], tuple(h[:, :, self.reads][where] for h in hidden)
 
     def embed(self, texts: Texts) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`Way`."""

@@ -66,6 +66,9 @@ class Experiment:
         max_validation: keep that many validation rows (0: all).
         max_test: keep that many test rows (0: all).
         max_length: tokens after which a text is cut.
+        head: linear, new and trained; or cloze: the pre-trained language model's own, asked for a word a class.
+        template: the cloze's sentence with {mask}, {text} and, of pairs, {pair} (empty: what is known of the data set).
+        label_words: the cloze's word for each class, in order (empty: what is known of the data set, or the classes' names).
         text: text column or columns (empty: found).
         label: label column (empty: found).
         metric: headline metric: auto (by the data's name), accuracy, mcc or f1.
@@ -92,6 +95,9 @@ class Experiment:
     max_validation: int = 0
     max_test: int = 0
     max_length: int = 128
+    head: Literal["linear", "cloze"] = "linear"
+    template: str = ""
+    label_words: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
     label: str = ""
     metric: Literal["auto", "accuracy", "mcc", "f1"] = "auto"
@@ -114,6 +120,8 @@ class Experiment:
         for name in ("alpha", "beta"):
             if not getattr(self, name) > 0:
                 raise ExperimentError(f"--{name} is {getattr(self, name)}; a Dirichlet concentration must be positive")
+        if self.head == "linear" and (self.template or self.label_words):
+            raise ExperimentError("--template and --label-words belong to --head cloze, and the head is linear; give both or none")
         if self.cohort > self.clients:
             raise ExperimentError(f"--cohort {self.cohort} is more than --clients {self.clients}; a cohort is drawn from the clients")
         if not 0 < self.quorum <= 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,8 @@ def write_folder(model: Model, tensors: Tensors, out: Path) -> None:
 
 def write_merged(model: Model, tensors: Tensors, classes: Sequence[str], out: Path) -> None:
     """Write the base with the adapter merged in, the classes' names and the tokenizer: a folder that transformers loads by itself."""
+    if model.filler is not None:
+        raise ExportError("a merged model would have a cloze's few words for its vocabulary; export the adapter, without --merge")
     plain = merged(model.module, model.parameters, whole(model, tensors))
     plain.config.pad_token_id = model.pad_id
     plain.config.id2label = dict(enumerate(classes))
@@ -97,5 +100,9 @@ def export(experiment: Experiment, folder: Path, out: Path, client: int | None =
         write_merged(world.model, tensors, world.classes, out)
         return f'AutoModelForSequenceClassification.from_pretrained("{out}")'
     write_folder(world.model, tensors, out)
+    if world.model.filler is not None:
+        cloze, kind = world.model.filler.cloze, "AutoModelForCausalLM" if world.model.causal else "AutoModelForMaskedLM"
+        (out / "cloze.json").write_text(json.dumps({"template": cloze.template, "words": cloze.words}, indent=1), encoding="utf-8")
+        return f'PeftModel.from_pretrained({kind}.from_pretrained("{folder_of(experiment.model)}"), "{out}")'
     base = f'"{folder_of(experiment.model)}", num_labels={len(world.classes)}, ignore_mismatched_sizes=True'
     return f'PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained({base}), "{out}")'

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from fedloom.client.client import Client
+from fedloom.client.curricula.shortformer import Staged
+from fedloom.client.curricula.slw import LengthWarmup
 from fedloom.client.host import Host
 from fedloom.client.store import ClientStore
 from fedloom.compute.compute import Compute
@@ -21,6 +23,7 @@ from fedloom.data.examples import Examples
 from fedloom.data.partition import Partition, partition
 from fedloom.data.sources import Encode, Source, load, tokenise
 from fedloom.data.tasks import DataError, Split
+from fedloom.data.templates import template_for
 from fedloom.engines.engine import Engine
 from fedloom.engines.local import WAVE, Local
 from fedloom.engines.workers import Start, Workers
@@ -28,6 +31,7 @@ from fedloom.messages import CENTRE
 from fedloom.model.adapters import Adapter
 from fedloom.model.base import Model
 from fedloom.model.base import load as load_model
+from fedloom.model.cloze import Cloze
 from fedloom.run.experiment import Experiment, ExperimentError, as_json
 from fedloom.run.recipes import file_of
 from fedloom.server.participation import Pool
@@ -168,7 +172,12 @@ def build(experiment: Experiment) -> World:
         max_length=e.max_length,
         precision=e.precision,
         device=device,
+        cloze=cloze_of(e, source),
     )
+    if model.filler is not None and model.causal and isinstance(curriculum_of(e.method), CUTTING):
+        raise ExperimentError(
+            "this curriculum cuts texts at their end, where a causal model's template asks; give another, or --head linear"
+        )
     splits = tokenise(source, in_parts(model.encode), model.encoding)
     return World(e, source, shards, splits, model, Stacked(model, e.engine.stack))
 
@@ -177,6 +186,23 @@ def adapter_of(experiment: Experiment) -> Adapter:
     """The adapter with its start as the method has it, where that is left to it."""
     own = experiment.adapter
     return replace(own, start=vars(type(experiment.method)).get("adapter_start", "zero")) if own.start == "auto" else own
+
+
+CUTTING = (LengthWarmup, Staged)
+
+
+def curriculum_of(method: Any) -> Any:
+    """The curriculum that a method follows, its own or that of what it holds."""
+    own = vars(method)
+    return own["curriculum"] if "curriculum" in own else curriculum_of(own["inner"]) if "inner" in own else None
+
+
+def cloze_of(experiment: Experiment, source: Source) -> Cloze | None:
+    """The experiment's cloze, with what is known of the data set where it says nothing; None with a linear head."""
+    if experiment.head == "linear":
+        return None
+    known = template_for(source.name, source.task, experiment.template, experiment.label_words)
+    return Cloze(known.masked, known.words, len(source.task.texts) == 2, known.causal)
 
 
 def in_parts(encode: Encode, size: int = 1024) -> Encode:
