@@ -15,6 +15,7 @@ import pytest
 from fedloom.engines.local import WAVE, Local
 from fedloom.engines.workers import Workers
 from fedloom.methods import named
+from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
 from fedloom.run import checkpoint, loop
 from fedloom.run.again import evaluate_again
 from fedloom.run.checkpoint import CheckpointError, fingerprint_of
@@ -55,7 +56,7 @@ class Killed(BaseException):
     """As good as kill −9: nobody catches it."""
 
 
-def killed_at(count: int, monkeypatch: pytest.MonkeyPatch, where: str, folder: Path) -> None:
+def killed_at(count: int, monkeypatch: pytest.MonkeyPatch, where: str, folder: Path, asked: Experiment | None = None) -> None:
     """Run until the ``count``-th saving, and be killed right before (the row is written already) or right after it."""
     save, calls = checkpoint.save, 0
 
@@ -71,7 +72,7 @@ def killed_at(count: int, monkeypatch: pytest.MonkeyPatch, where: str, folder: P
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", dying)
         with pytest.raises(Killed):
-            run(small.experiment("lora-personal-head"), folder, plain=True)
+            run(asked or small.experiment("lora-personal-head"), folder, plain=True)
 
 
 @pytest.mark.parametrize("where", ["before", "after"])
@@ -114,6 +115,21 @@ def test_a_resumed_run_does_not_do_the_set_up_or_finished_rounds_again(tmp_path:
     monkeypatch.setattr(Local, "run", told)
     run(small.experiment("lora-personal-head"), tmp_path / "run", plain=True)
     assert set(asked) == {("train", 1), ("predict", -1)}
+
+
+def test_a_run_that_is_resumed_chooses_the_same_layers_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the round before which the GAL is chosen anew, and after the next: rows, facts and devices' state end alike."""
+    method = FibecFed(curriculum=Curriculum(head_rounds=1), gal=Gal(count=1, which="random", refresh=1), keep=0.5)
+    asked = replace(small.experiment("lora"), method=method, rounds=4)
+    whole = run(asked, tmp_path / "whole", plain=True)
+    assert len({tuple(entry["gal"]) for entry in whole["facts"]["gal_history"]}) > 1
+    for count in (3, 4):
+        folder = tmp_path / str(count)
+        killed_at(count, monkeypatch, "after", folder, asked)
+        resumed = run(asked, folder, plain=True)
+        assert resumed["facts"] == whole["facts"]
+        assert timeless(rows(folder)) == timeless(rows(tmp_path / "whole"))
+        assert fingerprint_of(folder) == fingerprint_of(tmp_path / "whole")
 
 
 def test_data_that_changed_under_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

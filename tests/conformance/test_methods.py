@@ -44,11 +44,11 @@ NO_PERSONAL_PART = {"lora", "federa", "centralised", "ffa", "rolora", "fedopt"}
 RESULT_KEYS = {
     "method", "metric", "rounds", "seed", "digest", "final", "best", "bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down",
     "examples", "setup_examples", "host_seconds", "device_seconds", "setup_device_seconds", "setup_host_seconds", "peak_rss_bytes",
-    "validation", "notes", "per_device", "partition", "facts", "experiment",
+    "validation", "notes", "per_device", "partition", "facts", "experiment", "flops", "setup_flops", "setup_paid_back", "device_state",
 }  # fmt: skip
 ROW_KEYS = {
     "round", "loss", "personalised", "global", "examples", "train_seconds", "bytes_up", "bytes_down", "host_seconds",
-    "device_seconds", "peak_rss_bytes", "answered", "failed", "validation",
+    "device_seconds", "flops", "peak_rss_bytes", "answered", "failed", "validation",
 }  # fmt: skip
 MEASURED = {"train_seconds", "host_seconds", "peak_rss_bytes", "setup_host_seconds"}
 

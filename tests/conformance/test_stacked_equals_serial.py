@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from fedloom.messages import Tensors
 from fedloom.model.adapters import Adapter, is_factor
 from fedloom.model.base import Model, load
 from fedloom.model.packed import Unpackable
+from fedloom.model.some_rows import whole as whole_tensor
 from fedloom.tensors import fingerprint
 from tests import families, tiny
 
@@ -98,7 +100,8 @@ def fitted(option: str, dropout: float, stack: int | None, precision: str = "flo
 
 def gap(first: Tensors, second: Tensors) -> float:
     assert set(first) == set(second)
-    return max(float((first[n] - second[n]).abs().max()) for n in first)
+    assert all(first[n].shape == second[n].shape for n in first)
+    return max(float((first[n] - second[n]).abs().max()) for n in first if first[n].numel())
 
 
 def relative(first: np.ndarray, second: np.ndarray) -> float:
@@ -142,6 +145,97 @@ def test_where_the_mask_is_zero_nothing_moves_and_elsewhere_it_does(compute: Cal
             moved = done.result.tensors[name] != item.start[name]
             assert not moved[kept].any()
             assert moved[~kept].all()
+
+
+def some_rows(of: Model, client: int) -> dict[str, torch.Tensor]:
+    """30 of the 64 rows of four B's: other ones for each client, and another number of each B's. One client has none of the first."""
+    ups = sorted(n for n in of.initial if ".lora_B." in n)[:4]
+    free = np.arange(16 if client == 1 else 0, 64)
+    picked = np.sort(np.random.default_rng(client).permutation(free)[:30])
+    return {n: torch.from_numpy(picked[picked // 16 == i] % 16) for i, n in enumerate(ups)}
+
+
+def fit_rows(of: Model, client: int, masked: bool = False, **extra: Any) -> Fit:
+    """Training some rows, or (``masked``) all of them, the others being zero and under a mask."""
+    rows, start = some_rows(of, client), families.moved(of, client)
+    few = {n: start[n][at] for n, at in rows.items()}
+    if masked:
+        extra["mask"] = {n: torch.zeros(len(start[n]), 1).index_fill(0, at, 1.0) for n, at in rows.items()}
+        few = {n: whole_tensor(t, rows[n], len(start[n])) for n, t in few.items()}
+    else:
+        extra["rows"] = rows
+    return Fit({**start, **few}, examples(client), batches(client), OPTIMIZER, dropout_seed=70 + client, **extra)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("way", ["serial", "_packed", "_rows", "_mapped"])
+def test_some_rows_train_as_all_would_under_a_mask(way: str, dropout: float) -> None:
+    """Tensors, moments and losses; and what it costs is less by the rows' products alone."""
+    of = replace(model(dropout))
+    if way != "serial":
+        of._ways, of._make_way = {}, getattr(of, way)
+    sparse = (Serial(of) if way == "serial" else Stacked(of)).run([fit_rows(of, k) for k in range(4)])
+    for k, (one, many) in enumerate(zip(sparse, Serial(of).run([fit_rows(of, k, masked=True) for k in range(4)]), strict=True)):
+        rows, few, whole = some_rows(of, k), one.result, many.result
+        for made, due in (
+            (few.tensors, whole.tensors),
+            (few.moments.first, whole.moments.first),
+            (few.moments.second, whole.moments.second),
+        ):
+            assert all(made[n].shape == (len(at), 2) for n, at in rows.items())
+            assert gap({n: t[rows[n]] if n in rows else t for n, t in due.items()}, made) <= TENSORS
+        assert np.abs(few.losses - whole.losses).max() <= LOSSES
+        assert few.moments.steps == whole.moments.steps and one.examples == many.examples
+        tokens = sum(len(b) * int(examples(k).lengths[b].max()) for b in batches(k))
+        assert many.flops - one.flops == pytest.approx(3 * 2 * 2 * tokens * (64 - 30), rel=1e-6)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2]])
+def test_some_rows_are_the_same_to_the_bit_in_any_company(order: list[int]) -> None:
+    of = model()
+    items = [fit_rows(of, k) for k in range(4)]
+    together = dict(zip(order, Stacked(of).run([items[k] for k in order]), strict=True))
+    for k, item in enumerate(items):
+        (alone,) = Stacked(of).run([item])
+        for made, due in ((together[k].result, alone.result),):
+            assert fingerprint(made.tensors) == fingerprint(due.tensors)
+            assert fingerprint(made.moments.second) == fingerprint(due.moments.second)
+
+
+def test_some_rows_go_on_from_their_moments() -> None:
+    of = model()
+    whole = fit_rows(of, 1)
+    for compute in (Serial(of), Stacked(of)):
+        (all_,) = compute.run([whole])
+        (first,) = compute.run([replace(whole, batches=whole.batches[:3])])
+        (second,) = compute.run([replace(whole, start=first.result.tensors, batches=whole.batches[3:], moments=first.result.moments)])
+        assert gap(all_.result.tensors, second.result.tensors) <= 1e-6
+
+
+def test_other_numbers_of_rows_go_in_passes_of_their_own() -> None:
+    """A device that keeps another share has a matrix of another width; beside each other they come out as alone, to the bit."""
+    of = model()
+    items = [fit_rows(of, k) for k in range(3)]
+    name, rows = max(items[1].rows.items(), key=lambda one: len(one[1]))
+    items[1] = replace(items[1], start={**items[1].start, name: items[1].start[name][:-1]}, rows={**items[1].rows, name: rows[:-1]})
+    for item, among in zip(items, Stacked(of).run(items), strict=True):
+        (alone,) = Stacked(of).run([item])
+        assert fingerprint(among.result.tensors) == fingerprint(alone.result.tensors)
+        assert {n: t.shape for n, t in among.result.tensors.items()} == {n: t.shape for n, t in item.start.items()}
+
+
+def test_rows_must_fit_what_is_trained() -> None:
+    of = model()
+    name, rows = next(iter(some_rows(of, 0).items()))
+    for wrong in (
+        {"rows": {name: rows[1:]}},
+        {"rows": {"nothing": rows}},
+        {"rows": {name: rows}, "mask": {name: torch.ones(1, 1)}},
+        {"rows": {name: rows}, "penalty": pull},
+    ):
+        start = {**families.moved(of, 0), name: families.moved(of, 0)[name][rows]}
+        with pytest.raises(ValueError, match="a Fit of some rows of"):
+            Fit(start, examples(0), batches(0), OPTIMIZER, **wrong)  # type: ignore[arg-type]
 
 
 def test_an_anchor_must_be_of_use_and_match_what_is_trained() -> None:

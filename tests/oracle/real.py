@@ -17,6 +17,7 @@ import torch
 
 from fedloom.client.client import Client
 from fedloom.client.host import Host
+from fedloom.client.neurons import KEPT, unpacked, whole_private
 from fedloom.client.store import ClientStore
 from fedloom.compute.compute import Compute, Done
 from fedloom.compute.serial import Serial
@@ -156,12 +157,17 @@ class Overheard:
 
 @dataclass(frozen=True)
 class Run:
-    """``states[i]``, ``private[i]``, ``memory[i]``: after the set-up (i = 0) and after round i − 1. ``logits``: after the last round."""
+    """``states[i]``, ``private[i]``, ``memory[i]``: after the set-up (i = 0) and after round i − 1. ``logits``: after the last round.
+
+    ``private`` has all rows, as the model is called with; what a device really holds is ``stored``, and its rows as masks (d_out, 1) lie in
+    ``memory`` too, as ``mask/NAME``.
+    """
 
     exchanges: list[Exchange]
     states: list[State]
     private: list[dict[int, dict[str, torch.Tensor]]]
     memory: list[dict[int, dict[str, torch.Tensor]]]
+    stored: list[dict[int, dict[str, torch.Tensor]]]
     logits: dict[int, dict[str, torch.Tensor]]
     assembled: Tensors | None
 
@@ -185,16 +191,23 @@ def watch(method: Method, on: Compute, pool: Pool, of: Model | None = None) -> R
     store, watched = ClientStore(), Watched(on)
     line = Overheard(Host(method, lambda k: replace(devices()[k], private={}, memory={}), watched, store, DIGEST), watched)
     engine: Any = Local(line)  # type: ignore[arg-type]
-    states, private, memory = [drive(method.setup(method.init(of or model()), pool), engine)], [], []
+    states, held = [drive(method.setup(method.init(of or model()), pool), engine)], []
     for t in range(pool.rounds + 1):
         kept = {k: deepcopy(store.load(k)) for k in pool.clients}
-        private.append({k: own for k, (own, _) in kept.items()})
-        memory.append({k: own for k, (_, own) in kept.items()})
+        held.append({k: replace(devices()[k], private=own, memory=memory) for k, (own, memory) in kept.items()})
         if t < pool.rounds:
             states.append(drive(method.round(states[-1], pool), engine))
     said = engine.run([ask(method.predict, k, states[-1].shared, splits=["validation", "test"]) for k in pool.clients])
     logits = {update.client: dict(update.tensors) for update in said.updates}
-    return Run(line.exchanges, states, private, memory, logits, method.assembled(states[-1]))
+    private = [{k: whole_private(c) for k, c in now.items()} for now in held]
+    memory = [{k: c.memory | masks_of(c) for k, c in now.items()} for now in held]
+    stored = [{k: c.private for k, c in now.items()} for now in held]
+    return Run(line.exchanges, states, private, memory, stored, logits, method.assembled(states[-1]))
+
+
+def masks_of(c: Client) -> dict[str, torch.Tensor]:
+    """``mask/NAME`` (d_out, 1) of every tensor that the device has some rows of."""
+    return {f"mask/{n.removeprefix(KEPT)}": unpacked(bits).float()[:, None] for n, bits in c.memory.items() if n.startswith(KEPT)}
 
 
 def assert_close(made: Tensors, derived: Mapping[str, np.ndarray], furthest: float = 3e-3, typical: float = 1e-4) -> None:

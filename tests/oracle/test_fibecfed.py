@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fedloom.client.curriculum import Pacing
+from fedloom.compute.flops import Flops
 from fedloom.compute.work import Fit, Score
 from fedloom.methods.fibecfed import Gal, choose_gal
 from fedloom.model.adapters import is_factor, partner
@@ -239,6 +240,30 @@ def test_masked_rows_of_b_stay_exactly_zero(case: Case) -> None:
                 assert (moved.all(1).numpy() == (mask[:, 0] == 1)).all() and (moved.any(1).numpy() == (mask[:, 0] == 1)).all()
                 assert not torch.equal(case.made.private[t + 1][k][partner(name)], case.made.private[t][k][partner(name)])
             assert all((tensor != 0).all() for name, tensor in update.tensors.items() if ".lora_B." in name)
+
+
+@every_case
+def test_masked_rows_take_no_storage_no_optimiser_state_and_no_products(case: Case) -> None:
+    """The saving must be real: masked rows take no optimiser state, no upload, no storage; device time counts what was done."""
+    flops = Flops(real.model())
+    for t, exchange in enumerate(case.made.asked("train")):
+        for k in exchange.up:
+            ((fit, fitted),) = [(item, result) for item, result in exchange.work[k] if isinstance(item, Fit)]
+            held, masks = case.made.stored[t + 1][k], case.due.masks[k]
+            assert set(fit.rows) == set(masks) and not fit.mask
+            numbers = sum(t.numel() for n, t in real.model().initial.items() if n not in masks)
+            for name, mask in masks.items():
+                kept = np.flatnonzero(mask[:, 0])
+                assert torch.equal(held[name], case.made.private[t + 1][k][name][kept]) and fit.rows[name].tolist() == kept.tolist()
+                numbers += held[name].numel()
+            for moments in (fitted.moments.first, fitted.moments.second):
+                assert {n: m.shape for n, m in moments.items()} == {n: s.shape for n, s in fit.start.items()}
+                assert sum(m.numel() for m in moments.values()) == numbers
+            few = {n: int(mask.sum()) for n, mask in masks.items()}
+            longest = [(len(batch), int(fit.examples.lengths[batch].max())) for batch in fit.batches]
+            spent = sum(n * flops._count(frozenset(fit.start), length, few) for n, length in longest)
+            whole = sum(n * flops._count(frozenset(fit.start), length) for n, length in longest)
+            assert exchange.up[k].flops == pytest.approx(spent, rel=1e-9) and spent < whole
 
 
 # --------------------------------------------------------------------------------------------------------------- the rounds

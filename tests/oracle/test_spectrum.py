@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedloom.compute import stacked as stacked_module
 from fedloom.compute.serial import Serial
 from fedloom.compute.spectrum import density, first_gap, lanczos, lipschitz
 from fedloom.compute.stacked import Stacked
@@ -20,28 +21,29 @@ def symmetric(size: int, seed: int) -> np.ndarray:
     return (made + made.T) / 2
 
 
-def of(matrix: np.ndarray):
-    whole = torch.from_numpy(matrix).float()
-    return lambda vector: whole @ vector
+def of(*matrices: np.ndarray):
+    """The products with these matrices, a client a row."""
+    whole = torch.from_numpy(np.stack(matrices)).float()
+    return lambda vectors: torch.einsum("sij,sj->si", whole, vectors)
 
 
-def start(size: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal(size)).float()
+def start(size: int, *seeds: int) -> torch.Tensor:
+    return torch.from_numpy(np.stack([np.random.default_rng(seed).standard_normal(size) for seed in seeds or (0,)])).float()
 
 
 def test_as_many_steps_as_dimensions_give_all_eigenvalues() -> None:
     matrix = symmetric(20, 1)
-    nodes, weights = density(of(matrix), [start(20)], 100)
+    ((nodes, weights),) = density(of(matrix), [start(20)], 100)
     assert np.allclose(nodes, np.linalg.eigvalsh(matrix), atol=2e-5)
-    vectors, unit = np.linalg.eigh(matrix)[1], start(20).double().numpy()
+    vectors, unit = np.linalg.eigh(matrix)[1], start(20)[0].double().numpy()
     assert np.allclose(weights, (vectors.T @ unit) ** 2 / (unit @ unit), atol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [3, 6])
 def test_m_nodes_have_the_first_2m_minus_1_moments_of_the_start(steps: int) -> None:
-    matrix, unit = symmetric(30, 2) / 4, start(30, 3).double().numpy()
+    matrix, unit = symmetric(30, 2) / 4, start(30, 3)[0].double().numpy()
     unit /= np.linalg.norm(unit)
-    nodes, weights = density(of(matrix), [start(30, 3)], steps)
+    ((nodes, weights),) = density(of(matrix), [start(30, 3)], steps)
     assert len(nodes) == steps
     for power in range(2 * steps):
         assert weights @ nodes**power == pytest.approx(unit @ np.linalg.matrix_power(matrix, power) @ unit, rel=1e-4, abs=1e-5)
@@ -49,17 +51,17 @@ def test_m_nodes_have_the_first_2m_minus_1_moments_of_the_start(steps: int) -> N
 
 def test_an_exhausted_krylov_space_ends_early_and_zero_is_a_spectrum() -> None:
     two = np.diag([3.0] * 6 + [-1.0] * 4)
-    nodes, weights = density(of(two), [start(10)], 10)
+    ((nodes, weights),) = density(of(two), [start(10)], 10)
     assert np.allclose(nodes, [-1, 3], atol=1e-5)
     assert weights.sum() == pytest.approx(1)
-    nodes, _ = density(of(np.zeros((5, 5))), [start(5)], 5)
+    ((nodes, _),) = density(of(np.zeros((5, 5))), [start(5)], 5)
     assert nodes.tolist() == [0.0]
 
 
 def test_many_probes_tell_the_share_of_eigenvalues_in_a_band() -> None:
     values = np.concatenate([np.linspace(-1, 1, 90), np.linspace(8, 9, 10)])
     basis = np.linalg.qr(symmetric(100, 4))[0]
-    nodes, weights = density(of(basis @ np.diag(values) @ basis.T), [start(100, i) for i in range(60)], 12)
+    ((nodes, weights),) = density(of(basis @ np.diag(values) @ basis.T), [start(100, i) for i in range(60)], 12)
     assert weights.sum() == pytest.approx(1)
     assert np.all(np.diff(nodes) >= 0)
     assert weights[nodes > 5].sum() == pytest.approx(0.1, abs=0.01)
@@ -69,7 +71,7 @@ def test_full_orthogonalisation_makes_no_ghosts() -> None:
     """Without it an outlying eigenvalue comes again and again."""
     values = np.concatenate([np.linspace(0, 1, 60), [50.0]])
     basis = np.linalg.qr(symmetric(61, 5))[0]
-    diagonal, beside = lanczos(of(basis @ np.diag(values) @ basis.T), start(61), 61)
+    ((diagonal, beside),) = lanczos(of(basis @ np.diag(values) @ basis.T), start(61), 61)
     nodes = np.linalg.eigvalsh(np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1))
     assert (nodes > 25).sum() == 1
 
@@ -86,8 +88,22 @@ def test_the_first_gap_is_that_of_the_sorted_eigenvalues(bound: float) -> None:
 def test_the_lipschitz_estimate_of_a_cubic() -> None:
     """∇F(P + Δ) − ∇F(P) = HΔ + c‖Δ‖Δ: the quotient is c‖Δ‖, and the largest counts."""
     hessian = of(symmetric(4, 7))
-    moves = [torch.tensor([0.3, 0, 0, 0.4]), torch.tensor([0, 2.0, 0, 0]), torch.tensor([0.1, 0, 0, 0])]
-    assert lipschitz(hessian, lambda move: hessian(move) + 3 * move.norm() * move, moves) == pytest.approx(6.0, rel=1e-4)
+    moves = [torch.tensor([move]) for move in ([0.3, 0, 0, 0.4], [0, 2.0, 0, 0], [0.1, 0, 0, 0])]
+    assert lipschitz(hessian, lambda move: hessian(move) + 3 * move.norm() * move, moves) == pytest.approx([6.0], rel=1e-4)
+
+
+def test_clients_have_spectra_of_their_own_and_may_end_at_other_steps() -> None:
+    """One row's space is exhausted after two steps, one's after one, one goes on to the end: each as alone."""
+    matrices = [np.diag([3.0] * 6 + [-1.0] * 4), symmetric(10, 8), np.zeros((10, 10))]
+    starts = [start(10, 1, 2, 3), start(10, 4, 5, 6)]
+    together = density(of(*matrices), starts, 10)
+    for s, matrix in enumerate(matrices):
+        ((nodes, weights),) = density(of(matrix), [begin[s : s + 1] for begin in starts], 10)
+        assert np.allclose(together[s][0], nodes, atol=1e-6) and np.allclose(together[s][1], weights, atol=1e-6)
+    assert [len(nodes) for nodes, _ in together] == [4, 20, 2]
+    moves = [torch.tensor([[1.0, 0], [1, 0]]), torch.tensor([[0, 3.0], [0, 1]])]
+    zero = of(np.zeros((2, 2)), np.zeros((2, 2)))
+    assert lipschitz(zero, lambda move: move.norm(dim=1, keepdim=True) * move, moves) == pytest.approx([3.0, 1.0])
 
 
 def dense(model: Model, item: Spectrum) -> np.ndarray:
@@ -122,12 +138,52 @@ def test_a_models_spectrum_is_that_of_its_dense_hessian(family: str, over: str |
     assert done.flops > 0
 
 
-def test_equal_seeds_give_equal_spectra_and_the_stack_the_same() -> None:
+def test_equal_seeds_give_equal_spectra() -> None:
     model = families.model("bert")
     items = [Spectrum(families.moved(model, k), tiny.clients()[k].train, np.arange(3), steps=8, seed=k) for k in (0, 1)]
-    alone, stacked = (on.run(items) for on in (Serial(model), Stacked(model)))
-    for one, other in zip(alone, stacked, strict=True):
-        assert np.array_equal(one.result.nodes, other.result.nodes)
-        assert np.array_equal(one.result.weights, other.result.weights)
-        assert one.result.lipschitz == other.result.lipschitz
-    assert not np.array_equal(alone[0].result.nodes, alone[1].result.nodes)
+    for compute in (Serial(model), Stacked(model)):
+        alone, again = compute.run(items), compute.run(items)
+        for one, other in zip(alone, again, strict=True):
+            assert np.array_equal(one.result.nodes, other.result.nodes)
+            assert np.array_equal(one.result.weights, other.result.weights)
+            assert one.result.lipschitz == other.result.lipschitz
+        assert not np.array_equal(alone[0].result.nodes, alone[1].result.nodes)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "llama"])
+@pytest.mark.parametrize("over", [None, "lora"])
+def test_spectra_of_many_devices_are_those_of_each(family: str, over: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of other sizes and lengths, tensors and seeds of their own, in one pass; a few steps, so that every number is determined."""
+    model = families.model(family)
+    names = None if over is None else frozenset(n for n in model.initial if "lora_" in n)
+    items = [
+        Spectrum(families.moved(model, k), tiny.clients()[k].train, np.arange(size), names, probes=2, steps=6, seed=k)
+        for k, size in ((0, 4), (1, 3), (2, 5), (3, 1))
+    ]
+    alone, stacked, sizes = Serial(model).run(items), Stacked(model), []
+    inner = stacked_module.spectra
+    monkeypatch.setattr(stacked_module, "spectra", lambda some, *how: (sizes.append(len(some)), inner(some, *how))[1])
+    for one, other in zip(alone, stacked.run(items), strict=True):
+        size = np.abs(one.result.nodes).max()
+        assert np.allclose(one.result.nodes, other.result.nodes, atol=1e-4 * size)
+        assert np.allclose(one.result.weights, other.result.weights, atol=1e-3)
+        assert other.result.lipschitz == pytest.approx(one.result.lipschitz, rel=1e-3)
+        assert (one.flops, one.examples) == (other.flops, other.examples)
+    assert sizes == [4], "all four in one pass"
+    spread = [one.result.nodes.max() for one in alone]
+    assert max(spread) > 1.05 * min(spread), "a neighbour's spectrum would be noticed"
+
+
+def test_a_model_that_cannot_be_mapped_is_told_and_goes_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = families.model("bert")
+    item = Spectrum(families.moved(model, 1), tiny.clients()[1].train, np.arange(3), steps=4)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no batching rule")
+
+    monkeypatch.setattr(type(model), "mapped", refuse)
+    (one,), (other,) = Serial(model).run([item]), Stacked(model).run([item])
+    assert np.array_equal(one.result.nodes, other.result.nodes)
+    assert "does not run under vmap (no batching rule)" in caplog.text

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedloom.client.client import Client
+from fedloom.client.neurons import packed, rows_kept, unpacked, whole_private
 from fedloom.compute.work import Fisher, Fit, Score, Sensitivity
 from fedloom.messages import Update, Work, ask
 from fedloom.methods.fedavg import FedAvg
@@ -71,10 +72,22 @@ def test_adopting_keeps_the_local_layers_from_the_common_start_and_fixes_the_mas
     method = FibecFed(FedAvg(batch_size=4), keep=0.5, warmup_epochs=2, momentum=0.25)
     c = device(method, gal=(1, 3))
     assert set(c.private) == of_layers(0, 2)
-    assert all(torch.equal(c.private[n], start()[n]) for n in c.private), "the warm-up weights are thrown away"
-    masks = {n.removeprefix("mask/"): t for n, t in c.memory.items() if n.startswith("mask/")}
-    assert set(masks) == {n for n in of_layers(0, 2) if "lora_B" in n}
-    assert all(t.flatten().tolist() == [0, 0, 1, 1] for t in masks.values())
+    assert all(torch.equal(t, start()[n]) for n, t in whole_private(c).items()), "the warm-up weights are thrown away"
+    assert set(rows_kept(c)) == {n for n in of_layers(0, 2) if "lora_B" in n}
+    assert all(rows.tolist() == [2, 3] and len(c.private[n]) == 2 for n, rows in rows_kept(c).items())
+
+
+def test_a_row_that_is_left_out_and_is_not_zero_is_kept_and_masked() -> None:
+    """Under another start than B = 0 the rows that are not trained are a part of the model."""
+    method = FibecFed(FedAvg(batch_size=4), keep=0.5)
+    c = client()
+    begun = {n: t + 1 for n, t in start().items()}
+    work(method.inspect(c, ask(method.inspect, 1, begun)), np.zeros(9), [np.zeros(4)])
+    drive(method.adopt(c, ask(method.adopt, 1, gal=[1, 2, 3])))
+    assert not rows_kept(c) and all(torch.equal(c.private[n], begun[n]) for n in of_layers(0))
+    fit, _ = trained(method, c, 0)
+    assert set(fit.mask) == {n for n in of_layers(0) if "lora_B" in n} and not fit.rows
+    assert all(t.flatten().tolist() == [0, 0, 1, 1] for t in fit.mask.values())
 
 
 def test_the_warm_up_trains_all_factors_on_all_batches_easy_first_under_the_fixed_head() -> None:
@@ -118,7 +131,7 @@ def test_momentum_weighs_the_epochs() -> None:
                 item = operation.send(made)
             except StopIteration:
                 break
-        assert c.memory["mask/m.layer.0.q.lora_B.weight"].flatten().tolist() == [float(i == best) for i in range(4)]
+        assert rows_kept(c)["m.layer.0.q.lora_B.weight"].tolist() == [best]
 
 
 def test_asked_to_adopt_twice_a_device_does_it_once() -> None:
@@ -138,7 +151,7 @@ def test_without_local_layers_or_with_all_neurons_there_is_no_warm_up() -> None:
         items, _ = work(method.adopt(c, ask(method.adopt, 1, gal=list(gal))))
         assert items == []
         assert set(c.private) == set(FACTORS) - of_layers(*gal)
-        assert not [n for n in c.memory if n.startswith("mask/")]
+        assert not rows_kept(c) and not [n for n in c.memory if n.startswith("mask/")]
 
 
 def trained(method: FibecFed, c: Client, t: int, gal: tuple[int, ...] = (1, 2, 3), rounds: int = 10) -> tuple[Fit, Update]:
@@ -158,15 +171,23 @@ def test_a_device_trains_gal_and_head_dense_and_its_own_layers_masked_and_upload
     assert set(fit.start) == set(start())
     assert all(float(fit.start[n].flatten()[0]) >= 10 for n in of_layers(1, 3) | set(HEAD))
     assert all(float(fit.start[n].flatten()[0]) <= 1 for n in of_layers(0, 2))
-    assert set(fit.mask) == {n for n in of_layers(0, 2) if "lora_B" in n}
+    assert {n: rows.tolist() for n, rows in fit.rows.items()} == {n: [2, 3] for n in of_layers(0, 2) if "lora_B" in n}
+    assert not fit.mask and all(fit.start[n].shape == (2, 2) for n in fit.rows)
     assert set(update.tensors) == of_layers(1, 3) | set(HEAD)
     assert set(c.private) == of_layers(0, 2)
-    assert all(torch.equal(c.private[n], start()[n] + 1) for n in c.private)
+
+    def begun(n: str) -> torch.Tensor:
+        return start()[n][2:] if n in fit.rows else start()[n]
+
+    assert all(torch.equal(c.private[n], begun(n) + 1) for n in c.private)
+    numbers = sum(t.numel() for t in (*c.private.values(), *update.tensors.values()))
+    assert int(c.memory["optimizer_bytes"]) == 2 * 4 * numbers, "two float32 numbers for each that is trained"
     again, _ = trained(method, c, 5, (1, 3))
-    assert all(torch.equal(again.start[n], start()[n] + 1) for n in of_layers(0, 2)), "local layers persist"
+    assert all(torch.equal(again.start[n], begun(n) + 1) for n in of_layers(0, 2)), "local layers persist"
     predictor = work(method.personalise(c, update.tensors))[1]
     assert set(predictor.tensors) == set(start())
-    assert all(torch.equal(predictor.tensors[n], start()[n] + 2) for n in of_layers(0, 2))
+    assert all(predictor.tensors[n].tolist() == [[0, 0], [0, 0], [2, 2], [2, 2]] for n in fit.rows)
+    assert all(torch.equal(predictor.tensors[n], start()[n] + 2) for n in of_layers(0, 2) - set(fit.rows))
 
 
 def test_the_curriculum_opens_the_easiest_batches_and_more_of_them_each_round() -> None:
@@ -235,3 +256,10 @@ def test_masks_rank_the_neurons_of_a_layers_pairs_together_with_as_share() -> No
 def test_impossible_keep(keep: float) -> None:
     with pytest.raises(ValueError, match=r"keep must be in \(0, 1\]"):
         neuron_masks({}, keep)
+
+
+@pytest.mark.parametrize("mask", [[0, 0, 1, 1], [1] * 8, [0] * 8, [0, 1] * 8 + [0], [1]])
+def test_masks_survive_as_bits(mask: list[int]) -> None:
+    bits = packed(torch.tensor(mask, dtype=torch.float32)[:, None])
+    assert bits.dtype is torch.uint8 and len(bits) == len(mask) // 8 + 1
+    assert unpacked(bits).tolist() == [bool(one) for one in mask]

@@ -13,7 +13,7 @@ from torch import nn
 
 from fedloom.model import kernels
 from fedloom.model.kernels import Frozen, computes_bf16, gelu, owned_linear, packable, ragged_attention
-from fedloom.model.layout import Attention, Owners
+from fedloom.model.layout import Attention, Owners, RowsKept
 from fedloom.native.library import why_not
 
 LENGTHS = np.array([3, 8, 1, 17, 9, 5])
@@ -112,6 +112,32 @@ def test_every_row_meets_its_owners_weight(either: str, rows: list[int], nobodys
     mine = torch.autograd.grad((made * upstream).sum(), leaves)
     for got, due in zip(mine, torch.autograd.grad((wanted * upstream[:owned]).sum(), leaves), strict=True):
         assert torch.allclose(got, due, atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("nobodys", [0, 5])
+def test_of_a_weight_some_rows_may_be_there(either: str, nobodys: int, dtype: torch.dtype) -> None:
+    """As if the others were there and zero: values, gradients; each owner has other rows, one none, one all; what pads them is nothing."""
+    generator, rows, tall = torch.Generator().manual_seed(6), [3, 100, 1, 12], 19
+    kept = [np.array(mine, np.int64) for mine in ([0, 7, 18], range(tall), [], [2, 3, 4, 5, 9, 10, 11, 12, 13])]
+    owned = sum(rows)
+    x = torch.randn(owned + nobodys, 8, generator=generator).to(dtype).requires_grad_(True)
+    weight = torch.randn(4, tall, 8, generator=generator).to(dtype).requires_grad_(True)  # what is beyond an owner's rows is no part of it
+    upstream = torch.randn(owned + nobodys, tall, generator=generator).to(dtype)
+    which, owners = RowsKept.of(kept, tall), Owners(np.array(rows), owned + nobodys, CPU)
+    whole = torch.stack(
+        [torch.zeros(tall, 8, dtype=dtype).index_copy(0, torch.from_numpy(k), w[: len(k)]) for w, k in zip(weight, kept, strict=True)]
+    )
+    assert torch.equal(which.whole(weight), whole)
+    made, due = owned_linear(x, weight, None, owners, which), owned_linear(x, whole, None, owners)
+    assert torch.allclose(made.float(), due.float(), atol=1e-6 if dtype is torch.float32 else 0.05) and made.shape == (
+        owned + nobodys,
+        tall,
+    )
+    assert torch.equal(made == 0, due == 0)
+    for got, wanted in zip(*(torch.autograd.grad(y, [x, weight], upstream, retain_graph=True) for y in (made, due)), strict=True):
+        assert torch.allclose(got.float(), wanted.float(), atol=5e-6 if dtype is torch.float32 else 0.1)
+    assert not any(torch.autograd.grad(made, weight, upstream, retain_graph=True)[0][s, len(k) :].any() for s, k in enumerate(kept))
 
 
 def test_layers_that_share_their_input_share_its_blocks_until_it_changes() -> None:

@@ -15,7 +15,7 @@ PROFILE = DeviceProfile("round", 100.0, 10.0, 20.0)
 SCORES = {"test": {"personalised": 0.5, "global": 0.25}, "validation": {"personalised": 0.4, "global": 0.3, "loss": 1.5}}
 KEYS = [
     "round", "loss", "personalised", "global", "examples", "train_seconds", "bytes_up", "bytes_down", "host_seconds",
-    "device_seconds", "peak_rss_bytes", "answered", "failed", "validation",
+    "device_seconds", "flops", "peak_rss_bytes", "answered", "failed", "validation",
 ]  # fmt: skip
 
 
@@ -67,11 +67,12 @@ def test_totals_are_sums_of_rows_and_the_set_up_stands_apart(tmp_path: Path) -> 
         section.hear([], replies())
         ledger.write(t, section, 0.1, SCORES)
     totals = ledger.totals
-    for name in ("bytes_up", "bytes_down", "examples", "device_seconds"):
+    for name in ("bytes_up", "bytes_down", "examples", "flops", "device_seconds"):
         assert totals[name] == sum(row[name] for row in ledger.rows()), name
     assert (totals["bytes_up"], totals["bytes_down"], totals["examples"]) == (120, 480, 40)
     assert (totals["setup_bytes_up"], totals["setup_bytes_down"], totals["setup_examples"]) == (30, 120, 10)
     assert (totals["setup_device_seconds"], totals["device_seconds"]) == (6.0, 24.0)
+    assert (totals["setup_flops"], totals["flops"]) == (setup.flops, 4 * setup.flops) and setup.flops > 0
     assert totals["peak_rss_bytes"] == max(row["peak_rss_bytes"] for row in ledger.rows())
     assert totals["participations"] == {"4": 2, "2": 2}, "once a round, however often it was asked; a failure is no participation"
 

@@ -14,6 +14,7 @@ import pytest
 from fedloom.run import figures, report
 from fedloom.run.reading import label_runs, read
 from fedloom.run.report import write_report
+from fedloom.run.spent import spent
 from tests.unit.run_folder import CLASSES, counts_of, rows_of, write_run
 
 FACTS = {"gal": [0, 1, 3], "layer_scores": [0.1, 0.2, 0.5, 0.3], "pacing": [0.6, 0.8, 1.0], "scored": "after a head warm-up"}
@@ -272,6 +273,45 @@ def test_partition_picture_orders_devices_by_size_and_by_common_label(monkeypatc
 def test_layer_scores_refuse_a_chosen_layer_without_a_score():
     with pytest.raises(ValueError, match=r"layers \[4\] are chosen but there are scores for layers 0 to 3"):
         figures.layer_scores([0.1, 0.2, 0.3, 0.4], [0, 4])
+
+
+def test_layers_chosen_anew_are_drawn_round_by_round(tmp_path, monkeypatch):
+    history = [{"round": 0, "gal": [0, 2], "layer_scores": [1, 3, 2]}, {"round": 4, "gal": [1, 2], "layer_scores": [3, 1, 2]}]
+    bars = []
+    monkeypatch.setattr(matplotlib.axes.Axes, "barh", lambda self, y, width, left, **how: bars.append((y, left, left + width)))
+    figures.shared_layers({entry["round"]: entry["gal"] for entry in history}, 3, 10)
+    assert bars == [(0, 0, 4), (2, 0, 4), (1, 4, 10), (2, 4, 10)]
+    monkeypatch.undo()
+    facts = {"gal": [1, 2], "layer_scores": [3, 1, 2], "depth": 3, "adapted": [0, 1, 2], "gal_history": history}
+    text, _ = page([write_run(tmp_path / "a", "fibecfed", facts=facts)], tmp_path / "report.html")
+    assert "Which layers are shared" in text and "gal_history" not in text and "adapted" not in text
+
+
+def test_a_set_up_and_what_devices_hold_are_told_as_far_as_they_were_measured():
+    costs = {"setup_bytes_up": 3000, "setup_bytes_down": 2_000_000, "setup_device_seconds": 0.5}
+    assert spent(costs) == {"set-up": "0.50 s of device time, 3.0 kB up, 2.0 MB down"}
+    assert spent(dict.fromkeys(costs, 0)) == {}
+    state = {"devices": 30, "private_bytes": 65_000, "private_bytes_whole": 100_000, "memory_bytes": 469}
+    state |= {"optimizer_bytes": 300_000, "optimizer_bytes_whole": 400_000, "step_flops": 9.9e8, "step_flops_whole": 1e9}
+    told = spent(
+        {
+            **costs,
+            "setup_flops": 1.5e12,
+            "setup_host_seconds": 8.1,
+            "setup_paid_back": {"against": "lora", "bytes_up": 4, "device_seconds": None},
+            "device_state": state,
+        }
+    )
+    assert told == {
+        "set-up": "0.50 s of device time, 8.1 s here, 1.5e+12 operations, 3.0 kB up, 2.0 MB down",
+        "set-up paid for": "in uploads after round 4, in device time not within this run; against plain lora",
+        "kept on a device": "65.0 kB (100 kB with all rows, −35%) of its own tensors, 469 B else; mean of 30 devices that keep anything",
+        "optimiser's state": "300 kB (400 kB with all rows, −25%)",
+        "a step": "9.9e+08 operations an example, 1e+09 with all rows (−1.00%)",
+    }
+    whole = {**state, "private_bytes": 100_000, "optimizer_bytes": None, "step_flops": 1e9}
+    told = spent({**costs, "device_state": whole})
+    assert set(told) == {"set-up", "kept on a device"} and told["kept on a device"].startswith("100 kB of its own")
 
 
 def test_many_lines_stay_apart():

@@ -279,3 +279,11 @@ def test_a_store_without_a_folder_keeps_everything_in_memory() -> None:
     store.save(1, private(1), memory(2))
     assert store.commit() == {}
     assert same(store.load(1), private(1), memory(2))
+
+
+def test_the_size_of_a_clients_file_is_known(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path)
+    assert store.size(1) == 0
+    store.save(1, {"a": torch.zeros(1000)}, {})
+    assert store.size(1) == (tmp_path / store.name(1)).stat().st_size > 4000
+    assert ClientStore().size(1) == 0

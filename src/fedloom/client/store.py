@@ -75,6 +75,11 @@ class ClientStore:
         """The file that holds the client's state; empty when it has none."""
         return self._fresh.get(client, self._index.get(client, ""))
 
+    def size(self, client: int) -> int:
+        """Bytes of the client's file; 0 where it has none."""
+        name = self.name(client)
+        return self._path(name).stat().st_size if name else 0
+
     def take(self, client: int, name: str) -> None:
         """Make ``name``, a file that is there already, the client's state (empty: it has none); delete the uncommitted one it replaces."""
         before = self._fresh.pop(client, "")

@@ -2,15 +2,20 @@
 
 PyTorch's counter runs one example at three lengths; the operations of a transformer on L tokens are a quadratic polynomial in L, which
 three counts determine. Element-wise operations are not counted. A backward pass counts what it needs for the tensors trained and no more.
+Of a linear layer with some rows only, the operations are linear in the number of rows, which two counts determine: with all and with one.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedloom.model.base import Batch, Model
+from fedloom.model.some_rows import SomeRows
 
 LENGTHS = (4, 8, 16)
 
@@ -20,30 +25,42 @@ class Flops:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self._fits: dict[frozenset[str], np.ndarray] = {}
+        self._fits: dict[tuple[frozenset[str], frozenset[str]], np.ndarray] = {}
 
     def forward(self, length: int | np.ndarray) -> float | np.ndarray:
         """Operations of one example's forward pass on ``length`` tokens."""
         return self._at(frozenset(), length)
 
-    def step(self, names: frozenset[str], length: int | np.ndarray) -> float | np.ndarray:
-        """Operations of one example's forward and backward pass for the gradient of the tensors ``names``."""
-        return self._at(names, length)
+    def step(self, names: frozenset[str], length: int | np.ndarray, rows: Mapping[str, int] | None = None) -> float | np.ndarray:
+        """Operations of one example's forward and backward pass for the gradient of the tensors ``names``. ``rows``: of B's of which only
+        some rows are there, how many; they are all of one rank."""
+        whole = self._at(names, length)
+        if not rows:
+            return whole
+        tall = sum(self.model.initial[n].shape[0] for n in rows)
+        left_out = (tall - sum(rows.values())) / (tall - len(rows))
+        return whole - left_out * (whole - self._at(names, length, frozenset(rows)))
 
-    def _at(self, names: frozenset[str], length: int | np.ndarray) -> float | np.ndarray:
-        if names not in self._fits:
-            counts = [self._count(names, n) for n in LENGTHS]
-            self._fits[names] = np.polyfit(np.array(LENGTHS, float), np.array(counts, float), 2)
-        return np.polyval(self._fits[names], length)
+    def _at(self, names: frozenset[str], length: int | np.ndarray, single: frozenset[str] = frozenset()) -> float | np.ndarray:
+        key = (names, single)
+        if key not in self._fits:
+            counts = [self._count(names, n, dict.fromkeys(single, 1)) for n in LENGTHS]
+            self._fits[key] = np.polyfit(np.array(LENGTHS, float), np.array(counts, float), 2)
+        return np.polyval(self._fits[key], length)
 
-    def _count(self, names: frozenset[str], length: int) -> int:
+    def _count(self, names: frozenset[str], length: int, rows: Mapping[str, int] | None = None) -> int:
+        """Counted, with the first so many ``rows``."""
         ids = torch.ones((1, length), dtype=torch.int64, device=self.model.device)
         one = torch.ones(1, device=self.model.device)
         batch = Batch(ids, ids > 0, torch.zeros_like(ids), torch.zeros_like(ids[:, 0]), one)
-        given = {n: self.model.initial[n].to(self.model.device).requires_grad_(True) for n in names}
+        some = {n: torch.arange(k) for n, k in (rows or {}).items()}
+        given = {n: self.model.initial[n].to(self.model.device) for n in names}
+        given = {n: (t[: len(some[n])].clone() if n in some else t).requires_grad_(True) for n, t in given.items()}
         with FlopCounterMode(display=False) as counter:
             if given:
-                torch.autograd.grad(self.model.loss(given, batch, torch.float32), list(given.values()), allow_unused=True)
+                with SomeRows(given, some, self.model.initial) if some else nullcontext():
+                    loss = self.model.loss(given, batch, torch.float32)
+                torch.autograd.grad(loss, list(given.values()), allow_unused=True)
             else:
                 with torch.no_grad():
                     self.model.forward({}, batch, torch.float32)

@@ -5,7 +5,7 @@ When a run misbehaves, use it (``--engine.stack 1``): errors carry the client an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,13 +14,14 @@ import torch
 
 from fedloom.compute.compute import Done
 from fedloom.compute.flops import Flops
-from fedloom.compute.spectrum import density, lipschitz
+from fedloom.compute.spectrum import Product, spectra
 from fedloom.compute.work import Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, Spectral, Spectrum, WorkItem
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
 from fedloom.model.base import Batch, Model, as_batch, weighted_loss
 from fedloom.model.dropout import SeededDropout
-from fedloom.seeds import derive, derive_int
+from fedloom.model.some_rows import SomeRows
+from fedloom.seeds import derive_int
 
 PREDICT_ROWS = 32
 """Examples per forward pass when predicting one by one."""
@@ -69,8 +70,10 @@ class Serial:
         for i, indices in enumerate(item.batches):
             batch = self.batch(item.examples, indices)
             key = torch.tensor(dropout_key(item.dropout_seed, i), device=model.device)
-            with SeededDropout(key, model.dropout, model.causal) if model.dropout else nullcontext():
-                loss = weighted_loss(model.forward({**fixed, **now}, batch, model.dtype)[0] + bias, batch)
+            tensors = {n: t.to(model.dtype) for n, t in {**fixed, **now}.items()}
+            dropping = SeededDropout(key, model.dropout, model.causal) if model.dropout else nullcontext()
+            with dropping, SomeRows(tensors, item.rows, model.initial) if item.rows else nullcontext():
+                loss = weighted_loss(model.forward(tensors, batch, model.dtype)[0] + bias, batch)
             total = loss if item.penalty is None else loss + item.penalty(now, anchor)
             gradients = torch.autograd.grad(total, list(now.values()))
             for (name, tensor), gradient in zip(now.items(), gradients, strict=True):
@@ -113,28 +116,15 @@ class Serial:
         names = sorted(scored_names(item))
         at = {n: t.detach().float().to(self.model.device) for n, t in item.at.items()}
         shapes, batch = [at[n].shape for n in names], self.batch(item.examples, item.batch)
-        point = torch.cat([at[n].reshape(-1) for n in names]).requires_grad_(True)
+        point = torch.cat([at[n].reshape(-1) for n in names])[None]
 
         def gradient(where: torch.Tensor, twice: bool = False) -> torch.Tensor:
-            parts = where.split([shape.numel() for shape in shapes])
+            parts = where[0].split([shape.numel() for shape in shapes])
             named = {n: part.view(shape) for n, part, shape in zip(names, parts, shapes, strict=True)}
             return torch.autograd.grad(self.model.loss({**at, **named}, batch, torch.float32), where, create_graph=twice)[0]
 
-        slope = gradient(point, twice=True)
-
-        def product(vector: torch.Tensor) -> torch.Tensor:
-            return torch.autograd.grad(slope, point, vector.to(slope.device), retain_graph=True, materialize_grads=True)[0]
-
-        def draw(purpose: str, i: int) -> torch.Tensor:
-            normal = derive(item.seed, "spectrum", purpose, i).standard_normal(len(point), dtype=np.float32)
-            return torch.from_numpy(normal).to(point.device)
-
-        nodes, weights = density(product, [draw("probe", i) for i in range(item.probes)], item.steps)
-        reach = item.radius * float(point.detach().norm())
-        moves = [reach * move / move.norm() for move in (draw("move", i) for i in range(item.probes))]
-        base, here = slope.detach(), point.detach()
-        bound = lipschitz(product, lambda move: gradient((here + move).requires_grad_(True)) - base, moves)
-        return Spectral(nodes, weights, bound)
+        (found,) = spectra([item], *twice_differentiated(point, gradient))
+        return found
 
     def _predict(self, item: Predict) -> torch.Tensor:
         at = {n: t.detach().float().to(self.model.device) for n, t in item.at.items()}
@@ -145,6 +135,22 @@ class Serial:
                 for i in range(0, len(rows), PREDICT_ROWS)
             ]
         return torch.cat(parts).cpu() if parts else torch.zeros(0, self.model.num_labels)
+
+
+def twice_differentiated(
+    point: torch.Tensor, gradient: Callable[[torch.Tensor, bool], torch.Tensor]
+) -> tuple[torch.Tensor, Product, Product]:
+    """``point``, the gradient as a function of where it is taken, and Hessian-vector products at ``point``.
+
+    ``gradient``: (where it is taken, whether it is to be differentiated again) -> the gradient there.
+    """
+    leaf = point.detach().clone().requires_grad_(True)
+    slope = gradient(leaf, True)
+
+    def product(vectors: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(slope, leaf, vectors.to(slope.device), retain_graph=True, materialize_grads=True)[0]
+
+    return point, lambda where: gradient(where.detach().requires_grad_(True), False), product
 
 
 def sensitivity(model: Model, at: Tensors, batch: Batch, item: Sensitivity) -> torch.Tensor:
@@ -192,8 +198,8 @@ def cost(item: WorkItem, flops: Flops) -> tuple[float, int]:
     lengths = item.examples.lengths
     match item:
         case Fit():
-            names = frozenset(item.start)
-            spent = sum(len(b) * float(flops.step(names, int(lengths[b].max()))) for b in item.batches)
+            names, rows = frozenset(item.start), {n: len(at) for n, at in item.rows.items()}
+            spent = sum(len(b) * float(flops.step(names, int(lengths[b].max()), rows)) for b in item.batches)
             return spent, sum(len(b) for b in item.batches)
         case Score() | Fisher():
             return float(np.sum(flops.step(frozenset(scored_names(item)), lengths))), 0

@@ -14,7 +14,7 @@ Shapes: S clients in a pass, n texts, P trainable scalars.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,12 +22,15 @@ import torch
 from torch.func import vmap
 
 from fedloom.compute.compute import Done
+from fedloom.compute.flat import Flat
 from fedloom.compute.flops import Flops
-from fedloom.compute.serial import Serial, cost, dropout_key, scored_names
-from fedloom.compute.work import Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, Spectrum, WorkItem
+from fedloom.compute.serial import Serial, cost, dropout_key, scored_names, twice_differentiated
+from fedloom.compute.spectrum import spectra
+from fedloom.compute.work import Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, Spectral, Spectrum, WorkItem
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
 from fedloom.model.base import Model, free_bytes
+from fedloom.model.layout import RowsKept
 from fedloom.model.packed import Texts
 
 log = logging.getLogger("fedloom")
@@ -85,8 +88,14 @@ class Stacked:
                 return self._fisher(items)
             case Sensitivity():
                 return self._sensitivity(items)
-            case Spectrum():  # the packed passes' gradients cannot be differentiated again
-                return [done.result for done in Serial(self.model).run(items)]
+            case Spectrum():
+                try:
+                    return self._spectrum(items)
+                except (RuntimeError, NotImplementedError, TypeError) as error:
+                    if _out_of_memory(error):
+                        raise
+                    log.warning("'%s' does not run under vmap (%s); its spectra are taken one by one", self.model.name, str(error)[:120])
+                    return [done.result for done in Serial(self.model).run(items)]
             case Predict():
                 return self._predict(items)
             case unknown:
@@ -132,9 +141,16 @@ class Stacked:
                 waiting += reversed(taken)
 
     def _texts(
-        self, items: Sequence[Any], parts: Sequence[Part], owners: Sequence[int], weights: Sequence[float], keys: Sequence[int] = ()
+        self,
+        items: Sequence[Any],
+        parts: Sequence[Part],
+        owners: Sequence[int],
+        weights: Sequence[float],
+        keys: Sequence[int] = (),
+        kept: Mapping[str, RowsKept] | None = None,
     ) -> Texts:
-        """The parts' texts, each part's owner and its texts' weight given. ``keys``: the owners' dropout keys."""
+        """The parts' texts, each part's owner and its texts' weight given. ``keys``: the owners' dropout keys; ``kept``: by saved name,
+        which rows they have."""
         pieces: list[tuple[Examples, int]] = [(items[p.item].examples, row) for p in parts for row in items[p.item].examples.rows[p.rows]]
         spans = [(e, int(e.offsets[row]), int(e.offsets[row + 1])) for e, row in pieces]
         counts = [len(p.rows) for p in parts]
@@ -150,11 +166,12 @@ class Stacked:
             np.repeat(np.asarray(owners, np.int64), counts),
             np.concatenate([p.first + np.arange(len(p.rows)) for p in parts]),
             torch.tensor(keys, dtype=torch.int64, device=device) if len(keys) else None,
+            {self.model.parameters[name]: rows for name, rows in (kept or {}).items()},
         )
 
-    def _flat(self, tensors: Sequence[Tensors]) -> tuple[Flat, torch.Tensor]:
-        """The clients' tensors as one matrix (S, P)."""
-        flat = Flat(tensors[0])
+    def _flat(self, tensors: Sequence[Tensors], rows: Sequence[Tensors] = ()) -> tuple[Flat, torch.Tensor]:
+        """The clients' tensors as one matrix (S, P). ``rows``: of some tensors, which rows each client has."""
+        flat = Flat(tensors[0], rows, self.model.initial)
         return flat, flat.join(tensors, self.model.device)
 
     # ---- training -----------------------------------------------------------------------------------------------------------
@@ -162,7 +179,7 @@ class Stacked:
     def _fit(self, items: Sequence[Fit]) -> list[Fitted]:
         """Items come with the most steps first, so those still active are always the first ones."""
         model, o, penalty = self.model, items[0].optimizer, items[0].penalty
-        flat, begin = self._flat([i.start for i in items])
+        flat, begin = self._flat([i.start for i in items], [i.rows for i in items])
         rest, fixed = self._flat([i.fixed for i in items])
         anchor = begin if items[0].anchor is None else flat.join([i.anchor or {} for i in items], model.device)
         mask = self._mask(items, flat)
@@ -181,9 +198,9 @@ class Stacked:
                 low, high = parts[0].item, parts[-1].item + 1
                 keys = [dropout_key(items[k].dropout_seed, i) for k in range(low, high)] if model.dropout else []
                 weights = [1 / len(items[p.item].batches[i]) for p in parts]
-                texts = self._texts(items, parts, [p.item - low for p in parts], weights, keys)
+                texts = self._texts(items, parts, [p.item - low for p in parts], weights, keys, flat.kept(low, high))
                 leaf = now[low:high].detach().requires_grad_(True)
-                tensors = {**rest.split(fixed[low:high]), **flat.split(leaf.to(model.dtype))}
+                tensors = {**rest.split(fixed[low:high]), **flat.split(leaf.to(model.dtype), low)}
                 logits = model.together(tensors, texts, model.dtype)[0]
                 values = texts.losses(logits if bias is None else logits + bias[low:high][texts.text_owners])
                 total = values.sum()
@@ -210,7 +227,7 @@ class Stacked:
                 kept[i] = value
         ends, firsts, seconds = (matrix.cpu() for matrix in (now, first, second))
         return [
-            Fitted(flat.one(ends[c]), losses[c], Moments(flat.one(firsts[c]), flat.one(seconds[c]), int(steps[c])))
+            Fitted(flat.one(ends[c], c), losses[c], Moments(flat.one(firsts[c], c), flat.one(seconds[c], c), int(steps[c])))
             for c in range(len(items))
         ]
 
@@ -314,6 +331,33 @@ class Stacked:
         self._passes(items, [Part(k, item.batch) for k, item in enumerate(items)], measure)
         return scores
 
+    def _spectrum(self, items: Sequence[Spectrum]) -> list[Spectral]:
+        """Under ``vmap``: the packed passes' gradients cannot be differentiated again. Losses share no tensors, so the gradient of their
+        sum is each client's own, and so is its product with the Hessian."""
+        names = scored_names(items[0])
+        flat, wanted = self._flat([{n: i.at[n] for n in names} for i in items])
+        rest, fixed = self._flat([{n: t for n, t in i.at.items() if n not in names} for i in items])
+        found: dict[int, Spectral] = {}
+
+        def measure(parts: list[Part]) -> None:
+            batches, of = [items[p.item].batch for p in parts], [p.item for p in parts]
+            if any(len(p.rows) < len(batch) for p, batch in zip(parts, batches, strict=True)):
+                raise MemoryError(
+                    f"a batch of {len(batches[0])} texts does not fit into memory for its spectrum; take a smaller batch size"
+                )
+            texts = self._texts(items, parts, range(len(parts)), [1 / len(batch) for batch in batches])
+
+            def gradient(where: torch.Tensor, twice: bool) -> torch.Tensor:
+                logits = self.model.mapped({**rest.split(fixed[of]), **flat.split(where)}, texts)
+                return torch.autograd.grad(texts.losses(logits).sum(), where, create_graph=twice)[0]
+
+            found.update(zip(of, spectra([items[k] for k in of], *twice_differentiated(wanted[of], gradient)), strict=True))
+
+        longest = max(int(i.examples.lengths[i.batch].max()) * len(i.batch) for i in items)
+        each = 8 * (items[0].steps + 8) * flat.size + 4 * longest * token_bytes(self.model)  # the basis; the graph of the gradient
+        self._passes(items, [Part(k, item.batch) for k, item in enumerate(items)], measure, each)
+        return [found[k] for k in range(len(items))]
+
     def _predict(self, items: Sequence[Predict]) -> list[torch.Tensor]:
         logits = [torch.zeros(len(i.examples), self.model.num_labels) for i in items]
         flat, at = self._flat([i.at for i in items])
@@ -330,32 +374,6 @@ class Stacked:
         return logits
 
 
-class Flat:
-    """Named tensors as rows (P,) of a matrix (S, P) and back, in one fixed order of names."""
-
-    def __init__(self, one: Tensors) -> None:
-        self.shapes = {n: t.shape for n, t in sorted(one.items())}
-        self.sizes = [shape.numel() for shape in self.shapes.values()]
-        self.size = sum(self.sizes)
-
-    def join(self, clients: Sequence[Tensors], device: torch.device) -> torch.Tensor:
-        """float32 (S, P), a copy."""
-        matrix = torch.empty(len(clients), self.size)
-        for row, tensors in zip(matrix, clients, strict=True):
-            if self.sizes:
-                torch.cat([tensors[n].detach().reshape(-1).float().cpu() for n in self.shapes], out=row)
-        return matrix.to(device)
-
-    def split(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
-        """{name: (S, …)} as views of (S, P)."""
-        parts = matrix.split(self.sizes, 1)
-        return {n: part.view(-1, *shape) for (n, shape), part in zip(self.shapes.items(), parts, strict=True)}
-
-    def one(self, row: torch.Tensor) -> dict[str, torch.Tensor]:
-        """{name: …} of one client (P,), copies on the CPU."""
-        return {n: t[0].cpu().clone() for n, t in self.split(row[None]).items()}
-
-
 def _chunks(item: int, examples: Examples) -> list[Part]:
     """All examples in parts of about :data:`CHUNK` tokens; where they are cut depends on the item alone."""
     if not len(examples):
@@ -367,9 +385,12 @@ def _chunks(item: int, examples: Examples) -> list[Part]:
 def _kind(item: WorkItem) -> Hashable:
     """Items of the same kind can share a pass."""
     tensors = item.start if isinstance(item, Fit) else item.at
-    shapes = tuple((n, tuple(t.shape)) for n, t in sorted(tensors.items()))
+    some = item.rows if isinstance(item, Fit) else {}
+    shapes = tuple((n, tuple(t.shape)) for n, t in sorted(tensors.items()) if n not in some)
     match item:
         case Fit():
+            # how many rows each has may differ; how many numbers that is may not, or a client's norm would be summed by who else is there
+            shapes += (*sorted(some), sum(tensors[n].numel() for n in some))
             masks = tuple((n, tuple(t.shape)) for n, t in item.mask.items())
             fixed = tuple((n, tuple(t.shape)) for n, t in sorted(item.fixed.items()))
             return ("fit", shapes, masks, fixed, item.optimizer, item.penalty, item.anchor is None, item.moments is None, item.bias is None)
@@ -377,6 +398,8 @@ def _kind(item: WorkItem) -> Hashable:
             return (type(item).__name__, shapes, item.over)
         case Sensitivity():
             return ("sensitivity", shapes, item.rho, item.norm)
+        case Spectrum():
+            return ("spectrum", shapes, item.over, item.probes, item.steps, item.radius)
         case _:
             return (type(item).__name__, shapes)
 

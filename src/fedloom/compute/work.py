@@ -52,13 +52,15 @@ class Fit:
     """Train ``start`` on ``batches`` of ``examples``, one optimiser step a batch, in order.
 
     ``fixed`` tensors override the model's too and are not trained. ``mask`` holds 0/1 tensors broadcastable to the tensors they name: where
-    it is 0 nothing moves.
+    it is 0 nothing moves. ``rows`` says of B's (d_out, r) of which only some output neurons are trained which these are, int64 (k,)
+    ascending: ``start`` then holds these rows (k, r) and nothing else, the others are zero, and there is no state of theirs and no product.
     ``penalty`` is held against ``anchor``, or against ``start`` where none is given.
     ``bias`` (C,) is added to the logits of every example before the loss, and is not trained.
     ``dropout_seed`` makes the dropout masks of the run; step i uses ``derive(dropout_seed, "dropout", i)``.
 
     Raises:
-        ValueError: an anchor that is not named and shaped as ``start``, or one without a penalty, which would do nothing.
+        ValueError: an anchor that is not named and shaped as ``start``, or one without a penalty, which would do nothing; ``rows`` that are
+            not as many as the start has, or together with a penalty or a mask of the same tensor.
     """
 
     start: Tensors
@@ -72,8 +74,16 @@ class Fit:
     dropout_seed: int = 0
     anchor: Tensors | None = None
     bias: torch.Tensor | None = None
+    rows: Tensors = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, rows in self.rows.items():
+            if name not in self.start or len(rows) != len(self.start[name]) or name in self.mask or self.penalty is not None:
+                had = f"{len(self.start[name])} rows" if name in self.start else "none"
+                raise ValueError(
+                    f"a Fit of some rows of '{name}' starts with exactly these, has no mask of it and no penalty; "
+                    f"it names {len(rows)} rows, its start has {had}"
+                )
         if self.anchor is None:
             return
         if self.penalty is None:

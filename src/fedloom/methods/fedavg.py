@@ -145,11 +145,12 @@ class FedAvg:
         fixed: Tensors | None = None,
         examples: Examples | None = None,
         bias: torch.Tensor | None = None,
+        rows: Tensors | None = None,
     ) -> Fit:
         """The work item of local training with this method's optimiser, on the device's own examples unless others are given."""
         seed = derive_int(c.seed, "fit", round, c.id)
         own = c.train if examples is None else examples
-        return Fit(start, own, batches, self.optimizer, mask or {}, penalty, moments, fixed or {}, seed, bias=bias)
+        return Fit(start, own, batches, self.optimizer, mask or {}, penalty, moments, fixed or {}, seed, bias=bias, rows=rows or {})
 
     @property
     def optimizer(self) -> AdamW:

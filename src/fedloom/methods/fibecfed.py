@@ -8,11 +8,16 @@ Set-up, once, every device (insisted on):
 2. the server takes s_l = Σ_k (n_k/n) s_l^k, picks the Global Aggregation Layers (GAL) and broadcasts them;
 3. device k warms all LoRA up for E_w epochs from the common start, keeps F <- γF + (1−γ)F̃ over the epochs, throws the weights away,
    and fixes its mask: of each local layer's output neurons the ``keep`` share of highest Fisher. Neuron μ of a pair scores
-   Σ F[row μ of B] + ΣF[A]/d_out.
+   Σ F[row μ of B] + ΣF[A]/d_out. Of a local B the device has the rows of its mask from then on, and nothing of the others: they are zero,
+   take no storage, no optimiser state, and no product (work item ``Fit``, ``rows``).
 
 Each round t of T: the server sends the GAL and the head; device k trains them (dense) and its other LoRA (masked) on the batches that
 the curriculum opens, easy to hard: batches are cut once and fixed, ordered by mean d_i, the first ceil(fraction(t)·#batches) are used in
 each local epoch. It uploads the GAL and the head; the server averages with p_k. Local layers never leave the device.
+
+Before round t, if t % R = 0 (``gal.refresh``; default never): every device scores its layers again, at its own model as it is; the server
+picks as many layers as before by the new s_l. A layer that leaves the GAL goes on from its last shared value, on every device, and is
+trained whole there: its rows are no longer zero. A layer that joins the GAL starts at the devices' mean, Σ_k (n_k/n) of their own.
 
 Deviations from the paper and its code: docs/papers.md.
 """
@@ -31,6 +36,7 @@ from fedloom.client.client import Client
 from fedloom.client.curricula.fisher import ByFisher
 from fedloom.client.curriculum import Curriculum as AnyCurriculum
 from fedloom.client.curriculum import Granularity, Opened, Pacing, Turn
+from fedloom.client.neurons import KEPT, keep, rows_kept, whole_private
 from fedloom.compute.spectrum import first_gap
 from fedloom.compute.work import Fisher, Norm, Sensitivity, Spectrum
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, insist, on_client
@@ -39,13 +45,16 @@ from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.adapters import is_factor, is_head, need_pairs, partner
 from fedloom.model.base import Model
 from fedloom.model.blocks import layer_of, layers
-from fedloom.seeds import derive, derive_int
+from fedloom.seeds import Part, derive, derive_int
 from fedloom.server.aggregation import Average, weighted_mean
 from fedloom.server.participation import Pool, uniform
-from fedloom.tensors import only, without
+from fedloom.tensors import nbytes, only, without
 
 WARM_UP = -1000
 """The "round" of the first warm-up epoch in the seeds' paths; no real round has it."""
+
+MASK = "mask/"
+"""Before a tensor's name in a device's memory: a mask that some tensor is trained under, where it could not be cut to its rows."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,7 @@ class Gal:
         rho: size of the perturbation; see the work item Sensitivity.
         norm: form of the score; see the work item Sensitivity.
         lossless: as many as the devices' Hessian spectra allow without loss, instead of the fraction or count; see ``first_gap``.
+        refresh: choose anew, at the current model, before every round whose number is a multiple of this (0: never).
     """
 
     fraction: float = 0.75
@@ -108,6 +118,7 @@ class Gal:
     rho: float = 0.5
     norm: Norm = "difference"
     lossless: bool = False
+    refresh: int = 0
 
 
 @dataclass(frozen=True)
@@ -175,10 +186,14 @@ class FibecFed:
         kept = {n: t for n, t in shared.items() if n in head or layer_of(n) in chosen}
         told |= {} if head else {"difficulty_head": "none: the head is the language model's own"}
         facts = {"gal": chosen, "layer_scores": scores.tolist(), **self.curriculum.facts(pool.rounds), **told}
+        if self.gal.refresh:
+            facts |= {"adapted": adapted, "gal_history": [{"round": 0, "gal": chosen, "layer_scores": scores.tolist()}]}
         return State(0, kept, facts={**state.facts, **facts})
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
-        """S_t trains on what is open; the GAL and the head are averaged."""
+        """S_t trains on what is open; the GAL and the head are averaged. Before, if it is due, the GAL is chosen anew."""
+        if self.gal.refresh and state.round and state.round % self.gal.refresh == 0:
+            state = yield from self._choose_again(state, pool)
         cohort = uniform(pool, state.round)
         mean = Average()
         yield Asking([ask(self.train, k, state.shared, **self.local.clock(state.round, pool)) for k in cohort], mean.take)
@@ -187,6 +202,23 @@ class FibecFed:
     def assembled(self, state: State) -> Tensors | None:
         """The shared tensors alone; local layers stay at their start, where B = 0."""
         return state.shared
+
+    def _choose_again(self, state: State, pool: Pool) -> Flow[State]:
+        """Scores, GAL, and what changes hands between server and devices if it is another."""
+        answers = yield from insist([ask(self.rescore, k, state.shared) for k in pool.clients])
+        scores, before = weighted_mean(answers)["layer_scores"].numpy(), list(state.facts["gal"])
+        gal = replace(self.gal, count=len(before))
+        chosen = choose_gal(scores, list(state.facts["adapted"]), gal, pool.seed, state.round)
+        shared = dict(state.shared)
+        if chosen != before:
+            joining, leaving = sorted(set(chosen) - set(before)), set(before) - set(chosen)
+            copies = yield from insist([ask(self.hand_over, k, layers=joining) for k in pool.clients])
+            left = {n: t for n, t in shared.items() if layer_of(n) in leaving}
+            yield from insist([ask(self.regroup, k, left, gal=chosen) for k in pool.clients])
+            shared = dict(sorted({**without(shared, left), **weighted_mean(copies)}.items()))
+        now = {"gal": chosen, "layer_scores": scores.tolist()}
+        history = [*state.facts["gal_history"], {"round": state.round, **now}]
+        return replace(state, shared=shared, facts={**state.facts, **now, "gal_history": history})
 
     # ---- client -------------------------------------------------------------------------------------------------------------
 
@@ -223,27 +255,53 @@ class FibecFed:
         local = [n for n in c.private if is_factor(n) and layer_of(n) not in chosen]
         if set(local) == set(c.private):  # asked again because the answer was lost: this device has adopted already
             return Update(c.id, len(c.train))
-        keep = 1 - float(c.memory["prunable"]) if self.keep_lossless and "prunable" in c.memory else self.keep
-        if local and keep < 1:
+        share = 1 - float(c.memory["prunable"]) if self.keep_lossless and "prunable" in c.memory else self.keep
+        if local and share < 1:
             fisher = yield from self._warm_up(c)
-            c.memory |= {f"mask/{name}": mask for name, mask in neuron_masks(only(fisher, local), keep).items()}
+            c.memory |= {MASK + name: mask for name, mask in keep(c, neuron_masks(only(fisher, local), share)).items()}
         c.private = only(c.private, local)
         return Update(c.id, len(c.train))
 
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:
         """GAL and head dense, local layers masked, on the easiest open batches; only what came goes back."""
-        mask = {name.removeprefix("mask/"): kept for name, kept in c.memory.items() if name.startswith("mask/")}
-        fitted = yield from self.local.learn(c, {**c.private, **task.tensors}, task, mask)
+        mask = {name.removeprefix(MASK): kept for name, kept in c.memory.items() if name.startswith(MASK)}
+        opened = yield from self.local.open(c, {**whole_private(c), **task.tensors}, task)
+        start, t = {**c.private, **task.tensors}, int(task.settings["round"])  # type: ignore[arg-type]
+        fitted = yield self.inner.fit(c, start, opened.batches, t, mask, examples=opened.examples, rows=rows_kept(c))
         c.private = without(fitted.tensors, task.tensors.keys())
+        c.memory["optimizer_bytes"] = torch.tensor(nbytes(fitted.moments.first) + nbytes(fitted.moments.second))
         return Update(c.id, len(c.train), only(fitted.tensors, task.tensors.keys()), {"loss": float(fitted.losses.mean())})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
         """The device's local layers under the shared ones."""
         yield from ()
-        return Predictor({**client.private, **shared})
+        return Predictor({**whole_private(client), **shared})
 
     predict = predict
+
+    @on_client
+    def rescore(self, c: Client, task: Task) -> Work[Update]:
+        """The layers' sensitivity at the device's own model as it is now, on the batch of the set-up."""
+        batch = self.inner.cut(c, "batches")[0]
+        scores = yield Sensitivity({**whole_private(c), **task.tensors}, c.train, batch, self.gal.rho, self.gal.norm)
+        return Update(c.id, len(c.train), {"layer_scores": torch.from_numpy(scores)})
+
+    @on_client
+    def hand_over(self, c: Client, task: Task) -> Work[Update]:
+        """The device's own of the layers that will be shared. It keeps them until it is told the new GAL."""
+        yield from ()
+        joining = set(task.settings["layers"])  # type: ignore[arg-type]
+        return Update(c.id, len(c.train), {n: t for n, t in whole_private(c).items() if layer_of(n) in joining})
+
+    @on_client
+    def regroup(self, c: Client, task: Task) -> Work[Update]:
+        """Take over the layers that are no longer shared, as they came, and drop those that now are. Asked twice, nothing more happens."""
+        yield from ()
+        chosen = set(task.settings["gal"])  # type: ignore[arg-type]
+        c.private = {n: t for n, t in sorted({**task.tensors, **c.private}.items()) if layer_of(n) not in chosen}
+        c.memory = {n: t for n, t in c.memory.items() if not n.startswith((KEPT, MASK)) or layer_of(n) not in chosen}
+        return Update(c.id, len(c.train))
 
     def _warm_up(self, c: Client) -> Work[dict[str, torch.Tensor]]:
         """Diagonal Fisher of all LoRA with momentum: F <- γF + (1−γ)F̃ after each of E_w epochs over all batches, easy first, from F = 0."""
@@ -272,8 +330,9 @@ def lossless_gal(gal: Gal, prunable: np.ndarray, adapted: int) -> tuple[Gal, dic
     return replace(gal, count=max(1, math.ceil((1 - share) * adapted - 1e-9))) if gal.lossless else gal, facts
 
 
-def choose_gal(scores: np.ndarray, adapted: list[int], gal: Gal, seed: int) -> list[int]:
-    """The GAL among the ``adapted`` layers, ascending: as many as ``gal`` says, by score (equal scores: the lower layer first).
+def choose_gal(scores: np.ndarray, adapted: list[int], gal: Gal, seed: int, *path: Part) -> list[int]:
+    """The GAL among the ``adapted`` layers, ascending: as many as ``gal`` says, by score (equal scores: the lower layer first). ``path``:
+    that of a random choice, after the seed.
 
     Raises:
         ValueError: a count or fraction that is not between 1 layer and all of them.
@@ -287,7 +346,7 @@ def choose_gal(scores: np.ndarray, adapted: list[int], gal: Gal, seed: int) -> l
         case "most":
             ranked = sorted(adapted, key=lambda layer: (-scores[layer], layer))
         case "random":
-            ranked = [adapted[i] for i in derive(seed, "gal").permutation(len(adapted))]
+            ranked = [adapted[i] for i in derive(seed, "gal", *path).permutation(len(adapted))]
         case unknown:
             raise ValueError(f"no GAL choice '{unknown}'; there are least, most, random")
     return sorted(ranked[:count])

@@ -221,6 +221,10 @@ class Model:
             raise Unpackable(f"'{self.name}' runs one client at a time: {self.alone}")
         return self.way(dtype)(self._named(tensors, dtype), texts, embeddings, layers)
 
+    def mapped(self, tensors: Tensors, texts: Texts) -> torch.Tensor:
+        """The logits of :meth:`together` in float32, by operations that can be differentiated twice."""
+        return self._mapped(torch.float32)(self._named(tensors, torch.float32), texts)[0]
+
     def way(self, dtype: torch.dtype) -> Way:
         """How texts of many owners are called in ``dtype``."""
         if dtype not in self._ways:

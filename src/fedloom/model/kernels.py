@@ -21,20 +21,25 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fedloom.model import kernels_native, kernels_plain
-from fedloom.model.layout import Attention, Owners
+from fedloom.model.layout import Attention, Owners, RowsKept
 from fedloom.native.library import takes
 
 HINT = 1024
 """The number of rows that oneDNN's packed weights are laid out for; any number may come."""
 
 
-def owned_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, owners: Owners) -> torch.Tensor:
+def owned_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, owners: Owners, kept: RowsKept | None = None
+) -> torch.Tensor:
     """(N, d_out): row i of x (N, d_in) times the weight (and plus the bias) of the owner it belongs to; nobody's rows become zero.
 
-    ``weight``: (S, d_out, d_in). ``bias``: (S, d_out) or None.
+    ``weight``: (S, d_out, d_in). ``bias``: (S, d_out) or None. ``kept``: the weight is (S, most, d_in) and holds these rows only. In C
+    nothing is computed for the others; as PyTorch operations they are multiplied as zeros.
     """
     native = takes(x, weight) if bias is None else takes(x, weight, bias)
-    return (kernels_native if native else kernels_plain).OwnedLinear.apply(x.contiguous(), weight, bias, owners)  # type: ignore[return-value]
+    if native:
+        return kernels_native.OwnedLinear.apply(x.contiguous(), weight, bias, owners, kept)  # type: ignore[return-value]
+    return kernels_plain.OwnedLinear.apply(x.contiguous(), weight if kept is None else kept.whole(weight), bias, owners)  # type: ignore[return-value]
 
 
 def ragged_attention(

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from fedloom.model.layout import Attention, Owners
+from fedloom.model.layout import Attention, Owners, RowsKept
 from fedloom.native.library import call
 
 
@@ -21,26 +21,28 @@ class OwnedLinear(Function):
     """See ``kernels.owned_linear``. Gradients are sums over an owner's rows, in their order."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, owners: Owners) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, owners: Owners, kept: RowsKept | None
+    ) -> torch.Tensor:
         weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-        owner, out, size = weight.shape
-        made = x.new_empty(len(x), out)
-        call("owned_forward", owner, owners.starts, len(x), size, out, x, weight, bias, made, _half(x))
+        owner, most, size = weight.shape
+        made = x.new_empty(len(x), most if kept is None else kept.tall)
+        which = (None, None) if kept is None else (kept.counts, kept.index)
+        call("owned_forward", owner, owners.starts, len(x), size, made.shape[1], most, *which, x, weight, bias, made, _half(x))
         ctx.save_for_backward(x, weight)
-        ctx.owners, ctx.biased = owners, bias is not None
+        ctx.owners, ctx.biased, ctx.which = owners, bias is not None, which
         return made
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, None, None]:
         (x, weight), gradient = ctx.saved_tensors, gradient.contiguous()
-        owner, out, size = weight.shape
+        (owner, most, size), out = weight.shape, gradient.shape[1]
         to_x, to_weight = torch.empty_like(x) if ctx.needs_input_grad[0] else None, torch.empty_like(weight)
         to_bias = weight.new_empty(owner, out) if ctx.biased else None
-        call(
-            "owned_backward", owner, ctx.owners.starts, len(x), size, out, gradient, x, weight, to_x, to_weight, to_bias, _half(x)
-        )  # fmt: skip
-        return to_x, to_weight, to_bias, None
+        made = (to_x, to_weight, to_bias, _half(x))
+        call("owned_backward", owner, ctx.owners.starts, len(x), size, out, most, *ctx.which, gradient, x, weight, *made)
+        return to_x, to_weight, to_bias, None, None
 
 
 class Ragged(Function):

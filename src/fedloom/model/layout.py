@@ -1,7 +1,8 @@
-"""Where the rows of a packed pass lie: whose they are (:class:`Owners`) and to which texts they belong (:class:`Attention`).
+"""Where the rows of a packed pass lie: whose they are (:class:`Owners`) and to which texts they belong (:class:`Attention`); and which rows
+of a weight are there at all (:class:`RowsKept`).
 
-Both say it twice: as boundaries, for kernels that loop, and as padded groups of like sizes, for PyTorch operations; the groups are made
-when somebody asks. Nothing here knows models, clients or methods.
+The first two say it twice: as boundaries, for kernels that loop, and as padded groups of like sizes, for PyTorch operations; the groups
+are made when somebody asks. Nothing here knows models, clients or methods.
 
 Packed rows: all tokens (or all texts) of a pass, one after another, without padding. N rows in all, S owners, T tokens, n texts.
 """
@@ -9,6 +10,7 @@ Packed rows: all tokens (or all texts) of a pass, one after another, without pad
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -17,6 +19,34 @@ import torch
 
 ROUND = 8
 """Attention pads a text to a multiple of this many tokens."""
+
+
+@dataclass(frozen=True)
+class RowsKept:
+    """Which output rows of a linear layer each owner has; the others of its ``tall`` rows are zero and stay zero.
+
+    counts: int64 (S,), how many. index: int64 (S, most), which, ascending; what follows an owner's last one means nothing.
+    """
+
+    counts: np.ndarray
+    index: np.ndarray
+    tall: int
+
+    @staticmethod
+    def of(rows: Sequence[np.ndarray], tall: int) -> RowsKept:
+        """From each owner's rows."""
+        counts = np.array([len(mine) for mine in rows], np.int64)
+        index = np.zeros((len(rows), int(counts.max(initial=0))), np.int64)
+        for place, mine in zip(index, rows, strict=True):
+            place[: len(mine)] = mine
+        return RowsKept(counts, index, tall)
+
+    def whole(self, weight: torch.Tensor) -> torch.Tensor:
+        """(S, tall, …) of (S, most, …): every row in its place."""
+        owner, at = np.nonzero(np.arange(self.index.shape[1]) < self.counts[:, None])
+        to = torch.from_numpy(owner * self.tall + self.index[owner, at]).to(weight.device)
+        flat = weight.new_zeros(len(weight) * self.tall, *weight.shape[2:])
+        return flat.index_copy(0, to, weight[owner, at]).view(len(weight), self.tall, *weight.shape[2:])
 
 
 class Owners:

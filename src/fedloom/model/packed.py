@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 from fedloom.messages import Tensors
 from fedloom.model import dropout
 from fedloom.model.kernels import Frozen, gelu, owned_linear, packable, ragged_attention
-from fedloom.model.layout import Attention, Owners
+from fedloom.model.layout import Attention, Owners, RowsKept
 
 FILL = 32
 """Packed passes hold a multiple of this many tokens: oneDNN makes, and keeps, a program for every number of rows that it meets."""
@@ -53,7 +53,8 @@ class Texts:
 
     ids, segments: int64 (T,). labels: int64 (n,). weights: float32 (n,), what each text's loss counts in its owner's sum.
     lengths, owners (ascending, 0..S−1), rows: int64 (n,), numpy; ``rows`` is the text's place in its owner's batch.
-    keys: int64 (S,), the owners' dropout keys, or None.
+    keys: int64 (S,), the owners' dropout keys, or None. kept: of linear layers' weights (by parameter name) of which owners have only
+    some rows, which.
     """
 
     ids: torch.Tensor
@@ -64,6 +65,7 @@ class Texts:
     owners: np.ndarray
     rows: np.ndarray
     keys: torch.Tensor | None = None
+    kept: Mapping[str, RowsKept] = field(default_factory=dict)
 
     @cached_property
     def count(self) -> int:
@@ -162,11 +164,12 @@ class Layout:
 class Pass(TorchFunctionMode):
     """One call of the module: linear layers by owner, frozen ones on packed weights (None: as they are), dropout by owner (rate 0: none).
 
-    ``last``: "look" while the last layer is asked for its keys and values, then those.
+    ``last``: "look" while the last layer is asked for its keys and values, then those. ``tensors``: what the module is called with.
     """
 
-    def __init__(self, layout: Layout, weights: Weights | None, rate: float) -> None:
+    def __init__(self, layout: Layout, weights: Weights | None, rate: float, tensors: Tensors) -> None:
         self.layout, self.weights, self.rate, self.site = layout, weights, rate, 0
+        self.kept = {id(tensors[name]): kept for name, kept in layout.texts.kept.items()}
         self.last: _Seen | Literal["look"] | None = None
 
     def __torch_function__(
@@ -190,7 +193,7 @@ class Pass(TorchFunctionMode):
         rows = input.reshape(-1, input.shape[-1])
         own_bias = bias if bias is not None and bias.dim() == 2 else None
         if weight.dim() == 3:
-            made = owned_linear(rows, weight, own_bias, self._owners(rows))
+            made = owned_linear(rows, weight, own_bias, self._owners(rows), self.kept.get(id(weight)))
             if bias is not None and own_bias is None:
                 made = made + bias
         else:
@@ -381,7 +384,7 @@ class Packed:
         self._ids, self._given = texts.ids[None], embeddings
         if embeddings is not None:
             self._given = functional.pad(embeddings, (0, 0, 0, total - embeddings.shape[1]))
-        with running(Pass(layout, self.weights, self.rate if texts.keys is not None else 0.0)):
+        with running(Pass(layout, self.weights, self.rate if texts.keys is not None else 0.0, tensors)):
             call = {**given, "output_hidden_states": layers}
             out = functional_call(self.module, dict(tensors), (), call, tie_weights=not self.tied.isdisjoint(tensors))
         self._given = None
@@ -444,7 +447,7 @@ class Rows:
         per_owner = np.bincount(texts.owners, minlength=texts.count)
         rows = (per_owner * ids.shape[1], per_owner)
         layout = Layout(texts, self.causal, {int(of.sum()): Owners(of, int(of.sum()), ids.device) for of in rows})
-        with running(Pass(layout, self.weights, self.rate if texts.keys is not None else 0.0)):
+        with running(Pass(layout, self.weights, self.rate if texts.keys is not None else 0.0, tensors)):
             logits, hidden = self.call(tensors, ids, mask, segments, embeddings, layers)
         return logits, tuple(h[:, self.reads] for h in hidden)
 
@@ -485,7 +488,8 @@ class Mapped:
                 return self.call(named, ids, mask, segments, given, layers)
 
         each = vmap(one, in_dims=(0, 0, 0, 0, None if embeddings is None else 0, 0))
-        logits, hidden = each(dict(tensors), *self._padded(texts), embeddings, keys)
+        whole = {name: texts.kept[name].whole(tensor) if name in texts.kept else tensor for name, tensor in tensors.items()}
+        logits, hidden = each(whole, *self._padded(texts), embeddings, keys)
         where = self._where(texts)
         return logits[where], tuple(h[:, :, self.reads][where] for h in hidden)
 

@@ -145,29 +145,38 @@ INLINE void turned(const float *from, int64_t rows, int64_t columns, int64_t ld,
 #define CHUNK 96
 
 /* y (N, o) = x (N, i) Wᵀ + b, row by row with its owner's W (S, o, i) and b (S, o) or NULL; owner s has the rows starts[s] to starts[s + 1].
-   Rows beyond the last owner's become zero. Returns 0, or 1 when memory is short. */
-int owned_forward(int64_t owners, const int64_t *starts, int64_t total, int64_t in, int64_t out, const void *x, const void *weight,
-                  const void *bias, void *y, int half, int threads) {
+   Rows beyond the last owner's become zero. With `kept` (S, most) an owner's W (S, most, i) holds counts[s] rows of W only, kept[s] of them;
+   the others are zero, and nothing is computed for them. Without it most = o. Returns 0, or 1 when memory is short. */
+int owned_forward(int64_t owners, const int64_t *starts, int64_t total, int64_t in, int64_t out, int64_t most, const int64_t *counts,
+                  const int64_t *kept, const void *x, const void *weight, const void *bias, void *y, int half, int threads) {
     int failed = 0;
-    int64_t wide = UP(out, WIDE), size = half ? 2 : 4;
+    int64_t size = half ? 2 : 4;
     memset((char *)y + starts[owners] * out * size, 0, (size_t)((total - starts[owners]) * out * size));
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t s = 0; s < owners; s++) {
         if (starts[s] == starts[s + 1]) continue;
-        float *across = space(0, in * wide), *rows = space(1, CHUNK * in), *made = space(2, CHUNK * wide), *one = space(3, out * in + out);
+        int64_t has = kept ? counts[s] : out, wide = UP(has, WIDE);
+        const int64_t *place = kept ? kept + s * most : NULL;
+        float *across = space(0, in * wide + 1), *rows = space(1, CHUNK * in), *made = space(2, CHUNK * wide + 1);
+        float *one = space(3, most * in + out);
         if (!across || !rows || !made || !one) { failed = 1; continue; }
-        turned(floats(weight, s * out, out, in, half, one), out, in, in, across);
+        turned(floats(weight, s * most, has, in, half, one), has, in, in, across);
         const float *mine = bias ? floats(bias, s, 1, out, half, one) : NULL;
         for (int64_t at = starts[s]; at < starts[s + 1]; at += CHUNK) {
             int64_t m = starts[s + 1] - at < CHUNK ? starts[s + 1] - at : CHUNK;
-            int straight = !half && wide == out;
+            int straight = !half && wide == out && !place;
             float *to = straight ? (float *)y + at * out : made;
             product(m, wide, in, floats(x, at, m, in, half, rows), in, 1, across, wide, to, wide, 0);
             if (mine)
                 for (int64_t i = 0; i < m; i++)
                     for (int64_t o = 0; o < out; o++) to[i * wide + o] += mine[o];
+            if (place) memset((char *)y + at * out * size, 0, (size_t)(m * out * size));
             for (int64_t i = 0; i < m && !straight; i++) {
-                if (half) narrow(to + i * wide, y, (at + i) * out, out);
+                if (place && half)
+                    for (int64_t j = 0; j < has; j++) narrow(to + i * wide + j, y, (at + i) * out + place[j], 1);
+                else if (place)
+                    for (int64_t j = 0; j < has; j++) ((float *)y)[(at + i) * out + place[j]] = to[i * wide + j];
+                else if (half) narrow(to + i * wide, y, (at + i) * out, out);
                 else memcpy((float *)y + (at + i) * out, to + i * wide, 4 * (size_t)out);
             }
         }
@@ -175,35 +184,42 @@ int owned_forward(int64_t owners, const int64_t *starts, int64_t total, int64_t 
     return failed;
 }
 
-/* Gradients of the same: to_x (N, i) or NULL, to_weight (S, o, i), to_bias (S, o) or NULL, from g (N, o). */
-int owned_backward(int64_t owners, const int64_t *starts, int64_t total, int64_t in, int64_t out, const void *g, const void *x,
-                   const void *weight, void *to_x, void *to_weight, void *to_bias, int half, int threads) {
+/* Gradients of the same: to_x (N, i) or NULL, to_weight (S, most, i), to_bias (S, o) or NULL, from g (N, o). */
+int owned_backward(int64_t owners, const int64_t *starts, int64_t total, int64_t in, int64_t out, int64_t most, const int64_t *counts,
+                   const int64_t *kept, const void *g, const void *x, const void *weight, void *to_x, void *to_weight, void *to_bias,
+                   int half, int threads) {
     int failed = 0;
     int64_t size = half ? 2 : 4;
     if (to_x) memset((char *)to_x + starts[owners] * in * size, 0, (size_t)((total - starts[owners]) * in * size));
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t s = 0; s < owners; s++) {
-        int64_t all = starts[s + 1] - starts[s], room = half ? 1 : 0;
-        float *rows = space(0, room * CHUNK * in), *up = space(1, room * CHUNK * out), *one = space(2, room * out * in);
-        float *sums = space(3, out * in + out), *back = space(4, room * CHUNK * in);
-        if (!sums || (half && (!rows || !up || !one || !back))) { failed = 1; continue; }
-        float *of_weight = half ? sums : (float *)to_weight + s * out * in, *of_bias = sums + out * in;
-        const float *theirs = floats(weight, s * out, out, in, half, one);
-        memset(of_weight, 0, 4 * (size_t)(out * in));
+        int64_t all = starts[s + 1] - starts[s], room = half ? 1 : 0, has = kept ? counts[s] : out;
+        const int64_t *place = kept ? kept + s * most : NULL;
+        float *rows = space(0, room * CHUNK * in), *up = space(1, room * CHUNK * out), *one = space(2, room * most * in);
+        float *sums = space(3, out * in + out), *back = space(4, room * CHUNK * in), *few = space(5, place ? CHUNK * out : 0);
+        if (!sums || (place && !few) || (half && (!rows || !up || !one || !back))) { failed = 1; continue; }
+        float *of_weight = half ? sums : (float *)to_weight + s * most * in, *of_bias = sums + out * in;
+        const float *theirs = floats(weight, s * most, has, in, half, one);
+        memset(of_weight, 0, 4 * (size_t)(most * in));
         memset(of_bias, 0, 4 * (size_t)out);
         for (int64_t done = 0; done < all; done += CHUNK) {
             int64_t m = all - done < CHUNK ? all - done : CHUNK, at = starts[s] + done;
             const float *from = floats(g, at, m, out, half, up);
-            if (to_x) {
-                float *to = half ? back : (float *)to_x + at * in;
-                product(m, in, out, from, out, 1, theirs, in, to, in, 0);
-                if (half) narrow(to, to_x, at * in, m * in);
-            }
-            product(out, in, m, from, 1, out, floats(x, at, m, in, half, rows), in, of_weight, in, 1);
             for (int64_t i = 0; i < m && to_bias; i++)
                 for (int64_t o = 0; o < out; o++) of_bias[o] += from[i * out + o];
+            if (place) {
+                for (int64_t i = 0; i < m; i++)
+                    for (int64_t j = 0; j < has; j++) few[i * has + j] = from[i * out + place[j]];
+                from = few;
+            }
+            if (to_x) {
+                float *to = half ? back : (float *)to_x + at * in;
+                product(m, in, has, from, has, 1, theirs, in, to, in, 0);
+                if (half) narrow(to, to_x, at * in, m * in);
+            }
+            product(has, in, m, from, 1, has, floats(x, at, m, in, half, rows), in, of_weight, in, 1);
         }
-        if (half) narrow(of_weight, to_weight, s * out * in, out * in);
+        if (half) narrow(of_weight, to_weight, s * most * in, most * in);
         if (to_bias && half) narrow(of_bias, to_bias, s * out, out);
         if (to_bias && !half) memcpy((float *)to_bias + s * out, of_bias, 4 * (size_t)out);
     }

@@ -44,8 +44,8 @@ PATIENCE = 120
 whole, number, place = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 flag = ctypes.c_int
 SIGNATURES: dict[str, tuple[object, ...]] = {
-    "owned_forward": (whole, place, whole, whole, whole, place, place, place, place, flag, flag),
-    "owned_backward": (whole, place, whole, whole, whole, place, place, place, place, place, place, flag, flag),
+    "owned_forward": (whole, place, *[whole] * 4, *[place] * 6, flag, flag),
+    "owned_backward": (whole, place, *[whole] * 4, *[place] * 8, flag, flag),
     "attention_forward": (whole, *[place] * 4, *[whole] * 3, *[place] * 5, number, flag, whole, flag),
     "attention_backward": (whole, *[place] * 3, *[whole] * 3, *[place] * 8, number, flag),
     "gelu": (whole, place, place, place, flag, flag),

@@ -56,7 +56,7 @@ def adopt(experiment: Experiment, folder: Path, trained: Path, show: Show) -> di
         found = evaluate(world, state, engine)
         write_atomically(ledger.path, "".join(json.dumps(row) + "\n" for row in _rows(trained, found.scores)))
         checkpoint.save(folder, Saved(state, ledger.totals, saved.data), store)
-        return finish(world, folder, state, ledger, found, [f"trained by {trained.name}; evaluated after the last round only"])
+        return finish(world, folder, state, ledger, found, store, [f"trained by {trained.name}; evaluated after the last round only"])
 
 
 def _rows(trained: Path, scores: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

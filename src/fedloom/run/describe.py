@@ -11,26 +11,20 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 from fedloom.client.store import ClientStore
-from fedloom.compute.compute import Done
-from fedloom.compute.flops import Flops
-from fedloom.compute.serial import cost, scored_names
-from fedloom.compute.work import Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, WorkItem
 from fedloom.data.partition import Partition
 from fedloom.data.sources import Source
 from fedloom.engines.engine import drive
 from fedloom.messages import Replies, Task
-from fedloom.model.base import Model
 from fedloom.run.console import human_bytes, human_seconds
 from fedloom.run.devices import named as device_named
 from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.run.figures import Kind, partition_picture
 from fedloom.run.ledger import Section
+from fedloom.run.pretended import Pretended
 from fedloom.run.world import World, build, read_data
 
 WAYS = {
@@ -43,30 +37,6 @@ WAYS = {
 
 Lines = list[tuple[str, str]]
 """(what, its value) in order."""
-
-
-class Pretended:
-    """A compute that does nothing: results of the right shapes at the right cost."""
-
-    def __init__(self, model: Model) -> None:
-        self.model, self.flops = model, Flops(model)
-
-    def run(self, items: Sequence[WorkItem]) -> list[Done]:
-        """One :class:`Done` an item, in order."""
-        return [Done(self._result(item), *cost(item, self.flops)) for item in items]
-
-    def _result(self, item: WorkItem) -> Any:
-        match item:
-            case Fit():
-                return Fitted(dict(item.start), np.zeros(len(item.batches)), Moments({}, {}, 0))
-            case Score():
-                return np.zeros(len(item.examples))
-            case Fisher():
-                return {name: torch.zeros_like(item.at[name]) for name in scored_names(item)}
-            case Sensitivity():
-                return np.ones(self.model.depth)
-            case Predict():
-                return torch.zeros(len(item.examples), self.model.num_labels)
 
 
 @dataclass(frozen=True)

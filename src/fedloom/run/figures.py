@@ -190,6 +190,25 @@ def layer_scores(scores: Sequence[float], chosen: Sequence[int], kind: Kind = "s
     return render(draw, kind, height=_height(2))
 
 
+def shared_layers(chosen: Mapping[int, Sequence[int]], depth: int, rounds: int, kind: Kind = "svg") -> bytes:
+    """Which layers are shared in which rounds; ``chosen``: by the number of completed rounds at which they were chosen, from 0 on."""
+
+    def draw(figure: matplotlib.figure.Figure) -> None:
+        ax = figure.add_subplot()
+        starts = sorted(chosen)
+        for begin, end in zip(starts, [*starts[1:], max(rounds, starts[-1] + 1)], strict=True):
+            for layer in chosen[begin]:
+                ax.barh(layer, end - begin, left=begin, height=0.75, color=OKABE_ITO[0], edgecolor=INK, linewidth=0.4)
+        ax.set_title("Which layers are shared (GAL)")
+        ax.set_ylabel("transformer layer")
+        ax.set_ylim(-0.6, depth - 0.4)
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+        ax.grid(False, axis="y")
+        _rounds(ax)
+
+    return render(draw, kind)
+
+
 def partition_picture(counts: np.ndarray, classes: Sequence[str], kind: Kind = "svg") -> bytes:
     """Training labels on the devices. ``counts`` (K, C). Above: sizes, largest first; below: label shares by dominant label.
 

@@ -68,7 +68,7 @@ class Ledger:
     def __init__(self, folder: Path, profile: DeviceProfile, totals: dict[str, Any] | None = None) -> None:
         self.path, self.profile = folder / "rounds.jsonl", profile
         names = ("bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down", "examples", "setup_examples")
-        names += ("host_seconds", "device_seconds", "setup_device_seconds", "setup_host_seconds", "peak_rss_bytes")
+        names += ("flops", "setup_flops", "host_seconds", "device_seconds", "setup_device_seconds", "setup_host_seconds", "peak_rss_bytes")
         self.totals: dict[str, Any] = {**dict.fromkeys(names, 0), "participations": {}, **(totals or {})}
 
     def section(self) -> Section:
@@ -93,6 +93,7 @@ class Ledger:
         self.totals["setup_bytes_up"] += section.bytes_up
         self.totals["setup_bytes_down"] += section.bytes_down
         self.totals["setup_examples"] += section.examples
+        self.totals["setup_flops"] += section.flops
         self.totals["setup_device_seconds"] += section.device_seconds
         self.totals["setup_host_seconds"] += section.seconds
 
@@ -109,12 +110,13 @@ class Ledger:
             "bytes_down": section.bytes_down,
             "host_seconds": section.seconds,
             "device_seconds": section.device_seconds,
+            "flops": section.flops,
             "peak_rss_bytes": peak_rss_bytes(),
             "answered": section.answered,
             "failed": section.failed,
             "validation": scores["validation"],
         }
-        for name in ("bytes_up", "bytes_down", "examples", "host_seconds", "device_seconds"):
+        for name in ("bytes_up", "bytes_down", "examples", "flops", "host_seconds", "device_seconds"):
             self.totals[name] += row[name]
         self.totals["peak_rss_bytes"] = max(self.totals["peak_rss_bytes"], row["peak_rss_bytes"])
         for client in set(section.answered):

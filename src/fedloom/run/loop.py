@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fedloom.client.store import ClientStore
 from fedloom.engines.engine import Engine, drive
 from fedloom.engines.local import give_memory_back
 from fedloom.messages import Replies, Take, Task, whole
@@ -23,7 +24,9 @@ from fedloom.run.devices import named as device_named
 from fedloom.run.evaluation import NOTHING, Evaluation, evaluate
 from fedloom.run.experiment import Experiment, as_json, completed, first_difference
 from fedloom.run.export import write_folder
+from fedloom.run.holdings import held
 from fedloom.run.ledger import Ledger
+from fedloom.run.payback import paid_back
 from fedloom.run.world import World, build, store_in
 
 log = logging.getLogger("fedloom")
@@ -111,12 +114,16 @@ def _run(world: World, folder: Path, show: Show) -> dict[str, Any]:
         trained, found = section.seconds, _evaluated(world, state, engine, show)
         show.round(ledger.write(state.round, section, trained, found.scores if found else NOTHING))
         checkpoint.save(folder, Saved(state, ledger.totals, data), store)
-    return finish(world, folder, state, ledger, found or evaluate(world, state, engine))
+    return finish(world, folder, state, ledger, found or evaluate(world, state, engine), store)
 
 
-def finish(world: World, folder: Path, state: State, ledger: Ledger, found: Evaluation, notes: Sequence[str] = ()) -> dict[str, Any]:
+def finish(
+    world: World, folder: Path, state: State, ledger: Ledger, found: Evaluation, store: ClientStore, notes: Sequence[str] = ()
+) -> dict[str, Any]:
     """Write the adapter and ``results.json``, with these notes after the data's, and return what it holds."""
     outcome = results_of(world, state, ledger, found)
+    outcome["setup_paid_back"] = paid_back(world, ledger.profile, ledger.totals, ledger.rows())
+    outcome["device_state"] = held(world, store)
     outcome["notes"] += notes
     assembled = world.experiment.method.assembled(state)
     if assembled is not None:

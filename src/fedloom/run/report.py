@@ -23,8 +23,9 @@ from fedloom.run import figures
 from fedloom.run.comparison_page import comparison_of
 from fedloom.run.console import human_bytes, human_seconds, score_text
 from fedloom.run.reading import Run, flat_settings, label_runs, read
+from fedloom.run.spent import spent
 
-DRAWN_FACTS = ("layer_scores", "pacing", "opens")
+DRAWN_FACTS = ("layer_scores", "pacing", "opens", "gal_history", "adapted")
 """Facts that are shown as figures rather than as text."""
 
 SHOWN_DEVICES = 200
@@ -201,7 +202,11 @@ def _facts(run: Run, name: str) -> tuple[list[str], dict[str, str]]:
         pictures.append(_picture(figures.layer_scores(facts["layer_scores"], facts["gal"]), f"{name}-layers"))
     if facts.get("pacing"):
         pictures.append(_picture(figures.pacing(facts["pacing"], facts.get("opens", "batches")), f"{name}-pacing"))
-    return pictures, {key: _plain(value) for key, value in facts.items() if key not in DRAWN_FACTS or not pictures}
+    if facts.get("gal_history"):
+        chosen = {entry["round"]: entry["gal"] for entry in facts["gal_history"]}
+        pictures.append(_picture(figures.shared_layers(chosen, facts["depth"], run.experiment["rounds"]), f"{name}-history"))
+    texts = {key: _plain(value) for key, value in facts.items() if key not in DRAWN_FACTS or not pictures}
+    return pictures, {**texts, **spent(run.results)} if run.results else texts
 
 
 def _devices(run: Run) -> list[dict[str, Any]]:

@@ -19,6 +19,8 @@ from fedloom.run.reading import read
 
 PROTOCOLS = ("personalised", "global")
 COSTS = ("bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down", "examples", "device_seconds", "setup_device_seconds")
+SETUP = ("device_seconds", "host_seconds", "flops", "bytes_up", "bytes_down")
+PAID = ("bytes_up", "device_seconds")
 CHOSEN_BY = "the personalised validation score after the last round, at the first seed"
 RESAMPLED = (
     "Paired bootstrap: of each seed independently, as many devices as there are are drawn with replacement, the same for both methods; "
@@ -79,6 +81,7 @@ def _case(
                 "against": {p: _against(plan, case, known, results[reference], p) if method != reference else None for p in PROTOCOLS},
                 "reached": {p: _reached(known, told[method], p, goals[p]) for p in PROTOCOLS},
                 "over": {},
+                "setup": _setup(known),
                 "costs": {key: mean(r[key] for r in known.values()) if known else None for key in COSTS},
             }
         )
@@ -140,6 +143,19 @@ def _over(
     return {
         "margin": mean(mine[seed]["final"][protocol] - end for seed, end in ends.items()),
         "time_saved": 1 - times[0][0] / times[1][0] if times[0] and times[1] and times[1][0] else None,
+    }
+
+
+def _setup(known: Mapping[int, Result]) -> dict[str, Any] | None:
+    """What the set-up cost in the mean over seeds (None: not told by a run of an earlier version), and after which round it had paid for
+    itself by seed (None: not within the run). None altogether where no run had a set-up."""
+    costs = {key: [r.get(f"setup_{key}") for r in known.values()] for key in SETUP}
+    if not any(any(costs[key]) for key in SETUP if key != "host_seconds"):  # which is never quite 0
+        return None
+    paid = {str(seed): back for seed, r in known.items() if (back := r.get("setup_paid_back")) is not None}
+    return {
+        **{key: mean(each) if None not in each else None for key, each in costs.items()},  # type: ignore[type-var]
+        "paid_back": {key: {seed: back[key] for seed, back in paid.items()} for key in PAID} if paid else None,
     }
 
 

@@ -14,6 +14,7 @@ from fedloom.run.console import NOTHING, human_bytes, human_seconds, score_text
 from fedloom.run.plan import Case, Plan
 
 PROTOCOLS = ("personalised", "global")
+SETUP = ("device_seconds", "host_seconds", "flops", "bytes_up", "bytes_down")
 Summary = Mapping[str, Any]
 Cells = Sequence[Sequence[str]]
 
@@ -64,6 +65,25 @@ def whole_text(row: Mapping[str, Any], key: str) -> str:
     return (human_seconds if key == "device_seconds" else human_bytes)(costs[key] + costs[f"setup_{key}"])
 
 
+def paid_text(setup: Mapping[str, Any], key: str) -> str:
+    """After which round the set-up had paid for itself, or in how many of the seeds it had."""
+    if setup["paid_back"] is None:
+        return NOTHING
+    each = list(setup["paid_back"][key].values())
+    known = sorted(t for t in each if t is not None)
+    if len(known) < len(each):
+        return "never in this run" if not known else f"in {len(known)} of {len(each)} seeds"
+    return f"round {known[0]}" if known[0] == known[-1] else f"rounds {known[0]} to {known[-1]}"
+
+
+def setup_row(row: Mapping[str, Any]) -> list[str]:
+    """A method's line in the table of set-ups."""
+    setup = row["setup"]
+    forms = {"device_seconds": human_seconds, "host_seconds": human_seconds, "flops": "{:.3g}".format}
+    costs = [NOTHING if setup[key] is None else forms.get(key, human_bytes)(setup[key]) for key in SETUP]
+    return [row["method"], *costs, *(paid_text(setup, key) for key in ("bytes_up", "device_seconds"))]
+
+
 def rate_text(row: Mapping[str, Any]) -> str:
     """The chosen learning rate; a dash for the method's own, and for none chosen."""
     return NOTHING if row["lr"] is None else f"{row['lr']:g}"
@@ -104,6 +124,10 @@ def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
             rows.append([row["method"], *reached, whole_text(row, "device_seconds"), whole_text(row, "bytes_up")])
         title = f"{case['label']}: cost to reach {goal_text(summary, case)}, and of the whole run"
         shown.append((title, ("method", "device time\nto it", "uploaded\nto it", "device time", "uploaded"), rows))
+        if rows := [setup_row(row) for row in case["rows"] if row.get("setup")]:
+            title = f"{case['label']}: set-up, and after which round it has paid for itself against plain LoRA"
+            headers = ("method", "device time", "host time", "operations", "uploaded", "downloaded", "in uploads", "in device\ntime")
+            shown.append((title, headers, rows))
     if searched:
         headers = ("", "method", *(f"lr {rate:g}" for rate in summary["rates"]))
         rows = [[case["label"], row["method"], *map(grid_text, row["grid"])] for case in summary["cases"] for row in case["rows"]]
@@ -149,6 +173,11 @@ def as_csv(summary: Summary) -> str:
                 found = row["reached"][p] or dict.fromkeys(("device_seconds", "bytes_up", "reached"))
                 line |= {f"{p}_to_target_{key}": found[key] for key in ("device_seconds", "bytes_up", "reached")}
             line |= row["costs"]
+            setup = row.get("setup") or {}
+            line |= {"setup_host_seconds": setup.get("host_seconds"), "setup_flops": setup.get("flops")}
+            for key in ("bytes_up", "device_seconds"):
+                paid = list(((setup.get("paid_back") or {}).get(key) or {}).values())
+                line[f"setup_paid_back_{key}"] = sum(paid) / len(paid) if paid and None not in paid else None
             line["grid"] = " ".join(f"{t['lr']!r}:{grid_text(t) if t['diverged'] else t['validation']}" for t in row["grid"] if t["lr"])
             lines.append({key: "" if value is None else value for key, value in line.items()})
     out = io.StringIO()

@@ -1,0 +1,74 @@
+"""After which round a set-up has paid for itself, against plain federated LoRA.
+
+A run's cost after a round is that of its set-up and of all rounds up to that one. The set-up has paid for itself after the first round
+at which this is no more than plain LoRA's, which has none: once for what devices upload, once for simulated device time. Plain LoRA is
+the same local training (epochs, batch size, seed, cohorts) with everything shared and without a curriculum. It is not trained for this: it
+is played with a compute that only counts, so its operations are those of a real run of it, and its messages are as long, but for the
+digits of a loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+from fedloom.client.curricula.everything import Everything
+from fedloom.client.store import ClientStore
+from fedloom.engines.engine import drive
+from fedloom.methods.fedavg import FedAvg
+from fedloom.run.devices import DeviceProfile
+from fedloom.run.ledger import Section
+from fedloom.run.pretended import Pretended
+from fedloom.run.world import World
+
+Row = Mapping[str, Any]
+KEYS = ("bytes_up", "device_seconds")
+
+
+def paid_back(world: World, profile: DeviceProfile, totals: Row, rows: Sequence[Row]) -> dict[str, Any] | None:
+    """``{"against": "lora", "bytes_up": round or None, "device_seconds": round or None}``; None in it means: not within this run. None
+    altogether where there was no set-up, or the method's local training is not one that plain LoRA could do.
+
+    ``totals``, ``rows``: of the run's ledger; rows from round 0 on.
+    """
+    plain = plain_of(world.experiment.method)
+    if plain is None or not any(totals[f"setup_{key}"] for key in KEYS):
+        return None
+    theirs = played(world, plain, profile)
+    mine = [row for row in rows if row["round"] > 0]
+    return {"against": plain.name, **{k: first_paid(totals[f"setup_{k}"], [r[k] for r in mine], [r[k] for r in theirs]) for k in KEYS}}
+
+
+def first_paid(setup: float, mine: Sequence[float], theirs: Sequence[float]) -> int | None:
+    """The first round (from 1) after which ``setup`` and all of ``mine`` so far are no more than all of ``theirs``.
+
+    >>> first_paid(10, [1, 1, 1, 1], [4, 4, 4, 4])
+    4
+    """
+    spent = zip(accumulate(mine), accumulate(theirs), strict=True)
+    return next((t for t, (own, other) in enumerate(spent, 1) if setup + own <= other), None)
+
+
+def plain_of(method: Any) -> FedAvg | None:
+    """Plain LoRA with the method's own local training; None where it has another kind."""
+    while not isinstance(method, FedAvg):
+        if "inner" not in vars(method):
+            return None
+        method = method.inner
+    return replace(method, curriculum=Everything())
+
+
+def played(world: World, plain: FedAvg, profile: DeviceProfile) -> list[dict[str, float]]:
+    """What each round of ``plain`` would cost in this world."""
+    e = world.experiment
+    alike = replace(e, method=plain, engine=replace(e.engine, kind="local", workers=0))
+    there = replace(world, experiment=alike, compute=Pretended(world.model))
+    engine, made = there.engine(ClientStore(None)), []
+    state = drive(plain.setup(plain.init(world.model), world.pool), engine)
+    for _ in range(e.rounds):
+        section = Section(profile)
+        state = drive(plain.round(state, world.pool), engine, seen=section.hear)
+        made.append({key: getattr(section, key) for key in KEYS})
+    return made

@@ -1,0 +1,41 @@
+"""A compute that counts what work would cost and does none of it: for what an experiment would be, and for what another would have been."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedloom.compute.compute import Done
+from fedloom.compute.flops import Flops
+from fedloom.compute.serial import cost, scored_names
+from fedloom.compute.work import Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, Spectral, Spectrum, WorkItem
+from fedloom.model.base import Model
+
+
+class Pretended:
+    """A compute that does nothing: results of the right shapes at the right cost."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.flops = model, Flops(model)
+
+    def run(self, items: Sequence[WorkItem]) -> list[Done]:
+        """One :class:`Done` an item, in order."""
+        return [Done(self._result(item), *cost(item, self.flops)) for item in items]
+
+    def _result(self, item: WorkItem) -> Any:
+        match item:
+            case Fit():
+                return Fitted(dict(item.start), np.zeros(len(item.batches)), Moments({}, {}, 0))
+            case Score():
+                return np.zeros(len(item.examples))
+            case Fisher():
+                return {name: torch.zeros_like(item.at[name]) for name in scored_names(item)}
+            case Sensitivity():
+                return np.ones(self.model.depth)
+            case Spectrum():
+                return Spectral(np.zeros(1), np.ones(1), 1.0)  # without a gap
+            case Predict():
+                return torch.zeros(len(item.examples), self.model.num_labels)

@@ -1,0 +1,37 @@
+"""What a set-up cost and what devices hold, as lines of text for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedloom.run.console import human_bytes, human_seconds
+
+
+def spent(results: Mapping[str, Any]) -> dict[str, str]:
+    """What is told of a run beside its method's facts; nothing of what was not measured."""
+    told, state, paid = {}, results.get("device_state"), results.get("setup_paid_back")
+    if results["setup_bytes_up"] or results["setup_bytes_down"]:
+        traffic = f"{human_bytes(results['setup_bytes_up'])} up, {human_bytes(results['setup_bytes_down'])} down"
+        work = f", {results['setup_flops']:.3g} operations" if results.get("setup_flops") else ""
+        here = f", {human_seconds(results['setup_host_seconds'])} here" if results.get("setup_host_seconds") else ""
+        told["set-up"] = f"{human_seconds(results['setup_device_seconds'])} of device time{here}{work}, {traffic}"
+    if paid:
+        when = {key: "not within this run" if paid[key] is None else f"after round {paid[key]}" for key in ("bytes_up", "device_seconds")}
+        told["set-up paid for"] = f"in uploads {when['bytes_up']}, in device time {when['device_seconds']}; against plain {paid['against']}"
+    if state:
+        told["kept on a device"] = (
+            f"{_beside(state, 'private_bytes')} of its own tensors, {human_bytes(state['memory_bytes'])} else; "
+            f"mean of {state['devices']:,} devices that keep anything"
+        )
+        if state["optimizer_bytes"] is not None:
+            told["optimiser's state"] = _beside(state, "optimizer_bytes")
+        few, whole = state["step_flops"], state["step_flops_whole"]
+        if few < whole:
+            told["a step"] = f"{few:.4g} operations an example, {whole:.4g} with all rows (−{1 - few / whole:.2%})"
+    return told
+
+
+def _beside(state: Mapping[str, Any], key: str) -> str:
+    few, whole = state[key], state[f"{key}_whole"]
+    return human_bytes(few) + (f" ({human_bytes(whole)} with all rows, −{1 - few / whole:.0%})" if few < whole else "")

@@ -1,0 +1,93 @@
+"""What a run says of its costs is what was done: plain LoRA as it is played against a real run of it, and what devices hold."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedloom.client.curriculum import Pacing
+from fedloom.compute.flops import Flops
+from fedloom.compute.work import Spectral, Spectrum
+from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
+from fedloom.model.adapters import is_up
+from fedloom.model.blocks import layer_of
+from fedloom.run.describe import describe
+from fedloom.run.devices import named as device_named
+from fedloom.run.experiment import Experiment
+from fedloom.run.loop import run
+from fedloom.run.payback import KEYS, first_paid, plain_of, played
+from fedloom.run.pretended import Pretended
+from fedloom.run.world import build, store_in
+from fedloom.tensors import nbytes
+from tests import small
+
+
+def fibecfed(pacing: Pacing = "linear", **fields: object) -> Experiment:
+    method = FibecFed(curriculum=Curriculum(head_rounds=1, pacing=pacing), gal=Gal(count=1), keep=0.5)
+    return replace(small.experiment("lora", rounds=6, evaluate_every=0), method=replace(method, **fields))
+
+
+def test_plain_lora_is_played_at_the_cost_of_a_real_run(tmp_path: Path) -> None:
+    """To the operation, and to the bytes but for the digits of a loss, round by round; a run's set-up is set against that."""
+    asked = fibecfed()
+    real = replace(asked, method=plain_of(asked.method))
+    run(real, tmp_path / "lora", plain=True)
+    rows = [json.loads(line) for line in (tmp_path / "lora" / "rounds.jsonl").read_text().splitlines()][1:]
+    world = build(asked)
+    theirs = played(world, plain_of(asked.method), device_named(asked.device))  # type: ignore[arg-type]
+    assert len(theirs) == len(rows) == 6
+    assert all(0 <= real["bytes_up"] - one["bytes_up"] <= 16 * asked.cohort for real, one in zip(rows, theirs, strict=True))
+    digits = 20 / device_named(asked.device).upload_bytes_per_second
+    assert [row["device_seconds"] for row in theirs] == pytest.approx([row["device_seconds"] for row in rows], abs=digits, rel=1e-9)
+    assert len({round(row["device_seconds"], 9) for row in theirs}) > 1, "every round has its own cohort"
+    results = run(asked, tmp_path / "fibecfed", plain=True)
+    mine = [json.loads(line) for line in (tmp_path / "fibecfed" / "rounds.jsonl").read_text().splitlines()][1:]
+    due = {key: first_paid(results[f"setup_{key}"], [r[key] for r in mine], [r[key] for r in rows]) for key in KEYS}
+    assert results["setup_paid_back"] == {"against": "lora", **due}
+    assert due["bytes_up"] is not None
+    never = run(fibecfed(pacing="none", gal=Gal(count=3)), tmp_path / "never", plain=True)["setup_paid_back"]
+    assert never == {"against": "lora", "bytes_up": None, "device_seconds": None}, "nothing is saved: all is shared, all data is open"
+    assert json.loads((tmp_path / "lora" / "results.json").read_text())["setup_paid_back"] is None, "there is no set-up"
+
+
+def test_what_devices_hold_is_measured(tmp_path: Path) -> None:
+    """One of three layers is shared; of the two others half of the neurons are kept."""
+    asked = fibecfed()
+    results = run(asked, tmp_path / "run", plain=True)
+    world, store = build(asked), store_in(tmp_path / "run")
+    files = list((tmp_path / "run" / "checkpoints" / "clients").iterdir())
+    state, initial = results["device_state"], world.model.initial
+    local = {n: t for n, t in initial.items() if layer_of(n) is not None and layer_of(n) not in results["facts"]["gal"]}
+    halved = sum(nbytes({n: t}) for n, t in local.items() if is_up(n)) // 2
+    assert state["devices"] == len(files) == 4 and store is not None
+    assert state["private_bytes_whole"] == nbytes(local) and state["private_bytes"] == nbytes(local) - halved
+    assert state["file_bytes"] == sum(f.stat().st_size for f in files) / 4
+    assert (state["optimizer_bytes"], state["optimizer_bytes_whole"]) == (2 * (nbytes(initial) - halved), 2 * nbytes(initial))
+    bits = sum(len(t) // 8 + 1 for n, t in local.items() if is_up(n))
+    assert state["memory_bytes"] < bits + 8 * (44 + 2), "bits, difficulties, two numbers"
+    rows = {n: len(t) / 2 for n, t in local.items() if is_up(n)}  # in the mean over a layer's two B's
+    length = [float(world.device(k).train.lengths.mean()) for k in range(4)]
+    flops = Flops(world.model)
+    assert state["step_flops_whole"] == pytest.approx(sum(float(flops.step(frozenset(initial), n)) for n in length) / 4)
+    assert state["step_flops"] == pytest.approx(sum(float(flops.step(frozenset(initial), n, rows)) for n in length) / 4)  # type: ignore[arg-type]
+    assert state["step_flops"] < state["step_flops_whole"]
+    dense = run(fibecfed(keep=1.0), tmp_path / "dense", plain=True)["device_state"]
+    assert dense["private_bytes"] == dense["private_bytes_whole"] == nbytes(local)
+    assert dense["optimizer_bytes"] == 2 * nbytes(initial) and dense["file_bytes"] > state["file_bytes"]
+
+
+def test_plain_lora_keeps_nothing_on_its_devices(tmp_path: Path) -> None:
+    assert run(small.experiment("lora"), tmp_path / "run", plain=True)["device_state"] is None
+
+
+def test_a_lossless_choice_can_be_described() -> None:
+    """What is only counted finds a spectrum without a gap."""
+    asked = fibecfed(gal=Gal(lossless=True))
+    assert any(name == "set-up costs" for name, _ in describe(asked).lines)
+    world = build(asked)
+    device = world.device(0)
+    (done,) = Pretended(world.model).run([Spectrum(world.model.initial, device.train, device.train.rows[:1] * 0)])
+    assert isinstance(done.result, Spectral) and done.flops > 0
