@@ -26,8 +26,8 @@ SPECIAL = {
 
 
 def spread_text(score: Mapping[str, Any]) -> str:
-    """``0.9012 ± 0.0051``; without a deviation where there is one seed."""
-    deviation = "" if score["deviation"] is None else f" ± {score['deviation']:.4f}"
+    """``0.9012 ± 0.005``; without a deviation where there is one seed."""
+    deviation = "" if score["deviation"] is None else f" ± {score['deviation']:.3f}"
     return f"{score_text(score['mean'])}{deviation}"
 
 
@@ -36,11 +36,10 @@ def rank_text(rank: float | None) -> str:
     return NOTHING if rank is None else f"{rank:.1f}".removesuffix(".0")
 
 
-def against_text(found: Mapping[str, Any] | None) -> str:
-    """``+0.0123 [+0.0010, +0.0240] p .031``."""
-    if found is None:
-        return NOTHING
-    return f"{found['difference']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}] p {p_text(found['p'])}"
+def against_texts(found: Mapping[str, Any]) -> list[str]:
+    """``+0.0123``, ``[+0.0010, +0.0240]``, ``.031``, ``2 of 3``: difference, interval, p, in how many seeds it is better."""
+    interval = f"[{found['low']:+.4f}, {found['high']:+.4f}]"
+    return [f"{found['difference']:+.4f}", interval, p_text(found["p"]), f"{found['better']} of {found['seeds']}"]
 
 
 def p_text(p: float) -> str:
@@ -101,21 +100,24 @@ def labelled(results: Sequence[Mapping[str, Any]], plan: Plan) -> list[dict[str,
 
 
 def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
-    """(title, headers, rows) of each table: one of scores and one of costs a case, then the searches and the mean ranks."""
+    """(title, headers, rows) of each table: those of a case's scores, differences and costs, then the searches and the mean ranks. Narrow
+    enough for a terminal of 80 columns."""
     shown: list[tuple[str, Sequence[str], Cells]] = []
     seeds, searched = len(summary["seeds"]), len(summary["rates"]) > 1
-    versus = f"personalised against {summary['reference']}"
     for case in summary["cases"]:
+        lr, some = ["lr"] if searched else [], ["seeds"] if any(len(row["runs"]) < seeds for row in case["rows"]) else []
         title = f"{case['label']}: test {case['metric']} after the last round"
         title += f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
         rows = []
         for row in case["rows"]:
             final, best = row["scores"]["final"], row["scores"]["best"]
-            cells = [row["method"], *([rate_text(row)] if searched else []), str(len(row["runs"]))]
-            cells += [spread_text(final[p]) for p in PROTOCOLS] + [spread_text(best["personalised"])]
-            rows.append([*cells, *(rank_text(row["rank"][p]) for p in PROTOCOLS), against_text(row["against"]["personalised"])])
-        lr = ["lr"] if searched else []
-        shown.append((title, ["method", *lr, "seeds", *PROTOCOLS, "personalised\nbest", "rank", "rank\nglobal", versus], rows))
+            cells = [row["method"], *([rate_text(row)] if lr else []), *([str(len(row["runs"]))] if some else [])]
+            ranks = [rank_text(row["rank"][p]) for p in PROTOCOLS]
+            rows.append([*cells, *(spread_text(final[p]) for p in PROTOCOLS), spread_text(best["personalised"]), "{} ({})".format(*ranks)])
+        shown.append((title, ["method", *lr, *some, *PROTOCOLS, "personalised\nbest", "rank\n(global)"], rows))
+        if rows := [[row["method"], *against_texts(found)] for row in case["rows"] if (found := row["against"]["personalised"])]:
+            title = f"{case['label']}: personalised score against {summary['reference']} (paired bootstrap over devices)"
+            shown.append((title, ["method", "difference", f"{summary['confidence']:.0%} interval", "p", "better in"], rows))
     for case in summary["cases"]:
         rows = []
         for row in case["rows"]:
@@ -126,7 +128,7 @@ def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
         shown.append((title, ("method", "device time\nto it", "uploaded\nto it", "device time", "uploaded"), rows))
         if rows := [setup_row(row) for row in case["rows"] if row.get("setup")]:
             title = f"{case['label']}: set-up, and after which round it has paid for itself against plain LoRA"
-            headers = ("method", "device time", "host time", "operations", "uploaded", "downloaded", "in uploads", "in device\ntime")
+            headers = ("method", "device\ntime", "host\ntime", "FLOPs", "up", "down", "paid in\nuploads", "paid in\ndevice time")
             shown.append((title, headers, rows))
     if searched:
         headers = ("", "method", *(f"lr {rate:g}" for rate in summary["rates"]))
