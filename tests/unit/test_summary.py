@@ -79,22 +79,21 @@ def test_what_a_set_up_cost_and_when_it_had_paid(tmp_path: Path) -> None:
         assert how.results is not None
         if name.startswith("local"):
             back = {"against": "lora", "bytes_up": how.results["seed"], "device_seconds": None}
-            how.results.update({"setup_flops": 10.0 * how.results["seed"], "setup_host_seconds": 1.0, "setup_paid_back": back})  # type: ignore[attr-defined]
+            how.results.update({"setup_flops": 10.0 * how.results["seed"], "setup_paid_back": back})  # type: ignore[attr-defined]
         else:
             zero = dict.fromkeys(("setup_bytes_up", "setup_bytes_down", "setup_device_seconds", "setup_flops"), 0)
-            how.results.update({**zero, "setup_host_seconds": 0.001})  # type: ignore[attr-defined]
+            how.results.update(zero)  # type: ignore[attr-defined]
     lora, local = rows_of(summarise(PLAN, ended, lambda run: tmp_path / run.name, "lora", None))
     assert lora["setup"] is None
     assert local["setup"] == {
         "device_seconds": 95.0,
-        "host_seconds": 1.0,
         "flops": 15.0,
         "bytes_up": 5_000_000,
         "bytes_down": 20_000_000,
         "paid_back": {"bytes_up": {"1": 1, "2": 2}, "device_seconds": {"1": None, "2": None}},
     }
     earlier = rows_of(summed(tmp_path))[1]["setup"]
-    assert (earlier["flops"], earlier["host_seconds"], earlier["paid_back"], earlier["bytes_up"]) == (None, None, None, 5_000_000)
+    assert (earlier["flops"], earlier["paid_back"], earlier["bytes_up"]) == (None, None, 5_000_000)
 
 
 def test_the_target_is_the_references_end_seed_by_seed_or_what_is_given(tmp_path: Path) -> None:

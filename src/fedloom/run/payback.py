@@ -17,6 +17,7 @@ from typing import Any
 from fedloom.client.curricula.everything import Everything
 from fedloom.client.store import ClientStore
 from fedloom.engines.engine import drive
+from fedloom.engines.local import Local
 from fedloom.methods.fedavg import FedAvg
 from fedloom.run.devices import DeviceProfile
 from fedloom.run.ledger import Section
@@ -63,9 +64,8 @@ def plain_of(method: Any) -> FedAvg | None:
 def played(world: World, plain: FedAvg, profile: DeviceProfile) -> list[dict[str, float]]:
     """What each round of ``plain`` would cost in this world."""
     e = world.experiment
-    alike = replace(e, method=plain, engine=replace(e.engine, kind="local", workers=0))
-    there = replace(world, experiment=alike, compute=Pretended(world.model))
-    engine, made = there.engine(ClientStore(None)), []
+    there = replace(world, experiment=replace(e, method=plain), compute=Pretended(world.model))
+    engine, made = Local(there.host(ClientStore(None)), world.wave), []
     state = drive(plain.setup(plain.init(world.model), world.pool), engine)
     for _ in range(e.rounds):
         section = Section(profile)

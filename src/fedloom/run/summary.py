@@ -19,7 +19,7 @@ from fedloom.run.reading import read
 
 PROTOCOLS = ("personalised", "global")
 COSTS = ("bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down", "examples", "device_seconds", "setup_device_seconds")
-SETUP = ("device_seconds", "host_seconds", "flops", "bytes_up", "bytes_down")
+SETUP = ("device_seconds", "flops", "bytes_up", "bytes_down")
 PAID = ("bytes_up", "device_seconds")
 CHOSEN_BY = "the personalised validation score after the last round, at the first seed"
 RESAMPLED = (
@@ -150,7 +150,7 @@ def _setup(known: Mapping[int, Result]) -> dict[str, Any] | None:
     """What the set-up cost in the mean over seeds (None: not told by a run of an earlier version), and after which round it had paid for
     itself by seed (None: not within the run). None altogether where no run had a set-up."""
     costs = {key: [r.get(f"setup_{key}") for r in known.values()] for key in SETUP}
-    if not any(any(costs[key]) for key in SETUP if key != "host_seconds"):  # which is never quite 0
+    if not any(any(costs[key]) for key in SETUP):
         return None
     paid = {str(seed): back for seed, r in known.items() if (back := r.get("setup_paid_back")) is not None}
     return {

@@ -14,7 +14,7 @@ from fedloom.run.console import NOTHING, human_bytes, human_seconds, score_text
 from fedloom.run.plan import Case, Plan
 
 PROTOCOLS = ("personalised", "global")
-SETUP = ("device_seconds", "host_seconds", "flops", "bytes_up", "bytes_down")
+SETUP = ("device_seconds", "flops", "bytes_up", "bytes_down")
 Summary = Mapping[str, Any]
 Cells = Sequence[Sequence[str]]
 
@@ -78,7 +78,7 @@ def paid_text(setup: Mapping[str, Any], key: str) -> str:
 def setup_row(row: Mapping[str, Any]) -> list[str]:
     """A method's line in the table of set-ups."""
     setup = row["setup"]
-    forms = {"device_seconds": human_seconds, "host_seconds": human_seconds, "flops": "{:.3g}".format}
+    forms = {"device_seconds": human_seconds, "flops": "{:.3g}".format}
     costs = [NOTHING if setup[key] is None else forms.get(key, human_bytes)(setup[key]) for key in SETUP]
     return [row["method"], *costs, *(paid_text(setup, key) for key in ("bytes_up", "device_seconds"))]
 
@@ -128,7 +128,7 @@ def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
         shown.append((title, ("method", "device time\nto it", "uploaded\nto it", "device time", "uploaded"), rows))
         if rows := [setup_row(row) for row in case["rows"] if row.get("setup")]:
             title = f"{case['label']}: set-up, and after which round it has paid for itself against plain LoRA"
-            headers = ("method", "device\ntime", "host\ntime", "FLOPs", "up", "down", "paid in\nuploads", "paid in\ndevice time")
+            headers = ("method", "device\ntime", "FLOPs", "up", "down", "paid in\nuploads", "paid in\ndevice time")
             shown.append((title, headers, rows))
     if searched:
         headers = ("", "method", *(f"lr {rate:g}" for rate in summary["rates"]))
@@ -176,7 +176,7 @@ def as_csv(summary: Summary) -> str:
                 line |= {f"{p}_to_target_{key}": found[key] for key in ("device_seconds", "bytes_up", "reached")}
             line |= row["costs"]
             setup = row.get("setup") or {}
-            line |= {"setup_host_seconds": setup.get("host_seconds"), "setup_flops": setup.get("flops")}
+            line["setup_flops"] = setup.get("flops")
             for key in ("bytes_up", "device_seconds"):
                 paid = list(((setup.get("paid_back") or {}).get(key) or {}).values())
                 line[f"setup_paid_back_{key}"] = sum(paid) / len(paid) if paid and None not in paid else None
