@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -74,18 +75,18 @@ class Filler:
         if self.room < 1:
             raise ClozeError(f"the template {self.cloze.template!r} alone fills the {self.length} tokens of --max-length; give more")
 
-    @property
+    @cached_property
     def template(self) -> str:
         """The template with its gap: the mask token, or nothing after a causal model's."""
         return self.cloze.template.replace("{mask}", "" if self.causal else self.tokenizer.mask_token).rstrip()
 
-    @property
+    @cached_property
     def room(self) -> int:
         """Tokens that are left for texts."""
         empty = FIELD.sub("", self.template)
         return self.length - len(self.tokenizer(empty)["input_ids"]) - 2  # where a text meets the template, pieces may part otherwise
 
-    @property
+    @cached_property
     def gap(self) -> int:
         """The place of the answer in every example: the mask's, or the last."""
         if self.causal:
