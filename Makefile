@@ -38,14 +38,14 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP) ## make .venv from constraints.txt, with .venv/bin/fedloom (about 2 minutes the first time, then nothing)
 
-demo: $(STAMP) ## plain federated LoRA against FibecFed on 100 devices holding TREC questions (at most 5 minutes)
+demo: $(STAMP) ## plain federated LoRA against FibecFed on 100 devices holding TREC questions (4 to 8 minutes)
 	@echo "demo: $(DEMO_METHODS), each federated over 100 simulated devices that hold real questions (TREC, six classes),"
-	@echo "demo: a real 22M-parameter encoder, 10 devices a round. At most 5 minutes on two cores. Stop it and run it again: it resumes."
+	@echo "demo: a real 22M-parameter encoder, 10 devices a round. 4 to 8 minutes on two cores, by their speed. Stop it and run it again: it resumes."
 	$(BIN)/fedloom compare $(DEMO_METHODS) $(DEMO_OPTIONS) --out $(DEMO_OUT)
 	@echo "demo: the report, with its plots: $(abspath $(DEMO_OUT))/report.html"
 
-test: $(STAMP) ## all tests, then the branch coverage of floors 0-3, at least 95 % (10 to 25 minutes)
-	@echo "test: unit, conformance, oracle and integration tests in $(WORKERS) processes (10 to 25 minutes on two cores, by their speed)"
+test: $(STAMP) ## all tests, then the branch coverage of floors 0-3, at least 95 % (15 to 35 minutes)
+	@echo "test: unit, conformance, oracle and integration tests in $(WORKERS) processes (15 to 35 minutes on two cores, by their speed)"
 	$(PYTEST) --cov --cov-report= tests
 	@echo "test: branch coverage of floors 0-3 (messages to methods and engines)"
 	$(BIN)/python -m coverage report --include='$(FLOORS_0_TO_3)' --fail-under=95
