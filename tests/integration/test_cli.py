@@ -129,7 +129,7 @@ def test_compare_over_seeds_with_one_learning_rate(
     rates = [(r["experiment"]["method"].get("inner") or r["experiment"]["method"])["lr"] for r in listed]
     assert rates == [0.125] * 4
     scores = [r["final"]["personalised"] for r in listed if r["method"] == "lora"]
-    assert f"{np.mean(scores):.4f} ± {np.std(scores, ddof=1):.4f}" in capsys.readouterr().out
+    assert f"{np.mean(scores):.4f} ± {np.std(scores, ddof=1):.3f}" in capsys.readouterr().out
 
 
 def test_one_method_that_fails_does_not_lose_the_others(
