@@ -39,7 +39,20 @@ ROUNDS = 2
 METHODS = list(all_methods())
 TRAINS_AS = {name: held for name, kind in all_methods().items() if (held := trains_as(kind()))}
 NO_GLOBAL = {"local", "lora-personal-head", "fedsa", "fedalt-partial"}
-NO_PERSONAL_PART = {"lora", "federa", "centralised", "ffa", "rolora", "fedopt"}
+NO_PERSONAL_PART = {
+    "lora",
+    "federa",
+    "centralised",
+    "ffa",
+    "rolora",
+    "fedopt",
+    "fedcybgd",
+    "fedbavg",
+    "handover",
+    "fedfft",
+    "fedbf",
+    "fedap",
+}
 
 RESULT_KEYS = {
     "method", "metric", "rounds", "seed", "digest", "final", "best", "bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,6 +24,7 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
+    cosine: bool = False
 
 
 def clip_to(gradients: Tensors, limit: float) -> dict[str, np.ndarray]:
@@ -65,6 +66,8 @@ def train(
     trained = sorted(names)
     first, second = ({n: np.zeros_like(now[n]) for n in trained} for _ in range(2))
     for step, batch in enumerate(batches, start=1):
+        # "cosine within a turn": SGDR's eq. 5 with η_min = 0, T_cur counted from 0
+        now_rule = replace(rule, lr=rule.lr * (1 + math.cos(math.pi * (step - 1) / len(batches))) / 2) if rule.cosine else rule
         chosen = pad([examples[i] for i in batch])
         losses.append(encoder.forward(now, chosen, offset=offset).loss)
         gradients = encoder.backward(now, chosen, offset=offset).tensors
@@ -72,7 +75,7 @@ def train(
         pulled = {n: gradients[n].mean(0) + (pull * (now[n] - towards[n]) if towards else 0.0) for n in trained}
         masked = {n: pulled[n] * masks.get(n, 1.0) for n in trained}
         for n, g in clip_to(masked, rule.clip).items():
-            moved, first[n], second[n] = adamw_step(now[n], g, first[n], second[n], step, rule)
+            moved, first[n], second[n] = adamw_step(now[n], g, first[n], second[n], step, now_rule)
             now[n] = np.where(masks.get(n, 1.0) == 1.0, moved, now[n])
     return now, losses
 

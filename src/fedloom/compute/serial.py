@@ -80,6 +80,8 @@ class Serial:
                 tensor.grad = gradient * mask[name] if name in mask else gradient
             if o.clip:
                 torch.nn.utils.clip_grad_norm_(list(now.values()), o.clip)
+            for group in adam.param_groups:
+                group["lr"] = o.rate(i, len(item.batches))
             adam.step()
             with torch.no_grad():
                 for name in mask:

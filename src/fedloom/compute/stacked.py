@@ -221,7 +221,12 @@ class Stacked:
             second[:active].mul_(o.betas[1]).addcmul_(gradient, gradient, value=1 - o.betas[1])
             unbias = [1 - beta ** steps[:active, None] for beta in o.betas]
             scale = (second[:active] / unbias[1]).sqrt_().add_(o.eps)
-            moved = (now[:active] * (1 - o.lr * o.weight_decay)).sub_((first[:active] / unbias[0]).div_(scale), alpha=o.lr)
+            step = (first[:active] / unbias[0]).div_(scale)
+            if o.schedule == "constant":
+                moved = (now[:active] * (1 - o.lr * o.weight_decay)).sub_(step, alpha=o.lr)
+            else:  # each client's rate is its own
+                rate = now.new_tensor([[o.rate(i, len(item.batches))] for item in items[:active]])
+                moved = (now[:active] * (1 - rate * o.weight_decay)).sub_(step.mul_(rate))
             now[:active] = moved if mask is None else torch.where(mask[:active] > 0, moved, now[:active])
             for kept, value in zip(losses, loss.tolist(), strict=False):
                 kept[i] = value

@@ -9,6 +9,7 @@ model's own values; a trainable tensor that is not named keeps the model's initi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -23,19 +24,29 @@ from fedloom.tensors import same_names
 Indices = np.ndarray
 """int64 positions into an item's ``examples``."""
 
+Schedule = Literal["constant", "cosine"]
+
 Penalty = Callable[[Tensors, Tensors], torch.Tensor]
 """(tensors now, anchor) -> scalar added to the mean loss of each step (FedProx and the like)."""
 
 
 @dataclass(frozen=True)
 class AdamW:
-    """Decoupled weight-decay Adam (1711.05101) with the gradient's global 2-norm clipped to ``clip`` (0: not clipped)."""
+    """Decoupled weight-decay Adam (1711.05101) with the gradient's global 2-norm clipped to ``clip`` (0: not clipped).
+
+    ``schedule``: the rate of all steps of a Fit is ``lr``, or falls from it to 0 along half a cosine (1608.03983, eq. 5).
+    """
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
+    schedule: Schedule = "constant"
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of step 0..steps − 1: lr, or lr·(1 + cos(π·step/steps))/2."""
+        return self.lr if self.schedule == "constant" else self.lr * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 @dataclass(frozen=True)

@@ -31,25 +31,27 @@ class Engine(Protocol):
 
 
 def drive(flow: Flow[T], engine: Engine, quorum: float = 1.0, seen: Callable[[Sequence[Task], Replies], None] | None = None) -> T:
-    """Run a flow to its end against an engine. ``quorum`` is the share of each asking that must answer (0: the flow insists itself).
+    """Run a flow to its end against an engine. ``quorum`` is the share of each asking that must answer (0: the flow insists itself),
+    unless an asking says how many.
 
     ``seen`` is called with every asking and its replies (the ledger's ear).
 
     Raises:
-        CohortFailed: fewer than ``ceil(quorum * asked)`` clients answered.
+        CohortFailed: fewer clients answered than must, by default ``ceil(quorum * asked)``.
         ValueError: one asking names a client twice.
     """
     try:
         asked = next(flow)
         while True:
-            tasks, take = (asked.tasks, asked.take) if isinstance(asked, Asking) else (asked, whole)
+            asking = asked if isinstance(asked, Asking) else Asking(asked, whole)
+            tasks = asking.tasks
             twice = sorted(client for client, times in Counter(task.client for task in tasks).items() if times > 1)
             if twice:
                 raise ValueError(f"clients {twice} are asked twice at once; ask one task a client, then ask again")
-            replies = engine.run(tasks, take)
+            replies = engine.run(tasks, asking.take)
             if seen is not None:
                 seen(tasks, replies)
-            needed = quorum_of(len(tasks), quorum) if quorum > 0 else 0
+            needed = asking.needed if asking.needed is not None else quorum_of(len(tasks), quorum) if quorum > 0 else 0
             if len(replies.updates) < needed:
                 raise CohortFailed(replies.failures, len(replies.updates), needed)
             asked = flow.send(list(replies.updates))

@@ -20,7 +20,7 @@ import torch
 from fedloom.client.client import Client
 from fedloom.client.curricula.everything import Everything
 from fedloom.client.curriculum import Curriculum, Opened, Turn, shuffled, shuffled_epochs
-from fedloom.compute.work import AdamW, Fit, Fitted, Moments, Penalty
+from fedloom.compute.work import AdamW, Fit, Fitted, Moments, Penalty, Schedule
 from fedloom.data.examples import Examples
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
 from fedloom.methods.method import Predictor, State, predict
@@ -41,6 +41,7 @@ class FedAvg:
         weight_decay: AdamW's decoupled weight decay.
         clip: limit of the gradient's 2-norm (0: none).
         reshuffle: cut new batches in every epoch; otherwise one seeded cut per device for ever, as FibecFed has it.
+        schedule: how the rate goes within one participation: constant, or falling to 0 along half a cosine.
         curriculum: what is trained on in which round; ``fedloom run METHOD+CURRICULUM`` chooses one.
     """
 
@@ -53,6 +54,7 @@ class FedAvg:
     weight_decay: float = 0.0
     clip: float = 1.0
     reshuffle: bool = True
+    schedule: Schedule = "constant"
     curriculum: Curriculum = field(default_factory=Everything)
 
     def init(self, model: Model) -> State:
@@ -155,7 +157,7 @@ class FedAvg:
     @property
     def optimizer(self) -> AdamW:
         """AdamW with this method's settings."""
-        return AdamW(self.lr, weight_decay=self.weight_decay, clip=self.clip)
+        return AdamW(self.lr, weight_decay=self.weight_decay, clip=self.clip, schedule=self.schedule)
 
     @property
     def has_curriculum(self) -> bool:

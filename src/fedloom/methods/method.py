@@ -49,7 +49,8 @@ class Method(Protocol):
 
     A method that trains exactly as its field ``inner`` and only predicts otherwise may say ``trains_as_inner = True``; then what ``inner``
     trained can be evaluated as this method (``fedloom evaluate RUN --method``).
-    One that needs LoRA to start elsewhere than at zero says so: ``adapter_start = "svd"``; an experiment may still say otherwise.
+    One that trains something else than LoRA, or needs LoRA to start elsewhere than at zero, says so: ``adapter_kind = "full"``,
+    ``adapter_start = "svd"``; an experiment may still say otherwise.
     """
 
     name: ClassVar[str]

@@ -30,7 +30,7 @@ ADAPTER = "default"
 HEADS = frozenset({"classifier", "score"})
 """What the libraries call the head of a classifier."""
 
-Kind = Literal["lora", "ia3", "houlsby", "pfeiffer", "bitfit", "full"]
+Kind = Literal["auto", "lora", "ia3", "houlsby", "pfeiffer", "bitfit", "full"]
 Start = Literal["auto", "zero", "svd"]
 
 
@@ -44,7 +44,7 @@ class Adapter:
         targets: ends of the module names that get a pair, or an (IA)³ scale (empty: PEFT's choice for the architecture).
         dropout: rate for LoRA's input and for every dropout site of the base model (0: none).
         kind: lora; ia3: scales of keys, values and the feed-forward part ((IA)³ 2205.05638); houlsby, pfeiffer: bottleneck adapters;
-            bitfit: the biases (2106.10199); full: every weight.
+            bitfit: the biases (2106.10199); full: every weight; auto: as the method has it, else lora.
         start: where LoRA starts: at zero, from the weights' singular vectors (svd; ``principal.py``), or auto: as the method has it, else
             at zero.
     """
@@ -53,7 +53,7 @@ class Adapter:
     alpha: float = 16.0
     targets: tuple[str, ...] = ()
     dropout: float = 0.0
-    kind: Kind = "lora"
+    kind: Kind = "auto"
     start: Start = "auto"
 
 
@@ -70,12 +70,12 @@ def attach(base: nn.Module, adapter: Adapter, classifier: bool = True) -> nn.Mod
     """
     if adapter.rank < 1 or not 0 <= adapter.dropout < 1:
         raise AdapterError(f"an adapter needs rank >= 1 and 0 <= dropout < 1; got rank {adapter.rank}, dropout {adapter.dropout}")
-    if adapter.start == "svd" and adapter.kind != "lora":
+    if adapter.start == "svd" and adapter.kind not in ("auto", "lora"):
         raise AdapterError(f"start svd is one of LoRA's pairs, and kind {adapter.kind} has none; give --adapter.kind lora")
     targets = list(adapter.targets) or None
     task = TaskType.SEQ_CLS if classifier else None
     match adapter.kind:
-        case "lora":
+        case "auto" | "lora":
             scaling: dict[str, Any] = {"lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout}
             config = LoraConfig(task_type=task, r=adapter.rank, target_modules=targets, **scaling)
             made = _by_peft(base, adapter, config)
@@ -99,14 +99,14 @@ def attach(base: nn.Module, adapter: Adapter, classifier: bool = True) -> nn.Mod
         case "full":
             train = {name for name, _ in base.named_parameters()}
         case _:
-            raise AdapterError(f"there is no kind '{adapter.kind}'; there are {', '.join(get_args(Kind))}")
+            raise AdapterError(f"there is no kind '{adapter.kind}'; there are {', '.join(get_args(Kind)[1:])}")
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(name in train or is_head(name))
     return base
 
 
 def _other(kind: str) -> str:
-    return ", ".join(one for one in get_args(Kind) if one != kind)
+    return ", ".join(one for one in get_args(Kind)[1:] if one != kind)
 
 
 def _by_peft(base: nn.Module, adapter: Adapter, config: PeftConfig) -> nn.Module:
@@ -116,7 +116,7 @@ def _by_peft(base: nn.Module, adapter: Adapter, config: PeftConfig) -> nn.Module
         ends = sorted(
             {n.rsplit(".", 1)[-1] for n, m in base.named_modules() if "Linear" in type(m).__name__ or "Conv1D" in type(m).__name__}
         )
-        name = "LoRA" if adapter.kind == "lora" else "(IA)³"
+        name = "LoRA" if adapter.kind != "ia3" else "(IA)³"
         wanted = f"targets {list(adapter.targets)}" if adapter.targets else "no known default targets"
         raise AdapterError(
             f"{name} has {wanted} for {type(base).__name__}. Name some of its linear modules, e.g. --adapter.targets {' '.join(ends[:2])}; "

@@ -1,11 +1,24 @@
-"""Which transformer layer a tensor belongs to, read from its name. Pure functions: both sides of the wire agree on them."""
+"""Which part of a transformer a tensor belongs to, read from its name. Pure functions: both sides of the wire agree on them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from typing import Literal, NamedTuple
 
 LAYER = re.compile(r"\.(\d+)\.")
+ATTENTION = re.compile(r"(attn|attention)$")
+EMBEDDING = re.compile(r"(embed|^wte$|^wpe$)")
+
+Parts = Literal["layers", "halves"]
+"""What a block is: a transformer layer, or the attention of one and the rest of it as two."""
+
+
+class Block(NamedTuple):
+    """Tensors that are trained together. ``names`` are sorted."""
+
+    label: str
+    names: tuple[str, ...]
 
 
 def layer_of(name: str) -> int | None:
@@ -25,3 +38,34 @@ def layers(names: Collection[str]) -> dict[int, list[str]]:
         if layer is not None:
             groups.setdefault(layer, []).append(name)
     return dict(sorted(groups.items()))
+
+
+def in_attention(name: str) -> bool:
+    """Whether a tensor lies in a layer's attention module (a norm beside it does not)."""
+    return any(ATTENTION.search(part) for part in name.split(".")[:-1])
+
+
+def cover(names: Collection[str], parts: Parts = "layers", ends: bool = False, head: Collection[str] = ()) -> list[Block]:
+    """The model cut into blocks from the input to the output, no tensor in two of them.
+
+    ``ends``: what lies before the layers (the embeddings) and behind them (norms, a pooler, a language model's output) are a block each;
+    otherwise they are in none. Tensors of the ``head`` are never in one.
+    """
+    blocks: list[Block] = []
+    for number, of_layer in layers([n for n in names if n not in head]).items():
+        if parts == "layers":
+            blocks.append(Block(f"layer {number}", tuple(of_layer)))
+        else:
+            blocks += _some(f"layer {number}, attention", filter(in_attention, of_layer))
+            blocks += _some(f"layer {number}, rest", (n for n in of_layer if not in_attention(n)))
+    if not ends:
+        return blocks
+    outside = [n for n in sorted(names) if layer_of(n) is None and n not in head]
+    before = [n for n in outside if any(EMBEDDING.search(part) for part in n.split("."))]
+    return [*_some("embeddings", before), *blocks, *_some("behind the layers", (n for n in outside if n not in before))]
+
+
+def _some(label: str, names: Iterable[str]) -> list[Block]:
+    """The block, unless it is empty."""
+    found = tuple(names)
+    return [Block(label, found)] if found else []

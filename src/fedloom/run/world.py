@@ -183,9 +183,10 @@ def build(experiment: Experiment) -> World:
 
 
 def adapter_of(experiment: Experiment) -> Adapter:
-    """The adapter with its start as the method has it, where that is left to it."""
-    own = experiment.adapter
-    return replace(own, start=vars(type(experiment.method)).get("adapter_start", "zero")) if own.start == "auto" else own
+    """The adapter with its kind and start as the method has them, where that is left to it."""
+    own, wanted = experiment.adapter, vars(type(experiment.method))
+    kind = wanted.get("adapter_kind", "lora") if own.kind == "auto" else own.kind
+    return replace(own, kind=kind, start=wanted.get("adapter_start", "zero") if own.start == "auto" else own.start)
 
 
 CUTTING = (LengthWarmup, Staged)

@@ -1,0 +1,165 @@
+"""FedCyBGD, FedBAvg and the sequential hand-over as they run on both computes, against NumPy: whole cycles computed from the sentences.
+
+The tensors are those of a four-layer model's adapter, so a block is a layer's; what a block is made of is ``test_blocks.py``'s to show.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedloom.client.host import Host
+from fedloom.client.store import ClientStore
+from fedloom.engines.engine import drive
+from fedloom.engines.local import Local
+from fedloom.engines.wrap import Faulty
+from fedloom.methods.fedbavg import FedBAvg
+from fedloom.methods.fedcybgd import FedCyBGD
+from fedloom.methods.handover import Handover
+from fedloom.server.participation import Pool, uniform
+from fedloom.tensors import nbytes
+from tests.oracle import real
+from tests.oracle.numpy_training import aggregate, train
+from tests.oracle.test_baselines import epochs, kinds
+
+CYCLE = Pool((0, 1, 2, 3), 2, 6, 8)
+FEW = Pool((0, 1, 2), 1, 8, 8)
+BLOCKS = 4
+INNER = replace(real.INNER, schedule="cosine")
+RULE = replace(real.RULE, cosine=True)
+
+
+def of_block(block: int) -> set[str]:
+    """A layer's tensors, by the part of the name that says which layer."""
+    return {n for n in real.start() if f".layer.{block}." in n}
+
+
+HEAD = {n for n in real.start() if "classifier" in n}
+
+
+def turn(client: int, block: int, at: dict[str, np.ndarray], t: int) -> tuple[dict[str, np.ndarray], list[float]]:
+    """AdamW from m = v = 0 on the block and the head alone."""
+    return train(real.encoder(), at, of_block(block) | HEAD, real.questions(client), epochs(client, "batches", t), RULE)
+
+
+@kinds
+@pytest.mark.parametrize(
+    ("order", "pool", "who", "which"),
+    [
+        ("ascending", CYCLE, [0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 0, 1]),
+        ("descending", CYCLE, [0, 1, 2, 3, 0, 1], [3, 2, 1, 0, 3, 2]),
+        ("shifted", CYCLE, [0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 1, 2]),
+        ("ascending", FEW, [0, 1, 2, 0, 0, 1, 2, 0], [0, 1, 2, 3, 0, 1, 2, 3]),
+    ],
+)
+def test_turn_after_turn(kind: real.Kind, order: Any, pool: Pool, who: list[int], which: list[int]) -> None:
+    """Client k trains block b on top of the server's model; the server puts w_b and the head in the place of its own. With fewer clients
+    than blocks one takes several turns. Only what changed since the client was last sent it goes down, and one block comes up."""
+    made = real.run(FedCyBGD(INNER, order), kind, pool)
+    shared, changed = real.start(), [0] * BLOCKS
+    seen = {k: [0] * BLOCKS for k in pool.clients}
+    for t, (exchange, client, block) in enumerate(zip(made.asked("train"), who, which, strict=True)):
+        assert tuple(exchange.down) == (client,)
+        due = {block} | {j for j in range(BLOCKS) if changed[j] > seen[client][j]}
+        assert set(exchange.down[client].tensors) == HEAD.union(*map(of_block, due))
+        for j in due:
+            seen[client][j] = changed[j]
+        up = exchange.up[client]
+        assert set(up.tensors) == of_block(block) | HEAD
+        assert nbytes(up.tensors) == 4 * sum(shared[n].size for n in of_block(block) | HEAD)
+        before = made.states[t].shared
+        after, losses = turn(client, block, shared, t)
+        shared, changed[block] = after, t + 1
+        real.assert_close(made.states[t + 1].shared, shared)
+        assert up.metrics["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
+        untouched = set(shared) - of_block(block) - HEAD
+        assert all(torch.equal(before[n], made.states[t + 1].shared[n]) for n in untouched)
+        assert all(torch.equal(up.tensors[n], made.states[t + 1].shared[n]) for n in up.tensors), "replaced, not averaged"
+        assert all(not torch.equal(before[n], up.tensors[n]) for n in up.tensors)
+    for logits in made.logits.values():
+        assert set(logits) == {"validation", "test"}
+    assert made.assembled is not None
+    real.assert_close(made.assembled, shared)
+
+
+def test_a_random_order_sees_every_block_in_every_cycle_and_is_drawn_anew() -> None:
+    pool = Pool((0, 1, 2, 3), 1, 12, 8)
+    made = real.run(FedCyBGD(replace(INNER, local_epochs=1), "random"), "stacked", pool)
+    blocks = [next(b for b in range(BLOCKS) if of_block(b) <= set(e.up[t % 4].tensors)) for t, e in enumerate(made.asked("train"))]
+    cycles = [blocks[i : i + 4] for i in range(0, 12, 4)]
+    assert all(sorted(cycle) == [0, 1, 2, 3] for cycle in cycles)
+    assert len({tuple(cycle) for cycle in cycles}) > 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_with_a_subset_a_client_trains_on_top_of_what_it_has(share: float) -> None:
+    """A random share of the other changed blocks goes down; the rest stay as the client was sent them last, or pre-trained. The block in
+    question and the head are always exact."""
+    made = real.run(FedCyBGD(INNER, subset=share), "serial", FEW)
+    shared, changed = real.start(), [0] * BLOCKS
+    has = {k: real.start() for k in FEW.clients}
+    seen = {k: [0] * BLOCKS for k in FEW.clients}
+    stale = 0
+    for t, exchange in enumerate(made.asked("train")):
+        ((client, task),) = exchange.down.items()
+        block = t % BLOCKS
+        due = [j for j in range(BLOCKS) if j != block and changed[j] > seen[client][j]]
+        sent = {j for j in range(BLOCKS) if of_block(j) <= set(task.tensors)}
+        assert block in sent and sent - {block} <= set(due) and len(sent) - 1 == round(share * len(due))
+        has[client] |= {n: shared[n] for n in HEAD.union(*map(of_block, sent))}
+        for j in sent:
+            seen[client][j] = changed[j]
+        stale += any(not np.array_equal(has[client][n], shared[n]) for n in shared)
+        after, _ = turn(client, block, has[client], t)
+        shared, changed[block] = shared | {n: after[n] for n in of_block(block) | HEAD}, t + 1
+        real.assert_close(made.states[t + 1].shared, shared)
+    assert stale > 2
+
+
+def test_a_client_that_dies_costs_its_turn_and_nothing_else() -> None:
+    """Client 1 never answers. The others' turns are what they would be had it none."""
+    method, pool, store = FedCyBGD(INNER), Pool((0, 1, 2, 3), 4, 6, 8), ClientStore()
+    host = Host(method, lambda k: replace(real.devices()[k], private={}, memory={}), real.compute("serial"), store, real.DIGEST)
+    engine = Faulty(Local(host), fails=lambda task: task.client == 1)
+    state = drive(method.setup(method.init(real.model()), pool), engine, quorum=0)
+    shared = real.start()
+    for t in range(pool.rounds):
+        state = drive(method.round(state, pool), engine, quorum=1.0)
+        if t % 4 != 1:
+            shared = turn(t % 4, t % 4, shared, t)[0]
+        real.assert_close(state.shared, shared)
+    assert state.round == 6
+
+
+@kinds
+def test_fedbavg(kind: real.Kind) -> None:
+    """Every device of S_t trains the same block; the server takes the mean by numbers of examples."""
+    made = real.run(FedBAvg(FedCyBGD(INNER)), kind, CYCLE)
+    shared = real.start()
+    for t, exchange in enumerate(made.asked("train")):
+        cohort = uniform(CYCLE, t)
+        assert tuple(exchange.down) == cohort
+        fitted = [turn(k, t % BLOCKS, shared, t)[0] for k in cohort]
+        shared = aggregate(fitted, [real.SIZES[k] for k in cohort])
+        assert all(set(exchange.up[k].tensors) == of_block(t % BLOCKS) | HEAD for k in cohort)
+        real.assert_close(made.states[t + 1].shared, shared)
+
+
+@kinds
+def test_handover(kind: real.Kind) -> None:
+    """One client at a time trains everything and hands it on."""
+    made = real.run(Handover(INNER), kind, CYCLE)
+    shared = real.start()
+    for t in range(CYCLE.rounds):
+        client = t % 4
+        shared, _ = train(real.encoder(), shared, list(shared), real.questions(client), epochs(client, "batches", t), RULE)
+        real.assert_close(made.states[t + 1].shared, shared)
+
+
+def test_a_share_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="subset is 1.5"):
+        FedCyBGD(subset=1.5)

@@ -1,0 +1,42 @@
+"""The model cut into blocks: an ordered, disjoint cover for every family."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import pytest
+
+from fedloom.model.adapters import is_head
+from fedloom.model.blocks import cover, in_attention
+from tests import families
+
+FAMILIES = ("bert", "roberta", "deberta-v2", "modernbert", "gpt2", "llama", "qwen2")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_cover_the_model_once(family: str) -> None:
+    of = families.of_kind(family, "full")
+    head = [n for n in of.initial if is_head(n)]
+    whole = cover(of.initial, ends=True, head=head)
+    names = list(chain.from_iterable(block.names for block in whole))
+    assert len(names) == len(set(names)) and {*names, *head} == set(of.initial)
+    layers = cover(of.initial, head=head)
+    assert [block.label for block in layers] == [f"layer {i}" for i in range(of.depth)]
+    assert [block.label for block in whole if block.label.startswith("layer")] == [block.label for block in layers]
+    assert whole[0].label == "embeddings" and all("embed" in n or "wte" in n or "wpe" in n for n in whole[0].names)
+    halves = cover(of.initial, "halves", head=head)
+    assert [block.label for block in halves] == [f"layer {i}, {half}" for i in range(of.depth) for half in ("attention", "rest")]
+    for layer, attention, rest in zip(layers, halves[::2], halves[1::2], strict=True):
+        assert sorted(attention.names + rest.names) == list(layer.names)
+        assert all(in_attention(n) for n in attention.names) and not any(in_attention(n) for n in rest.names)
+
+
+def test_a_layers_number_is_no_prefix_of_anothers() -> None:
+    names = ["m.layers.1.w", "m.layers.10.w", "m.layers.2.w", "score.weight"]
+    assert [block.names for block in cover(names, head=["score.weight"])] == [("m.layers.1.w",), ("m.layers.2.w",), ("m.layers.10.w",)]
+
+
+def test_a_norm_beside_the_attention_is_not_in_it() -> None:
+    assert not in_attention("model.layers.0.post_attention_layernorm.weight")
+    assert in_attention("model.layers.0.self_attn.q_proj.weight")
+    assert in_attention("bert.encoder.layer.0.attention.output.dense.weight")
