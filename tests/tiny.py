@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 from fedloom.client.client import Client
 from fedloom.data.examples import Examples
-from fedloom.model.adapters import Adapter, Start
+from fedloom.model.adapters import Adapter, Kind, Start
 from fedloom.model.base import Model, Precision, load
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] + [f"w{i}" for i in range(60)]
@@ -51,9 +51,11 @@ def folder(layers: int = 3, hidden: int = 16) -> Path:
     return path
 
 
-def model(precision: Precision = "float32", dropout: float = 0.0, labels: int = 3, layers: int = 3, start: Start = "zero") -> Model:
-    """The tiny model with rank-2 LoRA (alpha 4: s = 2) on query and value."""
-    adapter = Adapter(rank=2, alpha=4.0, dropout=dropout, start=start)
+def model(
+    precision: Precision = "float32", dropout: float = 0.0, labels: int = 3, layers: int = 3, start: Start = "zero", kind: Kind = "lora"
+) -> Model:
+    """The tiny model with rank-2 LoRA (alpha 4: s = 2) on query and value, or another kind of adapter."""
+    adapter = Adapter(rank=2, alpha=4.0, dropout=dropout, start=start, kind=kind)
     return load(str(folder(layers)), num_labels=labels, adapter=adapter, seed=1, max_length=16, precision=precision)
 
 

@@ -63,7 +63,8 @@ MODEL = cache(partial(tiny.model, layers=4))
 def play(name: str, engine_over: Callable[[Host], Engine], disturbed: Callable[[Engine], Engine]) -> Played:
     """Set-up, two rounds and, twice, the personal predictions of one method."""
     method, store = all_methods()[name](), ClientStore()
-    model = MODEL(start=vars(type(method)).get("adapter_start", "zero"))
+    own = vars(type(method))
+    model = MODEL(start=own.get("adapter_start", "zero"), kind=own.get("adapter_kind", "lora"))
     host = Host(method, device, Serial(model), store, DIGEST)
     recording = Recording(disturbed(engine_over(host)))
     state = drive(method.setup(method.init(model), POOL), recording, quorum=0)

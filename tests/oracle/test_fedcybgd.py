@@ -124,7 +124,7 @@ def test_a_client_that_dies_costs_its_turn_and_nothing_else() -> None:
     """Client 1 never answers. The others' turns are what they would be had it none."""
     method, pool, store = FedCyBGD(INNER), Pool((0, 1, 2, 3), 4, 6, 8), ClientStore()
     host = Host(method, lambda k: replace(real.devices()[k], private={}, memory={}), real.compute("serial"), store, real.DIGEST)
-    engine = Faulty(Local(host), fails=lambda task: task.client == 1)
+    engine = Faulty(Local(host), fails=lambda task, _: "out of range" if task.client == 1 else None)
     state = drive(method.setup(method.init(real.model()), pool), engine, quorum=0)
     shared = real.start()
     for t in range(pool.rounds):

@@ -48,7 +48,24 @@ from tests.flows import (
 def test_there_are_these_methods_and_each_says_its_paper() -> None:
     ours = ["centralised", "local", "lora", "lora-finetuned", "lora-personal-head", "lora-prior"]
     assert list(all_methods()) == sorted(
-        [*ours, "ditto", "fedalt-partial", "fedeven", "fedopt", "federa", "fedsa", "ffa", "fibecfed", "rolora"]
+        [
+            *ours,
+            "ditto",
+            "fedalt-partial",
+            "fedap",
+            "fedbavg",
+            "fedbf",
+            "fedcybgd",
+            "fedeven",
+            "fedfft",
+            "fedopt",
+            "federa",
+            "fedsa",
+            "ffa",
+            "fibecfed",
+            "handover",
+            "rolora",
+        ]
     )
     assert all(kind.paper for kind in all_methods().values())
     assert named("fibecfed") is FibecFed

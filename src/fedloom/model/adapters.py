@@ -244,6 +244,13 @@ def merged(model: nn.Module, names: Mapping[str, str], tensors: Mapping[str, tor
         raise AdapterError(f"PEFT cannot merge this adapter ({error}); export it without --merge") from error
 
 
+def saved_as(model: nn.Module) -> Literal["adapter", "model", ""]:
+    """How others can load what was trained: as PEFT's adapter, as a whole plain model, or not at all (bottlenecks)."""
+    if isinstance(model, PeftModel):
+        return "adapter"
+    return "" if any(isinstance(module, bottleneck.Bottleneck) for module in model.modules()) else "model"
+
+
 def write_adapter(
     model: nn.Module,
     names: Collection[str],

@@ -11,7 +11,7 @@ import torch
 from fedloom.client.store import ClientStore
 from fedloom.messages import Tensors
 from fedloom.methods.method import Predictor
-from fedloom.model.adapters import merged, write_adapter
+from fedloom.model.adapters import merged, saved_as, write_adapter
 from fedloom.model.base import Model, folder_of
 from fedloom.run import checkpoint
 from fedloom.run.experiment import Experiment
@@ -43,6 +43,19 @@ def write_merged(model: Model, tensors: Tensors, classes: Sequence[str], out: Pa
     plain.config.label2id = {name: i for i, name in enumerate(classes)}
     plain.save_pretrained(out)
     model.tokenizer.save_pretrained(out)
+
+
+def write_global(model: Model, tensors: Tensors, classes: Sequence[str], folder: Path) -> list[str]:
+    """Write the global model as others load it, to ``adapter`` or ``model`` in the run's folder; and notes to say why not, if it cannot
+    be."""
+    match saved_as(model.module):
+        case "adapter":
+            write_folder(model, tensors, folder / "adapter")
+        case "model" if model.filler is None:
+            write_merged(model, tensors, classes, folder / "model")
+        case _:
+            return ["no other library loads a model of this adapter kind and head: it is in the run's checkpoint only"]
+    return []
 
 
 def predictor_of(world: World, folder: Path, client: int | None) -> Predictor:

@@ -23,7 +23,7 @@ from fedloom.run.console import Progress, Show
 from fedloom.run.devices import named as device_named
 from fedloom.run.evaluation import NOTHING, Evaluation, evaluate
 from fedloom.run.experiment import Experiment, as_json, completed, first_difference
-from fedloom.run.export import write_folder
+from fedloom.run.export import write_global
 from fedloom.run.holdings import held
 from fedloom.run.ledger import Ledger
 from fedloom.run.payback import paid_back
@@ -120,14 +120,14 @@ def _run(world: World, folder: Path, show: Show) -> dict[str, Any]:
 def finish(
     world: World, folder: Path, state: State, ledger: Ledger, found: Evaluation, store: ClientStore, notes: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Write the adapter and ``results.json``, with these notes after the data's, and return what it holds."""
+    """Write the global model and ``results.json``, with these notes after the data's, and return what it holds."""
     outcome = results_of(world, state, ledger, found)
     outcome["setup_paid_back"] = paid_back(world, ledger.profile, ledger.totals, ledger.rows())
     outcome["device_state"] = held(world, store)
     outcome["notes"] += notes
     assembled = world.experiment.method.assembled(state)
     if assembled is not None:
-        write_folder(world.model, assembled, folder / "adapter")
+        outcome["notes"] += write_global(world.model, assembled, world.classes, folder)
     write_atomically(folder / "results.json", json.dumps(outcome, indent=1))
     return outcome
 
