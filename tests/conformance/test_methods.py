@@ -282,8 +282,8 @@ def assert_same_end(name: str, one: tuple[Path, dict[str, Any]], other: tuple[Pa
         states = [checkpoint.load(folder, ClientStore(folder / "checkpoints" / "clients")) for folder in (here, there)]
         ours, theirs = (saved.state.shared for saved in states if saved is not None)
         assert set(ours) == set(theirs)
-        off = torch.cat([(ours[n] - theirs[n]).flatten() for n in ours])
-        assert float(off.square().mean().sqrt()) < 2e-5 and float(off.abs().max()) < 2e-3
+        rounding = {n for n in ours if n.endswith("key.bias")}  # softmax cancels them: rounding is their gradient, and AdamW steps by it
+        assert all((ours[n] - theirs[n]).abs().max() < (2e-3 if n in rounding else 1e-6) for n in ours)
         for key in ("bytes_up", "bytes_down", "examples", "flops"):
             assert first[key] == pytest.approx(second[key], rel=1e-6)
         return
