@@ -12,7 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from fedloom.model.adapters import Adapter, Kind
-from fedloom.model.base import Model, Precision, load
+from fedloom.model.base import Model, Precision
+from fedloom.model.loading import load
 from tests import tiny
 
 WIDE = {"vocab_size": 70, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}

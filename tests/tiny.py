@@ -14,7 +14,8 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from fedloom.client.client import Client
 from fedloom.data.examples import Examples
 from fedloom.model.adapters import Adapter, Kind, Start
-from fedloom.model.base import Model, Precision, load
+from fedloom.model.base import Model, Precision
+from fedloom.model.loading import load
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] + [f"w{i}" for i in range(60)]
 

@@ -34,7 +34,8 @@ from fedloom.compute.serial import Serial
 from fedloom.compute.stacked import Stacked
 from fedloom.compute.work import AdamW, Fit
 from fedloom.data.examples import Examples
-from fedloom.model.base import Model, Precision, load
+from fedloom.model.base import Model, Precision
+from fedloom.model.loading import load
 
 DEVICES, STEPS, REPEATS = 10, 4, 5
 LABELS = 6

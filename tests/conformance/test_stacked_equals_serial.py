@@ -19,7 +19,8 @@ from fedloom.compute.work import AdamW, Fisher, Fit, Fitted, Moments, Predict, S
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
 from fedloom.model.adapters import Adapter, is_factor
-from fedloom.model.base import Model, load
+from fedloom.model.base import Model
+from fedloom.model.loading import load
 from fedloom.model.packed import Unpackable
 from fedloom.model.some_rows import whole as whole_tensor
 from fedloom.tensors import fingerprint

@@ -10,7 +10,7 @@ from fedloom.client.curriculum import shuffled
 from fedloom.compute.stacked import Stacked, token_bytes
 from fedloom.compute.work import AdamW, Fit, Predict, Score
 from fedloom.model.adapters import Adapter
-from fedloom.model.base import load
+from fedloom.model.loading import load
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator on this machine")

@@ -27,9 +27,10 @@ from fedloom.engines.local import Local
 from fedloom.methods.fibecfed import FibecFed, Gal
 from fedloom.methods.personal_head import PersonalHead
 from fedloom.model.adapters import Adapter
-from fedloom.model.base import Model, ModelError, load
+from fedloom.model.base import Model, ModelError
 from fedloom.model.blocks import layer_of
 from fedloom.model.cloze import Cloze, ClozeError, Filler
+from fedloom.model.loading import load
 from fedloom.server.participation import Pool
 from tests import families, tiny
 
@@ -52,7 +53,7 @@ def folder(family: str) -> Path:
                 p.copy_(0.2 * torch.randn(p.shape))
     made.save_pretrained(path)
     tokenizer = tiny.tokenizer()
-    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    tokenizer.add_special_tokens({"mask_token": "[MASK]", "eos_token": "[SEP]"})
     tokenizer.save_pretrained(path)
     return path
 

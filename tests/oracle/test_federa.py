@@ -19,7 +19,8 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.federa import FeDeRA
 from fedloom.methods.fibecfed import FibecFed
 from fedloom.model.adapters import Adapter, AdapterError, is_down, is_factor, is_head, merged, partner, write_adapter
-from fedloom.model.base import Batch, Model, load
+from fedloom.model.base import Batch, Model
+from fedloom.model.loading import load
 from tests import families, tiny
 
 RANK, ALPHA = 3, 4.5

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
 
-from fedloom.model import base
+from fedloom.model import loading
 from fedloom.model.adapters import Adapter, AdapterError, Kind, attach, is_head
 from fedloom.model.base import Batch, Model
 from fedloom.model.blocks import layer_of
@@ -147,7 +147,7 @@ def test_what_no_loss_reaches_is_not_trained(monkeypatch: pytest.MonkeyPatch) ->
         module.register_parameter("idle", torch.nn.Parameter(torch.ones(2)))
         return attach(module, adapter, classifier)
 
-    monkeypatch.setattr(base, "attach", with_an_idle_weight)
-    of = base.load(str(families.folder("bert")), num_labels=3, adapter=Adapter(kind="full"), max_length=16)
+    monkeypatch.setattr(loading, "attach", with_an_idle_weight)
+    of = loading.load(str(families.folder("bert")), num_labels=3, adapter=Adapter(kind="full"), max_length=16)
     assert "idle" in dict(of.module.named_parameters())
     assert set(of.initial) == set(of.parameters) == due

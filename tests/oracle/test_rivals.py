@@ -25,7 +25,8 @@ from fedloom.methods.local import Local
 from fedloom.methods.method import Method
 from fedloom.methods.rolora import RoLora
 from fedloom.model.adapters import Adapter, merged
-from fedloom.model.base import Model, load
+from fedloom.model.base import Model
+from fedloom.model.loading import load
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import nbytes
 from tests import tiny

@@ -13,8 +13,9 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForSequenceClassification
 
 from fedloom.model.adapters import Adapter, AdapterError, attach, is_factor, merged, partner, trainable_names, write_adapter
-from fedloom.model.base import as_batch, load
+from fedloom.model.base import as_batch
 from fedloom.model.blocks import layer_of, layers
+from fedloom.model.loading import load
 from tests import families, tiny
 
 

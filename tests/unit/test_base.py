@@ -13,9 +13,10 @@ import torch
 from transformers import AutoModelForSequenceClassification, BloomConfig, BloomForSequenceClassification, T5Config
 
 from fedloom.data.examples import Examples
-from fedloom.model import base
+from fedloom.model import loading
 from fedloom.model.adapters import Adapter
-from fedloom.model.base import Batch, Model, ModelError, as_batch, folder_of, load
+from fedloom.model.base import Batch, Model, ModelError, as_batch
+from fedloom.model.loading import folder_of, load
 from tests import families, tiny
 
 MIXED = tiny.examples(5, seed=4)
@@ -202,19 +203,19 @@ def minilm_at(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "model").mkdir(parents=True)
     (place / "model" / "model.safetensors").write_bytes(b"weights")
     spec = SimpleNamespace(submodule_search_locations=[str(place)])
-    monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: spec if name == base.MINILM_PACKAGE else None)
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: spec if name == loading.MINILM_PACKAGE else None)
 
 
 def test_minilm_is_the_file_with_the_known_sha256(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     minilm_at(tmp_path, monkeypatch)
-    with pytest.raises(ModelError, match=rf"has sha256 {hashlib.sha256(b'weights').hexdigest()}, not {base.MINILM_SHA256}"):
+    with pytest.raises(ModelError, match=rf"has sha256 {hashlib.sha256(b'weights').hexdigest()}, not {loading.MINILM_SHA256}"):
         folder_of("minilm")
-    monkeypatch.setattr(base, "MINILM_SHA256", hashlib.sha256(b"weights").hexdigest())
+    monkeypatch.setattr(loading, "MINILM_SHA256", hashlib.sha256(b"weights").hexdigest())
     assert folder_of("minilm") == str(tmp_path / "model")
 
 
 def test_minilm_without_the_demo_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install 'fedloom\[demo\]'"):
         folder_of("minilm")
 

@@ -38,7 +38,7 @@ EXPERIMENT = names("""
 --alpha --beta --clients --cohort --data --device --engine.kind
 --engine.stack --engine.threads --engine.workers --evaluate-every --head --label --label-words
 --max-length --max-test --max-train --max-validation --metric
---min-examples --model --partition --precision --quorum --rounds --seed --template --text
+--min-examples --model --partition --precision --quorum --rounds --seed --task --template --text
 """)
 
 FIBECFED = names("""
@@ -69,7 +69,9 @@ def test_the_options_of_the_other_commands_are_frozen() -> None:
     grid = "--alphas --jobs --lr --lrs --reference --seeds --share-training --target"
     assert cli.long_options(options.for_compare()) == sorted([*EXPERIMENT, *grid.split(), "--help", "--out", "--plain"])
     assert cli.long_options(options.for_describe(recipes.resolve("fibecfed"))) == sorted([*EXPERIMENT, *FIBECFED, "--help"])
-    data = "--alpha --beta --clients --data --label --max-test --max-train --max-validation --metric --min-examples --partition --seed"
+    data = (
+        "--alpha --beta --clients --data --label --max-test --max-train --max-validation --metric --min-examples --partition --seed --task"
+    )
     assert cli.long_options(options.for_partition()) == sorted([*data.split(), "--help", "--plot", "--save", "--text"])
     assert cli.long_options(cli.arguments.Export) == ["--client", "--help", "--merge", "--recipe"]
     assert cli.long_options(cli.arguments.Evaluate) == ["--help", "--method", "--recipe"]

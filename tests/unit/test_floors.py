@@ -29,7 +29,7 @@ LIBRARIES = FLOOR_0_LIBRARIES | {"scipy"}
 
 DOORS = {
     "peft": {"model/adapters.py"},
-    "transformers": {"model/base.py"},
+    "transformers": {"model/loading.py"},
     "datasets": {"data/sources.py"},
     "pyarrow": {"data/"},
     "psutil": {"model/base.py"},

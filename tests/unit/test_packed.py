@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 from fedloom.model.kernels import Owners
-from fedloom.model.packed import Layout, Pass, Texts, Unpackable, Weights, running
+from fedloom.model.packed import Layout, Pass, Unpackable, Weights, running
+from fedloom.model.texts import Texts
 
 ROWS = np.array([2, 0, 3])
 TEXTS = Texts(*(torch.zeros(6, dtype=torch.int64),) * 4, np.array([6]), np.array([0]), np.array([0]))

@@ -2,6 +2,7 @@
 
 PyTorch's counter runs one example at three lengths; the operations of a transformer on L tokens are a quadratic polynomial in L, which
 three counts determine. Element-wise operations are not counted. A backward pass counts what it needs for the tensors trained and no more.
+A language model's output layer is counted for every token, as the library computes it.
 Of a linear layer with some rows only, the operations are linear in the number of rows, which two counts determine: with all and with one.
 """
 
@@ -52,7 +53,8 @@ class Flops:
         """Counted, with the first so many ``rows``."""
         ids = torch.ones((1, length), dtype=torch.int64, device=self.model.device)
         one = torch.ones(1, device=self.model.device)
-        batch = Batch(ids, ids > 0, torch.zeros_like(ids), torch.zeros_like(ids[:, 0]), one)
+        segments = torch.ones_like(ids) if self.model.speaker else torch.zeros_like(ids)
+        batch = Batch(ids, ids > 0, segments, torch.zeros_like(ids[:, 0]), one)
         some = {n: torch.arange(k) for n, k in (rows or {}).items()}
         given = {n: self.model.initial[n].to(self.model.device) for n in names}
         given = {n: (t[: len(some[n])].clone() if n in some else t).requires_grad_(True) for n, t in given.items()}

@@ -18,7 +18,7 @@ from fedloom.compute.spectrum import Product, spectra
 from fedloom.compute.work import Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, Spectral, Spectrum, WorkItem
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
-from fedloom.model.base import Batch, Model, as_batch, weighted_loss
+from fedloom.model.base import Batch, Model, as_batch
 from fedloom.model.dropout import SeededDropout
 from fedloom.model.some_rows import SomeRows
 from fedloom.seeds import derive_int
@@ -73,7 +73,7 @@ class Serial:
             tensors = {n: t.to(model.dtype) for n, t in {**fixed, **now}.items()}
             dropping = SeededDropout(key, model.dropout, model.causal) if model.dropout else nullcontext()
             with dropping, SomeRows(tensors, item.rows, model.initial) if item.rows else nullcontext():
-                loss = weighted_loss(model.forward(tensors, batch, model.dtype)[0] + bias, batch)
+                loss = model.weighted(model.forward(tensors, batch, model.dtype)[0] + bias, batch)
             total = loss if item.penalty is None else loss + item.penalty(now, anchor)
             gradients = torch.autograd.grad(total, list(now.values()))
             for (name, tensor), gradient in zip(now.items(), gradients, strict=True):
@@ -132,11 +132,9 @@ class Serial:
         at = {n: t.detach().float().to(self.model.device) for n, t in item.at.items()}
         rows = np.arange(len(item.examples))
         with torch.no_grad():
-            parts = [
-                self.model.forward(at, self.batch(item.examples, rows[i : i + PREDICT_ROWS]), self.model.dtype)[0]
-                for i in range(0, len(rows), PREDICT_ROWS)
-            ]
-        return torch.cat(parts).cpu() if parts else torch.zeros(0, self.model.num_labels)
+            batches = [self.batch(item.examples, rows[i : i + PREDICT_ROWS]) for i in range(0, len(rows), PREDICT_ROWS)]
+            parts = [self.model.told(self.model.forward(at, batch, self.model.dtype)[0], batch) for batch in batches]
+        return torch.cat(parts).cpu() if parts else torch.zeros(0, self.model.width)
 
 
 def twice_differentiated(
@@ -162,15 +160,15 @@ def sensitivity(model: Model, at: Tensors, batch: Batch, item: Sensitivity) -> t
 
     def loss(embeddings: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         logits, outputs = model.forward(at, batch, torch.float32, embeddings, layers=True)
-        return weighted_loss(logits, batch), outputs
+        return model.weighted(logits, batch), outputs
 
     gradient, before = torch.func.grad(loss, has_aux=True)(clean)
     gradient = gradient * real
     radius = item.rho * (clean.norm() if item.norm == "difference" else 1.0)
     moved = clean + radius * gradient / gradient.norm().clamp(min=torch.finfo(torch.float32).tiny)
-    rows = batch.weights[:, None]
+    rows = batch.weights[:, None, None]
     after = model.forward(at, batch, torch.float32, moved, layers=True)[1]
-    pooled = [(h[:, model.pooled] * rows, m[:, model.pooled] * rows) for h, m in zip(before, after, strict=True)]
+    pooled = [(model.read(h * rows, batch), model.read(m * rows, batch)) for h, m in zip(before, after, strict=True)]
     if item.norm == "difference":
         return torch.stack([(m - h).norm() / h.norm() for h, m in pooled])
     return torch.stack([(m.norm() - h.norm()).abs() / h.norm() for h, m in pooled])

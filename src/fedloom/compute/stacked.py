@@ -29,9 +29,10 @@ from fedloom.compute.spectrum import spectra
 from fedloom.compute.work import Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, Spectral, Spectrum, WorkItem
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
+from fedloom.model.answers import Asked
 from fedloom.model.base import Model, free_bytes
 from fedloom.model.layout import RowsKept
-from fedloom.model.packed import Texts
+from fedloom.model.texts import Texts
 
 log = logging.getLogger("fedloom")
 
@@ -154,7 +155,7 @@ class Stacked:
         pieces: list[tuple[Examples, int]] = [(items[p.item].examples, row) for p in parts for row in items[p.item].examples.rows[p.rows]]
         spans = [(e, int(e.offsets[row]), int(e.offsets[row + 1])) for e, row in pieces]
         counts = [len(p.rows) for p in parts]
-        device = self.model.device
+        device, lengths = self.model.device, np.array([end - begin for _, begin, end in spans], np.int64)
         ids = np.concatenate([e.tokens[begin:end] for e, begin, end in spans]).astype(np.int64)
         segments = np.concatenate([e.segments[begin:end] for e, begin, end in spans]).astype(np.int64)
         return Texts(
@@ -162,11 +163,12 @@ class Stacked:
             torch.from_numpy(segments).to(device),
             torch.tensor([int(e.store_labels[row]) for e, row in pieces], device=device),
             torch.from_numpy(np.repeat(np.asarray(weights, np.float32), counts)).to(device),
-            np.array([end - begin for _, begin, end in spans], np.int64),
+            lengths,
             np.repeat(np.asarray(owners, np.int64), counts),
             np.concatenate([p.first + np.arange(len(p.rows)) for p in parts]),
             torch.tensor(keys, dtype=torch.int64, device=device) if len(keys) else None,
             {self.model.parameters[name]: rows for name, rows in (kept or {}).items()},
+            Asked.of(ids, segments, lengths, device) if self.model.speaker else None,
         )
 
     def _flat(self, tensors: Sequence[Tensors], rows: Sequence[Tensors] = ()) -> tuple[Flat, torch.Tensor]:
@@ -327,8 +329,8 @@ class Stacked:
                 after = model.together(tensors, texts, torch.float32, clean + step[owners][..., None] * gradient, layers=True)[1]
             made = []
             for h, m in zip(before, after, strict=True):
-                was = norms(h.detach(), texts.text_owners)
-                change = norms(m - h.detach(), texts.text_owners) if norm == "difference" else (norms(m, texts.text_owners) - was).abs()
+                was = norms(h.detach(), texts.read_owners)
+                change = norms(m - h.detach(), texts.read_owners) if norm == "difference" else (norms(m, texts.read_owners) - was).abs()
                 made.append(change / was)
             for part, mine in zip(parts, torch.stack(made, 1).cpu().numpy().astype(np.float64), strict=True):
                 scores[part.item] = mine
@@ -364,13 +366,13 @@ class Stacked:
         return [found[k] for k in range(len(items))]
 
     def _predict(self, items: Sequence[Predict]) -> list[torch.Tensor]:
-        logits = [torch.zeros(len(i.examples), self.model.num_labels) for i in items]
+        logits = [torch.zeros(len(i.examples), self.model.width) for i in items]
         flat, at = self._flat([i.at for i in items])
 
         def forward(parts: list[Part]) -> None:
             low = parts[0].item
             texts = self._texts(items, parts, [p.item - low for p in parts], [1.0] * len(parts))
-            made = self.model.together(flat.split(at[low : parts[-1].item + 1]), texts, self.model.dtype)[0].cpu()
+            made = texts.told(self.model.together(flat.split(at[low : parts[-1].item + 1]), texts, self.model.dtype)[0]).cpu()
             for part, rows in zip(parts, made.split([len(p.rows) for p in parts]), strict=True):
                 logits[part.item][part.rows] = rows
 
@@ -424,12 +426,14 @@ def _states_that_fit(item: WorkItem, device: torch.device) -> int:
 
 def token_bytes(model: Model) -> int:
     """Roughly what a forward and backward pass keeps alive for one token, in bytes: per layer 16 vectors of the hidden size, three of the
-    feed-forward size and three attention maps a head over a text of the greatest length. Float32 is assumed: an upper estimate."""
+    feed-forward size and three attention maps a head over a text of the greatest length; of a speaker, three rows of the vocabulary.
+    Float32 is assumed: an upper estimate."""
     c = model.config.to_dict()
     hidden = int(c.get("hidden_size") or c.get("n_embd") or c.get("dim") or 1024)
     inner = int(c.get("intermediate_size") or c.get("n_inner") or 4 * hidden)
     heads = int(c.get("num_attention_heads") or c.get("n_head") or 16)
-    return 4 * (16 * hidden + 3 * inner + 3 * heads * model.max_length) * model.depth
+    words = 0 if model.speaker is None else 3 * int(c["vocab_size"])
+    return 4 * ((16 * hidden + 3 * inner + 3 * heads * model.max_length) * model.depth + words)
 
 
 def _out_of_memory(error: Exception) -> bool:

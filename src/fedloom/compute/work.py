@@ -184,7 +184,8 @@ class Spectral:
 
 @dataclass(frozen=True)
 class Predict:
-    """Logits of all ``examples`` at the tensors ``at``. Result: float32 tensor (n, C)."""
+    """Logits of all ``examples`` at the tensors ``at``. Result: float32 tensor (n, C); of a model that writes answers (n, 3), for each
+    example the sum of −log softmax over its answer's tokens, how many of them were the likeliest, and how many there are."""
 
     at: Tensors
     examples: Examples

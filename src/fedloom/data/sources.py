@@ -9,8 +9,8 @@ Knows nothing of tokenizers (``tokenise`` is given one), models or devices.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from importlib.resources import as_file, files
@@ -19,13 +19,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fedloom.cache import remembered
+from fedloom.data import instructions
 from fedloom.data.examples import Examples, flat
 from fedloom.data.files import SUFFIXES, match_splits, read_file, read_folder, split_of
+from fedloom.data.instructions import EVERYTHING, METRIC, Instructions
 from fedloom.data.labels import Label, class_ids, label_values
 from fedloom.data.rows import Rows, class_names, whole_numbers
-from fedloom.data.tasks import SPLITS, Classification, Column, DataError, Split, choose_columns, metric_for
+from fedloom.data.tasks import SPLITS, Classification, Column, DataError, Split, Task, TaskKind, choose_columns, metric_for
 from fedloom.hub import reachable
 from fedloom.seeds import derive
 
@@ -46,7 +49,7 @@ class Source:
 
     name: str
     splits: dict[Split, Rows]
-    task: Classification
+    task: Task
     notes: tuple[str, ...]
 
 
@@ -69,6 +72,7 @@ def load(
     text: tuple[str, ...] = (),
     label: str = "",
     metric: str = "auto",
+    task: TaskKind = "auto",
     max_train: int = 0,
     max_validation: int = 0,
     max_test: int = 0,
@@ -76,7 +80,8 @@ def load(
     """Read ``data``, find its columns and make three splits.
 
     ``text`` and ``label`` override the columns found, ``metric`` ("accuracy", "mcc", "f1") the one the name suggests. A cap
-    of 0 keeps all rows; otherwise that many are drawn by seed, in their order.
+    of 0 keeps all rows; otherwise that many are drawn by seed, in their order. ``task``: classification; instructions (a prompt and its
+    answer); text (all of it to be learnt); or, left to the columns' names, one of the first two.
 
     Raises:
         DataError: whatever is wrong with the data, with what would be right.
@@ -86,15 +91,36 @@ def load(
         held = ", ".join(tables) or "none"
         raise DataError(f"'{name}' has no training rows; its splits are: {held}. Give a training split, or one split alone")
     columns = {column: _describe(tables["train"], column) for column in tables["train"].rows.column_names}
-    texts, label = choose_columns(columns, text, label)
-    tables, classes = _labelled(tables, texts, label, notes)
-    task = Classification(texts, label, classes, metric_for(name) if metric == "auto" else metric)
-    notes.append(f"columns: text {' + '.join(texts)}, label {label} ({len(classes)} classes); metric {task.metric}")
+    if task == "classification" or (task == "auto" and (label or not instructions.looks_like_instructions(columns))):
+        texts, label = choose_columns(columns, text, label)
+        tables, classes = _labelled(tables, texts, label, notes)
+        made: Task = Classification(texts, label, classes, metric_for(name) if metric == "auto" else metric)
+    else:
+        if metric not in ("auto", METRIC):
+            raise DataError(f"answers are scored by {METRIC}, not by {metric}; leave metric (--metric) at auto")
+        prompts, answer, label = instructions.choose_columns(columns, text, label, task == "text")
+        label = label or EVERYTHING
+        for split in tables:
+            tables[split] = _prepared(tables[split], prompts[1:], label)
+        tables, classes = _labelled(tables, (*prompts, answer), label, notes)
+        made = Instructions(prompts, answer, label, classes)
+    notes.append(f"columns: {made.told}; metric {made.metric}")
     tables = _three_splits(tables, seed, notes)
     for split, most in zip(SPLITS, (max_train, max_validation, max_test), strict=True):
-        tables[split] = _capped(tables[split], split, most, task, seed, notes)
-    _tell_overlap(tables, texts, notes)
-    return Source(name, {split: _rows(tables[split], label) for split in SPLITS}, task, tuple(notes))
+        tables[split] = _capped(tables[split], split, most, made, seed, notes)
+    _tell_overlap(tables, made.texts, notes)
+    return Source(name, {split: _rows(tables[split], made.label) for split in SPLITS}, made, tuple(notes))
+
+
+def _prepared(table: _Table, contexts: Sequence[str], label: str) -> _Table:
+    """Missing contexts as empty ones, and one label for all where there is none."""
+    rows = table.rows
+    for name in contexts:
+        if name in rows.column_names:
+            rows = rows.set_column(rows.column_names.index(name), name, pc.fill_null(rows[name], ""))
+    if label == EVERYTHING and EVERYTHING not in rows.column_names:
+        rows = rows.append_column(EVERYTHING, pa.array([EVERYTHING] * rows.num_rows, pa.string()))
+    return replace(table, rows=rows)
 
 
 def tokenise(source: Source, encode: Encode, identity: str = "") -> dict[Split, Examples]:
@@ -108,7 +134,7 @@ def tokenise(source: Source, encode: Encode, identity: str = "") -> dict[Split, 
     """
     examples: dict[Split, Examples] = {}
     for split, rows in source.splits.items():
-        columns = [rows[name] for name in source.task.texts]
+        columns = source.task.written(rows)
         if identity:
             key = sha256(json.dumps([identity, columns]).encode()).hexdigest()
             texts = remembered("tokens", key, partial(_encoded, split, columns, encode))
@@ -282,7 +308,7 @@ def _cut(table: _Table, size: int, seed: int, split: str) -> tuple[_Table, _Tabl
     return table.take(kept), table.take(np.sort(drawn))
 
 
-def _capped(table: _Table, split: Split, most: int, task: Classification, seed: int, notes: list[str]) -> _Table:
+def _capped(table: _Table, split: Split, most: int, task: Task, seed: int, notes: list[str]) -> _Table:
     """At most ``most`` rows, drawn by seed (0: all)."""
     if most < 0:
         raise DataError(f"max_{split} must be 0 (all rows) or more, not {most}")

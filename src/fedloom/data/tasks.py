@@ -1,7 +1,6 @@
-"""Classification of single sentences and sentence pairs: which columns it reads and how its predictions are scored.
+"""Tasks: which columns are read and how predictions are scored; here classification of single sentences and sentence pairs.
 
-Knows nothing of where the data came from (``sources.py``), of tokenizers or of devices. Other kinds of task would stand beside
-:class:`Classification` here.
+Knows nothing of where the data came from (``sources.py``), of tokenizers or of devices. The other kind of task is in ``instructions.py``.
 """
 
 from __future__ import annotations
@@ -9,13 +8,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:  # PyArrow is not needed to know what tasks there are
+    from fedloom.data.rows import Rows
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 METRICS = ("accuracy", "mcc", "f1")
+TaskKind = Literal["auto", "classification", "instructions", "text"]
 
 PAIRS = (
     ("sentence1", "sentence2"),
@@ -53,6 +56,53 @@ class Column:
         return self.kind != "other" and 2 <= self.distinct <= min(1000, self.rows // 2)
 
 
+class Outcomes(NamedTuple):
+    """Predictions, counted: each (m,) int64. Of ``example`` so many (``count``) were of class ``true`` and told as ``predicted``."""
+
+    example: np.ndarray
+    true: np.ndarray
+    predicted: np.ndarray
+    count: np.ndarray
+
+
+class Task(Protocol):
+    """What a data set is for. ``texts``: the columns that are read. ``label``: the column by which devices are skewed; ``classes``: the
+    names of its values. ``metric``: the headline. Below, ``made`` (n, …) is what :class:`~fedloom.compute.work.Predict` gives."""
+
+    @property
+    def texts(self) -> tuple[str, ...]: ...
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def metric(self) -> str: ...
+
+    @property
+    def told(self) -> str:
+        """What is read, for a person."""
+        ...
+
+    def written(self, rows: Rows) -> list[list[str]]:
+        """One or two texts of every row, as they are given to a model's ``encode``."""
+        ...
+
+    def scores(self, labels: np.ndarray, made: np.ndarray) -> dict[str, float]:
+        """The headline by its name, and what else is worth telling."""
+        ...
+
+    def loss(self, labels: np.ndarray, made: np.ndarray) -> float:
+        """The mean loss."""
+        ...
+
+    def outcomes(self, labels: np.ndarray, made: np.ndarray) -> Outcomes:
+        """What was right and what was not."""
+        ...
+
+
 @dataclass(frozen=True)
 class Classification:
     """One label for one text, or for a pair of texts.
@@ -74,15 +124,33 @@ class Classification:
         if self.metric not in METRICS:
             raise DataError(f"no metric '{self.metric}'; there are {', '.join(METRICS)}, or 'auto'")
 
-    def scores(self, labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
-        """``metric`` and "accuracy" of the argmax of ``logits`` (n, C) against ``labels`` (n,).
+    @property
+    def told(self) -> str:
+        """What is read, for a person."""
+        return f"text {' + '.join(self.texts)}, label {self.label} ({len(self.classes)} classes)"
+
+    def written(self, rows: Rows) -> list[list[str]]:
+        """The text columns."""
+        return [rows[name] for name in self.texts]
+
+    def loss(self, labels: np.ndarray, made: np.ndarray) -> float:
+        """Mean cross-entropy of the logits (n, C)."""
+        top = made.max(1, keepdims=True).astype(np.float64)
+        return float((top[:, 0] + np.log(np.exp(made - top).sum(1)) - made[np.arange(len(labels)), labels]).mean())
+
+    def outcomes(self, labels: np.ndarray, made: np.ndarray) -> Outcomes:
+        """One for each example."""
+        return Outcomes(np.arange(len(labels)), labels, made.argmax(1), np.ones_like(labels))
+
+    def scores(self, labels: np.ndarray, made: np.ndarray) -> dict[str, float]:
+        """``metric`` and "accuracy" of the argmax of the logits ``made`` (n, C) against ``labels`` (n,).
 
         "mcc" is Matthews' correlation; "f1" is that of class 1 with two classes, the macro mean with more.
 
         Raises:
             DataError: shapes disagree, there is no example, a label is no class, or a logit is not finite.
         """
-        labels, logits = np.asarray(labels), np.asarray(logits)
+        labels, logits = np.asarray(labels), np.asarray(made)
         shape = (len(labels), len(self.classes))
         if labels.ndim != 1 or logits.shape != shape or not len(labels):
             got = f"{labels.shape} and {logits.shape}"
@@ -110,7 +178,7 @@ def headline(metric: str, right: np.ndarray, true: np.ndarray, predicted: np.nda
         DataError: there is no such metric.
     """
     n = true.sum(-1)
-    if metric == "accuracy":
+    if metric in ("accuracy", "token_accuracy"):
         return right.sum(-1) / np.maximum(n, 1)
     if metric == "mcc":
         return _matthews(right.sum(-1), true, predicted, n)

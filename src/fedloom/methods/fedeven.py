@@ -64,6 +64,7 @@ class FedEven:
 
     def init(self, model: Model) -> State:
         """Every trainable tensor is shared; ``facts["classes"]`` is C."""
+        model.need_classes(self.name)
         return State(0, model.initial, facts={"classes": model.num_labels})
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:

@@ -41,6 +41,7 @@ class PriorCorrected:
 
     def init(self, model: Model) -> State:
         """As inner; ``facts["classes"]`` is C."""
+        model.need_classes(self.name)
         started = self.inner.init(model)
         return State(0, started.shared, facts={"classes": model.num_labels})
 

@@ -20,8 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -34,10 +33,8 @@ from torch.overrides import TorchFunctionMode
 from fedloom.messages import Tensors
 from fedloom.model import dropout
 from fedloom.model.kernels import Frozen, gelu, owned_linear, packable, ragged_attention
-from fedloom.model.layout import Attention, Owners, RowsKept
-
-FILL = 32
-"""Packed passes hold a multiple of this many tokens: oneDNN makes, and keeps, a program for every number of rows that it meets."""
+from fedloom.model.layout import Attention, Owners
+from fedloom.model.texts import FILL, Texts, filled, padded
 
 ATTENTION = "fedloom"
 """The name under which :func:`attend` is known to the library."""
@@ -45,67 +42,6 @@ ATTENTION = "fedloom"
 
 class Unpackable(RuntimeError):
     """Something in a model that packed passes cannot do; the message says what."""
-
-
-@dataclass(frozen=True)
-class Texts:
-    """n texts, those of one owner next to each other.
-
-    ids, segments: int64 (T,). labels: int64 (n,). weights: float32 (n,), what each text's loss counts in its owner's sum.
-    lengths, owners (ascending, 0..S−1), rows: int64 (n,), numpy; ``rows`` is the text's place in its owner's batch.
-    keys: int64 (S,), the owners' dropout keys, or None. kept: of linear layers' weights (by parameter name) of which owners have only
-    some rows, which.
-    """
-
-    ids: torch.Tensor
-    segments: torch.Tensor
-    labels: torch.Tensor
-    weights: torch.Tensor
-    lengths: np.ndarray
-    owners: np.ndarray
-    rows: np.ndarray
-    keys: torch.Tensor | None = None
-    kept: Mapping[str, RowsKept] = field(default_factory=dict)
-
-    @cached_property
-    def count(self) -> int:
-        """S."""
-        return int(self.owners[-1]) + 1
-
-    @cached_property
-    def text_owners(self) -> torch.Tensor:
-        """(n,) the texts' owners."""
-        return torch.from_numpy(self.owners).to(self.ids.device)
-
-    @cached_property
-    def token_owners(self) -> torch.Tensor:
-        """(T,) the tokens' owners."""
-        return torch.from_numpy(np.repeat(self.owners, self.lengths)).to(self.ids.device)
-
-    def per_owner(self, of_texts: torch.Tensor) -> torch.Tensor:
-        """Sums (S, …) over each owner's texts of (n, …)."""
-        return of_texts.new_zeros(self.count, *of_texts.shape[1:]).index_add(0, self.text_owners, of_texts)
-
-    def losses(self, logits: torch.Tensor) -> torch.Tensor:
-        """Each owner's weighted sum of cross-entropies (S,) of logits (n, C)."""
-        return self.per_owner(functional.cross_entropy(logits, self.labels, reduction="none") * self.weights)
-
-
-def filled(texts: Texts) -> Texts:
-    """The texts and one more, of no owner's account, that makes T a multiple of :data:`FILL`."""
-    missing = -len(texts.ids) % FILL
-    if not missing:
-        return texts
-    return replace(
-        texts,
-        ids=functional.pad(texts.ids, (0, missing)),
-        segments=functional.pad(texts.segments, (0, missing)),
-        labels=functional.pad(texts.labels, (0, 1)),
-        weights=functional.pad(texts.weights, (0, 1)),
-        lengths=np.append(texts.lengths, missing),
-        owners=np.append(texts.owners, texts.owners[-1]),
-        rows=np.append(texts.rows, 0),
-    )
 
 
 class Way(Protocol):
@@ -116,7 +52,8 @@ class Way(Protocol):
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """(logits (n, C) float32, outputs (n, d) of every layer at the tokens that the head reads if ``layers``, else ()).
 
-        ``tensors`` (S, …) by parameter name. ``embeddings``: the input embeddings to use, shaped as :meth:`embed` gives them.
+        Of answers (``texts.asked``) (r, V) and (r, d). ``tensors`` (S, …) by parameter name. ``embeddings``: the input embeddings to use,
+        shaped as :meth:`embed` gives them.
         """
         ...
 
@@ -327,10 +264,12 @@ class Packed:
         weights: Weights | None,
         trims: bool,
         reads: int = 0,
+        answers: bool = False,
     ) -> None:
         """``module`` is not changed: a copy that shares its tensors is. ``kinds``: number of token types (0: none).
-        ``positions``: those of a text of so many tokens (L,). ``reads``: the place in a text that the head reads, if it is not causal."""
-        if trims and reads:
+        ``positions``: those of a text of so many tokens (L,). ``reads``: the place in a text that the head reads, if it is not causal.
+        ``answers``: whether it reads whole answers instead (``texts.asked``)."""
+        if trims and (reads or answers):
             raise Unpackable("the last layer is trimmed to the first token or the last")
         shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
         self.module: Any = copy.deepcopy(module, shared)
@@ -357,12 +296,16 @@ class Packed:
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """See :class:`Way`."""
         given_texts, texts = texts, filled(texts)
-        device, count, total = texts.ids.device, len(texts.lengths), len(texts.ids)
+        device, total = texts.ids.device, len(texts.ids)
         longest, ends = int(given_texts.lengths.max()), np.cumsum(texts.lengths)
         within = np.arange(total) - np.repeat(ends - texts.lengths, texts.lengths)
         places = np.repeat(ends, texts.lengths) - 1 - np.arange(total) if self.causal else within
         read = torch.from_numpy(ends - 1 if self.causal else ends - texts.lengths + np.minimum(self.reads, texts.lengths - 1)).to(device)
-        per_owner = np.bincount(given_texts.owners, minlength=texts.count)
+        if texts.asked is not None:
+            read = functional.pad(texts.asked.at, (0, -len(texts.asked.at) % FILL))
+            read = functional.pad(read, (0, FILL)) if len(read) == total else read  # rows are told apart by how many there are
+        count = len(read)
+        per_owner = np.bincount(given_texts.owners, weights=given_texts.reads, minlength=texts.count).astype(np.int64)
         of_tokens = np.bincount(given_texts.owners, weights=given_texts.lengths, minlength=texts.count).astype(np.int64)
         layout = Layout(
             texts,
@@ -389,7 +332,7 @@ class Packed:
             out = functional_call(self.module, dict(tensors), (), call, tie_weights=not self.tied.isdisjoint(tensors))
         self._given = None
         hidden = (h.flatten(0, -2) for h in out.hidden_states[1:]) if layers else ()
-        real = slice(0, len(given_texts.lengths))
+        real = slice(0, int(given_texts.reads.sum()))
         logits = out.logits.float()
         return (logits[:, 0] if logits.dim() > 2 else logits)[real], tuple((h if len(h) == count else h[read])[real] for h in hidden)
 
@@ -449,7 +392,8 @@ class Rows:
         layout = Layout(texts, self.causal, {int(of.sum()): Owners(of, int(of.sum()), ids.device) for of in rows})
         with running(Pass(layout, self.weights, self.rate if texts.keys is not None else 0.0, tensors)):
             logits, hidden = self.call(tensors, ids, mask, segments, embeddings, layers)
-        return logits, tuple(h[:, self.reads] for h in hidden)
+            logits = logits if texts.asked is None else _read(logits, texts, mask, self.reads)
+        return logits, tuple(_read(h, texts, mask, self.reads) for h in hidden)
 
     def embed(self, texts: Texts) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`Way`."""
@@ -490,8 +434,9 @@ class Mapped:
         each = vmap(one, in_dims=(0, 0, 0, 0, None if embeddings is None else 0, 0))
         whole = {name: texts.kept[name].whole(tensor) if name in texts.kept else tensor for name, tensor in tensors.items()}
         logits, hidden = each(whole, *self._padded(texts), embeddings, keys)
-        where = self._where(texts)
-        return logits[where], tuple(h[:, :, self.reads][where] for h in hidden)
+        where, mask = self._where(texts), padded(texts, self.causal, self.pad_id)[1]
+        logits = logits[where] if texts.asked is None else _read(logits[where], texts, mask, self.reads)
+        return logits, tuple(_read(h[where], texts, mask, self.reads) for h in hidden)
 
     def embed(self, texts: Texts) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`Way`."""
@@ -523,15 +468,9 @@ class Mapped:
         return whole  # type: ignore[return-value]
 
 
-def padded(texts: Texts, left: bool, pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids, mask, segments (n, L), padded on the left or the right."""
-    width = int(texts.lengths.max())
-    within = np.arange(width) - (width - texts.lengths[:, None] if left else 0)
-    mask = torch.from_numpy((within >= 0) & (within < texts.lengths[:, None])).to(texts.ids.device)
-    ids = torch.full(mask.shape, pad_id, dtype=torch.int64, device=mask.device)
-    segments = torch.zeros_like(ids)
-    ids[mask], segments[mask] = texts.ids, texts.segments
-    return ids, mask, segments
+def _read(of: torch.Tensor, texts: Texts, mask: torch.Tensor, place: int) -> torch.Tensor:
+    """What the head reads of (n, L, …): one ``place`` of each text, or the tokens of answers (r, …)."""
+    return of[:, place] if texts.asked is None else of.flatten(0, 1)[texts.asked.padded(mask).at]
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.run.figures import Kind, partition_picture
 from fedloom.run.ledger import Section
 from fedloom.run.pretended import Pretended
-from fedloom.run.world import World, build, read_data
+from fedloom.run.world import World, adapter_of, build, read_data
 
 WAYS = {
     "packed": "packed: all texts of a stack in one row, without padding (the fastest way)",
@@ -93,6 +93,7 @@ def _data(world: World) -> Lines:
     return [
         ("data", f"{world.source.name}: {rows}"),
         ("labels", f"{', '.join(task.classes)}; metric {task.metric}"),
+        *([("answers", task.told)] if world.model.speaker else []),
         ("tokens", tokens),
         *notes,
     ]
@@ -103,12 +104,14 @@ def _model(world: World) -> Lines:
     total = sum(p.numel() for p in model.module.parameters())
     trained = sum(t.numel() for t in model.initial.values())
     pairs = sorted({name.split(".lora_A.")[0].rsplit(".", 1)[-1] for name in model.initial if ".lora_A." in name})
-    kind = {"lora": "LoRA", "ia3": "(IA)³"}.get(world.experiment.adapter.kind, world.experiment.adapter.kind)
+    trains = adapter_of(world.experiment).kind
+    kind = {"lora": "LoRA", "ia3": "(IA)³"}.get(trains, trains)
     head = sum(model.initial[name].numel() for name in model.head)
     return [
         ("model", f"{model.name} ({model.config.model_type}, {model.depth} layers, {'causal' if model.causal else 'bidirectional'})"),
         ("parameters", f"{total:,}, of which {trained:,} are trained ({trained / total:.2%}): {trained - head:,} {kind}, {head:,} head"),
         *([("LoRA targets", ", ".join(pairs))] if pairs else []),
+        *([("template", world.model.speaker.written("{text}"))] if world.model.speaker else []),
         *([("cloze", f"{model.filler.cloze.template!r}: {', '.join(model.filler.cloze.words)}")] if model.filler else []),
         ("devices together", f"one by one: {model.alone}" if model.alone else WAYS[model.together_by]),
     ]

@@ -15,9 +15,9 @@ import torch
 
 from fedloom import cache
 from fedloom.data.sources import load as load_data
-from fedloom.model.base import folder_of
-from fedloom.model.base import load as load_model
 from fedloom.model.kernels import computes_bf16
+from fedloom.model.loading import folder_of
+from fedloom.model.loading import load as load_model
 from fedloom.native.library import why_not
 from fedloom.run.console import human_bytes
 

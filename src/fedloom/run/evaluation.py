@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from fedloom.compute.work import Predict
-from fedloom.data.tasks import Split
+from fedloom.data.tasks import Outcomes, Split
 from fedloom.engines.engine import Engine, drive
 from fedloom.messages import Flow, ask
 from fedloom.methods.method import State
@@ -29,10 +28,13 @@ AT_ONCE = 512
 @dataclass(frozen=True)
 class Evaluation:
     """Scores by split and protocol; of how many test examples each device was right, int64 (K,); and by protocol, for each device, the
-    cells ``[true class, predicted class, examples]`` of its test examples' confusion matrix that are not 0 (None: no such model)."""
+    cells ``[true class, predicted class, examples]`` of its test examples' confusion matrix that are not 0 (None: no such model).
+    ``held``, int64 (K,): of how many. Where answers are written, tokens are counted instead of examples, all of class 0 and told as 0 where
+    they were right, as 1 where not."""
 
     scores: dict[str, dict[str, Any]]
     correct: np.ndarray
+    held: np.ndarray
     confusion: dict[str, list[list[list[int]]] | None]
 
 
@@ -42,39 +44,44 @@ NOTHING = {"validation": {"personalised": None, "global": None, "loss": None}, "
 
 def evaluate(world: World, state: State, engine: Engine) -> Evaluation:
     """Both protocols on both splits."""
-    metric = world.source.task.metric
+    task, metric = world.source.task, world.source.task.metric
     logits = drive(_predictions(world, state), engine)
     scores: dict[str, dict[str, Any]] = {}
-    correct, owner, order = (np.zeros(0, np.int64) for _ in range(3))
+    correct, held, owner, order = (np.zeros(0, np.int64) for _ in range(4))
     confusion: dict[str, list[list[list[int]]] | None] = {"personalised": None, "global": None}
     for split in SPLITS:
         shards, made = world.partition.shards(split), logits[split]
         labels = world.splits[split].labels[np.concatenate(shards)]
-        scores[split] = {"personalised": world.source.task.scores(labels, made)[metric], "global": None}
+        others = task.scores(labels, made)
+        scores[split] = {"personalised": others.pop(metric), "global": None}
         if split == "validation":
-            scores[split]["loss"] = float(torch.nn.functional.cross_entropy(torch.from_numpy(made), torch.from_numpy(labels)))
+            scores[split] |= {"loss": task.loss(labels, made), **others}
         else:
             owner, order = np.repeat(np.arange(len(shards)), [len(rows) for rows in shards]), np.concatenate(shards)
-            correct = np.bincount(owner[made.argmax(1) == labels], minlength=len(shards))
-            confusion["personalised"] = cells(owner, labels, made.argmax(1), len(shards))
+            found = task.outcomes(labels, made)
+            of, right = owner[found.example], found.true == found.predicted
+            correct, held = (np.bincount(of[these], found.count[these], len(shards)).astype(np.int64) for these in (right, right | ~right))
+            confusion["personalised"] = cells(owner, found, len(shards))
     assembled = world.experiment.method.assembled(state)
     if assembled is not None:
         done = world.compute.run([Predict(assembled, world.splits[split]) for split in SPLITS])
         for split, one in zip(SPLITS, done, strict=True):
             labels, made = world.splits[split].labels, one.result.numpy()
-            scores[split]["global"] = world.source.task.scores(labels, made)[metric]
+            scores[split]["global"] = task.scores(labels, made)[metric]
             if split == "test":
-                confusion["global"] = cells(owner, labels[order], made[order].argmax(1), len(world.pool.clients))
-    return Evaluation(scores, correct, confusion)
+                confusion["global"] = cells(owner, task.outcomes(labels[order], made[order]), len(world.pool.clients))
+    return Evaluation(scores, correct, held, confusion)
 
 
-def cells(owner: np.ndarray, labels: np.ndarray, predicted: np.ndarray, devices: int) -> list[list[list[int]]]:
+def cells(owner: np.ndarray, found: Outcomes, devices: int) -> list[list[list[int]]]:
     """For each device the cells of its confusion matrix that are not 0. ``owner`` (n,) is the device of each example."""
-    found: list[list[list[int]]] = [[] for _ in range(devices)]
-    rows, counts = np.unique(np.stack([owner, labels, predicted], 1), axis=0, return_counts=True)
-    for (device, true, told), count in zip(rows.tolist(), counts.tolist(), strict=True):
-        found[device].append([true, told, count])
-    return found
+    told: list[list[list[int]]] = [[] for _ in range(devices)]
+    rows, which = np.unique(np.stack([owner[found.example], found.true, found.predicted], 1), axis=0, return_inverse=True)
+    counts = np.bincount(which.reshape(-1), found.count, len(rows)).astype(np.int64)
+    for (device, true, predicted), count in zip(rows.tolist(), counts.tolist(), strict=True):
+        if count:
+            told[device].append([true, predicted, count])
+    return told
 
 
 def _predictions(world: World, state: State) -> Flow[dict[Split, np.ndarray]]:

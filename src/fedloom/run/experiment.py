@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 
 from fedloom.client.curricula import named as curriculum_named
 from fedloom.client.curriculum import Curriculum
+from fedloom.data.tasks import TaskKind
 from fedloom.methods import named
 from fedloom.model.adapters import Adapter
 from fedloom.model.base import Precision
@@ -50,6 +51,8 @@ class Experiment:
     Attributes:
         method: the method and its hyper-parameters.
         data: ``trec`` (packaged), a Hub name, or a folder or file of Parquet, CSV or JSON lines.
+        task: classification; instructions, a prompt and its answer; text, all of it to be learnt; auto: one of the first two, by the names
+            of the columns.
         model: ``minilm`` (the demo extra), a Hub name, or a Hugging Face folder.
         adapter: LoRA's settings.
         clients: number of devices K.
@@ -67,11 +70,12 @@ class Experiment:
         max_test: keep that many test rows (0: all).
         max_length: tokens after which a text is cut.
         head: linear, new and trained; or cloze: the pre-trained language model's own, asked for a word a class.
-        template: the cloze's sentence with {mask}, {text} and, of pairs, {pair} (empty: what is known of the data set).
+        template: the cloze's sentence with {mask}, {text} and, of pairs, {pair} (empty: what is known of the data set); or of instructions
+            the one with {text} for the prompt, which the answer follows (empty: the tokenizer's chat template, or a plain one).
         label_words: the cloze's word for each class, in order (empty: what is known of the data set, or the classes' names).
-        text: text column or columns (empty: found).
-        label: label column (empty: found).
-        metric: headline metric: auto (by the data's name), accuracy, mcc or f1.
+        text: text column or columns; of instructions the prompt's, its context's if there is one, and the answer's (empty: found).
+        label: label column; of instructions what devices are skewed by (empty: found).
+        metric: headline metric: auto (by the data's name), accuracy, mcc or f1; of instructions always token_accuracy.
         quorum: share of a cohort that must answer for a round to count.
         device: profile for simulated device time: jetson, laptop or phone.
         engine: how to compute.
@@ -79,6 +83,7 @@ class Experiment:
 
     method: Any
     data: str = "trec"
+    task: TaskKind = "auto"
     model: str = "minilm"
     adapter: Adapter = field(default_factory=Adapter)
     clients: int = 100
@@ -120,8 +125,13 @@ class Experiment:
         for name in ("alpha", "beta"):
             if not getattr(self, name) > 0:
                 raise ExperimentError(f"--{name} is {getattr(self, name)}; a Dirichlet concentration must be positive")
-        if self.head == "linear" and (self.template or self.label_words):
-            raise ExperimentError("--template and --label-words belong to --head cloze, and the head is linear; give both or none")
+        if self.head == "linear" and (self.label_words or (self.template and self.task != "instructions")):
+            raise ExperimentError(
+                "--label-words and --template belong to --head cloze, a template also to --task instructions; the head is linear and the "
+                f"task {self.task}"
+            )
+        if self.head == "cloze" and self.task in ("instructions", "text"):
+            raise ExperimentError(f"--head cloze is for classification, and the task is {self.task}; leave --head out")
         if self.cohort > self.clients:
             raise ExperimentError(f"--cohort {self.cohort} is more than --clients {self.clients}; a cohort is drawn from the clients")
         if not 0 < self.quorum <= 1:

@@ -12,7 +12,8 @@ from fedloom.client.store import ClientStore
 from fedloom.messages import Tensors
 from fedloom.methods.method import Predictor
 from fedloom.model.adapters import merged, saved_as, write_adapter
-from fedloom.model.base import Model, folder_of
+from fedloom.model.base import Model
+from fedloom.model.loading import folder_of
 from fedloom.run import checkpoint
 from fedloom.run.experiment import Experiment
 from fedloom.run.world import World, build, store_in
@@ -30,7 +31,7 @@ def whole(model: Model, tensors: Tensors) -> dict[str, torch.Tensor]:
 def write_folder(model: Model, tensors: Tensors, out: Path) -> None:
     """Write ``tensors`` (the rest at the start) as an adapter folder with the tokenizer beside it."""
     write_adapter(model.module, list(model.parameters), whole(model, tensors), out, folder_of(model.name), model.initial)
-    model.tokenizer.save_pretrained(out)
+    write_tokenizer(model, out)
 
 
 def write_merged(model: Model, tensors: Tensors, classes: Sequence[str], out: Path) -> None:
@@ -39,9 +40,17 @@ def write_merged(model: Model, tensors: Tensors, classes: Sequence[str], out: Pa
         raise ExportError("a merged model would have a cloze's few words for its vocabulary; export the adapter, without --merge")
     plain = merged(model.module, model.parameters, whole(model, tensors))
     plain.config.pad_token_id = model.pad_id
-    plain.config.id2label = dict(enumerate(classes))
-    plain.config.label2id = {name: i for i, name in enumerate(classes)}
+    if model.speaker is None:
+        plain.config.id2label = dict(enumerate(classes))
+        plain.config.label2id = {name: i for i, name in enumerate(classes)}
     plain.save_pretrained(out)
+    write_tokenizer(model, out)
+
+
+def write_tokenizer(model: Model, out: Path) -> None:
+    """Write the tokenizer; that of a model which answers prompts with the template by which it was trained."""
+    if model.speaker is not None:
+        model.tokenizer.chat_template = model.speaker.chat_template
     model.tokenizer.save_pretrained(out)
 
 
@@ -111,11 +120,14 @@ def export(experiment: Experiment, folder: Path, out: Path, client: int | None =
         tensors[sorted(last)[-1]] = tensors[sorted(last)[-1]] + found.bias
     if merge:
         write_merged(world.model, tensors, world.classes, out)
-        return f'AutoModelForSequenceClassification.from_pretrained("{out}")'
+        kind = "AutoModelForSequenceClassification" if world.model.speaker is None else "AutoModelForCausalLM"
+        return f'{kind}.from_pretrained("{out}")'
     write_folder(world.model, tensors, out)
     if world.model.filler is not None:
         cloze, kind = world.model.filler.cloze, "AutoModelForCausalLM" if world.model.causal else "AutoModelForMaskedLM"
         (out / "cloze.json").write_text(json.dumps({"template": cloze.template, "words": cloze.words}, indent=1), encoding="utf-8")
         return f'PeftModel.from_pretrained({kind}.from_pretrained("{folder_of(experiment.model)}"), "{out}")'
+    if world.model.speaker is not None:
+        return f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{folder_of(experiment.model)}"), "{out}")'
     base = f'"{folder_of(experiment.model)}", num_labels={len(world.classes)}, ignore_mismatched_sizes=True'
     return f'PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained({base}), "{out}")'

@@ -27,6 +27,7 @@ from fedloom.run.export import write_global
 from fedloom.run.holdings import held
 from fedloom.run.ledger import Ledger
 from fedloom.run.payback import paid_back
+from fedloom.run.samples import samples
 from fedloom.run.world import World, build, store_in
 
 log = logging.getLogger("fedloom")
@@ -126,8 +127,10 @@ def finish(
     outcome["device_state"] = held(world, store)
     outcome["notes"] += notes
     assembled = world.experiment.method.assembled(state)
+    outcome["samples"] = []
     if assembled is not None:
         outcome["notes"] += write_global(world.model, assembled, world.classes, folder)
+        outcome["samples"] = samples(world, assembled)
     write_atomically(folder / "results.json", json.dumps(outcome, indent=1))
     return outcome
 
@@ -180,10 +183,9 @@ def results_of(world: World, state: State, ledger: Ledger, found: Evaluation) ->
     best = max(rows, key=lambda row: (row["validation"]["personalised"], -row["round"]))
     participations = totals.pop("participations")
     counts = world.partition.counts(world.splits["train"].labels, len(world.classes))
-    shards = world.partition.shards("test")
     per_device = []
     for k in world.pool.clients:
-        held, right = len(shards[k]), int(found.correct[k])
+        held, right = int(found.held[k]), int(found.correct[k])
         one = {"client": k, "train": int(counts[k].sum()), "test": held, "correct": right, "score": right / held if held else None}
         told = {protocol: None if of is None else of[k] for protocol, of in found.confusion.items()}
         per_device.append({**one, "participations": participations.get(str(k), 0), "labels": counts[k].tolist(), "confusion": told})

@@ -45,7 +45,7 @@ Extra = tuple[str, Any, Any, str]
 """Name, type, default and help of an option that is no field of the experiment."""
 
 OF_DATA = ("data", "clients", "partition", "alpha", "beta", "min_examples", "seed", "max_train", "max_validation", "max_test")
-OF_DATA += ("text", "label", "metric")
+OF_DATA += ("task", "text", "label", "metric")
 
 
 def for_run(recipe: Recipe) -> type[Any]:

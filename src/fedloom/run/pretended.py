@@ -38,4 +38,4 @@ class Pretended:
             case Spectrum():
                 return Spectral(np.zeros(1), np.ones(1), 1.0)  # without a gap
             case Predict():
-                return torch.zeros(len(item.examples), self.model.num_labels)
+                return torch.zeros(len(item.examples), self.model.width)

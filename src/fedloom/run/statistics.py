@@ -92,7 +92,7 @@ def tallies(confusion: Sequence[Sequence[Sequence[int]]], classes: int) -> np.nd
 def tallies_of(result: Mapping[str, Any], protocol: str) -> np.ndarray | None:
     """Those of a run's result; None where it has no such model, or was made before results held confusions."""
     told = [device.get("confusion", {}).get(protocol) for device in result["per_device"]]
-    return None if any(cells is None for cells in told) else tallies(told, len(result["partition"]["classes"]))
+    return None if any(cells is None for cells in told) else tallies(told, max(2, len(result["partition"]["classes"])))
 
 
 def resampled(counts: Sequence[np.ndarray], metric: str, path: Sequence[Part], resamples: int = RESAMPLES) -> list[np.ndarray]:

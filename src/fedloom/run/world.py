@@ -20,9 +20,10 @@ from fedloom.client.store import ClientStore
 from fedloom.compute.compute import Compute
 from fedloom.compute.stacked import Stacked
 from fedloom.data.examples import Examples
+from fedloom.data.instructions import Instructions
 from fedloom.data.partition import Partition, partition
 from fedloom.data.sources import Encode, Source, load, tokenise
-from fedloom.data.tasks import DataError, Split
+from fedloom.data.tasks import Classification, DataError, Split
 from fedloom.data.templates import template_for
 from fedloom.engines.engine import Engine
 from fedloom.engines.local import WAVE, Local
@@ -30,8 +31,8 @@ from fedloom.engines.workers import Start, Workers
 from fedloom.messages import CENTRE
 from fedloom.model.adapters import Adapter
 from fedloom.model.base import Model
-from fedloom.model.base import load as load_model
 from fedloom.model.cloze import Cloze
+from fedloom.model.loading import load as load_model
 from fedloom.run.experiment import Experiment, ExperimentError, as_json
 from fedloom.run.recipes import file_of
 from fedloom.server.participation import Pool
@@ -143,7 +144,7 @@ def read_data(experiment: Experiment) -> tuple[Source, Partition]:
     """The data set and who holds which rows of it; no model is needed for that."""
     e = experiment
     caps = {"max_train": e.max_train, "max_validation": e.max_validation, "max_test": e.max_test}
-    source = load(e.data, seed=e.seed, text=e.text, label=e.label, metric=e.metric, **caps)
+    source = load(e.data, seed=e.seed, text=e.text, label=e.label, metric=e.metric, task=e.task, **caps)
     labels: dict[Split, np.ndarray] = {s: np.asarray(list(rows[source.task.label]), np.int64) for s, rows in source.splits.items()}
     column = e.partition.removeprefix("column:") if e.partition.startswith("column:") else ""
     if column and column not in source.splits["train"].column_names:
@@ -166,13 +167,14 @@ def build(experiment: Experiment) -> World:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(
         e.model,
-        num_labels=len(source.task.classes),
+        num_labels=max(2, len(source.task.classes)),
         adapter=adapter_of(e),
         seed=e.seed,
         max_length=e.max_length,
         precision=e.precision,
         device=device,
         cloze=cloze_of(e, source),
+        answers=e.template if isinstance(source.task, Instructions) else None,
     )
     if model.filler is not None and model.causal and isinstance(curriculum_of(e.method), CUTTING):
         raise ExperimentError(
@@ -202,6 +204,8 @@ def cloze_of(experiment: Experiment, source: Source) -> Cloze | None:
     """The experiment's cloze, with what is known of the data set where it says nothing; None with a linear head."""
     if experiment.head == "linear":
         return None
+    if not isinstance(source.task, Classification):
+        raise ExperimentError(f"--head cloze is for classification, and '{source.name}' has prompts and answers; leave --head out")
     known = template_for(source.name, source.task, experiment.template, experiment.label_words)
     return Cloze(known.masked, known.words, len(source.task.texts) == 2, known.causal)
 

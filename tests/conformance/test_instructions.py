@@ -1,0 +1,150 @@
+"""Tasks that are answered in words: every method runs on them or says why not, they resume, and what is exported generates."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fedloom.methods import all_methods
+from fedloom.run import checkpoint
+from fedloom.run.checkpoint import fingerprint_of
+from fedloom.run.console import Progress
+from fedloom.run.describe import describe
+from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.export import export
+from fedloom.run.loop import run
+from fedloom.run.report import write_report
+from fedloom.run.world import build, store_in
+from tests import small
+from tests.conformance.test_methods import TURNS, rows, without_clock
+from tests.oracle.test_answers import TEMPLATE
+from tests.oracle.test_cloze import folder as language_model
+
+COUNTS_LABELS = {"lora-prior", "fedeven"}
+OWN_HEAD = {"lora-personal-head", "fedalt-partial"}
+NO_BIASES = {"fedbf"}
+"""Llama has none."""
+RUNS = [name for name in all_methods() if name not in COUNTS_LABELS | OWN_HEAD | NO_BIASES]
+
+
+@cache
+def data() -> Path:
+    """Prompts of tiny's words whose answer says the prompt's last word twice; a topic, and whose device it was."""
+    path, rng = Path(mkdtemp(prefix="tiny-instructions-")), np.random.default_rng(9)
+    for split, count in {"train": 40, "validation": 8, "test": 8}.items():
+        made = []
+        for i in range(count):
+            words = [f"w{w}" for w in rng.integers(0, 60, size=rng.integers(1, 6))]
+            context = "" if i % 2 else f"w{i % 60}"
+            answer = f"{words[-1]} {words[-1]}"
+            made.append({"instruction": " ".join(words), "context": context, "response": answer, "category": "xyz"[i % 3], "owner": i % 4})
+        (path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    return path
+
+
+def experiment(name: str = "lora", **fields: Any) -> Experiment:
+    given = {"data": str(data()), "model": str(language_model("llama")), "task": "instructions", "template": TEMPLATE, **fields}
+    return replace(small.experiment(name, stack=0), **given)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_method_answers(name: str, tmp_path: Path) -> None:
+    results = run(experiment(name), tmp_path / "run", plain=True)
+    told = rows(tmp_path / "run")
+    assert results["metric"] == "token_accuracy"
+    assert [row["round"] for row in told] == [0, 1, 2]
+    tokens = 8 * 3  # two words and the end
+    assert sum(device["test"] for device in results["per_device"]) == tokens
+    right = sum(device["correct"] for device in results["per_device"])
+    assert results["final"]["personalised"] == pytest.approx(right / tokens)
+    for row in told:
+        assert row["validation"]["perplexity"] == pytest.approx(np.exp(row["validation"]["loss"]))
+    assert told[1]["answered"] == [0] if name in TURNS else len(told[1]["answered"]) >= 1
+    has_global = results["final"]["global"] is not None
+    assert len(results["samples"]) == (3 if has_global else 0)
+    if has_global:
+        assert set(results["samples"][0]) == {"prompt", "due", "before", "after"}
+    assert results["partition"]["classes"] == ["x", "y", "z"]
+    assert "perplexity" not in results["final"]
+
+
+@pytest.mark.parametrize("name", sorted(COUNTS_LABELS | OWN_HEAD | NO_BIASES))
+def test_what_makes_no_sense_says_so(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="counts each device's labels|language model's own|has none"):
+        run(experiment(name), tmp_path / "run", plain=True)
+
+
+@pytest.mark.parametrize("name", ["lora", "fibecfed", "fedcybgd"])
+def test_interrupted_it_ends_at_the_same_bits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(experiment(name), tmp_path / "whole", plain=True)
+    show = Progress.round
+
+    def dying(self: Progress, row: dict[str, Any]) -> None:
+        show(self, row)
+        if row["round"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "round", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment(name), tmp_path / "run", plain=True)
+    monkeypatch.setattr(Progress, "round", show)
+    saved = checkpoint.load(tmp_path / "run", store_in(tmp_path / "run"))
+    assert saved is not None and saved.state.round == 1
+    again = run(experiment(name), tmp_path / "run", plain=True)
+    assert fingerprint_of(tmp_path / "run") == fingerprint_of(tmp_path / "whole")
+    assert without_clock(again) == without_clock(whole)
+
+
+@pytest.mark.parametrize("name", ["lora", "fedcybgd"])
+def test_what_is_exported_generates_what_the_report_shows(name: str, tmp_path: Path) -> None:
+    results = run(experiment(name), tmp_path / "run", plain=True)
+    out = tmp_path / "out"
+    assert export(experiment(name), tmp_path / "run", out, merge=True).startswith("AutoModelForCausalLM")
+    lm, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    world = build(experiment(name))
+    test = world.splits["test"]
+    first = next(row["instruction"] + ("\n\n" + row["context"] if row["context"] else "") for row in world.source.splits["test"])
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": first}], add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(asked, add_special_tokens=False)["input_ids"]
+    assert ids == [int(t) for t, s in zip(test.tokens[: test.offsets[1]], test.segments[: test.offsets[1]], strict=True) if not s]
+    written = lm.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=tokenizer.eos_token_id)
+    assert tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True) == results["samples"][0]["after"]
+    page = write_report([tmp_path / "run"], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert 'id="answers"' in page and results["samples"][0]["due"] in page
+
+
+def test_plain_text_and_columns_by_name(tmp_path: Path) -> None:
+    for fields in (
+        {"task": "text", "text": ("instruction",), "template": ""},
+        {"task": "instructions", "text": ("context", "response"), "label": "category"},
+        {"task": "auto", "template": "", "max_length": 30, "partition": "column:owner"},
+    ):
+        world = build(experiment(**fields))
+        assert world.model.speaker is not None
+        assert world.source.task.metric == "token_accuracy"
+    lines = dict(describe(experiment()).lines)
+    assert lines["template"] == TEMPLATE
+    assert lines["answers"] == "prompt instruction + context, answer response, skewed by category (3 values)"
+    assert "8 (3)" not in lines["parameters"] and " lora" not in lines["parameters"] and "LoRA" in lines["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"head": "cloze"}, "--head cloze is for classification"),
+        ({"template": "", "label_words": ("a",)}, "--label-words"),
+        ({"task": "auto", "template": "w1 {text}"}, "a template also to --task instructions"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ExperimentError, match=says):
+        experiment(**fields)

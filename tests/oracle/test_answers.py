@@ -1,0 +1,226 @@
+"""Models that write answers, against the library's own language models: losses, gradients, what is trained and what is predicted."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fedloom.compute.serial import Serial
+from fedloom.compute.stacked import Stacked
+from fedloom.compute.work import AdamW, Fisher, Fit, Predict, Score, Sensitivity
+from fedloom.data.examples import Examples
+from fedloom.model.adapters import Adapter, Kind
+from fedloom.model.answers import PLAIN, AnswerError, Speaker
+from fedloom.model.base import Model, ModelError
+from fedloom.model.loading import load
+from tests import families, tiny
+from tests.oracle.test_cloze import folder
+
+FAMILIES = ("gpt2", "llama")
+TEMPLATE = "w1 {text} w2"
+PROMPTS = ["w5 w6 w7", "w9", "w10 w11 w12 w13 w14 w15 w16 w17 w18 w19 w20 w21 w22 w23"]
+ANSWERS = ["w30 w31", "w32 w33 w34 w35", "w36 w37 w38 w39 w40 w41 w42 w43"]
+
+
+@cache
+def model(family: str, kind: Kind = "lora") -> Model:
+    adapter = Adapter(rank=2, alpha=4.0, targets=families.TARGETS.get(family, ()), kind=kind)
+    return load(str(folder(family)), num_labels=2, adapter=adapter, seed=1, max_length=16, answers=TEMPLATE)
+
+
+def examples(of: Model) -> Examples:
+    ids, segments = of.encode(PROMPTS, ANSWERS)
+    return Examples.of(ids, [0, 0, 0], segments)
+
+
+def library(family: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder(family), attn_implementation="eager").eval()
+
+
+def its_losses(lm: Any, texts: Examples) -> list[torch.Tensor]:
+    """The library's own loss of each example by itself, its prompt's tokens left out (-100)."""
+    made = []
+    for row in texts.rows:
+        ids = torch.tensor(texts.tokens[texts.offsets[row] : texts.offsets[row + 1]].astype(np.int64))[None]
+        answer = torch.tensor(texts.segments[texts.offsets[row] : texts.offsets[row + 1]] > 0)[None]
+        made.append(lm(input_ids=ids, labels=torch.where(answer, ids, -100)).loss)
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_and_what_is_kept_of_predictions_are_the_librarys(family: str) -> None:
+    of, lm = model(family), library(family)
+    texts = examples(of)
+    with torch.no_grad():
+        losses = torch.stack(its_losses(lm, texts))
+    counts = np.array([int((texts.segments[a:b] > 0).sum()) for a, b in zip(texts.offsets, texts.offsets[1:], strict=False)])
+    right = []
+    for row in texts.rows:
+        span = slice(texts.offsets[row], texts.offsets[row + 1])
+        ids = torch.tensor(texts.tokens[span].astype(np.int64))
+        told = lm(input_ids=ids[None]).logits[0].argmax(1)
+        right.append(sum(int(told[i - 1]) == int(ids[i]) for i in range(1, len(ids)) if texts.segments[span][i]))
+    for compute in (Serial(of), Stacked(of)):
+        (made,) = compute.run([Predict(of.initial, texts)])
+        assert made.result.shape == (3, 3)
+        torch.testing.assert_close(made.result[:, 0] / made.result[:, 2], losses, atol=2e-5, rtol=0)
+        assert made.result[:, 1].tolist() == right
+        assert made.result[:, 2].tolist() == counts.tolist()
+    batch = Serial(of).batch(texts, np.arange(3))
+    assert float(of.loss(of.initial, batch, torch.float32)) == pytest.approx(float(losses.mean()), abs=2e-5), "every example counts alike"
+    assert of.together_by == "packed, whole last layer"
+    assert of.causal and not of.head and of.width == 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_moves_what_the_language_models_own_gradient_moves(family: str) -> None:
+    """The gradient by B at B = 0 is s·G·Aᵀ for the gradient G of the weight under it."""
+    of, lm = model(family), library(family)
+    torch.stack(its_losses(lm, examples(of))).mean().backward()
+    own = dict(lm.named_parameters())
+    at = {n: t.clone().requires_grad_() for n, t in of.initial.items()}
+    batch = Serial(of).batch(examples(of), np.arange(3))
+    made = dict(zip(at, torch.autograd.grad(of.loss(at, batch, torch.float32), list(at.values()), allow_unused=True), strict=True))
+    ups = [name for name in of.initial if ".lora_B." in name]
+    assert ups
+    for name in ups:
+        slope = own[name.removeprefix("base_model.model.").split(".lora_B.")[0] + ".weight"].grad
+        slope = slope.T if family == "gpt2" else slope
+        wanted = 2.0 * slope @ of.initial[name.replace(".lora_B.", ".lora_A.")].T
+        torch.testing.assert_close(made[name], wanted, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_parameter_training_is_the_librarys_with_torchs_adamw(family: str) -> None:
+    """Three steps on every weight, the tied embeddings among them, one text a step."""
+    of, lm = model(family, "full"), library(family)
+    texts = examples(of)
+    adam = torch.optim.AdamW(lm.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.1)
+    for i in range(3):
+        adam.zero_grad()
+        its_losses(lm, texts)[i].backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        adam.step()
+    own = dict(lm.named_parameters())
+    fit = Fit(of.initial, texts, [np.array([i]) for i in range(3)], AdamW(1e-2, eps=1e-3, weight_decay=0.1))
+    for compute in (Serial(of), Stacked(of)):
+        (made,) = compute.run([fit])
+        assert set(made.result.tensors) == set(of.initial)
+        for name, tensor in made.result.tensors.items():
+            torch.testing.assert_close(tensor, own[of.parameters[name]].detach(), atol=2e-4, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "bitfit"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stacked_equals_one_by_one(family: str, kind: Kind) -> None:
+    if (family, kind) == ("llama", "bitfit"):
+        pytest.skip("Llama has no biases")
+    of = model(family, kind)
+    start = [families.moved(of, seed, by=0.02) for seed in (0, 1)]
+    whole = examples(of)
+    shards = [whole, whole.subset([1, 2])]
+    fits = [
+        Fit(at, mine, [np.array([0, 1]), np.array([len(mine) - 1])], AdamW(1e-2, eps=1e-3)) for at, mine in zip(start, shards, strict=True)
+    ]
+    for one, other in zip(Serial(of).run(fits), Stacked(of).run(fits), strict=True):
+        np.testing.assert_allclose(other.result.losses, one.result.losses, rtol=1e-4)
+        for name, tensor in one.result.tensors.items():
+            torch.testing.assert_close(other.result.tensors[name], tensor, atol=2e-4, rtol=0)
+    if kind == "lora":
+        asked: list[Any] = [Sensitivity(at, mine, np.arange(2), 0.1) for at, mine in zip(start, shards, strict=True)]
+        asked += [Score(at, mine) for at, mine in zip(start, shards, strict=True)]
+        for one, other in zip(Serial(of).run(asked), Stacked(of).run(asked), strict=True):
+            np.testing.assert_allclose(other.result, one.result, rtol=2e-3)
+        for one, other in zip(*(c.run([Fisher(start[0], whole)]) for c in (Serial(of), Stacked(of))), strict=True):
+            for name, tensor in one.result.items():
+                torch.testing.assert_close(other.result[name], tensor, atol=1e-6, rtol=2e-3)
+
+
+def test_more_reads_than_tokens_are_still_told_apart() -> None:
+    """A pass whose reads, rounded up, are as many as its tokens: 32 of which 31 are read."""
+    of = load(str(folder("llama")), num_labels=2, adapter=Adapter(rank=2), seed=1, max_length=40, answers=TEMPLATE)
+    ids = [[2] + [(5 + i) % 60 for i in range(31)]]
+    texts = Examples.of(ids, [0], [[0] + [1] * 31])
+    at = families.moved(of)
+    one, other = (compute.run([Predict(at, texts)])[0].result for compute in (Serial(of), Stacked(of)))
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_written_is_what_the_library_generates(family: str) -> None:
+    """With the tensors given, and the model is as it was afterwards."""
+    of = model(family)
+    moved, prompt = families.moved(of, 3, by=0.3), of.encode(PROMPTS, ANSWERS)[0][0][:5]
+    (plain,) = of.continued({}, [prompt], 6)
+    (other,) = of.continued(moved, [prompt], 6)
+    (again,) = of.continued({}, [prompt], 6)
+    assert plain == again != other
+    written = library(family).generate(input_ids=torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=3)
+    assert of.tokenizer.decode(written[0, 5:], skip_special_tokens=True) == plain
+    own = dict(of.module.named_parameters())
+    assert all(torch.equal(own[of.parameters[n]], t) for n, t in of.initial.items())
+
+
+# ---- prompts and answers as tokens ------------------------------------------------------------------------------------------------
+
+
+def speaker(template: str = TEMPLATE, length: int = 16) -> Speaker:
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "[SEP]"})
+    return Speaker(tokenizer, template, length)
+
+
+def words(ids: list[int]) -> str:
+    return tiny.tokenizer().decode(ids)
+
+
+def test_an_example_is_its_template_its_answer_and_the_end() -> None:
+    ids, segments = speaker().encode(PROMPTS[:2], ANSWERS[:2])
+    assert [words(row) for row in ids] == ["w1 w5 w6 w7 w2 w30 w31 [SEP]", "w1 w9 w2 w32 w33 w34 w35 [SEP]"]
+    assert segments == [[0] * 5 + [1] * 3, [0] * 3 + [1] * 5]
+
+
+def test_of_a_long_example_the_prompt_is_cut_and_the_template_never() -> None:
+    for length in (8, 12, 16):
+        ids, segments = speaker(length=length).encode(PROMPTS[2:], ANSWERS[2:])
+        (row,), (segment,) = ids, segments
+        asked = row[: segment.index(1)]
+        assert len(row) == length
+        assert words(asked).startswith("w1 w10") and words(asked).endswith(" w2")
+        assert sum(segment) == min(9, (length - 2) // 2), "half of what the template leaves"
+    (row,), _ = speaker(length=16).encode(["w9"], ["w30 " * 20])
+    assert words(row) == "w1 w9 w2" + " w30" * 13, "a short prompt leaves the rest to the answer, which has no end then"
+
+
+def test_an_empty_prompt_or_answer_is_one() -> None:
+    ids, segments = speaker().encode(["", "w5"], ["w3", ""])
+    assert [words(row) for row in ids] == ["w1 w2 w3 [SEP]", "w1 w5 w2 [SEP]"]
+    assert segments == [[0, 0, 1, 1], [0, 0, 0, 1]]
+
+
+def test_the_tokenizers_chat_template_is_taken_unless_one_is_given() -> None:
+    of = speaker("")
+    assert of.written("w5") == PLAIN.replace("{text}", "w5")
+    of.tokenizer.chat_template = "{% for m in messages %}w7 {{ m['content'] }} w8{% endfor %}"
+    assert Speaker(of.tokenizer, "", 16).written("w5") == "w7 w5 w8"
+    assert Speaker(of.tokenizer, "w1 {text}", 16).written("w5") == "w1 w5"
+
+
+@pytest.mark.parametrize(
+    ("template", "length", "says"), [("w1", 16, "must have {text} once"), ("w1 {text} w2 w3", 4, "alone takes 3 of the 4")]
+)
+def test_what_no_answer_can_follow_is_refused(template: str, length: int, says: str) -> None:
+    with pytest.raises(AnswerError, match=says):
+        speaker(template, length)
+
+
+def test_a_model_that_fills_gaps_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"fills gaps and writes no answers.*--task classification"):
+        load(str(folder("bert")), num_labels=2, adapter=Adapter(rank=2), max_length=16, answers="")
+    with pytest.raises(ModelError, match=r"no trained language-model head.*--task classification"):
+        load(str(families.folder("llama")), num_labels=2, adapter=Adapter(rank=2), max_length=16, answers=TEMPLATE)
