@@ -141,14 +141,13 @@ def test_stacked_equals_one_by_one(family: str, kind: Kind) -> None:
                 torch.testing.assert_close(other.result[name], tensor, atol=1e-6, rtol=2e-3)
 
 
-def test_more_reads_than_tokens_are_still_told_apart() -> None:
-    """A pass whose reads, rounded up, are as many as its tokens: 32 of which 31 are read."""
-    of = load(str(folder("llama")), num_labels=2, adapter=Adapter(rank=2), seed=1, max_length=40, answers=TEMPLATE)
-    ids = [[2] + [(5 + i) % 60 for i in range(31)]]
-    texts = Examples.of(ids, [0], [[0] + [1] * 31])
-    at = families.moved(of)
-    one, other = (compute.run([Predict(at, texts)])[0].result for compute in (Serial(of), Stacked(of)))
-    torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+def test_as_many_reads_as_tokens_are_still_told_apart() -> None:
+    """A pass of 32 tokens of two clients that reads 30, which are rounded up to 32: what reads belong to whom is not what tokens do."""
+    of = model("llama")
+    texts = Examples.of([[2] + [(5 + i) % 60 for i in range(15)]], [0], [[0] + [1] * 15])
+    asked = [Predict(families.moved(of, seed, by=0.3), texts) for seed in (0, 1)]
+    for one, other in zip(Serial(of).run(asked), Stacked(of).run(asked), strict=True):
+        torch.testing.assert_close(other.result, one.result, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -158,12 +157,12 @@ def test_what_is_written_is_what_the_library_generates(family: str) -> None:
     moved, prompt = families.moved(of, 3, by=0.3), of.encode(PROMPTS, ANSWERS)[0][0][:5]
     (plain,) = of.continued({}, [prompt], 6)
     (other,) = of.continued(moved, [prompt], 6)
+    own = dict(of.module.named_parameters())
+    assert all(torch.equal(own[of.parameters[n]], t) for n, t in of.initial.items())
     (again,) = of.continued({}, [prompt], 6)
     assert plain == again != other
     written = library(family).generate(input_ids=torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=3)
     assert of.tokenizer.decode(written[0, 5:], skip_special_tokens=True) == plain
-    own = dict(of.module.named_parameters())
-    assert all(torch.equal(own[of.parameters[n]], t) for n, t in of.initial.items())
 
 
 # ---- prompts and answers as tokens ------------------------------------------------------------------------------------------------
