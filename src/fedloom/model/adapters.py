@@ -178,7 +178,9 @@ def need_head(names: Collection[str], who: str) -> None:
         ValueError: none is trained among ``names``.
     """
     if not any(is_head(name) for name in names):
-        raise ValueError(f"'{who}' keeps each device's head to itself, and this one is the language model's own; give it a new one: --head linear")
+        raise ValueError(
+            f"'{who}' keeps each device's head to itself, and this one is the language model's own; give it a new one: --head linear"
+        )
 
 
 def need_pairs(names: Collection[str], who: str) -> None:
