@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from fedloom.client.store import ClientStore
 from fedloom.compute.compute import Compute
 from fedloom.compute.serial import Serial
 from fedloom.compute.stacked import Stacked
-from fedloom.compute.work import AdamW, Fit
+from fedloom.compute.work import AdamW, Fit, Predict
 from fedloom.engines.engine import drive
 from fedloom.engines.local import Local
 from fedloom.methods import all_methods, named
@@ -48,6 +49,29 @@ def test_stacked_equals_one_by_one(family: str, kind: Kind) -> None:
             torch.testing.assert_close(other.result.tensors[name], tensor, atol=3e-4, rtol=0)
         assert any(not torch.equal(one.result.tensors[n], item.start[n]) for n in item.start if not is_head(n))
     assert not of.alone, f"{kind} on {family} runs one by one: {of.alone}"
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_predictions_of_whole_models_are_each_devices_own(same: bool) -> None:
+    """Devices with equal tensors are predicted for as one; it shows in nothing but what is held at once."""
+    of = families.of_kind("bert", "full")
+    shards = [tiny.examples(size, seed=30 + size) for size in (5, 9, 1)]
+    items = [Predict(families.moved(of, 0 if same else k, by=0.05), shard) for k, shard in enumerate(shards)]
+    stacked, owners = Stacked(of), []
+    together = of.together
+
+    def seen(tensors: Mapping[str, torch.Tensor], *rest: Any, **more: Any) -> Any:
+        owners.append(len(next(iter(tensors.values()))))
+        return together(tensors, *rest, **more)
+
+    of.together = seen  # type: ignore[method-assign]
+    try:
+        done = stacked.run(items)
+    finally:
+        del of.together
+    for one, other in zip(Serial(of).run(items), done, strict=True):
+        torch.testing.assert_close(other.result, one.result, atol=1e-5, rtol=0)
+    assert owners == [1 if same else 3]
 
 
 LORA_ONLY = {"fibecfed", "federa", "ffa", "fedsa", "rolora"}

@@ -1,0 +1,118 @@
+"""FedCyBGD beside what its paper compares it with, at equal numbers of examples: the tables of docs/results.md about whole models.
+
+    python recipes/cycles.py --data PATH/TO/dolly15k --model PATH/TO/stories260K --jobs 2          answers, skewed by category
+    python recipes/cycles.py --data PATH/TO/dolly15k --model PATH/TO/stories260K --skew iid        the same, dealt at random
+    python recipes/cycles.py                                                                       the packaged questions, MiniLM
+
+24 devices, 4 cycles: every device trains 4 times for 2 epochs, whoever else does so at once. Every method is given the same three learning
+rates, chosen on validation with the first seed, LoRA four times as high ones. What comes out: OUT/cycles.md, the validation loss after
+1/3, 1, 2, 3 and 4 cycles, and what travelled. Stop it and run it again: finished runs are used as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from fedloom.methods.centralised import Centralised
+from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.fedbavg import FedBAvg
+from fedloom.methods.fedcybgd import FedCyBGD
+from fedloom.methods.handover import Handover
+from fedloom.methods.kinds import FedFFT
+from fedloom.model.adapters import Adapter
+from fedloom.run.checkpoint import write_atomically
+from fedloom.run.compare import compare
+from fedloom.run.experiment import Experiment
+from fedloom.run.plan import Plan
+from fedloom.run.reading import read
+from fedloom.run.statistics import spread
+
+CLIENTS, CYCLES, COHORT = 24, 4, 4
+TURNS = CLIENTS * CYCLES
+TOLD = (8, 24, 48, 72, 96)
+"""Turns after which the loss is told."""
+
+RATES = (2e-4, 1e-3, 5e-3)
+LOWER = FedAvg(lr=2e-4, schedule="cosine", local_epochs=1)
+GROUPS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "turns": (
+        {"fedcybgd": FedCyBGD(), "fedcybgd-random": FedCyBGD(order="random"), "handover": Handover()},
+        {"cohort": 1, "rounds": TURNS, "evaluate_every": 8},
+        1,
+    ),
+    "cohorts": ({"fedbavg": FedBAvg(), "fedfft": FedFFT()}, {"cohort": COHORT, "rounds": TURNS // COHORT, "evaluate_every": 2}, COHORT),
+    "lora": ({"lora": FedAvg()}, {"cohort": COHORT, "rounds": TURNS // COHORT, "evaluate_every": 2}, COHORT),
+    "centre": (
+        {"centralised": Centralised()},
+        {"cohort": 1, "rounds": CYCLES, "evaluate_every": 1, "adapter": Adapter(kind="full")},
+        CLIENTS,
+    ),
+    "one-client": (
+        {"badam": FedCyBGD(LOWER)},
+        {"clients": 1, "cohort": 1, "partition": "iid", "rounds": 2 * CYCLES, "evaluate_every": 1},
+        CLIENTS // 2,
+    ),
+}
+"""By name: methods, what differs from the base, and how many turns' worth of examples a round is."""
+
+
+def base_of(given: argparse.Namespace) -> Experiment:
+    """What all of them have in common."""
+    size: dict[str, Any] = {"max_train": given.train, "max_validation": 96, "max_test": 96, "max_length": given.length}
+    skew = {"partition": "iid"} if given.skew == "iid" else {"alpha": float(given.skew)}
+    return Experiment(FedCyBGD(), data=given.data, model=given.model, clients=CLIENTS, min_examples=4, beta=50.0, **size, **skew)
+
+
+def table(folder: Path) -> str:
+    """Mean and deviation over seeds of the validation loss, and what travelled in all, from the comparisons' folders."""
+    lines = ["| method | lr | " + " | ".join(f"{t / CLIENTS:.2g} cycles" for t in TOLD) + " | up, MB | down, MB |"]
+    lines += ["|" + " --- |" * (4 + len(TOLD))]
+    for group, (_, _, worth) in GROUPS.items():
+        (case,) = json.loads((folder / group / "summary.json").read_text(encoding="utf-8"))["cases"]
+        for row in case["rows"]:
+            runs = [read(folder / group / name).rows for name in row["runs"].values()]
+            losses = [spread([_after(rows, turns / worth) for rows in runs]) for turns in TOLD]
+            told = ["-" if s.mean is None else f"{s.mean:.4f} ± {s.deviation or 0:.4f}" for s in losses]
+            moved = [mean(sum(r[key] for r in rows) for rows in runs) / 1e6 for key in ("bytes_up", "bytes_down")]
+            lines.append(f"| {row['method']} | {row['lr']:g} | {' | '.join(told)} | {moved[0]:.1f} | {moved[1]:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _after(rows: Sequence[Mapping[str, Any]], round: float) -> float | None:
+    return next((row["validation"]["loss"] for row in rows if row["round"] == round), None)
+
+
+def main() -> int:
+    """Run what is missing and write the table; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="trec")
+    parser.add_argument("--model", default="minilm")
+    parser.add_argument("--skew", default="0.1", help="Dirichlet concentration of the devices' labels, or iid (default: 0.1)")
+    parser.add_argument("--train", type=int, default=480, help="training examples (default: 480)")
+    parser.add_argument("--length", type=int, default=96, help="tokens of an example at most (default: 96)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--out", type=Path, default=Path("runs/cycles"))
+    given = parser.parse_args()
+    base, failed = base_of(given), 0
+    for group, (methods, change, _) in GROUPS.items():
+        rates = tuple(4 * rate for rate in RATES) if group == "lora" else RATES
+        plan = Plan(replace(base, **change), methods, (base.data,), (base.alpha,), tuple(given.seeds), rates)
+        ended = compare(plan, given.out / group, given.jobs)
+        failed += len(ended.failed)
+        for run, why in ended.failed.items():
+            print(f"{run} failed: {why}")
+    if not failed:
+        write_atomically(given.out / "cycles.md", table(given.out))
+        print(given.out / "cycles.md")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
