@@ -22,11 +22,10 @@ LENGTHS = (4, 8, 16)
 
 
 class Flops:
-    """Operations per example of a forward pass, or a forward and backward pass, by number of tokens. Counts are cached."""
+    """Operations per example of a forward pass, or a forward and backward pass, by number of tokens. Counts are kept with the model."""
 
     def __init__(self, model: Model) -> None:
-        self.model = model
-        self._fits: dict[tuple[frozenset[str], frozenset[str]], np.ndarray] = {}
+        self.model, self._fits = model, model.counted
 
     def forward(self, length: int | np.ndarray) -> float | np.ndarray:
         """Operations of one example's forward pass on ``length`` tokens."""

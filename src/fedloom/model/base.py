@@ -63,7 +63,7 @@ class Batch(NamedTuple):
 @dataclass
 class Model:
     """A frozen base with an adapter. ``initial``: float32 start of every trainable tensor, by saved name. ``alone``: why it cannot run for
-    many owners at once, or nothing; ``together_by``: how it does."""
+    many owners at once, or nothing; ``together_by``: how it does. ``counted``: its operations, by what is trained (``flops.py``)."""
 
     name: str
     module: Any
@@ -83,6 +83,7 @@ class Model:
     together_by: str = ""
     filler: Filler | None = None
     speaker: Speaker | None = None
+    counted: dict[Any, np.ndarray] = field(default_factory=dict)
     _copies: dict[torch.dtype, nn.Module] = field(default_factory=dict)
     _ways: dict[torch.dtype, Way] = field(default_factory=dict)
     _make_way: Callable[[torch.dtype], Way] = field(init=False)
