@@ -103,6 +103,16 @@ def test_finished_runs_are_used_when_a_comparison_grows(place: Path, capsys: pyt
     (out / "report.html").unlink()
     assert cli.main(["report", str(out)]) == 0
     assert (out / "report.html").read_bytes() == page
+    # what is finished is told without the data, rates that no search chose included; and who names the kind of adapter asks for the same
+    searched = ["compare", "lora", *small(place / "data"), "--seeds", "1", "2", "--lrs", "1e-3", "1e-6", "--out", str(out)]
+    assert cli.main(searched) == 0
+    kept = {p.parent.name for p in out.glob("*/results.json")}
+    (place / "data").rename(place / "elsewhere")
+    try:
+        assert cli.main([*searched, "--adapter.kind", "lora"]) == 0
+    finally:
+        (place / "elsewhere").rename(place / "data")
+    assert {p.parent.name for p in out.glob("*/results.json")} == kept
 
 
 @pytest.mark.parametrize("how", ["raise ValueError('this method is broken')", "os._exit(3)"])

@@ -14,10 +14,11 @@ from fedloom.client.curricula.slw import LengthWarmup
 from fedloom.client.curricula.voc import ByRarity
 from fedloom.methods import all_methods, named
 from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
 from fedloom.methods.finetuned import FineTuned
 from fedloom.model.adapters import Adapter
-from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError, as_json, completed, first_difference, from_json
+from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError, as_json, as_meant, completed, first_difference, from_json
 
 RICH = Experiment(
     FibecFed(
@@ -51,8 +52,8 @@ def test_a_field_that_came_later_means_its_default() -> None:
         method=dataclasses.replace(RICH.method, gal=Gal()),  # type: ignore[type-var]
         engine=dataclasses.replace(RICH.engine, workers=EngineSettings().workers),
     )
-    assert completed(old) == as_json(filled) != old
-    assert completed(new) == new
+    assert completed(old) == as_meant(filled) != old
+    assert completed(new) == as_meant(from_json(new))
     assert completed({**new, "unheard": 1}) == {**new, "unheard": 1}, "what is no experiment is left as it is, to be told where it is used"
 
 
@@ -235,3 +236,11 @@ IMPOSSIBLE = [
 def test_impossible_settings(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Experiment(FedAvg(), **fields)
+
+
+def test_a_kind_that_is_left_to_the_method_is_the_methods() -> None:
+    for method, kind in ((FedAvg(), "lora"), (FedCyBGD(), "full")):
+        left, named = Experiment(method), Experiment(method, adapter=Adapter(kind=kind))  # type: ignore[arg-type]
+        assert as_meant(left) == as_meant(named) == as_json(named) != as_json(left)
+        assert completed(as_json(left)) == completed(as_json(named))
+    assert Experiment(FedCyBGD(), adapter=Adapter(kind="lora")).trained.kind == "lora"

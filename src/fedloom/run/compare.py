@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.run.checkpoint import CheckpointError, only_one, write_atomically
-from fedloom.run.experiment import ExperimentError, completed, digest_of
+from fedloom.run.experiment import ExperimentError, as_meant, completed, digest_of
 from fedloom.run.jobs import carry_out, finished, order_of
 from fedloom.run.loop import check
 from fedloom.run.plan import Ended, Plan, Run
@@ -62,9 +62,11 @@ def compare(
         check(folder(run), run.experiment)
         if jobs > 1:
             order_of(run.experiment, folder(run), None)
-    unread = [run.experiment for run in runs if finished(folder(run), run.experiment) is None]
-    for experiment in {(e.data, e.alpha, e.seed): e for e in unread}.values():
-        read_data(experiment)
+    known = {run.name: Ended(found) for run in runs if (found := finished(folder(run), run.experiment)) is not None}
+    if plan.wanted(known).keys() - known.keys():  # rates that no search chose need not have been run with every seed
+        unread = [run.experiment for run in runs if run.name not in known]
+        for experiment in {(e.data, e.alpha, e.seed): e for e in unread}.values():
+            read_data(experiment)
     with only_one(out):
         title = f"{', '.join(plan.methods)} on {', '.join(plan.labels.values())} -> {out}"
         with Watching(title, plan.base.rounds, plan.expected, plain) as watch:
@@ -111,7 +113,7 @@ def homes(out: Path) -> Callable[[Run], Path]:
             there.setdefault(digest_of(completed(json.loads(path.read_text(encoding="utf-8")))), path.parent)
         except (ValueError, AttributeError):
             continue  # told when it is needed
-    return lambda run: there.get(run.experiment.digest(), out / run.name)
+    return lambda run: there.get(digest_of(as_meant(run.experiment)), out / run.name)
 
 
 def run_folders(places: Sequence[Path]) -> list[Path]:

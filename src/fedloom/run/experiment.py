@@ -150,6 +150,12 @@ class Experiment:
         """The method's name, with its curriculum's where that is not the method's own: ``lora``, ``lora+voc``."""
         return full_name(as_json(self.method))
 
+    @property
+    def trained(self) -> Adapter:
+        """The adapter with its kind as the method has it, where that is left to it; LoRA where it has none."""
+        own = vars(type(self.method)).get("adapter_kind", "lora") if self.adapter.kind == "auto" else self.adapter.kind
+        return dataclasses.replace(self.adapter, kind=own)
+
     def digest(self) -> str:
         """16 hex digits over everything that decides the result."""
         return digest_of(as_json(self))
@@ -172,6 +178,11 @@ def as_json(value: Any) -> Any:
     return value
 
 
+def as_meant(experiment: Experiment) -> Any:
+    """Its JSON with the kind of adapter that is meant where that is left to the method: whoever names it asks for the same."""
+    return as_json(dataclasses.replace(experiment, adapter=experiment.trained))
+
+
 def from_json(saved: Mapping[str, Any], kinds: Mapping[str, type[Any]] | None = None) -> Experiment:
     """The experiment that :func:`as_json` wrote. ``kinds``: methods by name besides the package's own.
 
@@ -189,10 +200,10 @@ def from_json(saved: Mapping[str, Any], kinds: Mapping[str, type[Any]] | None = 
 
 
 def completed(saved: Mapping[str, Any], kinds: Mapping[str, type[Any]] | None = None) -> Mapping[str, Any]:
-    """An experiment's JSON with every field that it lacks at its default: a field that came later means by default what was done before.
-    As it is where it is no experiment."""
+    """An experiment's JSON with every field that it lacks at its default, as :func:`as_meant`: a field that came later means by default
+    what was done before. As it is where it is no experiment."""
     try:
-        return as_json(from_json(saved, kinds))
+        return as_meant(from_json(saved, kinds))
     except (ValueError, TypeError, AttributeError):
         return saved
 

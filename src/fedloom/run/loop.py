@@ -22,7 +22,7 @@ from fedloom.run.checkpoint import CheckpointError, Saved, write_atomically
 from fedloom.run.console import Progress, Show
 from fedloom.run.devices import named as device_named
 from fedloom.run.evaluation import NOTHING, Evaluation, evaluate
-from fedloom.run.experiment import Experiment, as_json, completed, first_difference
+from fedloom.run.experiment import Experiment, as_json, as_meant, completed, first_difference
 from fedloom.run.export import write_global
 from fedloom.run.holdings import held
 from fedloom.run.ledger import Ledger
@@ -157,7 +157,7 @@ def check(folder: Path, experiment: Experiment) -> bool:
     Raises:
         CheckpointError: the folder holds another experiment (naming the first differing field) or something else.
     """
-    path, wanted = folder / "experiment.json", as_json(experiment)
+    path, wanted = folder / "experiment.json", as_meant(experiment)
     if not path.exists():
         if folder.exists() and not folder.is_dir():
             raise CheckpointError(f"{folder} is a file; --out must name a folder")

@@ -186,9 +186,8 @@ def build(experiment: Experiment) -> World:
 
 def adapter_of(experiment: Experiment) -> Adapter:
     """The adapter with its kind and start as the method has them, where that is left to it."""
-    own, wanted = experiment.adapter, vars(type(experiment.method))
-    kind = wanted.get("adapter_kind", "lora") if own.kind == "auto" else own.kind
-    return replace(own, kind=kind, start=wanted.get("adapter_start", "zero") if own.start == "auto" else own.start)
+    made, wanted = experiment.trained, vars(type(experiment.method))
+    return replace(made, start=wanted.get("adapter_start", "zero") if made.start == "auto" else made.start)
 
 
 CUTTING = (LengthWarmup, Staged)
