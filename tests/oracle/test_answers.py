@@ -19,7 +19,7 @@ from fedloom.model.answers import PLAIN, AnswerError, Speaker
 from fedloom.model.base import Model, ModelError
 from fedloom.model.loading import load
 from tests import families, tiny
-from tests.oracle.test_cloze import folder
+from tests.oracle.test_cloze import assert_slopes, folder
 
 FAMILIES = ("gpt2", "llama")
 TEMPLATE = "w1 {text} w2"
@@ -82,17 +82,7 @@ def test_training_moves_what_the_language_models_own_gradient_moves(family: str)
     """The gradient by B at B = 0 is s·G·Aᵀ for the gradient G of the weight under it."""
     of, lm = model(family), library(family)
     torch.stack(its_losses(lm, examples(of))).mean().backward()
-    own = dict(lm.named_parameters())
-    at = {n: t.clone().requires_grad_() for n, t in of.initial.items()}
-    batch = Serial(of).batch(examples(of), np.arange(3))
-    made = dict(zip(at, torch.autograd.grad(of.loss(at, batch, torch.float32), list(at.values()), allow_unused=True), strict=True))
-    ups = [name for name in of.initial if ".lora_B." in name]
-    assert ups
-    for name in ups:
-        slope = own[name.removeprefix("base_model.model.").split(".lora_B.")[0] + ".weight"].grad
-        slope = slope.T if family == "gpt2" else slope
-        wanted = 2.0 * slope @ of.initial[name.replace(".lora_B.", ".lora_A.")].T
-        torch.testing.assert_close(made[name], wanted, atol=1e-5, rtol=1e-3)
+    assert_slopes(of, examples(of), dict(lm.named_parameters()), 2.0, family == "gpt2")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

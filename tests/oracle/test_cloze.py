@@ -116,15 +116,19 @@ def test_training_moves_what_the_language_models_own_gradient_moves(family: str)
     lm, _, _ = whole(family)
     functional.cross_entropy(lm_logits(family, lm), torch.tensor([0, 2, 1])).backward()
     own = dict(lm.named_parameters())
+    assert_slopes(of, examples(of), own, 8.0, family == "gpt2")
+
+
+def assert_slopes(of: Model, texts: Examples, own: dict[str, Any], scale: float, transposed: bool) -> None:
+    """At B = 0 the gradient by every B is ``scale``·G·Aᵀ, G being that of the library's weight under it (``own``, after its backward)."""
     ups = [name for name in of.initial if ".lora_B." in name]
     at = {n: t.clone().requires_grad_() for n, t in of.initial.items()}
-    batch = Serial(of).batch(examples(of), np.arange(3))
+    batch = Serial(of).batch(texts, np.arange(len(texts)))
     made = dict(zip(at, torch.autograd.grad(of.loss(at, batch, torch.float32), list(at.values()), allow_unused=True), strict=True))
     assert ups
     for name in ups:
         slope = own[name.removeprefix("base_model.model.").split(".lora_B.")[0] + ".weight"].grad
-        slope = slope.T if family == "gpt2" else slope
-        wanted = 8.0 * slope @ of.initial[name.replace(".lora_B.", ".lora_A.")].T
+        wanted = scale * (slope.T if transposed else slope) @ of.initial[name.replace(".lora_B.", ".lora_A.")].T
         torch.testing.assert_close(made[name], wanted, atol=1e-5, rtol=1e-3)
 
 
