@@ -52,10 +52,15 @@ NO_PERSONAL_PART = {
     "fedfft",
     "fedbf",
     "fedap",
+    "flora",
+    "fedex",
+    "flasc",
+    "fedprox",
+    "slora",
 }
 
-WHOLE_MODEL = {"fedcybgd", "fedbavg", "handover", "fedfft", "fedbf"}
-"""What they train PEFT has no adapter for; ``transformers`` loads it."""
+WHOLE_MODEL = {"fedcybgd", "fedbavg", "handover", "fedfft", "fedbf", "flora", "fedex"}
+"""What they change PEFT has no adapter for; ``transformers`` loads it."""
 NOT_LOADABLE = {"fedap"}
 """No library loads their bottlenecks."""
 TURNS = {"fedcybgd", "handover"}

@@ -57,14 +57,21 @@ def test_there_are_these_methods_and_each_says_its_paper() -> None:
             "fedbf",
             "fedcybgd",
             "fedeven",
+            "fedex",
             "fedfft",
             "fedopt",
+            "fedprox",
             "federa",
             "fedsa",
             "ffa",
             "fibecfed",
+            "flasc",
+            "flexlora",
+            "flora",
             "handover",
+            "hetlora",
             "rolora",
+            "slora",
         ]
     )
     assert all(kind.paper for kind in all_methods().values())

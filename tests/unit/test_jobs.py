@@ -36,7 +36,8 @@ class Heard:
         self.said.append(("started", run))
 
     def heard(self, run: str, event: Event) -> None:
-        pass
+        if event["kind"] == "note":
+            self.said.append(("note", run))
 
     def ended(self, run: str, how: Ended, before: bool) -> None:
         self.said.append(("before" if before else "ended" if how.results else "failed", run))
@@ -88,11 +89,22 @@ def test_what_had_ended_is_not_run_again_and_may_be_called_otherwise(tmp_path: P
     assert ended["a"].results == {"name": "old-name", "kept": True}
 
 
-def test_training_that_is_taken_over_comes_first_and_its_failure_is_passed_on(tmp_path: Path, pretended: None) -> None:
+def test_training_that_is_taken_over_comes_first_and_its_failure_is_passed_on(
+    tmp_path: Path, pretended: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedloom.run.jobs.holds_training", lambda folder: True)
     watch, ended = carried(tmp_path, run("b", "a"), run("a"), run("c", "bad-nan"), run("bad-nan"))
     assert [name for what, name in watch.said if what == "started"] == ["a", "b", "bad-nan"]
     assert ended["b"].results == {"name": "b", "trained": "a"}
     assert (ended["c"].failure, ended["c"].diverged) == ("bad-nan, whose training it was to take over, failed", True)
+
+
+def test_training_of_which_the_results_alone_are_left_is_not_taken_over(tmp_path: Path, pretended: None) -> None:
+    """A run out of an archive has no checkpoint: who was to take its training over trains itself, and says so."""
+    write(tmp_path / "a", run("a").experiment)
+    watch, ended = carried(tmp_path, run("a"), run("b", "a"))
+    assert ended["b"].results == {"name": "b", "trained": None}
+    assert ("note", "b") in watch.said
 
 
 def test_what_ends_decides_what_else_is_wanted(tmp_path: Path, pretended: None) -> None:

@@ -55,7 +55,8 @@ class Flops:
         segments = torch.ones_like(ids) if self.model.speaker else torch.zeros_like(ids)
         batch = Batch(ids, ids > 0, segments, torch.zeros_like(ids[:, 0]), one)
         some = {n: torch.arange(k) for n, k in (rows or {}).items()}
-        given = {n: self.model.initial[n].to(self.model.device) for n in names}
+        own = {**self.model.initial, **self.model.weights}
+        given = {n: own[n].to(self.model.device) for n in names}
         given = {n: (t[: len(some[n])].clone() if n in some else t).requires_grad_(True) for n, t in given.items()}
         with FlopCounterMode(display=False) as counter:
             if given:

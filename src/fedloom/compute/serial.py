@@ -15,7 +15,20 @@ import torch
 from fedloom.compute.compute import Done
 from fedloom.compute.flops import Flops
 from fedloom.compute.spectrum import Product, spectra
-from fedloom.compute.work import Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, Spectral, Spectrum, WorkItem
+from fedloom.compute.work import (
+    Fisher,
+    Fit,
+    Fitted,
+    Moments,
+    Predict,
+    Pretrained,
+    Score,
+    Sensitivity,
+    Spectral,
+    Spectrum,
+    WorkItem,
+    grounded,
+)
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
 from fedloom.model.base import Batch, Model, as_batch
@@ -35,10 +48,16 @@ class Serial:
 
     def run(self, items: Sequence[WorkItem]) -> list[Done]:
         """See :class:`~fedloom.compute.compute.Compute`."""
-        return [Done(self._result(item), *cost(item, self.flops)) for item in items]
+        done = []
+        for item, weights in map(grounded, items):
+            self.model.stand_on(weights)
+            done.append(Done(self._result(item), *cost(item, self.flops)))
+        return done
 
     def _result(self, item: WorkItem) -> Any:
         match item:
+            case Pretrained():
+                return self.model.weights
             case Fit():
                 return self._fit(item)
             case Score():
@@ -195,6 +214,8 @@ def dropout_key(seed: int, step: int) -> int:
 
 def cost(item: WorkItem, flops: Flops) -> tuple[float, int]:
     """(floating-point operations, examples trained on) of one item, each batch at its own longest text."""
+    if isinstance(item, Pretrained):
+        return 0.0, 0
     lengths = item.examples.lengths
     match item:
         case Fit():

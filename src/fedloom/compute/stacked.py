@@ -26,13 +26,27 @@ from fedloom.compute.flat import Flat
 from fedloom.compute.flops import Flops
 from fedloom.compute.serial import Serial, cost, dropout_key, scored_names, twice_differentiated
 from fedloom.compute.spectrum import spectra
-from fedloom.compute.work import Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, Spectral, Spectrum, WorkItem
+from fedloom.compute.work import (
+    Fisher,
+    Fit,
+    Fitted,
+    Moments,
+    Predict,
+    Pretrained,
+    Score,
+    Sensitivity,
+    Spectral,
+    Spectrum,
+    WorkItem,
+    grounded,
+)
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
 from fedloom.model.answers import Asked
 from fedloom.model.base import Model, free_bytes
 from fedloom.model.layout import RowsKept
 from fedloom.model.texts import Texts
+from fedloom.tensors import fingerprint
 
 log = logging.getLogger("fedloom")
 
@@ -68,10 +82,16 @@ class Stacked:
         if self.model.alone:
             return Serial(self.model).run(items)
         results: dict[int, Any] = {}
-        groups: dict[Hashable, list[int]] = {}
-        for i, item in enumerate(items):
-            groups.setdefault(_kind(item), []).append(i)
-        for alike in groups.values():
+        groups: dict[tuple[str, Hashable], list[int]] = {}
+        grounds: dict[str, Tensors] = {}
+        alone, items = items, []
+        for i, (item, weights) in enumerate(map(grounded, alone)):
+            items.append(item)
+            ground = fingerprint(weights) if weights else ""
+            grounds.setdefault(ground, weights)
+            groups.setdefault((ground, _kind(item)), []).append(i)
+        for (ground, _), alike in groups.items():
+            self.model.stand_on(grounds[ground])
             alike.sort(key=lambda i: (-_work(items[i]), i))
             size = min(self.stack or len(alike), _states_that_fit(items[alike[0]], self.model.device))
             for begin in range(0, len(alike), size):
@@ -99,6 +119,8 @@ class Stacked:
                     return [done.result for done in Serial(self.model).run(items)]
             case Predict():
                 return self._predict(items)
+            case Pretrained():
+                return [self.model.weights for _ in items]
             case unknown:
                 raise TypeError(f"no compute for {type(unknown).__name__}; work items are {WorkItem}")
 
@@ -399,6 +421,8 @@ def _chunks(item: int, examples: Examples) -> list[Part]:
 
 def _kind(item: WorkItem) -> Hashable:
     """Items of the same kind can share a pass."""
+    if isinstance(item, Pretrained):
+        return "pretrained"
     tensors = item.start if isinstance(item, Fit) else item.at
     some = item.rows if isinstance(item, Fit) else {}
     shapes = tuple((n, tuple(t.shape)) for n, t in sorted(tensors.items()) if n not in some)
@@ -422,11 +446,19 @@ def _kind(item: WorkItem) -> Hashable:
 def _work(item: WorkItem) -> int:
     """What items are ordered by: steps, so that those still training are the first ones; else tokens, so that clients with as many are
     neighbours and share their products."""
-    return len(item.batches) if isinstance(item, Fit) else int(item.examples.lengths.sum())
+    match item:
+        case Fit():
+            return len(item.batches)
+        case Pretrained():
+            return 0
+        case _:
+            return int(item.examples.lengths.sum())
 
 
 def _states_that_fit(item: WorkItem, device: torch.device) -> int:
     """How many clients' trainable tensors (and what training keeps beside them) fit into memory at once, at least one."""
+    if isinstance(item, Pretrained):
+        return 1
     tensors, copies = (item.start, 8) if isinstance(item, Fit) else (item.at, 4)
     each = 4 * copies * sum(t.numel() for t in tensors.values())
     return max(1, int(MEMORY_SHARE * free_bytes(device) / max(1, each)))

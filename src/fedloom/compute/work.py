@@ -4,14 +4,16 @@ An engine may do one client's items at a time (``serial.py``) or those of a whol
 both give the same results within the tolerance stated in ``docs/engines.md``.
 
 Shapes: P trainable scalars, n examples, C classes, D transformer layers. Tensors named in an item override the
-model's own values; a trainable tensor that is not named keeps the model's initial value and is not trained.
+model's own values; a trainable tensor that is not named keeps the model's initial value and is not trained. The frozen weights under
+LoRA's pairs can be named as well (``base_layer``): the model then stands on these (:func:`grounded`), or trains them, if a Fit starts with
+them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -19,7 +21,8 @@ import torch
 
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
-from fedloom.tensors import same_names
+from fedloom.model.adapters import is_beneath
+from fedloom.tensors import same_names, without
 
 Indices = np.ndarray
 """int64 positions into an item's ``examples``."""
@@ -191,4 +194,21 @@ class Predict:
     examples: Examples
 
 
-WorkItem = Fit | Score | Fisher | Sensitivity | Spectrum | Predict
+@dataclass(frozen=True)
+class Pretrained:
+    """The frozen weights under LoRA's pairs as the model came, which every device has. Result: float32 (d_out, d_in), by saved name."""
+
+
+WorkItem = Fit | Score | Fisher | Sensitivity | Spectrum | Predict | Pretrained
+
+
+def grounded(item: WorkItem) -> tuple[WorkItem, dict[str, torch.Tensor]]:
+    """The item without the weights under LoRA's pairs that it names and does not train, and those: what its model stands on."""
+    if isinstance(item, Pretrained):
+        return item, {}
+    held = item.fixed if isinstance(item, Fit) else item.at
+    weights = {name: tensor for name, tensor in held.items() if is_beneath(name)}
+    if not weights:
+        return item, {}
+    rest = without(held, weights)
+    return (replace(item, fixed=rest) if isinstance(item, Fit) else replace(item, at=rest)), weights

@@ -43,6 +43,7 @@ class FedAvg:
         reshuffle: cut new batches in every epoch; otherwise one seeded cut per device for ever, as FibecFed has it.
         schedule: how the rate goes within one participation: constant, or falling to 0 along half a cosine.
         curriculum: what is trained on in which round; ``fedloom run METHOD+CURRICULUM`` chooses one.
+        prox: FedProx's μ (1812.06127): (μ/2)·‖w − w_t‖² is added to the loss, w_t being where a participation starts (0: nothing).
     """
 
     name: ClassVar[str] = "lora"
@@ -56,6 +57,11 @@ class FedAvg:
     reshuffle: bool = True
     schedule: Schedule = "constant"
     curriculum: Curriculum = field(default_factory=Everything)
+    prox: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.prox >= 0:
+            raise ValueError(f"prox is {self.prox}; it holds a device to the model that it was sent, and must be 0 or more")
 
     def init(self, model: Model) -> State:
         """Every trainable tensor is shared."""
@@ -152,7 +158,13 @@ class FedAvg:
         """The work item of local training with this method's optimiser, on the device's own examples unless others are given."""
         seed = derive_int(c.seed, "fit", round, c.id)
         own = c.train if examples is None else examples
+        if self.prox and penalty is None:
+            penalty = self.proximal
         return Fit(start, own, batches, self.optimizer, mask or {}, penalty, moments, fixed or {}, seed, bias=bias, rows=rows or {})
+
+    def proximal(self, now: Tensors, start: Tensors) -> torch.Tensor:
+        """(μ/2)·‖w − w_t‖²."""
+        return self.prox / 2 * torch.stack([(now[name] - start[name]).square().sum() for name in now]).sum()
 
     @property
     def optimizer(self) -> AdamW:

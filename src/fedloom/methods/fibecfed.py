@@ -161,9 +161,14 @@ class FibecFed:
         """Everything is shared until the GAL is chosen. ``facts["depth"]`` is D.
 
         Raises:
-            ValueError: no LoRA is trained; the mask is one of its pairs.
+            ValueError: no LoRA is trained; the mask is one of its pairs. Or a term in the loss that rows of B do not have.
         """
         need_pairs(model.initial, self.name)
+        if self.inner.prox and (self.keep < 1 or self.keep_lossless):
+            raise ValueError(
+                f"'{self.name}' trains some rows of B only, for which FedProx's term is not defined here, and prox is {self.inner.prox}; "
+                "give keep 1.0 (--method.keep 1) as well, or leave prox out"
+            )
         return State(0, model.initial, facts={"depth": model.depth})
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:

@@ -15,7 +15,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
@@ -164,6 +164,40 @@ def _saved(name: str) -> str:
         .replace(f".lora_B.{ADAPTER}.", ".lora_B.")
         .removesuffix(f".{ADAPTER}")
     )
+
+
+class Beneath(NamedTuple):
+    """The frozen weights W (d_out, d_in) that LoRA's pairs stand on. ``names``: saved names (:func:`under`), which are also those of the
+    module's parameters; ``transposed``: those that the module keeps as (d_in, d_out); ``scaling``: s = alpha/r of every pair."""
+
+    names: tuple[str, ...] = ()
+    transposed: frozenset[str] = frozenset()
+    scaling: float = 0.0
+
+
+def beneath(model: nn.Module) -> Beneath:
+    """What lies under the pairs of a model with LoRA; nothing of another kind."""
+    pairs = {f"{name}.base_layer.weight": part for name, part in model.named_modules() if isinstance(part, LoraLayer)}
+    pairs = {name: part for name, part in pairs.items() if ADAPTER in part.lora_A}
+    turned = frozenset(name for name, part in pairs.items() if "Conv1D" in type(part.get_base_layer()).__name__)
+    scalings = {float(part.scaling[ADAPTER]) for part in pairs.values()}
+    return Beneath(tuple(sorted(pairs)), turned, scalings.pop() if scalings else 0.0)
+
+
+def under(name: str) -> str:
+    """The saved name of the frozen weight that a factor's pair stands on.
+
+    Raises:
+        ValueError: the name is no LoRA factor.
+    """
+    if not is_factor(name):
+        raise ValueError(f"'{name}' is no LoRA factor; factors hold '.lora_A.' or '.lora_B.'")
+    return name.replace(".lora_A.", ".base_layer.").replace(".lora_B.", ".base_layer.")
+
+
+def is_beneath(name: str) -> bool:
+    """Whether a saved name is that of a frozen weight under a pair."""
+    return ".base_layer." in name
 
 
 def is_head(name: str) -> bool:

@@ -26,13 +26,14 @@ from torch import nn
 from torch.func import functional_call
 
 from fedloom.messages import Tensors
-from fedloom.model.adapters import is_head
+from fedloom.model.adapters import Beneath, is_beneath, is_head
 from fedloom.model.answers import Asked, Speaker
 from fedloom.model.calls import CALLS, Call, Shape
 from fedloom.model.cloze import Filler
 from fedloom.model.kernels import computes_bf16
 from fedloom.model.packed import Mapped, Packed, Rows, Unpackable, Way, Weights
 from fedloom.model.texts import Texts
+from fedloom.tensors import fingerprint, only, without
 
 Precision = Literal["float32", "bf16"]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -62,8 +63,9 @@ class Batch(NamedTuple):
 
 @dataclass
 class Model:
-    """A frozen base with an adapter. ``initial``: float32 start of every trainable tensor, by saved name. ``alone``: why it cannot run for
-    many owners at once, or nothing; ``together_by``: how it does. ``counted``: its operations, by what is trained (``flops.py``)."""
+    """A frozen base with an adapter. ``initial``: float32 start of every trainable tensor, by saved name. ``beneath``: the frozen weights
+    under LoRA's pairs, which a method may change as well (:meth:`stand_on`). ``alone``: why it cannot run for many owners at once, or
+    nothing; ``together_by``: how it does. ``counted``: its operations, by what is trained (``flops.py``)."""
 
     name: str
     module: Any
@@ -79,6 +81,7 @@ class Model:
     call: Call = CALLS[0]
     initial: dict[str, torch.Tensor] = field(default_factory=dict)
     parameters: dict[str, str] = field(default_factory=dict)
+    beneath: Beneath = field(default_factory=Beneath)
     alone: str = ""
     together_by: str = ""
     filler: Filler | None = None
@@ -86,6 +89,8 @@ class Model:
     counted: dict[Any, np.ndarray] = field(default_factory=dict)
     _copies: dict[torch.dtype, nn.Module] = field(default_factory=dict)
     _ways: dict[torch.dtype, Way] = field(default_factory=dict)
+    _stands_on: str = ""
+    _own: dict[str, torch.Tensor] = field(default_factory=dict)
     _make_way: Callable[[torch.dtype], Way] = field(init=False)
 
     @property
@@ -135,6 +140,37 @@ class Model:
             self._copies[dtype] = copy.deepcopy(self.module).to(dtype)
         return self._copies[dtype]
 
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The pre-trained weights under the pairs, float32 (d_out, d_in), by saved name; copies."""
+        if not self._own:
+            own = dict(self.module.named_parameters())
+            self._own = {n: own[n].detach().float().cpu().clone() for n in self.beneath.names}
+        return {n: self._turned(n, t).clone() for n, t in self._own.items()}
+
+    def stand_on(self, weights: Tensors) -> None:
+        """Put these under the pairs, for every call from now on; where there are none, the model's own again. (d_out, d_in), by saved name.
+
+        Raises:
+            ModelError: a name that no pair stands on.
+        """
+        if unknown := sorted(set(weights) - set(self.beneath.names)):
+            raise ModelError(f"no LoRA pair of '{self.name}' stands on {unknown[:2]}; they stand on {list(self.beneath.names)[:2]} …")
+        wanted = fingerprint(weights) if weights else ""
+        if wanted == self._stands_on:
+            return
+        _ = self.weights  # its own are remembered before they are written over
+        with torch.no_grad():
+            for module in {id(m): m for m in (self.module, *self._copies.values())}.values():
+                own = dict(module.named_parameters())
+                for n, original in self._own.items():
+                    own[n].copy_(self._turned(n, weights[n]) if n in weights else original)
+        self._stands_on = wanted
+
+    def _turned(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """From (d_out, d_in) to as the module keeps it, and back."""
+        return weight.transpose(-1, -2) if name in self.beneath.transposed else weight
+
     def encode(self, texts: list[str], pairs: list[str] | None) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids and segment ids of each text (or pair; or prompt and its answer), cut to ``max_length``; at least one token each."""
         if self.speaker is not None:
@@ -177,7 +213,9 @@ class Model:
         return of[:, self.pooled] if self.speaker is None else of.flatten(0, 1)[batch.asked.at]
 
     def _named(self, tensors: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        return {self.parameters[name]: tensor.to(dtype) for name, tensor in tensors.items()}
+        """By parameter name, as the module keeps them. What lies under a pair can be among them, where it is trained itself."""
+        beneath = {n: self._turned(n, t).to(dtype) for n, t in tensors.items() if is_beneath(n)}
+        return {self.parameters[n]: t.to(dtype) for n, t in tensors.items() if n not in beneath} | beneath
 
     def _call(
         self,
@@ -284,8 +322,9 @@ class Model:
         """What a speaker writes after each prompt's token ids, the likeliest token every time, ``most`` at most. ``tensors`` override the
         model's own by saved name while it writes."""
         module: Any = self.base(torch.float32)
+        self.stand_on(only(tensors, [n for n in tensors if is_beneath(n)]))
         own = dict(module.named_parameters())
-        given = {**self.initial, **tensors}
+        given = without({**self.initial, **tensors}, self.beneath.names)
         kept = {name: own[self.parameters[name]].detach().clone() for name in given}
         try:
             with torch.no_grad():

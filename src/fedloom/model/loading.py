@@ -34,7 +34,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fedloom.hub import reachable
-from fedloom.model.adapters import Adapter, attach, trainable_names
+from fedloom.model.adapters import Adapter, attach, beneath, trainable_names
 from fedloom.model.answers import Asked, Speaker
 from fedloom.model.base import Batch, Model, ModelError, Precision
 from fedloom.model.calls import CALLS, from_zero
@@ -122,7 +122,7 @@ def load(
     module.eval().requires_grad_(False).to(device)
     model = Model(name, module, config, tokenizer, num_labels, length, precision, adapter.dropout, torch.device(device))
     model.filler, model.speaker = filler, speaker
-    model.parameters = parameters
+    model.parameters, model.beneath = parameters, beneath(module)
     own = dict(module.named_parameters())
     model.initial = {saved: own[parameter].detach().float().clone() for saved, parameter in sorted(model.parameters.items())}
     model._copies[torch.float32] = module

@@ -80,6 +80,11 @@ def save(folder: Path, saved: Saved, store: ClientStore) -> None:
             path.unlink()
 
 
+def holds_training(folder: Path) -> bool:
+    """Whether a run's last completed round is kept there: a run known by its results alone has none."""
+    return (folder / "checkpoints" / LATEST).exists()
+
+
 def load(folder: Path, store: ClientStore) -> Saved | None:
     """The last completed round, with ``store`` put back to it; None if there is none.
 
@@ -87,7 +92,7 @@ def load(folder: Path, store: ClientStore) -> Saved | None:
         CheckpointError: the checkpoint is corrupt; nothing is changed.
     """
     path = folder / "checkpoints" / LATEST
-    if not path.exists():
+    if not holds_training(folder):
         return None
     mend = f"Nothing was overwritten. Delete {folder} to start the run anew, or restore the folder from a copy"
     try:

@@ -11,12 +11,13 @@ import torch
 from fedloom.client.store import ClientStore
 from fedloom.messages import Tensors
 from fedloom.methods.method import Predictor
-from fedloom.model.adapters import merged, saved_as, write_adapter
+from fedloom.model.adapters import is_beneath, merged, saved_as, write_adapter
 from fedloom.model.base import Model
 from fedloom.model.loading import folder_of
 from fedloom.run import checkpoint
 from fedloom.run.experiment import Experiment
 from fedloom.run.world import World, build, store_in
+from fedloom.tensors import without
 
 
 class ExportError(ValueError):
@@ -30,6 +31,10 @@ def whole(model: Model, tensors: Tensors) -> dict[str, torch.Tensor]:
 
 def write_folder(model: Model, tensors: Tensors, out: Path) -> None:
     """Write ``tensors`` (the rest at the start) as an adapter folder with the tokenizer beside it."""
+    if any(is_beneath(name) for name in tensors):
+        raise ExportError(
+            "this method changes the weights under its adapter, which no adapter folder holds; export the model, with --merge"
+        )
     write_adapter(model.module, list(model.parameters), whole(model, tensors), out, folder_of(model.name), model.initial)
     write_tokenizer(model, out)
 
@@ -38,7 +43,8 @@ def write_merged(model: Model, tensors: Tensors, classes: Sequence[str], out: Pa
     """Write the base with the adapter merged in, the classes' names and the tokenizer: a folder that transformers loads by itself."""
     if model.filler is not None:
         raise ExportError("a merged model would have a cloze's few words for its vocabulary; export the adapter, without --merge")
-    plain = merged(model.module, model.parameters, whole(model, tensors))
+    model.stand_on({name: tensor for name, tensor in tensors.items() if is_beneath(name)})
+    plain = merged(model.module, model.parameters, without(whole(model, tensors), model.beneath.names))
     plain.config.pad_token_id = model.pad_id
     if model.speaker is None:
         plain.config.id2label = dict(enumerate(classes))
@@ -57,10 +63,11 @@ def write_tokenizer(model: Model, out: Path) -> None:
 def write_global(model: Model, tensors: Tensors, classes: Sequence[str], folder: Path) -> list[str]:
     """Write the global model as others load it, to ``adapter`` or ``model`` in the run's folder; and notes to say why not, if it cannot
     be."""
+    changed = any(is_beneath(name) for name in tensors)
     match saved_as(model.module):
-        case "adapter":
+        case "adapter" if not changed:
             write_folder(model, tensors, folder / "adapter")
-        case "model" if model.filler is None:
+        case "adapter" | "model" if model.filler is None:
             write_merged(model, tensors, classes, folder / "model")
         case _:
             return ["no other library loads a model of this adapter kind and head: it is in the run's checkpoint only"]

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fedloom.run.checkpoint import holds_training
 from fedloom.run.ending import TRACEBACK
 from fedloom.run.experiment import Experiment, ExperimentError, as_json
 from fedloom.run.job import Event, perform
@@ -105,6 +106,9 @@ def _begun(
         return run.name, {"kind": "failed", "text": text, "diverged": trainer.diverged}
     watch.started(run.name)
     trained = folder(waiting[run.trained]) if run.trained else None
+    if trained is not None and not holds_training(trained):
+        watch.heard(run.name, {"kind": "note", "text": f"{run.trained} has no checkpoint any more to take over; this one trains itself"})
+        trained = None
     if crew is not None:
         crew.give(run, folder(run), trained)
         return None
