@@ -56,6 +56,7 @@ NO_PERSONAL_PART = {
     "fedex",
     "flasc",
     "fedprox",
+    "scaffold",
     "slora",
 }
 

@@ -20,11 +20,12 @@ from fedloom.methods.flasc import PLACES, VALUES, Flasc
 from fedloom.methods.flexlora import FlexLora
 from fedloom.methods.flora import FLoRA
 from fedloom.methods.hetlora import HetLora
+from fedloom.methods.scaffold import Scaffold
 from fedloom.methods.slora import SLora
 from fedloom.server.participation import Pool, uniform
 from tests.oracle import real
 from tests.oracle.numpy_encoder import Tensors, pad
-from tests.oracle.numpy_training import AdamW, aggregate, clip_to, train
+from tests.oracle.numpy_training import AdamW, adamw_step, aggregate, clip_to, train
 from tests.oracle.test_baselines import COHORTS, EVERYBODY, epochs, kinds, logits
 from tests.oracle.test_rivals import assert_predicts, is_a, is_b, mean_of, part, trained
 
@@ -173,8 +174,6 @@ def held_down(now: Tensors, rank: int) -> float:
 
 def pushed(k: int, at: Arrays, batches: Sequence[np.ndarray], rank: int, strength: float) -> Arrays:
     """Training under λ·Σ‖B[:, rank:]‖·‖A[rank:, :]‖, whose gradient in B is λ·‖A'‖·B'/‖B'‖, and 0 where B' is 0."""
-    from tests.oracle.numpy_training import adamw_step
-
     now, rule = dict(at), real.RULE
     first, second = ({n: np.zeros_like(t) for n, t in at.items()} for _ in range(2))
     for step, batch in enumerate(batches, 1):
@@ -339,3 +338,43 @@ def test_slora(kind: real.Kind) -> None:
     last = mean_of(fitted, begun)
     real.assert_close(made.states[3].shared, last)
     assert_predicts(made, dict.fromkeys(EVERYBODY, last))
+
+
+@kinds
+def test_scaffold(kind: real.Kind) -> None:
+    """Every local step's gradient is g − c_k + c; c_k becomes the gradient at w_t; c moves by 1/K of what the cohort's controls moved."""
+    made = real.run(Scaffold(real.INNER), kind)
+    shared = real.start()
+    zero = {n: np.zeros_like(t) for n, t in shared.items()}
+    common, own = zero, dict.fromkeys(EVERYBODY, zero)
+    control = lambda tensors: {f"control/{n}": t for n, t in tensors.items()}  # noqa: E731
+    for t, exchange in enumerate(made.asked("train")):
+        fitted, moved = {}, []
+        for k in COHORTS[t]:
+            assert set(exchange.down[k].tensors) == set(exchange.up[k].tensors) == {*shared, *control(shared)}
+            towards = {n: common[n] - own[k][n] for n in shared}
+            fitted[k] = corrected(k, shared, epochs(k, "batches", t), towards)
+            everything = real.encoder().backward(shared, pad(real.questions(k))).tensors
+            new = {n: everything[n].mean(0) for n in shared}
+            moved.append({n: new[n] - own[k][n] for n in shared})
+            own[k] = new
+            real.assert_close(made.memory[t + 1][k], control(new))
+            real.assert_close({n: x for n, x in exchange.up[k].tensors.items() if n not in shared}, control(moved[-1]))
+        shared = mean_of(fitted, shared)
+        common = {n: common[n] + sum(m[n] for m in moved) / len(EVERYBODY) for n in shared}
+        real.assert_close(made.states[t + 1].shared, shared)
+        real.assert_close(made.states[t + 1].server, control(common))
+    assert max(float(np.abs(c).max()) for c in common.values()) > 0.01
+    assert_predicts(made, dict.fromkeys(EVERYBODY, shared))
+
+
+def corrected(k: int, at: Arrays, batches: Sequence[np.ndarray], added: Tensors) -> Arrays:
+    """Training with ``added`` on every step's mean gradient."""
+    now = dict(at)
+    first, second = ({n: np.zeros_like(t) for n, t in at.items()} for _ in range(2))
+    for step, batch in enumerate(batches, 1):
+        found = real.encoder().backward(now, pad([real.questions(k)[i] for i in batch])).tensors
+        gradients = {n: found[n].mean(0) + added[n] for n in now}
+        for n, g in clip_to(gradients, real.RULE.clip).items():
+            now[n], first[n], second[n] = adamw_step(now[n], g, first[n], second[n], step, real.RULE)
+    return now

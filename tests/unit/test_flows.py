@@ -71,6 +71,7 @@ def test_there_are_these_methods_and_each_says_its_paper() -> None:
             "handover",
             "hetlora",
             "rolora",
+            "scaffold",
             "slora",
         ]
     )

@@ -82,6 +82,7 @@ class Serial:
         fixed = {n: t.detach().float().to(model.device) for n, t in item.fixed.items()}
         anchor = start if item.anchor is None else {n: t.detach().float().to(model.device) for n, t in item.anchor.items()}
         mask = {n: t.to(model.device).expand_as(start[n]) for n, t in item.mask.items()}
+        correction = {n: t.detach().float().to(model.device) for n, t in item.correction.items()}
         bias = torch.zeros((), device=model.device) if item.bias is None else item.bias.float().to(model.device)
         adam = torch.optim.AdamW(now.values(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
         _load_moments(adam, now, item.moments)
@@ -96,6 +97,7 @@ class Serial:
             total = loss if item.penalty is None else loss + item.penalty(now, anchor)
             gradients = torch.autograd.grad(total, list(now.values()))
             for (name, tensor), gradient in zip(now.items(), gradients, strict=True):
+                gradient = gradient + correction[name] if name in correction else gradient
                 tensor.grad = gradient * mask[name] if name in mask else gradient
             if o.clip:
                 torch.nn.utils.clip_grad_norm_(list(now.values()), o.clip)

@@ -206,7 +206,7 @@ class Stacked:
         flat, begin = self._flat([i.start for i in items], [i.rows for i in items])
         rest, fixed = self._flat([i.fixed for i in items])
         anchor = begin if items[0].anchor is None else flat.join([i.anchor or {} for i in items], model.device)
-        mask = self._mask(items, flat)
+        mask, correction = self._mask(items, flat), self._correction(items, flat)
         bias = None if items[0].bias is None else torch.stack([i.bias.float() for i in items if i.bias is not None]).to(model.device)
         now = begin.clone()
         first, second, steps = self._moments(items, flat)
@@ -235,6 +235,8 @@ class Stacked:
                 loss[low:high] += values.detach()
 
             self._passes(items, [Part(k, items[k].batches[i]) for k in range(active)], backward)
+            if correction is not None:
+                gradient += correction[:active]
             if mask is not None:
                 gradient *= mask[:active]
             if o.clip:
@@ -264,6 +266,12 @@ class Stacked:
         if not items[0].mask:
             return None
         whole = [{n: item.mask[n].expand_as(t) if n in item.mask else torch.ones_like(t) for n, t in item.start.items()} for item in items]
+        return flat.join(whole, self.model.device)
+
+    def _correction(self, items: Sequence[Fit], flat: Flat) -> torch.Tensor | None:
+        if not items[0].correction:
+            return None
+        whole = [{n: i.correction[n] if n in i.correction else torch.zeros_like(t) for n, t in i.start.items()} for i in items]
         return flat.join(whole, self.model.device)
 
     def _moments(self, items: Sequence[Fit], flat: Flat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -432,6 +440,7 @@ def _kind(item: WorkItem) -> Hashable:
             shapes += (*sorted(some), sum(tensors[n].numel() for n in some))
             masks = tuple((n, tuple(t.shape)) for n, t in item.mask.items())
             fixed = tuple((n, tuple(t.shape)) for n, t in sorted(item.fixed.items()))
+            masks = (*masks, *sorted(item.correction))
             return ("fit", shapes, masks, fixed, item.optimizer, item.penalty, item.anchor is None, item.moments is None, item.bias is None)
         case Score() | Fisher():
             return (type(item).__name__, shapes, item.over)

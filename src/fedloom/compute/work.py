@@ -69,6 +69,7 @@ class Fit:
     it is 0 nothing moves. ``rows`` says of B's (d_out, r) of which only some output neurons are trained which these are, int64 (k,)
     ascending: ``start`` then holds these rows (k, r) and nothing else, the others are zero, and there is no state of theirs and no product.
     ``penalty`` is held against ``anchor``, or against ``start`` where none is given.
+    ``correction`` is added to every step's gradient, before it is clipped (SCAFFOLD); tensors that it does not name have none.
     ``bias`` (C,) is added to the logits of every example before the loss, and is not trained.
     ``dropout_seed`` makes the dropout masks of the run; step i uses ``derive(dropout_seed, "dropout", i)``.
 
@@ -89,8 +90,13 @@ class Fit:
     anchor: Tensors | None = None
     bias: torch.Tensor | None = None
     rows: Tensors = field(default_factory=dict)
+    correction: Tensors = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, added in self.correction.items():
+            if name not in self.start or added.shape != self.start[name].shape:
+                had = f"{tuple(self.start[name].shape)}" if name in self.start else "no tensor of that name"
+                raise ValueError(f"a Fit's correction of '{name}' is {tuple(added.shape)} and its start has {had}; they must be alike")
         for name, rows in self.rows.items():
             if name not in self.start or len(rows) != len(self.start[name]) or name in self.mask or self.penalty is not None:
                 had = f"{len(self.start[name])} rows" if name in self.start else "none"

@@ -117,11 +117,14 @@ class FedAvg:
         penalty: Penalty | None = None,
         fixed: Tensors | None = None,
         bias: torch.Tensor | None = None,
+        correction: Tensors | None = None,
     ) -> Work[Fitted]:
-        """Train ``start`` on what the curriculum opens, under tensors that stay ``fixed``, with ``bias`` (C,) on the logits."""
+        """Train ``start`` on what the curriculum opens, under tensors that stay ``fixed``, with ``bias`` (C,) on the logits and
+        ``correction`` on the gradients."""
         opened = yield from self.open(c, {**(fixed or {}), **start}, task)
         t = int(task.settings["round"])  # type: ignore[arg-type]
-        return (yield self.fit(c, start, opened.batches, t, mask, penalty, fixed=fixed, examples=opened.examples, bias=bias))
+        fit = self.fit(c, start, opened.batches, t, mask, penalty, fixed=fixed, examples=opened.examples, bias=bias)
+        return (yield replace(fit, correction=correction or {}))
 
     def whole(self, c: Client) -> Opened:
         """One epoch over everything, in the order that the curriculum ends with. It must have been prepared."""

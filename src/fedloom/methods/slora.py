@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from fedloom.client.client import Client
@@ -29,7 +30,7 @@ from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.adapters import is_beneath, is_factor, need_pairs
 from fedloom.model.base import Model
 from fedloom.model.factors import refactored
-from fedloom.seeds import derive
+from fedloom.seeds import derive_int
 from fedloom.server.aggregation import Average
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import only, without
@@ -136,10 +137,9 @@ class SLora:
         return {n: w.reshape(-1).index_add(0, self.places(n, w, seed), shared[f"{MOVED}{n}"]).view(w.shape) for n, w in own.items()}
 
     def places(self, name: str, weight: torch.Tensor, seed: int) -> torch.Tensor:
-        """Where M is 1 in a weight, ascending int64."""
-        drawn = derive(seed, "mask", name).choice(weight.numel(), self.count(weight), replace=False)
-        drawn.sort()
-        return torch.from_numpy(drawn)
+        """Where M is 1 in a weight, ascending int64: at the smallest of as many raw numbers, which NumPy promises to leave as they are."""
+        raw = np.random.PCG64(derive_int(seed, "mask", name)).random_raw(weight.numel())
+        return torch.from_numpy(np.sort(np.argpartition(raw, self.count(weight) - 1)[: self.count(weight)]))
 
     def count(self, weight: torch.Tensor) -> int:
         """⌈δ·d_out·d_in⌉."""
