@@ -25,7 +25,8 @@ from fedloom.server.participation import Pool
 from tests import tiny
 
 POOL = Pool((0, 1, 2), 2, 2, 8)
-METHODS = [name for name in all_methods() if name != "centralised"]  # it trains nowhere but in the centre, and takes no curriculum
+FROM_ZERO = {"flora", "slora"}
+METHODS = [name for name in all_methods() if name not in {"centralised", *FROM_ZERO}]  # that trains nowhere but in the centre
 PAIRS = [("fibecfed", "fisher"), *zip([m for m in METHODS if m != "fibecfed"], cycle(all_curricula()), strict=False)]
 
 
@@ -49,6 +50,12 @@ def played(name: str, curriculum: str, stacked: bool) -> dict[str, torch.Tensor]
 def test_every_curriculum_is_among_the_pairs() -> None:
     assert {curriculum for _, curriculum in PAIRS} == set(all_curricula())
     assert {method for method, _ in PAIRS} == set(METHODS)
+
+
+@pytest.mark.parametrize("name", sorted(FROM_ZERO))
+def test_who_begins_at_zero_says_so(name: str) -> None:
+    with pytest.raises(ValueError, match=f"'{name}' starts its pairs at zero .* give it --adapter.start zero"):
+        named(name)().init(svd())
 
 
 @pytest.mark.parametrize(("name", "curriculum"), PAIRS)

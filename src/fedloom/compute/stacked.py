@@ -42,7 +42,6 @@ from fedloom.compute.work import (
 )
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
-from fedloom.model.answers import Asked
 from fedloom.model.base import Model, free_bytes
 from fedloom.model.layout import RowsKept
 from fedloom.model.texts import Texts
@@ -190,7 +189,7 @@ class Stacked:
             np.concatenate([p.first + np.arange(len(p.rows)) for p in parts]),
             torch.tensor(keys, dtype=torch.int64, device=device) if len(keys) else None,
             {self.model.parameters[name]: rows for name, rows in (kept or {}).items()},
-            Asked.of(ids, segments, lengths, device) if self.model.speaker else None,
+            self.model.asking(ids, segments, lengths),
         )
 
     def _flat(self, tensors: Sequence[Tensors], rows: Sequence[Tensors] = ()) -> tuple[Flat, torch.Tensor]:

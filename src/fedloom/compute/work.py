@@ -209,12 +209,14 @@ WorkItem = Fit | Score | Fisher | Sensitivity | Spectrum | Predict | Pretrained
 
 
 def grounded(item: WorkItem) -> tuple[WorkItem, dict[str, torch.Tensor]]:
-    """The item without the weights under LoRA's pairs that it names and does not train, and those: what its model stands on."""
+    """The item without the weights under LoRA's pairs that it names and does not train, and those: what its model stands on. Where they are
+    all that a Score, Fisher or Spectrum is over, they are what is trained, and stay."""
     if isinstance(item, Pretrained):
         return item, {}
     held = item.fixed if isinstance(item, Fit) else item.at
     weights = {name: tensor for name, tensor in held.items() if is_beneath(name)}
-    if not weights:
+    over = item.over if isinstance(item, Score | Fisher | Spectrum) else None
+    if not weights or (over and weights.keys() >= over):
         return item, {}
     rest = without(held, weights)
     return (replace(item, fixed=rest) if isinstance(item, Fit) else replace(item, at=rest)), weights

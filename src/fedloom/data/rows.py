@@ -37,12 +37,11 @@ class Rows:
 
 
 def class_names(schema: pa.Schema) -> dict[str, list[str]]:
-    """Column -> its class names, where the file was written by ``datasets`` and a column's integers stand for classes."""
+    """Column -> its class names, where ``datasets`` wrote the file and a column's integers, or lists of them, stand for classes."""
     said = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = said.get("info", {}).get("features", {})
-    return {
-        column: list(kind["names"]) for column, kind in features.items() if isinstance(kind, dict) and kind.get("_type") == "ClassLabel"
-    }
+    each = {column: kind.get("feature", kind) for column, kind in features.items() if isinstance(kind, dict)}
+    return {column: list(kind["names"]) for column, kind in each.items() if isinstance(kind, dict) and kind.get("_type") == "ClassLabel"}
 
 
 def whole_numbers(numbers: np.ndarray) -> pa.Array:

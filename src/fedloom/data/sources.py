@@ -22,12 +22,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fedloom.cache import remembered
-from fedloom.data import instructions
+from fedloom.data import instructions, tagging
 from fedloom.data.examples import Examples, flat
 from fedloom.data.files import SUFFIXES, match_splits, read_file, read_folder, split_of
 from fedloom.data.instructions import EVERYTHING, METRIC, Instructions
 from fedloom.data.labels import Label, class_ids, label_values
 from fedloom.data.rows import Rows, class_names, whole_numbers
+from fedloom.data.tagging import TYPE, Tagging
 from fedloom.data.tasks import SPLITS, Classification, Column, DataError, Split, Task, TaskKind, choose_columns, metric_for
 from fedloom.hub import reachable
 from fedloom.seeds import derive
@@ -81,7 +82,7 @@ def load(
 
     ``text`` and ``label`` override the columns found, ``metric`` ("accuracy", "mcc", "f1") the one the name suggests. A cap
     of 0 keeps all rows; otherwise that many are drawn by seed, in their order. ``task``: classification; instructions (a prompt and its
-    answer); text (all of it to be learnt); or, left to the columns' names, one of the first two.
+    answer); text (all of it to be learnt); tagging (a tag for every word); or, left to the columns, one of them but text.
 
     Raises:
         DataError: whatever is wrong with the data, with what would be right.
@@ -91,10 +92,20 @@ def load(
         held = ", ".join(tables) or "none"
         raise DataError(f"'{name}' has no training rows; its splits are: {held}. Give a training split, or one split alone")
     columns = {column: _describe(tables["train"], column) for column in tables["train"].rows.column_names}
-    if task == "classification" or (task == "auto" and (label or not instructions.looks_like_instructions(columns))):
+    if task == "tagging" or (task == "auto" and tagging.looks_like_tagging(columns)):
+        if metric != "auto":
+            raise DataError(f"tags are scored by {tagging.METRIC}, not by {metric}; leave metric (--metric) at auto")
+        words, tagged = tagging.choose_columns(columns, text, label)
+        tags = _tag_names(tables["train"], tagged)
+        kinds = tagging.types_of(tags)
+        for split in tables:
+            tables[split] = _flattened(tables[split], words, tagged, tags, kinds, split)
+        tables, classes = _labelled(tables, (words, tagged), TYPE, notes)
+        made: Task = Tagging(words, tagged, tags, classes)
+    elif task == "classification" or (task == "auto" and (label or not instructions.looks_like_instructions(columns))):
         texts, label = choose_columns(columns, text, label)
         tables, classes = _labelled(tables, texts, label, notes)
-        made: Task = Classification(texts, label, classes, metric_for(name) if metric == "auto" else metric)
+        made = Classification(texts, label, classes, metric_for(name) if metric == "auto" else metric)
     else:
         if metric not in ("auto", METRIC):
             raise DataError(f"answers are scored by {METRIC}, not by {metric}; leave metric (--metric) at auto")
@@ -121,6 +132,31 @@ def _prepared(table: _Table, contexts: Sequence[str], label: str) -> _Table:
     if label == EVERYTHING and EVERYTHING not in rows.column_names:
         rows = rows.append_column(EVERYTHING, pa.array([EVERYTHING] * rows.num_rows, pa.string()))
     return replace(table, rows=rows)
+
+
+def _tag_names(table: _Table, column: str) -> tuple[str, ...]:
+    """The tags' names: those that the file gives its numbers, else the words that the training split has, O first."""
+    if column in table.names:
+        return tuple(table.names[column])
+    seen = {tag for tags in table.rows[column].to_pylist() for tag in tags or ()}
+    if not all(isinstance(tag, str) for tag in seen):
+        raise DataError(f"the tags in column '{column}' are numbers without names; give them as words: O, B-TYPE, I-TYPE")
+    return tuple(sorted(seen, key=lambda tag: (tag != "O", tag[2:], tag)))
+
+
+def _flattened(table: _Table, words: str, tagged: str, tags: tuple[str, ...], kinds: tuple[str, ...], split: Split) -> _Table:
+    """Words, tags and their sentence's type as texts. A split without tags comes back without types."""
+    rows = table.rows
+    if words not in rows.column_names or tagged not in rows.column_names:
+        return table
+    made = tagging.as_texts(rows[words].to_pylist(), rows[tagged].to_pylist(), tags, f"the {split} split")
+    for name, column in zip((words, tagged), made[:2], strict=True):
+        rows = rows.set_column(rows.column_names.index(name), name, pa.array(column, pa.string()))
+    number = {kind: i for i, kind in enumerate(kinds)}
+    if TYPE in rows.column_names:
+        rows = rows.drop_columns([TYPE])
+    rows = rows.append_column(TYPE, pa.array([number[kind] for kind in made[2]], pa.int64()))
+    return replace(table, rows=rows, names={**{n: k for n, k in table.names.items() if n != tagged}, TYPE: list(kinds)})
 
 
 def tokenise(source: Source, encode: Encode, identity: str = "") -> dict[Split, Examples]:
@@ -234,7 +270,8 @@ def _of_splits(splits: datasets.DatasetDict, where: str) -> tuple[dict[Split, _T
 def _of_dataset(rows: datasets.Dataset) -> _Table:
     import datasets
 
-    names = {name: list(kind.names) for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
+    inner = {name: kind.feature if isinstance(kind, datasets.List) else kind for name, kind in rows.features.items()}
+    names = {name: list(kind.names) for name, kind in inner.items() if isinstance(kind, datasets.ClassLabel)}
     return _Table(rows.with_format("arrow")[:], names, np.zeros(0, np.int64))
 
 
@@ -247,10 +284,14 @@ def _describe(table: _Table, name: str) -> Column:
     column = table.rows[name]
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         kind = "string"
-    elif name in table.names:
+    elif name in table.names and not pa.types.is_nested(column.type):
         kind = "classes"
     elif pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
         kind = "integer"
+    elif pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        inner = column.type.value_type
+        strings = pa.types.is_string(inner) or pa.types.is_large_string(inner)
+        return Column("words" if strings else "numbers" if pa.types.is_integer(inner) else "other", 0, len(column))
     else:
         return Column("other", 0, len(column))
     return Column(kind, len(column.unique()), len(column))

@@ -1,6 +1,7 @@
 """Tasks: which columns are read and how predictions are scored; here classification of single sentences and sentence pairs.
 
-Knows nothing of where the data came from (``sources.py``), of tokenizers or of devices. The other kind of task is in ``instructions.py``.
+Knows nothing of where the data came from (``sources.py``), of tokenizers or of devices. Other kinds of task are in ``instructions.py`` and
+``tagging.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:  # PyArrow is not needed to know what tasks there are
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 METRICS = ("accuracy", "mcc", "f1")
-TaskKind = Literal["auto", "classification", "instructions", "text"]
+TaskKind = Literal["auto", "classification", "instructions", "text", "tagging"]
 
 PAIRS = (
     ("sentence1", "sentence2"),
@@ -46,14 +47,14 @@ class DataError(ValueError):
 class Column:
     """What column detection needs to know of a column: what it holds, and how many distinct values in how many rows."""
 
-    kind: Literal["classes", "integer", "string", "other"]
+    kind: Literal["classes", "integer", "string", "words", "numbers", "other"]
     distinct: int
     rows: int
 
     @property
     def repeats(self) -> bool:
         """Whether it could be a label: 2 to 1000 distinct values, each twice on average."""
-        return self.kind != "other" and 2 <= self.distinct <= min(1000, self.rows // 2)
+        return self.kind not in ("words", "numbers", "other") and 2 <= self.distinct <= min(1000, self.rows // 2)
 
 
 class Outcomes(NamedTuple):
@@ -185,6 +186,8 @@ def headline(metric: str, right: np.ndarray, true: np.ndarray, predicted: np.nda
     if metric == "f1":
         each = 2 * right / np.maximum(true + predicted, 1)  # 0 for a class that neither occurs nor is predicted
         return each[..., 1] if each.shape[-1] == 2 else each.mean(-1)
+    if metric == "entity_f1":  # class 1 are entities, class 0 what is none
+        return 2 * right[..., 1] / np.maximum(true[..., 1] + predicted[..., 1], 1)
     raise DataError(f"no metric '{metric}'; there are {', '.join(METRICS)}")
 
 

@@ -24,7 +24,7 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.adapters import is_factor, need_pairs
 from fedloom.model.base import Model
-from fedloom.model.factors import Products, cut, need_ranks, rank_in, rank_of, refactored, widened
+from fedloom.model.factors import Products, cut, need_ranks, quarters, rank_in, rank_of, refactored, widened
 from fedloom.server.aggregation import Average
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import without
@@ -36,14 +36,14 @@ class FlexLora:
 
     Attributes:
         inner: local training and its optimiser.
-        ranks: the ranks that devices have, of which each is given one (none: all have the adapter's).
+        ranks: the ranks that devices have, of which each is given one (none: a quarter, half, and all of the adapter's).
     """
 
     name: ClassVar[str] = "flexlora"
     paper: ClassVar[str] = "FlexLoRA 2402.11505"
 
     inner: FedAvg = field(default_factory=FedAvg)
-    ranks: tuple[int, ...] = (2, 4, 8)
+    ranks: tuple[int, ...] = ()
 
     def init(self, model: Model) -> State:
         """Every trainable tensor is shared.
@@ -63,7 +63,7 @@ class FlexLora:
         """S_t trains, each at its rank; the server decomposes the mean of the products."""
         whole, clock = rank_in(state.shared), self.inner.clock(state.round, pool)
         cohort = uniform(pool, state.round)
-        asked = [ask(self.train, k, cut(state.shared, rank_of(k, self.ranks, whole, pool.seed)), **clock) for k in cohort]
+        asked = [ask(self.train, k, cut(state.shared, rank_of(k, self.ranks or quarters(whole), pool.seed)), **clock) for k in cohort]
         ideal, heads = Products(), Average()
 
         def take(update: Update) -> Update:
@@ -82,7 +82,7 @@ class FlexLora:
         """The shared model at the device's rank."""
         yield from ()
         whole = rank_in(shared)
-        return Predictor(widened(cut(shared, rank_of(client.id, self.ranks, whole, client.seed)), whole))
+        return Predictor(widened(cut(shared, rank_of(client.id, self.ranks or quarters(whole), client.seed)), whole))
 
     def assembled(self, state: State) -> Tensors | None:
         """The shared model at the adapter's rank."""

@@ -72,7 +72,10 @@ class FLoRA:
         new, whole = drawn(state.server, pool.seed, state.round), rank_in(state.server)
         asked = [
             ask(
-                self.train, k, {**state.shared, **cut(new, rank_of(k, self.ranks, whole, pool.seed))}, **self.inner.clock(state.round, pool)
+                self.train,
+                k,
+                {**state.shared, **cut(new, rank_of(k, self.ranks or (whole,), pool.seed))},
+                **self.inner.clock(state.round, pool),
             )
             for k in uniform(pool, state.round)
         ]

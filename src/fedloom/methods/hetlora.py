@@ -28,7 +28,7 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.adapters import is_down, is_factor, need_pairs, partner
 from fedloom.model.base import Model
-from fedloom.model.factors import cut, need_ranks, products, rank_in, rank_of, widened
+from fedloom.model.factors import cut, need_ranks, products, quarters, rank_in, rank_of, widened
 from fedloom.server.aggregation import Average
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import Mean, only, without
@@ -40,7 +40,7 @@ class HetLora:
 
     Attributes:
         inner: local training and its optimiser.
-        ranks: the ranks that devices begin with, of which each is given one (none: all have the adapter's).
+        ranks: the ranks that devices begin with, of which each is given one (none: a quarter, half, and all of the adapter's).
         keep: γ, the share of a device's rank that pruning leaves.
         penalty: λ, how strongly the other directions are held down (0: nothing is pruned).
     """
@@ -49,7 +49,7 @@ class HetLora:
     paper: ClassVar[str] = "HetLoRA 2401.06432"
 
     inner: FedAvg = field(default_factory=FedAvg)
-    ranks: tuple[int, ...] = (2, 4, 8)
+    ranks: tuple[int, ...] = ()
     keep: float = 0.75
     penalty: float = 1e-3
 
@@ -74,7 +74,7 @@ class HetLora:
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """As inner; and every device's rank."""
         state = yield from self.inner.setup(state, pool)
-        ranks = torch.tensor([rank_of(k, self.ranks, rank_in(state.shared), pool.seed) for k in pool.clients])
+        ranks = torch.tensor([rank_of(k, self.ranks or quarters(rank_in(state.shared)), pool.seed) for k in pool.clients])
         return replace(state, server={**state.server, "ranks": ranks})
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
@@ -112,7 +112,7 @@ class HetLora:
         """The shared model at the device's rank."""
         yield from ()
         whole = rank_in(shared)
-        rank = int(client.memory["rank"]) if "rank" in client.memory else rank_of(client.id, self.ranks, whole, client.seed)
+        rank = int(client.memory["rank"]) if "rank" in client.memory else rank_of(client.id, self.ranks or quarters(whole), client.seed)
         return Predictor(widened(cut(shared, rank), whole))
 
     def assembled(self, state: State) -> Tensors | None:

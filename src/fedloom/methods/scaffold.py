@@ -75,13 +75,13 @@ class Scaffold:
     def train(self, c: Client, task: Task) -> Work[Update]:
         """Train against the difference of the controls; take the device's own anew; send the model and how that moved."""
         common, shared = parted(task.tensors)
-        own = c.memory or {n: torch.zeros_like(t) for n, t in common.items()}
+        own = {n: c.memory[n] if n in c.memory else torch.zeros_like(t) for n, t in common.items()}
         correction = {n: common[f"{CONTROL}{n}"] - own[f"{CONTROL}{n}"] for n in shared}
         fitted = yield from self.inner.learn(c, shared, task, correction=correction)
         still = AdamW(0.0, clip=0.0)
         whole = replace(self.inner.fit(c, shared, [np.arange(len(c.train))], 0), optimizer=still, penalty=None)
         at = (yield whole).moments.first  # (1 − β₁)·∇F_k(w_t), as the first step's mean has it
-        c.memory = {f"{CONTROL}{n}": g / (1 - still.betas[0]) for n, g in at.items()}
+        c.memory |= {f"{CONTROL}{n}": g / (1 - still.betas[0]) for n, g in at.items()}
         moved = {n: c.memory[n] - was for n, was in own.items()}
         return Update(c.id, len(c.train), {**fitted.tensors, **moved}, {"loss": float(fitted.losses.mean())})
 

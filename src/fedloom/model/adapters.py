@@ -61,9 +61,9 @@ class AdapterError(ValueError):
     """An adapter that cannot be put on this model; the message lists what could."""
 
 
-def attach(base: nn.Module, adapter: Adapter, classifier: bool = True) -> nn.Module:
-    """``base`` with the adapter and, of a ``classifier``, a trainable task head; everything else is frozen
-    (``requires_grad`` says which is which).
+def attach(base: nn.Module, adapter: Adapter, classifier: bool = True, tags: bool = False) -> nn.Module:
+    """``base`` with the adapter and, of a ``classifier`` (of whole texts, or of their words: ``tags``), a trainable task head; everything
+    else is frozen (``requires_grad`` says which is which).
 
     Raises:
         AdapterError: the rank is not positive, no target exists in this architecture, or it lacks what the kind trains.
@@ -73,7 +73,7 @@ def attach(base: nn.Module, adapter: Adapter, classifier: bool = True) -> nn.Mod
     if adapter.start == "svd" and adapter.kind not in ("auto", "lora"):
         raise AdapterError(f"start svd is one of LoRA's pairs, and kind {adapter.kind} has none; give --adapter.kind lora")
     targets = list(adapter.targets) or None
-    task = TaskType.SEQ_CLS if classifier else None
+    task = TaskType.TOKEN_CLS if tags else TaskType.SEQ_CLS if classifier else None
     match adapter.kind:
         case "auto" | "lora":
             scaling: dict[str, Any] = {"lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout}

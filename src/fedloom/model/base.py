@@ -32,6 +32,7 @@ from fedloom.model.calls import CALLS, Call, Shape
 from fedloom.model.cloze import Filler
 from fedloom.model.kernels import computes_bf16
 from fedloom.model.packed import Mapped, Packed, Rows, Unpackable, Way, Weights
+from fedloom.model.tags import Tagged, Tagger
 from fedloom.model.texts import Texts
 from fedloom.tensors import fingerprint, only, without
 
@@ -54,11 +55,6 @@ class Batch(NamedTuple):
     segments: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
-
-    @property
-    def asked(self) -> Asked:
-        """The tokens before each of an answer (segment 1)."""
-        return Asked.in_rows(self.ids, self.segments, self.mask)
 
 
 @dataclass
@@ -86,6 +82,7 @@ class Model:
     together_by: str = ""
     filler: Filler | None = None
     speaker: Speaker | None = None
+    tagger: Tagger | None = None
     counted: dict[Any, np.ndarray] = field(default_factory=dict)
     _copies: dict[torch.dtype, nn.Module] = field(default_factory=dict)
     _ways: dict[torch.dtype, Way] = field(default_factory=dict)
@@ -115,8 +112,25 @@ class Model:
 
     @property
     def width(self) -> int:
-        """Numbers kept of each example's prediction: C logits, or the three of :meth:`fedloom.model.answers.Asked.told`."""
-        return self.num_labels if self.speaker is None else 3
+        """Numbers kept of each example's prediction: C logits, or those of ``told`` in ``answers.py`` and ``tags.py``."""
+        return 6 if self.tagger else self.num_labels if self.speaker is None else 3
+
+    @property
+    def reads_many(self) -> bool:
+        """Whether many tokens of a text are read and not one: those before each of an answer, or every word's first."""
+        return self.speaker is not None or self.tagger is not None
+
+    def asked(self, batch: Batch) -> Asked | Tagged:
+        """Which tokens of a padded batch are read, and what is due there."""
+        if self.tagger is not None:
+            return self.tagger.in_rows(batch.segments, batch.mask)
+        return Asked.in_rows(batch.ids, batch.segments, batch.mask)
+
+    def asking(self, ids: np.ndarray, segments: np.ndarray, lengths: np.ndarray) -> Asked | Tagged | None:
+        """The same of the tokens (T,) of texts of ``lengths`` (n,), one after another; None where each text is read at one place."""
+        if self.tagger is not None:
+            return self.tagger.asked(segments, lengths, self.device)
+        return None if self.speaker is None else Asked.of(ids, segments, lengths, self.device)
 
     @property
     def shape(self) -> Shape:
@@ -175,6 +189,8 @@ class Model:
         """Token ids and segment ids of each text (or pair; or prompt and its answer), cut to ``max_length``; at least one token each."""
         if self.speaker is not None:
             return self.speaker.encode(texts, pairs or [""] * len(texts))
+        if self.tagger is not None:
+            return self.tagger.encode(texts, pairs or [""] * len(texts))
         if self.filler is not None:
             texts, pairs = self.filler.fill(texts, pairs), None
         made = self.tokenizer(texts, pairs, truncation=True, max_length=self.max_length, return_token_type_ids=True)
@@ -193,6 +209,7 @@ class Model:
         said = [type(self.tokenizer).__name__, self.tokenizer.truncation_side, self.max_length, self.pad_id, *versions, rust.to_str()]
         said += [] if self.filler is None else [self.filler.template]
         said += [] if self.speaker is None else [self.speaker.chat_template]
+        said += [] if self.tagger is None else ["tags", self.tagger.between]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def embed(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -203,14 +220,14 @@ class Model:
         self, tensors: Tensors, batch: Batch, dtype: torch.dtype, embeddings: torch.Tensor | None = None, layers: bool = False
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """(logits (B, C) float32, outputs (B, L, d) of the D layers if ``layers`` else ()). ``tensors`` override the model's own by saved
-        name. Of a speaker: logits (r, V), one row a token of the batch's answers."""
+        name. Where many tokens of a text are read: logits (r, V), one row for each."""
         named = self._named(tensors, dtype)
         logits, hidden = self._call(self.base(dtype), dtype, named, batch.ids, batch.mask, batch.segments, embeddings, layers)
-        return logits if self.speaker is None else self.read(logits, batch), hidden
+        return self.read(logits, batch) if self.reads_many else logits, hidden
 
     def read(self, of: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """What the head reads of (B, L, …): one place of each text, or of a speaker the tokens before each of an answer (r, …)."""
-        return of[:, self.pooled] if self.speaker is None else of.flatten(0, 1)[batch.asked.at]
+        """What the head reads of (B, L, …): one place of each text, or many (r, …)."""
+        return of.flatten(0, 1)[self.asked(batch).at] if self.reads_many else of[:, self.pooled]
 
     def _named(self, tensors: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """By parameter name, as the module keeps them. What lies under a pair can be among them, where it is trained itself."""
@@ -236,11 +253,11 @@ class Model:
         if positions is not None:
             given["position_ids"] = positions
         if self.segmented:
-            given["token_type_ids"] = segments
+            given["token_type_ids"] = segments if self.tagger is None else torch.zeros_like(segments)
         if layers:
             given["output_hidden_states"] = True
         out = functional_call(module, dict(named), (), given)
-        logits = out.logits[:, self.pooled] if out.logits.dim() > 2 and self.speaker is None else out.logits
+        logits = out.logits[:, self.pooled] if out.logits.dim() > 2 and not self.reads_many else out.logits
         return logits.float(), tuple(out.hidden_states[1:]) if layers else ()
 
     def together(
@@ -278,7 +295,8 @@ class Model:
             weights=self._weights(dtype),
             trims=trims,
             reads=max(0, self.pooled),
-            answers=self.speaker is not None,
+            many=self.reads_many,
+            single=self.tagger is not None,
         )
 
     def _rows(self, dtype: torch.dtype) -> Way:
@@ -309,14 +327,14 @@ class Model:
         return self.weighted(self.forward(tensors, batch, dtype)[0], batch)
 
     def weighted(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Mean over the batch's real rows of the cross-entropies of logits (B, C), or of the losses of answers, (r, V)."""
-        plain = self.speaker is None
-        each = nn.functional.cross_entropy(logits, batch.labels, reduction="none") if plain else batch.asked.losses(logits)
+        """Mean over the batch's real rows of the cross-entropies of logits (B, C), or of the losses of what is read, (r, V)."""
+        many = self.reads_many
+        each = self.asked(batch).losses(logits) if many else nn.functional.cross_entropy(logits, batch.labels, reduction="none")
         return (each * batch.weights).sum() / batch.weights.sum()
 
     def told(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """What is kept of a prediction, (B, width)."""
-        return logits if self.speaker is None else batch.asked.told(logits)
+        return self.asked(batch).told(logits) if self.reads_many else logits
 
     def continued(self, tensors: Tensors, prompts: Sequence[Sequence[int]], most: int) -> list[str]:
         """What a speaker writes after each prompt's token ids, the likeliest token every time, ``most`` at most. ``tensors`` override the
@@ -345,10 +363,10 @@ class Model:
         """For methods that count labels.
 
         Raises:
-            ValueError: the model answers in words, of which it has no classes.
+            ValueError: the model answers in words or tags them; its texts have no classes.
         """
-        if self.speaker is not None:
-            raise ValueError(f"'{who}' counts each device's labels, and this task is answered in words: it has none; take another method")
+        if self.reads_many:
+            raise ValueError(f"'{who}' counts each device's labels, and the texts of this task have none of their own; take another method")
 
     @property
     def segmented(self) -> bool:

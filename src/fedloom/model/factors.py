@@ -104,9 +104,14 @@ def need_ranks(ranks: Sequence[int], tensors: Tensors, who: str) -> None:
         )
 
 
-def rank_of(client: int, ranks: Sequence[int], whole: int, seed: int) -> int:
-    """A device's rank: one of ``ranks``, drawn for it once and for all; ``whole`` if there are none to draw from."""
-    return ranks[derive_int(seed, "rank", client) % len(ranks)] if ranks else whole
+def rank_of(client: int, ranks: Sequence[int], seed: int) -> int:
+    """A device's rank: one of ``ranks``, drawn for it once and for all."""
+    return ranks[derive_int(seed, "rank", client) % len(ranks)]
+
+
+def quarters(rank: int) -> tuple[int, ...]:
+    """A quarter, half and all of a rank, 1 at least: what devices have where nobody says it."""
+    return (max(1, rank // 4), max(1, rank // 2), rank)
 
 
 def drawn(like: Tensors, seed: int, *path: str | int) -> dict[str, torch.Tensor]:

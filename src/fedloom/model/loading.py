@@ -29,18 +29,20 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
 )
 from transformers.utils import logging as transformers_logging
 
 from fedloom.hub import reachable
 from fedloom.model.adapters import Adapter, attach, beneath, trainable_names
-from fedloom.model.answers import Asked, Speaker
+from fedloom.model.answers import Speaker
 from fedloom.model.base import Batch, Model, ModelError, Precision
 from fedloom.model.calls import CALLS, from_zero
 from fedloom.model.cloze import Cloze, Filler, keep_rows
 from fedloom.model.dropout import SeededDropout
 from fedloom.model.packed import ATTENTION, Way, attend
+from fedloom.model.tags import Tagger
 from fedloom.model.texts import Texts, padded
 from fedloom.seeds import derive_int
 
@@ -90,14 +92,18 @@ def load(
     device: str = "cpu",
     cloze: Cloze | None = None,
     answers: str | None = None,
+    tags: tuple[str, ...] = (),
+    between: str = "",
 ) -> Model:
-    """Load a base, put the adapter on it, find out how to call it. ``seed`` draws the new head and LoRA's A. With a ``cloze`` the base is a
-    language model, its own head is used, and ``num_labels`` is the number of its words. With ``answers`` (a template, "" for the
-    tokenizer's own or a plain one) it is a causal language model that answers prompts, and has no labels.
+    """Load a base, put the adapter on it, find out how to call it. ``seed`` draws the new head and LoRA's A.
+
+    With a ``cloze`` the base is a language model, its own head is used, and ``num_labels`` is the number of its words. With ``answers`` (a
+    template, "" for the tokenizer's own or a plain one) it is a causal language model that answers prompts, and has no labels. With
+    ``tags`` it tells one of them for every word of a text; ``between`` stands between those.
 
     Raises:
         ModelError: no such model, not a classifier, an encoder-decoder, or one that cannot be called on ready masks.
-        ClozeError, AnswerError: a template or words that do not fit the model.
+        ClozeError, AnswerError, TagError: a template, words or tags that do not fit the model.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -106,7 +112,9 @@ def load(
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the libraries' own, about calls between them
         torch.manual_seed(derive_int(seed, "model"))
-        base, tokenizer, config = _loaded(folder, name, num_labels if cloze is None and answers is None else 0, answers is not None)
+        num_labels = len(tags) or num_labels
+        classes = num_labels if cloze is None and answers is None else 0
+        base, tokenizer, config = _loaded(folder, name, classes, answers is not None, bool(tags))
         limit = config.to_dict().get("max_position_embeddings") or max_length
         length = min(max_length, int(limit), int(tokenizer.model_max_length))
         filler = None
@@ -117,11 +125,12 @@ def load(
             filler = Filler(cloze, tokenizer, answers_last, length)
             keep_rows(base, filler)
         speaker = None if answers is None else Speaker(tokenizer, answers, length)
-        module = attach(base, adapter, classifier=cloze is None and answers is None)
+        tagger = Tagger(tokenizer, tags, between, length) if tags else None
+        module = attach(base, adapter, cloze is None and answers is None, bool(tags))
     parameters = trainable_names(module)
     module.eval().requires_grad_(False).to(device)
     model = Model(name, module, config, tokenizer, num_labels, length, precision, adapter.dropout, torch.device(device))
-    model.filler, model.speaker = filler, speaker
+    model.filler, model.speaker, model.tagger = filler, speaker, tagger
     model.parameters, model.beneath = parameters, beneath(module)
     own = dict(module.named_parameters())
     model.initial = {saved: own[parameter].detach().float().clone() for saved, parameter in sorted(model.parameters.items())}
@@ -132,15 +141,17 @@ def load(
     return model
 
 
-def _loaded(folder: str, name: str, num_labels: int, writes: bool = False) -> tuple[Any, Any, Any]:
-    """The base, its tokenizer, its config: a classifier of so many labels, or with 0 the language model; one that ``writes`` if asked."""
+def _loaded(folder: str, name: str, num_labels: int, writes: bool = False, tags: bool = False) -> tuple[Any, Any, Any]:
+    """The base, its tokenizer, its config: a classifier of so many labels (of words, if they are ``tags``), or with 0 the language model;
+    one that ``writes`` if asked."""
     try:
         local: dict[str, Any] = {"local_files_only": Path(folder).is_dir() or not reachable()}
         config = AutoConfig.from_pretrained(folder, **({"num_labels": num_labels} if num_labels else {}), **local)
         if config.is_encoder_decoder:
             raise ModelError(f"'{name}' is an encoder-decoder ({config.model_type}); give an encoder or a decoder")
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        kind: Any = AutoModelForSequenceClassification
+        spaced = {"add_prefix_space": True} if tags else {}  # a word by itself is then the word that it is within a sentence
+        tokenizer = AutoTokenizer.from_pretrained(folder, **spaced, **local)
+        kind: Any = AutoModelForTokenClassification if tags else AutoModelForSequenceClassification
         if not num_labels:
             masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING
             if masked and writes:
@@ -187,7 +198,7 @@ def _learn_to_call(model: Model, base: Any) -> None:
         mask[1, : length - short] = not model.causal
         if not model.causal:
             mask[1, short:] = False
-        segments = torch.ones_like(ids) if model.speaker else torch.zeros_like(ids)
+        segments = torch.ones_like(ids) if model.reads_many else torch.zeros_like(ids)
         batch = Batch(torch.where(mask, ids, model.pad_id), mask, segments, ids[:, 0] * 0, torch.ones(2))
         plain: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": mask.long()}
         if model.causal and "position_ids" in inspect.signature(base.forward).parameters:
@@ -212,7 +223,7 @@ def _leave_unreached_out(model: Model) -> None:
     """What no loss depends on (a pooler that the head does not read) is not trained, whatever the kind."""
     now = {name: tensor.clone().to(model.device).requires_grad_() for name, tensor in model.initial.items()}
     ids = torch.full((1, 4), 5, device=model.device)
-    segments = torch.ones_like(ids) if model.speaker else torch.zeros_like(ids)
+    segments = torch.ones_like(ids) if model.reads_many else torch.zeros_like(ids)
     batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), segments, ids[:, 0] * 0, torch.ones(1, device=model.device))
     with torch.enable_grad():
         found = torch.autograd.grad(model.loss(now, batch, torch.float32), list(now.values()), allow_unused=True)
@@ -233,10 +244,10 @@ def _learn_to_pack(model: Model) -> None:
     ids = torch.randint(5, int(model.config.vocab_size), (int(lengths.sum()),), generator=generator).to(model.device)
     zero, one = torch.zeros_like(ids[:3]), torch.ones(3, device=model.device)
     keys = torch.tensor([3, 4], device=model.device) if model.dropout else None
-    segments, asked = torch.zeros_like(ids), None
-    if model.speaker:
+    segments = torch.zeros_like(ids)
+    if model.reads_many:
         segments[1::2] = 1
-        asked = Asked.of(ids.cpu().numpy(), segments.cpu().numpy(), lengths, model.device)
+    asked = model.asking(ids.cpu().numpy(), segments.cpu().numpy(), lengths)
     texts = Texts(ids, segments, zero, one, lengths, np.array([0, 1, 1]), np.array([0, 0, 1]), keys, asked=asked)
     tensors = {
         name: torch.stack([t + 0.1 * t.abs().mean().clamp(min=0.01) * torch.randn(t.shape, generator=generator).to(t.device) for _ in "ab"])

@@ -264,12 +264,14 @@ class Packed:
         weights: Weights | None,
         trims: bool,
         reads: int = 0,
-        answers: bool = False,
+        many: bool = False,
+        single: bool = False,
     ) -> None:
         """``module`` is not changed: a copy that shares its tensors is. ``kinds``: number of token types (0: none).
         ``positions``: those of a text of so many tokens (L,). ``reads``: the place in a text that the head reads, if it is not causal.
-        ``answers``: whether it reads whole answers instead (``texts.asked``)."""
-        if trims and (reads or answers):
+        ``many``: whether it reads many tokens of a text instead (``texts.asked``); ``single``: all tokens are of type 0, whatever the
+        texts' segments say."""
+        if trims and (reads or many):
             raise Unpackable("the last layer is trimmed to the first token or the last")
         shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
         self.module: Any = copy.deepcopy(module, shared)
@@ -280,6 +282,7 @@ class Packed:
         if not stacks:
             raise Unpackable(f"no list of {depth} transformer layers in {type(module).__name__}")
         self.causal, self.kinds, self.positions, self.rate, self.weights, self.reads = causal, kinds, positions, rate, weights, reads
+        self.single = single
         self.table = self.module.get_input_embeddings()
         self.table.register_forward_pre_hook(lambda _, __: (self._ids,))
         self.table.register_forward_hook(lambda _, __, made: made if self._given is None else self._given)
@@ -323,7 +326,7 @@ class Packed:
         if positions is not None:
             given["position_ids"] = positions.to(device)[torch.from_numpy(np.minimum(within, longest - 1)).to(device)][None]
         if self.kinds:
-            given["token_type_ids"] = texts.segments.clamp(max=self.kinds - 1)[None]
+            given["token_type_ids"] = texts.segments.clamp(max=0 if self.single else self.kinds - 1)[None]
         self._ids, self._given = texts.ids[None], embeddings
         if embeddings is not None:
             self._given = functional.pad(embeddings, (0, 0, 0, total - embeddings.shape[1]))

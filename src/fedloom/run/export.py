@@ -47,6 +47,7 @@ def write_merged(model: Model, tensors: Tensors, classes: Sequence[str], out: Pa
     plain = merged(model.module, model.parameters, without(whole(model, tensors), model.beneath.names))
     plain.config.pad_token_id = model.pad_id
     if model.speaker is None:
+        classes = classes if model.tagger is None else model.tagger.tags
         plain.config.id2label = dict(enumerate(classes))
         plain.config.label2id = {name: i for i, name in enumerate(classes)}
     plain.save_pretrained(out)
@@ -127,7 +128,7 @@ def export(experiment: Experiment, folder: Path, out: Path, client: int | None =
         tensors[sorted(last)[-1]] = tensors[sorted(last)[-1]] + found.bias
     if merge:
         write_merged(world.model, tensors, world.classes, out)
-        kind = "AutoModelForSequenceClassification" if world.model.speaker is None else "AutoModelForCausalLM"
+        kind = f"AutoModelFor{_use(world.model)}"
         return f'{kind}.from_pretrained("{out}")'
     write_folder(world.model, tensors, out)
     if world.model.filler is not None:
@@ -136,5 +137,10 @@ def export(experiment: Experiment, folder: Path, out: Path, client: int | None =
         return f'PeftModel.from_pretrained({kind}.from_pretrained("{folder_of(experiment.model)}"), "{out}")'
     if world.model.speaker is not None:
         return f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{folder_of(experiment.model)}"), "{out}")'
-    base = f'"{folder_of(experiment.model)}", num_labels={len(world.classes)}, ignore_mismatched_sizes=True'
-    return f'PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained({base}), "{out}")'
+    base = f'"{folder_of(experiment.model)}", num_labels={world.model.num_labels}, ignore_mismatched_sizes=True'
+    return f'PeftModel.from_pretrained(AutoModelFor{_use(world.model)}.from_pretrained({base}), "{out}")'
+
+
+def _use(model: Model) -> str:
+    """What the library calls the use that a model is loaded for."""
+    return "CausalLM" if model.speaker else "TokenClassification" if model.tagger else "SequenceClassification"

@@ -23,6 +23,7 @@ from fedloom.data.examples import Examples
 from fedloom.data.instructions import Instructions
 from fedloom.data.partition import Partition, partition
 from fedloom.data.sources import Encode, Source, load, tokenise
+from fedloom.data.tagging import BETWEEN, Tagging
 from fedloom.data.tasks import Classification, DataError, Split
 from fedloom.data.templates import template_for
 from fedloom.engines.engine import Engine
@@ -175,6 +176,8 @@ def build(experiment: Experiment) -> World:
         device=device,
         cloze=cloze_of(e, source),
         answers=e.template if isinstance(source.task, Instructions) else None,
+        tags=source.task.tags if isinstance(source.task, Tagging) else (),
+        between=BETWEEN,
     )
     if model.filler is not None and model.causal and isinstance(curriculum_of(e.method), CUTTING):
         raise ExperimentError(
@@ -204,7 +207,9 @@ def cloze_of(experiment: Experiment, source: Source) -> Cloze | None:
     if experiment.head == "linear":
         return None
     if not isinstance(source.task, Classification):
-        raise ExperimentError(f"--head cloze is for classification, and '{source.name}' has prompts and answers; leave --head out")
+        raise ExperimentError(
+            f"--head cloze is for classification, and '{source.name}' has something else ({source.task.told}); leave --head out"
+        )
     known = template_for(source.name, source.task, experiment.template, experiment.label_words)
     return Cloze(known.masked, known.words, len(source.task.texts) == 2, known.causal)
 

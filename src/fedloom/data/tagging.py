@@ -1,0 +1,155 @@
+"""Tagging: a tag for every word of a sentence, such as the names in it; scored by whole entities.
+
+A sentence is a list of words, with a list of tags beside it: O, and B-TYPE and I-TYPE for the words that begin and go on an entity. Devices
+are skewed by a sentence's type: that of its first entity, or "none". Knows nothing of tokenizers, models or devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedloom.data.tasks import Column, DataError, Outcomes
+
+if TYPE_CHECKING:
+    from fedloom.data.rows import Rows
+
+WORDS = ("tokens", "words", "text", "sentence")
+TAGS = ("ner_tags", "tags", "labels", "label", "ner", "pos_tags", "chunk_tags")
+METRIC = "entity_f1"
+TYPE = "entity type"
+"""The column that is made: what a sentence is counted as, where devices are skewed by labels."""
+NONE = "none"
+BETWEEN = "\x1f"
+"""Between the words of a sentence, where it is kept as one text: a character that no word holds."""
+
+
+@dataclass(frozen=True)
+class Tagging:
+    """A tag a word. ``words``, ``tagged``: the columns of words and of their tags. ``tags``: the tags' names; the index is the id.
+    ``classes``: the entities' types, and none."""
+
+    words: str
+    tagged: str
+    tags: tuple[str, ...]
+    classes: tuple[str, ...]
+    label: str = TYPE
+
+    @property
+    def metric(self) -> str:
+        """The headline."""
+        return METRIC
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every column that is read."""
+        return (self.words, self.tagged)
+
+    @property
+    def told(self) -> str:
+        """What is read, for a person."""
+        return f"words {self.words}, tags {self.tagged} ({len(self.tags)}: {', '.join(self.tags[:4])} …), skewed by {self.label}"
+
+    def written(self, rows: Rows) -> list[list[str]]:
+        """The words and the tags of all sentences, each as one text."""
+        return [rows[self.words], rows[self.tagged]]
+
+    def scores(self, labels: np.ndarray, made: np.ndarray) -> dict[str, float]:
+        """F1 of whole entities (:data:`METRIC`; 0 where there are none and none is predicted), and the share of words tagged rightly.
+
+        Raises:
+            DataError: no word, or a number that is not finite.
+        """
+        words = float(made[:, 2].sum()) if made.ndim == 2 and made.shape[1] == 6 else 0.0
+        if not words:
+            raise DataError(f"scores take what was predicted of sentences, (n, 6), with a word at least, and got {made.shape}")
+        if not np.isfinite(made).all():
+            row = int(np.flatnonzero(~np.isfinite(made).all(1))[0])
+            raise DataError(f"the loss of example {row} is not finite; training has diverged")
+        right, predicted, true = made[:, 3:].sum(0, dtype=np.float64)
+        return {METRIC: float(2 * right / max(predicted + true, 1)), "word_accuracy": float(made[:, 1].sum() / words)}
+
+    def loss(self, labels: np.ndarray, made: np.ndarray) -> float:
+        """The mean over all words of −log softmax."""
+        return float(made[:, 0].sum(dtype=np.float64) / made[:, 2].sum(dtype=np.float64))
+
+    def outcomes(self, labels: np.ndarray, made: np.ndarray) -> Outcomes:
+        """Entities of every sentence: found (class 1 told as 1), missed (1 as 0), and predicted where there are none (0 as 1)."""
+        right, predicted, true = np.rint(made[:, 3:]).astype(np.int64).T
+        n = len(made)
+        each = np.concatenate([right, true - right, predicted - right])
+        return Outcomes(np.tile(np.arange(n), 3), np.repeat([1, 1, 0], n), np.repeat([1, 0, 1], n), each)
+
+
+def choose_columns(columns: Mapping[str, Column], text: Sequence[str], label: str) -> tuple[str, str]:
+    """(words' column, tags' column): those named, else by name, else the only one of its kind.
+
+    Raises:
+        DataError: a named column does not exist or is none, or nothing fits.
+    """
+    listed = ", ".join(columns) or "none"
+    for name in (*text, *([label] if label else [])):
+        if name not in columns:
+            raise DataError(f"the training data has no column '{name}'; its columns are: {listed}")
+    lists = {name: c.kind for name, c in columns.items() if c.kind in ("words", "numbers")}
+    words = list(text) or _best([n for n, kind in lists.items() if kind == "words" and n != label], WORDS)
+    tags = [label] if label else _best([n for n in lists if n not in words], TAGS)
+    if len(words) != 1 or lists.get(words[0]) != "words":
+        raise DataError(f"tagging needs one column of lists of words, and {words or 'none'} came; name it with text= (--text): {listed}")
+    if len(tags) != 1 or tags[0] not in lists or tags == words:
+        raise DataError(f"tagging needs one column of lists of tags, and {tags or 'none'} came; name it with label= (--label): {listed}")
+    return words[0], tags[0]
+
+
+def _best(found: list[str], known: Sequence[str]) -> list[str]:
+    lower = {name.lower(): name for name in reversed(found)}
+    return [lower[name] for name in known if name in lower][:1] or (found if len(found) == 1 else [])
+
+
+def looks_like_tagging(columns: Mapping[str, Column]) -> bool:
+    """Whether there is a column of words, one of their tags, and no text."""
+    kinds = {column.kind for column in columns.values()}
+    named = {name.lower() for name, column in columns.items() if column.kind in ("words", "numbers")}
+    return "words" in kinds and any(name in named for name in TAGS)
+
+
+def as_texts(
+    words: Sequence[Sequence[str] | None], tags: Sequence[Sequence[str | int] | None], names: Sequence[str], where: str
+) -> tuple[list[str], list[str], list[str]]:
+    """Of every sentence: its words as one text, the ids of its tags as one text, and its type.
+
+    Raises:
+        DataError: a sentence without words or tags, other numbers of them, a word that is empty, or a tag without a name.
+    """
+    ids = {name: i for i, name in enumerate(names)}
+    made: tuple[list[str], list[str], list[str]] = ([], [], [])
+    for row, (mine, theirs) in enumerate(zip(words, tags, strict=True)):
+        if mine is None or theirs is None or len(mine) != len(theirs):
+            had = f"{'no' if mine is None else len(mine)} words and {'no' if theirs is None else len(theirs)} tags"
+            raise DataError(f"row {row} of {where} has {had}; every word needs a tag")
+        if any(word is None or BETWEEN in word for word in mine):
+            raise DataError(f"row {row} of {where} has a word that is missing or holds the character U+001F")
+        told = [names[tag] if isinstance(tag, int) and 0 <= tag < len(names) else tag for tag in theirs]
+        if odd := [tag for tag in told if tag not in ids]:
+            raise DataError(f"row {row} of {where} has the tag {odd[0]!r}; the tags are: {', '.join(names)}")
+        first = next((str(tag) for tag in told if tag != "O"), "")
+        made[0].append(BETWEEN.join(mine))
+        made[1].append(" ".join(str(ids[tag]) for tag in told))  # type: ignore[index]
+        made[2].append(first.partition("-")[2] or first or NONE)
+    return made
+
+
+def types_of(tags: Sequence[str]) -> tuple[str, ...]:
+    """The entities' types that tags tell, in order, and none.
+
+    Raises:
+        DataError: no tag O, or one that is neither B-TYPE nor I-TYPE.
+    """
+    if odd := [tag for tag in tags if tag != "O" and tag[:2] not in ("B-", "I-")]:
+        raise DataError(f"tags are O, B-TYPE and I-TYPE, and {odd[0]!r} is none of them; the data has: {', '.join(tags)}")
+    if "O" not in tags or len(tags) < 2:
+        raise DataError(f"tags are O, B-TYPE and I-TYPE; the data has: {', '.join(tags) or 'none'}")
+    return (*dict.fromkeys(tag[2:] for tag in tags if tag != "O"), NONE)

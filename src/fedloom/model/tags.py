@@ -1,0 +1,123 @@
+"""Tags: a model tells one of C tags for every word, read at the word's first piece.
+
+    ℓ(s) = −(1/|s|) Σ_w log softmax(z_w)[t_w]      z_w (C,): the logits at the first piece of word w, as in BERT (1810.04805, section 5.3)
+
+Of an example's tokens the first piece of a word with tag t has segment t + 1, all others 0; the model itself is given no segments. Words
+that do not fit into the length are neither trained nor scored. The mean over an example's words makes every example count alike.
+
+This file knows tokenizers by what they do, not transformers. Shapes: n texts, r words, C tags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+MOST = 126
+"""Tags at most: a segment is kept in a byte."""
+
+
+class TagError(ValueError):
+    """A tokenizer or tags that words cannot be tagged with; the message says what could."""
+
+
+class Tagged(NamedTuple):
+    """The words' first pieces. The fields are those of :class:`~fedloom.model.answers.Asked`: places among the tokens, tags that are due,
+    whose they are, number of texts; and the tags' names."""
+
+    at: torch.Tensor
+    wanted: torch.Tensor
+    texts: torch.Tensor
+    count: int
+    names: tuple[str, ...]
+
+    def padded(self, mask: torch.Tensor) -> Tagged:
+        """The same words where the texts are rows of a padded batch with this ``mask`` (B, L)."""
+        return self._replace(at=mask.flatten().nonzero()[:, 0][self.at])
+
+    def losses(self, logits: torch.Tensor) -> torch.Tensor:
+        """Each text's mean over its words (n,) of −log softmax of ``logits`` (r, C)."""
+        due = self._sums(functional.cross_entropy(logits, self.wanted, reduction="none"))
+        return due / self._sums(torch.ones_like(self.wanted, dtype=due.dtype)).clamp(min=1)
+
+    def told(self, logits: torch.Tensor) -> torch.Tensor:
+        """What is kept of a prediction, float32 (n, 6): the sum of −log softmax, words tagged rightly, words; entities found, predicted,
+        and there."""
+        predicted = logits.argmax(1)
+        each = [functional.cross_entropy(logits, self.wanted, reduction="none"), (predicted == self.wanted).float()]
+        sums = [self._sums(of.float()) for of in (*each, torch.ones_like(each[1]))]
+        counts = np.zeros((self.count, 3), np.float32)
+        texts, made, due = (of.cpu().numpy() for of in (self.texts, predicted, self.wanted))
+        for text in np.unique(texts):
+            mine = texts == text
+            said, true = entities(made[mine], self.names), entities(due[mine], self.names)
+            counts[text] = len(said & true), len(said), len(true)
+        return torch.cat([torch.stack(sums, 1), torch.from_numpy(counts).to(logits.device)], 1)
+
+    def _sums(self, of: torch.Tensor) -> torch.Tensor:
+        return of.new_zeros(self.count).index_add(0, self.texts, of)
+
+
+def entities(tags: np.ndarray, names: Sequence[str]) -> set[tuple[str, int, int]]:
+    """(type, first word, word behind the last) of every entity that tags (r,) tell, as CoNLL's script reads them: one begins at B-TYPE, and
+    at I-TYPE behind anything but that type; it ends before anything but I-TYPE of its own."""
+    found, begun, kind = set(), 0, ""
+    for place, tag in enumerate([*tags.tolist(), None]):
+        name = "O" if tag is None else names[tag]
+        mine = name[2:] if name != "O" else ""
+        if kind and (name[:2] != "I-" or mine != kind):
+            found.add((kind, begun, place))
+            kind = ""
+        if mine and not kind:
+            kind, begun = mine, place
+    return found
+
+
+@dataclass(frozen=True)
+class Tagger:
+    """Sentences of words as tokens. ``between``: what stands between the words of a text. ``length``: tokens of an example at most.
+
+    Raises:
+        TagError: a tokenizer that tells no words, or more tags than a byte holds.
+    """
+
+    tokenizer: Any
+    tags: tuple[str, ...]
+    between: str
+    length: int
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
+            raise TagError("tagging needs a fast tokenizer, which tells the word of each piece")
+        if len(self.tags) > MOST:
+            raise TagError(f"{len(self.tags)} tags came; at most {MOST} can be kept")
+
+    def encode(self, texts: Sequence[str], tags: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids and segments (t + 1 at a word's first piece, 0 elsewhere) of each sentence, ``length`` at most."""
+        words = [text.split(self.between) for text in texts]
+        made = self.tokenizer(words, is_split_into_words=True, truncation=True, max_length=self.length)
+        segments = []
+        for i, due in enumerate(tags):
+            ids, before, mine = [int(tag) for tag in due.split()], None, []
+            for word in made.word_ids(i):
+                mine.append(ids[word] + 1 if word is not None and word != before and word < len(ids) else 0)
+                before = word
+            segments.append(mine)
+        return made["input_ids"], segments
+
+    def asked(self, segments: np.ndarray, lengths: np.ndarray, device: torch.device) -> Tagged:
+        """From the segments (T,) of texts of ``lengths`` (n,), one after another."""
+        at = np.flatnonzero(segments > 0)
+        texts = np.repeat(np.arange(len(lengths)), lengths)[at]
+        made = (torch.from_numpy(np.asarray(of, np.int64)).to(device) for of in (at, segments[at] - 1, texts))
+        return Tagged(*made, count=len(lengths), names=self.tags)
+
+    def in_rows(self, segments: torch.Tensor, mask: torch.Tensor) -> Tagged:
+        """From a padded batch (B, L)."""
+        at = (mask & (segments > 0)).flatten().nonzero()[:, 0]
+        return Tagged(at, segments.flatten()[at] - 1, at // segments.shape[1], len(segments), self.tags)

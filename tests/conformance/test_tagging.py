@@ -1,0 +1,109 @@
+"""Tagging: every method runs on it or says why not, it resumes, and what is exported the library loads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+from fedloom.methods import all_methods
+from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.export import export
+from fedloom.run.loop import run
+from fedloom.run.report import write_report
+from fedloom.run.world import build
+from tests import small
+from tests.conformance.test_instructions import COUNTS_LABELS
+from tests.conformance.test_methods import rows, without_clock
+
+RUNS = [name for name in all_methods() if name not in COUNTS_LABELS]
+
+
+@cache
+def data() -> Path:
+    """Words of which those below w20 are names, of two types."""
+    path, rng = Path(mkdtemp(prefix="tiny-tags-")), np.random.default_rng(9)
+    for split, count in {"train": 40, "validation": 10, "test": 12}.items():
+        made = []
+        for _ in range(count):
+            words = rng.integers(0, 60, size=rng.integers(1, 8))
+            made.append(
+                {"tokens": [f"w{w}" for w in words], "ner_tags": ["B-low" if w < 10 else "B-mid" if w < 20 else "O" for w in words]}
+            )
+        (path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    return path
+
+
+def experiment(name: str = "lora", **fields: Any) -> Experiment:
+    return replace(small.experiment(name, stack=0), data=str(data()), **fields)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_method_tags(name: str, tmp_path: Path) -> None:
+    results = run(experiment(name), tmp_path / "run", plain=True)
+    told = rows(tmp_path / "run")
+    assert results["metric"] == "entity_f1"
+    assert [row["round"] for row in told] == [0, 1, 2]
+    assert all(0 <= row["validation"]["word_accuracy"] <= 1 for row in told)
+    assert results["partition"]["classes"] == ["low", "mid", "none"]
+    cells = [cell for device in results["per_device"] for cell in device["confusion"]["personalised"]]
+    found, missed, wrong = (sum(n for t, p, n in cells if (t, p) == which) for which in ((1, 1), (1, 0), (0, 1)))
+    assert results["final"]["personalised"] == pytest.approx(2 * found / max(2 * found + missed + wrong, 1))
+    assert "word_accuracy" not in results["final"]
+
+
+@pytest.mark.parametrize("name", sorted(COUNTS_LABELS))
+def test_methods_that_count_labels_say_so(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"'{name}' counts each device's labels"):
+        run(experiment(name), tmp_path / "run", plain=True)
+
+
+def test_it_learns_and_a_stopped_run_ends_the_same(tmp_path: Path) -> None:
+    method = replace(small.method("lora"), lr=0.02, local_epochs=4)
+    long = replace(experiment(), method=method, rounds=8)
+    whole = run(long, tmp_path / "whole", plain=True)
+    assert whole["final"]["personalised"] > 0.8, "names are known by their first look"
+    again = run(long, tmp_path / "whole", plain=True)
+    assert without_clock(again) == without_clock(whole)
+    write_report([tmp_path / "whole"], tmp_path / "report.html")
+    assert "entity_f1" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_what_is_exported_tags_in_the_library(merge: bool, tmp_path: Path) -> None:
+    run(experiment(), tmp_path / "run", plain=True)
+    said = export(experiment(), tmp_path / "run", tmp_path / "out", merge=merge)
+    assert "AutoModelForTokenClassification" in said
+    world = build(experiment())
+    examples = world.splits["test"]
+    from fedloom.compute.work import Predict
+    from fedloom.run.export import predictor_of
+
+    made = world.compute.run([Predict(predictor_of(world, tmp_path / "run", None).tensors, examples)])[0].result
+    namespace: dict[str, Any] = {}
+    exec(f"from transformers import AutoModelForTokenClassification\nfrom peft import PeftModel\nloaded = {said}", namespace)
+    library = namespace["loaded"].eval()
+    if merge:
+        assert AutoModelForTokenClassification.from_pretrained(tmp_path / "out").config.id2label[1] == world.source.task.tags[1]  # type: ignore[attr-defined]
+        assert AutoTokenizer.from_pretrained(tmp_path / "out").is_fast
+    for i in range(4):
+        begin, end = examples.offsets[examples.rows[i]], examples.offsets[examples.rows[i] + 1]
+        ids, segments = (torch.from_numpy(of[begin:end].astype(np.int64)) for of in (examples.tokens, examples.segments))
+        with torch.no_grad():
+            logits = library(input_ids=ids[None]).logits[0]
+        read = segments > 0
+        right = (logits[read].argmax(1) == segments[read] - 1).sum()
+        assert int(right) == int(made[i, 1])
+
+
+def test_a_cloze_has_no_words_to_tag_with(tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match="--head cloze is for classification"):
+        run(experiment(head="cloze"), tmp_path / "run", plain=True)

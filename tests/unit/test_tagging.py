@@ -1,0 +1,122 @@
+"""Sentences and tags: which columns, what is read of them, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fedloom.data.sources import load
+from fedloom.data.tagging import BETWEEN, NONE, TYPE, Tagging, as_texts, choose_columns, types_of
+from fedloom.data.tasks import Column, DataError, headline
+
+NAMES = ("O", "B-x", "I-x", "B-y", "I-y")
+
+
+def write(folder: Path, train: list[dict[str, Any]], **splits: list[dict[str, Any]]) -> Path:
+    for split, rows in {"train": train, **splits}.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def row(words: str, tags: str) -> dict[str, Any]:
+    return {"tokens": words.split(), "ner_tags": tags.split()}
+
+
+SOME = [row("a b c", "O B-y I-y"), row("d e", "O O"), row("f", "B-x"), row("g h", "I-x O")] * 3
+
+
+def test_a_folder_of_sentences_is_found_to_be_tagging(tmp_path: Path) -> None:
+    source = load(write(tmp_path, SOME, validation=SOME[:2], test=SOME[:3]), seed=1)
+    assert isinstance(source.task, Tagging)
+    assert source.task.tags == ("O", "B-x", "I-x", "B-y", "I-y")
+    assert source.task.classes == ("x", "y", NONE) and source.task.metric == "entity_f1"
+    rows = source.splits["test"]
+    assert rows["tokens"] == [BETWEEN.join("abc"), BETWEEN.join("de"), "f"]
+    assert rows["ner_tags"] == ["0 3 4", "0 0", "1"]
+    assert rows[TYPE] == [1, 2, 0], "the type of a sentence's first entity"
+    assert source.task.written(rows) == [rows["tokens"], rows["ner_tags"]]
+    assert any("metric entity_f1" in note for note in source.notes)
+
+
+def test_numbers_have_the_names_that_the_file_gives_them(tmp_path: Path) -> None:
+    kind = {"feature": {"names": list(NAMES), "_type": "ClassLabel"}, "_type": "List"}
+    said = {b"huggingface": json.dumps({"info": {"features": {"ner_tags": kind}}}).encode()}
+    table = pa.table({"tokens": [["a", "b"], ["c"]] * 6, "ner_tags": [[0, 1], [3]] * 6}).replace_schema_metadata(said)
+    for split in ("train", "validation", "test"):
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+    task = load(tmp_path, seed=1).task
+    assert isinstance(task, Tagging) and task.tags == NAMES and task.classes == ("x", "y", NONE)
+    pq.write_table(table.replace_schema_metadata(None), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match="numbers without names; give them as words"):
+        load(tmp_path, seed=1)
+
+
+def test_missing_splits_are_cut_as_for_any_task(tmp_path: Path) -> None:
+    source = load(write(tmp_path, SOME * 4), seed=1, max_train=9)
+    assert [len(source.splits[s]) for s in ("train", "validation", "test")] == [9, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ({"tokens": ["a", "b"], "ner_tags": ["O"]}, "row 3 of the train split has 2 words and 1 tags; every word needs a tag"),
+        ({"tokens": None, "ner_tags": ["O"]}, "has no words and 1 tags"),
+        ({"tokens": ["a\x1fb"], "ner_tags": ["O"]}, r"U\+001F"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, bad: dict[str, Any], says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        load(write(tmp_path, [*SOME[:3], bad, *SOME]), seed=1)
+
+
+def test_a_held_out_tag_that_no_training_sentence_has_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="row 0 of the test split has the tag 'B-z'; the tags are: O, B-x"):
+        load(write(tmp_path, SOME, test=[row("q", "B-z")]), seed=1)
+
+
+def test_tags_that_are_no_entities_are_refused() -> None:
+    with pytest.raises(DataError, match="'NOUN' is none of them"):
+        types_of(("O", "NOUN"))
+    with pytest.raises(DataError, match="the data has: B-x"):
+        types_of(("B-x",))
+    with pytest.raises(DataError, match="the tag 9"):
+        as_texts([["a"]], [[9]], NAMES, "train")
+    with pytest.raises(DataError, match="scored by entity_f1, not by f1"):
+        load("trec", seed=1, task="tagging", metric="f1")
+
+
+def test_columns_can_be_named() -> None:
+    given = {"w": Column("words", 0, 9), "v": Column("words", 0, 9), "pos": Column("numbers", 0, 9), "s": Column("string", 3, 9)}
+    assert choose_columns(given, ("w",), "pos") == ("w", "pos")
+    assert choose_columns(given, ("w",), "v") == ("w", "v")
+    for text, label, says in (
+        ((), "pos", "one column of lists of words, and none came"),
+        (("s",), "pos", "lists of words, and .*'s'"),
+        (("w",), "s", "lists of tags, and .*'s'"),
+        (("w",), "w", "lists of tags"),
+        (("zzz",), "", "no column 'zzz'"),
+    ):
+        with pytest.raises(DataError, match=says):
+            choose_columns(given, text, label)
+
+
+def test_the_headline_of_counts_added_over_devices_is_that_of_all_sentences() -> None:
+    """(predicted and right, there, predicted) by class: class 1 are entities."""
+    one, other = np.array([[0, 3], [2, 5], [2, 5]]), np.array([[0, 1], [0, 1], [3, 4]])
+    whole = one + other
+    assert headline("entity_f1", whole[0], whole[1], whole[2]) == pytest.approx(2 * 4 / (6 + 9))
+    assert headline("entity_f1", *np.zeros((3, 2))) == 0
+
+
+def test_scores_need_words_and_finite_numbers() -> None:
+    task = Tagging("w", "t", NAMES, ("x", "y", NONE))
+    with pytest.raises(DataError, match="with a word at least"):
+        task.scores(np.zeros(1), np.zeros((1, 6)))
+    with pytest.raises(DataError, match="training has diverged"):
+        task.scores(np.zeros(1), np.array([[np.nan, 1, 2, 0, 0, 0]]))
