@@ -29,15 +29,13 @@ RUNS = [name for name in all_methods() if name not in COUNTS_LABELS]
 
 @cache
 def data() -> Path:
-    """Words of which those below w20 are names, of two types."""
+    """Twenty words, of which six are names, of two types."""
     path, rng = Path(mkdtemp(prefix="tiny-tags-")), np.random.default_rng(9)
     for split, count in {"train": 40, "validation": 10, "test": 12}.items():
         made = []
         for _ in range(count):
-            words = rng.integers(0, 60, size=rng.integers(1, 8))
-            made.append(
-                {"tokens": [f"w{w}" for w in words], "ner_tags": ["B-low" if w < 10 else "B-mid" if w < 20 else "O" for w in words]}
-            )
+            words = rng.integers(0, 20, size=rng.integers(1, 8))
+            made.append({"tokens": [f"w{w}" for w in words], "ner_tags": ["B-low" if w < 3 else "B-mid" if w < 6 else "O" for w in words]})
         (path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     return path
 
@@ -67,10 +65,10 @@ def test_methods_that_count_labels_say_so(name: str, tmp_path: Path) -> None:
 
 
 def test_it_learns_and_a_stopped_run_ends_the_same(tmp_path: Path) -> None:
-    method = replace(small.method("lora"), lr=0.02, local_epochs=4)
-    long = replace(experiment(), method=method, rounds=8)
+    method = replace(small.method("fedfft"), lr=5e-3, local_epochs=4)
+    long = replace(experiment(), method=method, rounds=14, evaluate_every=14)
     whole = run(long, tmp_path / "whole", plain=True)
-    assert whole["final"]["personalised"] > 0.8, "names are known by their first look"
+    assert whole["final"]["personalised"] > 0.7, "names are known by their first look"
     again = run(long, tmp_path / "whole", plain=True)
     assert without_clock(again) == without_clock(whole)
     write_report([tmp_path / "whole"], tmp_path / "report.html")

@@ -28,7 +28,7 @@ def row(words: str, tags: str) -> dict[str, Any]:
     return {"tokens": words.split(), "ner_tags": tags.split()}
 
 
-SOME = [row("a b c", "O B-y I-y"), row("d e", "O O"), row("f", "B-x"), row("g h", "I-x O")] * 3
+SOME = [row("a b c", "O B-y I-y"), row("d e", "O O"), row("f i", "B-x B-y"), row("g h", "I-x O")] * 3
 
 
 def test_a_folder_of_sentences_is_found_to_be_tagging(tmp_path: Path) -> None:
@@ -37,8 +37,8 @@ def test_a_folder_of_sentences_is_found_to_be_tagging(tmp_path: Path) -> None:
     assert source.task.tags == ("O", "B-x", "I-x", "B-y", "I-y")
     assert source.task.classes == ("x", "y", NONE) and source.task.metric == "entity_f1"
     rows = source.splits["test"]
-    assert rows["tokens"] == [BETWEEN.join("abc"), BETWEEN.join("de"), "f"]
-    assert rows["ner_tags"] == ["0 3 4", "0 0", "1"]
+    assert rows["tokens"] == [BETWEEN.join("abc"), BETWEEN.join("de"), BETWEEN.join("fi")]
+    assert rows["ner_tags"] == ["0 3 4", "0 0", "1 3"]
     assert rows[TYPE] == [1, 2, 0], "the type of a sentence's first entity"
     assert source.task.written(rows) == [rows["tokens"], rows["ner_tags"]]
     assert any("metric entity_f1" in note for note in source.notes)
