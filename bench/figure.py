@@ -16,6 +16,8 @@ FIGURES = ("throughput", "echo", "scores", "evaluation", "memory", "aggregation"
 BF16 = "BENCH_BF16"
 """Set in the environment: measure bf16 also on a processor without bfloat16 instructions, where a peer takes minutes."""
 
+NO_BF16 = "this processor has no bfloat16 instructions; --bf16 measures it all the same"
+
 Measure = Callable[[bool], list[Row]]
 """Measure a figure; with True in seconds and at toy size, to see that it runs: such numbers say nothing."""
 

@@ -7,12 +7,13 @@ same precision: two items, one a split, in the same compute; or a plain loop of 
 
 from __future__ import annotations
 
+import os
 from statistics import median
 
 import numpy as np
 import torch
 
-from bench.figure import command
+from bench.figure import BF16, NO_BF16, command
 from bench.row import Row
 from bench.timing import interleaved, ratio
 from bench.trec import moved, world
@@ -20,10 +21,12 @@ from fedloom.compute.work import Predict
 from fedloom.data.tasks import Split
 from fedloom.methods.fedavg import FedAvg
 from fedloom.model.base import Model, Precision, as_batch
+from fedloom.model.kernels import computes_bf16
 
 AT_LEAST, AIM, REPEATS, PLAIN = 1.3, 1.05, 5, 64
 SPLITS: tuple[Split, ...] = ("validation", "test")
 PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
+NAME = "personalised evaluation of 100 devices against one model"
 
 
 def held_against_one(precision: Precision, quick: bool) -> list[Row]:
@@ -45,7 +48,7 @@ def held_against_one(precision: Precision, quick: bool) -> list[Row]:
     seconds = interleaved(contestants, repeats=2 if quick else REPEATS)
     samples = {f"{name}, ms an example": [1e3 * s / n for s in taken] for name, taken in seconds.items()}
     against = min(("one model", "one model, plain"), key=lambda name: median(seconds[name]))
-    name = f"personalised evaluation of 100 devices against one model, {precision}"
+    name = f"{NAME}, {precision}"
     note = f"{n} TREC questions, MiniLM, LoRA r8; against '{against}'"
     return [Row(name, ratio(seconds["100 models"], seconds[against]), "x", AT_LEAST, AIM, "less", samples, note)]
 
@@ -62,8 +65,10 @@ def plain(model: Model, item: Predict) -> torch.Tensor:
 
 
 def measure(quick: bool) -> list[Row]:
-    """The ratio at both precisions."""
-    return [row for precision in PRECISIONS for row in held_against_one(precision, quick)]
+    """The ratio at both precisions; bf16 where the processor has instructions for it, or somebody asks."""
+    skipped = "bf16" if not (os.environ.get(BF16) or computes_bf16()) else ""
+    measured = [row for precision in PRECISIONS if precision != skipped for row in held_against_one(precision, quick)]
+    return [*measured, Row(f"{NAME}, bf16", None, "x", AT_LEAST, AIM, "less", note=NO_BF16)] if skipped else measured
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 from safetensors.torch import load_file
 
-from bench.figure import BF16, command
+from bench.figure import BF16, NO_BF16, command
 from bench.job import experiment, export
 from bench.peers.environment import PEERS, NotInstalled, python_of
 from bench.row import Row
@@ -56,7 +56,6 @@ SITES = 10
 LONGEST = 150
 """Seconds after which a contestant is stopped."""
 
-NO_BF16 = "this processor has no bfloat16 instructions; --bf16 measures it all the same"
 
 AGREE: Mapping[Precision, float] = {"float32": 1e-3, "bf16": 0.3}
 """How far tensors after one round may lie from the tuned research script's in float32, as a share of the way that these went. The same work

@@ -14,11 +14,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
+
+from fedloom.model.asked import Asked
 
 PLAIN = "### Instruction:\n{text}\n\n### Response:\n"
 """What a prompt is put into where the tokenizer has no chat template and nobody gives another."""
@@ -28,51 +29,20 @@ class AnswerError(ValueError):
     """A template or a tokenizer that no answer can follow; the message says what could."""
 
 
-class Asked(NamedTuple):
-    """The tokens after which one of an answer is due.
+def asked(ids: np.ndarray, segments: np.ndarray, lengths: np.ndarray, device: torch.device) -> Asked:
+    """The tokens after which one of an answer (segment 1) is due, from the tokens (T,) of texts of ``lengths`` (n,), one after another."""
+    texts = np.repeat(np.arange(len(lengths)), lengths)
+    at = np.flatnonzero((segments[1:] > 0) & (texts[1:] == texts[:-1]))
+    made = (np.asarray(of, np.int64) for of in (at, ids[at + 1], texts[at]))
+    return Asked(*(torch.from_numpy(of).to(device) for of in made), count=len(lengths))
 
-    at: int64 (r,), their places among the tokens of a pass, or of a padded batch laid flat. wanted: int64 (r,), the tokens that are due.
-    texts: int64 (r,), whose they are. count: number of texts.
-    """
 
-    at: torch.Tensor
-    wanted: torch.Tensor
-    texts: torch.Tensor
-    count: int
-
-    @staticmethod
-    def of(ids: np.ndarray, segments: np.ndarray, lengths: np.ndarray, device: torch.device) -> Asked:
-        """From the tokens (T,) of texts of ``lengths`` (n,), one after another."""
-        texts = np.repeat(np.arange(len(lengths)), lengths)
-        at = np.flatnonzero((segments[1:] > 0) & (texts[1:] == texts[:-1]))
-        made = (np.asarray(of, np.int64) for of in (at, ids[at + 1], texts[at]))
-        return Asked(*(torch.from_numpy(of).to(device) for of in made), count=len(lengths))
-
-    @staticmethod
-    def in_rows(ids: torch.Tensor, segments: torch.Tensor, mask: torch.Tensor) -> Asked:
-        """From a padded batch (B, L)."""
-        due = torch.zeros_like(mask)
-        due[:, :-1] = mask[:, :-1] & mask[:, 1:] & (segments[:, 1:] > 0)
-        at = due.flatten().nonzero()[:, 0]
-        return Asked(at, ids.flatten()[at + 1], at // ids.shape[1], len(ids))
-
-    def padded(self, mask: torch.Tensor) -> Asked:
-        """The same tokens where the texts are rows of a padded batch with this ``mask`` (B, L)."""
-        return self._replace(at=mask.flatten().nonzero()[:, 0][self.at])
-
-    def losses(self, logits: torch.Tensor) -> torch.Tensor:
-        """Each text's mean over its answer's tokens (n,) of −log softmax of ``logits`` (r, V)."""
-        due = self._sums(functional.cross_entropy(logits, self.wanted, reduction="none"))
-        return due / self._sums(torch.ones_like(self.wanted, dtype=due.dtype)).clamp(min=1)
-
-    def told(self, logits: torch.Tensor) -> torch.Tensor:
-        """What is kept of a prediction, float32 (n, 3): the sum of −log softmax, tokens that were the likeliest one, tokens."""
-        right = logits.argmax(1) == self.wanted
-        each = [functional.cross_entropy(logits, self.wanted, reduction="none"), right.float(), torch.ones_like(right).float()]
-        return torch.stack([self._sums(of.float()) for of in each], 1)
-
-    def _sums(self, of: torch.Tensor) -> torch.Tensor:
-        return of.new_zeros(self.count).index_add(0, self.texts, of)
+def asked_in_rows(ids: torch.Tensor, segments: torch.Tensor, mask: torch.Tensor) -> Asked:
+    """The same from a padded batch (B, L)."""
+    due = torch.zeros_like(mask)
+    due[:, :-1] = mask[:, :-1] & mask[:, 1:] & (segments[:, 1:] > 0)
+    at = due.flatten().nonzero()[:, 0]
+    return Asked(at, ids.flatten()[at + 1], at // ids.shape[1], len(ids))
 
 
 @dataclass(frozen=True)

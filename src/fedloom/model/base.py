@@ -27,12 +27,13 @@ from torch.func import functional_call
 
 from fedloom.messages import Tensors
 from fedloom.model.adapters import Beneath, is_beneath, is_head
-from fedloom.model.answers import Asked, Speaker
+from fedloom.model.answers import Speaker, asked, asked_in_rows
+from fedloom.model.asked import Asked
 from fedloom.model.calls import CALLS, Call, Shape
 from fedloom.model.cloze import Filler
 from fedloom.model.kernels import computes_bf16
 from fedloom.model.packed import Mapped, Packed, Rows, Unpackable, Way, Weights
-from fedloom.model.tags import Tagged, Tagger
+from fedloom.model.tags import Tagger
 from fedloom.model.texts import Texts
 from fedloom.tensors import fingerprint, only, without
 
@@ -112,7 +113,7 @@ class Model:
 
     @property
     def width(self) -> int:
-        """Numbers kept of each example's prediction: C logits, or those of ``told`` in ``answers.py`` and ``tags.py``."""
+        """Numbers kept of each example's prediction: C logits, or those of :meth:`fedloom.model.asked.Asked.told`."""
         return 6 if self.tagger else self.num_labels if self.speaker is None else 3
 
     @property
@@ -120,17 +121,17 @@ class Model:
         """Whether many tokens of a text are read and not one: those before each of an answer, or every word's first."""
         return self.speaker is not None or self.tagger is not None
 
-    def asked(self, batch: Batch) -> Asked | Tagged:
+    def asked(self, batch: Batch) -> Asked:
         """Which tokens of a padded batch are read, and what is due there."""
         if self.tagger is not None:
-            return self.tagger.in_rows(batch.segments, batch.mask)
-        return Asked.in_rows(batch.ids, batch.segments, batch.mask)
+            return self.tagger.asked_in_rows(batch.segments, batch.mask)
+        return asked_in_rows(batch.ids, batch.segments, batch.mask)
 
-    def asking(self, ids: np.ndarray, segments: np.ndarray, lengths: np.ndarray) -> Asked | Tagged | None:
+    def asking(self, ids: np.ndarray, segments: np.ndarray, lengths: np.ndarray) -> Asked | None:
         """The same of the tokens (T,) of texts of ``lengths`` (n,), one after another; None where each text is read at one place."""
         if self.tagger is not None:
             return self.tagger.asked(segments, lengths, self.device)
-        return None if self.speaker is None else Asked.of(ids, segments, lengths, self.device)
+        return None if self.speaker is None else asked(ids, segments, lengths, self.device)
 
     @property
     def shape(self) -> Shape:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
+
+from fedloom.model.asked import Asked
 
 MOST = 126
 """Tags at most: a segment is kept in a byte."""
@@ -24,43 +25,6 @@ MOST = 126
 
 class TagError(ValueError):
     """A tokenizer or tags that words cannot be tagged with; the message says what could."""
-
-
-class Tagged(NamedTuple):
-    """The words' first pieces. The fields are those of :class:`~fedloom.model.answers.Asked`: places among the tokens, tags that are due,
-    whose they are, number of texts; and the tags' names."""
-
-    at: torch.Tensor
-    wanted: torch.Tensor
-    texts: torch.Tensor
-    count: int
-    names: tuple[str, ...]
-
-    def padded(self, mask: torch.Tensor) -> Tagged:
-        """The same words where the texts are rows of a padded batch with this ``mask`` (B, L)."""
-        return self._replace(at=mask.flatten().nonzero()[:, 0][self.at])
-
-    def losses(self, logits: torch.Tensor) -> torch.Tensor:
-        """Each text's mean over its words (n,) of −log softmax of ``logits`` (r, C)."""
-        due = self._sums(functional.cross_entropy(logits, self.wanted, reduction="none"))
-        return due / self._sums(torch.ones_like(self.wanted, dtype=due.dtype)).clamp(min=1)
-
-    def told(self, logits: torch.Tensor) -> torch.Tensor:
-        """What is kept of a prediction, float32 (n, 6): the sum of −log softmax, words tagged rightly, words; entities found, predicted,
-        and there."""
-        predicted = logits.argmax(1)
-        each = [functional.cross_entropy(logits, self.wanted, reduction="none"), (predicted == self.wanted).float()]
-        sums = [self._sums(of.float()) for of in (*each, torch.ones_like(each[1]))]
-        counts = np.zeros((self.count, 3), np.float32)
-        texts, made, due = (of.cpu().numpy() for of in (self.texts, predicted, self.wanted))
-        for text in np.unique(texts):
-            mine = texts == text
-            said, true = entities(made[mine], self.names), entities(due[mine], self.names)
-            counts[text] = len(said & true), len(said), len(true)
-        return torch.cat([torch.stack(sums, 1), torch.from_numpy(counts).to(logits.device)], 1)
-
-    def _sums(self, of: torch.Tensor) -> torch.Tensor:
-        return of.new_zeros(self.count).index_add(0, self.texts, of)
 
 
 def entities(tags: np.ndarray, names: Sequence[str]) -> set[tuple[str, int, int]]:
@@ -110,14 +74,19 @@ class Tagger:
             segments.append(mine)
         return made["input_ids"], segments
 
-    def asked(self, segments: np.ndarray, lengths: np.ndarray, device: torch.device) -> Tagged:
-        """From the segments (T,) of texts of ``lengths`` (n,), one after another."""
+    def asked(self, segments: np.ndarray, lengths: np.ndarray, device: torch.device) -> Asked:
+        """The words' first pieces, from the segments (T,) of texts of ``lengths`` (n,), one after another."""
         at = np.flatnonzero(segments > 0)
         texts = np.repeat(np.arange(len(lengths)), lengths)[at]
         made = (torch.from_numpy(np.asarray(of, np.int64)).to(device) for of in (at, segments[at] - 1, texts))
-        return Tagged(*made, count=len(lengths), names=self.tags)
+        return Asked(*made, count=len(lengths), also=self.counted)
 
-    def in_rows(self, segments: torch.Tensor, mask: torch.Tensor) -> Tagged:
-        """From a padded batch (B, L)."""
+    def asked_in_rows(self, segments: torch.Tensor, mask: torch.Tensor) -> Asked:
+        """The same from a padded batch (B, L)."""
         at = (mask & (segments > 0)).flatten().nonzero()[:, 0]
-        return Tagged(at, segments.flatten()[at] - 1, at // segments.shape[1], len(segments), self.tags)
+        return Asked(at, segments.flatten()[at] - 1, at // segments.shape[1], len(segments), self.counted)
+
+    def counted(self, predicted: np.ndarray, due: np.ndarray) -> np.ndarray:
+        """Of a sentence's tags (r,): entities found, predicted, and there, float32 (3,)."""
+        said, true = entities(predicted, self.tags), entities(due, self.tags)
+        return np.array([len(said & true), len(said), len(true)], np.float32)

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from fedloom.model.answers import Asked
+from fedloom.model.asked import Asked
 from fedloom.model.layout import RowsKept
-from fedloom.model.tags import Tagged
 
 FILL = 32
 """Packed passes hold a multiple of this many tokens: oneDNN makes, and keeps, a program for every number of rows that it meets."""
@@ -40,7 +39,7 @@ class Texts:
     rows: np.ndarray
     keys: torch.Tensor | None = None
     kept: Mapping[str, RowsKept] = field(default_factory=dict)
-    asked: Asked | Tagged | None = None
+    asked: Asked | None = None
 
     @cached_property
     def count(self) -> int:
