@@ -143,9 +143,9 @@ def test_ia3_scales_keys_values_and_the_feed_forward(family: str) -> None:
 def test_what_no_loss_reaches_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     due = set(families.of_kind("bert", "full").initial)
 
-    def with_an_idle_weight(module: Any, adapter: Adapter, classifier: bool) -> Any:
+    def with_an_idle_weight(module: Any, adapter: Adapter, *how: bool) -> Any:
         module.register_parameter("idle", torch.nn.Parameter(torch.ones(2)))
-        return attach(module, adapter, classifier)
+        return attach(module, adapter, *how)
 
     monkeypatch.setattr(loading, "attach", with_an_idle_weight)
     of = loading.load(str(families.folder("bert")), num_labels=3, adapter=Adapter(kind="full"), max_length=16)
