@@ -43,8 +43,10 @@ def fit(message: Message, context: Context) -> Message:
 class Timed(FedAvg):
     """FedAvg that notes when each round begins, gives every node its place in the cohort and keeps what the first round made."""
 
-    def __init__(self, nodes: float) -> None:
-        super().__init__(fraction_train=nodes, fraction_evaluate=0.0)
+    def __init__(self, cohort: int, nodes: int) -> None:
+        """Flower draws a share of the nodes that it knows of, and a server that starts faster than they do would draw fewer than ten."""
+        share = cohort / nodes
+        super().__init__(fraction_train=share, fraction_evaluate=0.0, min_train_nodes=cohort, min_available_nodes=nodes)
         self.began: list[float] = []
         self.after_first = None
 
@@ -72,7 +74,7 @@ def main(grid: Grid, context: Context) -> None:
     """All rounds."""
     how = settings()
     job = job_of(how.job)
-    strategy = Timed(len(job.cohort(0)) / job.settings["devices"])
+    strategy = Timed(len(job.cohort(0)), job.settings["devices"])
     strategy.start(grid, ArrayRecord(start_of(how)), num_rounds=how.rounds)
     marks = [*strategy.began, time.perf_counter()]
     write(how, [after - before for before, after in itertools.pairwise(marks)], strategy.after_first.to_torch_state_dict())

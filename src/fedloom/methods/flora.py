@@ -17,19 +17,16 @@ each participation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
-
-import torch
 
 from fedloom.client.client import Client
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
-from fedloom.model.adapters import is_beneath, is_down, is_factor, is_up, need_pairs, partner, under
+from fedloom.model.adapters import is_beneath, is_down, is_factor, need_pairs, partner, under
 from fedloom.model.base import Model
-from fedloom.model.factors import Products, cut, drawn, need_ranks, rank_in, rank_of
+from fedloom.model.factors import Products, cut, drawn, moved, need_ranks, need_zero_start, rank_in, rank_of
 from fedloom.server.aggregation import Average
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import only, without
@@ -107,19 +104,3 @@ class FLoRA:
         return state.shared
 
     predict = predict
-
-
-def need_zero_start(names: Tensors, who: str) -> None:
-    """For methods that begin anew at the function that the weights alone are.
-
-    Raises:
-        ValueError: a B that is not zero.
-    """
-    if any(bool(tensor.any()) for name, tensor in names.items() if is_up(name)):
-        raise ValueError(f"'{who}' starts its pairs at zero in every round, and these start elsewhere; give it --adapter.start zero")
-
-
-def moved(weights: Tensors, deltas: Tensors, scaling: float) -> dict[str, torch.Tensor]:
-    """W + s·Δ for every weight under a pair."""
-    names: Sequence[str] = list(filter(is_beneath, weights))
-    return {n: (weights[n].double() + scaling * deltas[n]).to(weights[n].dtype) for n in names}

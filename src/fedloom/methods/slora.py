@@ -25,11 +25,10 @@ from fedloom.client.client import Client
 from fedloom.compute.work import Pretrained
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.flora import need_zero_start
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.adapters import is_beneath, is_factor, need_pairs
 from fedloom.model.base import Model
-from fedloom.model.factors import refactored
+from fedloom.model.factors import need_zero_start, refactored
 from fedloom.seeds import derive_int
 from fedloom.server.aggregation import Average
 from fedloom.server.participation import Pool, uniform

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fedloom.messages import Tensors
-from fedloom.model.adapters import is_down, is_factor, is_up, partner, under
+from fedloom.model.adapters import is_beneath, is_down, is_factor, is_up, partner, under
 from fedloom.model.principal import principal_factors
 from fedloom.seeds import derive, derive_int
 
@@ -120,3 +120,19 @@ def drawn(like: Tensors, seed: int, *path: str | int) -> dict[str, torch.Tensor]
     sizes = {n: like[n].shape for n in names}
     draws = {n: derive(seed, "factors", *path, n).uniform(-1, 1, tuple(size)) / size[1] ** 0.5 for n, size in sizes.items()}
     return {n: torch.from_numpy(draw).float() for n, draw in draws.items()}
+
+
+def need_zero_start(names: Tensors, who: str) -> None:
+    """For methods that begin anew at the function that the weights alone are.
+
+    Raises:
+        ValueError: a B that is not zero.
+    """
+    if any(bool(tensor.any()) for name, tensor in names.items() if is_up(name)):
+        raise ValueError(f"'{who}' starts its pairs at zero in every round, and these start elsewhere; give it --adapter.start zero")
+
+
+def moved(weights: Tensors, deltas: Tensors, scaling: float) -> dict[str, torch.Tensor]:
+    """W + s·Δ for every weight under a pair."""
+    names = filter(is_beneath, weights)
+    return {n: (weights[n].double() + scaling * deltas[n]).to(weights[n].dtype) for n in names}
