@@ -94,6 +94,68 @@ def compare(words: Sequence[str]) -> int:
     return 1 if ended.failed else 0
 
 
+def serve(words: Sequence[str]) -> int:
+    """The server of a real federation."""
+    (word, *_), rest = _named(words, "fedloom serve METHOD", "one method, such as: fedloom serve fibecfed --certs certs/server")
+    with loading():
+        from fedloom.run import options, recipes
+        from fedloom.run.certificates import public_keys
+        from fedloom.run.console import results_table
+        from fedloom.run.federation import Patience
+        from fedloom.run.federation import serve as serve_experiment
+
+    recipe = recipes.resolve(word)
+    given = _parse(options.for_serve(recipe), rest, f"fedloom serve {word}", f"Serve {recipe.kind.name}: {recipe.kind.paper}.")
+    experiment = options.experiment_of(given, clients=(devices := len(public_keys(given.certs))), cohort=given.cohort or devices)
+    out = given.out or recipes.default_folder(experiment)
+    patience = Patience(given.wait, given.deadline, given.linger, experiment.quorum)
+    results = serve_experiment(experiment, out, given.certs, given.listen, patience, given.plain or None)
+    from fedloom.run.report import write_report
+
+    report = write_report([out], out / "report.html")
+    Console().print(results_table([results]))
+    print(f"results: {out / 'results.json'}\nreport:  {report}")
+    return 0
+
+
+def join(words: Sequence[str]) -> int:
+    """A device of a real federation."""
+    given = _parse(arguments.Join, words, "fedloom join")
+    with loading():
+        from fedloom.run.device import Own, folder_of
+        from fedloom.run.federation import join as join_federation
+    import threading
+
+    def said(text: str) -> None:
+        print(f"fedloom: {text}", file=sys.stderr, flush=True)
+
+    own, stop = Own(given.data, given.model, given.text, given.label, given.threads), threading.Event()
+    join_federation(given.server, given.certs, own, folder_of(given.out, given.data), given.deadline, said, stop)
+    return 0
+
+
+def certs(words: Sequence[str]) -> int:
+    """Certificates and keys."""
+    given = _parse(arguments.Certs, words, "fedloom certs")
+    from fedloom.run.certificates import issue
+
+    made = issue(given.folder, given.devices, given.names)
+    for path in made:
+        print(path)
+    print(f"server: fedloom serve METHOD --certs {given.folder / 'server'}")
+    print(f"device: fedloom join HOST:PORT DATA --certs {given.folder / 'device-0'}    (its folder, and no other, goes to each)")
+    return 0
+
+
+def status(words: Sequence[str]) -> int:
+    """How a federation stands."""
+    given = _parse(arguments.Status, words, "fedloom status")
+    from fedloom.run.federation import asked
+
+    _show("", ("", ""), asked(given.server, given.certs))
+    return 0
+
+
 def report(words: Sequence[str]) -> int:
     """A page about runs."""
     from fedloom.run.compare import run_folders, summary_in
@@ -139,6 +201,11 @@ def partition(words: Sequence[str]) -> int:
     if given.save is not None:
         made.save(given.save)
         print(f"partition: {given.save} (use it with --partition {given.save})")
+    if given.shards is not None:
+        from fedloom.data.shards import write_shards
+
+        made_there = write_shards(source, made, given.shards)
+        print(f"shards:  {given.shards}/0 to {given.shards}/{len(made_there) - 1} (a device: fedloom join HOST:PORT {given.shards}/0)")
     if given.plot is not None:
         print(f"picture: {given.plot}")
     return 0
@@ -202,7 +269,8 @@ def doctor(words: Sequence[str]) -> int:
 
 
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
-    command.__name__: command for command in (run, compare, report, describe, partition, methods, evaluate, export, doctor)
+    command.__name__: command
+    for command in (run, compare, serve, join, status, certs, report, describe, partition, methods, evaluate, export, doctor)
 }
 
 
@@ -216,7 +284,7 @@ def main(words: Sequence[str] | None = None) -> int:
         with terminable(), quiet():
             return _dispatch(words)
     except KeyboardInterrupt as stopped:
-        kept = "; the same command resumes" if words and words[0] in ("run", "compare") else ""
+        kept = "; the same command resumes" if words and words[0] in ("run", "compare", "serve") else ""
         _complain(f"stopped{kept}")
         return 143 if isinstance(stopped, Terminated) else 130
     except BrokenPipeError:

@@ -162,6 +162,15 @@ def unpack(blob: bytes, digest: str) -> Task | Update:
     return Update(client, count, tensors, checked_settings(_field(header, "metrics", dict)), flops, examples)
 
 
+def digest_of(blob: bytes) -> str:
+    """The experiment that a message says it belongs to; nothing else of it is looked at.
+
+    Raises:
+        WireError: not a message.
+    """
+    return _field(_opened(blob)[0], "digest", str)
+
+
 class Place(NamedTuple):
     """Where a tensor's bits lie: ``begin`` and ``end`` in bytes from where the tensors begin."""
 

@@ -36,9 +36,10 @@ def vars_of(kind: type, name: str) -> object:
 
 @dataclass
 class Running:
-    """One operation under way: its client, its generator, what it last yielded and what it cost so far."""
+    """One operation under way: its client, its task, its generator, what it last yielded and what it cost so far."""
 
     client: Client
+    task: Task
     work: Work[Update]
     asked: Any = None
     answer: Any = None
@@ -46,11 +47,28 @@ class Running:
     examples: int = 0
 
 
+Leaving = Callable[[Client, Task, Update], Update]
+"""What of an update leaves the device."""
+
+
+def everything(client: Client, task: Task, update: Update) -> Update:
+    """The :data:`Leaving` that leaves every update as it is."""
+    return update
+
+
 class Host:
     """Runs a method's client operations for the devices that ``devices`` makes (by client id)."""
 
-    def __init__(self, method: object, devices: Callable[[int], Client], compute: Compute, store: ClientStore, digest: str) -> None:
-        self.operations, self.method_name = operations(method), type(method).__name__
+    def __init__(
+        self,
+        method: object,
+        devices: Callable[[int], Client],
+        compute: Compute,
+        store: ClientStore,
+        digest: str,
+        leaving: Leaving = everything,
+    ) -> None:
+        self.operations, self.method_name, self.leaving = operations(method), type(method).__name__, leaving
         self.devices, self.compute, self.store, self.digest = devices, compute, store, digest
 
     def answer(self, blobs: Sequence[bytes]) -> list[bytes | Failure]:
@@ -88,7 +106,7 @@ class Host:
         try:
             client = self.devices(task.client)
             client.private, client.memory = self.store.load(task.client)
-            return Running(client, self.operations[task.op](client, task))
+            return Running(client, task, self.operations[task.op](client, task))
         except Exception as error:
             return self._failed(task.client, error)
 
@@ -106,7 +124,8 @@ class Host:
         if not isinstance(update, Update) or update.client != run.client.id:
             return Failure(run.client.id, f"TypeError: the operation returned {update!r}; an Update of client {run.client.id} is due")
         try:
-            blob = pack(replace(update, flops=run.flops, examples=run.examples), self.digest)
+            told = self.leaving(run.client, run.task, replace(update, flops=run.flops, examples=run.examples))
+            blob = pack(told, self.digest)
             self.store.save(run.client.id, run.client.private, run.client.memory)
             return blob
         except Exception as error:

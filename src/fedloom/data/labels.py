@@ -79,6 +79,24 @@ def class_ids(
     return {split: np.asarray([ids[v] for v in labels], np.int64) for split, labels in kept.items()}, classes, notes
 
 
+def given_ids(values: Mapping[Split, list[Label | None]], classes: Sequence[str], label: str) -> dict[Split, np.ndarray]:
+    """int64 ids of every split's labels where the classes are given: by their names, or, where those are whole numbers, by their values.
+
+    Raises:
+        DataError: a row without a label, or one that is none of the classes.
+    """
+    ids = {name: i for i, name in enumerate(classes)}
+    made: dict[Split, np.ndarray] = {}
+    for split, told in values.items():
+        named = [str(int(float(v))) if isinstance(v, str) and v not in ids and WHOLE.fullmatch(v.strip()) else str(v) for v in told]
+        odd = next((row for row, name in enumerate(named) if name not in ids), None)
+        if odd is not None:
+            had = "no label" if told[odd] is None else f"the label {named[odd]!r}"
+            raise DataError(f"row {odd} of the {split} split has {had} in column '{label}'; the classes are: {_some(list(classes))}")
+        made[split] = np.asarray([ids[name] for name in named], np.int64)
+    return made
+
+
 def _of_kind(values: Sequence[Label | None], names: Sequence[str] | None, whole: bool, where: str, label: str) -> list[Label]:
     """One split's labels in the training split's terms; empty if it has none (all missing, or all -1).
 

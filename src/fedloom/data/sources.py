@@ -26,7 +26,7 @@ from fedloom.data import instructions, tagging
 from fedloom.data.examples import Examples, flat
 from fedloom.data.files import SUFFIXES, match_splits, read_file, read_folder, split_of
 from fedloom.data.instructions import EVERYTHING, METRIC, Instructions
-from fedloom.data.labels import Label, class_ids, label_values
+from fedloom.data.labels import Label, class_ids, given_ids, label_values
 from fedloom.data.rows import Rows, class_names, whole_numbers
 from fedloom.data.tagging import TYPE, Tagging
 from fedloom.data.tasks import SPLITS, Classification, Column, DataError, Split, Task, TaskKind, choose_columns, metric_for
@@ -77,12 +77,15 @@ def load(
     max_train: int = 0,
     max_validation: int = 0,
     max_test: int = 0,
+    classes: tuple[str, ...] = (),
+    tags: tuple[str, ...] = (),
 ) -> Source:
     """Read ``data``, find its columns and make three splits.
 
     ``text`` and ``label`` override the columns found, ``metric`` ("accuracy", "mcc", "f1") the one the name suggests. A cap
     of 0 keeps all rows; otherwise that many are drawn by seed, in their order. ``task``: classification; instructions (a prompt and its
-    answer); text (all of it to be learnt); tagging (a tag for every word); or, left to the columns, one of them but text.
+    answer); text (all of it to be learnt); tagging (a tag for every word); or, left to the columns, one of them but text. ``classes`` and
+    ``tags``: their names in order where somebody else has fixed them; a file may then hold few of them, and a held-out split no row.
 
     Raises:
         DataError: whatever is wrong with the data, with what would be right.
@@ -96,15 +99,15 @@ def load(
         if metric != "auto":
             raise DataError(f"tags are scored by {tagging.METRIC}, not by {metric}; leave metric (--metric) at auto")
         words, tagged = tagging.choose_columns(columns, text, label)
-        tags = _tag_names(tables["train"], tagged)
+        tags = tags or _tag_names(tables["train"], tagged)
         kinds = tagging.types_of(tags)
         for split in tables:
             tables[split] = _flattened(tables[split], words, tagged, tags, kinds, split)
-        tables, classes = _labelled(tables, (words, tagged), TYPE, notes)
+        tables, classes = _labelled(tables, (words, tagged), TYPE, notes, kinds if classes else ())
         made: Task = Tagging(words, tagged, tags, classes)
     elif task == "classification" or (task == "auto" and (label or not instructions.looks_like_instructions(columns))):
         texts, label = choose_columns(columns, text, label)
-        tables, classes = _labelled(tables, texts, label, notes)
+        tables, classes = _labelled(tables, texts, label, notes, classes)
         made = Classification(texts, label, classes, metric_for(name) if metric == "auto" else metric)
     else:
         if metric not in ("auto", METRIC):
@@ -298,16 +301,19 @@ def _describe(table: _Table, name: str) -> Column:
 
 
 def _labelled(
-    tables: dict[Split, _Table], texts: tuple[str, ...], label: str, notes: list[str]
+    tables: dict[Split, _Table], texts: tuple[str, ...], label: str, notes: list[str], given: tuple[str, ...] = ()
 ) -> tuple[dict[Split, _Table], tuple[str, ...]]:
-    """The splits that have labels, with their ids, and the class names."""
+    """The splits that have labels, with their ids, and the class names; all splits where the names are given."""
     values: dict[Split, list[Label | None]] = {}
     for split, table in tables.items():
         has = label in table.rows.column_names
         where = f"column '{label}' of the {split} split"
         values[split] = label_values(table.rows[label], table.names.get(label), where) if has else [None] * table.rows.num_rows
-    ids, classes, said = class_ids(values, tables["train"].names.get(label), label)
-    notes += said
+    if given:
+        ids, classes = given_ids(values, given, label), given
+    else:
+        ids, classes, said = class_ids(values, tables["train"].names.get(label), label)
+        notes += said
     for split in ids:
         for column in texts:
             _insist_text(tables[split], column, split)

@@ -36,8 +36,9 @@ except ModuleNotFoundError as error:
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import HEARTBEAT_INTERVAL_INF, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, ErrorCode
+from flwr.common.constant import HEARTBEAT_INTERVAL_INF, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, ErrorCode, Status
 from flwr.proto.task_pb2 import Task as FlowerTask
+from flwr.proto.task_pb2 import TaskStatus
 from flwr.server.superlink.linkstate import InMemoryLinkState, LinkStateFactory
 from flwr.server.superlink.linkstate.in_memory_linkstate import RunRecord
 from flwr.serverapp import Grid
@@ -56,6 +57,7 @@ from fedloom.messages import Failure, Replies, Take, Task, whole
 from fedloom.wire import WireError, pack
 
 log = logging.getLogger("fedloom")
+logging.getLogger("flwr").setLevel(logging.WARNING)  # it tells every request
 
 PARTITION = "partition-id"
 """The key of a node's configuration that says which client it is; node ids are random and mean nothing."""
@@ -107,7 +109,7 @@ class FlowerGrid:
     def _message(self, client: int, blob: bytes) -> Message | None:
         if client not in self.nodes:
             return None
-        content = RecordDict({BLOB: _boxed(blob), TO: ConfigRecord({CLIENT: client})})
+        content = RecordDict({BLOB: boxed(blob), TO: ConfigRecord({CLIENT: client})})
         return Message(content, self.nodes[client], MessageType.TRAIN, ttl=self.timeout)
 
     def _answer(self, client: int, sent: Message | None, arrived: Mapping[str, Message]) -> bytes | Failure:
@@ -120,7 +122,7 @@ class FlowerGrid:
             reason = reply.error.reason or "no reason given"
             return Failure(client, reason if reply.error.code == REFUSED else f"Flower error {reply.error.code}: {reason}")
         try:
-            return _unboxed(reply.content)
+            return unboxed(reply.content)
         except WireError as error:
             return Failure(client, f"WireError: {error}")
 
@@ -159,10 +161,10 @@ def client_app(host_factory: Callable[[Context], Answering]) -> ClientApp:
         if asked != client:
             refusal = Failure(client, f"WireError: a task for client {asked} came to the node of client {client}")
             return Message(Error(REFUSED, refusal.reason), reply_to=message)
-        (answer,) = host_factory(context).answer([_unboxed(message.content)])
+        (answer,) = host_factory(context).answer([unboxed(message.content)])
         if isinstance(answer, Failure):
             return Message(Error(REFUSED, answer.reason), reply_to=message)
-        return Message(RecordDict({BLOB: _boxed(answer)}), reply_to=message)
+        return Message(RecordDict({BLOB: boxed(answer)}), reply_to=message)
 
     @app.query()
     def say_who(message: Message, context: Context) -> Message:
@@ -189,7 +191,7 @@ class Loopback(InMemoryGrid):
         self.app, self.contexts = app, dict[int, Context]()
         factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), ObjectStoreFactory())
         InMemoryGrid.__init__(self, factory, pull_interval=0.01)
-        self.set_run(_opened_run(cast(InMemoryLinkState, self.state)))
+        self.set_run(opened_run(cast(InMemoryLinkState, self.state)))
 
     def register(self, client: int) -> int:
         """Add a device for ``client``. Returns its node id."""
@@ -230,7 +232,7 @@ def carried(message: Message) -> Message:
     return arrived
 
 
-def _opened_run(state: InMemoryLinkState) -> Run:
+def opened_run(state: InMemoryLinkState) -> Run:
     """A run known to the link state, under the identity that Flower's messages of this process carry."""
     try:
         run_id, task_id = TaskIdentity.run_id, TaskIdentity.task_id
@@ -240,7 +242,7 @@ def _opened_run(state: InMemoryLinkState) -> Run:
     run = Run.create_empty(run_id)
     run.primary_task_id, run.federation_id = task_id, NOOP_FEDERATION_ID
     state.run_ids[run_id] = RunRecord(run=run)
-    state.task_store[task_id] = FlowerTask(task_id=task_id, run_id=run_id)
+    state.task_store[task_id] = FlowerTask(task_id=task_id, run_id=run_id, status=TaskStatus(status=Status.RUNNING))
     return run
 
 
@@ -250,11 +252,17 @@ def _partition(context: Context) -> int:
     return int(context.node_config[PARTITION])
 
 
-def _boxed(blob: bytes) -> ArrayRecord:
+def boxed(blob: bytes) -> ArrayRecord:
+    """A packed blob as a message carries it."""
     return ArrayRecord({BLOB: Array("uint8", (len(blob),), SERIALISATION, blob)})
 
 
-def _unboxed(content: RecordDict) -> bytes:
+def unboxed(content: RecordDict) -> bytes:
+    """The packed blob of a message.
+
+    Raises:
+        WireError: there is none.
+    """
     if BLOB not in content.array_records or BLOB not in content.array_records[BLOB]:
         raise WireError(f"a Flower message without a packed blob; its records are {sorted(content)}")
     array = content.array_records[BLOB][BLOB]

@@ -57,5 +57,62 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Certs:
+    """Make what a federation is secured with: an authority, the server's certificate, a key for each device. What is there stays, so the
+    same command with more devices adds them.
+
+    Attributes:
+        folder: where they go: FOLDER/server for the server, FOLDER/device-K for device K, FOLDER/ca.key for nobody's eyes.
+        devices: number of devices.
+        names: the names and addresses under which devices reach the server.
+    """
+
+    folder: Path
+    devices: int = 4
+    names: tuple[str, ...] = ("localhost", "127.0.0.1")
+
+
+@dataclass(frozen=True)
+class Join:
+    """Take part in a federation with this machine's own data: training, validation and test rows never leave it. It goes on until Ctrl-C,
+    waits for a server that is away, and starts its worker anew if that dies.
+
+    Attributes:
+        server: HOST:PORT, as the server's certificate names it.
+        data: folder or file of Parquet, CSV or JSON lines; labels are known by the names that the server's data gives them.
+        certs: this device's folder from fedloom certs: ca.pem and device.key.
+        model: folder or name of the model, if it lies elsewhere than the experiment says; it must be the same one.
+        text: text column or columns (empty: found).
+        label: label column (empty: found).
+        threads: CPU threads (0: PyTorch's default).
+        deadline: seconds that one task may take here.
+        out: where this device keeps its state (default: one named after the data).
+    """
+
+    server: str
+    data: str
+    certs: Path = Path("certs")
+    model: str = ""
+    text: tuple[str, ...] = ()
+    label: str = ""
+    threads: int = 0
+    deadline: float = 3600.0
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class Status:
+    """Who is in a federation and how far it is: asked of the server, by anybody who has a key of it.
+
+    Attributes:
+        server: HOST:PORT, as the server's certificate names it.
+        certs: a device's folder from fedloom certs.
+    """
+
+    server: str
+    certs: Path = Path("certs")
+
+
+@dataclass(frozen=True)
 class Nothing:
     """No options."""

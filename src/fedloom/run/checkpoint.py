@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fedloom.client.store import ClientStore, StoreError, flush
+from fedloom.client.store import ClientStore, Store, StoreError, flush
 from fedloom.methods.method import State
 from fedloom.tensors import fingerprint
 
@@ -51,7 +51,7 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(scratch, path)
 
 
-def save(folder: Path, saved: Saved, store: ClientStore) -> None:
+def save(folder: Path, saved: Saved, store: Store) -> None:
     """Write the checkpoint of one completed round of the run in ``folder``."""
     place = folder / "checkpoints"
     place.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def holds_training(folder: Path) -> bool:
     return (folder / "checkpoints" / LATEST).exists()
 
 
-def load(folder: Path, store: ClientStore) -> Saved | None:
+def load(folder: Path, store: Store) -> Saved | None:
     """The last completed round, with ``store`` put back to it; None if there is none.
 
     Raises:

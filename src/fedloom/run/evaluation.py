@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from fedloom.compute.work import Predict
-from fedloom.data.tasks import Outcomes, Split
+from fedloom.data.tasks import Outcomes, Split, headline
 from fedloom.engines.engine import Engine, drive
-from fedloom.messages import Flow, ask
+from fedloom.messages import Asking, Flow, Update, ask, whole
 from fedloom.methods.method import State
+from fedloom.run.statistics import tallies
 from fedloom.run.world import World
 
 SPLITS: tuple[Split, ...] = ("validation", "test")
@@ -43,7 +44,9 @@ NOTHING = {"validation": {"personalised": None, "global": None, "loss": None}, "
 
 
 def evaluate(world: World, state: State, engine: Engine) -> Evaluation:
-    """Both protocols on both splits."""
+    """Both protocols on both splits. Devices that are elsewhere count their predictions themselves."""
+    if world.far is not None:
+        return _evaluated_there(world, state, engine)
     task, metric = world.source.task, world.source.task.metric
     logits = drive(_predictions(world, state), engine)
     scores: dict[str, dict[str, Any]] = {}
@@ -71,6 +74,38 @@ def evaluate(world: World, state: State, engine: Engine) -> Evaluation:
             if split == "test":
                 confusion["global"] = cells(owner, task.outcomes(labels[order], made[order]), len(world.pool.clients))
     return Evaluation(scores, correct, held, confusion)
+
+
+def _evaluated_there(world: World, state: State, engine: Engine) -> Evaluation:
+    """The same where devices tell counts and mean losses, and the server has held-out data of its own. Who does not answer does not count."""
+    task, devices = world.source.task, len(world.pool.clients)
+    confusion: dict[str, list[list[list[int]]] | None] = {"personalised": [[] for _ in range(devices)], "global": None}
+    scores: dict[str, dict[str, Any]] = {}
+    updates = drive(_counts(world, state), engine, quorum=0)
+    for split in SPLITS:
+        told = {update.client: update.tensors[split].tolist() for update in updates}
+        right, true, predicted = tallies(list(told.values()), max(2, len(world.classes))).sum(0)
+        scores[split] = {"personalised": float(headline(task.metric, right, true, predicted)) if true.sum() else None, "global": None}
+        if split == "validation":
+            losses = [(float(u.metrics["validation_loss"]), sum(c for *_, c in told[u.client])) for u in updates if told[u.client]]  # type: ignore[arg-type]
+            weight = sum(count for _, count in losses)
+            scores[split]["loss"] = sum(loss * count for loss, count in losses) / weight if weight else None
+        else:
+            confusion["personalised"] = [told.get(k, []) for k in world.pool.clients]
+    held = np.array([sum(count for *_, count in of) for of in confusion["personalised"] or []], np.int64)
+    correct = np.array([sum(n for true, said, n in of if true == said) for of in confusion["personalised"] or []], np.int64)
+    assembled = world.experiment.method.assembled(state)
+    if assembled is not None:
+        done = world.compute.run([Predict(assembled, world.splits[split]) for split in SPLITS])
+        for split, one in zip(SPLITS, done, strict=True):
+            scores[split]["global"] = task.scores(world.splits[split].labels, one.result.numpy())[task.metric]
+    return Evaluation(scores, correct, held, confusion)
+
+
+def _counts(world: World, state: State) -> Flow[list[Update]]:
+    """What each device that answers tells of its predictions."""
+    method = world.experiment.method
+    return (yield Asking([ask(method.predict, k, state.shared, splits=list(SPLITS)) for k in world.pool.clients], whole, 0))
 
 
 def cells(owner: np.ndarray, found: Outcomes, devices: int) -> list[list[list[int]]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedloom.client.neurons import rows_kept
-from fedloom.client.store import ClientStore
+from fedloom.client.store import ClientStore, Store
 from fedloom.compute.flops import Flops
 from fedloom.run.world import World
 from fedloom.tensors import nbytes
@@ -19,12 +19,14 @@ MOST = 256
 """Devices that are looked at; of more, evenly spaced ones."""
 
 
-def held(world: World, store: ClientStore) -> dict[str, Any] | None:
+def held(world: World, store: Store) -> dict[str, Any] | None:
     """Means over the devices that hold anything, in bytes: ``private_bytes`` (tensors that stay there), ``memory_bytes`` (what else they
     remember), ``file_bytes`` (both on disk), ``optimizer_bytes`` (AdamW's state in their last participation, over those that told it, else
     None), ``step_flops`` (one example of the device's mean length, forth and back, in the method's own training). Each ``…_whole`` is the
     same with all rows. None if no device holds anything. ``devices``: how many were looked at and hold something.
     """
+    if not isinstance(store, ClientStore):  # only they themselves can look
+        return None
     model, flops = world.model, Flops(world.model)
     ids = np.unique(np.linspace(0, len(world.pool.clients) - 1, min(len(world.pool.clients), MOST)).round().astype(int))
     found: list[dict[str, float]] = []

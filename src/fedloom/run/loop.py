@@ -5,17 +5,18 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedloom.client.store import ClientStore
+from fedloom.client.store import Elsewhere, Store
 from fedloom.engines.engine import Engine, drive
 from fedloom.engines.local import give_memory_back
-from fedloom.messages import Replies, Take, Task, whole
+from fedloom.messages import CohortFailed, Replies, Take, Task, whole
 from fedloom.methods.method import State
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import CheckpointError, Saved, write_atomically
@@ -25,12 +26,15 @@ from fedloom.run.evaluation import NOTHING, Evaluation, evaluate
 from fedloom.run.experiment import Experiment, as_json, as_meant, completed, first_difference
 from fedloom.run.export import write_global
 from fedloom.run.holdings import held
-from fedloom.run.ledger import Ledger
+from fedloom.run.ledger import Ledger, Section
 from fedloom.run.payback import paid_back
 from fedloom.run.samples import samples
-from fedloom.run.world import World, build, store_in
+from fedloom.run.world import World, build
 
 log = logging.getLogger("fedloom")
+
+MISSES = 10
+"""Rounds in a row to which too few devices came after which a federation stops."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,15 @@ class Told:
         return self.inner.run(tasks, take)
 
 
-def run(experiment: Experiment, folder: Path, plain: bool | None = None, show: Show | None = None) -> dict[str, Any]:
+def run(
+    experiment: Experiment,
+    folder: Path,
+    plain: bool | None = None,
+    show: Show | None = None,
+    built: Callable[[Experiment], World] = build,
+) -> dict[str, Any]:
     """Run ``experiment`` in ``folder`` (or go on where it stopped) and return what ``results.json`` holds. ``show``: to whom the progress
-    is told, instead of a display of its own.
+    is told, instead of a display of its own. ``built``: how its world is made, where devices are elsewhere.
 
     Raises:
         CheckpointError: the folder belongs to another experiment, another process, other data, or its checkpoint is corrupt.
@@ -62,18 +72,18 @@ def run(experiment: Experiment, folder: Path, plain: bool | None = None, show: S
         title = f"{experiment.method_name} on {experiment.data}, {experiment.clients} devices, {experiment.cohort} a round -> {folder}"
         try:
             if show is not None:
-                return _loaded(experiment, folder, show)
+                return _loaded(experiment, folder, show, built)
             with Progress(experiment.rounds, title, plain) as display:
-                return _loaded(experiment, folder, display)
+                return _loaded(experiment, folder, display, built)
         finally:
             gc.collect()  # a model's parts hold each other
             give_memory_back()
 
 
-def _loaded(experiment: Experiment, folder: Path, show: Show) -> dict[str, Any]:
+def _loaded(experiment: Experiment, folder: Path, show: Show, built: Callable[[Experiment], World]) -> dict[str, Any]:
     """Load everything, then run. Whatever was loaded is gone when this returns."""
     show.phase("loading data and model")
-    world = build(experiment)
+    world = built(experiment)
     claim(folder, experiment)
     for note in (*world.source.notes, *_idle(world)):
         show.note(note)
@@ -91,7 +101,7 @@ def _idle(world: World) -> list[str]:
 
 def _run(world: World, folder: Path, show: Show) -> dict[str, Any]:
     """The round loop."""
-    e, method, store = world.experiment, world.experiment.method, store_in(folder)
+    e, method, store, missed = world.experiment, world.experiment.method, world.store(folder), 0
     engine, data = world.engine(store), world.fingerprint()
     saved = checkpoint.load(folder, store)
     if saved is not None and saved.data != data:
@@ -100,7 +110,7 @@ def _run(world: World, folder: Path, show: Show) -> dict[str, Any]:
     if saved is None:
         ledger.rewind(-1)
         section = ledger.section()
-        state = drive(method.setup(method.init(world.model), world.pool), Told(engine, show), quorum=0, seen=section.hear)
+        state = _set_up(world, Told(engine, show), store, section, show)
         ledger.set_up(section)
         section, found = ledger.section(), _evaluated(world, state, engine, show)
         show.round(ledger.write(0, section, 0.0, found.scores if found else NOTHING))
@@ -111,15 +121,49 @@ def _run(world: World, folder: Path, show: Show) -> dict[str, Any]:
     while state.round < e.rounds:
         show.phase(f"round {state.round + 1}/{e.rounds}")
         section = ledger.section()
-        state = drive(method.round(state, world.pool), engine, e.quorum, section.hear)
+        try:
+            state, missed = drive(method.round(state, world.pool), engine, e.quorum, section.hear), 0
+        except CohortFailed as failed:
+            state, missed = _missed(world, state, store, section, missed + 1, failed, show), missed + 1
         trained, found = section.seconds, _evaluated(world, state, engine, show)
         show.round(ledger.write(state.round, section, trained, found.scores if found else NOTHING))
         checkpoint.save(folder, Saved(state, ledger.totals, data), store)
     return finish(world, folder, state, ledger, found or evaluate(world, state, engine), store)
 
 
+def _set_up(world: World, engine: Engine, store: Store, section: Section, show: Show) -> State:
+    """The state after set-up. Devices that are elsewhere are given more than one chance, each from the start."""
+    method = world.experiment.method
+    for attempt in count(1):
+        try:
+            return drive(method.setup(method.init(world.model), world.pool), engine, quorum=0, seen=section.hear)
+        except CohortFailed as failed:
+            if not isinstance(store, Elsewhere) or attempt == MISSES:
+                raise
+            store.forget()
+            show.note(f"the set-up begins again: {failed}")
+    raise AssertionError
+
+
+def _missed(world: World, state: State, store: Store, section: Section, times: int, failed: CohortFailed, show: Show) -> State:
+    """The state after a round to which too few devices came: as before. In one process that is an error; of devices that are elsewhere it
+    is told, and what those who did come have done has not happened.
+
+    Raises:
+        CohortFailed: as it came, or for the ``MISSES``-th time in a row.
+    """
+    if not isinstance(store, Elsewhere) or times == MISSES:
+        raise failed
+    store.forget()
+    section.failed |= {str(k): "it answered, but too few others did" for k in section.answered}
+    section.answered.clear()
+    section.losses.clear()
+    show.note(f"round {state.round + 1} changes nothing: {failed}")
+    return replace(state, round=state.round + 1)
+
+
 def finish(
-    world: World, folder: Path, state: State, ledger: Ledger, found: Evaluation, store: ClientStore, notes: Sequence[str] = ()
+    world: World, folder: Path, state: State, ledger: Ledger, found: Evaluation, store: Store, notes: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Write the global model and ``results.json``, with these notes after the data's, and return what it holds."""
     outcome = results_of(world, state, ledger, found)
@@ -186,7 +230,7 @@ def results_of(world: World, state: State, ledger: Ledger, found: Evaluation) ->
     per_device = []
     for k in world.pool.clients:
         held, right = int(found.held[k]), int(found.correct[k])
-        one = {"client": k, "train": int(counts[k].sum()), "test": held, "correct": right, "score": right / held if held else None}
+        one = {"client": k, "train": world.examples_of(k), "test": held, "correct": right, "score": right / held if held else None}
         told = {protocol: None if of is None else of[k] for protocol, of in found.confusion.items()}
         per_device.append({**one, "participations": participations.get(str(k), 0), "labels": counts[k].tolist(), "confusion": told})
     picked = ("round", "personalised", "global", "loss")

@@ -38,6 +38,7 @@ GRID = (
     ("reference", str, "", "the method that the others are set against (default: the first named)."),
     ("target", float | None, None, "the score whose cost is told (default: what the reference ends with, seed by seed)."),
 )
+SHARDS = ("shards", Path | None, None, "write each device's rows as files of its own, in this new folder: DIR/K/train.parquet and so on.")
 PLOT = ("plot", Path | None, None, "draw it: a .png or .svg file (without a name: partition.png).")
 SAVE = ("save", Path | None, None, "write it to this file, for --partition FILE.")
 
@@ -53,6 +54,27 @@ def for_run(recipe: Recipe) -> type[Any]:
     return _type(_fields(), (OUT, PLAIN), recipe)
 
 
+SERVE = (
+    (
+        *("certs", Path, Path("certs/server")),
+        "the server's folder from fedloom certs: ca.pem, server.pem, server.key, and a public key for each device.",
+    ),
+    ("cohort", int, 0, "devices drawn a round (0: all of them)."),
+    ("quorum", float, 0.5, "share of a cohort that must answer for a round to count; a round without it changes nothing."),
+    ("listen", str, "127.0.0.1:9092", "HOST:PORT to listen on; 0.0.0.0:9092 for all of this machine's addresses."),
+    ("wait", float, 60.0, "seconds to wait for a device that has not been heard of."),
+    ("deadline", float, 600.0, "seconds that a device has for an answer."),
+    ("linger", float, 10.0, "seconds that the rest has once a quorum has answered."),
+)
+THERE = ("cohort", "quorum", "clients", "partition", "alpha", "beta", "min_examples", "engine")
+"""What the devices bring, or a simulation alone has."""
+
+
+def for_serve(recipe: Recipe) -> type[Any]:
+    """Options of ``fedloom serve``."""
+    return _type([name for name in _fields() if name not in THERE], (*SERVE, OUT, PLAIN), recipe)
+
+
 def for_describe(recipe: Recipe) -> type[Any]:
     """Options of ``fedloom describe``."""
     return _type(_fields(), (), recipe)
@@ -66,7 +88,7 @@ def for_compare() -> type[Any]:
 
 def for_partition() -> type[Any]:
     """Options of ``fedloom partition``."""
-    return _type(OF_DATA, (PLOT, SAVE))
+    return _type(OF_DATA, (PLOT, SAVE, SHARDS))
 
 
 def experiment_of(given: Any, **fields: Any) -> Experiment:

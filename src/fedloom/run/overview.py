@@ -1,12 +1,16 @@
 """What ``fedloom --help`` says. Imports nothing, so that it is quick."""
 
 HELP = """\
-fedloom fine-tunes pre-trained language models across many simulated devices that keep their data.
+fedloom fine-tunes pre-trained language models across many devices that keep their data, simulated or real.
 
 usage: fedloom COMMAND ...
 
   run METHOD              one method, in one run folder; stopped, the same command resumes it
   compare METHOD METHOD   methods x data sets x alphas x seeds, learning rates searched alike: one table, one report
+  serve METHOD            the same method in a real federation: the server (fedloom certs first)
+  join HOST:PORT          a device of it, with data of its own
+  status HOST:PORT        who is there, and how far it is
+  certs DIR               the certificates and keys of a federation
   report DIR...           an HTML page about runs or a comparison
   describe METHOD         what would be run and what it would cost; trains nothing
   partition               which device would hold what, as a table, a picture, a file

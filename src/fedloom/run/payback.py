@@ -35,7 +35,7 @@ def paid_back(world: World, profile: DeviceProfile, totals: Row, rows: Sequence[
     ``totals``, ``rows``: of the run's ledger; rows from round 0 on.
     """
     plain = plain_of(world.experiment.method)
-    if plain is None or not any(totals[f"setup_{key}"] for key in KEYS):
+    if world.far is not None or plain is None or not any(totals[f"setup_{key}"] for key in KEYS):
         return None
     theirs = played(world, plain, profile)
     mine = [row for row in rows if row["round"] > 0]

@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from fedloom.client.client import Client
 from fedloom.client.curricula.shortformer import Staged
 from fedloom.client.curricula.slw import LengthWarmup
 from fedloom.client.host import Host
-from fedloom.client.store import ClientStore
+from fedloom.client.store import ClientStore, Elsewhere, Store
 from fedloom.compute.compute import Compute
 from fedloom.compute.stacked import Stacked
 from fedloom.data.examples import Examples
@@ -39,9 +39,21 @@ from fedloom.run.recipes import file_of
 from fedloom.server.participation import Pool
 
 
+class Far(Protocol):
+    """Devices that are elsewhere, and keep their data and their state there."""
+
+    def engine(self, store: Elsewhere) -> Engine:
+        """The engine that reaches them."""
+        ...
+
+    def examples(self, client: int, split: Split) -> int:
+        """How many examples the device says it has; 0 while it has said nothing."""
+        ...
+
+
 @dataclass(frozen=True)
 class World:
-    """Data as tokens, who holds what, the model and its compute."""
+    """Data as tokens, who holds what, the model and its compute. With ``far``, the data is the server's own, and nobody holds any of it."""
 
     experiment: Experiment
     source: Source
@@ -49,6 +61,7 @@ class World:
     splits: dict[Split, Examples]
     model: Model
     compute: Compute
+    far: Far | None = None
 
     @property
     def pool(self) -> Pool:
@@ -69,6 +82,8 @@ class World:
 
     def examples_of(self, client: int) -> int:
         """How many examples a device trains on."""
+        if self.far is not None:
+            return self.far.examples(client, "train")
         return len(self.splits["train"]) if client == CENTRE else len(self.partition.train[client])
 
     def fingerprint(self) -> str:
@@ -98,8 +113,15 @@ class World:
         """Whether a device's result is the same to the bit whoever shares a pass with it (``model/kernels.py``)."""
         return self.model.together_by.startswith("packed")
 
-    def engine(self, store: ClientStore) -> Engine:
+    def store(self, folder: Path) -> Store:
+        """Where the devices' states, or their names, are while the run in ``folder`` goes on."""
+        return Elsewhere() if self.far is not None else store_in(folder)
+
+    def engine(self, store: Store) -> Engine:
         """The engine that the experiment asks for, over devices that keep their state in ``store``."""
+        if isinstance(store, Elsewhere):
+            assert self.far is not None
+            return self.far.engine(store)
         how = self.experiment.engine
         if how.kind == "local" and how.workers > 1:
             load = self.examples_of if self.alone_or_together else None
@@ -141,11 +163,17 @@ def order_of(world: World, threads: int) -> dict[str, Any]:
     return {"experiment": as_json(alone), "recipe": recipe, "digest": e.digest(), "data": world.fingerprint()}
 
 
+def read_source(experiment: Experiment) -> Source:
+    """The data set."""
+    e = experiment
+    caps = {"max_train": e.max_train, "max_validation": e.max_validation, "max_test": e.max_test}
+    return load(e.data, seed=e.seed, text=e.text, label=e.label, metric=e.metric, task=e.task, **caps)
+
+
 def read_data(experiment: Experiment) -> tuple[Source, Partition]:
     """The data set and who holds which rows of it; no model is needed for that."""
     e = experiment
-    caps = {"max_train": e.max_train, "max_validation": e.max_validation, "max_test": e.max_test}
-    source = load(e.data, seed=e.seed, text=e.text, label=e.label, metric=e.metric, task=e.task, **caps)
+    source = read_source(e)
     labels: dict[Split, np.ndarray] = {s: np.asarray(list(rows[source.task.label]), np.int64) for s, rows in source.splits.items()}
     column = e.partition.removeprefix("column:") if e.partition.startswith("column:") else ""
     if column and column not in source.splits["train"].column_names:
@@ -165,7 +193,18 @@ def build(experiment: Experiment) -> World:
     if e.engine.threads:
         torch.set_num_threads(e.engine.threads)
     source, shards = read_data(e)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model_of(e, source)
+    splits = tokenise(source, in_parts(model.encode), model.encoding)
+    return World(e, source, shards, splits, model, Stacked(model, e.engine.stack))
+
+
+def model_of(experiment: Experiment, source: Source) -> Model:
+    """The model with its adapter and head for this data.
+
+    Raises:
+        ModelError, AdapterError, ExperimentError: whatever is wrong, with the mend.
+    """
+    e = experiment
     model = load_model(
         e.model,
         num_labels=max(2, len(source.task.classes)),
@@ -173,7 +212,7 @@ def build(experiment: Experiment) -> World:
         seed=e.seed,
         max_length=e.max_length,
         precision=e.precision,
-        device=device,
+        device="cuda" if torch.cuda.is_available() else "cpu",
         cloze=cloze_of(e, source),
         answers=e.template if isinstance(source.task, Instructions) else None,
         tags=source.task.tags if isinstance(source.task, Tagging) else (),
@@ -183,8 +222,20 @@ def build(experiment: Experiment) -> World:
         raise ExperimentError(
             "this curriculum cuts texts at their end, where a causal model's template asks; give another, or --head linear"
         )
+    return model
+
+
+def build_far(experiment: Experiment, far: Far) -> World:
+    """Load what the server of a real federation has: the model, and data of its own for classes, choosing and telling.
+
+    Raises:
+        DataError, ModelError, AdapterError: whatever is wrong, with the mend.
+    """
+    e = experiment
+    source = read_source(e)
+    model, nobody = model_of(e, source), (np.zeros(0, np.int64),) * e.clients
     splits = tokenise(source, in_parts(model.encode), model.encoding)
-    return World(e, source, shards, splits, model, Stacked(model, e.engine.stack))
+    return World(e, source, Partition(nobody, nobody, nobody, {}), splits, model, Stacked(model, e.engine.stack), far)
 
 
 def adapter_of(experiment: Experiment) -> Adapter:

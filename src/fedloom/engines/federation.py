@@ -1,0 +1,337 @@
+"""The engine of a real federation: tasks to devices that may be away, slow, dead or hostile, and what of their answers is to be used.
+
+**What a task carries** beside its packed blob: the name of the state from which the device is to start (``store.py``). An answer carries
+the name of the state after it. Only names are here (:class:`~fedloom.client.store.Elsewhere`); the tensors never leave the device. So the
+server's checkpoint decides which state is a device's state: an answer that was lost, came late or was not taken has not happened, on
+either side, and a server that was killed goes on from its last round with devices that have moved on.
+
+**Greeting**: before its first task a device is told the experiment; it loads its model and data once and says what it found. A device that
+was started anew asks to be greeted again.
+
+**Whose answer counts**: of each asking, those that arrived before the deadline, can be read, are of this experiment and this client, are
+finite, have the shapes that were sent, the names that most answers have, and are no more than :data:`ABSURD` times as far from what was
+sent as the median answer is. Everyone else has failed, with the reason, and is left out for a while: :data:`FIRST` seconds, twice as many
+each time in a row, :data:`MOST` at most. Then it is asked again.
+
+**Nothing waits for ever**: a device that has not been heard of is waited for ``wait`` seconds, an answer for ``deadline``; once ``enough`` of
+them are here, the rest has ``linger`` seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any, Protocol, cast
+
+import torch
+
+from fedloom.client.store import FILE, Elsewhere
+from fedloom.engines.flower import BLOB, CLIENT, REFUSED, TO, boxed, unboxed  # first: it switches off what Flower must not do
+
+# isort: split
+from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedloom.engines.link import PAUSE, Link
+from fedloom.engines.local import gather, may_cross, taken
+from fedloom.messages import Failure, Replies, Take, Task, Update, quorum_of, whole
+from fedloom.wire import Packer, WireError
+
+log = logging.getLogger("fedloom")
+
+UNGREETED = 101
+"""Code of an error reply from a device that does not know this experiment (yet, or any more)."""
+
+STATE, GREETING, TOLD = "state", "greeting", "told"
+AT_ONCE = 32
+"""Tasks that are laid out at a time: the server's memory does not grow with the number of devices asked."""
+
+ABSURD = 1000.0
+FIRST, MOST = 5.0, 600.0
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds: for a device to appear (``wait``), for an answer (``deadline``), for the rest once enough are here (``linger``).
+
+    ``enough``: the share of an asking that is enough; 1: everyone is waited for until the deadline.
+    """
+
+    wait: float = 60.0
+    deadline: float = 600.0
+    linger: float = 10.0
+    enough: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not all(seconds >= 0 and math.isfinite(seconds) for seconds in (self.wait, self.deadline, self.linger)) or not self.deadline:
+            raise ValueError(f"{self}: seconds must be finite, none below 0, the deadline above it: nothing may wait for ever")
+        if not 0 < self.enough <= 1:
+            raise ValueError(f"enough is {self.enough}; it is a share of those asked, above 0 and at most 1")
+
+
+@dataclass
+class Sent:
+    """A task on its way: when it was laid out, how large, whether the device is only being greeted yet, and how often it has been."""
+
+    task: Task
+    size: int
+    since: float
+    greeting: bool
+    greeted: int = 0
+
+
+class Federation:
+    """An :class:`~fedloom.engines.engine.Engine` over the devices of a link. ``greeting``: what they are told of the experiment, JSON."""
+
+    def __init__(self, link: Link, states: Elsewhere, digest: str, greeting: Mapping[str, Any], patience: Patience) -> None:
+        self.link, self.states, self.digest, self.patience = link, states, digest, patience
+        self.greeting = json.dumps({**greeting, "digest": digest})
+        self.told: dict[int, dict[str, Any]] = {}
+        """What each greeted device said of itself."""
+        self._greeted: set[int] = set()
+        self._faults: dict[int, tuple[int, float, str]] = {}
+
+    def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
+        """Ask every device that may be asked, and return what may be used of their answers.
+
+        Raises:
+            WireError: a task may not cross the wire; that is the method's fault and ends the run. No task was sent then.
+        """
+        may_cross(tasks)
+        answers, sizes, names = self._exchanged(tasks)
+        down = [bytes(0)] * len(tasks)
+        replies = gather(tasks, down, [answers[task.client] for task in tasks], self.digest)
+        replies = replace(replies, traffic=tuple(replace(t, bytes_down=sizes.get(t.client, 0)) for t in replies.traffic))
+        replies = agreeing(tasks, replies)
+        for update in replies.updates:
+            self.states.take(update.client, names[update.client])
+            self._faults.pop(update.client, None)
+        for failure in replies.failures:
+            if failure.client in sizes:
+                self._leave_out(failure)
+        return taken(replies, take)
+
+    def _exchanged(self, tasks: Sequence[Task]) -> tuple[dict[int, bytes | Failure], dict[int, int], dict[int, str]]:
+        """What came back of each, the bytes that were sent, and the states' new names."""
+        answers: dict[int, bytes | Failure] = {}
+        sizes, names, packer = dict[int, int](), dict[int, str](), Packer(self.digest)
+        waiting, out = deque(self._allowed(tasks, answers)), dict[str, Sent]()
+        began, enough, last = time.monotonic(), quorum_of(len(tasks), self.patience.enough), None
+        while waiting or out:
+            now, here = time.monotonic(), self.link.present()
+            for _ in range(len(waiting)):
+                task = waiting.popleft()
+                if task.client in here and len(out) < AT_ONCE:
+                    self._send(task, packer, out, sizes)
+                elif task.client in here or now < began + self.patience.wait:
+                    waiting.append(task)
+                else:
+                    answers[task.client] = Failure(task.client, f"TimeoutError: not heard of for {self.patience.wait:g} s")
+            for reply in self.link.pull_messages(list(out)):
+                sent = out.pop(reply.metadata.reply_to_message_id)
+                self._hear(sent, reply, packer, out, sizes, answers, names)
+            if last is None and sum(isinstance(answer, bytes) for answer in answers.values()) >= enough:
+                last = time.monotonic() + self.patience.linger
+            for name, sent in list(out.items()):
+                over = "the others were enough" if last is not None and now > last else ""
+                if over or now > sent.since + self.patience.deadline:
+                    del out[name]
+                    self.link.forget([name])
+                    why = over or f"no answer within {self.patience.deadline:g} s"
+                    answers[sent.task.client] = Failure(sent.task.client, f"TimeoutError: {why}")
+            if last is not None and now > last:
+                answers |= {task.client: Failure(task.client, "TimeoutError: the others were enough") for task in waiting}
+                waiting.clear()
+            if waiting or out:
+                time.sleep(PAUSE)
+        return answers, sizes, names
+
+    def _allowed(self, tasks: Sequence[Task], answers: dict[int, bytes | Failure]) -> list[Task]:
+        """The tasks of those who are not left out."""
+        now = time.monotonic()
+        for task in tasks:
+            times, until, reason = self._faults.get(task.client, (0, 0.0, ""))
+            if task.client not in self.link.nodes:
+                answers[task.client] = Failure(task.client, "LookupError: the server was given no key of this client")
+            elif now < until:
+                answers[task.client] = Failure(task.client, f"left out for {until - now:.0f} s more, after {times} in a row: {reason}")
+        return [task for task in tasks if task.client not in answers]
+
+    def _leave_out(self, failure: Failure) -> None:
+        times = self._faults.get(failure.client, (0, 0.0, ""))[0] + 1
+        pause = min(FIRST * 2 ** (times - 1), MOST)
+        self._faults[failure.client] = (times, time.monotonic() + pause, failure.reason)
+        log.warning("client %d is left out for %.0f s: %s", failure.client, pause, failure.reason)
+
+    def _send(self, task: Task, packer: Packer, out: dict[str, Sent], sizes: dict[int, int], greeted: int = 0) -> None:
+        greeting = task.client not in self._greeted
+        head = ConfigRecord({CLIENT: task.client, STATE: self.states.name(task.client)})
+        if greeting:
+            content, kind, size = RecordDict({TO: ConfigRecord({CLIENT: task.client, GREETING: self.greeting})}), MessageType.QUERY, 0
+        else:
+            blob = packer.pack(task)
+            content, kind, size = RecordDict({BLOB: boxed(blob), TO: head}), MessageType.TRAIN, len(blob)
+        message = Message(content, self.link.nodes[task.client], kind, ttl=self.patience.deadline + 60)
+        if list(self.link.push_messages([message])):
+            sizes[task.client] = sizes.get(task.client, 0) + size
+            out[message.metadata.message_id] = Sent(task, size, time.monotonic(), greeting, greeted)
+
+    def _hear(
+        self,
+        sent: Sent,
+        reply: Message,
+        packer: Packer,
+        out: dict[str, Sent],
+        sizes: dict[int, int],
+        answers: dict[int, bytes | Failure],
+        names: dict[int, str],
+    ) -> None:
+        """Take in one reply: go on to the task after a greeting, greet whoever asks for it, keep the rest."""
+        client = sent.task.client
+        if reply.has_error():
+            code, reason = reply.error.code, reply.error.reason or "no reason given"
+            if code == UNGREETED and sent.greeted < 2:
+                self._greeted.discard(client)
+                self._send(sent.task, packer, out, sizes, sent.greeted + 1)
+            else:
+                answers[client] = Failure(client, reason if code in (REFUSED, UNGREETED) else f"Flower error {code}: {reason}")
+            return
+        try:
+            if sent.greeting:
+                self.told[client] = _told(reply.content)
+                self._greeted.add(client)
+                self._send(sent.task, packer, out, sizes, sent.greeted)
+            else:
+                names[client] = _state_of(reply.content, client)
+                answers[client] = unboxed(reply.content)
+        except WireError as error:
+            answers[client] = Failure(client, f"WireError: {error}")
+
+
+def agreeing(tasks: Sequence[Task], replies: Replies) -> Replies:
+    """The replies without those that do not belong with the others: other shapes than were sent, other names than most, absurdly far."""
+    sent = {task.client: task.tensors for task in tasks}
+    reasons: dict[int, str] = {}
+    for update in replies.updates:
+        for name, tensor in update.tensors.items():
+            was = sent[update.client].get(name)
+            if was is not None and (was.shape != tensor.shape or was.dtype != tensor.dtype):
+                reasons[update.client] = f"'{name}' came back as {_kind(tensor)}, sent as {_kind(was)}"
+    left = [update for update in replies.updates if update.client not in reasons]
+    ops = {task.client: task.op for task in tasks}
+    for op in sorted({ops[update.client] for update in left}):
+        alike = [update for update in left if ops[update.client] == op]
+        counted = Counter(tuple(update.tensors) for update in alike)
+        usual = max(counted, key=lambda names: (counted[names], names == tuple(sorted(sent[alike[0].client])), names))
+        for update in alike:
+            if tuple(update.tensors) != usual:
+                missing, extra = sorted(set(usual) - set(update.tensors)), sorted(set(update.tensors) - set(usual))
+                reasons[update.client] = f"its tensors are not those of the others: {missing[:3]} missing, {extra[:3]} more than they have"
+        reasons |= _absurd([update for update in alike if update.client not in reasons], sent)
+    if not reasons:
+        return replies
+    failures = {failure.client: failure for failure in replies.failures}
+    failures |= {client: Failure(client, f"WireError: {reason}") for client, reason in reasons.items()}
+    return Replies(
+        tuple(update for update in replies.updates if update.client not in reasons),
+        tuple(failures[task.client] for task in tasks if task.client in failures),
+        replies.traffic,
+    )
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _absurd(updates: Sequence[Update], sent: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
+    """Reasons of those who are absurdly far from what they were sent; three must answer for a median to say anything."""
+    far = {}
+    for update in updates:
+        own = sent[update.client]
+        floats = {name: t.double() for name, t in update.tensors.items() if t.is_floating_point()}
+        far[update.client] = math.sqrt(sum(float((t - own[n].double() if n in own else t).square().sum()) for n, t in floats.items()))
+    middle = median(far.values()) if len(far) >= 3 else 0.0
+    return {k: f"it moved {d:.3g}, and the median of the others {middle:.3g}" for k, d in far.items() if middle and d > ABSURD * middle}
+
+
+def _head(content: RecordDict) -> dict[str, Any]:
+    return dict(content.config_records[TO]) if TO in content.config_records else {}
+
+
+def _state_of(content: RecordDict, client: int) -> str:
+    record = _head(content)
+    name = record.get(STATE)
+    found = FILE.fullmatch(name) if isinstance(name, str) else None
+    if name != "" and (found is None or int(found[1]) != client):
+        raise WireError(f"a reply whose state is named {name!r}; a state of client {client} is due, or none")
+    return cast(str, name)
+
+
+def _told(content: RecordDict) -> dict[str, Any]:
+    record = _head(content)
+    text = record.get(TOLD)
+    try:
+        told = json.loads(text) if isinstance(text, str) and len(text) < 2**16 else None
+    except ValueError:
+        told = None
+    if not isinstance(told, dict):
+        raise WireError("a device that was greeted and does not say what it is")
+    return told
+
+
+class Ungreeted(LookupError):
+    """This device does not know the experiment of a task."""
+
+
+class Device(Protocol):
+    """What answers on a device: :class:`~fedloom.engines.resident.Resident`."""
+
+    def greet(self, greeting: str) -> Mapping[str, Any]:
+        """Make ready for the experiment that the greeting tells of; what to say of oneself."""
+        ...
+
+    def answer(self, client: int, state: str, blob: bytes) -> tuple[bytes | Failure, str]:
+        """The packed update, or why there is none, and the name of the state after it."""
+        ...
+
+
+def device_app(device: Device) -> ClientApp:
+    """The Flower app of a deployed device: greetings and tasks. Whatever else comes is refused with its reason."""
+    app = ClientApp()
+
+    @app.query()
+    def greeted(message: Message, context: Context) -> Message:
+        record = _head(message.content)
+        text = record.get(GREETING)
+        if not isinstance(text, str):
+            return Message(Error(REFUSED, "WireError: a greeting that says nothing"), reply_to=message)
+        try:
+            said = json.dumps(device.greet(text))
+        except Exception as error:
+            log.warning("this device cannot take part", exc_info=error)
+            return Message(Error(REFUSED, f"{type(error).__name__}: {error}"), reply_to=message)
+        return Message(RecordDict({TO: ConfigRecord({TOLD: said})}), reply_to=message)
+
+    @app.train()
+    def carried_out(message: Message, context: Context) -> Message:
+        record = _head(message.content)
+        number, state = record.get(CLIENT), record.get(STATE)
+        if not isinstance(number, int) or not isinstance(state, str):
+            return Message(Error(REFUSED, "WireError: a task that names no client or no state"), reply_to=message)
+        try:
+            answer, after = device.answer(number, state, unboxed(message.content))
+        except Ungreeted as error:
+            return Message(Error(UNGREETED, str(error)), reply_to=message)
+        except WireError as error:
+            return Message(Error(REFUSED, f"WireError: {error}"), reply_to=message)
+        if isinstance(answer, Failure):
+            return Message(Error(REFUSED, answer.reason), reply_to=message)
+        return Message(RecordDict({BLOB: boxed(answer), TO: ConfigRecord({STATE: after})}), reply_to=message)
+
+    return app

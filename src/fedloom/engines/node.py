@@ -1,0 +1,251 @@
+"""A device's end of a real federation: it fetches messages from the link, has them answered here, and pushes the replies.
+
+A Flower SuperNode does the same with a process of its own for every message, which would load the model every time, and looks for
+messages every three seconds. A :class:`Node` speaks the same Fleet API with the same authentication and stays one process: an app
+(:func:`fedloom.engines.flower.client_app` or any Flower ``ClientApp``) answers in its thread.
+
+It never ends because the server is away: it comes back again and again, at most :data:`LONGEST` seconds apart, and announces itself anew.
+It does end when it is told that it does not belong: a certificate that is not the federation's, a key that the server does not know.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import threading
+import time
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from fedloom.engines.flower import SERIALISATION  # noqa: F401  first: it switches off what Flower must not do
+
+# isort: split
+import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import HEARTBEAT_MIN_INTERVAL, TIMESTAMP_HEADER, ErrorCode
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest, PushObjectRequest
+from flwr.proto.node_pb2 import Node as FlowerNode
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.date import now
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+log = logging.getLogger("fedloom")
+
+App = Callable[[Message, Context], Message]
+
+QUICKEST, SLOWEST = 0.02, 1.0
+"""Seconds between two looks for a message: at once after one came, more and more slowly while none comes."""
+
+LONGEST = 10.0
+"""Seconds between two attempts to reach the server, at most."""
+
+PATIENCE = 60.0
+"""Seconds within which the parts of a message must arrive."""
+
+
+class Refused(ConnectionError):
+    """The server does not let this device in, or is not the one that the device was told of."""
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """``key``: the device's private key. ``root``: the certificate of the federation's authority, PEM (None: no TLS, for tests)."""
+
+    key: ec.EllipticCurvePrivateKey
+    root: bytes | None
+
+    @staticmethod
+    def read(key: Path, root: Path | None) -> Credentials:
+        """Both from PEM files.
+
+        Raises:
+            ValueError: a file that holds no such thing.
+        """
+        try:
+            private = load_pem_private_key(key.read_bytes(), None)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{key} is not a private key in PEM ({error}); fedloom certs makes one for every device") from error
+        if not isinstance(private, ec.EllipticCurvePrivateKey):
+            raise ValueError(f"{key} is a key of another kind; Flower's node authentication wants one of an elliptic curve (fedloom certs)")
+        return Credentials(private, None if root is None else root.read_bytes())
+
+
+def asked(address: str, credentials: Credentials, path: str) -> dict[str, Any]:
+    """What the server of the federation answers to a signed request.
+
+    Raises:
+        Refused: it does not know the key, or is another.
+        OSError: it is not there.
+    """
+    stamp = now().isoformat()
+    headers = {
+        FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(public_key_to_bytes(credentials.key.public_key())).decode("ascii"),
+        TIMESTAMP_HEADER: stamp,
+        FLEET_HTTP_SIGNATURE_HEADER: b64encode(sign_message(credentials.key, stamp.encode("ascii"))).decode("ascii"),
+    }
+    trusted = ssl.create_default_context(cadata=credentials.root.decode("ascii")) if credentials.root else True
+    try:
+        reply = httpx.get(f"{'https' if credentials.root else 'http'}://{address}{path}", headers=headers, verify=trusted, timeout=10)
+        reply.raise_for_status()
+    except httpx.HTTPStatusError as error:
+        raise Refused(f"the server at {address} does not know this key ({error.response.text[:200]})") from error
+    except httpx.HTTPError as error:
+        _insist_certified(address, error)
+        raise OSError(f"nobody answers at {address} ({error}); is fedloom serve running there?") from error
+    return dict(reply.json())
+
+
+def _insist_certified(address: str, error: Exception) -> None:
+    if "CERTIFICATE_VERIFY_FAILED" in str(error) or "certificate verify failed" in str(error):
+        raise Refused(
+            f"the server at {address} is not certified by the authority that this device was given ({error}); give the ca.pem of its "
+            "federation, and the name or address that its certificate is for"
+        ) from error
+
+
+class Node:
+    """One device at the link of ``address`` (HOST:PORT). ``seen`` is told every change: here, away, why."""
+
+    def __init__(self, address: str, credentials: Credentials, app: App, seen: Callable[[str], None] = log.info) -> None:
+        self.address, self.credentials, self.app, self.seen = address, credentials, app, seen
+        self._id, self._away = 0, ""
+
+    def serve(self, stop: threading.Event) -> None:
+        """Answer messages until ``stop`` is set.
+
+        Raises:
+            Refused: this device does not belong there.
+        """
+        failed = 0
+        while not stop.is_set():
+            try:
+                with self._client() as client:
+                    self._activate(client)
+                    failed = 0
+                    self._answer_all(client, stop)
+            except (httpx.HTTPError, OSError) as error:
+                self._insist_belonging(error)
+                self._tell_away(f"{type(error).__name__}: {error}")
+                failed += 1
+                stop.wait(min(0.2 * 2**failed, LONGEST))
+
+    @contextmanager
+    def _client(self) -> Iterator[FleetHttpClient]:
+        public = self.credentials.key.public_key()
+        interceptors = [RuntimeVersionHttpInterceptor(component_name="SuperNode"), NodeAuthHttpInterceptor(self.credentials.key, public)]
+        root = self.credentials.root
+        with FleetHttpClient.from_server_address(self.address, root is None, root, interceptors) as client:
+            yield client
+
+    def _activate(self, client: FleetHttpClient) -> None:
+        public = public_key_to_bytes(self.credentials.key.public_key())
+        self._id = client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=HEARTBEAT_MIN_INTERVAL)).node_id
+        self._away = ""
+        self.seen(f"joined the federation at {self.address}")
+
+    def _answer_all(self, client: FleetHttpClient, stop: threading.Event) -> None:
+        gone, node = threading.Event(), FlowerNode(node_id=self._id)
+        beating = threading.Thread(target=self._beat, args=(client, node, gone), daemon=True)
+        beating.start()
+        pause = QUICKEST
+        try:
+            while not stop.is_set():
+                if self._answer_next(client, node):
+                    pause = QUICKEST
+                else:
+                    stop.wait(pause)
+                    pause = min(1.3 * pause, SLOWEST)
+            client.DeactivateNode(DeactivateNodeRequest(node_id=self._id))
+        finally:
+            gone.set()
+            beating.join(1)
+
+    def _beat(self, client: FleetHttpClient, node: FlowerNode, gone: threading.Event) -> None:
+        """Say that this device is alive, also while it computes. Whether the server is, the other thread sees."""
+        while not gone.wait(HEARTBEAT_MIN_INTERVAL / 3):
+            try:
+                client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT_MIN_INTERVAL))
+            except httpx.HTTPError as error:
+                log.debug("no heartbeat: %s", error)
+
+    def _answer_next(self, client: FleetHttpClient, node: FlowerNode) -> bool:
+        """Answer one message; False if there was none."""
+        found = client.PullMessages(PullMessagesRequest(node=node))
+        if not found.messages_list:
+            return False
+        message = self._fetched(client, node, message_from_proto(found.messages_list[0]), found.message_object_trees[0])
+        if message is None:
+            return True
+        started, context = time.monotonic(), Context(message.metadata.run_id, self._id, {}, RecordDict(), {})
+        try:
+            reply = self.app(message, context)
+        except Exception as error:
+            log.warning("a message could not be answered", exc_info=error)
+            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error).__name__}: {error}"), reply_to=message)
+        self._push(client, node, reply, time.monotonic() - started)
+        return True
+
+    def _fetched(self, client: FleetHttpClient, node: FlowerNode, message: Message, tree: ObjectTree) -> Message | None:
+        """The message with its content; None if that did not come in time or is no more."""
+        run, name, until = message.metadata.run_id, message.metadata.message_id, time.monotonic() + PATIENCE
+        contents: dict[str, bytes] = {}
+        for part in iterate_object_tree(tree):
+            while part.object_id not in contents:
+                got = client.PullObject(PullObjectRequest(node=node, run_id=run, object_id=part.object_id))
+                if got.object_available:
+                    contents[part.object_id] = got.object_content
+                elif not got.object_found or time.monotonic() > until:
+                    log.warning("a message was withdrawn before it had arrived")
+                    return None
+                else:
+                    time.sleep(QUICKEST)
+        client.ConfirmMessageReceived(ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=name))
+        with no_object_id_recompute():
+            whole = cast(Message, inflate_object_from_contents(name, contents))
+        whole.metadata.__dict__["_message_id"] = name
+        return whole
+
+    def _push(self, client: FleetHttpClient, node: FlowerNode, reply: Message, seconds: float) -> None:
+        with no_object_id_recompute():
+            reply.metadata.__dict__["_message_id"] = reply.object_id
+            tree, parts = get_object_tree(reply), get_all_nested_objects(reply)
+            head = message_to_proto(remove_content_from_message(reply))
+        request = PushMessagesRequest(node=node, messages_list=[head], message_object_trees=[tree], clientapp_runtime_list=[seconds])
+        wanted = client.PushMessages(request)
+        for name in wanted.objects_to_push:
+            content, run = parts[name].deflate(), reply.metadata.run_id
+            pushed = PushObjectRequest(node=node, run_id=run, object_id=name, object_content=content, session_id=wanted.session_id)
+            client.PushObject(pushed)
+
+    def _insist_belonging(self, error: Exception) -> None:
+        """Raise what no waiting will mend."""
+        _insist_certified(self.address, error)
+        if isinstance(error, httpx.HTTPStatusError) and error.request.url.path.endswith("/activate-node"):
+            raise Refused(
+                f"the server at {self.address} does not know this device's key; its public half must lie in the server's folder of devices"
+            ) from error
+
+    def _tell_away(self, why: str) -> None:
+        if why != self._away:
+            self._away = why
+            self.seen(f"the server at {self.address} is away ({why}); trying again")

@@ -1,0 +1,217 @@
+"""The process that computes on a device of a real federation: ``python -m fedloom.run.device SOCKET``.
+
+It reads its order (:func:`order`), loads the device's own data and the model, and answers tasks until nobody asks any more. It is started
+and looked after by :class:`fedloom.engines.resident.Resident`. Nothing that came over the wire is executed or names a file: the method must
+be one of this package, the experiment is JSON whose every field is checked, the data are those that this device was given, and so is the
+model unless it is left to the experiment, which then may name one that transformers finds.
+
+**What leaves the device** are the tensors that the method sends, and of its predictions not the logits but how many of its examples of
+which class were told as which (:func:`counted`).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedloom.client.host import Host, Leaving
+    from fedloom.data.sources import Source
+    from fedloom.data.tasks import Task as DataTask
+    from fedloom.model.base import Model
+    from fedloom.run.world import World
+
+PREDICTS = "predict"
+"""The client operation whose answer is counted before it leaves."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a device brings: its data, and where its columns or its model are others than the experiment's."""
+
+    data: str
+    model: str = ""
+    text: tuple[str, ...] = ()
+    label: str = ""
+    threads: int = 0
+
+
+def order(greeting: Mapping[str, Any], own: Own) -> dict[str, Any]:
+    """What the process is told (JSON)."""
+    return {"greeting": dict(greeting), "own": vars(own)}
+
+
+def greeting_of(world: World) -> dict[str, Any]:
+    """What a device is told of the experiment (JSON): all that decides a result, what labels mean, which model it must be."""
+    from fedloom.run.experiment import as_json
+
+    task = world.source.task
+    return {
+        "experiment": as_json(world.experiment),
+        "task": {
+            "kind": kind_of(task),
+            "name": world.source.name,
+            "classes": list(task.classes),
+            "metric": task.metric,
+            "tags": tags_of(task),
+        },
+        "model": identity(world.model),
+    }
+
+
+def kind_of(task: DataTask) -> str:
+    """The task's kind as ``--task`` names it."""
+    from fedloom.data.instructions import Instructions
+    from fedloom.data.tagging import Tagging
+
+    if isinstance(task, Tagging):
+        return "tagging"
+    if isinstance(task, Instructions):
+        return "text" if len(task.texts) == 1 else "instructions"
+    return "classification"
+
+
+def tags_of(task: DataTask) -> list[str]:
+    """The tags' names; none where the task has no tags."""
+    from fedloom.data.tagging import Tagging
+
+    return list(task.tags) if isinstance(task, Tagging) else []
+
+
+def identity(model: Model) -> str:
+    """16 hex digits over what every device must have alike: the model's weights but those of pairs and of what they stand on, which an SVD
+    may split otherwise on another processor."""
+    from fedloom.tensors import fingerprint
+
+    own = model.base(model.dtype).state_dict()
+    frozen = {n: t for n, t in own.items() if n not in model.initial and ".lora_" not in n and ".base_layer." not in n}
+    return fingerprint(frozen or model.initial)[:16]
+
+
+def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
+    """The host of the order, and what the device says of itself.
+
+    Raises:
+        ExperimentError, DataError, ModelError, AdapterError: whatever is wrong, with the mend.
+    """
+    import torch
+
+    from fedloom.client.client import Client
+    from fedloom.client.host import Host
+    from fedloom.client.store import ClientStore
+    from fedloom.compute.stacked import Stacked
+    from fedloom.data.sources import tokenise
+    from fedloom.data.tasks import SPLITS
+    from fedloom.model.base import ModelError
+    from fedloom.run.experiment import ExperimentError, from_json
+    from fedloom.run.world import in_parts, model_of
+
+    greeting, own = told["greeting"], Own(**{**told["own"], "text": tuple(told["own"]["text"])})
+    e = from_json(greeting["experiment"])
+    if e.digest() != greeting["digest"]:
+        raise ExperimentError(
+            f"the experiment comes to {e.digest()} here and to {greeting['digest']} at the server: another release of Fedloom"
+        )
+    torch.set_num_threads(own.threads or torch.get_num_threads())
+    source = source_of(greeting, own, e.seed)
+    model = model_of(replace(e, model=own.model or e.model), source)
+    if identity(model) != greeting["model"]:
+        raise ModelError(
+            f"the model '{own.model or e.model}' is not the server's: its weights differ; give the same one, --model NAME or FOLDER"
+        )
+    shards = tokenise(source, in_parts(model.encode), model.encoding)
+    host = Host(
+        e.method,
+        lambda k: Client(k, shards["train"], shards["validation"], shards["test"], e.seed),
+        Stacked(model, 1),
+        ClientStore(None),
+        e.digest(),
+        counted(source.task),
+    )
+    return host, {"examples": {split: len(shards[split]) for split in SPLITS}, "notes": list(source.notes)}
+
+
+def source_of(greeting: Mapping[str, Any], own: Own, seed: int) -> Source:
+    """The device's own data, with labels as the server's task numbers them.
+
+    Raises:
+        DataError: it cannot be read so.
+    """
+    from fedloom.data.sources import load
+
+    task = greeting["task"]
+    classes, tags = tuple(map(str, task["classes"])), tuple(map(str, task["tags"]))
+    learns = task["kind"] in ("classification", "tagging")
+    found = load(
+        own.data,
+        seed=seed,
+        text=own.text,
+        label=own.label,
+        task=task["kind"],
+        metric=task["metric"] if task["kind"] == "classification" else "auto",
+        classes=classes if learns else (),
+        tags=tags,
+    )
+    return replace(found, name=str(task["name"]))
+
+
+def counted(task: DataTask) -> Leaving:
+    """Predictions as counts: for each split, int64 (m, 3) of true class, predicted class, examples; and the mean loss as a metric."""
+    import numpy as np
+    import torch
+
+    from fedloom.client.client import Client
+    from fedloom.messages import Task, Update
+    from fedloom.run.evaluation import cells
+
+    def leaving(client: Client, asked: Task, update: Update) -> Update:
+        if asked.op != PREDICTS:
+            return update
+        tensors, losses = {}, {}
+        for split, made in update.tensors.items():
+            labels, logits = client.shard(split).labels, made.float().numpy()  # type: ignore[arg-type]
+            found = task.outcomes(labels, logits)
+            (told,) = cells(np.zeros(len(labels), np.int64), found, 1)
+            tensors[split] = torch.tensor(told, dtype=torch.int64).reshape(-1, 3)
+            if len(labels):
+                losses[f"{split}_loss"] = float(task.loss(labels, logits))
+        return replace(update, tensors=tensors, metrics={**update.metrics, **losses})
+
+    return leaving
+
+
+def main() -> int:
+    """Start, or tell why not; then serve until nobody asks any more."""
+    from fedloom.run.worker import end_with_parent
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    warnings.simplefilter("ignore", FutureWarning)  # the libraries' own, about calls between them
+    from fedloom.engines.workers import ordered, refuse, serve
+
+    line, told = ordered(sys.argv[-1])
+    try:
+        host, said = hosted(told)
+    except Exception as error:
+        refuse(line, error)
+        return 1
+    serve(line, host, said)
+    return 0
+
+
+def command() -> tuple[str, ...]:
+    """How this process is started; the number of its socket comes last."""
+    return (sys.executable, "-m", "fedloom.run.device")
+
+
+def folder_of(out: Path | None, data: str) -> Path:
+    """Where a device keeps its states: ``out``, or a folder beside the others' that is named after its data."""
+    return out or Path("runs") / f"device-{Path(data).resolve().name}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Both ends of a real federation as one call each: :func:`serve` runs an experiment over devices that join, :func:`join` is such a device.
+
+The round loop, the checkpoints, the results and the report are those of a simulation (``loop.py``); only the engine is another. What the
+server knows of a device's data is what the device tells: how many examples, and how many of which class it told as which.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedloom.client.store import Elsewhere
+from fedloom.data.tasks import Split
+from fedloom.engines.engine import Engine
+from fedloom.engines.federation import Federation, Patience, device_app
+from fedloom.engines.link import STATUS, Link, Tls
+from fedloom.engines.node import Credentials, Node
+from fedloom.engines.node import asked as asked_of
+from fedloom.engines.resident import Resident
+from fedloom.engines.workers import Start
+from fedloom.run.certificates import insist_secret, public_keys
+from fedloom.run.checkpoint import only_one
+from fedloom.run.console import Progress, Show, human_seconds
+from fedloom.run.device import Own, command, greeting_of, order
+from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.loop import run
+from fedloom.run.world import World, build_far
+
+log = logging.getLogger("fedloom")
+
+LOOK = 0.2
+"""Seconds between two looks at who has joined."""
+
+
+@dataclass
+class Joined:
+    """A :class:`~fedloom.run.world.Far`: the devices of a link. ``about``: what the server says when it is asked how things stand."""
+
+    link: Link
+    digest: str
+    patience: Patience
+    show: Show
+    greeting: Mapping[str, Any] = field(default_factory=dict)
+    federation: Federation | None = None
+
+    def engine(self, store: Elsewhere) -> Engine:
+        """The engine, once every device has joined: a set-up needs all, and who is to be told of is not to be missed."""
+        self.federation = Federation(self.link, store, self.digest, self.greeting, self.patience)
+        return self.federation
+
+    def examples(self, client: int, split: Split) -> int:
+        """What the device said when it was greeted."""
+        told = self.federation.told.get(client, {}) if self.federation is not None else {}
+        held = told.get("examples", {})
+        return int(held.get(split, 0)) if isinstance(held, dict) else 0
+
+    def gather(self) -> None:
+        """Wait until every device has joined. Whoever is missing is named."""
+        everyone = set(self.link.nodes)
+        while missing := sorted(everyone - self.link.present()):
+            named = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
+            self.show.phase(f"{len(everyone) - len(missing)} of {len(everyone)} devices have joined; waiting for {named}")
+            time.sleep(LOOK)
+
+
+def serve(
+    experiment: Experiment, folder: Path, certs: Path, listen: str, patience: Patience, plain: bool | None = None, show: Show | None = None
+) -> dict[str, Any]:
+    """Run ``experiment`` in ``folder`` (or go on where it stopped) over the devices whose keys lie in ``certs``; what ``results.json`` holds.
+
+    Raises:
+        ExperimentError, CertificateError, LinkError: it cannot begin so.
+        CheckpointError: the folder belongs to another experiment.
+        CohortFailed: too few devices answered, again and again.
+    """
+    keys = public_keys(certs)
+    host, port = address(listen)
+    tls = Tls(certs / "server.pem", insist_secret(certs / "server.key"))
+    if experiment.clients != len(keys):
+        raise ExperimentError(f"the experiment is for {experiment.clients} devices, and {certs} has the keys of {len(keys)}")
+    title = f"{experiment.method_name}, {len(keys)} devices, {experiment.cohort} a round, at {host}:{port} -> {folder}"
+
+    def running(shown: Show) -> dict[str, Any]:
+        with Link(keys, host, port, tls) as link:
+            joined = Joined(link, experiment.digest(), patience, shown)
+            link.about = lambda: about(joined, folder)
+
+            def built(e: Experiment) -> World:
+                world = build_far(e, joined)
+                joined.greeting = greeting_of(world)
+                joined.gather()
+                return world
+
+            return run(experiment, folder, show=shown, built=built)
+
+    if show is not None:
+        return running(show)
+    with Progress(experiment.rounds, title, plain) as display:
+        return running(display)
+
+
+def about(joined: Joined, folder: Path) -> dict[str, Any]:
+    """How things stand: who is here and who is not, and the last row that was written."""
+    path = folder / "rounds.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    here = sorted(joined.link.present())
+    return {
+        "experiment": joined.digest,
+        "devices": len(joined.link.nodes),
+        "here": here,
+        "away": sorted(set(joined.link.nodes) - set(here)),
+        "last_round": lines[-1].decode() if lines else "",
+        "written_seconds_ago": time.time() - path.stat().st_mtime if lines else None,
+    }
+
+
+def join(server: str, certs: Path, own: Own, folder: Path, deadline: float, said: Callable[[str], None], stop: threading.Event) -> None:
+    """Be a device of the federation at ``server``, with its state in ``folder``, until ``stop`` is set.
+
+    Raises:
+        Refused: this device does not belong there.
+        CertificateError, ValueError: it cannot begin so.
+        CheckpointError: another process is this device.
+    """
+    host, port = address(server)
+    credentials = Credentials.read(insist_secret(certs / "device.key"), certs / "ca.pem")
+    with only_one(folder):
+        resident = Resident(folder / "states", lambda greeting: Start(command(), order(greeting, own), lambda _: {}), deadline)
+        try:
+            Node(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", credentials, device_app(resident), said).serve(stop)
+        finally:
+            resident.close()
+
+
+def asked(server: str, certs: Path) -> list[tuple[str, str]]:
+    """How the federation at ``server`` stands, as lines to show.
+
+    Raises:
+        Refused: the folder's key is none of the federation.
+        OSError: nobody is there.
+    """
+    host, port = address(server)
+    credentials = Credentials.read(insist_secret(certs / "device.key"), certs / "ca.pem")
+    told = asked_of(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", credentials, STATUS)
+    row = json.loads(told["last_round"]) if told["last_round"] else {}
+    ago = told["written_seconds_ago"]
+    lines = [("experiment", str(told["experiment"])), ("devices", str(told["devices"]))]
+    lines += [("here", ", ".join(map(str, told["here"])) or "none"), ("away", ", ".join(map(str, told["away"])) or "none")]
+    lines += [("round", str(row.get("round", "none yet"))), ("last written", "-" if ago is None else f"{human_seconds(ago)} ago")]
+    lines += [("answered", ", ".join(map(str, row.get("answered", []))) or "-")]
+    return [*lines, *((f"failed: {client}", str(reason)) for client, reason in row.get("failed", {}).items())]
+
+
+def address(text: str) -> tuple[str, int]:
+    """HOST:PORT, or [HOST]:PORT.
+
+    Raises:
+        ExperimentError: it is none.
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise ExperimentError(f"'{text}' is no address; give HOST:PORT, such as 192.168.1.10:9092")
+    return host.strip("[]"), int(port)
