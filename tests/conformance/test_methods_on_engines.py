@@ -45,6 +45,12 @@ def over_flower(host: Host) -> Engine:
     return in_memory(host, [*POOL.clients, CENTRE])
 
 
+def over_federation(host: Host) -> Engine:
+    from tests.federated import engine_over
+
+    return engine_over(host, [*POOL.clients, CENTRE])
+
+
 @dataclass(frozen=True)
 class Played:
     """What is left of a run: everything that was said, the server's state, the clients' after training and after predicting."""

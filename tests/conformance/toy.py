@@ -181,10 +181,19 @@ def flower() -> World:
     return World(toy, adder, store, host, in_memory(host, CLIENTS, timeout=30.0))
 
 
+def federation() -> World:
+    """The toy in a real federation: a link and a node for every client, over loopback."""
+    from tests.federated import engine_over
+
+    toy, adder, store, host = host_of()
+    return World(toy, adder, store, host, engine_over(host, CLIENTS))
+
+
 ENGINES = {
     "local": pytest.param(local, id="local"),
     "waves": pytest.param(in_waves, id="waves"),
     "flower": pytest.param(flower, id="flower", marks=pytest.mark.flower),
+    "federation": pytest.param(federation, id="federation", marks=pytest.mark.flower),
 }
 
 

@@ -72,7 +72,7 @@ def test_the_options_of_the_other_commands_are_frozen() -> None:
     data = (
         "--alpha --beta --clients --data --label --max-test --max-train --max-validation --metric --min-examples --partition --seed --task"
     )
-    assert cli.long_options(options.for_partition()) == sorted([*data.split(), "--help", "--plot", "--save", "--text"])
+    assert cli.long_options(options.for_partition()) == sorted([*data.split(), "--help", "--plot", "--save", "--shards", "--text"])
     assert cli.long_options(cli.arguments.Export) == ["--client", "--help", "--merge", "--recipe"]
     assert cli.long_options(cli.arguments.Evaluate) == ["--help", "--method", "--recipe"]
     assert cli.long_options(cli.arguments.Report) == ["--help", "--out"]

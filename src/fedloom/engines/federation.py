@@ -13,8 +13,8 @@ finite, have the shapes that were sent, the names that most answers have, and ar
 sent as the median answer is. Everyone else has failed, with the reason, and is left out for a while: :data:`FIRST` seconds, twice as many
 each time in a row, :data:`MOST` at most. Then it is asked again.
 
-**Nothing waits for ever**: a device that has not been heard of is waited for ``wait`` seconds, an answer for ``deadline``; once ``enough`` of
-them are here, the rest has ``linger`` seconds.
+**Nothing waits for ever**: a device that has not been heard of is waited for ``wait`` seconds, an answer for ``deadline``; once ``enough``
+answers are here, the rest has ``linger`` seconds.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, Protocol, cast
-
-import torch
 
 from fedloom.client.store import FILE, Elsewhere
 from fedloom.engines.flower import BLOB, CLIENT, REFUSED, TO, boxed, unboxed  # first: it switches off what Flower must not do
@@ -221,8 +219,8 @@ def agreeing(tasks: Sequence[Task], replies: Replies) -> Replies:
     for update in replies.updates:
         for name, tensor in update.tensors.items():
             was = sent[update.client].get(name)
-            if was is not None and (was.shape != tensor.shape or was.dtype != tensor.dtype):
-                reasons[update.client] = f"'{name}' came back as {_kind(tensor)}, sent as {_kind(was)}"
+            if was is not None and was.shape != tensor.shape:
+                reasons[update.client] = f"'{name}' came back with shape {tuple(tensor.shape)}, and was sent with {tuple(was.shape)}"
     left = [update for update in replies.updates if update.client not in reasons]
     ops = {task.client: task.op for task in tasks}
     for op in sorted({ops[update.client] for update in left}):
@@ -243,10 +241,6 @@ def agreeing(tasks: Sequence[Task], replies: Replies) -> Replies:
         tuple(failures[task.client] for task in tasks if task.client in failures),
         replies.traffic,
     )
-
-
-def _kind(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def _absurd(updates: Sequence[Update], sent: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:

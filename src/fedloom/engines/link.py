@@ -97,13 +97,14 @@ class Link(Grid):
         self.about: Callable[[], Mapping[str, Any]] = dict
         """What is told to whoever asks how things stand and has a key."""
         self._arriving: dict[str, Message] = {}
-        files = {"ssl_certfile": str(tls.certificate), "ssl_keyfile": str(tls.key)} if tls else {}
+        files: dict[str, Any] = {"ssl_certfile": str(tls.certificate), "ssl_keyfile": str(tls.key)} if tls else {}
         self._server = uvicorn.Server(
             uvicorn.Config(
                 _fleet(factory, lambda: self.about()),
                 log_config=None,
                 access_log=False,
                 lifespan="off",
+                ws="none",
                 timeout_graceful_shutdown=1,
                 **files,
             )
@@ -123,6 +124,7 @@ class Link(Grid):
         self._thread.start()
         while not self._server.started:
             if not self._thread.is_alive():
+                self._socket.close()
                 raise LinkError(f"the link on {self.host}:{self.port} did not start; what it said, if anything, is above")
             time.sleep(PAUSE)
         return self

@@ -1,8 +1,8 @@
 """A device's compute in a process of its own: the model is loaded once and stays, whatever happens to messages and connections.
 
 Flower starts a process for every message. A :class:`Resident` has one for an experiment, started when the device is greeted, talks to it
-over a pair of sockets that no other process can open (they have no name), and looks after it: if it dies its task is begun again by another,
-if it does not answer in time it is ended. It ends with the process that started it, however that ends.
+over a pair of sockets that no other process can open (they have no name), and looks after it: if it dies another begins its task again, if
+it does not answer in time it is ended. It ends with the process that started it, however that ends.
 
 A device's states are files named by their content in ``folder``. Which of them a task starts from the server says, so a task can be
 done twice, or again, with the same outcome. Kept are the state that the last task of an experiment began with and the one it made.

@@ -325,11 +325,11 @@ def refuse(line: Connection, error: BaseException) -> None:
     send(line, {"kind": FAILED, "text": f"{type(error).__name__}: {error}"})
 
 
-def serve(line: Connection, host: Answering, told: Mapping[str, Any] | None = None) -> None:
-    """Say that one is ready, and what else is to be ``told``; answer waves until nobody asks any more."""
+def serve(line: Connection, host: Answering, facts: Mapping[str, Any] | None = None) -> None:
+    """Say that one is ready, and these facts; answer waves until nobody asks any more."""
     log.addHandler(Forwarded(line))
     log.propagate = False
-    send(line, {**(told or {}), "kind": READY})
+    send(line, {**(facts or {}), "kind": READY})
     for number in count(1):
         try:
             asked, blobs = receive(line)

@@ -77,7 +77,8 @@ def evaluate(world: World, state: State, engine: Engine) -> Evaluation:
 
 
 def _evaluated_there(world: World, state: State, engine: Engine) -> Evaluation:
-    """The same where devices tell counts and mean losses, and the server has held-out data of its own. Who does not answer does not count."""
+    """The same where devices tell counts and mean losses, and the server has held-out data of its own. Those who do not answer do not
+    count."""
     task, devices = world.source.task, len(world.pool.clients)
     confusion: dict[str, list[list[list[int]]] | None] = {"personalised": [[] for _ in range(devices)], "global": None}
     scores: dict[str, dict[str, Any]] = {}

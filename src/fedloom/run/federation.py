@@ -72,7 +72,8 @@ class Joined:
 def serve(
     experiment: Experiment, folder: Path, certs: Path, listen: str, patience: Patience, plain: bool | None = None, show: Show | None = None
 ) -> dict[str, Any]:
-    """Run ``experiment`` in ``folder`` (or go on where it stopped) over the devices whose keys lie in ``certs``; what ``results.json`` holds.
+    """Run ``experiment`` in ``folder`` (or go on where it stopped) over the devices whose keys lie in ``certs``. Returns what
+    ``results.json`` holds.
 
     Raises:
         ExperimentError, CertificateError, LinkError: it cannot begin so.

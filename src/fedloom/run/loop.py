@@ -56,7 +56,7 @@ def run(
     folder: Path,
     plain: bool | None = None,
     show: Show | None = None,
-    built: Callable[[Experiment], World] = build,
+    built: Callable[[Experiment], World] | None = None,
 ) -> dict[str, Any]:
     """Run ``experiment`` in ``folder`` (or go on where it stopped) and return what ``results.json`` holds. ``show``: to whom the progress
     is told, instead of a display of its own. ``built``: how its world is made, where devices are elsewhere.
@@ -80,10 +80,10 @@ def run(
             give_memory_back()
 
 
-def _loaded(experiment: Experiment, folder: Path, show: Show, built: Callable[[Experiment], World]) -> dict[str, Any]:
+def _loaded(experiment: Experiment, folder: Path, show: Show, built: Callable[[Experiment], World] | None) -> dict[str, Any]:
     """Load everything, then run. Whatever was loaded is gone when this returns."""
     show.phase("loading data and model")
-    world = built(experiment)
+    world = (built or build)(experiment)
     claim(folder, experiment)
     for note in (*world.source.notes, *_idle(world)):
         show.note(note)

@@ -166,7 +166,7 @@ def order_of(world: World, threads: int) -> dict[str, Any]:
 def read_source(experiment: Experiment) -> Source:
     """The data set."""
     e = experiment
-    caps = {"max_train": e.max_train, "max_validation": e.max_validation, "max_test": e.max_test}
+    caps: dict[str, Any] = {"max_train": e.max_train, "max_validation": e.max_validation, "max_test": e.max_test}
     return load(e.data, seed=e.seed, text=e.text, label=e.label, metric=e.metric, task=e.task, **caps)
 
 
