@@ -1,7 +1,8 @@
 """A real federation inside a process, for tests: a link on loopback, a node in a thread for every client, one host behind all of them.
 
-Nodes are made once a process and kept: they ask whatever device is there at the moment. Over them, :func:`engine_over` gives an engine whose
-devices' states lie in files that the server knows by name, and copies them into the host's own store after every asking, where tests look.
+Nodes are made once a process and kept: they ask whatever device is there at the moment. Over them, :func:`engine_over` gives an engine
+whose devices' states lie in files that the server knows by name; they are copied into the host's own store after every asking, where tests
+look.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     warnings.simplefilter("ignore", DeprecationWarning)
     from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 
-    from fedloom.engines import federation
+    from fedloom.engines import federation, node
     from fedloom.engines.federation import Federation, Patience, device_app
     from fedloom.engines.link import Link
     from fedloom.engines.node import Credentials, Node
@@ -73,12 +74,13 @@ class Nodes:
 @cache
 def nodes(clients: tuple[int, ...]) -> Nodes:
     """One node for each of the clients; they end with the process."""
+    node.SLOWEST = 0.05  # a test does not wait for an idle node
     keys = {client: generate_key_pairs() for client in clients}
     link = Link({client: public_key_to_bytes(public) for client, (_, public) in keys.items()}).__enter__()
     at = Whoever()
     for private, _ in keys.values():
-        node = Node(f"127.0.0.1:{link.port}", Credentials(private, None), device_app(at), lambda text: None)
-        threading.Thread(target=node.serve, args=(threading.Event(),), daemon=True).start()
+        one = Node(f"127.0.0.1:{link.port}", Credentials(private, None), device_app(at), lambda text: None)
+        threading.Thread(target=one.serve, args=(threading.Event(),), daemon=True).start()
     while len(link.present()) < len(clients):
         time.sleep(0.02)
     return Nodes(link, at)

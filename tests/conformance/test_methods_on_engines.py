@@ -113,6 +113,20 @@ def test_determinism_flower_equals_local(name: str, disturbed: Callable[[Engine]
     assert (one.trained, one.predicted) == (other.trained, other.predicted)
 
 
+FAR = ("lora", "fibecfed", "federa", "fedcybgd", "ditto", "scaffold", "hetlora", "flora")
+"""Methods of every kind of traffic: private parts, set-up, blocks, two asks a round, ranks that differ, bases that move."""
+
+
+@pytest.mark.flower
+@pytest.mark.parametrize("name", FAR)
+def test_determinism_a_federation_equals_local(name: str) -> None:
+    one, other = play(name, over_local, DISTURBANCES["undisturbed"]), play(name, over_federation, DISTURBANCES["undisturbed"])
+    assert all(same_replies(mine, theirs) for (_, mine), (_, theirs) in zip(one.said, other.said, strict=True))
+    assert (one.trained, one.predicted) == (other.trained, other.predicted)
+    assert fingerprint(one.state.shared) == fingerprint(other.state.shared)
+    assert fingerprint(one.state.server) == fingerprint(other.state.server)
+
+
 @pytest.mark.parametrize("name", all_methods())
 def test_failure_no_real_operation_fails_on_healthy_devices(name: str) -> None:
     for _, replies in play(name, over_local, DISTURBANCES["undisturbed"]).said:

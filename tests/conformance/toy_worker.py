@@ -54,7 +54,7 @@ def main() -> None:
     """Serve."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     line, _ = ordered(sys.argv[-1])
-    serve(line, Host(Mortal(), device, Adder(), ClientStore(), DIGEST))
+    serve(line, Host(Mortal(), device, Adder(), ClientStore(), os.environ.get("TOY_DIGEST", DIGEST)))
 
 
 def parent(folder: Path) -> None:

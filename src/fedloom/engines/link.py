@@ -187,6 +187,7 @@ class Link(Grid):
             if found is not None:
                 del self._arriving[asked]
                 self.state.delete_messages({asked})
+                self.state.object_store.delete(reply.metadata.message_id)
                 whole.append(found)
         return whole
 
@@ -225,7 +226,6 @@ class Link(Grid):
         with no_object_id_recompute():
             whole = cast(Message, inflate_object_from_contents(name, cast(dict[str, bytes], contents)))
         whole.metadata.__dict__["_message_id"] = name
-        self.state.object_store.delete(name)
         return whole
 
 

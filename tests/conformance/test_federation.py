@@ -1,0 +1,327 @@
+"""What is a real federation's about its engine: whose answer counts, who is left out, what is waited for, and who may come in at all."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip install 'fedloom[flower]'")
+
+from fedloom.client.store import Elsewhere, StoreError
+from fedloom.messages import Failure, Replies, Task, Traffic, Update
+from tests.conformance.toy import CLIENTS, host_of, task
+from tests.federated import QUICK, Here, engine_over, nodes
+
+with warnings.catch_warnings():  # libraries that Flower imports use deprecated names of their own
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import httpx
+    from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
+    from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+
+    from fedloom.engines import federation
+    from fedloom.engines.federation import Federation, Patience, Ungreeted, agreeing, device_app
+    from fedloom.engines.link import LARGEST, STATUS, Link, LinkError, Tls
+    from fedloom.engines.node import Credentials, Node, Refused, asked
+    from fedloom.run.certificates import issue, public_keys
+
+pytestmark = pytest.mark.flower
+
+
+# whose answer counts
+
+
+def replies_of(*tensors: dict[str, torch.Tensor]) -> tuple[list[Task], Replies]:
+    """Everybody was sent a zero ``w`` of three and answered with these tensors."""
+    tasks = [Task("train", k, {"w": torch.zeros(3)}) for k in range(len(tensors))]
+    updates = tuple(Update(k, 1, made) for k, made in enumerate(tensors))
+    return tasks, Replies(updates, (), tuple(Traffic(k, 1, 1, 0.0, 0) for k in range(len(tensors))))
+
+
+def reasons(tasks: Sequence[Task], replies: Replies) -> dict[int, str]:
+    kept = agreeing(tasks, replies)
+    assert sorted([u.client for u in kept.updates] + [f.client for f in kept.failures]) == [t.client for t in tasks]
+    return {failure.client: failure.reason for failure in kept.failures}
+
+
+def test_those_who_agree_all_count() -> None:
+    tasks, replies = replies_of(*({"w": torch.full((3,), float(k))} for k in range(4)))
+    assert agreeing(tasks, replies) is replies
+
+
+def test_another_shape_than_was_sent_does_not_count() -> None:
+    told = reasons(*replies_of({"w": torch.ones(3)}, {"w": torch.ones(3, 1)}, {"w": torch.ones(3)}))
+    assert told == {1: "WireError: 'w' came back with shape (3, 1), and was sent with (3,)"}
+
+
+def test_missing_and_extra_names_do_not_count() -> None:
+    ones = torch.ones(3)
+    told = reasons(*replies_of({"w": ones}, {}, {"w": ones, "more": ones}, {"w": ones}))
+    assert "['w'] missing, [] more" in told[1]
+    assert "[] missing, ['more'] more" in told[2]
+    assert set(told) == {1, 2}
+
+
+def test_of_two_who_differ_the_one_with_what_was_sent_counts() -> None:
+    assert set(reasons(*replies_of({"x": torch.ones(3)}, {"w": torch.ones(3)}))) == {0}
+
+
+def test_whoever_is_absurdly_far_does_not_count_and_an_outlier_does() -> None:
+    far = [{"w": torch.full((3,), value)} for value in (1.0, 1.1, 900.0, 0.9)]
+    assert reasons(*replies_of(*far)) == {}
+    far[2]["w"] = far[2]["w"] * 10
+    assert "it moved 1.56e+04, and the median of the others 1.82" in reasons(*replies_of(*far))[2]
+
+
+def test_two_cannot_say_who_of_them_is_absurd() -> None:
+    assert reasons(*replies_of({"w": torch.ones(3)}, {"w": torch.ones(3) * 1e9})) == {}
+
+
+def test_operations_are_judged_apart() -> None:
+    tasks, replies = replies_of({"w": torch.ones(3)}, {"x": torch.ones(3)}, {"w": torch.ones(3)})
+    tasks[1] = replace(tasks[1], op="score")
+    assert agreeing(tasks, replies) is replies
+
+
+# who is left out, what is waited for
+
+
+def far(device: Here | None = None, patience: Patience = QUICK) -> Federation:
+    """A federation of the toy's clients; ``device`` answers for them."""
+    *_, host = host_of()
+    engine = engine_over(host, CLIENTS, patience)
+    if device is not None:
+        nodes(tuple(CLIENTS)).at.device = device
+    return engine.inner
+
+
+class Slow(Here):
+    """Client 1 takes its time."""
+
+    def answer(self, client: int, state: str, blob: bytes):
+        time.sleep(3.0 if client == 1 else 0.0)
+        return Here.answer(self, client, state, blob)
+
+
+def test_an_answer_that_comes_late_has_not_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(federation, "FIRST", 0.0)
+    *_, host = host_of()
+    engine = far(Slow(host, tmp_path), replace(QUICK, deadline=1.0))
+    replies = engine.run([task(k) for k in (0, 1, 2)])
+    assert [f.reason for f in replies.failures] == ["TimeoutError: no answer within 1 s"]
+    time.sleep(3.0)  # it has answered by now, and stored its state
+    assert engine.states.name(1) == ""
+    nodes(tuple(CLIENTS)).at.device = Here(host, tmp_path)
+    again = engine.run([task(1)])
+    assert again.updates[0].metrics["visits"] == 1.0, "it starts from the state that the server knows"
+
+
+def test_once_enough_have_answered_the_rest_has_a_moment(tmp_path: Path) -> None:
+    *_, host = host_of()
+    engine = far(Slow(host, tmp_path), replace(QUICK, enough=0.5, linger=0.1))
+    replies = engine.run([task(k) for k in (0, 1, 2)])
+    assert [f.reason for f in replies.failures] == ["TimeoutError: the others were enough"]
+
+
+def test_whoever_failed_is_left_out_and_let_in_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = far()
+    monkeypatch.setattr(federation, "FIRST", 0.5)
+    assert len(engine.run([task(0, "stumble"), task(1)]).failures) == 1
+    (left,) = engine.run([task(0), task(1)]).failures
+    assert left.client == 0 and "left out for" in left.reason and "ran out of luck" in left.reason
+    time.sleep(0.6)
+    assert engine.run([task(0), task(1)]).failures == ()
+
+
+def test_leaving_out_doubles_and_an_answer_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = far()
+    monkeypatch.setattr(federation, "FIRST", 0.2)
+    for times in (1, 2, 3):
+        began = time.monotonic()
+        engine._leave_out(Failure(0, "why"))
+        assert engine._faults[0][0] == times
+        assert engine._faults[0][1] - began == pytest.approx(0.2 * 2 ** (times - 1), abs=0.05)
+    time.sleep(0.9)
+    engine.run([task(0)])
+    assert engine._faults == {}
+
+
+def test_a_client_without_a_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    (failure,) = far().run([task(77)]).failures
+    assert failure.reason == "LookupError: the server was given no key of this client"
+
+
+class Forgetful(Here):
+    """Knows no experiment until it has been greeted twice."""
+
+    def answer(self, client: int, state: str, blob: bytes):
+        if self.greeted < 2:
+            raise Ungreeted("who are you?")
+        return Here.answer(self, client, state, blob)
+
+
+def test_a_device_that_was_started_anew_is_greeted_again(tmp_path: Path) -> None:
+    *_, host = host_of()
+    device = Forgetful(host, tmp_path)
+    assert far(device).run([task(0)]).failures == ()
+    assert device.greeted == 2
+
+
+class Liar(Here):
+    """Names a state of another client."""
+
+    def answer(self, client: int, state: str, blob: bytes):
+        return Here.answer(self, client, state, blob)[0], f"client-{client + 1}-0123456789abcdef.safetensors"
+
+
+def test_a_state_of_another_client_is_not_taken(tmp_path: Path) -> None:
+    *_, host = host_of()
+    (failure,) = far(Liar(host, tmp_path)).run([task(0)]).failures
+    assert "a state of client 0 is due" in failure.reason
+
+
+@pytest.mark.parametrize("bad", [{"deadline": 0.0}, {"wait": -1.0}, {"linger": float("inf")}, {"enough": 0.0}, {"enough": 1.5}])
+def test_nothing_may_wait_for_ever(bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"wait for ever|share"):
+        Patience(**bad)
+
+
+def test_memory_of_messages_is_given_back() -> None:
+    engine = far()
+    engine.run([task(k, "stumble" if k == 1 else "add") for k in CLIENTS])
+    assert len(engine.link.state.object_store) == 0
+    assert (engine.link.state.message_ins_store, engine.link.state.message_res_store) == ({}, {})
+
+
+# the index of states that lie elsewhere
+
+
+def test_the_index_goes_back_to_the_last_commit() -> None:
+    states, name = Elsewhere(), "client-3-0123456789abcdef.safetensors"
+    states.take(3, name)
+    assert states.commit() == {"3": name}
+    states.take(3, "")
+    assert states.name(3) == ""
+    states.forget()
+    assert states.name(3) == name
+    with pytest.raises(StoreError, match="corrupt"):
+        states.restore({"3": "../../etc/passwd"})
+
+
+# who may come in
+
+
+@pytest.fixture(scope="module")
+def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("certs")
+    issue(folder, 2, ("localhost", "127.0.0.1"))
+    return folder
+
+
+@pytest.fixture
+def link(certs: Path):
+    server = certs / "server"
+    with Link(public_keys(server), tls=Tls(server / "server.pem", server / "server.key")) as link:
+        link.about = lambda: {"here": sorted(link.present())}
+        yield link
+
+
+def credentials(certs: Path, k: int = 0) -> Credentials:
+    return Credentials.read(certs / f"device-{k}" / "device.key", certs / f"device-{k}" / "ca.pem")
+
+
+def joined(link: Link, given: Credentials, name: str = "127.0.0.1") -> str:
+    """What a node that tries to join comes to: "here", or why not."""
+    *_, host = host_of()
+    stop, told = threading.Event(), []
+    node = Node(f"{name}:{link.port}", given, device_app(Here(host, Path("/nowhere"))), told.append)
+    thread = threading.Thread(target=lambda: told.append(_ended(node, stop)), daemon=True)
+    thread.start()
+    until = time.monotonic() + 10
+    while not told and time.monotonic() < until:
+        time.sleep(0.02)
+    stop.set()
+    thread.join(10)
+    return told[0]
+
+
+def _ended(node: Node, stop: threading.Event) -> str:
+    try:
+        node.serve(stop)
+    except Refused as refused:
+        return f"refused: {refused}"
+    return "left"
+
+
+def test_a_device_with_its_key_is_let_in_over_tls(link: Link, certs: Path) -> None:
+    assert joined(link, credentials(certs)).startswith("joined the federation")
+
+
+def test_a_device_without_a_known_key_is_refused(link: Link, certs: Path) -> None:
+    stranger = Credentials(generate_key_pairs()[0], credentials(certs).root)
+    assert "does not know this device's key" in joined(link, stranger)
+    assert link.present() == set()
+
+
+def test_a_server_of_another_authority_is_refused_by_the_device(link: Link, certs: Path, tmp_path: Path) -> None:
+    issue(tmp_path, 1, ("127.0.0.1",))
+    other = Credentials(credentials(certs).key, (tmp_path / "device-0" / "ca.pem").read_bytes())
+    assert "is not certified by the authority" in joined(link, other)
+
+
+def test_a_server_under_another_name_than_certified_is_refused(certs: Path, tmp_path: Path) -> None:
+    issue(tmp_path, 1, ("example.org",))
+    server = tmp_path / "server"
+    with Link(public_keys(server), tls=Tls(server / "server.pem", server / "server.key")) as link:
+        assert "the name or address that its certificate is for" in joined(link, credentials(tmp_path))
+
+
+def test_status_is_told_to_devices_and_to_nobody_else(link: Link, certs: Path) -> None:
+    address = f"127.0.0.1:{link.port}"
+    assert asked(address, credentials(certs), STATUS) == {"here": []}
+    with pytest.raises(Refused, match="does not know this key"):
+        asked(address, Credentials(generate_key_pairs()[0], credentials(certs).root), STATUS)
+    with pytest.raises(OSError, match="nobody answers"):
+        asked("127.0.0.1:9", credentials(certs), STATUS)
+
+
+def client_of(certs: Path) -> httpx.Client:
+    import ssl
+
+    return httpx.Client(verify=ssl.create_default_context(cafile=str(certs / "device-0" / "ca.pem")))
+
+
+def test_only_the_fleet_api_is_there_and_nothing_unsigned_is_heard(link: Link, certs: Path) -> None:
+    with client_of(certs) as client:
+        base = f"https://127.0.0.1:{link.port}"
+        kind = {"content-type": PROTOBUF_MEDIA_TYPE, "accept": PROTOBUF_MEDIA_TYPE}
+        for path in ("/v1/control/start-run", "/v1/runtime/push-messages", "/docs", "/openapi.json", "/"):
+            assert client.post(f"{base}{path}", content=b"", headers=kind).status_code == 404, path
+        for path in ("pull-messages", "push-messages", "activate-node", "register-node", "push-object"):
+            reply = client.post(f"{base}/v1/fleet/{path}", content=b"", headers=kind)
+            assert reply.status_code == 401, (path, reply.status_code)
+        assert client.get(f"{base}{STATUS}").status_code == 401
+
+
+def test_a_request_that_is_too_large_is_not_read(link: Link, certs: Path) -> None:
+    with client_of(certs) as client:
+        content = bytes(LARGEST + 1)
+        reply = client.post(f"https://127.0.0.1:{link.port}/v1/fleet/push-object", content=content)
+        assert reply.status_code == 413
+
+
+def test_an_address_that_is_taken_is_named(link: Link) -> None:
+    with pytest.raises(LinkError, match=r"cannot listen on .*: Address already in use; give another --listen"):
+        Link({0: public_key_to_bytes(generate_key_pairs()[1])}, port=link.port).__enter__()
+
+
+def test_a_key_of_another_kind_is_named(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("no key")
+    with pytest.raises(ValueError, match="not a private key in PEM"):
+        Credentials.read(tmp_path / "key", None)

@@ -1,0 +1,134 @@
+"""The device's worker: one process for an experiment, looked after; states by name; nothing from the wire touches other files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip install 'fedloom[flower]'")
+
+from fedloom.client.store import FILE
+from fedloom.engines.federation import Ungreeted
+from fedloom.engines.resident import Resident
+from fedloom.engines.workers import Start, WorkerError
+from fedloom.messages import Failure, Task, Update
+from fedloom.wire import WireError, pack, unpack
+from tests.conformance import toy_worker
+
+pytestmark = pytest.mark.flower
+DIGEST = "abc123"
+GREETING = json.dumps({"digest": DIGEST})
+
+
+@pytest.fixture
+def resident(tmp_path: Path):
+    """One whose worker is the toy's, under this file's digest."""
+
+    def start(greeting: object) -> Start:
+        toy = toy_worker.start()
+        return Start(toy.command, toy.order, lambda number: {**toy.environment(number), "TOY_DIGEST": DIGEST})
+
+    made = Resident(tmp_path / "states", start, deadline=60.0)
+    yield made
+    made.close()
+
+
+def asked(resident: Resident, op: str = "where", state: str = "", **settings: object) -> tuple[Update | Failure, str]:
+    settings = {"seconds": 0.0, **settings} if op == "where" else settings
+    answer, after = resident.answer(3, state, pack(Task(op, 3, {}, settings), DIGEST))  # type: ignore[arg-type]
+    update = answer if isinstance(answer, Failure) else unpack(answer, DIGEST)
+    assert isinstance(update, Update | Failure)
+    return update, after
+
+
+def test_the_process_stays_and_states_go_on_by_name(resident: Resident) -> None:
+    resident.greet(GREETING)
+    first, one = asked(resident)
+    second, two = asked(resident, state=one)
+    assert first.metrics["process"] == second.metrics["process"] != os.getpid()
+    assert (first.metrics["visits"], second.metrics["visits"]) == (1.0, 2.0)
+    again, other = asked(resident, state=one)
+    assert (again.metrics["visits"], other) == (2.0, two), "done again from the same state, it comes to the same"
+
+
+def test_only_the_last_state_and_the_one_before_are_kept(resident: Resident, tmp_path: Path) -> None:
+    resident.greet(GREETING)
+    names = [""]
+    for _ in range(4):
+        names.append(asked(resident, state=names[-1])[1])
+    assert sorted(path.name for path in (tmp_path / "states" / DIGEST).iterdir()) == sorted(names[-2:])
+
+
+def test_a_task_before_any_greeting_asks_for_one(resident: Resident) -> None:
+    with pytest.raises(Ungreeted, match=DIGEST):
+        asked(resident)
+
+
+def test_a_worker_that_dies_is_replaced_and_its_task_begun_again(resident: Resident, tmp_path: Path) -> None:
+    resident.greet(GREETING)
+    before = asked(resident)[0].metrics["process"]
+    (tmp_path / "lives").write_text("x")
+    update, _ = asked(resident, "die", lives=str(tmp_path / "lives"))
+    assert update.metrics["visits"] == 1.0
+    assert asked(resident)[0].metrics["process"] != before
+
+
+def test_a_worker_that_always_dies_is_a_failure_with_its_reason(resident: Resident, tmp_path: Path) -> None:
+    resident.greet(GREETING)
+    (tmp_path / "lives").write_text("xxxx")
+    failure, after = asked(resident, "die", lives=str(tmp_path / "lives"))
+    assert isinstance(failure, Failure) and "died 2 times" in failure.reason and after == ""
+
+
+def test_a_worker_killed_while_idle_is_replaced(resident: Resident) -> None:
+    resident.greet(GREETING)
+    os.kill(int(asked(resident)[0].metrics["process"]), signal.SIGKILL)
+    time.sleep(0.2)
+    assert asked(resident)[0].metrics["visits"] == 1.0
+
+
+def test_a_worker_that_hangs_is_ended_in_time(resident: Resident) -> None:
+    resident.greet(GREETING)
+    process = int(asked(resident)[0].metrics["process"])
+    os.kill(process, signal.SIGSTOP)
+    resident.deadline = 1.0
+    failure, _ = asked(resident)
+    assert isinstance(failure, Failure) and "no answer within 1 s" in failure.reason
+    resident.deadline = 60.0
+    assert asked(resident)[0].metrics["process"] != process
+
+
+@pytest.mark.parametrize(
+    "state", ["../../etc/passwd", "client-4-0123456789abcdef.safetensors", "x", "client-3-0123456789abcdef.safetensors/.."]
+)
+def test_a_state_that_is_no_name_of_this_clients_is_refused(resident: Resident, state: str) -> None:
+    resident.greet(GREETING)
+    with pytest.raises(WireError, match="is none of client 3"):
+        asked(resident, state=state)
+
+
+def test_a_state_that_is_not_there_is_a_failure(resident: Resident) -> None:
+    name = "client-3-0123456789abcdef.safetensors"
+    assert FILE.fullmatch(name)
+    resident.greet(GREETING)
+    failure, after = asked(resident, state=name)
+    assert isinstance(failure, Failure) and "cannot be read" in failure.reason and after == name
+
+
+@pytest.mark.parametrize("greeting", ["", "[]", "{}", '{"digest": 3}', '{"digest": "../x"}', '{"digest": ""}', "[" * 100_000])
+def test_a_greeting_that_is_none_is_refused(resident: Resident, greeting: str, tmp_path: Path) -> None:
+    with pytest.raises(WireError, match="a greeting"):
+        resident.greet(greeting)
+    assert not (tmp_path / "states").exists()
+
+
+def test_a_worker_that_cannot_begin_says_why(tmp_path: Path) -> None:
+    resident = Resident(tmp_path, lambda greeting: Start(("false",), {}, lambda number: {}), deadline=60.0)
+    with pytest.raises(WorkerError, match="before it could begin"):
+        resident.greet(GREETING)
+    assert resident._worker is None

@@ -1,0 +1,94 @@
+"""Certificates and keys: what is made, who may read it, what is said when something is not as it should be."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip install 'fedloom[flower]'")
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+
+from fedloom.run.certificates import CertificateError, insist_secret, issue, public_keys
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    issue(tmp_path / "certs", 2, ("example.org", "10.0.0.1"))
+    return tmp_path / "certs"
+
+
+def test_every_private_key_is_its_owners_alone(made: Path) -> None:
+    secrets = [made / "ca.key", made / "server" / "server.key", made / "device-0" / "device.key", made / "device-1" / "device.key"]
+    assert [path.stat().st_mode & 0o777 for path in secrets] == [0o600] * 4
+    assert not list((made / "server").rglob("ca.key")), "the server does not need the authority's key"
+    for path in (p for p in made.rglob("*") if p.is_file() and p not in secrets):
+        assert b"PRIVATE" not in path.read_bytes()
+
+
+def test_the_server_is_certified_for_its_names_by_the_authority(made: Path) -> None:
+    certificate = x509.load_pem_x509_certificate((made / "server" / "server.pem").read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["example.org"]
+    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.1"]
+    authority = x509.load_pem_x509_certificate((made / "device-1" / "ca.pem").read_bytes())
+    certificate.verify_directly_issued_by(authority)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(made / "server" / "server.pem", made / "server" / "server.key")
+
+
+def test_a_devices_public_half_lies_with_the_server_under_its_number(made: Path) -> None:
+    for k, public in public_keys(made / "server").items():
+        private = load_pem_private_key((made / f"device-{k}" / "device.key").read_bytes(), None)
+        assert private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo) == public
+    assert sorted(public_keys(made / "server")) == [0, 1]
+
+
+def test_more_devices_are_added_and_nothing_that_is_there_changes(made: Path) -> None:
+    before = {path: path.read_bytes() for path in made.rglob("*") if path.is_file()}
+    added = issue(made, 3, ("example.org",))
+    assert {path.name for path in added} == {"device.key", "2.pub", "ca.pem"}
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert issue(made, 3, ("example.org",)) == []
+
+
+def test_without_the_authoritys_key_nothing_is_added(made: Path) -> None:
+    (made / "ca.key").unlink()
+    with pytest.raises(CertificateError, match="is not here, and without it nothing can be added"):
+        issue(made, 3, ("example.org",))
+    assert not (made / "device-2").exists()
+
+
+def test_an_authority_is_not_made_anew_beside_an_old_key(made: Path) -> None:
+    (made / "server" / "ca.pem").unlink()
+    with pytest.raises(CertificateError, match="bring it back"):
+        issue(made, 2, ("example.org",))
+
+
+@pytest.mark.parametrize(("devices", "names"), [(0, ("a",)), (1, ())])
+def test_a_federation_needs_devices_and_a_name(tmp_path: Path, devices: int, names: tuple[str, ...]) -> None:
+    with pytest.raises(CertificateError, match="needs a device and a name"):
+        issue(tmp_path, devices, names)
+
+
+def test_a_key_that_others_can_read_is_refused_with_the_mend(made: Path) -> None:
+    path = made / "device-0" / "device.key"
+    assert insist_secret(path) == path
+    path.chmod(0o640)
+    with pytest.raises(CertificateError, match="chmod 600"):
+        insist_secret(path)
+    with pytest.raises(CertificateError, match="fedloom certs makes"):
+        insist_secret(made / "nothing")
+
+
+def test_public_keys_are_numbered_without_a_gap(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(CertificateError, match="no device's public key"):
+        public_keys(tmp_path)
+    (made / "server" / "devices" / "0.pub").unlink()
+    with pytest.raises(CertificateError, match="without a gap"):
+        public_keys(made / "server")
+    (made / "server" / "devices" / "me.pub").write_bytes(b"")
+    with pytest.raises(CertificateError, match="named by its number"):
+        public_keys(made / "server")
