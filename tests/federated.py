@@ -17,8 +17,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fedloom.client.elsewhere import Elsewhere
 from fedloom.client.host import Host
-from fedloom.client.store import ClientStore, Elsewhere
+from fedloom.client.store import ClientStore
 from fedloom.messages import Failure, Replies, Take, Task, whole
 
 with warnings.catch_warnings():  # libraries that Flower imports use deprecated names of their own

@@ -29,7 +29,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, Protocol, cast
 
-from fedloom.client.store import FILE, Elsewhere
+from fedloom.client.elsewhere import Elsewhere
+from fedloom.client.store import FILE
 from fedloom.engines.flower import BLOB, CLIENT, REFUSED, TO, boxed, unboxed  # first: it switches off what Flower must not do
 
 # isort: split

@@ -20,7 +20,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fedloom.client.store import ClientStore, Store, StoreError, flush
+from fedloom.client.elsewhere import Store
+from fedloom.client.store import ClientStore, StoreError, flush
 from fedloom.methods.method import State
 from fedloom.tensors import fingerprint
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedloom.client.store import Elsewhere
+from fedloom.client.elsewhere import Elsewhere
 from fedloom.data.tasks import Split
 from fedloom.engines.engine import Engine
 from fedloom.engines.federation import Federation, Patience, device_app

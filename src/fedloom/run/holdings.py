@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from fedloom.client.elsewhere import Store
 from fedloom.client.neurons import rows_kept
-from fedloom.client.store import ClientStore, Store
+from fedloom.client.store import ClientStore
 from fedloom.compute.flops import Flops
 from fedloom.run.world import World
 from fedloom.tensors import nbytes

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fedloom.client.store import Elsewhere, Store
+from fedloom.client.elsewhere import Elsewhere, Store
 from fedloom.engines.engine import Engine, drive
 from fedloom.engines.local import give_memory_back
 from fedloom.messages import CohortFailed, Replies, Take, Task, whole

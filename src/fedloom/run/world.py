@@ -15,8 +15,9 @@ import torch
 from fedloom.client.client import Client
 from fedloom.client.curricula.shortformer import Staged
 from fedloom.client.curricula.slw import LengthWarmup
+from fedloom.client.elsewhere import Elsewhere, Store
 from fedloom.client.host import Host
-from fedloom.client.store import ClientStore, Elsewhere, Store
+from fedloom.client.store import ClientStore
 from fedloom.compute.compute import Compute
 from fedloom.compute.stacked import Stacked
 from fedloom.data.examples import Examples
