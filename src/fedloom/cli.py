@@ -108,7 +108,7 @@ def serve(words: Sequence[str]) -> int:
     given = _parse(options.for_serve(recipe), rest, f"fedloom serve {word}", f"Serve {recipe.kind.name}: {recipe.kind.paper}.")
     experiment = options.experiment_of(given, clients=(devices := len(public_keys(given.certs))), cohort=given.cohort or devices)
     out = given.out or recipes.default_folder(experiment)
-    patience = Patience(given.wait, given.deadline, given.linger, experiment.quorum)
+    patience = Patience(given.wait, given.deadline, given.linger)
     results = serve_experiment(experiment, out, given.certs, given.listen, patience, given.plain or None)
     from fedloom.run.report import write_report
 

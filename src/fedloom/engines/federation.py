@@ -11,10 +11,10 @@ was started anew asks to be greeted again.
 **Whose answer counts**: of each asking, those that arrived before the deadline, can be read, are of this experiment and this client, are
 finite, have the shapes that were sent, the names that most answers have, and are no more than :data:`ABSURD` times as far from what was
 sent as the median answer is. Everyone else has failed, with the reason, and is left out for a while: :data:`FIRST` seconds, twice as many
-each time in a row, :data:`MOST` at most. Then it is asked again.
+each time in a row, :data:`MOST` at most. Then it is asked again; an asking waits for that as it does for a device that is away.
 
-**Nothing waits for ever**: a device that has not been heard of is waited for ``wait`` seconds, an answer for ``deadline``; once ``enough``
-answers are here, the rest has ``linger`` seconds.
+**Nothing waits for ever**: a device that has not been heard of is waited for ``wait`` seconds, an answer for ``deadline``. Where a share of
+those asked is :class:`Enough`, the rest has ``linger`` seconds once these are here.
 """
 
 from __future__ import annotations
@@ -51,27 +51,24 @@ STATE, GREETING, TOLD = "state", "greeting", "told"
 AT_ONCE = 32
 """Tasks that are laid out at a time: the server's memory does not grow with the number of devices asked."""
 
+LATE = "TimeoutError: it was late, and the others were enough"
+"""Why an answer does not count that was not waited for. It is nobody's fault."""
+
 ABSURD = 1000.0
 FIRST, MOST = 5.0, 600.0
 
 
 @dataclass(frozen=True)
 class Patience:
-    """Seconds: for a device to appear (``wait``), for an answer (``deadline``), for the rest once enough are here (``linger``).
-
-    ``enough``: the share of an asking that is enough; 1: everyone is waited for until the deadline.
-    """
+    """Seconds: for a device to appear (``wait``), for an answer (``deadline``), for the rest once enough are here (``linger``)."""
 
     wait: float = 60.0
     deadline: float = 600.0
     linger: float = 10.0
-    enough: float = 1.0
 
     def __post_init__(self) -> None:
         if not all(seconds >= 0 and math.isfinite(seconds) for seconds in (self.wait, self.deadline, self.linger)) or not self.deadline:
             raise ValueError(f"{self}: seconds must be finite, none below 0, the deadline above it: nothing may wait for ever")
-        if not 0 < self.enough <= 1:
-            raise ValueError(f"enough is {self.enough}; it is a share of those asked, above 0 and at most 1")
 
 
 @dataclass
@@ -96,14 +93,14 @@ class Federation:
         self._greeted: set[int] = set()
         self._faults: dict[int, tuple[int, float, str]] = {}
 
-    def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
-        """Ask every device that may be asked, and return what may be used of their answers.
+    def run(self, tasks: Sequence[Task], take: Take = whole, share: float = 1.0) -> Replies:
+        """Ask every device, and return what may be used of their answers. ``share``: that of the tasks whose answers are enough.
 
         Raises:
             WireError: a task may not cross the wire; that is the method's fault and ends the run. No task was sent then.
         """
         may_cross(tasks)
-        answers, sizes, names = self._exchanged(tasks)
+        answers, sizes, names = self._exchanged(tasks, quorum_of(len(tasks), share))
         down = [bytes(0)] * len(tasks)
         replies = gather(tasks, down, [answers[task.client] for task in tasks], self.digest)
         replies = replace(replies, traffic=tuple(replace(t, bytes_down=sizes.get(t.client, 0)) for t in replies.traffic))
@@ -112,24 +109,27 @@ class Federation:
             self.states.take(update.client, names[update.client])
             self._faults.pop(update.client, None)
         for failure in replies.failures:
-            if failure.client in sizes:
+            if failure.client in sizes and failure.reason != LATE:
                 self._leave_out(failure)
         return taken(replies, take)
 
-    def _exchanged(self, tasks: Sequence[Task]) -> tuple[dict[int, bytes | Failure], dict[int, int], dict[int, str]]:
+    def _exchanged(self, tasks: Sequence[Task], enough: int) -> tuple[dict[int, bytes | Failure], dict[int, int], dict[int, str]]:
         """What came back of each, the bytes that were sent, and the states' new names."""
         answers: dict[int, bytes | Failure] = {}
         sizes, names, packer = dict[int, int](), dict[int, str](), Packer(self.digest)
         waiting, out = deque(self._allowed(tasks, answers)), dict[str, Sent]()
-        began, enough, last = time.monotonic(), quorum_of(len(tasks), self.patience.enough), None
+        began, last = time.monotonic(), None
         while waiting or out:
             now, here = time.monotonic(), self.link.present()
             for _ in range(len(waiting)):
                 task = waiting.popleft()
-                if task.client in here and len(out) < AT_ONCE:
+                times, until, reason = self._faults.get(task.client, (0, 0.0, ""))
+                if task.client in here and now >= until and len(out) < AT_ONCE:
                     self._send(task, packer, out, sizes)
-                elif task.client in here or now < began + self.patience.wait:
+                elif now < began + self.patience.wait or (task.client in here and now >= until):
                     waiting.append(task)
+                elif now < until:
+                    answers[task.client] = Failure(task.client, f"left out for {until - now:.0f} s more, after {times} in a row: {reason}")
                 else:
                     answers[task.client] = Failure(task.client, f"TimeoutError: not heard of for {self.patience.wait:g} s")
             for reply in self.link.pull_messages(list(out)):
@@ -138,28 +138,24 @@ class Federation:
             if last is None and sum(isinstance(answer, bytes) for answer in answers.values()) >= enough:
                 last = time.monotonic() + self.patience.linger
             for name, sent in list(out.items()):
-                over = "the others were enough" if last is not None and now > last else ""
+                over = last is not None and now > last
                 if over or now > sent.since + self.patience.deadline:
                     del out[name]
                     self.link.forget([name])
-                    why = over or f"no answer within {self.patience.deadline:g} s"
-                    answers[sent.task.client] = Failure(sent.task.client, f"TimeoutError: {why}")
+                    why = LATE if over else f"TimeoutError: no answer within {self.patience.deadline:g} s"
+                    answers[sent.task.client] = Failure(sent.task.client, why)
             if last is not None and now > last:
-                answers |= {task.client: Failure(task.client, "TimeoutError: the others were enough") for task in waiting}
+                answers |= {task.client: Failure(task.client, LATE) for task in waiting}
                 waiting.clear()
             if waiting or out:
                 time.sleep(PAUSE)
         return answers, sizes, names
 
     def _allowed(self, tasks: Sequence[Task], answers: dict[int, bytes | Failure]) -> list[Task]:
-        """The tasks of those who are not left out."""
-        now = time.monotonic()
+        """The tasks of those who can be asked at all."""
         for task in tasks:
-            times, until, reason = self._faults.get(task.client, (0, 0.0, ""))
             if task.client not in self.link.nodes:
                 answers[task.client] = Failure(task.client, "LookupError: the server was given no key of this client")
-            elif now < until:
-                answers[task.client] = Failure(task.client, f"left out for {until - now:.0f} s more, after {times} in a row: {reason}")
         return [task for task in tasks if task.client not in answers]
 
     def _leave_out(self, failure: Failure) -> None:
@@ -211,6 +207,18 @@ class Federation:
                 answers[client] = unboxed(reply.content)
         except WireError as error:
             answers[client] = Failure(client, f"WireError: {error}")
+
+
+@dataclass(frozen=True)
+class Enough:
+    """A federation that waits for a share of those asked, and a moment for the rest: for rounds. A set-up and an evaluation want everyone."""
+
+    inner: Federation
+    share: float
+
+    def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
+        """As ``inner``, for this share."""
+        return self.inner.run(tasks, take, self.share)
 
 
 def agreeing(tasks: Sequence[Task], replies: Replies) -> Replies:

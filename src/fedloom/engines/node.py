@@ -53,7 +53,7 @@ log = logging.getLogger("fedloom")
 
 App = Callable[[Message, Context], Message]
 
-QUICKEST, SLOWEST = 0.02, 1.0
+QUICKEST, SLOWEST = 0.02, 0.5
 """Seconds between two looks for a message: at once after one came, more and more slowly while none comes."""
 
 LONGEST = 10.0

@@ -18,7 +18,7 @@ from typing import Any
 from fedloom.client.elsewhere import Elsewhere
 from fedloom.data.tasks import Split
 from fedloom.engines.engine import Engine
-from fedloom.engines.federation import Federation, Patience, device_app
+from fedloom.engines.federation import Enough, Federation, Patience, device_app
 from fedloom.engines.link import STATUS, Link, Tls
 from fedloom.engines.node import Credentials, Node
 from fedloom.engines.node import asked as asked_of
@@ -45,6 +45,7 @@ class Joined:
     link: Link
     digest: str
     patience: Patience
+    quorum: float
     show: Show
     greeting: Mapping[str, Any] = field(default_factory=dict)
     federation: Federation | None = None
@@ -53,6 +54,11 @@ class Joined:
         """The engine, once every device has joined: a set-up needs all, and who is to be told of is not to be missed."""
         self.federation = Federation(self.link, store, self.digest, self.greeting, self.patience)
         return self.federation
+
+    def hurried(self, engine: Engine) -> Engine:
+        """The engine for rounds: a quorum is enough."""
+        assert isinstance(engine, Federation)
+        return Enough(engine, self.quorum)
 
     def examples(self, client: int, split: Split) -> int:
         """What the device said when it was greeted."""
@@ -89,7 +95,7 @@ def serve(
 
     def running(shown: Show) -> dict[str, Any]:
         with Link(keys, host, port, tls) as link:
-            joined = Joined(link, experiment.digest(), patience, shown)
+            joined = Joined(link, experiment.digest(), patience, experiment.quorum, shown)
             link.about = lambda: about(joined, folder)
 
             def built(e: Experiment) -> World:

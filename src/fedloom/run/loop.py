@@ -103,6 +103,7 @@ def _run(world: World, folder: Path, show: Show) -> dict[str, Any]:
     """The round loop."""
     e, method, store, missed = world.experiment, world.experiment.method, world.store(folder), 0
     engine, data = world.engine(store), world.fingerprint()
+    hurried = engine if world.far is None else world.far.hurried(engine)
     saved = checkpoint.load(folder, store)
     if saved is not None and saved.data != data:
         raise CheckpointError(f"the data behind {folder} changed since it began (fingerprint {saved.data}, now {data}); give another --out")
@@ -122,7 +123,7 @@ def _run(world: World, folder: Path, show: Show) -> dict[str, Any]:
         show.phase(f"round {state.round + 1}/{e.rounds}")
         section = ledger.section()
         try:
-            state, missed = drive(method.round(state, world.pool), engine, e.quorum, section.hear), 0
+            state, missed = drive(method.round(state, world.pool), hurried, e.quorum, section.hear), 0
         except CohortFailed as failed:
             state, missed = _missed(world, state, store, section, missed + 1, failed, show), missed + 1
         trained, found = section.seconds, _evaluated(world, state, engine, show)

@@ -47,6 +47,10 @@ class Far(Protocol):
         """The engine that reaches them."""
         ...
 
+    def hurried(self, engine: Engine) -> Engine:
+        """The engine as rounds use it, which do not need everyone."""
+        ...
+
     def examples(self, client: int, split: Split) -> int:
         """How many examples the device says it has; 0 while it has said nothing."""
         ...

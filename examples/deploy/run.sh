@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# A federation on this machine: a server and four devices over TLS, each device a process with data and a key of its own. Nothing to edit.
+#
+#   examples/deploy/run.sh [METHOD] [FOLDER]       fibecfed (lora, federa, ...), in a new folder
+#
+# Afterwards the same experiment is simulated in one process, and the two are compared: scores, bytes and losses must be equal.
+set -euo pipefail
+method=${1:-fibecfed}
+folder=${2:-runs/deploy-$method}
+port=${PORT:-9092}
+devices=4
+small=(--seed 7 --max-train 400 --max-validation 100 --max-test 100 --max-length 32)
+shape=(--rounds 5 --evaluate-every 5 "${small[@]}")
+mkdir -p "$folder"
+cd "$folder"
+export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+fedloom certs certs --devices $devices --names 127.0.0.1 localhost > certs.log
+[ -d shards ] || fedloom partition --clients $devices --alpha 0.5 "${small[@]}" --shards shards > partition.log
+
+joined=()
+trap 'kill "${joined[@]}" 2>/dev/null || true' EXIT
+for k in $(seq 0 $((devices - 1))); do
+    fedloom join "127.0.0.1:$port" "shards/$k" --certs "certs/device-$k" --out "device-$k" --threads 1 2> "device-$k.log" &
+    joined+=($!)
+done
+fedloom serve "$method" --certs certs/server --listen "127.0.0.1:$port" --cohort 3 "${shape[@]}" --out served --plain
+
+echo "the same, simulated in one process:"
+fedloom run "$method" --clients $devices --cohort 3 --alpha 0.5 "${shape[@]}" --quorum 0.5 --out simulated --plain
+python - <<'PYTHON'
+import json
+from pathlib import Path
+
+told = [[json.loads(line) for line in Path(run, "rounds.jsonl").read_text().splitlines()] for run in ("served", "simulated")]
+keys = ("round", "loss", "personalised", "answered", "bytes_up", "bytes_down", "validation")
+same = [{key: row[key] for key in keys} for row in told[0]] == [{key: row[key] for key in keys} for row in told[1]]
+print("equal to the last digit: losses, scores, bytes" if same else "NOT equal; see served/rounds.jsonl and simulated/rounds.jsonl")
+raise SystemExit(0 if same else 1)
+PYTHON
