@@ -211,7 +211,7 @@ class Federation:
 
 @dataclass(frozen=True)
 class Enough:
-    """A federation that waits for a share of those asked, and a moment for the rest: for rounds. A set-up and an evaluation want everyone."""
+    """A federation that waits for a share of those asked, and a moment for the rest: for rounds. Set-up and evaluation want everyone."""
 
     inner: Federation
     share: float

@@ -37,6 +37,7 @@ from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, Pu
 from flwr.proto.node_pb2 import Node as FlowerNode
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
+from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -123,6 +124,12 @@ def _insist_certified(address: str, error: Exception) -> None:
         ) from error
 
 
+def _why(error: Exception) -> str:
+    if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
+        return "it does not take this device's signature, which is good for a few seconds: are both clocks right?"
+    return f"{type(error).__name__}: {error}"
+
+
 class Node:
     """One device at the link of ``address`` (HOST:PORT). ``seen`` is told every change: here, away, why."""
 
@@ -145,7 +152,7 @@ class Node:
                     self._answer_all(client, stop)
             except (httpx.HTTPError, OSError) as error:
                 self._insist_belonging(error)
-                self._tell_away(f"{type(error).__name__}: {error}")
+                self._tell_away(_why(error))
                 failed += 1
                 stop.wait(min(0.2 * 2**failed, LONGEST))
 
@@ -240,7 +247,8 @@ class Node:
     def _insist_belonging(self, error: Exception) -> None:
         """Raise what no waiting will mend."""
         _insist_certified(self.address, error)
-        if isinstance(error, httpx.HTTPStatusError) and error.request.url.path.endswith("/activate-node"):
+        told = FlowerError.from_json(error.response.text) if isinstance(error, httpx.HTTPStatusError) else None
+        if told is not None and told.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
             raise Refused(
                 f"the server at {self.address} does not know this device's key; its public half must lie in the server's folder of devices"
             ) from error

@@ -101,7 +101,6 @@ def serve(
             def built(e: Experiment) -> World:
                 world = build_far(e, joined)
                 joined.greeting = greeting_of(world)
-                joined.gather()
                 return world
 
             return run(experiment, folder, show=shown, built=built)

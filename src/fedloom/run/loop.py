@@ -136,6 +136,8 @@ def _set_up(world: World, engine: Engine, store: Store, section: Section, show: 
     """The state after set-up. Devices that are elsewhere are given more than one chance, each from the start."""
     method = world.experiment.method
     for attempt in count(1):
+        if world.far is not None:
+            world.far.gather()
         try:
             return drive(method.setup(method.init(world.model), world.pool), engine, quorum=0, seen=section.hear)
         except CohortFailed as failed:

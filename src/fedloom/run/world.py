@@ -47,6 +47,10 @@ class Far(Protocol):
         """The engine that reaches them."""
         ...
 
+    def gather(self) -> None:
+        """Wait until every device has joined."""
+        ...
+
     def hurried(self, engine: Engine) -> Engine:
         """The engine as rounds use it, which do not need everyone."""
         ...
