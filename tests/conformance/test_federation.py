@@ -279,6 +279,14 @@ def test_a_device_without_a_known_key_is_refused(link: Link, certs: Path) -> Non
     assert link.present() == set()
 
 
+def test_who_is_still_taken_to_be_there_waits_and_does_not_leave(link: Link, certs: Path) -> None:
+    """As after signal 9 and a quick restart: Flower answers both as it answers a stranger."""
+    node, client = min(link.clients.items())
+    assert link.state.activate_node(node, 10.0)
+    assert "somebody with this device's key is there" in joined(link, credentials(certs))
+    assert link.present() == {client}
+
+
 def test_a_server_of_another_authority_is_refused_by_the_device(link: Link, certs: Path, tmp_path: Path) -> None:
     issue(tmp_path, 1, ("127.0.0.1",))
     other = Credentials(credentials(certs).key, (tmp_path / "device-0" / "ca.pem").read_bytes())
@@ -295,7 +303,7 @@ def test_a_server_under_another_name_than_certified_is_refused(certs: Path, tmp_
 def test_status_is_told_to_devices_and_to_nobody_else(link: Link, certs: Path) -> None:
     address = f"127.0.0.1:{link.port}"
     assert asked(address, credentials(certs), STATUS) == {"here": []}
-    with pytest.raises(Refused, match="does not know this key"):
+    with pytest.raises(Refused, match="does not know this device.s key"):
         asked(address, Credentials(generate_key_pairs()[0], credentials(certs).root), STATUS)
     with pytest.raises(OSError, match="nobody answers"):
         asked("127.0.0.1:9", credentials(certs), STATUS)

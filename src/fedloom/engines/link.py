@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fedloom.engines.flower import opened_run  # first: it switches off what Flower must not do
+from fedloom.engines.node import STATUS
 
 # isort: split
 import uvicorn
@@ -55,8 +56,6 @@ from flwr.superlink.routers.fleet.router import router as fleet
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
-
-STATUS = "/v1/fedloom/status"
 
 LARGEST = 16 * 2**20
 """Bytes of one request: three of the chunks into which Flower cuts arrays."""
@@ -249,7 +248,7 @@ def _fleet(factory: LinkStateFactory, about: Callable[[], Mapping[str, Any]]) ->
     def status(request: Request) -> dict[str, Any]:
         key = authenticated(request)
         if factory.state().get_node_id_by_public_key(key) is None:
-            raise HTTPException(401, "no device of this federation has this key")
+            raise HTTPException(403, "no device of this federation has this key")
         return dict(about())
 
     app.add_api_route(STATUS, status, methods=["GET"])

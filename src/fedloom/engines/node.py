@@ -63,6 +63,9 @@ LONGEST = 10.0
 PATIENCE = 60.0
 """Seconds within which the parts of a message must arrive."""
 
+STATUS = "/v1/fedloom/status"
+"""Where the server says how things stand, to whoever has a key of its federation."""
+
 
 class Refused(ConnectionError):
     """The server does not let this device in, or is not the one that the device was told of."""
@@ -109,7 +112,11 @@ def asked(address: str, credentials: Credentials, path: str) -> dict[str, Any]:
         reply = httpx.get(f"{'https' if credentials.root else 'http'}://{address}{path}", headers=headers, verify=trusted, timeout=10)
         reply.raise_for_status()
     except httpx.HTTPStatusError as error:
-        raise Refused(f"the server at {address} does not know this key ({error.response.text[:200]})") from error
+        if error.response.status_code == httpx.codes.FORBIDDEN:
+            raise Refused(
+                f"the server at {address} does not know this device's key; its public half must lie in the server's folder of devices"
+            ) from error
+        raise OSError(f"the server at {address} does not answer this ({_why(error)})") from error
     except httpx.HTTPError as error:
         _insist_certified(address, error)
         raise OSError(f"nobody answers at {address} ({error}); is fedloom serve running there?") from error
@@ -124,7 +131,15 @@ def _insist_certified(address: str, error: Exception) -> None:
         ) from error
 
 
+def _not_activated(error: Exception) -> bool:
+    """Flower says this of a key that it does not know, and of one whose node it still takes to be there."""
+    told = FlowerError.from_json(error.response.text) if isinstance(error, httpx.HTTPStatusError) else None
+    return told is not None and told.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
+
+
 def _why(error: Exception) -> str:
+    if _not_activated(error):
+        return "somebody with this device's key is there, or was a moment ago"
     if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
         return "it does not take this device's signature, which is good for a few seconds: are both clocks right?"
     return f"{type(error).__name__}: {error}"
@@ -247,11 +262,13 @@ class Node:
     def _insist_belonging(self, error: Exception) -> None:
         """Raise what no waiting will mend."""
         _insist_certified(self.address, error)
-        told = FlowerError.from_json(error.response.text) if isinstance(error, httpx.HTTPStatusError) else None
-        if told is not None and told.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
-            raise Refused(
-                f"the server at {self.address} does not know this device's key; its public half must lie in the server's folder of devices"
-            ) from error
+        if _not_activated(error):
+            try:
+                asked(self.address, self.credentials, STATUS)
+            except Refused:
+                raise
+            except OSError:
+                return
 
     def _tell_away(self, why: str) -> None:
         if why != self._away:

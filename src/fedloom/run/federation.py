@@ -19,8 +19,8 @@ from fedloom.client.elsewhere import Elsewhere
 from fedloom.data.tasks import Split
 from fedloom.engines.engine import Engine
 from fedloom.engines.federation import Enough, Federation, Patience, device_app
-from fedloom.engines.link import STATUS, Link, Tls
-from fedloom.engines.node import Credentials, Node
+from fedloom.engines.link import Link, Tls
+from fedloom.engines.node import STATUS, Credentials, Node
 from fedloom.engines.node import asked as asked_of
 from fedloom.engines.resident import Resident
 from fedloom.engines.workers import Start
