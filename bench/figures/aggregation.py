@@ -19,7 +19,7 @@ from bench.figure import command
 from bench.row import Row
 from bench.timing import interleaved
 from fedloom.messages import Update
-from fedloom.server.aggregation import weighted_mean
+from fedloom.tensors import weighted_mean
 
 UPDATES, FLOATS, REPEATS = 100, 2**23, 5
 SPLIT = (5, 2, 2, 1, 1, 1, 1, 1, 1, 1)
@@ -42,7 +42,7 @@ def measure(quick: bool) -> list[Row]:
     result, b, c = (torch.empty(third, floats), memory[:third], memory[third : 2 * third])
     seconds = interleaved(
         {
-            "weighted_mean": lambda: weighted_mean(updates),
+            "weighted_mean": lambda: weighted_mean((update.num_examples, update.tensors) for update in updates),
             "sum": lambda: memory.sum(),
             "triad": lambda: torch.add(b, c, alpha=0.5, out=result),
         },

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.messages import Update
-from fedloom.server.aggregation import Average, weighted_mean
+from fedloom.server.aggregation import Average
 from fedloom.tensors import fingerprint
 
 
 def update(client: int, examples: int, value: float, dtype: torch.dtype = torch.float32) -> Update:
     return Update(client, examples, {"w": torch.tensor([value, 2 * value], dtype=dtype), "b": torch.tensor(value, dtype=dtype)})
+
+
+def weighted_mean(updates: Sequence[Update]) -> dict[str, torch.Tensor]:
+    average = Average(held=0)
+    for one in updates:
+        average.take(one)
+    return average.value()
 
 
 def test_by_hand() -> None:

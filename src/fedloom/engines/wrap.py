@@ -1,4 +1,4 @@
-"""Engines around an engine: one remembers, one loses tasks, one loses answers. For tests and rehearsals.
+"""Engines around an engine: one remembers, one loses tasks, one loses answers, one has devices that lie. For tests and rehearsals.
 
 They do not know what they wrap. ``fails(task, attempt)`` decides: a reason to fail, or None to let pass; ``attempt`` counts,
 from 0, the earlier askings of this operation at this client through this wrapper.
@@ -7,14 +7,20 @@ from 0, the earlier askings of this operation at this client through this wrappe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+
+import torch
 
 from fedloom.engines.engine import Engine
 from fedloom.engines.local import taken
-from fedloom.messages import Failure, Replies, Take, Task, Traffic, Update, whole
+from fedloom.messages import Failure, Replies, Take, Task, Tensors, Traffic, Update, whole
+from fedloom.seeds import derive
 
 Fails = Callable[[Task, int], str | None]
+
+Lies = Callable[[Task, Update], Tensors]
+"""What a device says instead of the tensors that it made."""
 
 
 class Recording:
@@ -58,6 +64,48 @@ class Lossy:
     def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
         """Let the inner engine run every task, then lose some of the answers."""
         return taken(_without(tasks, _reasons(tasks, self.fails, self.asked), self.inner.run(tasks), reached=True), take)
+
+
+class Hostile:
+    """Devices that do what they are asked and then say something else, where they send tensors at all."""
+
+    def __init__(self, inner: Engine, who: Collection[int], lies: Lies) -> None:
+        self.inner, self.who, self.lies = inner, frozenset(who), lies
+
+    def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
+        """What the inner engine says, but for the tensors of those who lie."""
+        asked = {task.client: task for task in tasks}
+
+        def heard(update: Update) -> Update:
+            lies = update.client in self.who and update.tensors
+            return take(replace(update, tensors=self.lies(asked[update.client], update)) if lies else update)
+
+        return self.inner.run(tasks, heard)
+
+
+def scaled(by: float) -> Lies:
+    """The way from what was sent to what was made, taken ``by`` times (below 0: backwards)."""
+
+    def lies(task: Task, update: Update) -> Tensors:
+        came = {n: task.tensors[n] if n in task.tensors else torch.zeros_like(t) for n, t in update.tensors.items()}
+        return {n: came[n] + by * (t - came[n]) if t.is_floating_point() else t for n, t in update.tensors.items()}
+
+    return lies
+
+
+def noise(size: float, seed: int) -> Lies:
+    """Instead of that way, one of ``size`` times its length in a direction of its own."""
+
+    def lies(task: Task, update: Update) -> Tensors:
+        rng, made = derive(seed, "noise", update.client), {}
+        for n, t in update.tensors.items():
+            came = task.tensors[n] if n in task.tensors else torch.zeros_like(t)
+            drawn = torch.from_numpy(rng.standard_normal(t.numel())).view(t.shape).to(t.dtype) if t.is_floating_point() else t
+            length = (t - came).norm() / drawn.norm().clamp(min=1e-30) if t.is_floating_point() else 0
+            made[n] = came + size * length * drawn if t.is_floating_point() else t
+        return made
+
+    return lies
 
 
 def _reasons(tasks: Sequence[Task], fails: Fails, asked: Counter[tuple[str, int]]) -> dict[int, str]:

@@ -41,6 +41,7 @@ class Centralised:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """Nothing."""
+        pool.insist_on_the_mean(self.name, "nothing is averaged")
         return nothing_to_set_up(state)
 
     def round(self, state: State, pool: Pool) -> Flow[State]:

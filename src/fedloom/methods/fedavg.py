@@ -26,7 +26,6 @@ from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
 from fedloom.seeds import derive_int
-from fedloom.server.aggregation import Average
 from fedloom.server.participation import Pool, uniform
 
 
@@ -75,7 +74,7 @@ class FedAvg:
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """S_t trains; the server takes the mean by numbers of examples."""
         cohort = uniform(pool, state.round)
-        mean = Average()
+        mean = pool.average(state.shared)
         yield Asking([ask(self.train, k, state.shared, **self.clock(state.round, pool)) for k in cohort], mean.take)
         return state.after_round(mean.value())
 

@@ -9,7 +9,7 @@ A round costs |S_t| times what a turn of FedCyBGD does: compare at equal example
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedloom.client.client import Client
@@ -17,9 +17,9 @@ from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, on_clien
 from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
-from fedloom.server.aggregation import Average
 from fedloom.server.cycle import block_at
 from fedloom.server.participation import Pool, uniform
+from fedloom.server.robust import Rule
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class FedBAvg:
         return self.inner.init(model)
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
-        """As inner."""
-        return self.inner.setup(state, pool)
+        """As inner, which need not know by what rule the blocks will be averaged."""
+        return self.inner.setup(state, replace(pool, rule=Rule()))
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """S_t trains the round's block; the server takes the mean by numbers of examples."""
@@ -48,7 +48,7 @@ class FedBAvg:
         for client in uniform(pool, state.round):
             task, state = self.inner.turn(state, pool, pool.clients.index(client), at)
             tasks.append(task)
-        mean = Average()
+        mean = pool.average(state.shared)
         yield Asking(tasks, mean.take)
         return self.inner.replaced(state, at, mean.value())
 

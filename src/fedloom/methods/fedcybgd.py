@@ -79,6 +79,7 @@ class FedCyBGD:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """Every client has the pre-trained blocks: what it has seen of them is their state before the first turn."""
+        pool.insist_on_the_mean(self.name, "one client at a time hands a block on, and nothing is averaged")
         state = yield from self.inner.setup(state, pool)
         blocks = len(state.server["changed"])
         seen = torch.zeros(len(pool.clients), blocks, dtype=torch.int64)

@@ -33,7 +33,6 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.methods.prior import label_prior
 from fedloom.model.base import Model
-from fedloom.server.aggregation import Average
 from fedloom.server.participation import Pool, uniform
 
 
@@ -75,7 +74,7 @@ class FedEven:
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """S_t trains evenly; the server takes the mean by numbers of examples."""
         cohort = uniform(pool, state.round)
-        mean = Average()
+        mean = pool.average(state.shared)
         yield Asking([ask(self.train, k, state.shared, **self.inner.clock(state.round, pool)) for k in cohort], mean.take)
         return state.after_round(mean.value())
 

@@ -50,6 +50,7 @@ class FedExLora:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """As inner."""
+        pool.insist_on_the_mean(self.name, "its server needs the mean of the products")
         return self.inner.setup(state, pool)
 
     def round(self, state: State, pool: Pool) -> Flow[State]:

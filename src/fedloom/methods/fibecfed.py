@@ -46,7 +46,6 @@ from fedloom.model.adapters import is_factor, is_head, need_pairs, partner
 from fedloom.model.base import Model
 from fedloom.model.blocks import layer_of, layers
 from fedloom.seeds import Part, derive, derive_int
-from fedloom.server.aggregation import Average, weighted_mean
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import nbytes, only, without
 
@@ -179,9 +178,9 @@ class FibecFed:
         for i in range(own.head_rounds if own and own.head == "warm" and head else 0):
             cohort = uniform(pool, -1 - i)
             updates = yield from insist([ask(self.warm_head, k, only(shared, head), round=-1 - i) for k in cohort])
-            shared |= weighted_mean(updates)
+            shared |= pool.mean(updates, shared)
         answers = yield from insist([ask(self.inspect, k, shared) for k in pool.clients])
-        means = weighted_mean(answers)
+        means = pool.mean(answers)
         scores, adapted, told = means["layer_scores"].numpy(), sorted(layers(shared)), {}
         gal = self.gal
         if self.gal.lossless or self.keep_lossless:
@@ -200,7 +199,7 @@ class FibecFed:
         if self.gal.refresh and state.round and state.round % self.gal.refresh == 0:
             state = yield from self._choose_again(state, pool)
         cohort = uniform(pool, state.round)
-        mean = Average()
+        mean = pool.average(state.shared)
         yield Asking([ask(self.train, k, state.shared, **self.local.clock(state.round, pool)) for k in cohort], mean.take)
         return state.after_round(mean.value())
 
@@ -211,7 +210,7 @@ class FibecFed:
     def _choose_again(self, state: State, pool: Pool) -> Flow[State]:
         """Scores, GAL, and what changes hands between server and devices if it is another."""
         answers = yield from insist([ask(self.rescore, k, state.shared) for k in pool.clients])
-        scores, before = weighted_mean(answers)["layer_scores"].numpy(), list(state.facts["gal"])
+        scores, before = pool.mean(answers)["layer_scores"].numpy(), list(state.facts["gal"])
         gal = replace(self.gal, count=len(before))
         chosen = choose_gal(scores, list(state.facts["adapted"]), gal, pool.seed, state.round)
         shared = dict(state.shared)
@@ -220,7 +219,7 @@ class FibecFed:
             copies = yield from insist([ask(self.hand_over, k, layers=joining) for k in pool.clients])
             left = {n: t for n, t in shared.items() if layer_of(n) in leaving}
             yield from insist([ask(self.regroup, k, left, gal=chosen) for k in pool.clients])
-            shared = dict(sorted({**without(shared, left), **weighted_mean(copies)}.items()))
+            shared = dict(sorted({**without(shared, left), **pool.mean(copies)}.items()))
         now = {"gal": chosen, "layer_scores": scores.tolist()}
         history = [*state.facts["gal_history"], {"round": state.round, **now}]
         return replace(state, shared=shared, facts={**state.facts, **now, "gal_history": history})

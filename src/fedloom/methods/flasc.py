@@ -27,7 +27,6 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.adapters import is_factor, need_pairs
 from fedloom.model.base import Model
-from fedloom.server.aggregation import Average
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import only, without
 
@@ -74,7 +73,7 @@ class Flasc:
         sent = {**without(state.shared, pairs), **largest(joined(pairs), self.down)}
         names = sorted(pairs)
         shapes = {"names": names, "rows": [pairs[n].shape[0] for n in names], "columns": [pairs[n].shape[1] for n in names]}
-        mean, length = Average(), sum(t.numel() for t in pairs.values())
+        mean, length = pool.average(without(state.shared, pairs)), sum(t.numel() for t in pairs.values())
 
         def take(update: Update) -> Update:
             change = scattered(update.tensors, length)

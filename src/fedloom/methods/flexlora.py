@@ -57,6 +57,7 @@ class FlexLora:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """As inner."""
+        pool.insist_on_the_mean(self.name, "its server decomposes the mean of the products")
         return self.inner.setup(state, pool)
 
     def round(self, state: State, pool: Pool) -> Flow[State]:

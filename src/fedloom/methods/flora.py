@@ -62,6 +62,7 @@ class FLoRA:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """As inner."""
+        pool.insist_on_the_mean(self.name, "its server adds the devices' products up")
         return self.inner.setup(state, pool)
 
     def round(self, state: State, pool: Pool) -> Flow[State]:

@@ -34,6 +34,7 @@ class Handover:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """As inner."""
+        pool.insist_on_the_mean(self.name, "one client at a time hands the model on, and nothing is averaged")
         return self.inner.setup(state, pool)
 
     def round(self, state: State, pool: Pool) -> Flow[State]:

@@ -73,6 +73,7 @@ class HetLora:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """As inner; and every device's rank."""
+        pool.insist_on_the_mean(self.name, "its server weighs devices by the size of their products")
         state = yield from self.inner.setup(state, pool)
         ranks = torch.tensor([rank_of(k, self.ranks or quarters(rank_in(state.shared)), pool.seed) for k in pool.clients])
         return replace(state, server={**state.server, "ranks": ranks})

@@ -31,6 +31,7 @@ class Local:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """Every device receives the start once; afterwards nothing is shared."""
+        pool.insist_on_the_mean(self.name, "nothing is averaged")
         yield from insist([ask(self.receive, k, state.shared) for k in pool.clients])
         return (yield from self.inner.setup(replace(state, shared={}), pool))
 

@@ -15,7 +15,6 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict, receive
 from fedloom.model.adapters import is_head, need_head
 from fedloom.model.base import Model
-from fedloom.server.aggregation import Average
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import only, without
 
@@ -47,7 +46,7 @@ class PersonalHead:
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """FedAvg on the factors."""
         cohort = uniform(pool, state.round)
-        mean = Average()
+        mean = pool.average(state.shared)
         yield Asking([ask(self.train, k, state.shared, **self.inner.clock(state.round, pool)) for k in cohort], mean.take)
         return state.after_round(mean.value())
 

@@ -19,7 +19,6 @@ from fedloom.messages import Flow, Task, Tensors, Update, Work, ask, insist, on_
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
-from fedloom.server.aggregation import weighted_mean
 from fedloom.server.participation import Pool
 
 
@@ -49,7 +48,7 @@ class PriorCorrected:
         """Gather the label priors; send back their mean."""
         classes = int(state.facts["classes"])
         answers = yield from insist([ask(self.count, k, classes=classes) for k in pool.clients])
-        yield from insist([ask(self.receive, k, weighted_mean(answers)) for k in pool.clients])
+        yield from insist([ask(self.receive, k, pool.mean(answers)) for k in pool.clients])
         return (yield from self.inner.setup(state, pool))
 
     def round(self, state: State, pool: Pool) -> Flow[State]:

@@ -28,7 +28,6 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.adapters import is_down, is_up, need_pairs
 from fedloom.model.base import Model
-from fedloom.server.aggregation import Average
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import only
 
@@ -58,7 +57,7 @@ class RoLora:
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """S_t trains one factor and the head; the other factor stays as it is."""
         cohort = uniform(pool, state.round)
-        mean = Average()
+        mean = pool.average(state.shared)
         yield Asking([ask(self.train, k, state.shared, **self.inner.clock(state.round, pool)) for k in cohort], mean.take)
         return state.after_round({**state.shared, **mean.value()})
 

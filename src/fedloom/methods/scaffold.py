@@ -28,9 +28,7 @@ from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
-from fedloom.server.aggregation import Average
 from fedloom.server.participation import Pool, uniform
-from fedloom.tensors import Mean
 
 CONTROL = "control/"
 """Before a tensor's name: c or c_k for it."""
@@ -56,13 +54,13 @@ class Scaffold:
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """S_t trains; the server averages the models and adds what the devices' controls moved to its own."""
-        models, moved, answered = Average(), Mean(), 0
+        models, moved, answered = pool.average(state.shared), pool.average(), 0
 
         def take(update: Update) -> Update:
             nonlocal answered
             answered += 1
             controls, model = parted(update.tensors)
-            moved.add(1.0, controls)
+            moved.take(replace(update, tensors=controls, num_examples=1))
             return models.take(replace(update, tensors=model))
 
         clock = self.inner.clock(state.round, pool)

@@ -30,7 +30,6 @@ from fedloom.model.adapters import is_beneath, is_factor, need_pairs
 from fedloom.model.base import Model
 from fedloom.model.factors import need_zero_start, refactored
 from fedloom.seeds import derive_int
-from fedloom.server.aggregation import Average
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import only, without
 
@@ -82,7 +81,7 @@ class SLora:
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """FedAvg of what is shared; after R_1 rounds what moved becomes the pairs' start."""
-        cohort, mean = uniform(pool, state.round), Average()
+        cohort, mean = uniform(pool, state.round), pool.average(state.shared)
         op = self.tune if any(n.startswith(MOVED) for n in state.shared) else self.train
         yield Asking([ask(op, k, state.shared, **self.inner.clock(state.round, pool)) for k in cohort], mean.take)
         after = state.after_round(mean.value())

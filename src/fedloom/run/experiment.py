@@ -21,6 +21,7 @@ from fedloom.model.adapters import Adapter
 from fedloom.model.base import Precision
 from fedloom.run.devices import named as device_named
 from fedloom.run.reading import full_name
+from fedloom.server.robust import Rule
 
 
 class ExperimentError(ValueError):
@@ -78,6 +79,8 @@ class Experiment:
         label: label column; of instructions what devices are skewed by; of tagging the tags' (empty: found).
         metric: headline metric: auto (by the data's name), accuracy, mcc or f1; answers have token_accuracy, tags entity_f1, always.
         quorum: share of a cohort that must answer for a round to count.
+        aggregation: what the server makes of a round's updates: mean, or a rule that a share of hostile devices cannot sway, as NAME or
+            NAME:SHARE (0.25): median, trimmed, krum, multi-krum, geometric-median, clip.
         device: profile for simulated device time: jetson, laptop or phone.
         engine: how to compute.
     """
@@ -108,6 +111,7 @@ class Experiment:
     label: str = ""
     metric: Literal["auto", "accuracy", "mcc", "f1"] = "auto"
     quorum: float = 1.0
+    aggregation: str = "mean"
     device: str = "jetson"
     engine: EngineSettings = field(default_factory=EngineSettings)
 
@@ -137,6 +141,10 @@ class Experiment:
             raise ExperimentError(f"--cohort {self.cohort} is more than --clients {self.clients}; a cohort is drawn from the clients")
         if not 0 < self.quorum <= 1:
             raise ExperimentError(f"--quorum is {self.quorum}; it is a share of the cohort, above 0 and at most 1")
+        try:
+            self.rule.insist_on(self.cohort)
+        except ValueError as error:
+            raise ExperimentError(f"--aggregation {self.aggregation}: {error}") from error
         for name in ("stack", "threads", "workers"):
             if getattr(self.engine, name) < 0:
                 raise ExperimentError(f"--engine.{name} is {getattr(self.engine, name)}; it must be 0 (automatic) or more")
@@ -150,6 +158,11 @@ class Experiment:
     def method_name(self) -> str:
         """The method's name, with its curriculum's where that is not the method's own: ``lora``, ``lora+voc``."""
         return full_name(as_json(self.method))
+
+    @property
+    def rule(self) -> Rule:
+        """The rule of aggregation."""
+        return Rule.of(self.aggregation)
 
     @property
     def trained(self) -> Adapter:

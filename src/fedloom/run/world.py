@@ -76,7 +76,7 @@ class World:
     def pool(self) -> Pool:
         """The clients, cohort size, rounds and seed."""
         e = self.experiment
-        return Pool(tuple(range(e.clients)), e.cohort, e.rounds, e.seed)
+        return Pool(tuple(range(e.clients)), e.cohort, e.rounds, e.seed, e.rule)
 
     @property
     def classes(self) -> tuple[str, ...]:

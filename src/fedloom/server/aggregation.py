@@ -1,8 +1,7 @@
-"""How the server makes one set of tensors out of many."""
+"""How the server makes one set of tensors out of many that it believes. Where it does not: ``robust.py``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,22 +13,10 @@ HELD = 2**28
 """Bytes of updates that wait to be summed together: summing each by itself would read and write all sums each time."""
 
 
-def weighted_mean(updates: Sequence[Update]) -> dict[str, torch.Tensor]:
+class Average:
     """Σ_k p_k x^k with p_k = n_k / Σ_j n_j (FedAvg, 1602.05629): each named tensor averaged by the clients' numbers of examples.
 
-    Sums in float64 and returns each tensor in its own dtype.
-
-    Raises:
-        ValueError: no updates, no examples, or updates that differ in names or shapes.
-    """
-    mean = Average(held=0)
-    for update in updates:
-        mean.take(update)
-    return mean.value()
-
-
-class Average:
-    """The same of updates that come one after another and are not kept: ``yield Asking(tasks, average.take)``.
+    Sums in float64, returns each tensor in its own dtype, and keeps no update: ``yield Asking(tasks, average.take)``.
 
     However many clients a round has, in memory are the first one's update, ``held`` bytes of others, and the sums.
     """
@@ -38,7 +25,11 @@ class Average:
         self._mean, self._clients = Mean(held), list[int]()
 
     def take(self, update: Update) -> Update:
-        """Take an update in; what is kept of it has no tensors."""
+        """Take an update in; what is kept of it has no tensors.
+
+        Raises:
+            ValueError: it differs from the first in names or shapes.
+        """
         self._mean.add(float(update.num_examples), update.tensors)
         self._clients.append(update.client)
         return replace(update, tensors={})

@@ -2,23 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+import torch
+
+from fedloom.messages import Tensors, Update
 from fedloom.seeds import derive
+from fedloom.server.robust import Averaging, Rule
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The clients that exist (by id), how many are drawn a round, and the experiment's seed and number of rounds T."""
+    """The clients that exist (by id), how many are drawn a round, the experiment's seed, number of rounds T and rule of aggregation."""
 
     clients: tuple[int, ...]
     cohort: int
     rounds: int
     seed: int
+    rule: Rule = field(default_factory=Rule)
 
     def __post_init__(self) -> None:
         if not 1 <= self.cohort <= len(self.clients):
             raise ValueError(f"a cohort of {self.cohort} cannot be drawn from {len(self.clients)} clients; use 1 to {len(self.clients)}")
+
+    def average(self, sent: Tensors | None = None) -> Averaging:
+        """What a round's updates are aggregated with, by the experiment's rule. ``sent``: the tensors that the devices started from."""
+        return self.rule.averaging(sent or {}, self.cohort)
+
+    def mean(self, updates: Sequence[Update], sent: Tensors | None = None) -> dict[str, torch.Tensor]:
+        """The same of updates that are all here."""
+        mean = self.average(sent)
+        for update in updates:
+            mean.take(update)
+        return mean.value()
+
+    def insist_on_the_mean(self, method: str, because: str) -> None:
+        """For methods whose server does something else with updates than to aggregate them by name.
+
+        Raises:
+            ValueError: another rule was asked for.
+        """
+        if self.rule != Rule():
+            raise ValueError(
+                f"'{method}' cannot follow aggregation '{self.rule.name}': {because}. Leave --aggregation out, or choose a method that "
+                "averages tensor by tensor (lora, fibecfed, federa, fedopt, ...)"
+            )
 
 
 def uniform(pool: Pool, round: int) -> tuple[int, ...]:
