@@ -62,6 +62,18 @@ def test_no_rule_lets_one_device_take_the_model_away(name: str, rule: str, lies:
     assert furthest(trained(name, rule, lies)) < 2 * furthest(trained(name, rule, None)) + 1
 
 
+def test_a_device_that_lies_in_the_set_up_does_not_choose_the_layers() -> None:
+    def chosen(rule: str, lying: bool) -> list[int]:
+        here = world("fibecfed", rule)
+        engine: Any = Local(here.host(ClientStore()))
+        engine = Hostile(engine, [2], lambda task, update: {n: -1e9 * t.flip(0) for n, t in update.tensors.items()}) if lying else engine
+        method = here.experiment.method
+        return list(drive(method.setup(method.init(here.model), here.pool), engine, quorum=0).facts["gal"])
+
+    assert chosen("median", True) == chosen("median", False)
+    assert chosen("mean", True) != chosen("mean", False), "the lie is one that a mean believes"
+
+
 @pytest.mark.parametrize("name", sorted(REFUSING))
 def test_a_method_that_does_not_average_says_so_before_it_trains(name: str) -> None:
     with pytest.raises(ValueError, match=f"'{name}' cannot follow aggregation 'median': "):

@@ -111,7 +111,7 @@ def other(value: Any) -> Any:
         case float():
             return value * 0.75 or 0.5
         case str():
-            return {"float32": "bf16", "auto": "mcc", "jetson": "phone"}.get(value, value + "x")
+            return {"float32": "bf16", "auto": "mcc", "jetson": "phone", "mean": "median"}.get(value, value + "x")
         case tuple():
             return (*value, "z")
     raise AssertionError(value)
@@ -164,7 +164,7 @@ def changed(**fields: Any) -> dict[str, Any]:
 
 
 BAD_JSON = {
-    "an unknown field": (changed(speed=3), r"the experiment has no fields \['speed'\]; it has \['adapter', 'alpha'"),
+    "an unknown field": (changed(speed=3), r"the experiment has no fields \['speed'\]; it has \['adapter', 'aggregation', 'alpha'"),
     "no method": (changed(method=None), "names no method"),
     "a nameless method": (changed(method={"lr": 1.0}), "names no method"),
     "an unknown method field": (
@@ -223,6 +223,8 @@ IMPOSSIBLE = [
     ({"alpha": float("nan")}, "--alpha is nan"),
     ({"cohort": 11, "clients": 10}, "--cohort 11 is more than --clients 10"),
     ({"quorum": 0.0}, "--quorum is 0.0"),
+    ({"aggregation": "krumm"}, "--aggregation krumm: no aggregation 'krumm'; there are mean, median"),
+    ({"aggregation": "krum", "cohort": 4}, "--aggregation krum: .* wants a cohort of 5 or more"),
     ({"quorum": 1.1}, "--quorum is 1.1"),
     ({"engine": EngineSettings(stack=-1)}, "--engine.stack is -1"),
     ({"engine": EngineSettings(threads=-1)}, "--engine.threads is -1; it must be 0"),
