@@ -120,7 +120,11 @@ class Packer:
             WireError: something in the message may not cross.
         """
         if isinstance(message, Task):
-            body: dict[str, Any] = {"kind": "task", "op": _text("the operation", message.op), "settings": checked_settings(message.settings)}
+            body: dict[str, Any] = {
+                "kind": "task",
+                "op": _text("the operation", message.op),
+                "settings": checked_settings(message.settings),
+            }
         else:
             body = {
                 "kind": "update",
@@ -130,7 +134,9 @@ class Packer:
                 "examples": int(message.examples),
             }
             _insist_countable(body["num_examples"], body["examples"], body["flops"])
-        head = json.dumps({"version": VERSION, "digest": self.digest, "client": _number("client", int(message.client)), **body}, sort_keys=True)
+        head = json.dumps(
+            {"version": VERSION, "digest": self.digest, "client": _number("client", int(message.client)), **body}, sort_keys=True
+        )
         if list(message.tensors) != list(self._last) or any(message.tensors[name] is not last for name, last in self._last.items()):
             self._places, self._data = _laid_out(message.tensors)
             self._entries, self._last = _entries(self._places), dict(message.tensors)

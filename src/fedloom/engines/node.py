@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from fedloom.engines.flower import SERIALISATION  # noqa: F401  first: it switches off what Flower must not do
 
@@ -113,7 +113,10 @@ def asked(address: str, credentials: Credentials, path: str) -> dict[str, Any]:
     except httpx.HTTPError as error:
         _insist_certified(address, error)
         raise OSError(f"nobody answers at {address} ({error}); is fedloom serve running there?") from error
-    return dict(reply.json())
+    try:
+        return dict(reply.json())
+    except (ValueError, TypeError, RecursionError) as error:
+        raise OSError(f"what answers at {address} is no fedloom serve ({type(error).__name__})") from error
 
 
 def _insist_certified(address: str, error: Exception) -> None:
@@ -200,7 +203,13 @@ class Node:
         found = client.PullMessages(PullMessagesRequest(node=node))
         if not found.messages_list:
             return False
-        message = self._fetched(client, node, message_from_proto(found.messages_list[0]), found.message_object_trees[0])
+        try:
+            message = self._fetched(client, node, message_from_proto(found.messages_list[0]), found.message_object_trees[0])
+        except (httpx.HTTPError, OSError):
+            raise
+        except Exception as error:  # Flower trusts what the server lays out
+            log.warning("a message that cannot be read was passed over", exc_info=error)
+            return False
         if message is None:
             return True
         started, context = time.monotonic(), Context(message.metadata.run_id, self._id, {}, RecordDict(), {})
@@ -228,7 +237,9 @@ class Node:
                     time.sleep(QUICKEST)
         client.ConfirmMessageReceived(ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=name))
         with no_object_id_recompute():
-            whole = cast(Message, inflate_object_from_contents(name, contents))
+            whole = inflate_object_from_contents(name, contents)
+        if not isinstance(whole, Message) or not isinstance(whole.content, RecordDict):
+            raise TypeError(f"a {type(whole).__name__} is no message with content")
         whole.metadata.__dict__["_message_id"] = name
         return whole
 
