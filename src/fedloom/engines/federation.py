@@ -205,7 +205,7 @@ class Federation:
         """Take in one reply: go on to the task after a greeting, greet whoever asks for it, keep the rest."""
         client = sent.task.client
         if reply.has_error():
-            code, reason = reply.error.code, reply.error.reason[:LONGEST] or "no reason given"
+            code, reason = reply.error.code, (reply.error.reason or "no reason given")[:LONGEST]
             if code == UNGREETED and sent.greeted < 2:
                 self._greeted.discard(client)
                 self._send(sent.task, packer, out, sizes, answers, sent.greeted + 1)
