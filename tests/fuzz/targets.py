@@ -26,10 +26,12 @@ from fedloom.client.elsewhere import Elsewhere
 from fedloom.client.store import ClientStore, StoreError, read_index
 from fedloom.engines.workers import Start, WorkerError, receive
 from fedloom.messages import Failure, Task, Update
+from fedloom.methods import named
 from fedloom.methods.method import State
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import CheckpointError, Saved
 from fedloom.run.evaluation import counts_well
+from fedloom.run.experiment import Experiment, as_json, from_json
 from fedloom.run.statistics import tallies
 from fedloom.tensors import fingerprint
 from fedloom.wire import WireError, checked_settings, digest_of, pack, unpack
@@ -42,6 +44,7 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     from fedloom.engines.federation import BLOB, CLIENT, GREETING, STATE, TO, TOLD, UNGREETED, Federation, Patience, device_app
     from fedloom.engines.flower import REFUSED, boxed, carried, unboxed
     from fedloom.engines.link import Link, authenticated, only_own
+    from fedloom.engines.node import Credentials, Node
     from fedloom.engines.resident import Resident
     from fedloom.run import federation as both_ends
 
@@ -50,12 +53,13 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
     from flwr.app.message import remove_content_from_message
     from flwr.common.serde import message_to_proto
-    from flwr.proto.fleet_pb2 import PushMessagesRequest
-    from flwr.proto.message_pb2 import ObjectTree, PushObjectRequest
+    from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest, PushMessagesResponse
+    from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse, PushObjectRequest
     from flwr.proto.node_pb2 import Node as FlowerNode
-    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id, get_object_tree
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id, get_object_tree, iterate_object_tree
     from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
     from flwr.superlink.servicer.fleet import fleet_handlers
+    from google.protobuf.message import DecodeError
     from starlette.requests import Request
 
 DIGEST = "0123456789abcdef"
@@ -711,6 +715,88 @@ class Status(Target):
         return "lines"
 
 
+class Fetched(Target):
+    """A device's node, given what a server lays out: it answers, or passes it over; only a broken connection ends its round."""
+
+    name, weight, refusals = "node.answer_next", 5, (OSError,)
+
+    def __init__(self, folder: Path) -> None:
+        Target.__init__(self, folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Link({3: b"key"})
+        self.app = device_app(Answering(folder))
+        private, _ = generate_key_pairs()
+        self.node = Node("127.0.0.1:1", Credentials(private, None), self.app, lambda text: None)
+
+    def case(self, rng: Random) -> tuple[bytes, dict[str, bytes]]:
+        content = RecordDict({BLOB: boxed(rng.choice(PACKED_TASKS)), TO: ConfigRecord({CLIENT: 3, STATE: ""})})
+        message = arrived(
+            changed_records(rng, content, PACKED_TASKS) if rng.random() < 0.3 else content,
+            rng.choice([MessageType.TRAIN, MessageType.TRAIN, MessageType.QUERY, "query.a"]),
+        )
+        parts = {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
+        message.metadata.__dict__["_message_id"] = message.object_id
+        found = PullMessagesResponse(
+            messages_list=[message_to_proto(remove_content_from_message(message))], message_object_trees=[get_object_tree(message)]
+        )
+        if rng.random() < 0.6:
+            name = rng.choice(list(parts))
+            parts[name] = changed_bytes(rng, parts[name], list(parts.values()))
+        blob = found.SerializeToString()
+        return changed_bytes(rng, blob, [blob]) if rng.random() < 0.3 else blob, parts
+
+    def put(self, case: tuple[bytes, dict[str, bytes]]) -> str:
+        try:
+            found = PullMessagesResponse.FromString(case[0])
+        except DecodeError:
+            return "no protobuf"
+        server = Laid(found, case[1])
+        answered = self.node._answer_next(server, FlowerNode(node_id=7))  # type: ignore[arg-type]
+        return f"{'answered' if server.pushed else 'withdrawn'}" if answered else "passed over"
+
+
+class Laid:
+    """What the server laid out, as a client of the Fleet API sees it."""
+
+    def __init__(self, found: PullMessagesResponse, parts: dict[str, bytes]) -> None:
+        self.found, self.parts, self.pushed = found, parts, 0
+
+    def PullMessages(self, request: Any) -> PullMessagesResponse:
+        return self.found
+
+    def PullObject(self, request: Any) -> PullObjectResponse:
+        held = request.object_id in self.parts
+        return PullObjectResponse(object_found=held, object_available=held, object_content=self.parts.get(request.object_id, b""))
+
+    def ConfirmMessageReceived(self, request: Any) -> None:
+        request.SerializeToString()
+
+    def PushMessages(self, request: Any) -> PushMessagesResponse:
+        request.SerializeToString()
+        self.pushed += 1
+        return PushMessagesResponse(objects_to_push=[one.object_id for one in iterate_object_tree(request.message_object_trees[0])])
+
+    def PushObject(self, request: Any) -> None:
+        request.SerializeToString()
+
+
+class Told(Target):
+    """``experiment.from_json``, which a device reads a greeting's experiment with."""
+
+    name, weight, refusals = "experiment.from_json", 4, (ValueError,)
+
+    def __init__(self, folder: Path) -> None:
+        Target.__init__(self, folder)
+        self.experiments = [json.loads(json.dumps(as_json(Experiment(named(name)())))) for name in ("lora", "fibecfed", "ditto", "flora")]
+
+    def case(self, rng: Random) -> Any:
+        return changed_json(rng, rng.choice(self.experiments))
+
+    def put(self, case: Any) -> str:
+        return f"experiment {len(from_json(case).digest())}"
+
+
 TARGETS: list[type[Target]] = [
     Unpacked,
     Digest,
@@ -727,4 +813,6 @@ TARGETS: list[type[Target]] = [
     Checkpoint,
     Counts,
     Status,
+    Fetched,
+    Told,
 ]
