@@ -16,7 +16,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ class Node:
                     self._activate(client)
                     failed = 0
                     self._answer_all(client, stop)
-            except (httpx.HTTPError, OSError) as error:
+            except (httpx.HTTPError, OSError, ValueError) as error:  # ValueError: what answers is no protobuf, so it is no such server
                 self._insist_belonging(error)
                 self._tell_away(_why(error))
                 failed += 1
@@ -195,7 +195,7 @@ class Node:
         while not gone.wait(HEARTBEAT_MIN_INTERVAL / 3):
             try:
                 client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT_MIN_INTERVAL))
-            except httpx.HTTPError as error:
+            except (httpx.HTTPError, ValueError) as error:
                 log.debug("no heartbeat: %s", error)
 
     def _answer_next(self, client: FleetHttpClient, node: FlowerNode) -> bool:
@@ -258,7 +258,9 @@ class Node:
     def _insist_belonging(self, error: Exception) -> None:
         """Raise what no waiting will mend."""
         _insist_certified(self.address, error)
-        told = FlowerError.from_json(error.response.text) if isinstance(error, httpx.HTTPStatusError) else None
+        told = None
+        with suppress(ValueError, TypeError, RecursionError):  # whoever answers there may say anything
+            told = FlowerError.from_json(error.response.text) if isinstance(error, httpx.HTTPStatusError) else None
         if told is not None and told.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
             raise Refused(
                 f"the server at {self.address} does not know this device's key; its public half must lie in the server's folder of devices"
