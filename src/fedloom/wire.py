@@ -19,6 +19,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import attrgetter, itemgetter
+from reprlib import Repr
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,10 +50,22 @@ EXPONENT = {torch.bfloat16: np.uint16(0x7F80), torch.float16: np.uint16(0x7C00)}
 """The exponent bits of the 16-bit floats; all of them are set in NaN and infinity, and in nothing else."""
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 """What Python takes for a character and no encoding does."""
+DIMENSIONS = 64
+"""How many a tensor may have; NumPy has no more."""
+LONGEST = 1000
+"""Characters of an error that are told: what arrives may be of any length, and its faults end in logs and results."""
+COUNTED, WORKED = 2**53, 2.0**200
+"""What numbers of examples, and of floating-point operations, stay below: sums of them are exact, and finite."""
+SHORT = Repr()
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 200
+"""Shows a value of any size and depth in little space."""
 
 
 class WireError(ValueError):
     """A message that may not cross: what was wrong with it, and what would be right."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(said if len(said) <= LONGEST else f"{said[:LONGEST]} ...")
 
 
 def checked_settings(settings: Mapping[str, Any]) -> dict[str, Setting]:
@@ -62,7 +75,7 @@ def checked_settings(settings: Mapping[str, Any]) -> dict[str, Setting]:
         WireError: any other value; None, dict and tuple of mixed kinds are refused as deployment refuses them.
     """
     if not isinstance(settings, Mapping):
-        raise WireError(f"settings are {settings!r}; they must map names to values")
+        raise WireError(f"settings are {SHORT.repr(settings)}; they must map names to values")
     return {_name(name): _setting(name, value) for name, value in settings.items()}
 
 
@@ -107,7 +120,11 @@ class Packer:
             WireError: something in the message may not cross.
         """
         if isinstance(message, Task):
-            body: dict[str, Any] = {"kind": "task", "op": message.op, "settings": checked_settings(message.settings)}
+            body: dict[str, Any] = {
+                "kind": "task",
+                "op": _text("the operation", message.op),
+                "settings": checked_settings(message.settings),
+            }
         else:
             body = {
                 "kind": "update",
@@ -116,7 +133,10 @@ class Packer:
                 "flops": float(message.flops),
                 "examples": int(message.examples),
             }
-        head = json.dumps({"version": VERSION, "digest": self.digest, "client": int(message.client), **body}, sort_keys=True)
+            _insist_countable(body["num_examples"], body["examples"], body["flops"])
+        head = json.dumps(
+            {"version": VERSION, "digest": self.digest, "client": _number("client", int(message.client)), **body}, sort_keys=True
+        )
         if list(message.tensors) != list(self._last) or any(message.tensors[name] is not last for name, last in self._last.items()):
             self._places, self._data = _laid_out(message.tensors)
             self._entries, self._last = _entries(self._places), dict(message.tensors)
@@ -148,17 +168,16 @@ def unpack(blob: bytes, digest: str) -> Task | Update:
         raise WireError(f"message of wire version {header['version']}; this is version {VERSION}: use the same release on both sides")
     if header["digest"] != digest:
         raise WireError(f"message of experiment {header['digest']!r}; this is experiment {digest!r}")
-    kind, client = header["kind"], _field(header, "client", int)
+    kind, client = header["kind"], _number("client", _field(header, "client", int))
     if kind not in ("task", "update"):
         raise WireError(f"message of kind {kind!r}; there are 'task' and 'update'")
     places = _found(entries, len(bits))
     tensors = _tensors(bits, places)
     if kind == "task":
-        return Task(_field(header, "op", str), client, tensors, checked_settings(_field(header, "settings", dict)))
+        return Task(_text("the operation", _field(header, "op", str)), client, tensors, checked_settings(_field(header, "settings", dict)))
     count, examples, flops = (_field(header, name, of) for name, of in (("num_examples", int), ("examples", int), ("flops", float)))
     _insist_finite(bits, places)
-    if count < 0 or examples < 0 or not 0 <= flops < math.inf:
-        raise WireError(f"an update with num_examples {count}, examples {examples}, flops {flops}; none may be negative or not finite")
+    _insist_countable(count, examples, flops)
     return Update(client, count, tensors, checked_settings(_field(header, "metrics", dict)), flops, examples)
 
 
@@ -229,6 +248,10 @@ def _found(entries: Mapping[str, Any], size: int) -> list[Place]:
         numbers = [number for place in places for number in (place.begin, place.end, *place.shape)]
         if not set(map(type, numbers)) <= {int} or min(numbers, default=0) < 0 or not set(map(len, entries.values())) <= {3}:
             raise ValueError("an entry must be a dtype, a shape and two offsets, all of them whole numbers from 0 on")
+        if not {type(place.shape) for place in places} <= {list} or max((len(place.shape) for place in places), default=0) > DIMENSIONS:
+            raise ValueError(f"a shape must be a list of at most {DIMENSIONS} numbers")
+        if max(numbers, default=0) >= 2**63:  # the product of many such numbers would take minutes
+            raise ValueError("a number of an entry has more than 64 bits")
         at = 0
         for name, dtype, shape, begin, end in places:
             if begin != at or begin % dtype.itemsize or end - begin != math.prod(shape) * dtype.itemsize:
@@ -293,9 +316,34 @@ def _blocks(numbers: np.ndarray, size: int = 2**18) -> Iterator[np.ndarray]:
 def _field(header: Mapping[str, Any], name: str, kind: type[Any]) -> Any:
     """The header's field, which must be of exactly this kind."""
     if name not in header or type(header[name]) is not kind:
-        found = repr(header[name]) if name in header else "not there"
+        found = SHORT.repr(header[name]) if name in header else "not there"
         raise WireError(f"the message's field '{name}' is {found}; it must be a {kind.__name__}")
     return header[name]
+
+
+def _insist_countable(count: int, examples: int, flops: float) -> None:
+    """Insist on numbers that sums over many updates, and means weighted by them, can be made of.
+
+    Raises:
+        WireError: they are negative, not finite, or beyond what any device has.
+    """
+    if not (0 <= count < COUNTED and 0 <= examples < COUNTED and 0 <= flops < WORKED):
+        raise WireError(
+            f"an update with num_examples {SHORT.repr(count)}, examples {SHORT.repr(examples)}, flops {flops}; "
+            "none may be negative or not finite, nor beyond what can be added up"
+        )
+
+
+def _number(what: str, value: int) -> int:
+    if not -(2**63) <= value < 2**63:
+        raise WireError(f"{what} is an integer of {value.bit_length()} bits; 64 may cross")
+    return value
+
+
+def _text(what: str, value: str) -> str:
+    if LONE_SURROGATE.search(value):
+        raise WireError(f"{what} is {SHORT.repr(value)}, which no encoding can write; leave its lone surrogates out")
+    return value
 
 
 def _name(name: object) -> str:
@@ -305,16 +353,16 @@ def _name(name: object) -> str:
 
 
 def _setting(name: str, value: Any) -> Setting:
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise WireError(f"setting '{name}' is an integer of {value.bit_length()} bits; 64 may cross")
-    if isinstance(value, bool | int | str):
-        return value
+    if isinstance(value, list | tuple):
+        items = [item if isinstance(item, list | tuple) else _setting(name, item) for item in value]  # nothing nests
+        if len({type(item) for item in items}) <= 1 and all(isinstance(item, str | int | float) for item in items):
+            return items  # type: ignore[return-value]
+    if isinstance(value, int):
+        return _number(f"setting '{name}'", value)
+    if isinstance(value, str):
+        return _text(f"setting '{name}'", value)
     if isinstance(value, float):
         if not math.isfinite(value):
             raise WireError(f"setting '{name}' is {value}; settings must be finite")
         return value
-    if isinstance(value, list | tuple):
-        items = [_setting(name, item) for item in value]
-        if len({type(item) for item in items}) <= 1 and all(isinstance(item, str | int | float) for item in items):
-            return items  # type: ignore[return-value]
-    raise WireError(f"setting '{name}' is {value!r}; a setting is a str, int, float or bool, or a list of one of these kinds")
+    raise WireError(f"setting '{name}' is {SHORT.repr(value)}; a setting is a str, int, float or bool, or a list of one of these kinds")

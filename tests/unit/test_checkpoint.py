@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -177,3 +178,41 @@ def test_only_one_process_at_a_time(tmp_path: Path) -> None:
             pass
     with only_one(tmp_path / "run"):
         pass
+
+
+def resigned(folder: Path, **changes: Any) -> None:
+    """The checkpoint with other fields, and the digest that belongs to them."""
+    path = folder / "checkpoints" / "latest.json"
+    body = {**json.loads(path.read_text()), **changes}
+    body = {name: value for name, value in body.items() if name != "sha256" and value is not ...}
+    path.write_text(json.dumps({"sha256": checkpoint._digest(body), **body}))
+
+
+UNUSABLE: dict[str, dict[str, Any]] = {
+    "no round": {"round": ...},
+    "a round that is text": {"round": "1"},
+    "facts that are a list": {"facts": []},
+    "no totals": {"totals": ...},
+    "data that is a number": {"data": 1},
+    "a server's file elsewhere": {"server": "../../server-0123456789abcdef.safetensors"},
+    "a server's file that is no text": {"server": 3},
+    "clients that are a list": {"clients": ["1"]},
+    "a client that is none": {"clients": {"x": "client-1-0123456789abcdef.safetensors"}},
+}
+
+
+@pytest.mark.parametrize("changes", UNUSABLE.values(), ids=UNUSABLE)
+def test_a_checkpoint_that_matches_its_digest_and_cannot_be_used_is_corrupt(tmp_path: Path, changes: dict[str, Any]) -> None:
+    written(tmp_path)
+    resigned(tmp_path)
+    assert checkpoint.load(tmp_path, stores(tmp_path)) is not None
+    resigned(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match="is corrupt"):
+        checkpoint.load(tmp_path, stores(tmp_path))
+
+
+def test_a_checkpoint_nested_without_end_is_corrupt(tmp_path: Path) -> None:
+    written(tmp_path)
+    (tmp_path / "checkpoints" / "latest.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="is corrupt"):
+        checkpoint.load(tmp_path, stores(tmp_path))

@@ -110,3 +110,12 @@ def test_no_rows_yet(tmp_path: Path) -> None:
 
 def test_memory_never_falls() -> None:
     assert peak_rss_bytes() <= peak_rss_bytes()
+
+
+@pytest.mark.parametrize("update", [Update(1, 5, {}, {"loss": "low"}), Update(1, 5, {}, {"loss": [0.5]}), Update(1, 0, {}, {"loss": 9.0})])
+def test_a_loss_that_is_no_number_or_of_no_examples_is_not_counted(tmp_path: Path, update: Update) -> None:
+    section = Ledger(tmp_path, PROFILE).section()
+    section.hear([], Replies((update,), (), (Traffic(1, 1, 1, 0.0, 0),)))
+    assert section.loss is None
+    section.hear([], replies())
+    assert section.loss == (30 * 1.0 + 10 * 3.0) / 40

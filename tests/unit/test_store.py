@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from fedloom.client import store as module
-from fedloom.client.store import FILE, MANY, ClientStore, StoreError
+from fedloom.client.elsewhere import Elsewhere
+from fedloom.client.store import FILE, MANY, ClientStore, StoreError, read_index
 from fedloom.tensors import fingerprint
 
 
@@ -287,3 +288,34 @@ def test_the_size_of_a_clients_file_is_known(tmp_path: Path) -> None:
     store.save(1, {"a": torch.zeros(1000)}, {})
     assert store.size(1) == (tmp_path / store.name(1)).stat().st_size > 4000
     assert ClientStore().size(1) == 0
+
+
+NO_NAMES = {
+    "a path": "../client-3-0123456789abcdef.safetensors",
+    "a zero too many": "client-03-0123456789abcdef.safetensors",
+    "digits of another script": "client-\u0663-0123456789abcdef.safetensors",
+    "minus nothing": "client--0-0123456789abcdef.safetensors",
+    "more digits than a number may have": f"client-{'3' * 5000}-0123456789abcdef.safetensors",
+    "a line more": "client-3-0123456789abcdef.safetensors\n",
+    "another client": "client-4-0123456789abcdef.safetensors",
+    "no text": 3,
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("name", NO_NAMES.values(), ids=NO_NAMES)
+def test_an_index_names_each_clients_own_state_and_nothing_else(name: object) -> None:
+    for store in (ClientStore(), Elsewhere()):
+        with pytest.raises(StoreError, match="is no client file of client '3'"):
+            store.restore({"3": name})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("client", ["x", "03", "\u0663", "", "3 "])
+def test_an_index_has_each_client_once_and_in_one_way(client: str) -> None:
+    with pytest.raises(StoreError, match="is no client file"):
+        ClientStore().restore({client: "client-3-0123456789abcdef.safetensors"})
+
+
+def test_what_an_index_says_is_what_it_comes_to() -> None:
+    index = {"-1": "client--1-0123456789abcdef.safetensors", "0": "client-0-0123456789abcdef.safetensors"}
+    assert read_index(index) == {-1: index["-1"], 0: index["0"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -520,3 +521,69 @@ def test_a_message_of_the_right_experiment_only() -> None:
     blob = pack(TASK, DIGEST)
     with pytest.raises(WireError, match="this is experiment 'another'"):
         unpack(blob, "another")
+
+
+SHAPES = {"text": ("", 4), "an object": ({}, 4), "sixty-five dimensions": ([1] * 65, 4), "numbers of 65 bits": ([0, 2**64], 0)}
+
+
+@pytest.mark.parametrize(("shape", "size"), SHAPES.values(), ids=SHAPES)
+def test_a_shape_is_a_short_list_of_numbers_of_64_bits(shape: object, size: int) -> None:
+    with pytest.raises(WireError, match="a shape must be a list of at most 64|more than 64 bits"):
+        unpack(listing({"a": f32(shape, 0, size)}, size), DIGEST)
+
+
+def test_a_shape_of_very_large_numbers_is_refused_at_once() -> None:
+    began = time.monotonic()
+    with pytest.raises(WireError, match="a shape must be a list"):
+        unpack(listing({"a": f32([10**4290] * 400, 0, 4)}, 4), DIGEST)
+    assert time.monotonic() - began < 1.0, "their product alone would take many seconds"
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("depth", [1, 2, 300, 500, 800, 950])
+def test_a_setting_of_any_depth_is_refused(depth: int) -> None:
+    with pytest.raises(WireError, match="setting 'a' is"):
+        unpack(forged(settings={"a": nested(depth)}), DIGEST)
+
+
+MORE_FORGED = {
+    "a client beyond 64 bits": (forged(client=10**4000), "client is an integer of 13288 bits; 64 may cross"),
+    "an operation that is no text": (forged(op="\ud800"), "the operation is '\\ud800', which no encoding can write"),
+    "a setting that is no text": (forged(settings={"a": ["x", "\ud800"]}), "setting 'a' is '\\ud800', which no encoding can write"),
+    "examples beyond counting": (forged(kind="update", num_examples=2**53, examples=0, flops=0.0, metrics={}), "beyond what can be"),
+    "work beyond counting": (forged(kind="update", num_examples=1, examples=0, flops=1e308, metrics={}), "beyond what can be"),
+    "work on examples beyond counting": (forged(kind="update", num_examples=1, examples=10**4000, flops=0.0, metrics={}), "beyond what"),
+}
+
+
+@pytest.mark.parametrize(("blob", "says"), MORE_FORGED.values(), ids=MORE_FORGED)
+def test_values_that_could_not_be_used_are_refused(blob: bytes, says: str) -> None:
+    with pytest.raises(WireError) as said:
+        unpack(blob, DIGEST)
+    assert says in str(said.value)
+
+
+UNUSABLE = [Task("op", 2**63), Task("\ud800", 0), Task("op", 0, {}, {"a": "\ud800"}), Update(0, 2**53), Update(0, 1, examples=2**53)]
+
+
+@pytest.mark.parametrize("message", [*UNUSABLE, Update(0, 1, flops=1e308)], ids=str)
+def test_what_would_be_refused_on_arrival_is_not_packed(message: Task | Update) -> None:
+    with pytest.raises(WireError, match="64 may cross|no encoding|beyond what"):
+        pack(message, DIGEST)
+
+
+def test_the_largest_numbers_cross() -> None:
+    for message in (Task("op", 2**63 - 1), Task("op", -(2**63)), Update(0, 2**53 - 1, flops=1e60, examples=2**53 - 1)):
+        assert unpack(pack(message, DIGEST), DIGEST) == message
+
+
+def test_an_error_is_short_however_long_what_came() -> None:
+    with pytest.raises(WireError) as said:
+        unpack(listing({"n" * 10**6: f32([2], 0, 4)}, 4), DIGEST)
+    assert len(str(said.value)) < 1100

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedloom.client.store import FILE, ClientStore, State, StoreError
+from fedloom.client.store import ClientStore, State, read_index
 
 
 class Elsewhere:
@@ -37,13 +37,11 @@ class Elsewhere:
         """Forget everything since the commit that returned ``index``.
 
         Raises:
-            StoreError: an entry is not the name of a state.
+            StoreError: an entry is not the name of a state of its client.
         """
-        for name in index.values():
-            if not FILE.fullmatch(name):
-                raise StoreError(f"'{name}' is no client file; the checkpoint is corrupt")
+        read = read_index(index)
         self._fresh.clear()
-        self._index = {int(client): name for client, name in index.items()}
+        self._index = read
 
     def forget(self) -> None:
         """Forget everything since the last commit."""

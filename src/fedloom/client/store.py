@@ -23,7 +23,8 @@ from fedloom.tensors import clone, fingerprint
 State = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 """(private, memory) as in :class:`fedloom.client.client.Client`."""
 
-FILE = re.compile(r"client-(-?\d+)-([0-9a-f]{16})\.safetensors")
+FILE = re.compile(r"client-(0|-?[1-9][0-9]{0,18})-([0-9a-f]{16})\.safetensors")
+"""The only names of states: they come from checkpoints and over the wire, and each client has one way to be written."""
 
 MANY = 64
 """Files in one commit from which on the whole file system is flushed in one call, where the system has such a call."""
@@ -117,12 +118,10 @@ class ClientStore:
         Raises:
             StoreError: an entry is not a file name of this store.
         """
-        for name in index.values():
-            if not FILE.fullmatch(name):
-                raise StoreError(f"'{name}' is no client file; the checkpoint is corrupt")
+        read = read_index(index)
         self._held.clear()
         self._fresh.clear()
-        self._index = {int(client): name for client, name in index.items()}
+        self._index = read
 
     def sweep(self) -> None:
         """Delete files that nothing names any more. Call it once the checkpoint holds the new index."""
@@ -158,6 +157,21 @@ class ClientStore:
         private = {key.removeprefix("private/"): value for key, value in tensors.items() if key.startswith("private/")}
         memory = {key.removeprefix("memory/"): value for key, value in tensors.items() if key.startswith("memory/")}
         return private, memory
+
+
+def read_index(index: Mapping[str, str]) -> dict[int, str]:
+    """The index that a store's ``commit`` returned: client -> name.
+
+    Raises:
+        StoreError: an entry is not the name of a state of its client.
+    """
+    read: dict[int, str] = {}
+    for client, name in index.items():
+        found = FILE.fullmatch(name) if isinstance(name, str) else None
+        if found is None or found[1] != client:
+            raise StoreError(f"{name!r} is no client file of client {client!r}; the checkpoint is corrupt")
+        read[int(client)] = name
+    return read
 
 
 def made_durable(folder: Path, names: Iterable[str]) -> None:

@@ -29,6 +29,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, Protocol, cast
 
+import torch
+
 from fedloom.client.elsewhere import Elsewhere
 from fedloom.client.store import FILE
 from fedloom.engines.flower import BLOB, CLIENT, REFUSED, TO, boxed, unboxed  # first: it switches off what Flower must not do
@@ -40,7 +42,7 @@ from flwr.clientapp import ClientApp
 from fedloom.engines.link import PAUSE, Link
 from fedloom.engines.local import gather, may_cross, taken
 from fedloom.messages import Failure, Replies, Take, Task, Update, quorum_of, whole
-from fedloom.wire import Packer, WireError
+from fedloom.wire import LONGEST, SHORT, Packer, WireError
 
 log = logging.getLogger("fedloom")
 
@@ -53,6 +55,9 @@ AT_ONCE = 32
 
 LATE = "TimeoutError: it was late, and the others were enough"
 """Why an answer does not count that was not waited for. It is nobody's fault."""
+
+TELLS = 2**16
+"""Characters that a device may tell of itself."""
 
 ABSURD = 1000.0
 FIRST, MOST = 5.0, 600.0
@@ -125,7 +130,7 @@ class Federation:
                 task = waiting.popleft()
                 times, until, reason = self._faults.get(task.client, (0, 0.0, ""))
                 if task.client in here and now >= until and len(out) < AT_ONCE:
-                    self._send(task, packer, out, sizes)
+                    self._send(task, packer, out, sizes, answers)
                 elif now < began + self.patience.wait or (task.client in here and now >= until):
                     waiting.append(task)
                 elif now < until:
@@ -164,7 +169,15 @@ class Federation:
         self._faults[failure.client] = (times, time.monotonic() + pause, failure.reason)
         log.warning("client %d is left out for %.0f s: %s", failure.client, pause, failure.reason)
 
-    def _send(self, task: Task, packer: Packer, out: dict[str, Sent], sizes: dict[int, int], greeted: int = 0) -> None:
+    def _send(
+        self,
+        task: Task,
+        packer: Packer,
+        out: dict[str, Sent],
+        sizes: dict[int, int],
+        answers: dict[int, bytes | Failure],
+        greeted: int = 0,
+    ) -> None:
         greeting = task.client not in self._greeted
         head = ConfigRecord({CLIENT: task.client, STATE: self.states.name(task.client)})
         if greeting:
@@ -176,6 +189,8 @@ class Federation:
         if list(self.link.push_messages([message])):
             sizes[task.client] = sizes.get(task.client, 0) + size
             out[message.metadata.message_id] = Sent(task, size, time.monotonic(), greeting, greeted)
+        else:
+            answers[task.client] = Failure(task.client, "LookupError: the link took no message for it")
 
     def _hear(
         self,
@@ -190,10 +205,10 @@ class Federation:
         """Take in one reply: go on to the task after a greeting, greet whoever asks for it, keep the rest."""
         client = sent.task.client
         if reply.has_error():
-            code, reason = reply.error.code, reply.error.reason or "no reason given"
+            code, reason = reply.error.code, (reply.error.reason or "no reason given")[:LONGEST]
             if code == UNGREETED and sent.greeted < 2:
                 self._greeted.discard(client)
-                self._send(sent.task, packer, out, sizes, sent.greeted + 1)
+                self._send(sent.task, packer, out, sizes, answers, sent.greeted + 1)
             else:
                 answers[client] = Failure(client, reason if code in (REFUSED, UNGREETED) else f"Flower error {code}: {reason}")
             return
@@ -201,7 +216,7 @@ class Federation:
             if sent.greeting:
                 self.told[client] = _told(reply.content)
                 self._greeted.add(client)
-                self._send(sent.task, packer, out, sizes, sent.greeted)
+                self._send(sent.task, packer, out, sizes, answers, sent.greeted)
             else:
                 names[client] = _state_of(reply.content, client)
                 answers[client] = unboxed(reply.content)
@@ -222,7 +237,8 @@ class Enough:
 
 
 def agreeing(tasks: Sequence[Task], replies: Replies) -> Replies:
-    """The replies without those that do not belong with the others: other shapes than were sent, other names than most, absurdly far."""
+    """The replies without those that do not belong with the others: other shapes than were sent, other names or types than most, absurdly
+    far."""
     sent = {task.client: task.tensors for task in tasks}
     reasons: dict[int, str] = {}
     for update in replies.updates:
@@ -236,10 +252,15 @@ def agreeing(tasks: Sequence[Task], replies: Replies) -> Replies:
         alike = [update for update in left if ops[update.client] == op]
         counted = Counter(tuple(update.tensors) for update in alike)
         usual = max(counted, key=lambda names: (counted[names], names == tuple(sorted(sent[alike[0].client])), names))
+        kinds = {
+            name: _usual_kind([u.tensors[name] for u in alike if name in u.tensors], sent[alike[0].client].get(name)) for name in usual
+        }
         for update in alike:
             if tuple(update.tensors) != usual:
                 missing, extra = sorted(set(usual) - set(update.tensors)), sorted(set(update.tensors) - set(usual))
                 reasons[update.client] = f"its tensors are not those of the others: {missing[:3]} missing, {extra[:3]} more than they have"
+            elif other := [name for name in usual if update.tensors[name].dtype != kinds[name]]:
+                reasons[update.client] = f"'{other[0]}' is of {update.tensors[other[0]].dtype}, and the others' of {kinds[other[0]]}"
         reasons |= _absurd([update for update in alike if update.client not in reasons], sent)
     if not reasons:
         return replies
@@ -250,6 +271,12 @@ def agreeing(tasks: Sequence[Task], replies: Replies) -> Replies:
         tuple(failures[task.client] for task in tasks if task.client in failures),
         replies.traffic,
     )
+
+
+def _usual_kind(alike: Sequence[torch.Tensor], sent: torch.Tensor | None) -> torch.dtype:
+    """The type that most have; of several equally frequent ones that which was sent."""
+    counted = Counter(tensor.dtype for tensor in alike)
+    return max(counted, key=lambda kind: (counted[kind], sent is not None and kind == sent.dtype, str(kind)))
 
 
 def _absurd(updates: Sequence[Update], sent: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
@@ -272,7 +299,7 @@ def _state_of(content: RecordDict, client: int) -> str:
     name = record.get(STATE)
     found = FILE.fullmatch(name) if isinstance(name, str) else None
     if name != "" and (found is None or int(found[1]) != client):
-        raise WireError(f"a reply whose state is named {name!r}; a state of client {client} is due, or none")
+        raise WireError(f"a reply whose state is named {SHORT.repr(name)}; a state of client {client} is due, or none")
     return cast(str, name)
 
 
@@ -280,8 +307,8 @@ def _told(content: RecordDict) -> dict[str, Any]:
     record = _head(content)
     text = record.get(TOLD)
     try:
-        told = json.loads(text) if isinstance(text, str) and len(text) < 2**16 else None
-    except ValueError:
+        told = json.loads(text) if isinstance(text, str) and len(text) < TELLS else None
+    except (ValueError, RecursionError):
         told = None
     if not isinstance(told, dict):
         raise WireError("a device that was greeted and does not say what it is")
@@ -304,6 +331,11 @@ class Device(Protocol):
         ...
 
 
+def _refusal(message: Message, code: int, reason: str) -> Message:
+    """An error as an answer. It may quote what came, so it is cut, and what no encoding can write is replaced."""
+    return Message(Error(code, reason[:LONGEST].encode("utf-8", "replace").decode("utf-8")), reply_to=message)
+
+
 def device_app(device: Device) -> ClientApp:
     """The Flower app of a deployed device: greetings and tasks. Whatever else comes is refused with its reason."""
     app = ClientApp()
@@ -313,12 +345,12 @@ def device_app(device: Device) -> ClientApp:
         record = _head(message.content)
         text = record.get(GREETING)
         if not isinstance(text, str):
-            return Message(Error(REFUSED, "WireError: a greeting that says nothing"), reply_to=message)
+            return _refusal(message, REFUSED, "WireError: a greeting that says nothing")
         try:
             said = json.dumps(device.greet(text))
         except Exception as error:
             log.warning("this device cannot take part", exc_info=error)
-            return Message(Error(REFUSED, f"{type(error).__name__}: {error}"), reply_to=message)
+            return _refusal(message, REFUSED, f"{type(error).__name__}: {error}")
         return Message(RecordDict({TO: ConfigRecord({TOLD: said})}), reply_to=message)
 
     @app.train()
@@ -326,15 +358,15 @@ def device_app(device: Device) -> ClientApp:
         record = _head(message.content)
         number, state = record.get(CLIENT), record.get(STATE)
         if not isinstance(number, int) or not isinstance(state, str):
-            return Message(Error(REFUSED, "WireError: a task that names no client or no state"), reply_to=message)
+            return _refusal(message, REFUSED, "WireError: a task that names no client or no state")
         try:
             answer, after = device.answer(number, state, unboxed(message.content))
         except Ungreeted as error:
-            return Message(Error(UNGREETED, str(error)), reply_to=message)
+            return _refusal(message, UNGREETED, str(error))
         except WireError as error:
-            return Message(Error(REFUSED, f"WireError: {error}"), reply_to=message)
+            return _refusal(message, REFUSED, f"WireError: {error}")
         if isinstance(answer, Failure):
-            return Message(Error(REFUSED, answer.reason), reply_to=message)
+            return _refusal(message, REFUSED, answer.reason)
         return Message(RecordDict({BLOB: boxed(answer), TO: ConfigRecord({STATE: after})}), reply_to=message)
 
     return app

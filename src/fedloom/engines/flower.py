@@ -140,7 +140,11 @@ def roll_call(grid: Grid, timeout: float = 60.0) -> dict[int, int]:
         if reply.has_error():
             log.warning("node %d did not say which client it is: %s", node, reply.error.reason)
             continue
-        client = _client_of(reply.content)
+        try:
+            client = _client_of(reply.content)
+        except WireError as error:
+            log.warning("node %d did not say which client it is: %s", node, error)
+            continue
         if client in nodes:
             raise ValueError(f"nodes {nodes[client]} and {node} are both client {client}; give each its own {PARTITION}")
         nodes[client] = node
@@ -274,4 +278,7 @@ def unboxed(content: RecordDict) -> bytes:
 def _client_of(content: RecordDict) -> int:
     if TO not in content.config_records or CLIENT not in content.config_records[TO]:
         raise WireError(f"a Flower message that names no client; its records are {sorted(content)}")
-    return int(cast(int, content.config_records[TO][CLIENT]))
+    client = content.config_records[TO][CLIENT]
+    if type(client) is not int:
+        raise WireError(f"a Flower message whose client is a {type(client).__name__}; it must be an int")
+    return client

@@ -14,6 +14,7 @@ may still be of any size.
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
@@ -29,10 +30,12 @@ from fedloom.engines.node import STATUS
 
 # isort: split
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
-from flwr.app import Message
+from fastapi import FastAPI, HTTPException
+from flwr.app import Error, Message, RecordDict
 from flwr.app.message import remove_content_from_message
-from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE, ErrorCode
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.server.superlink.linkstate import InMemoryLinkState, LinkStateFactory
 from flwr.serverapp import Grid
@@ -42,11 +45,13 @@ from flwr.supercore.error.http import http_error_translator
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
+    is_valid_sha256_hash,
     iterate_object_tree,
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import NoObjectInStoreError, ObjectStoreFactory
+from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
 from flwr.supercore.run import Run
@@ -54,11 +59,20 @@ from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.routers.fleet.router import router as fleet
 from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fedloom.wire import LONGEST
+
+log = logging.getLogger("fedloom")
 
 LARGEST = 16 * 2**20
 """Bytes of one request: three of the chunks into which Flower cuts arrays."""
+
+DEEPEST = 5
+"""Objects from a message down to its last: message, records, record, array, chunk."""
 
 PAUSE = 0.02
 """Seconds between two looks at what has come."""
@@ -87,7 +101,9 @@ class Link(Grid):
     """
 
     def __init__(self, keys: Mapping[int, bytes], host: str = "127.0.0.1", port: int = 0, tls: Tls | None = None) -> None:
-        factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), ObjectStoreFactory())
+        objects = ObjectStoreFactory()
+        objects.store_instance = Objects()
+        factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), objects)
         self.state = cast(InMemoryLinkState, factory.state())
         self._run, self.node = opened_run(self.state), Node(node_id=SUPERLINK_NODE_ID)
         self.nodes = {k: self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0) for k, key in sorted(keys.items())}
@@ -168,7 +184,12 @@ class Link(Grid):
                 message.metadata.__dict__["_message_id"] = message.object_id
                 session = self.state.start_session(run)
                 tree, parts = get_object_tree(message), get_all_nested_objects(message)
-                stored, missing = self.state.store_message_and_object_tree(remove_content_from_message(message), tree, session)
+                try:
+                    stored, missing = self.state.store_message_and_object_tree(remove_content_from_message(message), tree, session)
+                except ValueError as error:  # a node has said something else of one of the parts
+                    log.warning("a message was not laid out: %s", error)
+                    self.forget([message.object_id])
+                    continue
                 for name in missing:
                     self.state.store_object(run, session, name, parts[name].deflate())
             if stored:
@@ -176,7 +197,7 @@ class Link(Grid):
         return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies to these messages that are here with all their parts. Each is returned once."""
+        """The replies to these messages that are here with all their parts, each once; what cannot be put together as an error."""
         wanted, whole = set(message_ids), []
         for reply in self.state.get_message_res(wanted & set(self.state.message_ins_store), self._run.run_id):
             self._arriving[reply.metadata.reply_to_message_id] = reply
@@ -213,19 +234,48 @@ class Link(Grid):
             self.state.object_store.delete(asked)
 
     def _assembled(self, reply: Message) -> Message | None:
-        """The reply with its content, or None while parts of it are on their way."""
-        name, run = reply.metadata.message_id, self._run.run_id
+        """The reply with its content, an error in its place if that cannot be read, or None while parts of it are on their way."""
         try:
-            parts = [one.object_id for one in iterate_object_tree(self.state.object_store.get_object_tree(name))]
+            return self._inflated(reply)
         except NoObjectInStoreError:
             return None
+        except Exception as error:  # Flower trusts what nodes push
+            reason = f"a reply whose objects cannot be put together ({type(error).__name__}: {error})"[:LONGEST]
+            return Message(error=Error(ErrorCode.UNKNOWN, reason), metadata=reply.metadata)
+
+    def _inflated(self, reply: Message) -> Message | None:
+        name, run = reply.metadata.message_id, self._run.run_id
+        parts = [one.object_id for one in iterate_object_tree(self.state.object_store.get_object_tree(name))]
         contents = {part: self.state.get_object(run, part) for part in parts}
         if not all(contents.values()):
             return None
         with no_object_id_recompute():
-            whole = cast(Message, inflate_object_from_contents(name, cast(dict[str, bytes], contents)))
-        whole.metadata.__dict__["_message_id"] = name
-        return whole
+            whole = inflate_object_from_contents(name, cast(dict[str, bytes], contents))
+        if not isinstance(whole, Message) or not isinstance(whole.content, RecordDict):
+            raise TypeError(f"a {type(whole).__name__} is no message with content")
+        return Message(content=whole.content, metadata=reply.metadata)  # what it is an answer to says the head, which was checked
+
+
+class Objects(InMemoryObjectStore):
+    """Flower's store, but for trees that no message has: it would follow them to any depth, and every path through shared parts."""
+
+    def preregister(self, run_id: int, object_tree: ObjectTree) -> list[str]:
+        """As Flower's.
+
+        Raises:
+            ValueError: the tree is deeper than :data:`DEEPEST`, or lists other parts of an object than were listed before.
+        """
+        parts: dict[str, list[str]] = {}
+        waiting = [(object_tree, 1)]
+        while waiting:
+            node, depth = waiting.pop()
+            own = [child.object_id for child in node.children]
+            with self.lock_store:
+                known = self.store[node.object_id].child_object_ids if node.object_id in self.store else own
+            if depth > DEEPEST or not is_valid_sha256_hash(node.object_id) or not own == known == parts.setdefault(node.object_id, own):
+                raise ValueError("the tree of a message's objects is not one that a message has")
+            waiting += ((child, depth + 1) for child in node.children)
+        return InMemoryObjectStore.preregister(self, run_id, object_tree)
 
 
 def _fleet(factory: LinkStateFactory, about: Callable[[], Mapping[str, Any]]) -> FastAPI:
@@ -239,6 +289,7 @@ def _fleet(factory: LinkStateFactory, about: Callable[[], Mapping[str, Any]]) ->
             Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
             Middleware(ProtobufTranslationMiddleware),
             Middleware(NodeAuthMiddleware),
+            Middleware(BaseHTTPMiddleware, dispatch=in_own_name),
         ],
     )
     app.state.linkstate_factory = factory
@@ -253,6 +304,19 @@ def _fleet(factory: LinkStateFactory, about: Callable[[], Mapping[str, Any]]) ->
 
     app.add_api_route(STATUS, status, methods=["GET"])
     return app
+
+
+async def in_own_name(request: Request, answer: RequestResponseEndpoint) -> Response:
+    """Let a node push in its own name only: Flower compares the request's node with the key, and not the messages' with the request's."""
+    asked = request.scope.get("state", {}).get("protobuf_request")
+    if isinstance(asked, PushMessagesRequest) and not only_own(asked):
+        return Response(status_code=401)
+    return await answer(request)
+
+
+def only_own(pushed: PushMessagesRequest) -> bool:
+    """Whether the messages are of the node that pushes them."""
+    return all(message.metadata.src_node_id == pushed.node.node_id for message in pushed.messages_list)
 
 
 def authenticated(request: Request) -> bytes:

@@ -16,10 +16,10 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from fedloom.engines.flower import SERIALISATION  # noqa: F401  first: it switches off what Flower must not do
 
@@ -120,7 +120,10 @@ def asked(address: str, credentials: Credentials, path: str) -> dict[str, Any]:
     except httpx.HTTPError as error:
         _insist_certified(address, error)
         raise OSError(f"nobody answers at {address} ({error}); is fedloom serve running there?") from error
-    return dict(reply.json())
+    try:
+        return dict(reply.json())
+    except (ValueError, TypeError, RecursionError) as error:
+        raise OSError(f"what answers at {address} is no fedloom serve ({type(error).__name__})") from error
 
 
 def _insist_certified(address: str, error: Exception) -> None:
@@ -133,7 +136,9 @@ def _insist_certified(address: str, error: Exception) -> None:
 
 def _not_activated(error: Exception) -> bool:
     """Flower says this of a key that it does not know, and of one whose node it still takes to be there."""
-    told = FlowerError.from_json(error.response.text) if isinstance(error, httpx.HTTPStatusError) else None
+    told = None
+    with suppress(ValueError, TypeError, RecursionError):  # whoever answers there may say anything
+        told = FlowerError.from_json(error.response.text) if isinstance(error, httpx.HTTPStatusError) else None
     return told is not None and told.code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED
 
 
@@ -165,7 +170,7 @@ class Node:
                     self._activate(client)
                     failed = 0
                     self._answer_all(client, stop)
-            except (httpx.HTTPError, OSError) as error:
+            except (httpx.HTTPError, OSError, ValueError) as error:  # ValueError: what answers is no protobuf, so it is no such server
                 self._insist_belonging(error)
                 self._tell_away(_why(error))
                 failed += 1
@@ -207,7 +212,7 @@ class Node:
         while not gone.wait(HEARTBEAT_MIN_INTERVAL / 3):
             try:
                 client.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT_MIN_INTERVAL))
-            except httpx.HTTPError as error:
+            except (httpx.HTTPError, ValueError) as error:
                 log.debug("no heartbeat: %s", error)
 
     def _answer_next(self, client: FleetHttpClient, node: FlowerNode) -> bool:
@@ -215,7 +220,13 @@ class Node:
         found = client.PullMessages(PullMessagesRequest(node=node))
         if not found.messages_list:
             return False
-        message = self._fetched(client, node, message_from_proto(found.messages_list[0]), found.message_object_trees[0])
+        try:
+            message = self._fetched(client, node, message_from_proto(found.messages_list[0]), found.message_object_trees[0])
+        except (httpx.HTTPError, OSError):
+            raise
+        except Exception as error:  # Flower trusts what the server lays out
+            log.warning("a message that cannot be read was passed over", exc_info=error)
+            return False
         if message is None:
             return True
         started, context = time.monotonic(), Context(message.metadata.run_id, self._id, {}, RecordDict(), {})
@@ -243,7 +254,9 @@ class Node:
                     time.sleep(QUICKEST)
         client.ConfirmMessageReceived(ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=name))
         with no_object_id_recompute():
-            whole = cast(Message, inflate_object_from_contents(name, contents))
+            whole = inflate_object_from_contents(name, contents)
+        if not isinstance(whole, Message) or not isinstance(whole.content, RecordDict):
+            raise TypeError(f"a {type(whole).__name__} is no message with content")
         whole.metadata.__dict__["_message_id"] = name
         return whole
 

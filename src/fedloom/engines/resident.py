@@ -22,7 +22,7 @@ from fedloom.client.store import FILE, ClientStore, flush
 from fedloom.engines.federation import Ungreeted
 from fedloom.engines.workers import ANSWERS, ATTEMPTS, READY, Start, Worker, WorkerError, receive, send
 from fedloom.messages import Failure
-from fedloom.wire import WireError, digest_of
+from fedloom.wire import SHORT, WireError, digest_of
 
 log = logging.getLogger("fedloom")
 
@@ -55,8 +55,8 @@ class Resident:
             digest = read["digest"]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise WireError(f"a greeting that cannot be read ({type(error).__name__}: {error})") from error
-        if not (isinstance(digest, str) and digest.isalnum() and len(digest) <= 64):
-            raise WireError(f"a greeting of experiment {digest!r}; an experiment is named by letters and digits")
+        if not (isinstance(digest, str) and digest.isascii() and digest.isalnum() and len(digest) <= 64):
+            raise WireError(f"a greeting of experiment {SHORT.repr(digest)}; an experiment is named by letters and digits")
         self.close()
         self.greeting, self._text = read, greeting
         self._begin()
@@ -74,7 +74,7 @@ class Resident:
             raise Ungreeted(f"this device has not been greeted for experiment {digest!r}")
         found = FILE.fullmatch(state)
         if state and (found is None or int(found[1]) != client):
-            raise WireError(f"state {state!r} is none of client {client}")
+            raise WireError(f"state {SHORT.repr(state)} is none of client {client}")
         folder = self.folder / digest
         clients = [{"client": client, "state": state}]
         for _ in range(ATTEMPTS):
@@ -115,7 +115,9 @@ class Resident:
         self._worker = Worker(0, self.start(self.greeting))
         try:
             self.told, _ = self._heard(self._worker, READY)
-        except (EOFError, TimeoutError) as error:
+        except WorkerError:
+            raise
+        except (EOFError, OSError) as error:
             how = self._worker.ended()
             self.close()
             raise WorkerError(f"the worker {how} before it could begin ({error})") from error

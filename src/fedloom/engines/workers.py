@@ -305,10 +305,16 @@ def receive(line: Connection) -> tuple[dict[str, Any], list[bytes]]:
     """What :func:`send` sent.
 
     Raises:
-        EOFError, OSError: the other side is gone.
+        EOFError, OSError: the other side is gone, or says what :func:`send` does not.
     """
-    head = json.loads(line.recv_bytes())
-    return head, [line.recv_bytes() for _ in range(head["blobs"])]
+    try:
+        head = json.loads(line.recv_bytes())
+        count = head["blobs"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise OSError(f"not what a worker says ({type(error).__name__}: {error})") from error
+    if type(count) is not int or not isinstance(head, dict):
+        raise OSError(f"not what a worker says ({str(head)[:200]})")
+    return head, [line.recv_bytes() for _ in range(count)]
 
 
 # ---- in the worker ----------------------------------------------------------------------------------------------------------

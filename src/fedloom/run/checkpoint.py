@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from fedloom.methods.method import State
 from fedloom.tensors import fingerprint
 
 LATEST = "latest.json"
+SERVER = re.compile(r"server-([0-9a-f]{16})\.safetensors")
+"""What the server's tensors are called."""
 
 
 class CheckpointError(RuntimeError):
@@ -101,16 +104,22 @@ def load(folder: Path, store: Store) -> Saved | None:
         written = body.pop("sha256")
         if _digest(body) != written:
             raise ValueError("its content does not match its sha256")
+        named = SERVER.fullmatch(body["server"])
+        if named is None:
+            raise ValueError(f"{body['server']!r} is no file of the server's")
         tensors = dict(sorted(load_file(folder / "checkpoints" / body["server"]).items()))
-        if not body["server"].startswith(f"server-{fingerprint(tensors)[:16]}"):
+        if fingerprint(tensors)[:16] != named[1]:
             raise ValueError(f"{body['server']} was altered after it was written")
+        round, facts, totals, data = (body[name] for name in ("round", "facts", "totals", "data"))
+        if not (type(round) is int and isinstance(facts, dict) and isinstance(totals, dict) and isinstance(data, str)):
+            raise ValueError("its round, facts, totals or data are none")
         store.restore(body["clients"])
         for client in body["clients"]:
             store.load(int(client))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, StoreError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError, StoreError) as error:
         raise CheckpointError(f"the checkpoint {path} is corrupt: {error}. {mend}") from error
     shared, server = _named(tensors, "shared/"), _named(tensors, "server/")
-    return Saved(State(int(body["round"]), shared, server, body["facts"]), body["totals"], body["data"])
+    return Saved(State(round, shared, server, facts), totals, data)
 
 
 def fingerprint_of(folder: Path) -> str:

@@ -8,10 +8,12 @@ Both are taken on the validation split (for choosing anything) and on the test s
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from fedloom.compute.work import Predict
 from fedloom.data.tasks import Outcomes, Split, headline
@@ -21,7 +23,11 @@ from fedloom.methods.method import State
 from fedloom.run.statistics import tallies
 from fedloom.run.world import World
 
+log = logging.getLogger("fedloom")
+
 SPLITS: tuple[Split, ...] = ("validation", "test")
+MANY = 2**32
+"""More examples than any device holds: counts stay below it, so that their sums can be."""
 AT_ONCE = 512
 """Devices in one asking: several of the engine's waves, and few beside the many that there may be."""
 
@@ -82,10 +88,11 @@ def _evaluated_there(world: World, state: State, engine: Engine) -> Evaluation:
     task, devices = world.source.task, len(world.pool.clients)
     confusion: dict[str, list[list[list[int]]] | None] = {"personalised": [[] for _ in range(devices)], "global": None}
     scores: dict[str, dict[str, Any]] = {}
-    updates = drive(_counts(world, state), engine, quorum=0)
+    classes = max(2, len(world.classes))
+    updates = [update for update in drive(_counts(world, state), engine, quorum=0) if counts_well(update, classes)]
     for split in SPLITS:
         told = {update.client: update.tensors[split].tolist() for update in updates}
-        right, true, predicted = tallies(list(told.values()), max(2, len(world.classes))).sum(0)
+        right, true, predicted = tallies(list(told.values()), classes).sum(0)
         scores[split] = {"personalised": float(headline(task.metric, right, true, predicted)) if true.sum() else None, "global": None}
         if split == "validation":
             losses = [(float(u.metrics["validation_loss"]), sum(c for *_, c in told[u.client])) for u in updates if told[u.client]]  # type: ignore[arg-type]
@@ -101,6 +108,22 @@ def _evaluated_there(world: World, state: State, engine: Engine) -> Evaluation:
         for split, one in zip(SPLITS, done, strict=True):
             scores[split]["global"] = task.scores(world.splits[split].labels, one.result.numpy())[task.metric]
     return Evaluation(scores, correct, held, confusion)
+
+
+def counts_well(update: Update, classes: int) -> bool:
+    """Whether a device's counts are such: of each split int64 (m, 3) of classes that there are and numbers that can be added up, and the
+    mean loss on the validation split where it holds any of it. Others are left out, with a warning."""
+    for split in SPLITS:
+        told = update.tensors.get(split)
+        fits = told is not None and told.dtype == torch.int64 and told.ndim == 2 and told.shape[1] == 3
+        fits = fits and len(told) <= classes**2 and bool((told >= 0).all() and (told[:, :2] < classes).all() and (told[:, 2] < MANY).all())
+        if not fits:
+            log.warning("client %d is left out of the evaluation: its '%s' are no counts of predictions", update.client, split)
+            return False
+    loss = update.metrics.get("validation_loss", 0.0 if not len(update.tensors["validation"]) else None)
+    if type(loss) is not float:
+        log.warning("client %d is left out of the evaluation: it tells no validation loss", update.client)
+    return type(loss) is float
 
 
 def _counts(world: World, state: State) -> Flow[list[Update]]:

@@ -23,6 +23,9 @@ from fedloom.run.devices import named as device_named
 from fedloom.run.reading import full_name
 from fedloom.server.robust import Rule
 
+LEVELS = 16
+"""How deep an experiment's JSON may be nested."""
+
 
 class ExperimentError(ValueError):
     """A configuration that makes no sense, with what would."""
@@ -202,7 +205,10 @@ def from_json(saved: Mapping[str, Any], kinds: Mapping[str, type[Any]] | None = 
 
     Raises:
         ExperimentError: unknown or missing fields, or values of another type.
+        ValueError: no method, or no curriculum, of that name.
     """
+    if not isinstance(saved, Mapping) or not _shallow(saved):
+        raise ExperimentError("an experiment is an object of fields, nested a few levels at most")
     method = saved.get("method")
     if not isinstance(method, Mapping) or "name" not in method:
         raise ExperimentError("the experiment names no method: its field 'method' must be an object with a 'name'")
@@ -211,6 +217,16 @@ def from_json(saved: Mapping[str, Any], kinds: Mapping[str, type[Any]] | None = 
     rest = {key: value for key, value in saved.items() if key != "method"}
     fields = {key: value for key, value in method.items() if key != "name"}
     return _build(Experiment, {**rest, "method": _build(kind, fields, f"method {name}")}, "the experiment")
+
+
+def _shallow(saved: Any) -> bool:
+    """Whether nothing in it is nested more than :data:`LEVELS` levels: what may come over a wire is read by functions that recurse."""
+    level = [saved]
+    for _ in range(LEVELS):
+        level = [
+            item for one in level if isinstance(one, Mapping | list | tuple) for item in (one.values() if isinstance(one, Mapping) else one)
+        ]
+    return not level
 
 
 def completed(saved: Mapping[str, Any], kinds: Mapping[str, type[Any]] | None = None) -> Mapping[str, Any]:

@@ -31,6 +31,7 @@ from fedloom.run.device import Own, command, greeting_of, order
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.loop import run
 from fedloom.run.world import World, build_far
+from fedloom.wire import COUNTED
 
 log = logging.getLogger("fedloom")
 
@@ -64,7 +65,8 @@ class Joined:
         """What the device said when it was greeted."""
         told = self.federation.told.get(client, {}) if self.federation is not None else {}
         held = told.get("examples", {})
-        return int(held.get(split, 0)) if isinstance(held, dict) else 0
+        number = held.get(split, 0) if isinstance(held, dict) else 0
+        return number if type(number) is int and 0 <= number < COUNTED else 0
 
     def gather(self) -> None:
         """Wait until every device has joined. Whoever is missing is named."""
@@ -153,7 +155,22 @@ def asked(server: str, certs: Path) -> list[tuple[str, str]]:
     """
     host, port = address(server)
     credentials = Credentials.read(insist_secret(certs / "device.key"), certs / "ca.pem")
-    told = asked_of(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", credentials, STATUS)
+    return shown(asked_of(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", credentials, STATUS))
+
+
+def shown(told: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What :func:`about` told, as lines to show.
+
+    Raises:
+        OSError: it is something else.
+    """
+    try:
+        return _lines(told)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise OSError(f"the server tells something else than a fedloom serve would ({type(error).__name__}: {error})") from error
+
+
+def _lines(told: Mapping[str, Any]) -> list[tuple[str, str]]:
     row = json.loads(told["last_round"]) if told["last_round"] else {}
     ago = told["written_seconds_ago"]
     lines = [("experiment", str(told["experiment"])), ("devices", str(told["devices"]))]

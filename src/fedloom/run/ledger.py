@@ -44,7 +44,8 @@ class Section:
         self.flops += sum(t.flops for t in replies.traffic)
         costs = ((t.flops, float(t.bytes_down), float(t.bytes_up)) for t in replies.traffic)
         self.device_seconds += round_seconds(self.profile, costs)
-        self.losses += [(float(u.metrics["loss"]), u.num_examples) for u in replies.updates if "loss" in u.metrics]  # type: ignore[arg-type]
+        told = ((u.metrics.get("loss"), u.num_examples) for u in replies.updates)
+        self.losses += [(float(loss), count) for loss, count in told if isinstance(loss, int | float) and count > 0]
         self.answered += [u.client for u in replies.updates]
         self.failed |= {str(f.client): f.reason for f in replies.failures}
 
