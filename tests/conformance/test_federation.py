@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 import time
 import warnings
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,22 +25,27 @@ from tests.federated import QUICK, Here, engine_over, nodes
 with warnings.catch_warnings():  # libraries that Flower imports use deprecated names of their own
     warnings.simplefilter("ignore", DeprecationWarning)
     import httpx
+    from fastapi import HTTPException
     from flwr.app import ConfigRecord, Message, RecordDict
     from flwr.app.message import remove_content_from_message
+    from flwr.common.constant import TIMESTAMP_HEADER
     from flwr.common.serde import message_to_proto
     from flwr.proto.fleet_pb2 import PushMessagesRequest
     from flwr.proto.message_pb2 import Message as ProtoMessage
     from flwr.proto.message_pb2 import Metadata as ProtoMetadata
     from flwr.proto.message_pb2 import ObjectTree
     from flwr.proto.node_pb2 import Node as FlowerNode
+    from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+    from flwr.supercore.date import now
     from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id, get_object_tree
     from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
     from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
     from flwr.superlink.servicer.fleet import fleet_handlers
+    from starlette.requests import Request
 
     from fedloom.engines import federation
     from fedloom.engines.federation import Enough, Federation, Patience, Ungreeted, agreeing, device_app
-    from fedloom.engines.link import LARGEST, STATUS, Link, LinkError, Tls, only_own
+    from fedloom.engines.link import LARGEST, STATUS, Link, LinkError, Tls, authenticated, only_own
     from fedloom.engines.node import Credentials, Node, Refused, asked
     from fedloom.run.certificates import issue, public_keys
     from fedloom.run.federation import Joined
@@ -235,13 +240,9 @@ def test_memory_of_messages_is_given_back() -> None:
 
 
 class Telling(Here):
-    """Says of itself what it is given, and names the state that it is given."""
+    """Names the state that it is given."""
 
-    said: Any = {}
     state = ""
-
-    def greet(self, greeting: str):
-        return self.said
 
     def answer(self, client: int, state: str, blob: bytes):
         return Here.answer(self, client, state, blob)[0], self.state
@@ -350,6 +351,15 @@ def test_a_node_pushes_in_its_own_name_only() -> None:
     for source, own in ((7, True), (8, False)):
         head = ProtoMessage(metadata=ProtoMetadata(src_node_id=source))
         assert only_own(PushMessagesRequest(node=FlowerNode(node_id=7), messages_list=[head])) is own
+
+
+def test_a_key_of_a_kind_that_nobody_knows_is_no_key() -> None:
+    unknown = b"-----BEGIN PUBLIC KEY-----\nMA0wBwYFK2WBOAEDAgAB\n-----END PUBLIC KEY-----\n"
+    stamp = now().isoformat().encode()
+    parts = ((FLEET_HTTP_PUBLIC_KEY_HEADER, b64encode(unknown)), (FLEET_HTTP_SIGNATURE_HEADER, b64encode(b"x")), (TIMESTAMP_HEADER, stamp))
+    headers = [(name.lower().encode(), value) for name, value in parts]
+    with pytest.raises(HTTPException, match="401"):
+        authenticated(Request({"type": "http", "method": "GET", "path": "/", "headers": headers, "query_string": b""}))
 
 
 # the index of states that lie elsewhere
