@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,20 +18,37 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip ins
 from fedloom.client.elsewhere import Elsewhere
 from fedloom.client.store import StoreError
 from fedloom.messages import Failure, Replies, Task, Traffic, Update
+from fedloom.wire import WireError
 from tests.conformance.toy import CLIENTS, host_of, task
 from tests.federated import QUICK, Here, engine_over, nodes
 
 with warnings.catch_warnings():  # libraries that Flower imports use deprecated names of their own
     warnings.simplefilter("ignore", DeprecationWarning)
     import httpx
+    from fastapi import HTTPException
+    from flwr.app import ConfigRecord, Message, RecordDict
+    from flwr.app.message import remove_content_from_message
+    from flwr.common.constant import TIMESTAMP_HEADER
+    from flwr.common.serde import message_to_proto
+    from flwr.proto.fleet_pb2 import PushMessagesRequest
+    from flwr.proto.message_pb2 import Message as ProtoMessage
+    from flwr.proto.message_pb2 import Metadata as ProtoMetadata
+    from flwr.proto.message_pb2 import ObjectTree
+    from flwr.proto.node_pb2 import Node as FlowerNode
+    from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+    from flwr.supercore.date import now
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id, get_object_tree
     from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
     from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+    from flwr.superlink.servicer.fleet import fleet_handlers
+    from starlette.requests import Request
 
     from fedloom.engines import federation
     from fedloom.engines.federation import Enough, Federation, Patience, Ungreeted, agreeing, device_app
-    from fedloom.engines.link import LARGEST, STATUS, Link, LinkError, Tls
+    from fedloom.engines.link import LARGEST, STATUS, Link, LinkError, Tls, authenticated, only_own
     from fedloom.engines.node import Credentials, Node, Refused, asked
     from fedloom.run.certificates import issue, public_keys
+    from fedloom.run.federation import Joined
 
 pytestmark = pytest.mark.flower
 
@@ -82,6 +100,15 @@ def test_whoever_is_absurdly_far_does_not_count_and_an_outlier_does() -> None:
 
 def test_two_cannot_say_who_of_them_is_absurd() -> None:
     assert reasons(*replies_of({"w": torch.ones(3)}, {"w": torch.ones(3) * 1e9})) == {}
+
+
+def test_another_type_than_the_others_have_does_not_count() -> None:
+    told = reasons(*replies_of({"w": torch.ones(3)}, {"w": torch.ones(3, dtype=torch.bool)}, {"w": torch.ones(3)}))
+    assert told == {1: "WireError: 'w' is of torch.bool, and the others' of torch.float32"}
+
+
+def test_of_two_types_that_which_was_sent_counts() -> None:
+    assert set(reasons(*replies_of({"w": torch.ones(3, dtype=torch.int64)}, {"w": torch.ones(3)}))) == {0}
 
 
 def test_operations_are_judged_apart() -> None:
@@ -207,6 +234,132 @@ def test_memory_of_messages_is_given_back() -> None:
     engine.run([task(k, "stumble" if k == 1 else "add") for k in CLIENTS])
     assert len(engine.link.state.object_store) == 0
     assert (engine.link.state.message_ins_store, engine.link.state.message_res_store) == ({}, {})
+
+
+# what a hostile device may push
+
+
+class Telling(Here):
+    """Names the state that it is given."""
+
+    state = ""
+
+    def answer(self, client: int, state: str, blob: bytes):
+        return Here.answer(self, client, state, blob)[0], self.state
+
+
+@pytest.mark.parametrize("state", [f"client-{'0' * 5000}-0123456789abcdef.safetensors", "client-00-0123456789abcdef.safetensors", "../x"])
+def test_a_state_of_no_proper_name_is_a_failure(tmp_path: Path, state: str) -> None:
+    *_, host = host_of()
+    device = Telling(host, tmp_path)
+    device.state = state
+    (failure,) = far(device).run([task(0)]).failures
+    assert "a state of client 0 is due" in failure.reason and len(failure.reason) < 1100
+
+
+@pytest.mark.parametrize("told", ["[" * 60_000, "[" * 70_000, "9" * 5000, "[]", ""])
+def test_what_a_device_tells_of_itself_must_be_an_object(told: str) -> None:
+    with pytest.raises(WireError, match="does not say what it is"):
+        federation._told(RecordDict({"to": ConfigRecord({"told": told})}))
+
+
+@pytest.mark.parametrize(
+    "held", [{"train": "many"}, {"train": 1e400}, {"train": -1}, {"train": [1]}, {"train": 2**60}, {"train": True}, []]
+)
+def test_examples_that_are_no_number_are_none(held: object) -> None:
+    joined = Joined(nodes(tuple(CLIENTS)).link, "x", QUICK, 1.0, None, {}, far())  # type: ignore[arg-type]
+    joined.federation.told[0] = {"examples": held}  # type: ignore[union-attr]
+    assert joined.examples(0, "train") == 0
+    joined.federation.told[0] = {"examples": {"train": 7}}  # type: ignore[union-attr]
+    assert joined.examples(0, "train") == 7
+
+
+@pytest.fixture
+def hostile():
+    """A link that is not opened, with one node that is there, and a task laid out for it."""
+    link = Link({3: b"key", 4: b"another key"})
+    for node in link.nodes.values():
+        link.state.activate_node(node, 60.0)
+    (name,) = link.push_messages([Message(RecordDict({"x": ConfigRecord({"y": 1})}), link.nodes[3], "train", ttl=60)])
+    (asked,) = link.state.get_message_ins(link.nodes[3], limit=1)
+    return link, name, asked
+
+
+def pushed(link: Link, reply: Message, parts: dict[str, bytes], tree: ObjectTree, root: str) -> None:
+    """Push a reply with these objects, as Flower's Fleet API takes it."""
+    reply.metadata.__dict__["_message_id"] = root
+    head = message_to_proto(remove_content_from_message(reply))
+    request = PushMessagesRequest(node=FlowerNode(node_id=link.nodes[3]), messages_list=[head], message_object_trees=[tree])
+    wanted = fleet_handlers.push_messages(request, link.state)
+    for part, content in parts.items():
+        link.state.store_object(link.run.run_id, wanted.session_id, part, content)
+
+
+def test_a_reply_that_is_no_message_comes_as_an_error(hostile) -> None:
+    link, name, asked = hostile
+    content = b"ArrayChunk  0\0"
+    root = get_object_id(content)
+    pushed(link, Message(RecordDict(), reply_to=asked), {root: content}, ObjectTree(object_id=root), root)
+    (reply,) = link.pull_messages([name])
+    assert "a ArrayChunk is no message with content" in reply.error.reason
+    assert list(link.pull_messages([name])) == []
+
+
+def test_a_reply_whose_objects_name_each_other_without_end_comes_as_an_error(hostile) -> None:
+    link, name, asked = hostile
+    parts: dict[str, bytes] = {}
+    last = ""
+    for _ in range(1500):
+        content = f"RecordDict {last} 0".encode() + b"\0"
+        last = get_object_id(content)
+        parts[last] = content
+    tree = ObjectTree(object_id=last, children=[ObjectTree(object_id=part) for part in list(parts)[:-1]])
+    pushed(link, Message(RecordDict(), reply_to=asked), parts, tree, last)
+    (reply,) = link.pull_messages([name])
+    assert "cannot be put together (RecursionError" in reply.error.reason
+
+
+def test_what_a_reply_is_an_answer_to_says_its_head_and_not_its_objects(hostile) -> None:
+    link, name, asked = hostile
+    asked.metadata.__dict__["_message_id"] = "f" * 64  # the objects name another asking
+    made = Message(RecordDict({"x": ConfigRecord({"y": 2})}), reply_to=asked)
+    parts, root, tree = get_all_nested_objects(made), made.object_id, get_object_tree(made)
+    asked.metadata.__dict__["_message_id"] = name
+    pushed(link, Message(RecordDict(), reply_to=asked), {n: part.deflate() for n, part in parts.items()}, tree, root)
+    (reply,) = link.pull_messages([name])
+    assert reply.metadata.reply_to_message_id == name and reply.content["x"] == {"y": 2}
+
+
+def test_a_tree_with_paths_without_number_is_refused(hostile) -> None:
+    link, _, _ = hostile
+    tree = ObjectTree(object_id=f"{0:064x}")
+    for level in range(1, 40):
+        tree = ObjectTree(object_id=f"{level:064x}", children=[tree, ObjectTree(object_id=tree.object_id)])
+    with pytest.raises(ValueError, match="not one that a message has"):
+        link.state.object_store.preregister(link.run.run_id, tree)
+
+
+def test_a_part_that_a_node_said_something_else_of_is_no_end_of_the_run(hostile) -> None:
+    link, _, _ = hostile
+    message = Message(RecordDict({"x": ConfigRecord({"y": 3})}), link.nodes[3], "train", ttl=60)
+    part = message.content["x"].object_id
+    link.state.object_store.preregister(link.run.run_id, ObjectTree(object_id=part, children=[ObjectTree(object_id="0" * 64)]))
+    assert list(link.push_messages([message])) == []
+
+
+def test_a_node_pushes_in_its_own_name_only() -> None:
+    for source, own in ((7, True), (8, False)):
+        head = ProtoMessage(metadata=ProtoMetadata(src_node_id=source))
+        assert only_own(PushMessagesRequest(node=FlowerNode(node_id=7), messages_list=[head])) is own
+
+
+def test_a_key_of_a_kind_that_nobody_knows_is_no_key() -> None:
+    unknown = b"-----BEGIN PUBLIC KEY-----\nMA0wBwYFK2WBOAEDAgAB\n-----END PUBLIC KEY-----\n"
+    stamp = now().isoformat().encode()
+    parts = ((FLEET_HTTP_PUBLIC_KEY_HEADER, b64encode(unknown)), (FLEET_HTTP_SIGNATURE_HEADER, b64encode(b"x")), (TIMESTAMP_HEADER, stamp))
+    headers = [(name.lower().encode(), value) for name, value in parts]
+    with pytest.raises(HTTPException, match="401"):
+        authenticated(Request({"type": "http", "method": "GET", "path": "/", "headers": headers, "query_string": b""}))
 
 
 # the index of states that lie elsewhere

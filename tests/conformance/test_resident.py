@@ -104,7 +104,15 @@ def test_a_worker_that_hangs_is_ended_in_time(resident: Resident) -> None:
 
 
 @pytest.mark.parametrize(
-    "state", ["../../etc/passwd", "client-4-0123456789abcdef.safetensors", "x", "client-3-0123456789abcdef.safetensors/.."]
+    "state",
+    [
+        "../../etc/passwd",
+        "client-4-0123456789abcdef.safetensors",
+        "x",
+        "client-3-0123456789abcdef.safetensors/..",
+        f"client-{'3' * 5000}-0123456789abcdef.safetensors",
+    ],
+    ids=lambda state: state[:40],
 )
 def test_a_state_that_is_no_name_of_this_clients_is_refused(resident: Resident, state: str) -> None:
     resident.greet(GREETING)
@@ -120,7 +128,10 @@ def test_a_state_that_is_not_there_is_a_failure(resident: Resident) -> None:
     assert isinstance(failure, Failure) and "cannot be read" in failure.reason and after == name
 
 
-@pytest.mark.parametrize("greeting", ["", "[]", "{}", '{"digest": 3}', '{"digest": "../x"}', '{"digest": ""}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "greeting",
+    ["", "[]", "{}", '{"digest": 3}', '{"digest": "../x"}', '{"digest": ""}', "[" * 100_000, json.dumps({"digest": "\u00e9" * 64})],
+)
 def test_a_greeting_that_is_none_is_refused(resident: Resident, greeting: str, tmp_path: Path) -> None:
     with pytest.raises(WireError, match="a greeting"):
         resident.greet(greeting)

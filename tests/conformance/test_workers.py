@@ -386,3 +386,11 @@ def test_workers_share_threads_and_gpus(
     given = loading.start(replace(world, experiment=wanted)).environment
     found = [given(i) for i in range(len(expected))]
     assert [(e["OMP_NUM_THREADS"], e.get("CUDA_VISIBLE_DEVICES")) for e in found] == expected
+
+
+@pytest.mark.parametrize("said", [b"", b"[]", b"\xff", b"3", b"{}", b'{"blobs": "1"}', b'{"blobs": null}', b"[" * 100_000])
+def test_what_no_worker_says_is_as_if_it_were_gone(said: bytes) -> None:
+    ours, theirs = Pipe()
+    theirs.send_bytes(said)
+    with pytest.raises(OSError, match="not what a worker says"):
+        receive(ours)

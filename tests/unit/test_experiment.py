@@ -246,3 +246,17 @@ def test_a_kind_that_is_left_to_the_method_is_the_methods() -> None:
         assert as_meant(left) == as_meant(named) == as_json(named) != as_json(left)
         assert completed(as_json(left)) == completed(as_json(named))
     assert Experiment(FedCyBGD(), adapter=Adapter(kind="lora")).trained.kind == "lora"
+
+
+@pytest.mark.parametrize(
+    "saved", [[], None, 3, "x", {"method": {"name": "lora"}, "text": [[[[[[[[[[[[[[[[[["x"]]]]]]]]]]]]]]]]]]}], ids=str
+)
+def test_what_is_no_experiment_is_refused_as_one(saved: Any) -> None:
+    with pytest.raises(ExperimentError, match="nested a few levels at most"):
+        from_json(saved)
+
+
+@pytest.mark.parametrize("alpha", [10**400, -(10**400), 10**301], ids=lambda alpha: f"{alpha.bit_length()} bits")
+def test_an_integer_that_no_float_holds_is_refused(alpha: int) -> None:
+    with pytest.raises(ExperimentError, match="alpha is"):
+        from_json({"method": {"name": "lora"}, "alpha": alpha})

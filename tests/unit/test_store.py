@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -299,6 +300,7 @@ NO_NAMES = {
     "a line more": "client-3-0123456789abcdef.safetensors\n",
     "another client": "client-4-0123456789abcdef.safetensors",
     "no text": 3,
+    "no end": json.loads("[" * 900 + "]" * 900),
     "nothing": None,
 }
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from fedloom.tensors import clone, fingerprint
+from fedloom.wire import SHORT
 
 State = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 """(private, memory) as in :class:`fedloom.client.client.Client`."""
@@ -169,7 +170,7 @@ def read_index(index: Mapping[str, str]) -> dict[int, str]:
     for client, name in index.items():
         found = FILE.fullmatch(name) if isinstance(name, str) else None
         if found is None or found[1] != client:
-            raise StoreError(f"{name!r} is no client file of client {client!r}; the checkpoint is corrupt")
+            raise StoreError(f"{SHORT.repr(name)} is no client file of client {SHORT.repr(client)}; the checkpoint is corrupt")
         read[int(client)] = name
     return read
 

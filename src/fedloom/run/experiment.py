@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from fedloom.run.devices import named as device_named
 from fedloom.run.reading import full_name
 from fedloom.server.robust import Rule
 
+FAR = 10**300
+"""No number of an experiment is as large; beyond, an integer may be no float."""
 LEVELS = 16
 """How deep an experiment's JSON may be nested."""
 
@@ -288,7 +291,7 @@ def _value(hint: Any, value: Any, what: str) -> Any:
             return value
     elif origin in (Union, types.UnionType):
         return value
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool) and not FAR < abs(value) < math.inf:
         return float(value)
     elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
