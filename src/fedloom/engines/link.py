@@ -241,7 +241,7 @@ class Link(Grid):
             return None
         except Exception as error:  # Flower trusts what nodes push
             reason = f"a reply whose objects cannot be put together ({type(error).__name__}: {error})"[:LONGEST]
-            return Message(error=Error(ErrorCode.UNKNOWN, reason), metadata=reply.metadata)
+            return Message(error=Error(ErrorCode.UNKNOWN, reason), metadata=reply.metadata)  # type: ignore[call-overload]
 
     def _inflated(self, reply: Message) -> Message | None:
         name, run = reply.metadata.message_id, self._run.run_id
@@ -253,7 +253,8 @@ class Link(Grid):
             whole = inflate_object_from_contents(name, cast(dict[str, bytes], contents))
         if not isinstance(whole, Message) or not isinstance(whole.content, RecordDict):
             raise TypeError(f"a {type(whole).__name__} is no message with content")
-        return Message(content=whole.content, metadata=reply.metadata)  # what it is an answer to says the head, which was checked
+        # What it is an answer to says the head, which was checked.
+        return Message(content=whole.content, metadata=reply.metadata)  # type: ignore[call-overload]
 
 
 class Objects(InMemoryObjectStore):
