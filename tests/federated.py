@@ -107,4 +107,4 @@ def engine_over(host: Host, clients: Sequence[int], patience: Patience = QUICK) 
     """The engine of a federation of these clients, all of them on ``host``."""
     there, folder, store = nodes(tuple(clients)), Path(tempfile.mkdtemp()), host.store
     there.at.device = Here(host, folder)
-    return Copied(Federation(there.link, Elsewhere(), host.digest, {}, patience), folder, store)
+    return Copied(Federation(there.link, Elsewhere(), host.digest, {}, patience, host.encoding), folder, store)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from fedloom.messages import Setting, Task, Tensors, Update
-from fedloom.wire import WireError
+from fedloom.wire import Packer, WireError
 
 NAMES = ("exact", "bf16", "fp16", "int8", "nf4", "top-k")
 SHARE = 0.05
@@ -218,6 +218,32 @@ class Encoding:
 
 
 EXACT = Encoding()
+
+
+class Sender:
+    """Encodes and packs the tasks of one asking. Tensors that a task shares with the one before, name by name the same objects, are encoded
+    and laid out once."""
+
+    def __init__(self, digest: str, encoding: Encoding = EXACT) -> None:
+        self.encoding, self._packer = encoding, Packer(digest)
+        self._last: tuple[Tensors, Task] | None = None
+
+    def pack(self, task: Task) -> bytes:
+        """The task as it travels.
+
+        Raises:
+            WireError: something in it may not cross.
+        """
+        if self.encoding.exact:
+            return self._packer.pack(task)
+        if self._last is None or not _the_same(self._last[0], task.tensors):
+            self._last = (task.tensors, self.encoding.down(replace(task, settings={})))
+        made = self._last[1]
+        return self._packer.pack(replace(task, tensors=made.tensors, settings={**task.settings, **made.settings}))
+
+
+def _the_same(first: Tensors, second: Tensors) -> bool:
+    return list(first) == list(second) and all(second[n] is t for n, t in first.items())
 
 
 def _changed(made: torch.Tensor, sent: torch.Tensor | None) -> bool:

@@ -267,7 +267,7 @@ def test_what_a_device_tells_of_itself_must_be_an_object(told: str) -> None:
     "held", [{"train": "many"}, {"train": 1e400}, {"train": -1}, {"train": [1]}, {"train": 2**60}, {"train": True}, []]
 )
 def test_examples_that_are_no_number_are_none(held: object) -> None:
-    joined = Joined(nodes(tuple(CLIENTS)).link, "x", QUICK, 1.0, None, {}, far())  # type: ignore[arg-type]
+    joined = Joined(nodes(tuple(CLIENTS)).link, None, QUICK, None, {}, far())  # type: ignore[arg-type]
     joined.federation.told[0] = {"examples": held}  # type: ignore[union-attr]
     assert joined.examples(0, "train") == 0
     joined.federation.told[0] = {"examples": {"train": 7}}  # type: ignore[union-attr]

@@ -13,6 +13,7 @@ from fedloom.client.client import Client
 from fedloom.client.host import Host
 from fedloom.client.store import ClientStore
 from fedloom.compute.serial import Serial
+from fedloom.encodings import NAMES, Encoding
 from fedloom.engines.engine import Engine, drive
 from fedloom.engines.local import Local
 from fedloom.engines.wrap import Faulty, Lossy, Recording
@@ -66,12 +67,12 @@ MODEL = cache(partial(tiny.model, layers=4))
 
 
 @cache
-def play(name: str, engine_over: Callable[[Host], Engine], disturbed: Callable[[Engine], Engine]) -> Played:
+def play(name: str, engine_over: Callable[[Host], Engine], disturbed: Callable[[Engine], Engine], wire: str = "exact") -> Played:
     """Set-up, two rounds and, twice, the personal predictions of one method."""
     method, store = all_methods()[name](), ClientStore()
     own = vars(type(method))
     model = MODEL(start=own.get("adapter_start", "zero"), kind=own.get("adapter_kind", "lora"))
-    host = Host(method, device, Serial(model), store, DIGEST)
+    host = Host(method, device, Serial(model), store, DIGEST, encoding=Encoding.of(wire))
     recording = Recording(disturbed(engine_over(host)))
     state = drive(method.setup(method.init(model), POOL), recording, quorum=0)
     for _ in range(POOL.rounds):
@@ -125,6 +126,35 @@ def test_determinism_a_federation_equals_local(name: str) -> None:
     assert (one.trained, one.predicted) == (other.trained, other.predicted)
     assert fingerprint(one.state.shared) == fingerprint(other.state.shared)
     assert fingerprint(one.state.server) == fingerprint(other.state.server)
+
+
+LOSSY = [wire for wire in NAMES if wire != "exact"]
+
+
+@pytest.mark.flower
+@pytest.mark.parametrize("wire", LOSSY)
+@pytest.mark.parametrize("name", ["lora", "fibecfed", "scaffold", "flasc", "fedcybgd"])
+def test_determinism_what_a_wire_loses_it_loses_on_every_engine(name: str, wire: str) -> None:
+    played = [play(name, over, DISTURBANCES["undisturbed"], wire) for over in (over_local, over_flower, over_federation)]
+    for other in played[1:]:
+        assert all(same_replies(mine, theirs) for (_, mine), (_, theirs) in zip(played[0].said, other.said, strict=True))
+        assert (played[0].trained, played[0].predicted) == (other.trained, other.predicted)
+        assert fingerprint(played[0].state.shared) == fingerprint(other.state.shared)
+    assert fingerprint(played[0].state.shared) != fingerprint(play(name, over_local, DISTURBANCES["undisturbed"]).state.shared)
+
+
+@pytest.mark.parametrize("wire", ["nf4", "top-k:0.3"])
+@pytest.mark.parametrize("name", all_methods())
+def test_every_method_goes_over_every_wire_with_fewer_bytes(name: str, wire: str) -> None:
+    exact, lossy = play(name, over_local, DISTURBANCES["undisturbed"]), play(name, over_local, DISTURBANCES["undisturbed"], wire)
+    assert not [failure for _, replies in lossy.said for failure in replies.failures]
+    assert all(bool(t.isfinite().all()) for t in lossy.state.shared.values() if t.is_floating_point())
+    assert {n: t.shape for n, t in lossy.state.shared.items()} == {n: t.shape for n, t in exact.state.shared.items()}
+    rounds = [slice(None), slice(0, 0)][name in ("local", "flasc")]  # one sends nothing, one is sparse already
+    for (asked, mine), (_, theirs) in [*zip(exact.said, lossy.said, strict=True)][rounds]:
+        if asked[0].op == "train":
+            assert sum(t.bytes_up for t in theirs.traffic) < sum(t.bytes_up for t in mine.traffic)
+    assert lossy.trained != "" and (name == "local" or fingerprint(exact.state.shared) != fingerprint(lossy.state.shared))
 
 
 @pytest.mark.parametrize("name", all_methods())

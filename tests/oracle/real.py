@@ -24,6 +24,7 @@ from fedloom.compute.serial import Serial
 from fedloom.compute.stacked import Stacked
 from fedloom.compute.work import Fit, Pretrained, WorkItem
 from fedloom.data.examples import Examples
+from fedloom.encodings import Encoding
 from fedloom.engines.engine import drive
 from fedloom.engines.local import Local
 from fedloom.messages import CENTRE, Failure, Task, Tensors, Update, ask
@@ -144,6 +145,10 @@ class Overheard:
     @property
     def digest(self) -> str:
         return self.host.digest
+
+    @property
+    def encoding(self) -> Encoding:
+        return self.host.encoding
 
     def answer(self, blobs: Sequence[bytes]) -> list[bytes | Failure]:
         self.watched.done = {}

@@ -16,7 +16,7 @@ import torch
 
 from fedloom.methods.fedex import FedExLora
 from fedloom.methods.fedprox import FedProx
-from fedloom.methods.flasc import PLACES, VALUES, Flasc
+from fedloom.methods.flasc import CHANGE, PLACES, VALUES, Flasc
 from fedloom.methods.flexlora import FlexLora
 from fedloom.methods.flora import FLoRA
 from fedloom.methods.hetlora import HetLora
@@ -259,13 +259,13 @@ def test_flasc(kind: real.Kind) -> None:
             fitted[k], losses = trained(k, start, start, epochs(k, "batches", t))
             assert exchange.up[k].metrics["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
             up = real.arrays(exchange.up[k].tensors)
-            assert len(up[VALUES]) == len(up[PLACES]) == math.ceil(0.2 * count)
+            assert len(up[CHANGE + VALUES]) == len(up[CHANGE + PLACES]) == math.ceil(0.2 * count)
             due = np.concatenate([(fitted[k][n] - start[n]).ravel() for n in sorted(pairs)])
             changes[k] = np.zeros(count)
-            changes[k][up[PLACES].astype(int)] = up[VALUES]
-            off = np.abs(up[VALUES] - due[up[PLACES].astype(int)])
+            changes[k][up[CHANGE + PLACES].astype(int)] = up[CHANGE + VALUES]
+            off = np.abs(up[CHANGE + VALUES] - due[up[CHANGE + PLACES].astype(int)])
             assert off.max() < 3e-3
-            assert np.abs(due[changes[k] == 0]).max() <= np.abs(up[VALUES]).min() + 3e-3, "none that is larger was left out"
+            assert np.abs(due[changes[k] == 0]).max() <= np.abs(up[CHANGE + VALUES]).min() + 3e-3, "none that is larger was left out"
         mean = aggregate([{"": c} for c in changes.values()], [real.SIZES[k] for k in changes])[""]
         flat = np.concatenate([pairs[n].ravel() for n in sorted(pairs)]) + mean
         after = real.arrays(made.states[t + 1].shared)

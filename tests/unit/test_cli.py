@@ -38,7 +38,7 @@ EXPERIMENT = names("""
 --aggregation --alpha --beta --clients --cohort --data --device --engine.kind
 --engine.stack --engine.threads --engine.workers --evaluate-every --head --label --label-words
 --max-length --max-test --max-train --max-validation --metric
---min-examples --model --partition --precision --quorum --rounds --seed --task --template --text
+--min-examples --model --partition --precision --quorum --rounds --seed --task --template --text --wire
 """)
 
 FIBECFED = names("""

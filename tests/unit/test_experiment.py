@@ -111,7 +111,7 @@ def other(value: Any) -> Any:
         case float():
             return value * 0.75 or 0.5
         case str():
-            return {"float32": "bf16", "auto": "mcc", "jetson": "phone", "mean": "median"}.get(value, value + "x")
+            return {"float32": "bf16", "auto": "mcc", "jetson": "phone", "mean": "median", "exact": "int8"}.get(value, value + "x")
         case tuple():
             return (*value, "z")
     raise AssertionError(value)
@@ -223,6 +223,8 @@ IMPOSSIBLE = [
     ({"alpha": float("nan")}, "--alpha is nan"),
     ({"cohort": 11, "clients": 10}, "--cohort 11 is more than --clients 10"),
     ({"quorum": 0.0}, "--quorum is 0.0"),
+    ({"wire": "int4"}, "--wire int4: no wire 'int4'; there are exact, bf16"),
+    ({"wire": "top-k:0"}, "--wire top-k:0: .* above 0 and at most 1"),
     ({"aggregation": "krumm"}, "--aggregation krumm: no aggregation 'krumm'; there are mean, median"),
     ({"aggregation": "krum", "cohort": 4}, "--aggregation krum: .* wants a cohort of 5 or more"),
     ({"quorum": 1.1}, "--quorum is 1.1"),

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedloom.client.client import Client
 from fedloom.client.store import ClientStore
 from fedloom.compute.compute import Compute, Done
-from fedloom.messages import Failure, Task, Update, Work, is_client_operation
+from fedloom.encodings import EXACT, Encoding
+from fedloom.messages import Failure, Task, Tensors, Update, Work, is_client_operation
 from fedloom.wire import WireError, pack, unpack
 
 log = logging.getLogger("fedloom")
@@ -36,16 +37,21 @@ def vars_of(kind: type, name: str) -> object:
 
 @dataclass
 class Running:
-    """One operation under way: its client, its task, its generator, what it last yielded and what it cost so far."""
+    """One operation under way: its client, its task, its generator, what its device still owes the server, what it last yielded and what it
+    cost so far."""
 
     client: Client
     task: Task
     work: Work[Update]
+    unsent: Tensors = field(default_factory=dict)
     asked: Any = None
     answer: Any = None
     flops: float = 0.0
     examples: int = 0
 
+
+UNSENT = "unsent/"
+"""Before the names in a device's memory of what an encoding has not sent yet; methods do not see it."""
 
 Leaving = Callable[[Client, Task, Update], Update]
 """What of an update leaves the device."""
@@ -67,9 +73,10 @@ class Host:
         store: ClientStore,
         digest: str,
         leaving: Leaving = everything,
+        encoding: Encoding = EXACT,
     ) -> None:
         self.operations, self.method_name, self.leaving = operations(method), type(method).__name__, leaving
-        self.devices, self.compute, self.store, self.digest = devices, compute, store, digest
+        self.devices, self.compute, self.store, self.digest, self.encoding = devices, compute, store, digest, encoding
 
     def answer(self, blobs: Sequence[bytes]) -> list[bytes | Failure]:
         """One packed update or one failure for each packed task, in order. Each client at most once a call."""
@@ -98,6 +105,10 @@ class Host:
             return Failure(-1, f"WireError: {error}")
         if not isinstance(task, Task):
             return Failure(task.client, "WireError: an update came where a task was expected")
+        try:
+            task = self.encoding.arrived(task)
+        except WireError as error:
+            return Failure(task.client, f"WireError: {error}")
         if task.op not in self.operations:
             return Failure(
                 task.client,
@@ -105,8 +116,10 @@ class Host:
             )
         try:
             client = self.devices(task.client)
-            client.private, client.memory = self.store.load(task.client)
-            return Running(client, task, self.operations[task.op](client, task))
+            client.private, memory = self.store.load(task.client)
+            unsent = {n.removeprefix(UNSENT): t for n, t in memory.items() if n.startswith(UNSENT)}
+            client.memory = {n: t for n, t in memory.items() if not n.startswith(UNSENT)}
+            return Running(client, task, self.operations[task.op](client, task), unsent)
         except Exception as error:
             return self._failed(task.client, error)
 
@@ -125,8 +138,9 @@ class Host:
             return Failure(run.client.id, f"TypeError: the operation returned {update!r}; an Update of client {run.client.id} is due")
         try:
             told = self.leaving(run.client, run.task, replace(update, flops=run.flops, examples=run.examples))
+            told, unsent = self.encoding.up(told, run.task, run.unsent)
             blob = pack(told, self.digest)
-            self.store.save(run.client.id, run.client.private, run.client.memory)
+            self.store.save(run.client.id, run.client.private, {**run.client.memory, **{UNSENT + n: t for n, t in unsent.items()}})
             return blob
         except Exception as error:
             return self._failed(run.client.id, error)

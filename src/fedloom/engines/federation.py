@@ -33,6 +33,7 @@ import torch
 
 from fedloom.client.elsewhere import Elsewhere
 from fedloom.client.store import FILE
+from fedloom.encodings import EXACT, Encoding, Sender
 from fedloom.engines.flower import BLOB, CLIENT, REFUSED, TO, boxed, unboxed  # first: it switches off what Flower must not do
 
 # isort: split
@@ -40,9 +41,9 @@ from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordD
 from flwr.clientapp import ClientApp
 
 from fedloom.engines.link import PAUSE, Link
-from fedloom.engines.local import gather, may_cross, taken
-from fedloom.messages import Failure, Replies, Take, Task, Update, quorum_of, whole
-from fedloom.wire import LONGEST, SHORT, Packer, WireError
+from fedloom.engines.local import gather, may_cross
+from fedloom.messages import CohortFailed, Failure, Replies, Take, Task, Update, quorum_of, whole
+from fedloom.wire import LONGEST, SHORT, WireError
 
 log = logging.getLogger("fedloom")
 
@@ -90,8 +91,16 @@ class Sent:
 class Federation:
     """An :class:`~fedloom.engines.engine.Engine` over the devices of a link. ``greeting``: what they are told of the experiment, JSON."""
 
-    def __init__(self, link: Link, states: Elsewhere, digest: str, greeting: Mapping[str, Any], patience: Patience) -> None:
-        self.link, self.states, self.digest, self.patience = link, states, digest, patience
+    def __init__(
+        self,
+        link: Link,
+        states: Elsewhere,
+        digest: str,
+        greeting: Mapping[str, Any],
+        patience: Patience,
+        encoding: Encoding = EXACT,
+    ) -> None:
+        self.link, self.states, self.digest, self.patience, self.encoding = link, states, digest, patience, encoding
         self.greeting = json.dumps({**greeting, "digest": digest})
         self.told: dict[int, dict[str, Any]] = {}
         """What each greeted device said of itself."""
@@ -107,7 +116,7 @@ class Federation:
         may_cross(tasks)
         answers, sizes, names = self._exchanged(tasks, quorum_of(len(tasks), share))
         down = [bytes(0)] * len(tasks)
-        replies = gather(tasks, down, [answers[task.client] for task in tasks], self.digest)
+        replies = gather(tasks, down, [answers[task.client] for task in tasks], self.digest, self.encoding)
         replies = replace(replies, traffic=tuple(replace(t, bytes_down=sizes.get(t.client, 0)) for t in replies.traffic))
         replies = agreeing(tasks, replies)
         for update in replies.updates:
@@ -116,12 +125,25 @@ class Federation:
         for failure in replies.failures:
             if failure.client in sizes and failure.reason != LATE:
                 self._leave_out(failure)
-        return taken(replies, take)
+        return replies if take is whole else replace(replies, updates=tuple(self._taken(update, take) for update in replies.updates))
+
+    def _taken(self, update: Update, take: Take) -> Update:
+        """What the method makes of an update. One that it can make nothing of voids the asking: half of it may be in the sums.
+
+        Raises:
+            CohortFailed: the method refused it.
+        """
+        try:
+            return take(update)
+        except (ValueError, KeyError, IndexError) as error:
+            failure = Failure(update.client, f"the method can make nothing of its update ({type(error).__name__}: {error})"[:LONGEST])
+            self._leave_out(failure)
+            raise CohortFailed([failure], 0, 1) from error
 
     def _exchanged(self, tasks: Sequence[Task], enough: int) -> tuple[dict[int, bytes | Failure], dict[int, int], dict[int, str]]:
         """What came back of each, the bytes that were sent, and the states' new names."""
         answers: dict[int, bytes | Failure] = {}
-        sizes, names, packer = dict[int, int](), dict[int, str](), Packer(self.digest)
+        sizes, names, sender = dict[int, int](), dict[int, str](), Sender(self.digest, self.encoding)
         waiting, out = deque(self._allowed(tasks, answers)), dict[str, Sent]()
         began, last = time.monotonic(), None
         while waiting or out:
@@ -130,7 +152,7 @@ class Federation:
                 task = waiting.popleft()
                 times, until, reason = self._faults.get(task.client, (0, 0.0, ""))
                 if task.client in here and now >= until and len(out) < AT_ONCE:
-                    self._send(task, packer, out, sizes, answers)
+                    self._send(task, sender, out, sizes, answers)
                 elif now < began + self.patience.wait or (task.client in here and now >= until):
                     waiting.append(task)
                 elif now < until:
@@ -139,7 +161,7 @@ class Federation:
                     answers[task.client] = Failure(task.client, f"TimeoutError: not heard of for {self.patience.wait:g} s")
             for reply in self.link.pull_messages(list(out)):
                 sent = out.pop(reply.metadata.reply_to_message_id)
-                self._hear(sent, reply, packer, out, sizes, answers, names)
+                self._hear(sent, reply, sender, out, sizes, answers, names)
             if last is None and sum(isinstance(answer, bytes) for answer in answers.values()) >= enough:
                 last = time.monotonic() + self.patience.linger
             for name, sent in list(out.items()):
@@ -172,7 +194,7 @@ class Federation:
     def _send(
         self,
         task: Task,
-        packer: Packer,
+        sender: Sender,
         out: dict[str, Sent],
         sizes: dict[int, int],
         answers: dict[int, bytes | Failure],
@@ -183,7 +205,7 @@ class Federation:
         if greeting:
             content, kind, size = RecordDict({TO: ConfigRecord({CLIENT: task.client, GREETING: self.greeting})}), MessageType.QUERY, 0
         else:
-            blob = packer.pack(task)
+            blob = sender.pack(task)
             content, kind, size = RecordDict({BLOB: boxed(blob), TO: head}), MessageType.TRAIN, len(blob)
         message = Message(content, self.link.nodes[task.client], kind, ttl=self.patience.deadline + 60)
         if list(self.link.push_messages([message])):
@@ -196,7 +218,7 @@ class Federation:
         self,
         sent: Sent,
         reply: Message,
-        packer: Packer,
+        sender: Sender,
         out: dict[str, Sent],
         sizes: dict[int, int],
         answers: dict[int, bytes | Failure],
@@ -208,7 +230,7 @@ class Federation:
             code, reason = reply.error.code, (reply.error.reason or "no reason given")[:LONGEST]
             if code == UNGREETED and sent.greeted < 2:
                 self._greeted.discard(client)
-                self._send(sent.task, packer, out, sizes, answers, sent.greeted + 1)
+                self._send(sent.task, sender, out, sizes, answers, sent.greeted + 1)
             else:
                 answers[client] = Failure(client, reason if code in (REFUSED, UNGREETED) else f"Flower error {code}: {reason}")
             return
@@ -216,7 +238,7 @@ class Federation:
             if sent.greeting:
                 self.told[client] = _told(reply.content)
                 self._greeted.add(client)
-                self._send(sent.task, packer, out, sizes, answers, sent.greeted)
+                self._send(sent.task, sender, out, sizes, answers, sent.greeted)
             else:
                 names[client] = _state_of(reply.content, client)
                 answers[client] = unboxed(reply.content)

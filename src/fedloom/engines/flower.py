@@ -52,9 +52,10 @@ from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.grid import InMemoryGrid
 
 from fedloom.client.host import Host
+from fedloom.encodings import EXACT, Encoding, Sender
 from fedloom.engines.local import gather, taken
 from fedloom.messages import Failure, Replies, Take, Task, whole
-from fedloom.wire import WireError, pack
+from fedloom.wire import WireError
 
 log = logging.getLogger("fedloom")
 logging.getLogger("flwr").setLevel(logging.WARNING)  # it tells every request
@@ -86,10 +87,10 @@ class FlowerGrid:
     who has not answered by then has failed, and a task that was not fetched by then is never carried out late.
     """
 
-    def __init__(self, grid: Grid, nodes: Mapping[int, int], digest: str, timeout: float = 3600.0) -> None:
+    def __init__(self, grid: Grid, nodes: Mapping[int, int], digest: str, timeout: float = 3600.0, encoding: Encoding = EXACT) -> None:
         if not (timeout > 0 and math.isfinite(timeout)):
             raise ValueError(f"timeout is {timeout}; a finite number of seconds above 0 is needed, so that nothing waits for ever")
-        self.grid, self.nodes, self.digest, self.timeout = grid, dict(nodes), digest, timeout
+        self.grid, self.nodes, self.digest, self.timeout, self.encoding = grid, dict(nodes), digest, timeout, encoding
 
     def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
         """Send every task to its client's node and collect the replies until all are here or the deadline has passed.
@@ -97,14 +98,15 @@ class FlowerGrid:
         Raises:
             WireError: a task may not cross the wire; that is the method's fault and ends the run. Nothing was sent then.
         """
-        blobs = [pack(task, self.digest) for task in tasks]
+        sender = Sender(self.digest, self.encoding)
+        blobs = [sender.pack(task) for task in tasks]
         sent = [self._message(task.client, blob) for task, blob in zip(tasks, blobs, strict=True)]
         messages = [message for message in sent if message is not None]
         replies = self.grid.send_and_receive(messages, timeout=self.timeout) if messages else []
         arrived = {reply.metadata.reply_to_message_id: reply for reply in replies}
         answers = [self._answer(task.client, message, arrived) for task, message in zip(tasks, sent, strict=True)]
         down = [blob if message is not None else b"" for blob, message in zip(blobs, sent, strict=True)]
-        return taken(gather(tasks, down, answers, self.digest), take)
+        return taken(gather(tasks, down, answers, self.digest, self.encoding), take)
 
     def _message(self, client: int, blob: bytes) -> Message | None:
         if client not in self.nodes:
@@ -185,7 +187,7 @@ def in_memory(host: Host, clients: Iterable[int], timeout: float = 86400.0) -> F
     grid = Loopback(client_app(lambda context: host))
     for client in clients:
         grid.register(client)
-    return FlowerGrid(grid, roll_call(grid), host.digest, timeout)
+    return FlowerGrid(grid, roll_call(grid), host.digest, timeout, host.encoding)
 
 
 class Loopback(InMemoryGrid):

@@ -13,9 +13,10 @@ from sys import intern
 import torch
 
 from fedloom.client.host import Host
+from fedloom.encodings import EXACT, Encoding, Sender
 from fedloom.messages import Failure, Replies, Take, Task, Traffic, Update, whole
 from fedloom.tensors import nbytes
-from fedloom.wire import Packer, WireError, checked_settings, checked_tensors, unpack
+from fedloom.wire import WireError, checked_settings, checked_tensors, unpack
 
 WAVE = 32
 """Clients in one wave: enough to fill a stacked pass. The number of clients must not change it: the memory that a run takes depends on
@@ -45,14 +46,14 @@ class Local:
             WireError: a task may not cross the wire; that is the method's fault and ends the run. No task was carried out then.
         """
         may_cross(tasks)
-        packer = Packer(self.host.digest)
-        return joined(taken(self._wave(i, part, packer), take) for i, part in enumerate(waves(tasks, self.wave), 1))
+        sender = Sender(self.host.digest, self.host.encoding)
+        return joined(taken(self._wave(i, part, sender), take) for i, part in enumerate(waves(tasks, self.wave), 1))
 
-    def _wave(self, number: int, tasks: Sequence[Task], packer: Packer) -> Replies:
+    def _wave(self, number: int, tasks: Sequence[Task], sender: Sender) -> Replies:
         if number % BREATH == 0:
             give_memory_back()
-        blobs = [packer.pack(task) for task in tasks]
-        return gather(tasks, blobs, self.host.answer(blobs), self.host.digest)
+        blobs = [sender.pack(task) for task in tasks]
+        return gather(tasks, blobs, self.host.answer(blobs), self.host.digest, self.host.encoding)
 
 
 def waves(tasks: Sequence[Task], size: int) -> list[Sequence[Task]]:
@@ -110,11 +111,13 @@ def joined(parts: Iterable[Replies]) -> Replies:
     return Replies(tuple(updates), tuple(failures), tuple(traffic))
 
 
-def gather(tasks: Sequence[Task], sent: Sequence[bytes], answers: Sequence[bytes | Failure], digest: str) -> Replies:
+def gather(
+    tasks: Sequence[Task], sent: Sequence[bytes], answers: Sequence[bytes | Failure], digest: str, encoding: Encoding = EXACT
+) -> Replies:
     """Replies from what was sent and what came back for each task, in task order."""
     updates, failures, traffic = [], [], []
     for task, down, answer in zip(tasks, sent, answers, strict=True):
-        update = answer if isinstance(answer, Failure) else _opened(answer, task.client, digest)
+        update = answer if isinstance(answer, Failure) else _opened(answer, task, digest, encoding)
         if isinstance(update, Update):
             updates.append(update)
             traffic.append(Traffic(task.client, len(down), len(answer), update.flops, update.examples))  # type: ignore[arg-type]
@@ -124,9 +127,11 @@ def gather(tasks: Sequence[Task], sent: Sequence[bytes], answers: Sequence[bytes
     return Replies(tuple(updates), tuple(failures), tuple(traffic))
 
 
-def _opened(blob: bytes, client: int, digest: str) -> Update | Failure:
+def _opened(blob: bytes, task: Task, digest: str, encoding: Encoding) -> Update | Failure:
+    client = task.client
     try:
         update = unpack(blob, digest)
+        update = encoding.received(update, task) if isinstance(update, Update) else update
     except WireError as error:
         return Failure(client, f"WireError: {error}")
     if not isinstance(update, Update) or update.client != client:

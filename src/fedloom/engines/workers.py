@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedloom.client.store import ClientStore
+from fedloom.encodings import EXACT, Encoding, Sender
 from fedloom.engines.local import BREATH, gather, give_memory_back, joined, may_cross, taken, waves
 from fedloom.messages import Failure, Replies, Take, Task, Traffic, Update, whole
-from fedloom.wire import Packer
 
 log = logging.getLogger("fedloom")
 
@@ -86,12 +86,19 @@ class Workers:
     """
 
     def __init__(
-        self, start: Start, count: int, store: ClientStore, digest: str, wave: int, load: Callable[[int], float] | None = None
+        self,
+        start: Start,
+        count: int,
+        store: ClientStore,
+        digest: str,
+        wave: int,
+        load: Callable[[int], float] | None = None,
+        encoding: Encoding = EXACT,
     ) -> None:
         if store.folder is None:
             raise ValueError("workers need a client store with a folder; this one keeps everything in the memory of one process")
         self.start, self.count, self.store, self.digest = start, count, store, digest
-        self.wave, self.load = wave, load
+        self.wave, self.load, self.encoding = wave, load, encoding
         self.workers: list[Worker] = []
 
     def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
@@ -123,7 +130,7 @@ class Workers:
 
     def _answered(self, parts: Sequence[Sequence[Task]]) -> Iterator[Replies]:
         """The replies of each part, in order, each as soon as it and all before it are here."""
-        packer, begun = Packer(self.digest), Counter[int]()
+        sender, begun = Sender(self.digest, self.encoding), Counter[int]()
         waiting, replies, due = deque(range(len(parts))), dict[int, Replies](), 0
         while due < len(parts):
             self._start(len(waiting))
@@ -133,7 +140,7 @@ class Workers:
                 worker.wave = waiting.popleft()
                 begun[worker.wave] += 1
                 tasks = parts[worker.wave]
-                if not worker.give(self.store, tasks, [packer.pack(task) for task in tasks]):
+                if not worker.give(self.store, tasks, [sender.pack(task) for task in tasks]):
                     self._lost(worker, parts, begun, waiting, replies)
             while due in replies:  # what is yielded is summed here while the workers compute
                 yield replies.pop(due)
@@ -176,7 +183,7 @@ class Workers:
             else:
                 self.store.take(task.client, one["state"])
                 answers.append(next(arrived))
-        return gather(tasks, sent, answers, self.digest)
+        return gather(tasks, sent, answers, self.digest, self.encoding)
 
     def _lost(
         self, worker: Worker, parts: Sequence[Sequence[Task]], begun: Counter[int], waiting: deque[int], replies: dict[int, Replies]

@@ -31,6 +31,8 @@ from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import only, without
 
 VALUES, PLACES = "values", "places"
+CHANGE = "change/"
+"""Before these names on the way up: what they hold are changes of other entries than those that came down."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,9 @@ class Flasc:
         mean, length = pool.average(without(state.shared, pairs)), sum(t.numel() for t in pairs.values())
 
         def take(update: Update) -> Update:
-            change = scattered(update.tensors, length)
-            return mean.take(replace(update, tensors={**without(update.tensors, (VALUES, PLACES)), VALUES: change}))
+            sparse = {n.removeprefix(CHANGE): t for n, t in update.tensors.items() if n.startswith(CHANGE)}
+            heads = {n: t for n, t in update.tensors.items() if not n.startswith(CHANGE)}
+            return mean.take(replace(update, tensors={**heads, VALUES: scattered(sparse, length)}))
 
         cohort = uniform(pool, state.round)
         yield Asking([ask(self.train, k, sent, **shapes, **self.inner.clock(state.round, pool)) for k in cohort], take)
@@ -94,7 +97,7 @@ class Flasc:
         heads = without(task.tensors, (VALUES, PLACES))
         fitted = yield from self.inner.learn(c, {**heads, **arrived}, task)
         change = joined(only(fitted.tensors, list(shaped))) - joined(arrived)
-        made = {**only(fitted.tensors, list(heads)), **largest(change, self.up)}
+        made = {**only(fitted.tensors, list(heads)), **{CHANGE + n: t for n, t in largest(change, self.up).items()}}
         return Update(c.id, len(c.train), made, {"loss": float(fitted.losses.mean())})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:

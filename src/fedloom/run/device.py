@@ -132,6 +132,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
         ClientStore(None),
         e.digest(),
         counted(source.task),
+        e.encoding,
     )
     return host, {"examples": {split: len(shards[split]) for split in SPLITS}, "notes": list(source.notes)}
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 from fedloom.client.curricula import named as curriculum_named
 from fedloom.client.curriculum import Curriculum
 from fedloom.data.tasks import TaskKind
+from fedloom.encodings import Encoding
 from fedloom.methods import named
 from fedloom.model.adapters import Adapter
 from fedloom.model.base import Precision
@@ -87,6 +88,7 @@ class Experiment:
         quorum: share of a cohort that must answer for a round to count.
         aggregation: what the server makes of a round's updates: mean, or a rule that a share of hostile devices cannot sway, as NAME or
             NAME:SHARE (0.25): median, trimmed, krum, multi-krum, geometric-median, clip.
+        wire: how numbers travel: exact, or with a loss bf16, fp16, int8, nf4, or top-k:SHARE (0.05) of a device's changes, the rest later.
         device: profile for simulated device time: jetson, laptop or phone.
         engine: how to compute.
     """
@@ -118,6 +120,7 @@ class Experiment:
     metric: Literal["auto", "accuracy", "mcc", "f1"] = "auto"
     quorum: float = 1.0
     aggregation: str = "mean"
+    wire: str = "exact"
     device: str = "jetson"
     engine: EngineSettings = field(default_factory=EngineSettings)
 
@@ -151,6 +154,10 @@ class Experiment:
             self.rule.insist_on(self.cohort)
         except ValueError as error:
             raise ExperimentError(f"--aggregation {self.aggregation}: {error}") from error
+        try:
+            _ = self.encoding
+        except ValueError as error:
+            raise ExperimentError(f"--wire {self.wire}: {error}") from error
         for name in ("stack", "threads", "workers"):
             if getattr(self.engine, name) < 0:
                 raise ExperimentError(f"--engine.{name} is {getattr(self.engine, name)}; it must be 0 (automatic) or more")
@@ -169,6 +176,11 @@ class Experiment:
     def rule(self) -> Rule:
         """The rule of aggregation."""
         return Rule.of(self.aggregation)
+
+    @property
+    def encoding(self) -> Encoding:
+        """How numbers travel."""
+        return Encoding.of(self.wire)
 
     @property
     def trained(self) -> Adapter:

@@ -44,22 +44,22 @@ class Joined:
     """A :class:`~fedloom.run.world.Far`: the devices of a link. ``about``: what the server says when it is asked how things stand."""
 
     link: Link
-    digest: str
+    experiment: Experiment
     patience: Patience
-    quorum: float
     show: Show
     greeting: Mapping[str, Any] = field(default_factory=dict)
     federation: Federation | None = None
 
     def engine(self, store: Elsewhere) -> Engine:
         """The engine, once every device has joined: a set-up needs all, and who is to be told of is not to be missed."""
-        self.federation = Federation(self.link, store, self.digest, self.greeting, self.patience)
+        e = self.experiment
+        self.federation = Federation(self.link, store, e.digest(), self.greeting, self.patience, e.encoding)
         return self.federation
 
     def hurried(self, engine: Engine) -> Engine:
         """The engine for rounds: a quorum is enough."""
         assert isinstance(engine, Federation)
-        return Enough(engine, self.quorum)
+        return Enough(engine, self.experiment.quorum)
 
     def examples(self, client: int, split: Split) -> int:
         """What the device said when it was greeted."""
@@ -97,7 +97,7 @@ def serve(
 
     def running(shown: Show) -> dict[str, Any]:
         with Link(keys, host, port, tls) as link:
-            joined = Joined(link, experiment.digest(), patience, experiment.quorum, shown)
+            joined = Joined(link, experiment, patience, shown)
             link.about = lambda: about(joined, folder)
 
             def built(e: Experiment) -> World:
@@ -119,7 +119,7 @@ def about(joined: Joined, folder: Path) -> dict[str, Any]:
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     here = sorted(joined.link.present())
     return {
-        "experiment": joined.digest,
+        "experiment": joined.experiment.digest(),
         "devices": len(joined.link.nodes),
         "here": here,
         "away": sorted(set(joined.link.nodes) - set(here)),

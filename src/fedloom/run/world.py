@@ -115,7 +115,8 @@ class World:
 
     def host(self, store: ClientStore) -> Host:
         """What answers for the devices in this process."""
-        return Host(self.experiment.method, self.device, self.compute, store, self.experiment.digest())
+        e = self.experiment
+        return Host(e.method, self.device, self.compute, store, e.digest(), encoding=e.encoding)
 
     @property
     def alone_or_together(self) -> bool:
@@ -134,7 +135,7 @@ class World:
         how = self.experiment.engine
         if how.kind == "local" and how.workers > 1:
             load = self.examples_of if self.alone_or_together else None
-            return Workers(start(self), how.workers, store, self.experiment.digest(), self.wave, load)
+            return Workers(start(self), how.workers, store, self.experiment.digest(), self.wave, load, self.experiment.encoding)
         host = self.host(store)
         if how.kind == "local":
             return Local(host, self.wave)
