@@ -54,9 +54,7 @@ class Teller:
             self.tell({"kind": "resume", **{key: rows[-1][key] for key in SHOWN}, **{key: known[-1][key] for key in SHOWN[2:] if known}})
 
 
-def perform(
-    experiment: Experiment, folder: Path, trained: Path | None, tell: Callable[[Event], None], track: Sequence[str] = ()
-) -> None:
+def perform(experiment: Experiment, folder: Path, trained: Path | None, tell: Callable[[Event], None], track: Sequence[str] = ()) -> None:
     """Carry out one run and tell it, to the end; never raises but to be stopped. With ``trained``, that run's training is taken over.
     ``track``: trackers that are told too."""
     try:

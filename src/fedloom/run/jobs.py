@@ -52,10 +52,8 @@ class Watch(Protocol):
     def idle(self) -> None: ...
 
 
-def carry_out(
-    wanted: Wanted, folder: Callable[[Run], Path], jobs: int, watch: Watch, track: Sequence[str] = ()
-) -> dict[str, Ended]:
-    """Carry out every run that ``wanted`` asks for, ``jobs`` at a time, and say how each ended. ``track``: trackers that are told of each."""
+def carry_out(wanted: Wanted, folder: Callable[[Run], Path], jobs: int, watch: Watch, track: Sequence[str] = ()) -> dict[str, Ended]:
+    """Carry out every run that ``wanted`` asks for, ``jobs`` at a time, and say how each ended. ``track``: trackers that are told."""
     ended: dict[str, Ended] = {}
     looked: set[str] = set()
     with Crew(jobs, track) as crew:

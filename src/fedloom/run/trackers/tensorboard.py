@@ -6,8 +6,8 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -19,8 +19,8 @@ SETTINGS = "settings"
 
 
 class TensorBoard:
-    """A :class:`~fedloom.run.tracking.Tracker`. A round is one record of an event file: whoever reads a torn file sees all of it or nothing.
-    A run that goes on has one more file, with the rounds that the others lack."""
+    """A :class:`~fedloom.run.tracking.Tracker`. A round is one record of an event file: of a torn one nothing is read. A run that goes on
+    has one more file, with the rounds that the others lack."""
 
     def __init__(self, subject: Subject) -> None:
         self.folder = subject.folder
