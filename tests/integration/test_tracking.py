@@ -12,7 +12,9 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -150,13 +152,28 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
+@cache
+def untracked() -> tuple[Path, dict[str, Any]]:
+    """The same run without trackers."""
+    folder = Path(mkdtemp(prefix="untracked-")) / "run"
+    return folder, run(small.experiment(rounds=3, evaluate_every=2), folder, plain=True)
+
+
 @every_tracker
-def test_a_tracker_has_what_the_rows_have_and_a_run_again_adds_nothing(name: str, tmp_path: Path) -> None:
-    run(small.experiment(rounds=3, evaluate_every=2), tmp_path / "run", plain=True, track=(name, name))
+def test_a_tracker_has_what_the_rows_have_and_changes_no_result_and_a_run_again_adds_nothing(name: str, tmp_path: Path) -> None:
+    results = run(small.experiment(rounds=3, evaluate_every=2), tmp_path / "run", plain=True, track=(name, name))
     agrees(name, tmp_path / "run")
+    alone, expected = untracked()
+    assert fingerprint_of(tmp_path / "run") == fingerprint_of(alone)
+    same = ("final", "best", "digest", "bytes_up", "bytes_down", "per_device", "experiment")
+    assert {key: results[key] for key in same} == {key: expected[key] for key in same}
+    assert (tmp_path / "run" / "experiment.json").read_bytes() == (alone / "experiment.json").read_bytes()
     before = contents(tmp_path / "run")
     run(small.experiment(rounds=3, evaluate_every=2), tmp_path / "run", plain=True, track=(name,))
     assert contents(tmp_path / "run") == before
+    (tmp_path / "run" / name / "complete").unlink()  # as if killed right before it was marked
+    run(small.experiment(rounds=3, evaluate_every=2), tmp_path / "run", plain=True, track=(name,))
+    agrees(name, tmp_path / "run")
 
 
 class Killed(BaseException):
@@ -231,16 +248,6 @@ def test_a_run_that_has_ended_is_told_afterwards(name: str, tmp_path: Path) -> N
     agrees(name, tmp_path / "run")
 
 
-@pytest.mark.track
-def test_tracking_changes_no_result(tmp_path: Path) -> None:
-    plain = run(small.experiment(), tmp_path / "plain", plain=True)
-    tracked = run(small.experiment(), tmp_path / "tracked", plain=True, track=tuple(READ))
-    assert fingerprint_of(tmp_path / "plain") == fingerprint_of(tmp_path / "tracked")
-    same = ("final", "best", "digest", "bytes_up", "bytes_down", "per_device", "experiment")
-    assert {key: plain[key] for key in same} == {key: tracked[key] for key in same}
-    assert (tmp_path / "plain" / "experiment.json").read_bytes() == (tmp_path / "tracked" / "experiment.json").read_bytes()
-
-
 class Broken:
     """A tracker on a full disk: it can be opened and told one round."""
 
@@ -266,19 +273,19 @@ class Broken:
 def test_a_tracker_that_fails_is_warned_of_once_and_neither_the_run_nor_another_tracker_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broken, true = Broken(), KINDS["mlflow"]
-    monkeypatch.setitem(KINDS, "mlflow", Kind(lambda subject: broken, ()))
+    broken, true = Broken(), KINDS["wandb"]
+    monkeypatch.setitem(KINDS, "wandb", Kind(lambda subject: broken, ()))
     with caplog.at_level(logging.WARNING, "fedloom"):
-        results = run(small.experiment(rounds=3), tmp_path / "run", plain=True, track=("mlflow", "tensorboard"))
+        results = run(small.experiment(rounds=3), tmp_path / "run", plain=True, track=("wandb", "tensorboard"))
     assert broken.told == [0, 1]
     assert results["final"]["round"] == 3
     (warning,) = [record.getMessage() for record in caplog.records if record.name == "fedloom"]
-    assert warning.startswith("--track mlflow failed (OSError: [Errno 28] No space left on device); the run goes on without it")
+    assert warning.startswith("--track wandb failed (OSError: [Errno 28] No space left on device); the run goes on without it")
     agrees("tensorboard", tmp_path / "run")
-    assert not (tmp_path / "run" / "mlflow" / "complete").exists()
-    monkeypatch.setitem(KINDS, "mlflow", true)
-    run(small.experiment(rounds=3), tmp_path / "run", plain=True, track=("mlflow", "tensorboard"))
-    agrees("mlflow", tmp_path / "run")
+    assert not (tmp_path / "run" / "wandb" / "complete").exists()
+    monkeypatch.setitem(KINDS, "wandb", true)
+    run(small.experiment(rounds=3), tmp_path / "run", plain=True, track=("wandb", "tensorboard"))
+    agrees("wandb", tmp_path / "run")
 
 
 @every_tracker

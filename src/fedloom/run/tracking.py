@@ -112,10 +112,16 @@ def insist(names: Sequence[str]) -> None:
     unknown = [name for name in names if name not in KINDS]
     if unknown:
         raise ExperimentError(f"--track {' '.join(unknown)}: there is no such tracker; there are {', '.join(KINDS)}")
-    missing = {name: [each for each in KINDS[name].libraries if importlib.util.find_spec(each) is None] for name in names}
+    missing = {name: [each for each in KINDS[name].libraries if not _installed(each)] for name in names}
     told = [f"--track {name} needs {', '.join(libraries)}" for name, libraries in missing.items() if libraries]
     if told:
         raise ExperimentError(f"{'; '.join(told)}, which is not installed; pip install 'fedloom[track]' installs what trackers need")
+
+
+def _installed(library: str) -> bool:
+    """Whether there is such a library; a folder of its name, as ``wandb`` makes one wherever it runs, is none."""
+    found = importlib.util.find_spec(library)
+    return found is not None and found.origin is not None
 
 
 class Tracking:
