@@ -49,7 +49,8 @@ def of_tensorboard(folder: Path) -> tuple[Found, Found, Mapping[str, Any]]:
 
     read = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     read.Reload()
-    assert b"| rounds |" in read.Tensors("settings")[0].tensor_proto.string_val[0]
+    (settings_told,) = read.Tensors("settings")
+    assert b"| rounds |" in settings_told.tensor_proto.string_val[0]
     told = {tag: [(event.step, event.value) for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
     content = read.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     hparams = HParamsPluginData.FromString(content).session_start_info.hparams
@@ -236,6 +237,7 @@ def test_kill_9_before_and_after_a_round_is_told_loses_none_and_repeats_none(tmp
         done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2])
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert len(written(folder)) == at + 1
+    assert [step for step, _ in of_tensorboard(folder)[0]["bytes_up"]] == [0, 1, 2, 3], "on the disk as soon as it is told"
     run(experiment, folder, plain=True, track=tuple(READ))
     for name in READ:
         agrees(name, folder)
