@@ -8,10 +8,10 @@ import logging
 import math
 import os
 import signal
-import struct
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -24,7 +24,7 @@ from fedloom.run import checkpoint, loop
 from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.experiment import ExperimentError
 from fedloom.run.loop import run
-from fedloom.run.tracking import KINDS, Kind, numbers
+from fedloom.run.tracking import KINDS, Kind, Tracking, numbers
 from tests import small
 
 Found = dict[str, list[tuple[int, float]]]
@@ -73,13 +73,13 @@ def of_mlflow(folder: Path) -> tuple[Found, Found, Mapping[str, Any]]:
 
 def of_wandb(folder: Path) -> tuple[Found, Found, Mapping[str, Any]]:
     """The one offline run: a log of records, each a message of the library's own protocol."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from fedloom.run.trackers.wandb import records
 
     (path,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
     told: Found = {}
     ended: Found = {}
     settings: dict[str, Any] = {}
-    for record in map(Record.FromString, records(path.read_bytes())):
+    for record in records(path):
         if record.WhichOneof("record_type") == "history":
             row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             for key, value in row.items():
@@ -91,21 +91,6 @@ def of_wandb(folder: Path) -> tuple[Found, Found, Mapping[str, Any]]:
         for item in record.run.config.update:
             settings[item.key] = json.loads(item.value_json)
     return told, ended, settings
-
-
-def records(data: bytes) -> list[bytes]:
-    """The records of a log in LevelDB's format: blocks of 32 KiB, each record in one part or several; the file begins with seven bytes."""
-    block, at, whole, part = 32768, 7, [], b""
-    while at + 7 <= len(data):
-        if block - at % block < 7:
-            at += block - at % block
-            continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
-        part, at = part + data[at + 7 : at + 7 + length], at + 7 + length
-        if kind in (1, 4):
-            whole.append(part)
-            part = b""
-    return whole
 
 
 def parted(told: Found) -> tuple[Found, Found]:
@@ -241,6 +226,21 @@ def test_kill_9_before_and_after_a_round_is_told_loses_none_and_repeats_none(tmp
     run(experiment, folder, plain=True, track=tuple(READ))
     for name in READ:
         agrees(name, folder)
+
+
+@pytest.mark.track
+def test_the_log_of_a_long_run_is_read_to_its_end(tmp_path: Path) -> None:
+    """Many blocks of 32 KiB, and a record that is longer than one."""
+    row = {"loss": 0.5, "bytes_up": 8, "answered": [0, 1], "failed": {}, "validation": {"global": 0.25}}
+    with Tracking(("wandb",), replace(small.experiment(), template="{mask}" * 20000, head="cloze"), tmp_path) as tracking:
+        for round in range(600):
+            tracking.round({"round": round, **row})
+        tracking.end({"final": {"personalised": 0.5}, "best": {"personalised": 0.25}})
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert path.stat().st_size > 4 * 32768
+    told, ended, _ = of_wandb(tmp_path)
+    assert told["validation/global"] == [(round, 0.25) for round in range(600)]
+    assert ended == {"final/personalised": [(-1, 0.5)], "best/personalised": [(-1, 0.25)]}
 
 
 @every_tracker

@@ -7,11 +7,22 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Mapping
+import struct
+import time
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 
 import wandb
+from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
 from fedloom.run.tracking import Subject
+
+PATIENCE = 30.0
+"""Seconds that the library's own process may take to write what it has been told."""
+
+HEADER, BLOCK, LAST_PARTS = 7, 32 * 1024, (1, 4)
+"""Of the library's log: bytes before the first record and before each part of one; bytes of a block, which no part crosses; how a part is
+marked that ends a record."""
 
 
 class WandB:
@@ -20,7 +31,7 @@ class WandB:
     first round and under the same id, and replaces what was there. A run online is resumed by the service."""
 
     def __init__(self, subject: Subject) -> None:
-        offline = (os.environ.get("WANDB_MODE") or "offline") in ("offline", "dryrun")
+        self.offline = offline = (os.environ.get("WANDB_MODE") or "offline") in ("offline", "dryrun")
         for before in subject.folder.glob(f"offline-run-*-{subject.id}"):
             shutil.rmtree(before)
         self.run = wandb.init(
@@ -48,5 +59,34 @@ class WandB:
         self.run.summary.update(dict(numbers))
 
     def close(self, failed: bool) -> None:
-        """Write everything and say how it ended."""
+        """Say how it ended. A run that has ended is on the disk then: the library's own process may write it only a moment later.
+
+        Raises:
+            TimeoutError: it does not.
+        """
+        path = Path(self.run.dir).parent / f"run-{self.run.id}.wandb"
         self.run.finish(exit_code=int(failed))
+        given_up = time.monotonic() + PATIENCE
+        while self.offline and not failed and not any(record.HasField("exit") for record in records(path)):
+            if time.monotonic() > given_up:
+                raise TimeoutError(f"{path} was not written within {PATIENCE:.0f} seconds")
+            time.sleep(0.05)
+
+
+def records(path: Path) -> Iterator[Record]:
+    """What the library's log of a run holds so far: records in LevelDB's format, in one part each or in several."""
+    data = path.read_bytes() if path.exists() else b""
+    at, whole = HEADER, b""
+    while at + HEADER <= len(data):
+        left = BLOCK - at % BLOCK
+        if left < HEADER:  # too little for a part
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        if at + HEADER + length > len(data):
+            return
+        whole += data[at + HEADER : at + HEADER + length]
+        at += HEADER + length
+        if kind in LAST_PARTS:
+            yield Record.FromString(whole)
+            whole = b""
