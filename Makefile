@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 		|| { echo "setup: this Python lacks ensurepip; taking pip from $(PYTHON) -m pip" >&2; \
 		     $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,flower,docs,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,flower,track,docs,dev]'
 	@touch $@
 	@echo "setup: done; the command is $(BIN)/fedloom"
 

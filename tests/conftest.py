@@ -37,6 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test by its folder; skip, visibly, what this machine cannot run."""
     no_gpu = pytest.mark.skip(reason="no accelerator: torch.cuda.is_available() is False")
     no_flower = pytest.mark.skip(reason="the extra 'flower' is not installed: pip install 'fedloom[flower]'")
+    no_track = pytest.mark.skip(reason="the extra 'track' is not installed: pip install 'fedloom[track]'")
+    has_track = all(importlib.util.find_spec(name) is not None for name in ("tensorboard", "mlflow", "sqlalchemy", "alembic", "wandb"))
     has_flower = importlib.util.find_spec("flwr") is not None
     for item in items:
         if not item.path.is_relative_to(TESTS):
@@ -48,3 +50,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
         if item.get_closest_marker("flower") and not has_flower:
             item.add_marker(no_flower)
+        if item.get_closest_marker("track") and not has_track:
+            item.add_marker(no_track)

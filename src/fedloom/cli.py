@@ -51,7 +51,7 @@ def run(words: Sequence[str]) -> int:
     given = _parse(options.for_run(recipe), rest, f"fedloom run {word}", f"Run {recipe.kind.name}: {recipe.kind.paper}.")
     experiment = options.experiment_of(given)
     out = given.out or recipes.default_folder(experiment)
-    results = run_experiment(experiment, out, given.plain or None)
+    results = run_experiment(experiment, out, given.plain or None, track=given.track)
     from fedloom.run.report import write_report  # loads matplotlib, which no run should wait for
 
     report = write_report([out], out / "report.html")
@@ -82,7 +82,7 @@ def compare(words: Sequence[str]) -> int:
     rates = given.lrs or (() if given.lr is None else (given.lr,))
     plan = Plan(options.experiment_of(given, **start), methods, **grid, rates=rates, shared=given.share_training)
     out = given.out or recipes.comparison_folder([run.experiment for run in plan.every()], plan.shared)
-    ended = comparing.compare(plan, out, given.jobs, given.plain or None, given.reference, given.target)
+    ended = comparing.compare(plan, out, given.jobs, given.plain or None, given.reference, given.target, given.track)
     if ended.summary is not None:
         if len(ended.results) <= FEW:
             Console().print(results_table(labelled(ended.results, plan)))
@@ -109,7 +109,7 @@ def serve(words: Sequence[str]) -> int:
     experiment = options.experiment_of(given, clients=(devices := len(public_keys(given.certs))), cohort=given.cohort or devices)
     out = given.out or recipes.default_folder(experiment)
     patience = Patience(given.wait, given.deadline, given.linger)
-    results = serve_experiment(experiment, out, given.certs, given.listen, patience, given.plain or None)
+    results = serve_experiment(experiment, out, given.certs, given.listen, patience, given.plain or None, track=given.track)
     from fedloom.run.report import write_report
 
     report = write_report([out], out / "report.html")

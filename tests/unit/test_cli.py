@@ -62,12 +62,14 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
 
 def test_the_options_of_run_are_frozen() -> None:
     """Scripts rely on these names: add to them, rename none."""
-    assert cli.long_options(options.for_run(recipes.resolve("fibecfed"))) == sorted([*EXPERIMENT, *FIBECFED, "--help", "--out", "--plain"])
+    assert cli.long_options(options.for_run(recipes.resolve("fibecfed"))) == sorted(
+        [*EXPERIMENT, *FIBECFED, "--help", "--out", "--plain", "--track"]
+    )
 
 
 def test_the_options_of_the_other_commands_are_frozen() -> None:
     grid = "--alphas --jobs --lr --lrs --reference --seeds --share-training --target"
-    assert cli.long_options(options.for_compare()) == sorted([*EXPERIMENT, *grid.split(), "--help", "--out", "--plain"])
+    assert cli.long_options(options.for_compare()) == sorted([*EXPERIMENT, *grid.split(), "--help", "--out", "--plain", "--track"])
     assert cli.long_options(options.for_describe(recipes.resolve("fibecfed"))) == sorted([*EXPERIMENT, *FIBECFED, "--help"])
     data = (
         "--alpha --beta --clients --data --label --max-test --max-train --max-validation --metric --min-examples --partition --seed --task"
@@ -153,6 +155,7 @@ def test_a_saved_experiment_is_where_options_start() -> None:
         (["run", "lora", "--alhpa", "1"], ["--alhpa", "Perhaps you meant: --alpha", "There are: --adapter.alpha", "--method.lr"]),
         (["run", "lora", "--method.keep", "1"], ["--method.keep", "--method.lr"]),
         (["run", "lora", "--precision", "fp16"], ["'fp16'", "float32", "bf16"]),
+        (["run", "lora", "--track", "tensorbord"], ["--track", "'tensorbord'", "tensorboard", "mlflow", "wandb"]),
         (["run", "lora", "--rounds", "many"], ["--rounds", "'many'"]),
         (["run", "lora", "--rounds", "-3"], ["--rounds is -3", "at least 1"]),
         (["run", "lora", "--cohort", "11", "--clients", "10"], ["--cohort 11", "--clients 10"]),

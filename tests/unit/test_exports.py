@@ -15,6 +15,7 @@ import fedloom
 
 SOURCE = Path(fedloom.__file__).parent
 NEED_FLOWER = {"fedloom.engines.flower", "fedloom.flower_app"}
+NEED_TRACK = {"fedloom.run.trackers.tensorboard", "fedloom.run.trackers.mlflow", "fedloom.run.trackers.wandb"}
 
 
 def module_name(path: Path) -> str:
@@ -23,9 +24,10 @@ def module_name(path: Path) -> str:
 
 
 MODULES = [
-    pytest.param(module_name(path), marks=[pytest.mark.flower] if module_name(path) in NEED_FLOWER else [])
+    pytest.param(name, marks=[pytest.mark.flower] if name in NEED_FLOWER else [pytest.mark.track] if name in NEED_TRACK else [])
     for path in sorted(SOURCE.rglob("*.py"))
     if path.name != "__main__.py"
+    for name in [module_name(path)]
 ]
 
 

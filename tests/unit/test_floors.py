@@ -42,6 +42,9 @@ DOORS = {
     "tyro": {"cli.py"},
     "matplotlib": {"run/figures.py"},
     "jinja2": {"run/report.py"},
+    "tensorboard": {"run/trackers/tensorboard.py"},
+    "mlflow": {"run/trackers/mlflow.py"},
+    "wandb": {"run/trackers/wandb.py"},
     "rich": {"run/console.py", "run/watching.py", "cli.py"},
 }
 """Each third-party library and the files that may import it; a folder stands for all its files."""
@@ -209,7 +212,7 @@ def test_file_keeps_the_house(path: str) -> None:
     assert faults(path, (SOURCE / path).read_text(encoding="utf-8")) == []
 
 
-LATE = {"matplotlib", "jinja2", "datasets", "pandas", "sklearn", "scipy", "flwr"}
+LATE = {"matplotlib", "jinja2", "datasets", "pandas", "sklearn", "scipy", "flwr", "tensorboard", "mlflow", "wandb"}
 """Libraries that ``fedloom run`` does not load before its first round: each takes a third of a second, or more, and is not needed yet."""
 
 

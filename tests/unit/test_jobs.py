@@ -50,7 +50,7 @@ class Heard:
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run whose folder is named bad fails; any other writes what a run writes."""
 
-    def perform(experiment: Experiment, folder: Path, trained: Path | None, tell: Any) -> None:
+    def perform(experiment: Experiment, folder: Path, trained: Path | None, tell: Any, track: Any) -> None:
         if folder.name.startswith("bad"):
             tell({"kind": "failed", "text": "no luck", "diverged": folder.name == "bad-nan"})
             return
@@ -120,9 +120,9 @@ def test_what_ends_decides_what_else_is_wanted(tmp_path: Path, pretended: None) 
 
 
 def test_an_order_is_read_as_it_was_written(tmp_path: Path) -> None:
-    order = json.loads(json.dumps(order_of(run("a").experiment, tmp_path / "a", tmp_path / "b")))
+    order = json.loads(json.dumps(order_of(run("a").experiment, tmp_path / "a", tmp_path / "b", ("mlflow",))))
     assert ordered_experiment(order) == run("a").experiment
-    assert (order["folder"], order["trained"]) == (str(tmp_path / "a"), str(tmp_path / "b"))
+    assert (order["folder"], order["trained"], order["track"]) == (str(tmp_path / "a"), str(tmp_path / "b"), ["mlflow"])
 
 
 def test_each_process_has_one_thread_unless_told() -> None:

@@ -7,6 +7,7 @@ is its own. Only the last round is evaluated, because the models of the rounds b
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,24 @@ from fedloom.run.evaluation import NOTHING, evaluate
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.ledger import Ledger
 from fedloom.run.loop import Told, check, claim, finish
+from fedloom.run.tracking import insist, track_ended
 from fedloom.run.world import build, store_in
 
 
-def adopt(experiment: Experiment, folder: Path, trained: Path, show: Show) -> dict[str, Any]:
+def adopt(experiment: Experiment, folder: Path, trained: Path, show: Show, track: Sequence[str] = ()) -> dict[str, Any]:
     """Evaluate ``experiment`` in ``folder`` on what its method's inner method trained in ``trained``; what ``results.json`` then holds.
+    ``track``: trackers that are told, by name (``tracking.py``).
 
     Raises:
         CheckpointError: a folder belongs to another experiment, the training has not ended, or the data changed since.
-        ExperimentError: the method shares other tensors than were trained.
+        ExperimentError: the method shares other tensors than were trained, or a tracker does not exist or lacks its library.
     """
+    insist(track)
     with checkpoint.only_one(folder):
         if check(folder, experiment) and (folder / "results.json").exists():
-            return json.loads((folder / "results.json").read_text())
+            found = json.loads((folder / "results.json").read_text())
+            track_ended(track, experiment, folder, found)
+            return found
         check(trained, replace(experiment, method=experiment.method.inner))
         saved = checkpoint.load(trained, store_in(trained))
         if saved is None or saved.state.round < experiment.rounds:
@@ -56,7 +62,9 @@ def adopt(experiment: Experiment, folder: Path, trained: Path, show: Show) -> di
         found = evaluate(world, state, engine)
         write_atomically(ledger.path, "".join(json.dumps(row) + "\n" for row in _rows(trained, found.scores)))
         checkpoint.save(folder, Saved(state, ledger.totals, saved.data), store)
-        return finish(world, folder, state, ledger, found, store, [f"trained by {trained.name}; evaluated after the last round only"])
+        results = finish(world, folder, state, ledger, found, store, [f"trained by {trained.name}; evaluated after the last round only"])
+        track_ended(track, experiment, folder, results)
+        return results
 
 
 def _rows(trained: Path, scores: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

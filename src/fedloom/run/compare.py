@@ -20,6 +20,7 @@ from fedloom.run.loop import check
 from fedloom.run.plan import Ended, Plan, Run
 from fedloom.run.summary import summarise
 from fedloom.run.tables import as_csv, as_markdown, as_tex
+from fedloom.run.tracking import insist
 from fedloom.run.watching import Watching
 from fedloom.run.world import read_data
 
@@ -41,14 +42,17 @@ def compare(
     plain: bool | None = None,
     reference: str = "",
     target: float | None = None,
+    track: Sequence[str] = (),
 ) -> Comparison:
     """Carry out ``plan`` in ``out``, ``jobs`` runs at a time. ``reference``: the method that others are set against ("": the first).
+    ``track``: trackers that are told of every run that is carried out, by name (``tracking.py``).
 
     Raises:
         ExperimentError: something asked for makes no sense; nothing was started.
         CheckpointError: a folder belongs to something else; nothing was started.
         DataError: the data cannot be read or partitioned; nothing was started.
     """
+    insist(track)
     reference = reference or next(iter(plan.methods))
     if reference not in plan.methods:
         raise ExperimentError(f"--reference {reference} is not compared; there are {', '.join(plan.methods)}")
@@ -70,7 +74,7 @@ def compare(
     with only_one(out):
         title = f"{', '.join(plan.methods)} on {', '.join(plan.labels.values())} -> {out}"
         with Watching(title, plan.base.rounds, plan.expected, plain) as watch:
-            ended = carry_out(plan.wanted, folder, jobs, watch)
+            ended = carry_out(plan.wanted, folder, jobs, watch, track)
         return _told(plan, ended, folder, out, reference, target)
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from fedloom.run.console import Progress, Show, human_seconds
 from fedloom.run.device import Own, command, greeting_of, order
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.loop import run
+from fedloom.run.tracking import insist
 from fedloom.run.world import World, build_far
 from fedloom.wire import COUNTED
 
@@ -78,16 +79,24 @@ class Joined:
 
 
 def serve(
-    experiment: Experiment, folder: Path, certs: Path, listen: str, patience: Patience, plain: bool | None = None, show: Show | None = None
+    experiment: Experiment,
+    folder: Path,
+    certs: Path,
+    listen: str,
+    patience: Patience,
+    plain: bool | None = None,
+    show: Show | None = None,
+    track: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run ``experiment`` in ``folder`` (or go on where it stopped) over the devices whose keys lie in ``certs``. Returns what
-    ``results.json`` holds.
+    ``results.json`` holds. ``track``: trackers that are told, by name (``tracking.py``).
 
     Raises:
         ExperimentError, CertificateError, LinkError: it cannot begin so.
         CheckpointError: the folder belongs to another experiment.
         CohortFailed: too few devices answered, again and again.
     """
+    insist(track)
     keys = public_keys(certs)
     host, port = address(listen)
     tls = Tls(certs / "server.pem", insist_secret(certs / "server.key"))
@@ -105,7 +114,7 @@ def serve(
                 joined.greeting = greeting_of(world)
                 return world
 
-            return run(experiment, folder, show=shown, built=built)
+            return run(experiment, folder, show=shown, built=built, track=track)
 
     if show is not None:
         return running(show)

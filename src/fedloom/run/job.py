@@ -54,16 +54,17 @@ class Teller:
             self.tell({"kind": "resume", **{key: rows[-1][key] for key in SHOWN}, **{key: known[-1][key] for key in SHOWN[2:] if known}})
 
 
-def perform(experiment: Experiment, folder: Path, trained: Path | None, tell: Callable[[Event], None]) -> None:
-    """Carry out one run and tell it, to the end; never raises but to be stopped. With ``trained``, that run's training is taken over."""
+def perform(experiment: Experiment, folder: Path, trained: Path | None, tell: Callable[[Event], None], track: Sequence[str] = ()) -> None:
+    """Carry out one run and tell it, to the end; never raises but to be stopped. With ``trained``, that run's training is taken over.
+    ``track``: trackers that are told too."""
     try:
         from fedloom.run.adopt import adopt
         from fedloom.run.loop import run
 
         if trained is None:
-            run(experiment, folder, show=Teller(tell))
+            run(experiment, folder, show=Teller(tell), track=track)
         else:
-            adopt(experiment, folder, trained, Teller(tell))
+            adopt(experiment, folder, trained, Teller(tell), track)
     except Exception as error:
         tell(failed(error))
     else:
@@ -105,7 +106,7 @@ def main() -> int:
             except Exception as error:
                 tell(failed(error))
                 continue
-            perform(experiment, Path(order["folder"]), Path(order["trained"]) if order["trained"] else None, tell)
+            perform(experiment, Path(order["folder"]), Path(order["trained"]) if order["trained"] else None, tell, order["track"])
 
 
 def _read(orders: SimpleQueue[str]) -> None:

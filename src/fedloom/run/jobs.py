@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,11 +52,11 @@ class Watch(Protocol):
     def idle(self) -> None: ...
 
 
-def carry_out(wanted: Wanted, folder: Callable[[Run], Path], jobs: int, watch: Watch) -> dict[str, Ended]:
-    """Carry out every run that ``wanted`` asks for, ``jobs`` at a time, and say how each ended."""
+def carry_out(wanted: Wanted, folder: Callable[[Run], Path], jobs: int, watch: Watch, track: Sequence[str] = ()) -> dict[str, Ended]:
+    """Carry out every run that ``wanted`` asks for, ``jobs`` at a time, and say how each ended. ``track``: trackers that are told."""
     ended: dict[str, Ended] = {}
     looked: set[str] = set()
-    with Crew(jobs) as crew:
+    with Crew(jobs, track) as crew:
         waiting = _from_before(wanted, folder, ended, looked, watch)
         while True:
             busy = crew.names()
@@ -65,7 +65,7 @@ def carry_out(wanted: Wanted, folder: Callable[[Run], Path], jobs: int, watch: W
             if not ready and not busy:
                 return ended
             if ready and len(busy) < jobs:
-                told = _begun(ready[0], waiting, ended, folder, crew if jobs > 1 else None, watch)
+                told = _begun(ready[0], waiting, ended, folder, crew, watch)
             else:
                 told = crew.hear()
                 if told is None:
@@ -97,7 +97,7 @@ def _from_before(
 
 
 def _begun(
-    run: Run, waiting: Mapping[str, Run], ended: Mapping[str, Ended], folder: Callable[[Run], Path], crew: Crew | None, watch: Watch
+    run: Run, waiting: Mapping[str, Run], ended: Mapping[str, Ended], folder: Callable[[Run], Path], crew: Crew, watch: Watch
 ) -> tuple[str, Event] | None:
     """Give a run to a process of the crew, or carry it out here: (its name, its last event), if it has ended."""
     trainer = ended[run.trained] if run.trained else None
@@ -109,7 +109,7 @@ def _begun(
     if trained is not None and not holds_training(trained):
         watch.heard(run.name, {"kind": "note", "text": f"{run.trained} has no checkpoint any more to take over; this one trains itself"})
         trained = None
-    if crew is not None:
+    if crew.count > 1:
         crew.give(run, folder(run), trained)
         return None
     last: deque[Event] = deque(maxlen=1)
@@ -118,7 +118,7 @@ def _begun(
         last.append(event)
         watch.heard(run.name, event)
 
-    perform(run.experiment, folder(run), trained, tell)
+    perform(run.experiment, folder(run), trained, tell, crew.track)
     return run.name, last[0]
 
 
@@ -165,10 +165,10 @@ class Process:
 
 
 class Crew:
-    """At most ``count`` processes, started when there is something for them to do."""
+    """At most ``count`` processes, started when there is something for them to do. ``track``: trackers that are told of every run."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, track: Sequence[str] = ()) -> None:
+        self.count, self.track = count, track
         self.processes: dict[int, Process] = {}
         self.events: queue.Queue[tuple[Process, Event | None]] = queue.Queue()
 
@@ -194,7 +194,7 @@ class Crew:
         one.run = run.name
         assert one.process.stdin is not None
         with suppress(BrokenPipeError):  # it has died; that is heard, with what it said
-            one.process.stdin.write(json.dumps(order_of(run.experiment, folder, trained)) + "\n")
+            one.process.stdin.write(json.dumps(order_of(run.experiment, folder, trained, self.track)) + "\n")
             one.process.stdin.flush()
 
     def hear(self, patience: float = 1.0) -> tuple[str, Event] | None:
@@ -248,7 +248,7 @@ def environment(slot: int, threads: int) -> dict[str, str]:
     return {**dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads or 1)), "TOKENIZERS_PARALLELISM": "false", **mine}
 
 
-def order_of(experiment: Experiment, folder: Path, trained: Path | None) -> dict[str, object]:
+def order_of(experiment: Experiment, folder: Path, trained: Path | None, track: Sequence[str] = ()) -> dict[str, object]:
     """What a process is told (JSON).
 
     Raises:
@@ -257,7 +257,7 @@ def order_of(experiment: Experiment, folder: Path, trained: Path | None) -> dict
     recipe = file_of(experiment.method)
     if recipe == "":
         raise ExperimentError(f"--jobs needs method '{experiment.method_name}' in a Python file, from which every process can load it")
-    where = {"folder": str(folder), "trained": None if trained is None else str(trained)}
+    where = {"folder": str(folder), "trained": None if trained is None else str(trained), "track": list(track)}
     return {"experiment": as_json(experiment), "recipe": recipe, "digest": experiment.digest(), **where}
 
 

@@ -29,6 +29,7 @@ from fedloom.run.holdings import held
 from fedloom.run.ledger import Ledger, Section
 from fedloom.run.payback import paid_back
 from fedloom.run.samples import samples
+from fedloom.run.tracking import Tracking, insist, track_ended
 from fedloom.run.world import World, build
 
 log = logging.getLogger("fedloom")
@@ -57,37 +58,46 @@ def run(
     plain: bool | None = None,
     show: Show | None = None,
     built: Callable[[Experiment], World] | None = None,
+    track: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run ``experiment`` in ``folder`` (or go on where it stopped) and return what ``results.json`` holds. ``show``: to whom the progress
-    is told, instead of a display of its own. ``built``: how its world is made, where devices are elsewhere.
+    is told, instead of a display of its own. ``built``: how its world is made, where devices are elsewhere. ``track``: trackers that are
+    told too, by name (``tracking.py``).
 
     Raises:
         CheckpointError: the folder belongs to another experiment, another process, other data, or its checkpoint is corrupt.
+        ExperimentError: there is no such tracker, or its library is missing.
     """
+    insist(track)
     check(folder, experiment)
     with checkpoint.only_one(folder):
         results = folder / "results.json"
         if check(folder, experiment) and results.exists():
-            return json.loads(results.read_text())
+            found = json.loads(results.read_text())
+            track_ended(track, experiment, folder, found)
+            return found
         title = f"{experiment.method_name} on {experiment.data}, {experiment.clients} devices, {experiment.cohort} a round -> {folder}"
         try:
             if show is not None:
-                return _loaded(experiment, folder, show, built)
+                return _loaded(experiment, folder, show, built, track)
             with Progress(experiment.rounds, title, plain) as display:
-                return _loaded(experiment, folder, display, built)
+                return _loaded(experiment, folder, display, built, track)
         finally:
             gc.collect()  # a model's parts hold each other
             give_memory_back()
 
 
-def _loaded(experiment: Experiment, folder: Path, show: Show, built: Callable[[Experiment], World] | None) -> dict[str, Any]:
+def _loaded(
+    experiment: Experiment, folder: Path, show: Show, built: Callable[[Experiment], World] | None, track: Sequence[str]
+) -> dict[str, Any]:
     """Load everything, then run. Whatever was loaded is gone when this returns."""
     show.phase("loading data and model")
     world = (built or build)(experiment)
     claim(folder, experiment)
     for note in (*world.source.notes, *_idle(world)):
         show.note(note)
-    return _run(world, folder, show)
+    with Tracking(track, experiment, folder) as tracking:
+        return _run(world, folder, show, tracking)
 
 
 def _idle(world: World) -> list[str]:
@@ -99,7 +109,7 @@ def _idle(world: World) -> list[str]:
     return [f"a round of {e.cohort} devices goes to one of the {workers} workers as a whole; {share}"]
 
 
-def _run(world: World, folder: Path, show: Show) -> dict[str, Any]:
+def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str, Any]:
     """The round loop."""
     e, method, store, missed = world.experiment, world.experiment.method, world.store(folder), 0
     engine, data = world.engine(store), world.fingerprint()
@@ -114,11 +124,13 @@ def _run(world: World, folder: Path, show: Show) -> dict[str, Any]:
         state = _set_up(world, Told(engine, show), store, section, show)
         ledger.set_up(section)
         section, found = ledger.section(), _evaluated(world, state, engine, show)
-        show.round(ledger.write(0, section, 0.0, found.scores if found else NOTHING))
+        show.round(row := ledger.write(0, section, 0.0, found.scores if found else NOTHING))
         checkpoint.save(folder, Saved(state, ledger.totals, data), store)
+        tracking.round(row)
     else:
         state, found = saved.state, None
-        show.resume(ledger.rewind(state.round))
+        show.resume(rows := ledger.rewind(state.round))
+        tracking.resume(rows)
     while state.round < e.rounds:
         show.phase(f"round {state.round + 1}/{e.rounds}")
         section = ledger.section()
@@ -127,9 +139,12 @@ def _run(world: World, folder: Path, show: Show) -> dict[str, Any]:
         except CohortFailed as failed:
             state, missed = _missed(world, state, store, section, missed + 1, failed, show), missed + 1
         trained, found = section.seconds, _evaluated(world, state, engine, show)
-        show.round(ledger.write(state.round, section, trained, found.scores if found else NOTHING))
+        show.round(row := ledger.write(state.round, section, trained, found.scores if found else NOTHING))
         checkpoint.save(folder, Saved(state, ledger.totals, data), store)
-    return finish(world, folder, state, ledger, found or evaluate(world, state, engine), store)
+        tracking.round(row)
+    results = finish(world, folder, state, ledger, found or evaluate(world, state, engine), store)
+    tracking.end(results)
+    return results
 
 
 def _set_up(world: World, engine: Engine, store: Store, section: Section, show: Show) -> State:

@@ -14,9 +14,14 @@ from typing import Any, get_type_hints
 
 from fedloom.run.experiment import Experiment
 from fedloom.run.recipes import Recipe
+from fedloom.run.tracking import Name
 
 OUT = ("out", Path | None, None, "the folder to write (default: one named after the experiment, so that the same command resumes).")
 PLAIN = ("plain", bool, False, "plain lines instead of the live view.")
+TRACK = (
+    *("track", tuple[Name, ...], ()),
+    "write every round to these too, in the run's folder: tensorboard, mlflow, wandb (pip install 'fedloom[track]'; docs/tutorial.md).",
+)
 GRID = (
     ("alphas", tuple[float, ...], (), "several alphas: each method with each, on each data set (default: the one of --alpha)."),
     ("seeds", tuple[int, ...], (), "several seeds: each method once with each (default: the one of --seed)."),
@@ -51,7 +56,7 @@ OF_DATA += ("task", "text", "label", "metric")
 
 def for_run(recipe: Recipe) -> type[Any]:
     """Options of ``fedloom run``."""
-    return _type(_fields(), (OUT, PLAIN), recipe)
+    return _type(_fields(), (OUT, PLAIN, TRACK), recipe)
 
 
 SERVE = (
@@ -72,7 +77,7 @@ THERE = ("cohort", "quorum", "clients", "partition", "alpha", "beta", "min_examp
 
 def for_serve(recipe: Recipe) -> type[Any]:
     """Options of ``fedloom serve``."""
-    return _type([name for name in _fields() if name not in THERE], (*SERVE, OUT, PLAIN), recipe)
+    return _type([name for name in _fields() if name not in THERE], (*SERVE, OUT, PLAIN, TRACK), recipe)
 
 
 def for_describe(recipe: Recipe) -> type[Any]:
@@ -83,7 +88,7 @@ def for_describe(recipe: Recipe) -> type[Any]:
 def for_compare() -> type[Any]:
     """Options of ``fedloom compare``: those of an experiment, with several data sets, and the grid."""
     several = {"data": (tuple[str, ...], ("trec",))}
-    return _type([name for name in _fields() if name != "method"], (*GRID, OUT, PLAIN), instead=several)
+    return _type([name for name in _fields() if name != "method"], (*GRID, OUT, PLAIN, TRACK), instead=several)
 
 
 def for_partition() -> type[Any]:
