@@ -121,11 +121,17 @@ class Encoding:
     # ---- up -------------------------------------------------------------------------------------------------------------------
 
     def up(self, update: Update, task: Task, unsent: Tensors) -> tuple[Update, dict[str, torch.Tensor]]:
-        """The update as it travels, and what was not sent of it. ``task``: as the device saw it. ``unsent``: of before, by name."""
+        """The update as it travels, and what was not sent of it. ``task``: as the device saw it. ``unsent``: of before, by name.
+
+        Raises:
+            WireError: it holds NaN or infinity.
+        """
         names = [] if self.exact else sorted(n for n, t in update.tensors.items() if _changed(t, task.tensors.get(n)))
         if not names:
             return update, dict(unsent)
         change = _joined(update.tensors, names) - _joined(task.tensors, names)
+        if not bool(torch.isfinite(change).all()):
+            raise WireError("the update holds NaN or infinity; training diverged (a lower lr is the usual mend)")
         left = dict(unsent)
         if self.name == "top-k":
             owed = [unsent[n] if _changed(update.tensors[n], unsent.get(n)) else torch.zeros_like(update.tensors[n]) for n in names]

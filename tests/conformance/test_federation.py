@@ -17,7 +17,7 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip ins
 
 from fedloom.client.elsewhere import Elsewhere
 from fedloom.client.store import StoreError
-from fedloom.messages import Failure, Replies, Task, Traffic, Update
+from fedloom.messages import CohortFailed, Failure, Replies, Task, Traffic, Update
 from fedloom.wire import WireError
 from tests.conformance.toy import CLIENTS, host_of, task
 from tests.federated import QUICK, Here, engine_over, nodes
@@ -167,6 +167,21 @@ def test_whoever_failed_is_left_out_and_let_in_again(monkeypatch: pytest.MonkeyP
     assert left.client == 0 and "left out for" in left.reason and "ran out of luck" in left.reason
     time.sleep(1.1)
     assert engine.run([task(0), task(1)]).failures == ()
+
+
+def test_an_update_that_the_method_can_make_nothing_of_voids_the_asking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(federation, "FIRST", 100.0)
+    engine = far()
+
+    def choosy(update: Update) -> Update:
+        if update.client == 1:
+            raise ValueError("places must ascend")
+        return update
+
+    monkeypatch.setattr(federation, "FIRST", 100.0)  # the helper has it at 0
+    with pytest.raises(CohortFailed, match="client 1: the method can make nothing of its update .ValueError: places must ascend"):
+        engine.run([task(0), task(1), task(2)], choosy)
+    assert set(engine._faults) == {1}
 
 
 def test_an_asking_waits_for_whoever_is_left_out_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,10 +449,9 @@ def test_a_device_without_a_known_key_is_refused(link: Link, certs: Path) -> Non
 
 def test_who_is_still_taken_to_be_there_waits_and_does_not_leave(link: Link, certs: Path) -> None:
     """As after signal 9 and a quick restart: Flower answers both as it answers a stranger."""
-    node, client = min(link.clients.items())
-    assert link.state.activate_node(node, 10.0)
+    assert link.state.activate_node(link.nodes[0], 10.0)
     assert "somebody with this device's key is there" in joined(link, credentials(certs))
-    assert link.present() == {client}
+    assert link.present() == {0}
 
 
 def test_a_server_of_another_authority_is_refused_by_the_device(link: Link, certs: Path, tmp_path: Path) -> None:

@@ -206,6 +206,15 @@ def test_an_update_that_is_not_encoded_so_is_refused(name: str) -> None:
         refused(tensors={**good.tensors, PLACES: torch.full_like(good.tensors[PLACES], 5)})
 
 
+@pytest.mark.parametrize("name", LOSSY)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_does_not_travel_as_a_number(name: str, wrong: float) -> None:
+    made = torch.zeros(100)
+    made[7] = wrong
+    with pytest.raises(WireError, match="NaN or infinity"):
+        Encoding.of(name).up(Update(0, 1, {"x": made}), Task("train", 0, {"x": torch.zeros(100)}), {})
+
+
 @pytest.mark.parametrize("name", BOTH_WAYS)
 def test_a_task_that_is_not_encoded_so_is_refused(name: str) -> None:
     encoding = Encoding.of(name)

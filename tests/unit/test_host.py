@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from fedloom.client.client import Client
-from fedloom.client.host import Host, operations
+from fedloom.client.host import UNSENT, Host, operations
 from fedloom.client.store import ClientStore
 from fedloom.compute.compute import Done
+from fedloom.encodings import CODES, WHICH, Encoding
 from fedloom.messages import Failure, Task, Update, on_client
 from fedloom.wire import pack, unpack
 from tests import tiny
@@ -204,3 +205,35 @@ def test_a_client_has_three_splits_and_names_them_when_asked_for_another() -> No
     assert [len(client.shard(split)) for split in ("train", "validation", "test")] == [9, 2, 3]
     with pytest.raises(ValueError, match=r"no split 'dev'; a client has \['test', 'train', 'validation'\]"):
         client.shard("dev")  # type: ignore[arg-type]
+
+
+class Forgetful:
+    """Sees no memory and leaves none; moves what came by one."""
+
+    @on_client
+    def train(self, c: Client, task: Task):
+        yield from ()
+        assert not c.memory
+        c.memory = {}
+        return Update(c.id, 1, {n: t + torch.linspace(0.1, 1, len(t)) for n, t in task.tensors.items()})
+
+
+def test_what_an_encoding_owes_is_kept_beside_the_methods_memory() -> None:
+    store, encoding = ClientStore(), Encoding.of("top-k:0.2")
+    host = Host(Forgetful(), lambda k: tiny.clients()[k], Doubling([]), store, DIGEST, encoding=encoding)
+    task, got = Task("train", 1, {"x": torch.zeros(10)}), torch.zeros(10)
+    for _ in range(100):
+        (blob,) = host.answer([pack(task, DIGEST)])
+        assert isinstance(blob, bytes), blob
+        update = unpack(blob, DIGEST)
+        assert isinstance(update, Update) and len(update.tensors[CODES]) == 2
+        got += encoding.received(update, task).tensors["x"]
+    owed = store.load(1)[1][f"{UNSENT}x"]
+    assert torch.allclose(got + owed, 100 * torch.linspace(0.1, 1, 10), atol=1e-3), "what was sent and what is owed is all there was"
+    assert float(owed.abs().max()) < 10
+
+
+def test_an_encoded_task_that_cannot_be_read_is_a_failure() -> None:
+    host = Host(Forgetful(), lambda k: tiny.clients()[k], Doubling([]), ClientStore(), DIGEST, encoding=Encoding.of("int8"))
+    (failure,) = host.answer([pack(Task("train", 1, {}, {WHICH: ["x"]}), DIGEST)])
+    assert failure == Failure(1, "WireError: the sizes of encoded tensors are None; they must be a list of whole numbers from 0 on")

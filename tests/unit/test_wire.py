@@ -546,7 +546,7 @@ def nested(depth: int) -> list[Any]:
     return value
 
 
-@pytest.mark.parametrize("depth", [1, 2, 300, 500, 800, 950])
+@pytest.mark.parametrize("depth", [1, 2, 300, 500, 700])
 def test_a_setting_of_any_depth_is_refused(depth: int) -> None:
     with pytest.raises(WireError, match="setting 'a' is|RecursionError"):  # which of them depends on how deep the caller is
         unpack(forged(settings={"a": nested(depth)}), DIGEST)
