@@ -66,7 +66,7 @@ def test_a_device_that_lies_in_the_set_up_does_not_choose_the_layers() -> None:
     def chosen(rule: str, lying: bool) -> list[int]:
         here = world("fibecfed", rule)
         engine: Any = Local(here.host(ClientStore()))
-        engine = Hostile(engine, [2], lambda task, update: {n: -1e9 * t.flip(0) for n, t in update.tensors.items()}) if lying else engine
+        engine = Hostile(engine, [2], lambda task, update: {n: -1e9 * t for n, t in update.tensors.items()}) if lying else engine
         method = here.experiment.method
         return list(drive(method.setup(method.init(here.model), here.pool), engine, quorum=0).facts["gal"])
 
