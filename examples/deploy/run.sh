@@ -1,22 +1,28 @@
 #!/usr/bin/env bash
 # A federation on this machine: a server and four devices over TLS, each device a process with data and a key of its own. Nothing to edit.
 #
-#   examples/deploy/run.sh [METHOD] [FOLDER]       fibecfed (lora, federa, ...), in a new folder
+#   examples/deploy/run.sh [METHOD [FOLDER [OPTION ...]]]
 #
-# Afterwards the same experiment is simulated in one process, and the two are compared: scores, bytes and losses must be equal.
+#   examples/deploy/run.sh                                   fibecfed on TREC, in runs/deploy-fibecfed
+#   examples/deploy/run.sh federa runs/mine --lr 4e-3        another method, with its own options (fedloom run METHOD --help)
+#   DATA="--data notes.jsonl --task text" examples/deploy/run.sh fedcybgd runs/cy --model ~/models/llama      other data and model
+#
+# Afterwards the same experiment is simulated in one process, and the two are compared: losses, scores and bytes must be equal.
 set -euo pipefail
 method=${1:-fibecfed}
 folder=${2:-runs/deploy-$method}
+shift $(($# < 2 ? $# : 2))
 port=${PORT:-9092}
 devices=4
-small=(--seed 7 --max-train 400 --max-validation 100 --max-test 100 --max-length 32)
-shape=(--rounds 5 --evaluate-every 5 "${small[@]}")
+read -r -a data <<< "${DATA:-}"
+data+=(--seed 7 --max-train 400 --max-validation 100 --max-test 100)
+shape=(--rounds 5 --evaluate-every 5 --cohort 3 --max-length 32 --quorum 0.5 --plain "${data[@]}" "$@")
 mkdir -p "$folder"
 cd "$folder"
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 fedloom certs certs --devices $devices --names 127.0.0.1 localhost > certs.log
-[ -d shards ] || fedloom partition --clients $devices --alpha 0.5 "${small[@]}" --shards shards > partition.log
+[ -d shards ] || fedloom partition --clients $devices --alpha 0.5 "${data[@]}" --shards shards > partition.log
 
 joined=()
 trap 'kill "${joined[@]}" 2>/dev/null || true' EXIT
@@ -24,10 +30,10 @@ for k in $(seq 0 $((devices - 1))); do
     fedloom join "127.0.0.1:$port" "shards/$k" --certs "certs/device-$k" --out "device-$k" --threads 1 2> "device-$k.log" &
     joined+=($!)
 done
-fedloom serve "$method" --certs certs/server --listen "127.0.0.1:$port" --cohort 3 "${shape[@]}" --out served --plain
+fedloom serve "$method" --certs certs/server --listen "127.0.0.1:$port" "${shape[@]}" --out served
 
 echo "the same, simulated in one process:"
-fedloom run "$method" --clients $devices --cohort 3 --alpha 0.5 "${shape[@]}" --quorum 0.5 --out simulated --plain
+fedloom run "$method" --clients $devices --alpha 0.5 "${shape[@]}" --out simulated
 python - <<'PYTHON'
 import json
 from pathlib import Path
