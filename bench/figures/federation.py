@@ -2,7 +2,8 @@
 
 A round is everything between two states: tasks are packed, laid out, fetched over HTTPS with signed requests, handed to the workers,
 echoed, and all the way back; the server checks what came and takes the mean. Everybody shares this machine's processors, so a round also
-holds what four devices would do each on a processor of its own. Nothing is subtracted: an echo's own work is next to none.
+holds what four devices would do each on a processor of its own. Nothing is subtracted: an echo's own work is next to none. One federation
+plays the soak, both sizes and the block after one another, a second one the 4 and then the 50 nodes; peaks are counted anew for each.
 
 - **Seconds a round**, four devices, 1 MB and 32 MB each way.
 - **A block of 500 MB**: two devices, one tensor. It passes, or there is no row. Peak memory is the server's above what it had before the
