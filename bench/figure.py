@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.row import Row, dumps
 
-FIGURES = ("throughput", "echo", "scores", "evaluation", "memory", "aggregation", "startup", "scaling", "gpu")
+FIGURES = ("throughput", "echo", "scores", "evaluation", "memory", "aggregation", "startup", "scaling", "federation", "gpu")
 """All figures, in the order in which they are measured and told."""
 
 BF16 = "BENCH_BF16"

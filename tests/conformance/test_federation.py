@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
+import weakref
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import replace
@@ -127,6 +128,20 @@ def far(device: Here | None = None, patience: Patience = QUICK) -> Federation:
     if device is not None:
         nodes(tuple(CLIENTS)).at.device = device
     return engine.inner
+
+
+def test_answers_wait_in_a_file_and_are_taken_in_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(federation, "ASIDE", 16)
+    due = far().run([task(k) for k in CLIENTS]).updates
+    gone: list[weakref.ref] = []
+
+    def take(update: Update) -> Update:
+        assert [ref() for ref in gone if ref() is not None] == [], "of those before nothing is in memory any more"
+        gone.extend(weakref.ref(tensor) for tensor in update.tensors.values())
+        return replace(update, tensors={}, num_examples=len(update.tensors))
+
+    taken = far().run([task(k) for k in CLIENTS], take).updates
+    assert [(u.client, u.num_examples) for u in taken] == [(u.client, len(u.tensors)) for u in due] and len(taken) == len(CLIENTS)
 
 
 class Slow(Here):

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from bench import figure, page, results, run
-from bench.figures import aggregation, echo, evaluation, gpu, scaling, scores
+from bench.figures import aggregation, echo, evaluation, federation, gpu, scaling, scores
 from bench.row import Row, dumps, loads
 from bench.timing import interleaved, ratio
 from fedloom.server.aggregation import Average
@@ -77,6 +77,25 @@ def test_a_figure_runs_at_toy_size(module) -> None:
     assert well_formed(rows)
     assert any(row.at_least is not None for row in rows)
     assert all(len(taken) > 0 for row in rows if row.at_least for taken in row.samples.values())
+
+
+@pytest.mark.flower
+def test_the_figure_of_a_real_federation_runs_at_toy_size() -> None:
+    pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip install 'fedloom[flower]'")
+    rows = federation.measure(True)
+    assert well_formed(rows)
+    assert [(row.at_least, row.better) for row in rows if row.at_least] == [(1.0, "less"), (5.0, "less"), *[(1.1, "less")] * 4]
+    assert all(len(taken) > 0 for row in rows for taken in row.samples.values())
+
+
+def test_bytes_of_a_round_are_those_of_the_formats() -> None:
+    """Of many numbers the heads are next to nothing; int8 shares a scale of 32 bits among 256, nf4 among 64; top-k goes up only."""
+    shares = [row.value for row in federation.sizes(400_000)]
+    assert shares == pytest.approx([100, 50, 50, 100 * (8 + 32 / 256) / 32, 100 * (4 + 32 / 64) / 32, (100 + 2 * 5) / 2], abs=0.1)
+
+
+def test_growth_is_of_the_most() -> None:
+    assert federation.grown([4.0, 8.0, 9.0, 3.0, 12.0], first=2) == 1.5
 
 
 SECONDS = {

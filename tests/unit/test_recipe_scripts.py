@@ -1,5 +1,5 @@
 """The recipes. Of the core table: what it keeps comes back, nothing else does, and its tables go to their places on the page. Of the
-ablations: each changes what its name says and makes sense as a plan."""
+ablations: each changes what its name says and makes sense as a plan. Of the wires: the table tells what the runs took."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from zipfile import ZipFile
 
 import pytest
 
+from fedloom.encodings import NAMES
 from fedloom.methods import all_methods
 from fedloom.run.experiment import as_json
 from fedloom.run.plan import Plan
@@ -131,3 +132,30 @@ def test_an_ablation_that_is_not_there_is_told_what_is(
     with pytest.raises(SystemExit):
         ablations.main()
     assert "parts, pacing, order, layers, keep, skew, devices, cohort" in capsys.readouterr().err
+
+
+def test_every_wire_is_a_plan_of_its_own_in_a_folder_of_its_own() -> None:
+    wires = loaded("wires")
+    plans = {wire: wires.plan(wire, 0.1, (1, 2)) for wire in [*NAMES, "top-k:0.01"]}
+    digests = {run.experiment.digest() for plan in plans.values() for run in plan.every()}
+    assert len(digests) == len(plans) * len(wires.METHODS) * 2 and len({wires.folder(wire) for wire in plans}) == len(plans)
+    assert all(run.experiment.wire == wire and run.experiment.method.name in wires.METHODS for wire in plans for run in plans[wire].every())
+
+
+def test_the_table_of_wires_tells_bytes_a_round_and_their_share() -> None:
+    def run(method: str, seed: int, kilobytes: int, score: float) -> dict:
+        sizes = {"rounds": 4, "bytes_down": 3000 * kilobytes, "bytes_up": 1000 * kilobytes}
+        return {"method": method, "seed": seed, "final": {"personalised": score}, **sizes}
+
+    wires = loaded("wires")
+    found = {
+        "exact": [run("lora", 2, 120, 0.8), run("lora", 1, 80, 0.7), run("fibecfed", 1, 40, 0.9)],
+        "int8": [run("lora", 1, 25, 0.6)],
+    }
+    lines = wires.table(found).splitlines()
+    assert lines[2:] == [
+        "| exact | lora | 75.0 | 25.0 | 100.0 % | 75.0 | 70.0, 80.0 |",
+        "| exact | fibecfed | 30.0 | 10.0 | 100.0 % | 90.0 | 90.0 |",
+        "| int8 | lora | 18.8 | 6.2 | 25.0 % | 60.0 | 60.0 |",
+    ]
+    assert "| - | 60.0 |" in wires.table({"int8": found["int8"]}), "without the exact wire there is nothing to set it against"

@@ -12,14 +12,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedloom.client.client import Client
 from fedloom.client.store import ClientStore
-from fedloom.compute.compute import Compute, Done
 from fedloom.encodings import EXACT, Encoding
 from fedloom.messages import Failure, Task, Tensors, Update, Work, is_client_operation
 from fedloom.wire import WireError, pack, unpack
+
+if TYPE_CHECKING:  # it brings the model's libraries, and whoever only carries messages needs none of them
+    from fedloom.compute.compute import Compute, Done
 
 log = logging.getLogger("fedloom")
 

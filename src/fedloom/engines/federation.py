@@ -13,6 +13,9 @@ finite, have the shapes that were sent, the names that most answers have, and ar
 sent as the median answer is. Everyone else has failed, with the reason, and is left out for a while: :data:`FIRST` seconds, twice as many
 each time in a row, :data:`MOST` at most. Then it is asked again; an asking waits for that as it does for a device that is away.
 
+**Memory**: what came is laid aside in a file until all of it is here, looked at one answer at a time, and taken in one at a time. However
+many devices answer, one update is in memory, unless the method wants to see all of them at once.
+
 **Nothing waits for ever**: a device that has not been heard of is waited for ``wait`` seconds, an answer for ``deadline``. Where a share of
 those asked is :class:`Enough`, the rest has ``linger`` seconds once these are here.
 """
@@ -27,7 +30,8 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any, Protocol, cast
+from tempfile import SpooledTemporaryFile
+from typing import IO, Any, NamedTuple, Protocol, cast
 
 import torch
 
@@ -41,8 +45,8 @@ from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordD
 from flwr.clientapp import ClientApp
 
 from fedloom.engines.link import PAUSE, Link
-from fedloom.engines.local import gather, may_cross
-from fedloom.messages import CohortFailed, Failure, Replies, Take, Task, Update, quorum_of, whole
+from fedloom.engines.local import gather, joined, may_cross
+from fedloom.messages import CohortFailed, Failure, Replies, Take, Task, Tensors, Update, quorum_of, whole
 from fedloom.wire import LONGEST, SHORT, WireError
 
 log = logging.getLogger("fedloom")
@@ -53,6 +57,9 @@ UNGREETED = 101
 STATE, GREETING, TOLD = "state", "greeting", "told"
 AT_ONCE = 32
 """Tasks that are laid out at a time: the server's memory does not grow with the number of devices asked."""
+
+ASIDE = 2**23
+"""Bytes of answers from which on they wait in a file, in the system's folder for temporary ones."""
 
 LATE = "TimeoutError: it was late, and the others were enough"
 """Why an answer does not count that was not waited for. It is nobody's fault."""
@@ -75,6 +82,31 @@ class Patience:
     def __post_init__(self) -> None:
         if not all(seconds >= 0 and math.isfinite(seconds) for seconds in (self.wait, self.deadline, self.linger)) or not self.deadline:
             raise ValueError(f"{self}: seconds must be finite, none below 0, the deadline above it: nothing may wait for ever")
+
+
+class Kept(NamedTuple):
+    """Where an answer lies among those that were laid aside."""
+
+    begin: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Aside:
+    """Answers, until all of an asking are here."""
+
+    file: IO[bytes]
+
+    def keep(self, blob: bytes) -> Kept:
+        """Lay an answer aside."""
+        begin = self.file.seek(0, 2)
+        self.file.write(blob)
+        return Kept(begin, len(blob))
+
+    def read(self, kept: Kept) -> bytes:
+        """An answer that was laid aside."""
+        self.file.seek(kept.begin)
+        return self.file.read(kept.size)
 
 
 @dataclass
@@ -114,18 +146,31 @@ class Federation:
             WireError: a task may not cross the wire; that is the method's fault and ends the run. No task was sent then.
         """
         may_cross(tasks)
-        answers, sizes, names = self._exchanged(tasks, quorum_of(len(tasks), share))
-        down = [bytes(0)] * len(tasks)
-        replies = gather(tasks, down, [answers[task.client] for task in tasks], self.digest, self.encoding)
-        replies = replace(replies, traffic=tuple(replace(t, bytes_down=sizes.get(t.client, 0)) for t in replies.traffic))
-        replies = agreeing(tasks, replies)
-        for update in replies.updates:
-            self.states.take(update.client, names[update.client])
-            self._faults.pop(update.client, None)
-        for failure in replies.failures:
-            if failure.client in sizes and failure.reason != LATE:
-                self._leave_out(failure)
-        return replies if take is whole else replace(replies, updates=tuple(self._taken(update, take) for update in replies.updates))
+        with SpooledTemporaryFile(max_size=ASIDE, prefix="fedloom-") as file:
+            aside, asked = Aside(cast(IO[bytes], file)), {task.client: task for task in tasks}
+            answers, sizes, names = self._exchanged(tasks, quorum_of(len(tasks), share), aside)
+
+            def opened(task: Task) -> Replies:
+                answer = answers[task.client]
+                blob = answer if isinstance(answer, Failure) else aside.read(answer)
+                return gather([task], [bytes(0)], [blob], self.digest, self.encoding)
+
+            far, seen = dict[int, float](), list[Replies]()
+            for task in tasks:
+                one = opened(task)
+                far |= {update.client: _way(update, task.tensors) for update in one.updates}
+                seen.append(replace(one, updates=tuple(map(_outlined, one.updates))))
+            replies = joined(seen)
+            replies = replace(replies, traffic=tuple(replace(t, bytes_down=sizes.get(t.client, 0)) for t in replies.traffic))
+            replies = agreeing(tasks, replies, far)
+            for update in replies.updates:
+                self.states.take(update.client, names[update.client])
+                self._faults.pop(update.client, None)
+            for failure in replies.failures:
+                if failure.client in sizes and failure.reason != LATE:
+                    self._leave_out(failure)
+            whole_again = (update for outline in replies.updates for update in opened(asked[outline.client]).updates)
+            return replace(replies, updates=tuple(self._taken(update, take) for update in whole_again))
 
     def _taken(self, update: Update, take: Take) -> Update:
         """What the method makes of an update. One that it can make nothing of voids the asking: half of it may be in the sums.
@@ -140,9 +185,11 @@ class Federation:
             self._leave_out(failure)
             raise CohortFailed([failure], 0, 1) from error
 
-    def _exchanged(self, tasks: Sequence[Task], enough: int) -> tuple[dict[int, bytes | Failure], dict[int, int], dict[int, str]]:
-        """What came back of each, the bytes that were sent, and the states' new names."""
-        answers: dict[int, bytes | Failure] = {}
+    def _exchanged(
+        self, tasks: Sequence[Task], enough: int, aside: Aside
+    ) -> tuple[dict[int, Kept | Failure], dict[int, int], dict[int, str]]:
+        """What came back of each, laid aside, the bytes that were sent, and the states' new names."""
+        answers: dict[int, Kept | Failure] = {}
         sizes, names, sender = dict[int, int](), dict[int, str](), Sender(self.digest, self.encoding)
         waiting, out = deque(self._allowed(tasks, answers)), dict[str, Sent]()
         began, last = time.monotonic(), None
@@ -161,8 +208,8 @@ class Federation:
                     answers[task.client] = Failure(task.client, f"TimeoutError: not heard of for {self.patience.wait:g} s")
             for reply in self.link.pull_messages(list(out)):
                 sent = out.pop(reply.metadata.reply_to_message_id)
-                self._hear(sent, reply, sender, out, sizes, answers, names)
-            if last is None and sum(isinstance(answer, bytes) for answer in answers.values()) >= enough:
+                self._hear(sent, reply, sender, out, sizes, answers, names, aside)
+            if last is None and sum(isinstance(answer, Kept) for answer in answers.values()) >= enough:
                 last = time.monotonic() + self.patience.linger
             for name, sent in list(out.items()):
                 over = last is not None and now > last
@@ -178,7 +225,7 @@ class Federation:
                 time.sleep(PAUSE)
         return answers, sizes, names
 
-    def _allowed(self, tasks: Sequence[Task], answers: dict[int, bytes | Failure]) -> list[Task]:
+    def _allowed(self, tasks: Sequence[Task], answers: dict[int, Kept | Failure]) -> list[Task]:
         """The tasks of those who can be asked at all."""
         for task in tasks:
             if task.client not in self.link.nodes:
@@ -197,7 +244,7 @@ class Federation:
         sender: Sender,
         out: dict[str, Sent],
         sizes: dict[int, int],
-        answers: dict[int, bytes | Failure],
+        answers: dict[int, Kept | Failure],
         greeted: int = 0,
     ) -> None:
         greeting = task.client not in self._greeted
@@ -221,8 +268,9 @@ class Federation:
         sender: Sender,
         out: dict[str, Sent],
         sizes: dict[int, int],
-        answers: dict[int, bytes | Failure],
+        answers: dict[int, Kept | Failure],
         names: dict[int, str],
+        aside: Aside,
     ) -> None:
         """Take in one reply: go on to the task after a greeting, greet whoever asks for it, keep the rest."""
         client = sent.task.client
@@ -241,7 +289,7 @@ class Federation:
                 self._send(sent.task, sender, out, sizes, answers, sent.greeted)
             else:
                 names[client] = _state_of(reply.content, client)
-                answers[client] = unboxed(reply.content)
+                answers[client] = aside.keep(unboxed(reply.content))
         except WireError as error:
             answers[client] = Failure(client, f"WireError: {error}")
 
@@ -258,10 +306,12 @@ class Enough:
         return self.inner.run(tasks, take, self.share)
 
 
-def agreeing(tasks: Sequence[Task], replies: Replies) -> Replies:
+def agreeing(tasks: Sequence[Task], replies: Replies, far: Mapping[int, float] | None = None) -> Replies:
     """The replies without those that do not belong with the others: other shapes than were sent, other names or types than most, absurdly
-    far."""
+    far. Of the updates' tensors only the outlines are looked at where ``far`` says how far each went."""
     sent = {task.client: task.tensors for task in tasks}
+    if far is None:
+        far = {update.client: _way(update, sent[update.client]) for update in replies.updates}
     reasons: dict[int, str] = {}
     for update in replies.updates:
         for name, tensor in update.tensors.items():
@@ -283,7 +333,7 @@ def agreeing(tasks: Sequence[Task], replies: Replies) -> Replies:
                 reasons[update.client] = f"its tensors are not those of the others: {missing[:3]} missing, {extra[:3]} more than they have"
             elif other := [name for name in usual if update.tensors[name].dtype != kinds[name]]:
                 reasons[update.client] = f"'{other[0]}' is of {update.tensors[other[0]].dtype}, and the others' of {kinds[other[0]]}"
-        reasons |= _absurd([update for update in alike if update.client not in reasons], sent)
+        reasons |= _absurd({update.client: far[update.client] for update in alike if update.client not in reasons})
     if not reasons:
         return replies
     failures = {failure.client: failure for failure in replies.failures}
@@ -301,13 +351,23 @@ def _usual_kind(alike: Sequence[torch.Tensor], sent: torch.Tensor | None) -> tor
     return max(counted, key=lambda kind: (counted[kind], sent is not None and kind == sent.dtype, str(kind)))
 
 
-def _absurd(updates: Sequence[Update], sent: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
+def _way(update: Update, sent: Tensors) -> float:
+    """How far an update is from what was sent; where the two do not fit, how large it is."""
+    ways = [
+        t.double() - sent[n].double() if n in sent and sent[n].shape == t.shape else t.double()
+        for n, t in update.tensors.items()
+        if t.is_floating_point()
+    ]
+    return math.sqrt(sum(float(way.square().sum()) for way in ways))
+
+
+def _outlined(update: Update) -> Update:
+    """The update with its tensors' names, shapes and types, and no numbers."""
+    return replace(update, tensors={n: torch.empty_like(t, device="meta") for n, t in update.tensors.items()})
+
+
+def _absurd(far: Mapping[int, float]) -> dict[int, str]:
     """Reasons of those who are absurdly far from what they were sent; three must answer for a median to say anything."""
-    far = {}
-    for update in updates:
-        own = sent[update.client]
-        floats = {name: t.double() for name, t in update.tensors.items() if t.is_floating_point()}
-        far[update.client] = math.sqrt(sum(float((t - own[n].double() if n in own else t).square().sum()) for n, t in floats.items()))
     middle = median(far.values()) if len(far) >= 3 else 0.0
     return {k: f"it moved {d:.3g}, and the median of the others {middle:.3g}" for k, d in far.items() if middle and d > ABSURD * middle}
 
