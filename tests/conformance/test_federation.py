@@ -19,7 +19,7 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip ins
 from fedloom.client.elsewhere import Elsewhere
 from fedloom.client.store import StoreError
 from fedloom.messages import CohortFailed, Failure, Replies, Task, Traffic, Update
-from fedloom.wire import WireError
+from fedloom.wire import WireError, pack
 from tests.conformance.toy import CLIENTS, host_of, task
 from tests.federated import QUICK, Here, engine_over, nodes
 
@@ -46,6 +46,7 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
 
     from fedloom.engines import federation
     from fedloom.engines.federation import Enough, Federation, Patience, Ungreeted, agreeing, device_app
+    from fedloom.engines.flower import boxed, unboxed
     from fedloom.engines.link import LARGEST, STATUS, Link, LinkError, Tls, authenticated, only_own
     from fedloom.engines.node import Credentials, Node, Refused, asked
     from fedloom.run.certificates import issue, public_keys
@@ -222,6 +223,38 @@ def test_leaving_out_doubles_and_an_answer_ends_it(monkeypatch: pytest.MonkeyPat
 def test_a_client_without_a_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     (failure,) = far().run([task(77)]).failures
     assert failure.reason == "LookupError: the server was given no key of this client"
+
+
+def test_an_answer_that_was_refused_is_pushed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    push, refused = Node._push, []
+
+    def once(self: Node, *rest: object) -> None:
+        if not refused:
+            refused.append(self)
+            raise httpx.HTTPStatusError("stale", request=httpx.Request("POST", "http://x"), response=httpx.Response(401))
+        push(self, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Node, "_push", once)
+    assert far().run([task(0)]).failures == () and refused
+
+
+def test_tensors_of_a_broadcast_are_kept_once() -> None:
+    link = Link({k: bytes([k]) for k in range(8)})
+    for node in link.nodes.values():
+        link.state.activate_node(node, 60.0)
+    tensors = {"x": torch.randn(500_000)}
+    blobs = [pack(Task("train", k, tensors), "d") for k in link.nodes]
+    for k, blob in zip(link.nodes, blobs, strict=True):
+        content = RecordDict({"blob": boxed(blob)})
+        assert unboxed(content) == blob
+        assert list(link.push_messages([Message(content, link.nodes[k], "train", ttl=60)]))
+    kept = sum(len(entry.content) for entry in link.state.object_store.store.values())
+    assert kept < 1.1 * len(blobs[0]), "and not eight times that"
+
+
+@pytest.mark.parametrize("blob", [b"", b"x", b"1234567", bytes(8), bytes(9), b"\xff" * 8, b"\xff" * 30, b"\x03" + bytes(7) + b"abcdef"])
+def test_whatever_is_boxed_comes_out_as_it_was(blob: bytes) -> None:
+    assert unboxed(RecordDict({"blob": boxed(blob)})) == blob
 
 
 class Forgetful(Here):

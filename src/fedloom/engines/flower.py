@@ -63,7 +63,7 @@ logging.getLogger("flwr").setLevel(logging.WARNING)  # it tells every request
 PARTITION = "partition-id"
 """The key of a node's configuration that says which client it is; node ids are random and mean nothing."""
 
-BLOB, TO, CLIENT = "blob", "to", "client"
+BLOB, REST, TO, CLIENT = "blob", "rest", "to", "client"
 SERIALISATION = "fedloom.safetensors"
 REFUSED = 100
 """Code of an error reply whose reason is a client's own :class:`~fedloom.messages.Failure`; Flower's codes are below 10."""
@@ -259,8 +259,11 @@ def _partition(context: Context) -> int:
 
 
 def boxed(blob: bytes) -> ArrayRecord:
-    """A packed blob as a message carries it."""
-    return ArrayRecord({BLOB: Array("uint8", (len(blob),), SERIALISATION, blob)})
+    """A packed blob as a message carries it: its head, and its tensors, which are the same for all devices of a broadcast. Flower keeps
+    equal parts of messages once."""
+    cut = min(len(blob), 8 + int.from_bytes(blob[:8], "little"))
+    parts = {BLOB: blob[:cut], REST: blob[cut:]} if cut < len(blob) else {BLOB: blob}
+    return ArrayRecord({name: Array("uint8", (len(part),), SERIALISATION, part) for name, part in parts.items()})
 
 
 def unboxed(content: RecordDict) -> bytes:
@@ -271,10 +274,12 @@ def unboxed(content: RecordDict) -> bytes:
     """
     if BLOB not in content.array_records or BLOB not in content.array_records[BLOB]:
         raise WireError(f"a Flower message without a packed blob; its records are {sorted(content)}")
-    array = content.array_records[BLOB][BLOB]
-    if array.stype != SERIALISATION:
-        raise WireError(f"a Flower message whose blob is {array.stype!r}; {SERIALISATION!r} is needed")
-    return array.data
+    record = content.array_records[BLOB]
+    arrays = [record[name] for name in (BLOB, REST) if name in record]
+    for array in arrays:
+        if array.stype != SERIALISATION:
+            raise WireError(f"a Flower message whose blob is {array.stype!r}; {SERIALISATION!r} is needed")
+    return arrays[0].data if len(arrays) == 1 else b"".join(array.data for array in arrays)
 
 
 def _client_of(content: RecordDict) -> int:

@@ -60,6 +60,9 @@ QUICKEST, SLOWEST = 0.02, 0.5
 LONGEST = 10.0
 """Seconds between two attempts to reach the server, at most."""
 
+AGAIN = (0.2, 1.0)
+"""Seconds before an answer that was refused is pushed again."""
+
 PATIENCE = 60.0
 """Seconds within which the parts of a message must arrive."""
 
@@ -235,8 +238,19 @@ class Node:
         except Exception as error:
             log.warning("a message could not be answered", exc_info=error)
             reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error).__name__}: {error}"), reply_to=message)
-        self._push(client, node, reply, time.monotonic() - started)
+        self._push_at_last(client, node, reply, time.monotonic() - started)
         return True
+
+    def _push_at_last(self, client: FleetHttpClient, node: FlowerNode, reply: Message, seconds: float) -> None:
+        """Push an answer; once more, and once more, if a request is refused: a signature is good for seconds, and on a busy machine one may
+        come too late. Its task is not laid out a second time."""
+        for pause in AGAIN:
+            try:
+                return self._push(client, node, reply, seconds)
+            except httpx.HTTPStatusError as error:
+                log.debug("an answer was refused (%s); once more in %g s", _why(error), pause)
+                time.sleep(pause)
+        return self._push(client, node, reply, seconds)
 
     def _fetched(self, client: FleetHttpClient, node: FlowerNode, message: Message, tree: ObjectTree) -> Message | None:
         """The message with its content; None if that did not come in time or is no more."""
