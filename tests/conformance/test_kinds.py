@@ -74,7 +74,7 @@ def test_predictions_of_whole_models_are_each_devices_own(same: bool) -> None:
     assert owners == [1 if same else 3]
 
 
-LORA_ONLY = {"fibecfed", "federa", "ffa", "fedsa", "rolora", "flora", "fedex", "flexlora", "hetlora", "flasc", "slora"}
+LORA_ONLY = {"fibecfed", "federa", "ffa", "fedsa", "fedsb", "rolora", "flora", "fedex", "flexlora", "hetlora", "flasc", "slora"}
 POOL = Pool((0, 1, 2), 2, 2, 8)
 
 

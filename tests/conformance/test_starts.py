@@ -25,7 +25,7 @@ from fedloom.server.participation import Pool
 from tests import tiny
 
 POOL = Pool((0, 1, 2), 2, 2, 8)
-FROM_ZERO = {"flora", "slora"}
+FROM_ZERO = {"flora", "slora", "fedsb"}
 METHODS = [name for name in all_methods() if name not in {"centralised", *FROM_ZERO}]  # that trains nowhere but in the centre
 PAIRS = [("fibecfed", "fisher"), *zip([m for m in METHODS if m != "fibecfed"], cycle(all_curricula()), strict=False)]
 

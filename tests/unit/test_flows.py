@@ -63,6 +63,7 @@ def test_there_are_these_methods_and_each_says_its_paper() -> None:
             "fedprox",
             "federa",
             "fedsa",
+            "fedsb",
             "ffa",
             "fibecfed",
             "flasc",
