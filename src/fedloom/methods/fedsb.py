@@ -5,8 +5,8 @@ Federated LoRA Fine-Tuning, 2502.15436), which federates LoRA-SB (2411.19557).
     R^k   <- AdamW on device k from R_t, under B and A
     R_t+1 <- Σ_{k in S_t} p_k R^k,          p_k = n_k / Σ_{j in S_t} n_j
 
-The average is exact, because every device has the same B and A: s·B·(Σ p_k R^k)·A = Σ p_k s·B R^k A. r² numbers of a module travel, whatever
-its size and the number of devices. The task head is trained and averaged as R is.
+The average is exact, because every device has the same B and A: s·B·(Σ p_k R^k)·A = Σ p_k s·B R^k A. r² numbers of a module travel,
+whatever its size and the number of devices. The task head is trained and averaged as R is.
 
 Where it starts is what the first step of full fine-tuning would do, cut down to rank r. AdamW's first step is η by the gradient's sign:
 
