@@ -106,7 +106,7 @@ def trained(client: int, own: Arrays, rest: Arrays, batches: Sequence[np.ndarray
         due = torch.tensor([text.label for text in chosen])
         said = logits({**leaves, **{n: torch.from_numpy(t) for n, t in rest.items()}}, chosen)
         loss = (said.logsumexp(1) - said[torch.arange(len(due)), due]).mean()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         gradients = dict(zip(leaves, (g.numpy() for g in torch.autograd.grad(loss, list(leaves.values()))), strict=True))
         for n, g in clip_to(gradients, real.RULE.clip).items():
             now[n], first[n], second[n] = adamw_step(now[n], g, first[n], second[n], number, real.RULE)

@@ -83,5 +83,5 @@ def need_mixers(names: Collection[str], who: str) -> None:
     """
     if not any(is_own(name) for name in names):
         raise ValueError(
-            f"'{who}' works on two LoRAs and their mixer, and this model trains none, but {sorted(names)[:2]} …; give it --adapter.kind mixed"
+            f"'{who}' works on two LoRAs and their mixer, and this model has none, but {sorted(names)[:2]} …; give it --adapter.kind mixed"
         )
