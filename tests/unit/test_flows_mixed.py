@@ -46,6 +46,23 @@ def test_fedsb_asks_the_first_cohort_for_gradients_and_hands_b_and_a_to_everybod
         torch.testing.assert_close(state.server[b].T @ state.server[b], torch.eye(2), atol=1e-6, rtol=0)
 
 
+def test_fedsb_asks_a_device_of_the_first_cohort_again_and_counts_it_once() -> None:
+    asked: list[int] = []
+    late = uniform(POOL, 0)[1]
+
+    def lazy(task: Task) -> Update | None:
+        asked.append(task.client)
+        return None if task.client == late and asked.count(late) == 1 else gradients(task)
+
+    askings, state = play(FedSb().setup(pairs_and_heads(), POOL), lazy)
+    assert [[(t.op, t.client) for t in tasks] for tasks in askings[:2]] == [
+        [("gradient", k) for k in uniform(POOL, 0)],
+        [("gradient", late)],
+    ]
+    (_, __), whole_state = play(FedSb().setup(pairs_and_heads(), POOL), gradients)
+    assert all(torch.equal(state.shared[n], whole_state.shared[n]) for n in whole_state.shared)
+
+
 def test_fedsb_needs_a_rank_that_the_weights_have_and_an_example() -> None:
     wide = {n: torch.zeros(4, 9) if ".lora_B." in n else torch.zeros(9, 3) for n in pairs_and_heads().server}
     with pytest.raises(ValueError, match=r"'fedsb' needs r ≤ 3 in 'm\.layer.*r is 9; give a lower --adapter.rank"):
