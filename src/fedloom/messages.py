@@ -148,11 +148,11 @@ def ask(operation: Callable[..., Any], client: int, tensors: Tensors | None = No
     return Task(operation.__name__, client, dict(tensors or {}), settings)
 
 
-def insist(tasks: Sequence[Task], attempts: int = 3) -> Flow[list[Update]]:
+def insist(tasks: Sequence[Task], attempts: int = 3, take: Take = whole) -> Flow[list[Update]]:
     """Ask, and ask again whoever did not answer; every client must have answered once.
 
     For set-up: a client that missed a broadcast would train another function without any error.
-    Updates come back in task order.
+    Updates come back in task order, as ``take`` leaves them, which sees each as it comes.
 
     Raises:
         CohortFailed: naming whoever never answered in ``attempts`` attempts.
@@ -162,7 +162,7 @@ def insist(tasks: Sequence[Task], attempts: int = 3) -> Flow[list[Update]]:
         missing = [task for task in tasks if task.client not in answered]
         if not missing:
             break
-        answered |= {update.client: update for update in (yield missing)}
+        answered |= {update.client: update for update in (yield missing if take is whole else Asking(missing, take))}
     never = [Failure(t.client, f"no answer to '{t.op}' in {attempts} attempts") for t in tasks if t.client not in answered]
     if never:
         raise CohortFailed(never, len(answered), len(tasks))

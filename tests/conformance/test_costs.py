@@ -83,6 +83,13 @@ def test_plain_lora_keeps_nothing_on_its_devices(tmp_path: Path) -> None:
     assert run(small.experiment("lora"), tmp_path / "run", plain=True)["device_state"] is None
 
 
+@pytest.mark.parametrize("name", ["slora", "scaffold", "fedsb", "fedalt"])
+def test_a_method_that_looks_at_what_training_left_can_be_described(name: str) -> None:
+    """What is only counted has weights to start from and moments of the right names."""
+    told = dict(describe(small.experiment(name)).lines)
+    assert "trained on" in told["first round"] and "trained on" in told["last round"]
+
+
 def test_a_lossless_choice_can_be_described() -> None:
     """What is only counted finds a spectrum without a gap."""
     asked = fibecfed(gal=Gal(lossless=True))

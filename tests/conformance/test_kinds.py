@@ -21,7 +21,7 @@ from fedloom.compute.work import AdamW, Fit, Predict
 from fedloom.engines.engine import drive
 from fedloom.engines.local import Local
 from fedloom.methods import all_methods, named
-from fedloom.model.adapters import AdapterError, Kind, is_head, merged, write_adapter
+from fedloom.model.adapters import AdapterError, Kind, is_head, merged, saved_as, write_adapter
 from fedloom.model.base import Model, as_batch
 from fedloom.server.participation import Pool
 from tests import families, tiny
@@ -29,6 +29,7 @@ from tests import families, tiny
 COVER: list[tuple[str, Kind]] = [
     ("bert", "full"), ("llama", "full"), ("roberta", "bitfit"), ("gpt2", "bitfit"), ("deberta-v2", "houlsby"), ("qwen2", "houlsby"),
     ("bert", "pfeiffer"), ("llama", "pfeiffer"), ("roberta", "ia3"), ("qwen2", "ia3"), ("gpt2", "full"), ("deberta-v2", "bitfit"),
+    ("bert", "mixed"), ("gpt2", "mixed"),
 ]  # fmt: skip
 """Every kind with two families, every family with two kinds; LoRA has them all (conformance)."""
 
@@ -74,7 +75,8 @@ def test_predictions_of_whole_models_are_each_devices_own(same: bool) -> None:
     assert owners == [1 if same else 3]
 
 
-LORA_ONLY = {"fibecfed", "federa", "ffa", "fedsa", "rolora", "flora", "fedex", "flexlora", "hetlora", "flasc", "slora"}
+LORA_ONLY = {"fibecfed", "federa", "ffa", "fedsa", "fedsb", "rolora", "flora", "fedex", "flexlora", "hetlora", "flasc", "slora"}
+MIXED_ONLY = {"fedalt"}
 POOL = Pool((0, 1, 2), 2, 2, 8)
 
 
@@ -95,6 +97,10 @@ def test_a_method_takes_a_kind_or_says_which_it_needs(name: str, kind: Kind) -> 
     of = families.of_kind("bert", kind)
     if name in LORA_ONLY:
         with pytest.raises(ValueError, match=f"'{name}' works on LoRA's factors.*--adapter.kind lora"):
+            named(name)().init(of)
+        return
+    if name in MIXED_ONLY:
+        with pytest.raises(ValueError, match=f"'{name}' works on two LoRAs and their mixer.*--adapter.kind mixed"):
             named(name)().init(of)
         return
     alone, together = (ends(name, of, compute) for compute in (Serial(of), Stacked(of)))
@@ -139,8 +145,10 @@ def test_what_cannot_be_exported_says_what_can(tmp_path: Path) -> None:
     full, narrow = families.of_kind("bert", "full"), families.of_kind("bert", "houlsby")
     with pytest.raises(AdapterError, match="--merge"):
         write_adapter(full.module, list(full.parameters), full.initial, tmp_path / "a", "base")
-    with pytest.raises(AdapterError, match="no library loads them"):
-        merged(narrow.module, narrow.parameters, narrow.initial)
+    for inner, said in ((narrow, "bottleneck adapters"), (families.of_kind("bert", "mixed"), "mixed pairs")):
+        with pytest.raises(AdapterError, match=f"{said} cannot be exported: no library loads them.*lora, ia3, bitfit, full"):
+            merged(inner.module, inner.parameters, inner.initial)
+        assert saved_as(inner.module) == ""
     scaled = families.of_kind("roberta", "ia3")
     with pytest.raises(AdapterError, match="without --merge"):
         merged(scaled.module, scaled.parameters, scaled.initial)

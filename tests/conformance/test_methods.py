@@ -38,7 +38,7 @@ from tests import small
 ROUNDS = 2
 METHODS = list(all_methods())
 TRAINS_AS = {name: held for name, kind in all_methods().items() if (held := trains_as(kind()))}
-NO_GLOBAL = {"local", "lora-personal-head", "fedsa", "fedalt-partial"}
+NO_GLOBAL = {"local", "lora-personal-head", "fedsa", "fedalt-partial", "fedalt"}
 NO_PERSONAL_PART = {
     "lora",
     "federa",
@@ -58,6 +58,7 @@ NO_PERSONAL_PART = {
     "fedprox",
     "scaffold",
     "slora",
+    "fedsb",
 }
 
 WHOLE_MODEL = {"fedcybgd", "fedbavg", "handover", "fedfft", "fedbf", "flora", "fedex"}
@@ -193,6 +194,8 @@ def test_traffic_is_ordered_as_the_methods_say() -> None:
     assert up["lora-finetuned"] == up["lora-prior"] == up["lora"]
     assert max(up["ffa"], up["fedsa"], up["rolora"]) < up["lora"], "one factor of the two"
     assert up["fedalt-partial"] == pytest.approx(up["lora-personal-head"], rel=0.002), "the same tensors, with another loss and cost"
+    assert up["fedsb"] < min(up["ffa"], up["fedsa"], up["rolora"]), "r by r numbers of a module"
+    assert up["fedalt"] < up["lora"], "a pair of each module, and no head"
     assert up["fedopt"] == pytest.approx(up["lora"], rel=0.002), "the moments are the server's"
     assert up["ditto"] == pytest.approx(up["lora"], rel=0.002), "the personal model stays"
     setup = {name: whole(name)[1]["setup_bytes_down"] for name in METHODS}
@@ -348,7 +351,7 @@ def first_asking_lost(task: Task, attempt: int) -> str | None:
     return "out of range" if task.client == 2 and attempt == 0 and task.op not in ("train", "predict") else None
 
 
-WITH_SET_UP = ["fibecfed", "local", "lora-personal-head", "lora-prior", "ffa", "fedsa", "fedalt-partial", "ditto"]
+WITH_SET_UP = ["fibecfed", "local", "lora-personal-head", "lora-prior", "ffa", "fedsa", "fedalt-partial", "ditto", "fedsb", "fedalt"]
 
 
 @pytest.mark.parametrize("wrapper", [Faulty, Lossy])

@@ -73,6 +73,26 @@ def some_moments(of: Model, client: int) -> Moments:
     return Moments(first, second, 3 + client)
 
 
+def turned(given: Tensors) -> dict[str, torch.Tensor]:
+    """Each pair through a matrix between its factors, for one client as for many in front."""
+    made = {n: t for n, t in given.items() if not n.startswith("between/")}
+    return {**made, **{b: made[b] @ given[f"between/{b}"] for b in made if f"between/{b}" in given}}
+
+
+def turned_over(given: Tensors) -> dict[str, torch.Tensor]:
+    """The same with the matrices' transposes."""
+    return turned({n: t.transpose(-1, -2) if n.startswith("between/") else t for n, t in given.items()})
+
+
+def between(of: Model, client: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A matrix (2, 2) for every pair, and the head; the pairs."""
+    moved = families.moved(of, client)
+    pairs = {n: t for n, t in moved.items() if is_factor(n)}
+    generator = torch.Generator().manual_seed(60 + client)
+    cores = {f"between/{n}": torch.eye(2) + 0.2 * torch.randn(2, 2, generator=generator) for n in pairs if ".lora_B." in n}
+    return {**cores, **{n: t for n, t in moved.items() if n not in pairs}}, pairs
+
+
 OPTIONS: dict[str, Callable[[Model, int], dict[str, Any]]] = {
     "plain": lambda m, k: {},
     "mask": lambda m, k: {"mask": rows_mask(m, k)},
@@ -81,6 +101,7 @@ OPTIONS: dict[str, Callable[[Model, int], dict[str, Any]]] = {
     "moments": lambda m, k: {"moments": some_moments(m, k)},
     "fixed": lambda m, k: {"fixed": {n: t for n, t in families.moved(m, k).items() if not is_factor(n)}},
     "all": lambda m, k: {"mask": rows_mask(m, k), "penalty": pull, "moments": some_moments(m, k)},
+    "through": lambda m, k: {"through": turned, "fixed": between(m, k)[1]},
     "no clip": lambda m, k: {"optimizer": AdamW(1e-2, clip=0.0)},
 }
 
@@ -88,6 +109,7 @@ OPTIONS: dict[str, Callable[[Model, int], dict[str, Any]]] = {
 def fit(of: Model, option: str, client: int) -> Fit:
     extra = {"optimizer": OPTIMIZER, **OPTIONS[option](of, client)}
     start = {n: t for n, t in families.moved(of, client).items() if n not in extra.get("fixed", {})}
+    start = between(of, client)[0] if option == "through" else start
     return Fit(start, examples(client), batches(client), dropout_seed=70 + client, **extra)
 
 
@@ -130,10 +152,36 @@ def test_every_option_and_dropout_changes_what_is_learnt(option: str) -> None:
     """The comparison above means something: what could be confused differs by far more than the tolerance."""
     done = fitted(option, 0.0, None)
     assert all(gap(done[k].result.tensors, fitted(option, 0.2, None)[k].result.tensors) > 20 * TENSORS for k in range(4))
-    if option not in ("plain", "fixed"):
+    if option not in ("plain", "fixed", "through"):
         assert max(gap(done[k].result.tensors, fitted("plain", 0.0, None)[k].result.tensors) for k in range(4)) > 20 * TENSORS
     if option == "anchor":
         assert max(gap(done[k].result.tensors, fitted("penalty", 0.0, None)[k].result.tensors) for k in range(4)) > 20 * TENSORS
+
+
+def test_what_is_trained_through_one_function_is_not_mixed_with_another() -> None:
+    of = model()
+    items = [fit(of, "through", 0), replace(fit(of, "through", 1), through=turned_over)]
+    for one, item in zip(Stacked(of).run(items), items, strict=True):
+        assert gap(one.result.tensors, Serial(of).run([item])[0].result.tensors) <= TENSORS
+    straight = Serial(of).run([fit(of, "through", 1)])[0]
+    assert gap(straight.result.tensors, Serial(of).run(items[1:])[0].result.tensors) > 20 * TENSORS
+
+
+def test_what_is_trained_through_a_function_costs_what_it_reaches() -> None:
+    """The gradient of R needs that of B and no more."""
+    of = model()
+    item = fit(of, "through", 1)
+    heads = {n for n in of.initial if not is_factor(n)}
+    assert item.reached == {*heads, *(n for n in of.initial if ".lora_B." in n)}
+    assert fit(of, "fixed", 1).reached == set(of.initial) - heads
+    same = replace(item, start={n: of.initial[n] for n in item.reached}, through=None)
+    assert Serial(of).run([item])[0].flops == Serial(of).run([same])[0].flops > 0
+
+
+def test_some_rows_are_the_models_own() -> None:
+    of, b = model(), next(n for n in model().initial if ".lora_B." in n)
+    with pytest.raises(ValueError, match="of some rows.*takes no 'through'"):
+        Fit({b: of.initial[b][:2]}, examples(0), batches(0), OPTIMIZER, rows={b: torch.arange(2)}, through=turned)
 
 
 @pytest.mark.parametrize("compute", [Serial, Stacked])

@@ -25,8 +25,10 @@ from fedloom.server.participation import Pool
 from tests import tiny
 
 POOL = Pool((0, 1, 2), 2, 2, 8)
-FROM_ZERO = {"flora", "slora"}
-METHODS = [name for name in all_methods() if name not in {"centralised", *FROM_ZERO}]  # that trains nowhere but in the centre
+FROM_ZERO = {"flora", "slora", "fedsb"}
+NO_PAIRS = {"fedalt"}
+"""Whose adapter is none that a start is made for."""
+METHODS = [name for name in all_methods() if name not in {"centralised", *FROM_ZERO, *NO_PAIRS}]  # that trains nowhere but in the centre
 PAIRS = [("fibecfed", "fisher"), *zip([m for m in METHODS if m != "fibecfed"], cycle(all_curricula()), strict=False)]
 
 
@@ -55,6 +57,14 @@ def test_every_curriculum_is_among_the_pairs() -> None:
 @pytest.mark.parametrize("name", sorted(FROM_ZERO))
 def test_who_begins_at_zero_says_so(name: str) -> None:
     with pytest.raises(ValueError, match=f"'{name}' starts its pairs at zero .* give it --adapter.start zero"):
+        named(name)().init(svd())
+
+
+@pytest.mark.parametrize("name", sorted(NO_PAIRS))
+def test_who_has_no_pairs_says_so(name: str) -> None:
+    with pytest.raises(ValueError, match="start svd is one of LoRA's pairs, and kind mixed has none"):
+        tiny.model(start="svd", kind="mixed")
+    with pytest.raises(ValueError, match=f"'{name}' works on two LoRAs and their mixer.*--adapter.kind mixed"):
         named(name)().init(svd())
 
 

@@ -51,6 +51,7 @@ def test_there_are_these_methods_and_each_says_its_paper() -> None:
         [
             *ours,
             "ditto",
+            "fedalt",
             "fedalt-partial",
             "fedap",
             "fedbavg",
@@ -63,6 +64,7 @@ def test_there_are_these_methods_and_each_says_its_paper() -> None:
             "fedprox",
             "federa",
             "fedsa",
+            "fedsb",
             "ffa",
             "fibecfed",
             "flasc",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fedloom.messages import CohortFailed, Failure, Task, Update, ask, insist, is_client_operation, on_client, quorum_of
+from fedloom.messages import Asking, CohortFailed, Failure, Task, Update, ask, insist, is_client_operation, on_client, quorum_of
 
 
 class Method:
@@ -101,6 +102,25 @@ def test_insist_takes_the_last_attempt_and_then_gives_up_naming_whom() -> None:
         flow.send([answer(tasks[0])])
     assert failed.value.failures == (Failure(2, "no answer to 'init' in 2 attempts"),)
     assert str(failed.value).startswith("2 of 3 clients answered, 3 are needed.")
+
+
+def test_insist_shows_each_update_as_it_comes_and_keeps_what_is_left_of_it() -> None:
+    seen: list[int] = []
+
+    def take(update: Update) -> Update:
+        seen.append(update.client)
+        return replace(update, tensors={})
+
+    tasks = [Task("init", k) for k in (2, 0)]
+    flow = insist(tasks, take=take)
+    asked = next(flow)
+    assert isinstance(asked, Asking) and (asked.tasks, asked.needed) == (tasks, None)
+    again = flow.send([asked.take(answer(tasks[1]))])
+    assert isinstance(again, Asking) and again.tasks == [tasks[0]]
+    with pytest.raises(StopIteration) as done:
+        flow.send([again.take(answer(tasks[0]))])
+    assert [(update.client, dict(update.tensors)) for update in done.value.value] == [(2, {}), (0, {})]
+    assert seen == [0, 2]
 
 
 def test_insist_on_nobody_asks_nobody() -> None:

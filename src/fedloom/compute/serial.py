@@ -90,7 +90,8 @@ class Serial:
         for i, indices in enumerate(item.batches):
             batch = self.batch(item.examples, indices)
             key = torch.tensor(dropout_key(item.dropout_seed, i), device=model.device)
-            tensors = {n: t.to(model.dtype) for n, t in {**fixed, **now}.items()}
+            given = {**fixed, **now} if item.through is None else item.through({**fixed, **now})
+            tensors = {n: t.to(model.dtype) for n, t in given.items()}
             dropping = SeededDropout(key, model.dropout, model.causal) if model.dropout else nullcontext()
             with dropping, SomeRows(tensors, item.rows, model.initial) if item.rows else nullcontext():
                 loss = model.weighted(model.forward(tensors, batch, model.dtype)[0] + bias, batch)
@@ -221,7 +222,7 @@ def cost(item: WorkItem, flops: Flops) -> tuple[float, int]:
     lengths = item.examples.lengths
     match item:
         case Fit():
-            names, rows = frozenset(item.start), {n: len(at) for n, at in item.rows.items()}
+            names, rows = item.reached, {n: len(at) for n, at in item.rows.items()}
             spent = sum(len(b) * float(flops.step(names, int(lengths[b].max()), rows)) for b in item.batches)
             return spent, sum(len(b) for b in item.batches)
         case Score() | Fisher():

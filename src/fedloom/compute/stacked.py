@@ -201,7 +201,7 @@ class Stacked:
 
     def _fit(self, items: Sequence[Fit]) -> list[Fitted]:
         """Items come with the most steps first, so those still active are always the first ones."""
-        model, o, penalty = self.model, items[0].optimizer, items[0].penalty
+        model, o, penalty, through = self.model, items[0].optimizer, items[0].penalty, items[0].through
         flat, begin = self._flat([i.start for i in items], [i.rows for i in items])
         rest, fixed = self._flat([i.fixed for i in items])
         anchor = begin if items[0].anchor is None else flat.join([i.anchor or {} for i in items], model.device)
@@ -223,7 +223,10 @@ class Stacked:
                 weights = [1 / len(items[p.item].batches[i]) for p in parts]
                 texts = self._texts(items, parts, [p.item - low for p in parts], weights, keys, flat.kept(low, high))
                 leaf = now[low:high].detach().requires_grad_(True)
-                tensors = {**rest.split(fixed[low:high]), **flat.split(leaf.to(model.dtype), low)}
+                if through is None:
+                    tensors = {**rest.split(fixed[low:high]), **flat.split(leaf.to(model.dtype), low)}
+                else:
+                    tensors = through({**rest.split(fixed[low:high]), **flat.split(leaf)})
                 logits = model.together(tensors, texts, model.dtype)[0]
                 values = texts.losses(logits if bias is None else logits + bias[low:high][texts.text_owners])
                 total = values.sum()
@@ -439,7 +442,7 @@ def _kind(item: WorkItem) -> Hashable:
             shapes += (*sorted(some), sum(tensors[n].numel() for n in some))
             masks = tuple((n, tuple(t.shape)) for n, t in item.mask.items())
             fixed = tuple((n, tuple(t.shape)) for n, t in sorted(item.fixed.items()))
-            masks = (*masks, *sorted(item.correction))
+            masks = (*masks, *sorted(item.correction), item.through)
             return ("fit", shapes, masks, fixed, item.optimizer, item.penalty, item.anchor is None, item.moments is None, item.bias is None)
         case Score() | Fisher():
             return (type(item).__name__, shapes, item.over)

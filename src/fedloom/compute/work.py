@@ -32,6 +32,10 @@ Schedule = Literal["constant", "cosine"]
 Penalty = Callable[[Tensors, Tensors], torch.Tensor]
 """(tensors now, anchor) -> scalar added to the mean loss of each step (FedProx and the like)."""
 
+Through = Callable[[Tensors], dict[str, torch.Tensor]]
+"""(what is trained and what is fixed) -> the model's tensors that they stand for. Differentiable, and the same with an axis of clients in
+front of every tensor."""
+
 
 @dataclass(frozen=True)
 class AdamW:
@@ -71,11 +75,12 @@ class Fit:
     ``penalty`` is held against ``anchor``, or against ``start`` where none is given.
     ``correction`` is added to every step's gradient, before it is clipped (SCAFFOLD); tensors that it does not name have none.
     ``bias`` (C,) is added to the logits of every example before the loss, and is not trained.
+    ``through`` makes the model's tensors of the trained and the fixed ones, where what is trained is no tensor of the model itself.
     ``dropout_seed`` makes the dropout masks of the run; step i uses ``derive(dropout_seed, "dropout", i)``.
 
     Raises:
         ValueError: an anchor that is not named and shaped as ``start``, or one without a penalty, which would do nothing; ``rows`` that are
-            not as many as the start has, or together with a penalty or a mask of the same tensor.
+            not as many as the start has, or together with a penalty, a mask of the same tensor or ``through``.
     """
 
     start: Tensors
@@ -91,12 +96,15 @@ class Fit:
     bias: torch.Tensor | None = None
     rows: Tensors = field(default_factory=dict)
     correction: Tensors = field(default_factory=dict)
+    through: Through | None = None
 
     def __post_init__(self) -> None:
         for name, added in self.correction.items():
             if name not in self.start or added.shape != self.start[name].shape:
                 had = f"{tuple(self.start[name].shape)}" if name in self.start else "no tensor of that name"
                 raise ValueError(f"a Fit's correction of '{name}' is {tuple(added.shape)} and its start has {had}; they must be alike")
+        if self.through is not None and self.rows:
+            raise ValueError(f"a Fit of some rows of '{min(self.rows)}' trains the model's own tensors; it takes no 'through'")
         for name, rows in self.rows.items():
             if name not in self.start or len(rows) != len(self.start[name]) or name in self.mask or self.penalty is not None:
                 had = f"{len(self.start[name])} rows" if name in self.start else "none"
@@ -109,6 +117,15 @@ class Fit:
         if self.penalty is None:
             raise ValueError("a Fit has an anchor and no penalty to hold against it; give a penalty, or leave the anchor out")
         same_names(self.start, self.anchor)
+
+    @property
+    def reached(self) -> frozenset[str]:
+        """The model's tensors that the loss is differentiated by."""
+        if self.through is None:
+            return frozenset(self.start)
+        with torch.enable_grad():
+            made = self.through({**self.fixed, **{n: t.detach().clone().requires_grad_(True) for n, t in self.start.items()}})
+        return frozenset(n for n, t in made.items() if t.requires_grad)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ is u alone, the local layers being at the start, where B = 0.
 
 The paper's other algorithm, FedSim, trains both parts at once; with the head as local part that is ``lora-personal-head``.
 
-The name: another FedALT (2503.11880) mixes two adapters and is not this method.
+The name: another FedALT (2503.11880) mixes two adapters; it is ``fedalt``.
 
 Deviations: the optimiser is AdamW, fresh for each part as in the authors' code; both parts walk through the same batches; the paper's
 pre-training of the whole model by FedAvg before, and its local fine-tuning afterwards, are not here. The loss that is told is the mean of

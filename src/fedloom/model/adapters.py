@@ -23,15 +23,17 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 
-from fedloom.model import bottleneck
+from fedloom.model import bottleneck, mixing
 from fedloom.model.principal import principal_factors
 
 ADAPTER = "default"
 HEADS = frozenset({"classifier", "score"})
 """What the libraries call the head of a classifier."""
 
-Kind = Literal["auto", "lora", "ia3", "houlsby", "pfeiffer", "bitfit", "full"]
+Kind = Literal["auto", "lora", "ia3", "houlsby", "pfeiffer", "bitfit", "full", "mixed"]
 Start = Literal["auto", "zero", "svd"]
+LOADABLE: tuple[Kind, ...] = ("lora", "ia3", "bitfit", "full")
+"""Kinds that other libraries load."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Adapter:
         targets: ends of the module names that get a pair, or an (IA)³ scale (empty: PEFT's choice for the architecture).
         dropout: rate for LoRA's input and for every dropout site of the base model (0: none).
         kind: lora; ia3: scales of keys, values and the feed-forward part ((IA)³ 2205.05638); houlsby, pfeiffer: bottleneck adapters;
-            bitfit: the biases (2106.10199); full: every weight; auto: as the method has it, else lora.
+            bitfit: the biases (2106.10199); full: every weight; mixed: two LoRA pairs and a mixer that weighs them by what comes in
+            (``mixing.py``); auto: as the method has it, else lora.
         start: where LoRA starts: at zero, from the weights' singular vectors (svd; ``principal.py``), or auto: as the method has it, else
             at zero.
     """
@@ -96,6 +99,9 @@ def attach(base: nn.Module, adapter: Adapter, classifier: bool = True, tags: boo
             train = {name for name, _ in base.named_parameters() if name.endswith(".bias") and not is_head(name)}
             if not train:
                 raise AdapterError(f"bitfit trains biases, and {type(base).__name__} has none. Other kinds: {_other('bitfit')}")
+        case "mixed":
+            base = _mixed(base, adapter, targets)
+            train = {name for name, _ in base.named_parameters() if mixing.is_own(name) or mixing.is_rest(name) or mixing.GATE in name}
         case "full":
             train = {name for name, _ in base.named_parameters()}
         case _:
@@ -103,6 +109,21 @@ def attach(base: nn.Module, adapter: Adapter, classifier: bool = True, tags: boo
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(name in train or is_head(name))
     return base
+
+
+def _mixed(base: nn.Module, adapter: Adapter, targets: list[str] | None) -> nn.Module:
+    """With two pairs and a mixer wherever PEFT would put a pair."""
+    found = _by_peft(base, adapter, LoraConfig(r=1, target_modules=targets))
+    places = [name.removeprefix("base_model.model.") for name, part in found.named_modules() if isinstance(part, LoraLayer)]
+    plain: Any = found.unload()  # type: ignore[operator]
+    mixing.insert(plain, places, adapter.rank, adapter.alpha / adapter.rank, adapter.dropout)
+    return plain
+
+
+def _ours(model: nn.Module) -> str:
+    """What no library knows of a model's adapter, or nothing."""
+    kinds = {bottleneck.Bottleneck: "bottleneck adapters", mixing.Mixed: "mixed pairs"}
+    return next((what for kind, what in kinds.items() if any(isinstance(part, kind) for part in model.modules())), "")
 
 
 def _other(kind: str) -> str:
@@ -261,10 +282,10 @@ def merged(model: nn.Module, names: Mapping[str, str], tensors: Mapping[str, tor
     ``names``: saved name -> parameter name of all trained tensors (:func:`trainable_names`).
 
     Raises:
-        AdapterError: a tensor that the model trains is missing, or one is unknown; or bottlenecks, which no plain model has.
+        AdapterError: a tensor that the model trains is missing, or one is unknown; or bottlenecks or mixed pairs, which no plain model has.
     """
-    if any(isinstance(module, bottleneck.Bottleneck) for module in model.modules()):
-        raise AdapterError(f"bottleneck adapters cannot be exported: no library loads them. Of other kinds there are {_other('houlsby')}")
+    if what := _ours(model):
+        raise AdapterError(f"{what} cannot be exported: no library loads them. Of other kinds there are {', '.join(LOADABLE)}")
     if set(tensors) != set(names):
         raise AdapterError(f"the adapter needs exactly the trained tensors; these differ: {sorted(set(tensors) ^ set(names))[:6]}")
     copied: Any = copy.deepcopy(model)
@@ -281,10 +302,10 @@ def merged(model: nn.Module, names: Mapping[str, str], tensors: Mapping[str, tor
 
 
 def saved_as(model: nn.Module) -> Literal["adapter", "model", ""]:
-    """How others can load what was trained: as PEFT's adapter, as a whole plain model, or not at all (bottlenecks)."""
+    """How others can load what was trained: as PEFT's adapter, as a whole plain model, or not at all (bottlenecks, mixed pairs)."""
     if isinstance(model, PeftModel):
         return "adapter"
-    return "" if any(isinstance(module, bottleneck.Bottleneck) for module in model.modules()) else "model"
+    return "" if _ours(model) else "model"
 
 
 def write_adapter(

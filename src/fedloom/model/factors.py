@@ -123,13 +123,13 @@ def drawn(like: Tensors, seed: int, *path: str | int) -> dict[str, torch.Tensor]
 
 
 def need_zero_start(names: Tensors, who: str) -> None:
-    """For methods that begin anew at the function that the weights alone are.
+    """For methods that begin, or begin anew, at the function that the weights alone are.
 
     Raises:
         ValueError: a B that is not zero.
     """
     if any(bool(tensor.any()) for name, tensor in names.items() if is_up(name)):
-        raise ValueError(f"'{who}' starts its pairs at zero in every round, and these start elsewhere; give it --adapter.start zero")
+        raise ValueError(f"'{who}' starts its pairs at zero or from there, and these start elsewhere; give it --adapter.start zero")
 
 
 def moved(weights: Tensors, deltas: Tensors, scaling: float) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 from fedloom.compute.compute import Done
 from fedloom.compute.flops import Flops
 from fedloom.compute.serial import cost, scored_names
-from fedloom.compute.work import Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, Spectral, Spectrum, WorkItem
+from fedloom.compute.work import Fisher, Fit, Fitted, Moments, Predict, Pretrained, Score, Sensitivity, Spectral, Spectrum, WorkItem
 from fedloom.model.base import Model
 
 
@@ -28,7 +28,8 @@ class Pretended:
     def _result(self, item: WorkItem) -> Any:
         match item:
             case Fit():
-                return Fitted(dict(item.start), np.zeros(len(item.batches)), Moments({}, {}, 0))
+                still = {name: torch.zeros_like(tensor) for name, tensor in item.start.items()}
+                return Fitted(dict(item.start), np.zeros(len(item.batches)), Moments(still, still, 0))
             case Score():
                 return np.zeros(len(item.examples))
             case Fisher():
@@ -37,5 +38,7 @@ class Pretended:
                 return np.ones(self.model.depth)
             case Spectrum():
                 return Spectral(np.zeros(1), np.ones(1), 1.0)  # without a gap
+            case Pretrained():
+                return self.model.weights
             case Predict():
                 return torch.zeros(len(item.examples), self.model.width)

@@ -1,0 +1,133 @@
+"""Fed-SB's and FedALT's conversations played by hand: what the server makes of made-up updates, what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedloom.messages import Task, Update
+from fedloom.methods.fedalt import FedAlt, rest_of_world
+from fedloom.methods.fedsb import CORE, FedSb, whole
+from fedloom.methods.method import State
+from fedloom.model.mixing import as_rest, is_own, is_rest
+from fedloom.server.participation import uniform
+from tests.flows import POOL, SIZES, client, play, start
+
+UPS = [name for name in start() if ".lora_B." in name]
+
+
+def gradients(task: Task) -> Update:
+    """Device k's gradient is k + 1 everywhere but in one place; one example."""
+    if task.op != "gradient":
+        return Update(task.client, SIZES[task.client])
+    made = {n.replace("lora_B", "base_layer"): torch.full((4, 3), task.client + 1.0) for n in UPS}
+    made[min(made)][1, 2] = -10.0
+    return Update(task.client, 1, made)
+
+
+def pairs_and_heads() -> State:
+    pairs = {n: t for n, t in start().items() if ".lora_" in n}
+    return State(0, {n: t for n, t in start().items() if n not in pairs}, pairs, {"scaling": 2.0})
+
+
+def test_fedsb_asks_the_first_cohort_for_gradients_and_hands_b_and_a_to_everybody() -> None:
+    (first, second), state = play(FedSb().setup(pairs_and_heads(), POOL), gradients)
+    assert [(t.op, t.client, set(t.tensors)) for t in first] == [("gradient", k, set(pairs_and_heads().shared)) for k in uniform(POOL, 0)]
+    assert [(t.op, t.client, set(t.tensors)) for t in second] == [("receive", k, set(pairs_and_heads().server)) for k in POOL.clients]
+    assert set(state.shared) == {*pairs_and_heads().shared, *(CORE + n for n in UPS)}
+    signs = torch.ones(4, 3)
+    signs[1, 2] = -1
+    for b in UPS:
+        delta = -FedSb().inner.lr * (signs if b.replace("lora_B", "base_layer") == min(gradients(first[0]).tensors) else torch.ones(4, 3))
+        a = state.server[b.replace("lora_B", "lora_A")]
+        torch.testing.assert_close(2.0 * state.server[b] @ state.shared[CORE + b] @ a, delta, atol=1e-7, rtol=0)  # of rank 2 at most
+        torch.testing.assert_close(state.server[b].T @ state.server[b], torch.eye(2), atol=1e-6, rtol=0)
+
+
+def test_fedsb_asks_a_device_of_the_first_cohort_again_and_counts_it_once() -> None:
+    asked: list[int] = []
+    late = uniform(POOL, 0)[1]
+
+    def lazy(task: Task) -> Update | None:
+        asked.append(task.client)
+        return None if task.client == late and asked.count(late) == 1 else gradients(task)
+
+    askings, state = play(FedSb().setup(pairs_and_heads(), POOL), lazy)
+    assert [[(t.op, t.client) for t in tasks] for tasks in askings[:2]] == [
+        [("gradient", k) for k in uniform(POOL, 0)],
+        [("gradient", late)],
+    ]
+    (_, __), whole_state = play(FedSb().setup(pairs_and_heads(), POOL), gradients)
+    assert all(torch.equal(state.shared[n], whole_state.shared[n]) for n in whole_state.shared)
+
+
+def test_fedsb_needs_a_rank_that_the_weights_have_and_an_example() -> None:
+    wide = {n: torch.zeros(4, 9) if ".lora_B." in n else torch.zeros(9, 3) for n in pairs_and_heads().server}
+    with pytest.raises(ValueError, match=r"'fedsb' needs r ≤ 3 in 'm\.layer.*r is 9; give a lower --adapter.rank"):
+        play(FedSb().setup(replace(pairs_and_heads(), server=wide), POOL), gradients)
+    with pytest.raises(ValueError, match="at least one example a device; examples is 0"):
+        FedSb(examples=0)
+
+
+def test_a_core_goes_into_its_b_and_everything_else_stays() -> None:
+    b, a, core = torch.randn(4, 2), torch.randn(2, 3), torch.randn(2, 2)
+    made = whole({"x.lora_B.weight": b, "x.lora_A.weight": a, f"{CORE}x.lora_B.weight": core, "head": a})
+    assert set(made) == {"x.lora_B.weight", "x.lora_A.weight", "head"}
+    assert torch.equal(made["x.lora_B.weight"], b @ core) and made["x.lora_A.weight"] is a
+
+
+def shared(sent: list[int], by: dict[int, float]) -> dict[str, torch.Tensor]:
+    """The mean of what these devices sent: everywhere the same number each."""
+    mean = sum(by[k] for k in sent) / max(1, len(sent))
+    return {"q.own_A.weight": torch.full((2, 3), mean), "q.own_B.weight": torch.full((4, 2), -mean), "sent": torch.tensor(sent)}
+
+
+@pytest.mark.parametrize(
+    ("sent", "due"), [([], 0.0), ([1], 0.0), ([0], 2.0), ([0, 1], 2.0), ([0, 2], 5.0), ([0, 1, 2], 5.0), ([0, 1, 2, 3], 6.0)]
+)
+def test_the_rest_of_the_world_is_everybody_who_sent_but_oneself(sent: list[int], due: float) -> None:
+    by = {0: 2.0, 1: 100.0, 2: 8.0, 3: 8.0}
+    c = client(1)
+    c.private = {"q.own_A.weight": torch.full((2, 3), by[1]), "q.own_B.weight": torch.full((4, 2), -by[1])}
+    made = rest_of_world(c, shared(sent, by))
+    torch.testing.assert_close(made["q.rest_A.weight"], torch.full((2, 3), due))
+    torch.testing.assert_close(made["q.rest_B.weight"], torch.full((4, 2), -due))
+    assert set(made) == {"q.rest_A.weight", "q.rest_B.weight"}
+
+
+def test_fedalt_keeps_what_each_device_sent_last() -> None:
+    own = {"q.own_A.weight": torch.zeros(2, 3), "q.own_B.weight": torch.zeros(4, 2)}
+    state = State(
+        0,
+        {**own, "sent": torch.zeros(0, dtype=torch.int64)},
+        {**own, "q.gate.weight": torch.ones(2, 3), "classifier.bias": own["q.own_A.weight"]},
+    )
+    (receive,), state = play(FedAlt().setup(state, POOL), lambda task: Update(task.client, 1))
+    assert [(t.op, t.client, len(t.tensors)) for t in receive] == [("receive", k, 4) for k in POOL.clients]
+    assert {n: tuple(t.shape) for n, t in state.server.items()} == {"q.own_A.weight": (4, 2, 3), "q.own_B.weight": (4, 4, 2)}
+    last: dict[int, float] = {}
+    for t in range(3):
+        before = {n: x.clone() for n, x in state.server.items()}
+        old = state
+
+        def answer(task: Task, t: int = t) -> Update | None:
+            if (task.client, t) == (2, 1):
+                return None
+            last[task.client] = 10.0 * t + task.client
+            return Update(task.client, SIZES[task.client], {n: x * 0 + last[task.client] for n, x in task.tensors.items() if is_own(n)})
+
+        (tasks,), state = play(FedAlt().round(state, POOL), answer)
+        assert all(set(task.tensors) == {*own, "sent"} for task in tasks)
+        assert all(torch.equal(old.server[n], before[n]) for n in before), "the state that was passed in stays as it is"
+        assert state.shared["sent"].tolist() == sorted(last)
+        mean = sum(last.values()) / len(last)  # all alike, whatever they hold
+        assert all(torch.allclose(state.shared[n], torch.full_like(own[n], mean)) for n in own)
+
+
+def test_names_of_the_two() -> None:
+    assert as_rest("a.q.own_A.weight") == "a.q.rest_A.weight" and as_rest("a.q.own_B.weight") == "a.q.rest_B.weight"
+    assert is_own("a.q.own_B.weight") and not is_rest("a.q.own_B.weight") and is_rest("a.q.rest_A.weight")
+    with pytest.raises(ValueError, match="'a.q.gate.weight' is no factor of a device's own LoRA"):
+        as_rest("a.q.gate.weight")
