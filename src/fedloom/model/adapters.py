@@ -27,8 +27,8 @@ from fedloom.model import bottleneck
 from fedloom.model.principal import principal_factors
 
 ADAPTER = "default"
-HEADS = frozenset({"classifier", "score"})
-"""What the libraries call the head of a classifier."""
+HEADS = frozenset({"classifier", "score", "qa_outputs"})
+"""What the libraries call the head of a classifier, and of what finds answers."""
 
 Kind = Literal["auto", "lora", "ia3", "houlsby", "pfeiffer", "bitfit", "full"]
 Start = Literal["auto", "zero", "svd"]
@@ -61,9 +61,9 @@ class AdapterError(ValueError):
     """An adapter that cannot be put on this model; the message lists what could."""
 
 
-def attach(base: nn.Module, adapter: Adapter, classifier: bool = True, tags: bool = False) -> nn.Module:
-    """``base`` with the adapter and, of a ``classifier`` (of whole texts, or of their words: ``tags``), a trainable task head; everything
-    else is frozen (``requires_grad`` says which is which).
+def attach(base: nn.Module, adapter: Adapter, classifier: bool = True, tags: bool = False, finds: bool = False) -> nn.Module:
+    """``base`` with the adapter and, of a ``classifier`` (of whole texts, of their words: ``tags``, or of where an
+    answer is: ``finds``), a trainable task head; everything else is frozen (``requires_grad`` says which is which).
 
     Raises:
         AdapterError: the rank is not positive, no target exists in this architecture, or it lacks what the kind trains.
@@ -73,7 +73,7 @@ def attach(base: nn.Module, adapter: Adapter, classifier: bool = True, tags: boo
     if adapter.start == "svd" and adapter.kind not in ("auto", "lora"):
         raise AdapterError(f"start svd is one of LoRA's pairs, and kind {adapter.kind} has none; give --adapter.kind lora")
     targets = list(adapter.targets) or None
-    task = TaskType.TOKEN_CLS if tags else TaskType.SEQ_CLS if classifier else None
+    task = TaskType.QUESTION_ANS if finds else TaskType.TOKEN_CLS if tags else TaskType.SEQ_CLS if classifier else None
     match adapter.kind:
         case "auto" | "lora":
             scaling: dict[str, Any] = {"lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout}
