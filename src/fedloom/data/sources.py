@@ -26,7 +26,7 @@ from fedloom.data import instructions, questions, tagging
 from fedloom.data.examples import Examples, flat
 from fedloom.data.files import SUFFIXES, match_splits, read_file, read_folder, split_of
 from fedloom.data.instructions import EVERYTHING, METRIC, Instructions
-from fedloom.data.labels import Label, class_ids, given_ids, label_values
+from fedloom.data.labels import Label, class_ids, given_ids, label_values, some
 from fedloom.data.questions import ARTICLE, OTHER, Questions
 from fedloom.data.rows import Rows, class_names, whole_numbers
 from fedloom.data.tagging import TYPE, Tagging
@@ -409,7 +409,7 @@ def _capped(table: _Table, split: Split, most: int, task: Task, seed: int, notes
     gone = np.setdiff1d(table.ids, table.ids[rows])
     notes.append(f"{most} of {len(table.ids)} {split} rows drawn by seed {seed}")
     if len(gone) and split == "train":
-        notes.append(f"no drawn training row has the label {', '.join(task.classes[i] for i in gone)}")
+        notes.append(f"no drawn training row has the label {some([task.classes[i] for i in gone])}")
     return table.take(rows)
 
 

@@ -36,7 +36,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fedloom.hub import reachable
-from fedloom.model.adapters import Adapter, attach, beneath, trainable_names
+from fedloom.model.adapters import Adapter, attach, beneath, is_head, trainable_names
 from fedloom.model.answers import Speaker
 from fedloom.model.base import Batch, Model, ModelError, Precision
 from fedloom.model.calls import CALLS, from_zero
@@ -235,7 +235,8 @@ def _learn_to_call(model: Model, base: Any) -> None:
 
 
 def _leave_unreached_out(model: Model) -> None:
-    """What no loss depends on (a pooler that the head does not read) is not trained, whatever the kind."""
+    """What no loss depends on is not trained, whatever the kind: a pooler that the head does not read; the bias of a head whose softmax is
+    over tokens, which moves all of them alike, so that its gradient is rounding and nothing else."""
     now = {name: tensor.clone().to(model.device).requires_grad_() for name, tensor in model.initial.items()}
     ids = torch.full((1, 4), 5, device=model.device)
     segments = torch.full_like(ids, model.trial_segment)
@@ -243,6 +244,8 @@ def _leave_unreached_out(model: Model) -> None:
     with torch.enable_grad():
         found = torch.autograd.grad(model.loss(now, batch, torch.float32), list(now.values()), allow_unused=True)
     reached = {name for name, gradient in zip(now, found, strict=True) if gradient is not None}
+    if model.finder is not None:
+        reached -= {name for name in reached if is_head(name) and name.endswith(".bias") and len(now[name]) == 2}
     model.initial = {name: tensor for name, tensor in model.initial.items() if name in reached}
     model.parameters = {name: parameter for name, parameter in model.parameters.items() if name in reached}
 

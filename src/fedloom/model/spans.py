@@ -150,8 +150,9 @@ class Finder:
             if self.length - added - len(tokens) <= shared:
                 room = max(0, self.length - added - len(tokens))
                 raise SpanError(
-                    f"a question of {len(tokens)} tokens leaves {room} of the {self.length} of --max-length (or of the model) for its context; "
-                    f"more than {shared} must be left, which neighbouring windows share. Give more, or remove the question: {question[:80]!r}"
+                    f"a question of {len(tokens)} tokens leaves {room} of the {self.length} of --max-length (or of the model) for its "
+                    f"context; more than {shared} must be left, which neighbouring windows share. Give more, or remove the question: "
+                    f"{question[:80]!r}"
                 )
         if not len(questions):
             return
