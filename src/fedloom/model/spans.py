@@ -166,19 +166,25 @@ class Finder:
 
     def spans(self, segments: np.ndarray, lengths: np.ndarray, device: torch.device) -> Spans:
         """What is read of the tokens (T,) of windows of ``lengths`` (n,), one after another, and what is due there."""
-        starts = np.cumsum(lengths) - lengths
         texts = np.repeat(np.arange(len(lengths)), lengths)
-        at = np.arange(len(segments))
-        begin, end = (_marked(segments, texts, starts, bit) for bit in (BEGIN, END))
-        whole = (begin >= 0) & (end >= 0)  # a window that was cut short may have lost one of the two
-        parts = (at, texts, at - starts[texts], np.where(whole, begin, starts), np.where(whole, end, starts))
-        made = [torch.from_numpy(np.asarray(of, np.int64)).to(device) for of in parts]
-        return Spans(*made, inside=torch.from_numpy((segments & CONTEXT) > 0).to(device), count=len(lengths))
+        made = (torch.from_numpy(np.asarray(of, np.int64)).to(device) for of in (segments, np.arange(len(segments)), texts, lengths))
+        return _spans(*made)
 
     def spans_in_rows(self, segments: torch.Tensor, mask: torch.Tensor) -> Spans:
         """The same from a padded batch (B, L)."""
-        made = self.spans(segments[mask].cpu().numpy(), mask.sum(1).cpu().numpy(), segments.device)
-        return made.padded(mask)
+        at = mask.flatten().nonzero()[:, 0]
+        return _spans(segments.flatten()[at], at, at // segments.shape[1], mask.sum(1))
+
+
+def _spans(segments: torch.Tensor, at: torch.Tensor, texts: torch.Tensor, lengths: torch.Tensor) -> Spans:
+    """Of tokens with these ``segments``, places and windows (r,), windows of ``lengths`` (n,)."""
+    starts, rows = torch.cumsum(lengths, 0) - lengths, torch.arange(len(segments), device=segments.device)
+    begin, end = (
+        torch.full_like(starts, -1).scatter_reduce(0, texts, torch.where((segments & bit) > 0, rows, -1), "amax") for bit in (BEGIN, END)
+    )
+    whole = (begin >= 0) & (end >= 0)  # a window that was cut short may have lost one of the two
+    due = (torch.where(whole, of, starts) for of in (begin, end))
+    return Spans(at, texts, rows - starts[texts], *due, inside=(segments & CONTEXT) > 0, count=len(lengths))
 
 
 class _Window(NamedTuple):
@@ -189,11 +195,3 @@ class _Window(NamedTuple):
     kinds: list[int]
     inside: list[bool]
     places: list[tuple[int, int]]
-
-
-def _marked(segments: np.ndarray, texts: np.ndarray, starts: np.ndarray, bit: int) -> np.ndarray:
-    """The place of each window's token with this bit, −1 where it has none."""
-    found = np.full(len(starts), -1, np.int64)
-    at = np.flatnonzero(segments & bit)
-    found[texts[at]] = at
-    return found
