@@ -83,14 +83,14 @@ def test_methods_that_count_labels_say_so(name: str, tmp_path: Path) -> None:
 def test_curricula_order_windows(how: str, tmp_path: Path) -> None:
     from fedloom.run.recipes import resolve
 
-    assert run(replace(experiment(), method=resolve(f"lora+{how}").experiment.method), tmp_path / "run", plain=True)["rounds"] == 2
+    assert run(replace(experiment(), method=resolve(f"lora+{how}").method), tmp_path / "run", plain=True)["rounds"] == 2
 
 
 def test_what_makes_no_sense_says_so(tmp_path: Path) -> None:
     from fedloom.run.recipes import resolve
 
     with pytest.raises(ExperimentError, match="sorts by the loss of one label an example"):
-        run(replace(experiment(), method=resolve("lora+loss").experiment.method), tmp_path / "loss", plain=True)
+        run(replace(experiment(), method=resolve("lora+loss").method), tmp_path / "loss", plain=True)
     with pytest.raises(ExperimentError, match="--head cloze is for classification"):
         run(experiment(head="cloze"), tmp_path / "cloze", plain=True)
     with pytest.raises(DataError, match="scored by answer_f1, not by mcc"):
