@@ -21,7 +21,7 @@ from fedloom.data.tasks import DataError
 from fedloom.methods import all_methods
 from fedloom.model.spans import SECOND
 from fedloom.run.console import Progress
-from fedloom.run.device import Own, counted, greeting_of, hosted, order
+from fedloom.run.device import Own, greeting_of, hosted, order
 from fedloom.run.evaluation import evaluate
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.export import export, predictor_of
@@ -183,14 +183,13 @@ def test_a_device_elsewhere_tells_sums_and_they_are_the_simulations(tmp_path: Pa
         host, said = hosted(order(greeting, Own(str(tmp_path / "shards" / str(k)))))
         client = host.devices(k)
         assert said["examples"]["train"] == world.examples_of(k) == len(client.train)
-        assert (client.train.tokens == world.splits["train"].tokens).all() or len(client.train) < len(world.splits["train"])
         made = {s: world.compute.run([Predict(world.model.initial, world.device(k).shard(s))])[0].result for s in ("validation", "test")}
         there = {s: world.compute.run([Predict(world.model.initial, client.shard(s))])[0].result for s in ("validation", "test")}
         for split, of in made.items():
             torch.testing.assert_close(there[split], of)
         from fedloom.messages import Task, Update
 
-        update = host.leaving(client, Task(k, 0, "predict"), Update(k, len(client.train), there))
+        update = host.leaving(client, Task("predict", k), Update(k, len(client.train), there))
         for told in update.tensors.values():
             assert told.dtype == torch.int64 and told.shape[1] == 3 and len(told) <= 2, "no window, no place, no word"
         assert evaluation.counts_well(update, len(world.classes))
@@ -214,4 +213,3 @@ def test_a_device_elsewhere_tells_sums_and_they_are_the_simulations(tmp_path: Pa
     np.testing.assert_allclose(far.correct, here.correct, atol=1e-4)
     assert far.held.tolist() == here.held.tolist() and far.held.sum() == 12
     assert far.confusion["personalised"] == here.confusion["personalised"]
-    assert counted(world.judge) is not None

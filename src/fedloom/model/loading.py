@@ -245,7 +245,8 @@ def _leave_unreached_out(model: Model) -> None:
         found = torch.autograd.grad(model.loss(now, batch, torch.float32), list(now.values()), allow_unused=True)
     reached = {name for name, gradient in zip(now, found, strict=True) if gradient is not None}
     if model.finder is not None:
-        reached -= {name for name in reached if is_head(name) and name.endswith(".bias") and len(now[name]) == 2}
+        model.still = {n: t for n, t in model.initial.items() if is_head(n) and n.endswith(".bias") and len(t) == 2}
+        reached -= model.still.keys()
     model.initial = {name: tensor for name, tensor in model.initial.items() if name in reached}
     model.parameters = {name: parameter for name, parameter in model.parameters.items() if name in reached}
 

@@ -35,7 +35,8 @@ def write_folder(model: Model, tensors: Tensors, out: Path) -> None:
         raise ExportError(
             "this method changes the weights under its adapter, which no adapter folder holds; export the model, with --merge"
         )
-    write_adapter(model.module, list(model.parameters), whole(model, tensors), out, folder_of(model.name), model.initial)
+    made = {**whole(model, tensors), **model.still}  # PEFT asks for a whole head
+    write_adapter(model.module, [*model.parameters, *model.still], made, out, folder_of(model.name), model.initial)
     write_tokenizer(model, out)
 
 
