@@ -18,16 +18,20 @@ from fedloom.compute.serial import Serial
 from fedloom.compute.work import Predict
 from fedloom.data.shards import write_shards
 from fedloom.data.tasks import DataError
+from fedloom.engines.local import Local
+from fedloom.messages import Task, Update
 from fedloom.methods import all_methods
 from fedloom.model.spans import SECOND
+from fedloom.run import evaluation
 from fedloom.run.console import Progress
 from fedloom.run.device import Own, greeting_of, hosted, order
 from fedloom.run.evaluation import evaluate
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.export import export, predictor_of
 from fedloom.run.loop import run
+from fedloom.run.recipes import resolve
 from fedloom.run.report import write_report
-from fedloom.run.world import build, read_data
+from fedloom.run.world import build, read_data, store_in
 from tests import small
 from tests.conformance.test_instructions import COUNTS_LABELS
 from tests.conformance.test_methods import rows, without_clock
@@ -52,6 +56,10 @@ def data() -> Path:
             made.append({"title": title, "question": f"w{asked}", "context": " ".join(words), "answers": answers})
         (path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     return path
+
+
+class Anything:
+    """Some devices that are elsewhere."""
 
 
 def experiment(name: str = "lora", **fields: Any) -> Experiment:
@@ -81,14 +89,10 @@ def test_methods_that_count_labels_say_so(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["fisher", "voc", "slw", "shortformer"])
 def test_curricula_order_windows(how: str, tmp_path: Path) -> None:
-    from fedloom.run.recipes import resolve
-
     assert run(replace(experiment(), method=resolve(f"lora+{how}").method), tmp_path / "run", plain=True)["rounds"] == 2
 
 
 def test_what_makes_no_sense_says_so(tmp_path: Path) -> None:
-    from fedloom.run.recipes import resolve
-
     with pytest.raises(ExperimentError, match="sorts by the loss of one label an example"):
         run(replace(experiment(), method=resolve("lora+loss").method), tmp_path / "loss", plain=True)
     with pytest.raises(ExperimentError, match="--head cloze is for classification"):
@@ -132,8 +136,8 @@ def test_it_learns(tmp_path: Path) -> None:
     assert "answer_f1" in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.parametrize(("merge", "head"), [(False, "adapter"), (True, "model")])
-def test_what_is_exported_finds_the_same_in_the_library(merge: bool, head: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("merge", [False, True])
+def test_what_is_exported_finds_the_same_in_the_library(merge: bool, tmp_path: Path) -> None:
     run(experiment(), tmp_path / "run", plain=True)
     said = export(experiment(), tmp_path / "run", tmp_path / "out", merge=merge)
     assert "AutoModelForQuestionAnswering" in said
@@ -157,8 +161,8 @@ def test_what_is_exported_finds_the_same_in_the_library(merge: bool, head: str, 
 
 
 def test_skew_by_article_by_column_and_by_size() -> None:
-    for how, alpha in (("label", 0.05), ("column:title", 1.0), ("iid", 1.0)):
-        e = experiment(partition=how, alpha=alpha, **({"clients": 3} if how.startswith("column") else {}))
+    for how, alpha, clients in (("label", 0.05, 4), ("column:title", 1.0, 3), ("iid", 1.0, 4)):
+        e = experiment(partition=how, alpha=alpha, clients=clients)
         source, made = read_data(e)
         assert sorted(row for shard in made.train for row in shard) == list(range(40))
         counts = made.counts(np.asarray(source.splits["train"][source.task.label], np.int64), 4)
@@ -170,8 +174,6 @@ def test_skew_by_article_by_column_and_by_size() -> None:
 
 def test_a_device_elsewhere_tells_sums_and_they_are_the_simulations(tmp_path: Path) -> None:
     """F1 in parts, exact matches as a share, questions; the server's figures are those of the same devices in one process."""
-    from fedloom.run import evaluation
-
     e = experiment(partition="iid")
     write_shards(*read_data(e), tmp_path / "shards")
     world = build(e)
@@ -187,24 +189,16 @@ def test_a_device_elsewhere_tells_sums_and_they_are_the_simulations(tmp_path: Pa
         there = {s: world.compute.run([Predict(world.model.initial, client.shard(s))])[0].result for s in ("validation", "test")}
         for split, of in made.items():
             torch.testing.assert_close(there[split], of)
-        from fedloom.messages import Task, Update
-
         update = host.leaving(client, Task("predict", k), Update(k, len(client.train), there))
         for told in update.tensors.values():
             assert told.dtype == torch.int64 and told.shape[1] == 3 and len(told) <= 2, "no window, no place, no word"
         assert evaluation.counts_well(update, len(world.classes))
         updates.append(update)
-    from fedloom.engines.local import Local
-
-    engine = Local(world.host(world.store(tmp_path / "store")), 4)
+    engine = Local(world.host(store_in(tmp_path / "store")), 4)
     here = evaluate(world, state, engine)
-
-    class Far:
-        pass
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "drive", lambda *_, **__: updates)
-        far = evaluation._evaluated_there(replace(world, far=Far()), state, engine)  # type: ignore[arg-type]
+        far = evaluation._evaluated_there(replace(world, far=Anything()), state, engine)  # type: ignore[arg-type]
     for split in ("validation", "test"):
         assert far.scores[split]["personalised"] == pytest.approx(here.scores[split]["personalised"], abs=1e-5)
         assert far.scores[split]["global"] == here.scores[split]["global"]
