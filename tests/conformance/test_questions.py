@@ -170,6 +170,8 @@ def test_skew_by_article_by_column_and_by_size() -> None:
         if how.startswith("column"):
             assert ((counts > 0).sum(1) == 1).all(), "one article a device"
         assert sum(map(len, made.test)) == 12, "questions of articles that no device has are dealt all the same"
+    sizes = sorted(len(shard) for shard in read_data(experiment(alpha=1e6, beta=0.3))[1].train)
+    assert sizes[-1] > 3 * sizes[0], "devices that differ in nothing but how much they have"
 
 
 def test_a_device_elsewhere_tells_sums_and_they_are_the_simulations(tmp_path: Path) -> None:
