@@ -127,6 +127,7 @@ def test_the_loss_and_the_best_span_of_a_window_by_loops() -> None:
     due = [(3, 4), (12, 30), (0, 0), (7, 7)]
     for start, length, (i, j) in zip(starts, lengths, due, strict=True):
         segments[start + 2 : start + length - 1 + (length == 5)] |= CONTEXT
+        logits[start : start + 2] += 9  # what is not the context's is never chosen, however high
         if (i, j) != (0, 0):
             segments[start + i] |= BEGIN
             segments[start + j] |= END
