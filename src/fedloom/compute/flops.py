@@ -52,7 +52,7 @@ class Flops:
         """Counted, with the first so many ``rows``."""
         ids = torch.ones((1, length), dtype=torch.int64, device=self.model.device)
         one = torch.ones(1, device=self.model.device)
-        segments = torch.ones_like(ids) if self.model.reads_many else torch.zeros_like(ids)
+        segments = torch.full_like(ids, self.model.trial_segment)
         batch = Batch(ids, ids > 0, segments, torch.zeros_like(ids[:, 0]), one)
         some = {n: torch.arange(k) for n, k in (rows or {}).items()}
         own = {**self.model.initial, **self.model.weights}

@@ -44,6 +44,11 @@ class Instructions:
         return METRIC
 
     @property
+    def unit(self) -> int:
+        """Tokens are counted."""
+        return 1
+
+    @property
     def texts(self) -> tuple[str, ...]:
         """Every column that is read."""
         return (*self.prompts, self.answer)

@@ -34,7 +34,7 @@ def label_values(column: pa.ChunkedArray, names: Sequence[str] | None, where: st
     if names is not None:
         odd = next((v for v in values if v is not None and not -1 <= v < len(names)), None)
         if odd is not None:
-            raise DataError(f"{where} holds {odd}, and its class names number 0 to {len(names) - 1}: {_some(names)}")
+            raise DataError(f"{where} holds {odd}, and its class names number 0 to {len(names) - 1}: {some(names)}")
         return [None if v is None or v < 0 else str(names[v]) for v in values]
     values = [None if isinstance(v, str) and not v.strip() else v for v in values]
     if all(v is None or (isinstance(v, float) and v.is_integer()) for v in values):
@@ -69,12 +69,12 @@ def class_ids(
         unknown = [str(v) for v in dict.fromkeys(labels) if v not in seen]
         if unknown:
             raise DataError(
-                f"the {split} split has label {_some(unknown)}, which no training row has; the training labels are: "
-                f"{_some([str(v) for v in original if v in seen])}. Remove those rows, or add such rows to the training split"
+                f"the {split} split has label {some(unknown)}, which no training row has; the training labels are: "
+                f"{some([str(v) for v in original if v in seen])}. Remove those rows, or add such rows to the training split"
             )
     classes = tuple(str(v) for v in original)
     if all(type(v) is int for v in original) and original != list(range(len(original))):
-        notes.append(f"integer labels {_some(classes)} became ids 0 to {len(classes) - 1}")
+        notes.append(f"integer labels {some(classes)} became ids 0 to {len(classes) - 1}")
     ids = {value: i for i, value in enumerate(original)}
     return {split: np.asarray([ids[v] for v in labels], np.int64) for split, labels in kept.items()}, classes, notes
 
@@ -92,7 +92,7 @@ def given_ids(values: Mapping[Split, list[Label | None]], classes: Sequence[str]
         odd = next((row for row, name in enumerate(named) if name not in ids), None)
         if odd is not None:
             had = "no label" if told[odd] is None else f"the label {named[odd]!r}"
-            raise DataError(f"row {odd} of the {split} split has {had} in column '{label}'; the classes are: {_some(list(classes))}")
+            raise DataError(f"row {odd} of the {split} split has {had} in column '{label}'; the classes are: {some(list(classes))}")
         made[split] = np.asarray([ids[name] for name in named], np.int64)
     return made
 
@@ -118,6 +118,6 @@ def _of_kind(values: Sequence[Label | None], names: Sequence[str] | None, whole:
     return labels
 
 
-def _some(values: Sequence[str], most: int = 12) -> str:
+def some(values: Sequence[str], most: int = 12) -> str:
     """A list for a message, cut where it grows long."""
     return ", ".join(values[:most]) + (f" and {len(values) - most} more" if len(values) > most else "")

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fedloom.data.partition import Partition
+from fedloom.data.questions import Questions, placed
 from fedloom.data.rows import whole_numbers
 from fedloom.data.sources import Source
 from fedloom.data.tagging import Tagging
@@ -28,6 +29,7 @@ def write_shards(source: Source, partition: Partition, folder: Path) -> list[Pat
         raise DataError(f"shards are written for classification and for instructions, and '{source.name}' has {source.task.told}")
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"{folder} is not empty; give a new folder for the shards")
+    task = source.task
     label, classes = source.task.label, np.array(source.task.classes, object)
     made = []
     for k in range(len(partition.train)):
@@ -36,6 +38,9 @@ def write_shards(source: Source, partition: Partition, folder: Path) -> list[Pat
         for split in SPLITS:
             rows = source.splits[split].table.take(whole_numbers(partition.shards(split)[k]))
             kept = rows.select([name for name in rows.column_names if name in (*source.task.texts, label)])
+            if isinstance(task, Questions):
+                told = pa.array([placed(answers) for answers in kept[task.answers].to_pylist()])
+                kept = kept.set_column(kept.column_names.index(task.answers), task.answers, told)
             names = pa.array(classes[np.asarray(kept[label].to_pylist(), np.int64)].tolist(), pa.string())
             pq.write_table(
                 kept.set_column(kept.column_names.index(label), label, names).replace_schema_metadata(), place / f"{split}.parquet"

@@ -22,11 +22,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fedloom.cache import remembered
-from fedloom.data import instructions, tagging
+from fedloom.data import instructions, questions, tagging
 from fedloom.data.examples import Examples, flat
 from fedloom.data.files import SUFFIXES, match_splits, read_file, read_folder, split_of
 from fedloom.data.instructions import EVERYTHING, METRIC, Instructions
-from fedloom.data.labels import Label, class_ids, given_ids, label_values
+from fedloom.data.labels import Label, class_ids, given_ids, label_values, some
+from fedloom.data.questions import ARTICLE, OTHER, Questions
 from fedloom.data.rows import Rows, class_names, whole_numbers
 from fedloom.data.tagging import TYPE, Tagging
 from fedloom.data.tasks import SPLITS, Classification, Column, DataError, Split, Task, TaskKind, choose_columns, metric_for
@@ -84,7 +85,8 @@ def load(
 
     ``text`` and ``label`` override the columns found, ``metric`` ("accuracy", "mcc", "f1") the one the name suggests. A cap
     of 0 keeps all rows; otherwise that many are drawn by seed, in their order. ``task``: classification; instructions (a prompt and its
-    answer); text (all of it to be learnt); tagging (a tag for every word); or, left to the columns, one of them but text. ``classes`` and
+    answer); text (all of it to be learnt); tagging (a tag for every word); qa (a
+    question's answer in a context); or, left to the columns, one of them but text. ``classes`` and
     ``tags``: their names in order where somebody else has fixed them; a file may then hold few of them, and a held-out split no row.
 
     Raises:
@@ -105,6 +107,10 @@ def load(
             tables[split] = _flattened(tables[split], words, tagged, tags, kinds, split)
         tables, classes = _labelled(tables, (words, tagged), TYPE, notes, kinds if classes else ())
         made: Task = Tagging(words, tagged, tags, classes)
+    elif task == "qa" or (task == "auto" and questions.looks_like_questions(columns)):
+        if metric != "auto":
+            raise DataError(f"found answers are scored by {questions.METRIC}, not by {metric}; leave metric (--metric) at auto")
+        made, tables = _questions(tables, questions.choose_columns(columns, text, label), bool(classes), notes)
     elif task == "classification" or (task == "auto" and (label or not instructions.looks_like_instructions(columns))):
         texts, label = choose_columns(columns, text, label)
         tables, classes = _labelled(tables, texts, label, notes, classes)
@@ -162,8 +168,39 @@ def _flattened(table: _Table, words: str, tagged: str, tags: tuple[str, ...], ki
     return replace(table, rows=rows, names={**{n: k for n, k in table.names.items() if n != tagged}, TYPE: list(kinds)})
 
 
-def tokenise(source: Source, encode: Encode, identity: str = "") -> dict[Split, Examples]:
-    """Every split's texts as token ids, one call of ``encode`` a split.
+def _questions(
+    tables: dict[Split, _Table], columns: tuple[str, str, str, str], keeps: bool, notes: list[str]
+) -> tuple[Questions, dict[Split, _Table]]:
+    """The task, and the splits with answers as texts and each question's article. A held-out split without rows is left out, unless it is
+    somebody's who ``keeps`` it."""
+    question, context, answers, article = columns
+    empty: list[Split] = [s for s in tables if s != "train" and not tables[s].rows.num_rows and not keeps]
+    for split in empty:
+        tables.pop(split)
+        notes.append(f"the {split} split has no rows and is not used")
+    names: dict[Split, list[str | None]] = {}
+    for split, table in tables.items():
+        for column in (*columns[:3], *([article] if article else [])):
+            _insist_text(table, column, split)
+        names[split] = [str(name) for name in table.rows[article].to_pylist()] if article else [questions.EVERYTHING] * len(table.rows)
+        made = questions.as_texts(table.rows[context].to_pylist(), table.rows[answers].to_pylist(), f"the {split} split")
+        rows = table.rows.set_column(table.rows.column_names.index(answers), answers, pa.array(made, pa.string()))
+        tables[split] = replace(table, rows=rows)
+    known = sorted({str(name) for name in names["train"]})
+    numbers = {split: questions.articles_of(of, known) for split, of in names.items()}
+    classes = (*known, *([OTHER] if any(len(known) in of for of in numbers.values()) else []))
+    for split, table in tables.items():
+        rows = table.rows.drop_columns([ARTICLE]) if ARTICLE in table.rows.column_names else table.rows
+        rows = rows.append_column(ARTICLE, whole_numbers(np.asarray(numbers[split], np.int64)))
+        tables[split] = replace(table, rows=rows, ids=np.asarray(numbers[split], np.int64))
+    return Questions(question, context, answers, classes), tables
+
+
+def tokenise(
+    source: Source, encode: Encode, identity: str = "", first: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+) -> dict[Split, Examples]:
+    """Every split's texts as token ids, one call of ``encode`` a split. ``first``: where a row may become several examples, finds the first
+    of each row, and their number, from segments and offsets.
 
     ``identity`` names all that ``encode`` depends on but the texts: its tokenizer, the length it truncates to. Then what it returned is
     found in the cache the next time; with "" nothing is cached.
@@ -176,17 +213,20 @@ def tokenise(source: Source, encode: Encode, identity: str = "") -> dict[Split, 
         columns = source.task.written(rows)
         if identity:
             key = sha256(json.dumps([identity, columns]).encode()).hexdigest()
-            texts = remembered("tokens", key, partial(_encoded, split, columns, encode))
+            texts = remembered("tokens", key, partial(_encoded, split, columns, encode, first is not None))
         else:
-            texts = _encoded(split, columns, encode)
-        examples[split] = Examples.over(texts, rows[source.task.label])
+            texts = _encoded(split, columns, encode, first is not None)
+        labels = np.asarray(rows[source.task.label], np.int64)
+        if first is not None:
+            labels = np.repeat(labels, np.diff(first(texts["segments"], texts["offsets"])))
+        examples[split] = Examples.over(texts, labels.tolist())
     return examples
 
 
-def _encoded(split: Split, columns: list[list[str]], encode: Encode) -> dict[str, np.ndarray]:
-    """One split's texts as :func:`~fedloom.data.examples.flat` packs them."""
+def _encoded(split: Split, columns: list[list[str]], encode: Encode, several: bool = False) -> dict[str, np.ndarray]:
+    """One split's texts as :func:`~fedloom.data.examples.flat` packs them; ``several`` of a row, if need be."""
     ids, segments = encode(columns[0], columns[1] if len(columns) == 2 else None)
-    if not len(ids) == len(segments) == len(columns[0]):
+    if len(ids) != len(segments) or (len(ids) != len(columns[0]) and not several):
         came = f"{len(ids)} ids and {len(segments)} segments"
         raise DataError(f"encode returned {came} for the {len(columns[0])} texts of the {split} split; it must return one each")
     empty = next((i for i, tokens in enumerate(ids) if not len(tokens)), None)
@@ -291,10 +331,14 @@ def _describe(table: _Table, name: str) -> Column:
         kind = "classes"
     elif pa.types.is_integer(column.type) or pa.types.is_boolean(column.type):
         kind = "integer"
+    elif pa.types.is_struct(column.type) and {"text", "answer_start"} <= {field.name for field in column.type}:
+        return Column("answers", 0, len(column))
     elif pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         inner = column.type.value_type
         strings = pa.types.is_string(inner) or pa.types.is_large_string(inner)
-        return Column("words" if strings else "numbers" if pa.types.is_integer(inner) else "other", 0, len(column))
+        places = pa.types.is_struct(inner) and {"text", "answer_start"} <= {field.name for field in inner}
+        kind = "words" if strings else "numbers" if pa.types.is_integer(inner) else "answers" if places else "other"
+        return Column(kind, 0, len(column))
     else:
         return Column("other", 0, len(column))
     return Column(kind, len(column.unique()), len(column))
@@ -365,7 +409,7 @@ def _capped(table: _Table, split: Split, most: int, task: Task, seed: int, notes
     gone = np.setdiff1d(table.ids, table.ids[rows])
     notes.append(f"{most} of {len(table.ids)} {split} rows drawn by seed {seed}")
     if len(gone) and split == "train":
-        notes.append(f"no drawn training row has the label {', '.join(task.classes[i] for i in gone)}")
+        notes.append(f"no drawn training row has the label {some([task.classes[i] for i in gone])}")
     return table.take(rows)
 
 

@@ -44,6 +44,11 @@ class Tagging:
         return METRIC
 
     @property
+    def unit(self) -> int:
+        """Entities are counted."""
+        return 1
+
+    @property
     def texts(self) -> tuple[str, ...]:
         """Every column that is read."""
         return (self.words, self.tagged)

@@ -1,7 +1,7 @@
 """Tasks: which columns are read and how predictions are scored; here classification of single sentences and sentence pairs.
 
-Knows nothing of where the data came from (``sources.py``), of tokenizers or of devices. Other kinds of task are in ``instructions.py`` and
-``tagging.py``.
+Knows nothing of where the data came from (``sources.py``), of tokenizers or of devices. Other kinds of task are in ``instructions.py``,
+``tagging.py`` and ``questions.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # PyArrow is not needed to know what tasks there are
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 METRICS = ("accuracy", "mcc", "f1")
-TaskKind = Literal["auto", "classification", "instructions", "text", "tagging"]
+TaskKind = Literal["auto", "classification", "instructions", "text", "tagging", "qa"]
 
 PAIRS = (
     ("sentence1", "sentence2"),
@@ -47,14 +47,14 @@ class DataError(ValueError):
 class Column:
     """What column detection needs to know of a column: what it holds, and how many distinct values in how many rows."""
 
-    kind: Literal["classes", "integer", "string", "words", "numbers", "other"]
+    kind: Literal["classes", "integer", "string", "words", "numbers", "answers", "other"]
     distinct: int
     rows: int
 
     @property
     def repeats(self) -> bool:
         """Whether it could be a label: 2 to 1000 distinct values, each twice on average."""
-        return self.kind not in ("words", "numbers", "other") and 2 <= self.distinct <= min(1000, self.rows // 2)
+        return self.kind not in ("words", "numbers", "answers", "other") and 2 <= self.distinct <= min(1000, self.rows // 2)
 
 
 class Outcomes(NamedTuple):
@@ -81,6 +81,11 @@ class Task(Protocol):
 
     @property
     def metric(self) -> str: ...
+
+    @property
+    def unit(self) -> int:
+        """How many counts of :meth:`outcomes` make one of what is counted."""
+        ...
 
     @property
     def told(self) -> str:
@@ -124,6 +129,11 @@ class Classification:
             raise DataError(f"classification needs at least two classes; the data has {list(self.classes)}")
         if self.metric not in METRICS:
             raise DataError(f"no metric '{self.metric}'; there are {', '.join(METRICS)}, or 'auto'")
+
+    @property
+    def unit(self) -> int:
+        """Examples are counted."""
+        return 1
 
     @property
     def told(self) -> str:
@@ -179,7 +189,7 @@ def headline(metric: str, right: np.ndarray, true: np.ndarray, predicted: np.nda
         DataError: there is no such metric.
     """
     n = true.sum(-1)
-    if metric in ("accuracy", "token_accuracy"):
+    if metric in ("accuracy", "token_accuracy", "answer_f1"):
         return right.sum(-1) / np.maximum(n, 1)
     if metric == "mcc":
         return _matthews(right.sum(-1), true, predicted, n)

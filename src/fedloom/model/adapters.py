@@ -27,8 +27,8 @@ from fedloom.model import bottleneck, mixing
 from fedloom.model.principal import principal_factors
 
 ADAPTER = "default"
-HEADS = frozenset({"classifier", "score"})
-"""What the libraries call the head of a classifier."""
+HEADS = frozenset({"classifier", "score", "qa_outputs"})
+"""What the libraries call the head of a classifier, and of what finds answers."""
 
 Kind = Literal["auto", "lora", "ia3", "houlsby", "pfeiffer", "bitfit", "full", "mixed"]
 Start = Literal["auto", "zero", "svd"]
@@ -64,9 +64,9 @@ class AdapterError(ValueError):
     """An adapter that cannot be put on this model; the message lists what could."""
 
 
-def attach(base: nn.Module, adapter: Adapter, classifier: bool = True, tags: bool = False) -> nn.Module:
-    """``base`` with the adapter and, of a ``classifier`` (of whole texts, or of their words: ``tags``), a trainable task head; everything
-    else is frozen (``requires_grad`` says which is which).
+def attach(base: nn.Module, adapter: Adapter, classifier: bool = True, tags: bool = False, finds: bool = False) -> nn.Module:
+    """``base`` with the adapter and, of a ``classifier`` (of whole texts, of their words: ``tags``, or of where an
+    answer is: ``finds``), a trainable task head; everything else is frozen (``requires_grad`` says which is which).
 
     Raises:
         AdapterError: the rank is not positive, no target exists in this architecture, or it lacks what the kind trains.
@@ -76,18 +76,20 @@ def attach(base: nn.Module, adapter: Adapter, classifier: bool = True, tags: boo
     if adapter.start == "svd" and adapter.kind not in ("auto", "lora"):
         raise AdapterError(f"start svd is one of LoRA's pairs, and kind {adapter.kind} has none; give --adapter.kind lora")
     targets = list(adapter.targets) or None
-    task = TaskType.TOKEN_CLS if tags else TaskType.SEQ_CLS if classifier else None
+    task = None if finds or not classifier else TaskType.TOKEN_CLS if tags else TaskType.SEQ_CLS
+    # PEFT's own class for finding answers (QUESTION_ANS, as of 0.21) passes neither token types nor positions on to the model
+    head: dict[str, Any] = {"modules_to_save": [name for name, _ in base.named_children() if name in HEADS]} if finds else {}
     match adapter.kind:
         case "auto" | "lora":
             scaling: dict[str, Any] = {"lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout}
-            config = LoraConfig(task_type=task, r=adapter.rank, target_modules=targets, **scaling)
+            config = LoraConfig(task_type=task, r=adapter.rank, target_modules=targets, **scaling, **head)
             made = _by_peft(base, adapter, config)
             if adapter.start == "svd":
                 _start_from_principal_parts(made)
             return made
         case "ia3":
             fed: dict[str, Any] = {"feedforward_modules": []} if targets else {}
-            return _by_peft(base, adapter, IA3Config(task_type=task, target_modules=targets, **fed))
+            return _by_peft(base, adapter, IA3Config(task_type=task, target_modules=targets, **fed, **head))
         case "houlsby" | "pfeiffer":
             before = {id(p) for p in base.parameters()}
             try:

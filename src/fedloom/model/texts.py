@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from fedloom.model.asked import Asked
 from fedloom.model.layout import RowsKept
+from fedloom.model.spans import Spans
 
 FILL = 32
 """Packed passes hold a multiple of this many tokens: oneDNN makes, and keeps, a program for every number of rows that it meets."""
@@ -39,7 +40,7 @@ class Texts:
     rows: np.ndarray
     keys: torch.Tensor | None = None
     kept: Mapping[str, RowsKept] = field(default_factory=dict)
-    asked: Asked | None = None
+    asked: Asked | Spans | None = None
 
     @cached_property
     def count(self) -> int:
@@ -73,12 +74,12 @@ class Texts:
         return of_texts.new_zeros(self.count, *of_texts.shape[1:]).index_add(0, self.text_owners, of_texts)
 
     def losses(self, logits: torch.Tensor) -> torch.Tensor:
-        """Each owner's weighted sum (S,) of its texts' losses: cross-entropies of logits (n, C), or those of answers, (r, V)."""
+        """Each owner's weighted sum (S,) of its texts' losses: cross-entropies of logits (n, C), or those of what is asked, (r, V)."""
         each = functional.cross_entropy(logits, self.labels, reduction="none") if self.asked is None else self.asked.losses(logits)
         return self.per_owner(each * self.weights)
 
     def told(self, logits: torch.Tensor) -> torch.Tensor:
-        """What is kept of a prediction: the logits (n, C), or what :meth:`Asked.told` says of answers (n, 3)."""
+        """What is kept of a prediction: the logits (n, C), or what is told of what is asked (n, k)."""
         return logits if self.asked is None else self.asked.told(logits)
 
 

@@ -57,7 +57,7 @@ def describe(experiment: Experiment) -> Description:
     local = replace(experiment, engine=replace(experiment.engine, kind=EngineSettings().kind, workers=0))
     world = build(local)
     world = replace(world, compute=Pretended(world.model))
-    counts = world.partition.counts(world.splits["train"].labels, len(world.classes))
+    counts = world.partition.counts(world.labels("train"), len(world.classes))
     head = [
         ("method", f"{experiment.method_name}: {type(experiment.method).paper}"),
         ("digest", experiment.digest()),

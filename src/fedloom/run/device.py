@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fedloom.data.sources import Source
     from fedloom.data.tasks import Task as DataTask
     from fedloom.model.base import Model
+    from fedloom.run.judging import Judge
     from fedloom.run.world import World
 
 PREDICTS = "predict"
@@ -67,10 +68,13 @@ def greeting_of(world: World) -> dict[str, Any]:
 def kind_of(task: DataTask) -> str:
     """The task's kind as ``--task`` names it."""
     from fedloom.data.instructions import Instructions
+    from fedloom.data.questions import Questions
     from fedloom.data.tagging import Tagging
 
     if isinstance(task, Tagging):
         return "tagging"
+    if isinstance(task, Questions):
+        return "qa"
     if isinstance(task, Instructions):
         return "text" if len(task.texts) == 1 else "instructions"
     return "classification"
@@ -105,11 +109,11 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     from fedloom.client.host import Host
     from fedloom.client.store import ClientStore
     from fedloom.compute.stacked import Stacked
-    from fedloom.data.sources import tokenise
     from fedloom.data.tasks import SPLITS
     from fedloom.model.base import ModelError
     from fedloom.run.experiment import ExperimentError, from_json
-    from fedloom.run.world import in_parts, model_of
+    from fedloom.run.judging import Judge
+    from fedloom.run.world import model_of, tokens_of
 
     greeting, own = told["greeting"], Own(**{**told["own"], "text": tuple(told["own"]["text"])})
     e = from_json(greeting["experiment"])
@@ -124,14 +128,14 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
         raise ModelError(
             f"the model '{own.model or e.model}' is not the server's: its weights differ; give the same one, --model NAME or FOLDER"
         )
-    shards = tokenise(source, in_parts(model.encode), model.encoding)
+    shards = tokens_of(source, model)
     host = Host(
         e.method,
         lambda k: Client(k, shards["train"], shards["validation"], shards["test"], e.seed),
         Stacked(model, 1),
         ClientStore(None),
         e.digest(),
-        counted(source.task),
+        counted(Judge(source, shards, model)),
         e.encoding,
     )
     return host, {"examples": {split: len(shards[split]) for split in SPLITS}, "notes": list(source.notes)}
@@ -147,7 +151,7 @@ def source_of(greeting: Mapping[str, Any], own: Own, seed: int) -> Source:
 
     task = greeting["task"]
     classes, tags = tuple(map(str, task["classes"])), tuple(map(str, task["tags"]))
-    learns = task["kind"] in ("classification", "tagging")
+    learns = task["kind"] in ("classification", "tagging", "qa")
     found = load(
         own.data,
         seed=seed,
@@ -161,26 +165,33 @@ def source_of(greeting: Mapping[str, Any], own: Own, seed: int) -> Source:
     return replace(found, name=str(task["name"]))
 
 
-def counted(task: DataTask) -> Leaving:
-    """Predictions as counts: for each split, int64 (m, 3) of true class, predicted class, examples; and the mean loss as a metric."""
+def counted(judge: Judge) -> Leaving:
+    """Predictions as counts: for each split, int64 (m, 3) of true class, predicted class, examples; and the mean loss as a metric, of
+    questions also the share of exact matches. Of a question F1 is all that is counted, no word of it."""
     import numpy as np
     import torch
 
     from fedloom.client.client import Client
+    from fedloom.data.questions import EXACT, Questions
     from fedloom.messages import Task, Update
     from fedloom.run.evaluation import cells
+
+    task = judge.source.task
 
     def leaving(client: Client, asked: Task, update: Update) -> Update:
         if asked.op != PREDICTS:
             return update
         tensors, losses = {}, {}
         for split, made in update.tensors.items():
-            labels, logits = client.shard(split).labels, made.float().numpy()  # type: ignore[arg-type]
+            labels = np.asarray(judge.source.splits[split][task.label], np.int64)  # type: ignore[index]
+            logits = judge.judged(split, np.arange(len(labels)), made.float().numpy())  # type: ignore[arg-type]
             found = task.outcomes(labels, logits)
             (told,) = cells(np.zeros(len(labels), np.int64), found, 1)
             tensors[split] = torch.tensor(told, dtype=torch.int64).reshape(-1, 3)
             if len(labels):
                 losses[f"{split}_loss"] = float(task.loss(labels, logits))
+            if len(labels) and isinstance(task, Questions):
+                losses[f"{split}_{EXACT}"] = float(task.scores(labels, logits)[EXACT])
         return replace(update, tensors=tensors, metrics={**update.metrics, **losses})
 
     return leaving

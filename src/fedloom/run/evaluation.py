@@ -9,6 +9,7 @@ Both are taken on the validation split (for choosing anything) and on the test s
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from fedloom.compute.work import Predict
+from fedloom.data.questions import EXACT
 from fedloom.data.tasks import Outcomes, Split, headline
 from fedloom.engines.engine import Engine, drive
 from fedloom.messages import Asking, Flow, Update, ask, whole
@@ -34,10 +36,11 @@ AT_ONCE = 512
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores by split and protocol; of how many test examples each device was right, int64 (K,); and by protocol, for each device, the
+    """Scores by split and protocol; of how many test examples each device was right, float64 (K,), whole numbers unless
+    an answer can be right in part; and by protocol, for each device, the
     cells ``[true class, predicted class, examples]`` of its test examples' confusion matrix that are not 0 (None: no such model).
     ``held``, int64 (K,): of how many. Where answers are written, tokens are counted instead of examples, all of class 0 and told as 0 where
-    they were right, as 1 where not."""
+    they were right, as 1 where not; of questions their F1, in so many parts (``task.unit``)."""
 
     scores: dict[str, dict[str, Any]]
     correct: np.ndarray
@@ -59,8 +62,9 @@ def evaluate(world: World, state: State, engine: Engine) -> Evaluation:
     correct, held, owner, order = (np.zeros(0, np.int64) for _ in range(4))
     confusion: dict[str, list[list[list[int]]] | None] = {"personalised": None, "global": None}
     for split in SPLITS:
-        shards, made = world.partition.shards(split), logits[split]
-        labels = world.splits[split].labels[np.concatenate(shards)]
+        shards = world.partition.shards(split)
+        made = world.judge.judged(split, np.concatenate(shards), logits[split])
+        labels = world.labels(split)[np.concatenate(shards)]
         others = task.scores(labels, made)
         scores[split] = {"personalised": others.pop(metric), "global": None}
         if split == "validation":
@@ -69,13 +73,15 @@ def evaluate(world: World, state: State, engine: Engine) -> Evaluation:
             owner, order = np.repeat(np.arange(len(shards)), [len(rows) for rows in shards]), np.concatenate(shards)
             found = task.outcomes(labels, made)
             of, right = owner[found.example], found.true == found.predicted
-            correct, held = (np.bincount(of[these], found.count[these], len(shards)).astype(np.int64) for these in (right, right | ~right))
+            counts = (np.bincount(of[these], found.count[these], len(shards)).astype(np.int64) for these in (right, right | ~right))
+            correct, held = next(counts) / task.unit, next(counts) // task.unit
             confusion["personalised"] = cells(owner, found, len(shards))
     assembled = world.experiment.method.assembled(state)
     if assembled is not None:
         done = world.compute.run([Predict(assembled, world.splits[split]) for split in SPLITS])
         for split, one in zip(SPLITS, done, strict=True):
-            labels, made = world.splits[split].labels, one.result.numpy()
+            labels = world.labels(split)
+            made = world.judge.judged(split, np.arange(len(labels)), one.result.numpy())
             scores[split]["global"] = task.scores(labels, made)[metric]
             if split == "test":
                 confusion["global"] = cells(owner, task.outcomes(labels[order], made[order]), len(world.pool.clients))
@@ -98,16 +104,28 @@ def _evaluated_there(world: World, state: State, engine: Engine) -> Evaluation:
             losses = [(float(u.metrics["validation_loss"]), sum(c for *_, c in told[u.client])) for u in updates if told[u.client]]  # type: ignore[arg-type]
             weight = sum(count for _, count in losses)
             scores[split]["loss"] = sum(loss * count for loss, count in losses) / weight if weight else None
+            scores[split] |= _besides(updates, told)
         else:
             confusion["personalised"] = [told.get(k, []) for k in world.pool.clients]
-    held = np.array([sum(count for *_, count in of) for of in confusion["personalised"] or []], np.int64)
-    correct = np.array([sum(n for true, said, n in of if true == said) for of in confusion["personalised"] or []], np.int64)
+    held = np.array([sum(count for *_, count in of) for of in confusion["personalised"] or []], np.int64) // task.unit
+    correct = np.array([sum(n for true, said, n in of if true == said) for of in confusion["personalised"] or []], np.int64) / task.unit
     assembled = world.experiment.method.assembled(state)
     if assembled is not None:
         done = world.compute.run([Predict(assembled, world.splits[split]) for split in SPLITS])
         for split, one in zip(SPLITS, done, strict=True):
-            scores[split]["global"] = task.scores(world.splits[split].labels, one.result.numpy())[task.metric]
+            labels = world.labels(split)
+            scores[split]["global"] = task.scores(labels, world.judge.judged(split, np.arange(len(labels)), one.result.numpy()))[
+                task.metric
+            ]
     return Evaluation(scores, correct, held, confusion)
+
+
+def _besides(updates: Sequence[Update], told: Mapping[int, list[list[int]]]) -> dict[str, float]:
+    """The share of exact matches among all questions of those devices that tell theirs; nothing where none does."""
+    mine = [(u.metrics.get(f"validation_{EXACT}"), sum(count for *_, count in told[u.client])) for u in updates]
+    known = [(share, count) for share, count in mine if type(share) is float and 0 <= share <= 1 and count]
+    weight = sum(count for _, count in known)
+    return {EXACT: sum(share * count for share, count in known) / weight} if weight else {}
 
 
 def counts_well(update: Update, classes: int) -> bool:

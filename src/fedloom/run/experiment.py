@@ -59,8 +59,8 @@ class Experiment:
     Attributes:
         method: the method and its hyper-parameters.
         data: ``trec`` (packaged), a Hub name, or a folder or file of Parquet, CSV or JSON lines.
-        task: classification; instructions, a prompt and its answer; text, all of it to be learnt; tagging, a tag a word; auto: one of them
-            but text, by the columns.
+        task: classification; instructions, a prompt and its answer; text, all of it to be learnt; tagging, a tag a word; qa, the
+            words of a context that answer a question; auto: one of them but text, by the columns.
         model: ``minilm`` (the demo extra), a Hub name, or a Hugging Face folder.
         adapter: LoRA's settings.
         clients: number of devices K.
@@ -81,10 +81,11 @@ class Experiment:
         template: the cloze's sentence with {mask}, {text} and, of pairs, {pair} (empty: what is known of the data set); or of instructions
             the one with {text} for the prompt, which the answer follows (empty: the tokenizer's chat template, or a plain one).
         label_words: the cloze's word for each class, in order (empty: what is known of the data set, or the classes' names).
-        text: text column or columns; of instructions the prompt's, its context's if there is one, and the answer's; of tagging the words'
-            (empty: found).
-        label: label column; of instructions what devices are skewed by; of tagging the tags' (empty: found).
-        metric: headline metric: auto (by the data's name), accuracy, mcc or f1; answers have token_accuracy, tags entity_f1, always.
+        text: text column or columns; of instructions the prompt's, its context's if there is one, and the answer's; of tagging the words';
+            of qa question, context and answers (empty: found).
+        label: label column; of instructions what devices are skewed by; of tagging the tags'; of qa the article (empty: found).
+        metric: headline metric: auto (by the data's name), accuracy, mcc or f1; answers have token_accuracy, tags entity_f1, found answers
+            answer_f1, always.
         quorum: share of a cohort that must answer for a round to count.
         aggregation: what the server makes of a round's updates: mean, or a rule that a share of hostile devices cannot sway, as NAME or
             NAME:SHARE (0.25): median, trimmed, krum, multi-krum, geometric-median, clip.

@@ -35,7 +35,8 @@ def write_folder(model: Model, tensors: Tensors, out: Path) -> None:
         raise ExportError(
             "this method changes the weights under its adapter, which no adapter folder holds; export the model, with --merge"
         )
-    write_adapter(model.module, list(model.parameters), whole(model, tensors), out, folder_of(model.name), model.initial)
+    made = {**whole(model, tensors), **model.still}  # PEFT asks for a whole head
+    write_adapter(model.module, [*model.parameters, *model.still], made, out, folder_of(model.name), model.initial)
     write_tokenizer(model, out)
 
 
@@ -46,7 +47,7 @@ def write_merged(model: Model, tensors: Tensors, classes: Sequence[str], out: Pa
     model.stand_on({name: tensor for name, tensor in tensors.items() if is_beneath(name)})
     plain = merged(model.module, model.parameters, without(whole(model, tensors), model.beneath.names))
     plain.config.pad_token_id = model.pad_id
-    if model.speaker is None:
+    if model.speaker is None and model.finder is None:
         classes = classes if model.tagger is None else model.tagger.tags
         plain.config.id2label = dict(enumerate(classes))
         plain.config.label2id = {name: i for i, name in enumerate(classes)}
@@ -137,10 +138,14 @@ def export(experiment: Experiment, folder: Path, out: Path, client: int | None =
         return f'PeftModel.from_pretrained({kind}.from_pretrained("{folder_of(experiment.model)}"), "{out}")'
     if world.model.speaker is not None:
         return f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{folder_of(experiment.model)}"), "{out}")'
+    if world.model.finder is not None:
+        return f'PeftModel.from_pretrained(AutoModelForQuestionAnswering.from_pretrained("{folder_of(experiment.model)}"), "{out}")'
     base = f'"{folder_of(experiment.model)}", num_labels={world.model.num_labels}, ignore_mismatched_sizes=True'
     return f'PeftModel.from_pretrained(AutoModelFor{_use(world.model)}.from_pretrained({base}), "{out}")'
 
 
 def _use(model: Model) -> str:
     """What the library calls the use that a model is loaded for."""
+    if model.finder is not None:
+        return "QuestionAnswering"
     return "CausalLM" if model.speaker else "TokenClassification" if model.tagger else "SequenceClassification"

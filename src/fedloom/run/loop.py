@@ -244,11 +244,17 @@ def results_of(world: World, state: State, ledger: Ledger, found: Evaluation) ->
     e, rows, totals = world.experiment, [r for r in ledger.rows() if r["personalised"] is not None], dict(ledger.totals)
     best = max(rows, key=lambda row: (row["validation"]["personalised"], -row["round"]))
     participations = totals.pop("participations")
-    counts = world.partition.counts(world.splits["train"].labels, len(world.classes))
+    counts = world.partition.counts(world.labels("train"), len(world.classes))
     per_device = []
     for k in world.pool.clients:
-        held, right = int(found.held[k]), int(found.correct[k])
-        one = {"client": k, "train": world.examples_of(k), "test": held, "correct": right, "score": right / held if held else None}
+        held, right = int(found.held[k]), float(found.correct[k])
+        one = {
+            "client": k,
+            "train": world.examples_of(k),
+            "test": held,
+            "correct": int(right) if right.is_integer() else right,
+            "score": right / held if held else None,
+        }
         told = {protocol: None if of is None else of[k] for protocol, of in found.confusion.items()}
         per_device.append({**one, "participations": participations.get(str(k), 0), "labels": counts[k].tolist(), "confusion": told})
     picked = ("round", "personalised", "global", "loss")

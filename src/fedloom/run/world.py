@@ -6,6 +6,7 @@ import hashlib
 import os
 import sys
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from fedloom.client.client import Client
+from fedloom.client.curricula.loss import ByLoss
 from fedloom.client.curricula.shortformer import Staged
 from fedloom.client.curricula.slw import LengthWarmup
 from fedloom.client.elsewhere import Elsewhere, Store
@@ -23,6 +25,7 @@ from fedloom.compute.stacked import Stacked
 from fedloom.data.examples import Examples
 from fedloom.data.instructions import Instructions
 from fedloom.data.partition import Partition, partition
+from fedloom.data.questions import Questions
 from fedloom.data.sources import Encode, Source, load, tokenise
 from fedloom.data.tagging import BETWEEN, Tagging
 from fedloom.data.tasks import Classification, DataError, Split
@@ -35,7 +38,9 @@ from fedloom.model.adapters import Adapter
 from fedloom.model.base import Model
 from fedloom.model.cloze import Cloze
 from fedloom.model.loading import load as load_model
+from fedloom.model.spans import first_of
 from fedloom.run.experiment import Experiment, ExperimentError, as_json
+from fedloom.run.judging import Judge
 from fedloom.run.recipes import file_of
 from fedloom.server.participation import Pool
 
@@ -62,7 +67,8 @@ class Far(Protocol):
 
 @dataclass(frozen=True)
 class World:
-    """Data as tokens, who holds what, the model and its compute. With ``far``, the data is the server's own, and nobody holds any of it."""
+    """Data as tokens, who holds what (rows of the data; of questions each is one example or, cut into windows, several), the model and its
+    compute. With ``far``, the data is the server's own, and nobody holds any of it."""
 
     experiment: Experiment
     source: Source
@@ -83,17 +89,28 @@ class World:
         """Class names by label id."""
         return self.source.task.classes
 
+    @cached_property
+    def judge(self) -> Judge:
+        """What knows which examples a row became, and what their predictions come to."""
+        return Judge(self.source, self.splits, self.model)
+
+    def labels(self, split: Split) -> np.ndarray:
+        """The label id of every row."""
+        return np.asarray(list(self.source.splits[split][self.source.task.label]), np.int64)
+
     def device(self, client: int) -> Client:
         """Device k with its shards and no private state; ``CENTRE`` holds everything."""
-        rows = {split: self.partition.shards(split) for split in self.splits}
-        shards = {split: examples if client == CENTRE else examples.subset(rows[split][client]) for split, examples in self.splits.items()}
+        shards = {s: of if client == CENTRE else of.subset(self._held(s, client)) for s, of in self.splits.items()}
         return Client(client, shards["train"], shards["validation"], shards["test"], self.experiment.seed)
+
+    def _held(self, split: Split, client: int) -> np.ndarray:
+        return self.judge.examples(split, self.partition.shards(split)[client])
 
     def examples_of(self, client: int) -> int:
         """How many examples a device trains on."""
         if self.far is not None:
             return self.far.examples(client, "train")
-        return len(self.splits["train"]) if client == CENTRE else len(self.partition.train[client])
+        return len(self.splits["train"]) if client == CENTRE else len(self._held("train", client))
 
     def fingerprint(self) -> str:
         """16 hex digits over the tokens, labels and partition: a resumed run must find the same data."""
@@ -204,8 +221,13 @@ def build(experiment: Experiment) -> World:
         torch.set_num_threads(e.engine.threads)
     source, shards = read_data(e)
     model = model_of(e, source)
-    splits = tokenise(source, in_parts(model.encode), model.encoding)
+    splits = tokens_of(source, model)
     return World(e, source, shards, splits, model, Stacked(model, e.engine.stack))
+
+
+def tokens_of(source: Source, model: Model) -> dict[Split, Examples]:
+    """The data as the model's tokens."""
+    return tokenise(source, in_parts(model.encode), model.encoding, first_of if model.finder else None)
 
 
 def model_of(experiment: Experiment, source: Source) -> Model:
@@ -227,7 +249,10 @@ def model_of(experiment: Experiment, source: Source) -> Model:
         answers=e.template if isinstance(source.task, Instructions) else None,
         tags=source.task.tags if isinstance(source.task, Tagging) else (),
         between=BETWEEN,
+        finds=isinstance(source.task, Questions),
     )
+    if model.finder is not None and isinstance(curriculum_of(e.method), ByLoss):
+        raise ExperimentError("this curriculum sorts by the loss of one label an example, and a question has none; give another")
     if model.filler is not None and model.causal and isinstance(curriculum_of(e.method), CUTTING):
         raise ExperimentError(
             "this curriculum cuts texts at their end, where a causal model's template asks; give another, or --head linear"
@@ -244,7 +269,7 @@ def build_far(experiment: Experiment, far: Far) -> World:
     e = experiment
     source = read_source(e)
     model, nobody = model_of(e, source), (np.zeros(0, np.int64),) * e.clients
-    splits = tokenise(source, in_parts(model.encode), model.encoding)
+    splits = tokens_of(source, model)
     return World(e, source, Partition(nobody, nobody, nobody, {}), splits, model, Stacked(model, e.engine.stack), far)
 
 
