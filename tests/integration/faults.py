@@ -63,7 +63,7 @@ LINGER = 1.0
 LR = 0.02
 LIAR, BEHIND, SMALL = "1", "2", "3"
 EVERYBODY = ("0", LIAR, BEHIND, SMALL)
-ROUND = 60.0
+ROUND = 120.0
 """Seconds after which whatever was waited for has not happened."""
 
 
@@ -246,7 +246,8 @@ class Disk:
 
 @dataclass
 class Row:
-    """What came of a fault. ``rounds``: after which round it began and after which it ended. ``identical``: None where nothing is compared."""
+    """What came of a fault. ``rounds``: after which round it began and after which it ended. ``identical``: None where
+    nothing is compared."""
 
     name: str
     what: str
@@ -749,9 +750,13 @@ def hostile_device(here: Standing, order: str) -> Row:
         "negative": "−5 examples",
     }[order]
     at, said = here.round(), len(here.there.said(LIAR))
+    here.path(LIAR, "done").unlink(missing_ok=True)
     here.order(LIAR, order)
+    here.go()
+    until(here.path(LIAR, "done").exists, "the device lies")
+    told_at = here.round()
     never = order in ("flipped bit", "another name", "another round")
-    reason = here.failed(LIAR, at, () if never else (LATE,))
+    reason = here.failed(LIAR, told_at, () if never else (LATE,))
     lied = here.round()
     must(not any(1 in row["answered"] for row in here.since(at) if row["round"] <= lied), "the lie counted")
     here.order(LIAR, "")
@@ -778,6 +783,7 @@ def one_after_another(folder: Path, names: Sequence[str], here: Standing | None 
                 rows.append(Row(name, "", "", wrong=f"{type(error).__name__}: {error}"))
             print(f"{name}: {time.monotonic() - begun:.0f} s {rows[-1].wrong}", file=sys.stderr, flush=True)
             if rows[-1].wrong:
+                (folder / f"kept-{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in there.there.rows()))
                 try:
                     there.ready()
                 except Broken as error:
@@ -785,6 +791,7 @@ def one_after_another(folder: Path, names: Sequence[str], here: Standing | None 
                     break
         there.stop()
         lines = there.there.rows()
+        (folder / "kept.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         snapshots = dict(there.snapshots)
     compared(there.there.experiment, lines, snapshots, rows)
     return rows

@@ -100,6 +100,10 @@ class Ordered:
             (self.folder / "order").unlink()
         return found
 
+    def done(self, order: str) -> None:
+        """Say that it was carried out."""
+        (self.folder / "done").write_text(order)
+
 
 def kill(number: int) -> None:
     """As ``kill -9``; of oneself, it does not return."""
@@ -165,13 +169,17 @@ def wrap_device(ordered: Ordered) -> None:
             assert isinstance(update, Update)
             if update.tensors:
                 made = wire.pack(LIES[order](task, update), wire.digest_of(made))
+                ordered.done(order)
         if not honest and order == "another experiment":
             update = wire.unpack(made, wire.digest_of(made))
             made = wire.pack(update, "0123456789abcdef")
+            ordered.done(order)
         if not honest and order == "no message":
             made = b"\x80\x04" + os.urandom(200)
+            ordered.done(order)
         if not honest and order == "old answer" and len(ordered.answers) > 1:
             made = ordered.answers[-2]
+            ordered.done(order)
         return made, after
 
     def pushed(client: FleetHttpClient, request: Any) -> Any:
@@ -179,8 +187,10 @@ def wrap_device(ordered: Ordered) -> None:
         asked = head.metadata.reply_to_message_id
         if ordered.now == "another name":
             head.metadata.src_node_id += 1
+            ordered.done("another name")
         if ordered.now == "another round" and ordered.asked:
             head.metadata.reply_to_message_id = ordered.asked[0]
+            ordered.done("another round")
         ordered.asked.append(asked)
         return push(client, request)
 
@@ -189,6 +199,7 @@ def wrap_device(ordered: Ordered) -> None:
             content = bytearray(request.object_content)
             content[len(content) // 2] ^= 1
             request.object_content = bytes(content)
+            ordered.done("flipped bit")
         return push_object(client, request)
 
     def sent(client: httpx.Client, request: httpx.Request, **how: Any) -> httpx.Response:
