@@ -15,6 +15,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from fedloom.engines.local import Local
 from fedloom.engines.wrap import Faulty
 from fedloom.messages import Task
 from fedloom.methods import named
+from fedloom.methods.fibecfed import FibecFed
 from fedloom.methods.method import State
 from fedloom.run.certificates import issue
 from fedloom.run.experiment import Experiment
@@ -41,12 +43,18 @@ DEVICES = 3
 SIZE = {"max_train": 90, "max_validation": 20, "max_test": 30, "max_length": 24}
 COMMAND = (sys.executable, "-W", "ignore", "-m", "fedloom")
 HERE = "127.0.0.1"
+PRIVATE = ("--method.gal.count", "1")
+"""Of FibecFed, so that two of the tiny model's three layers are a device's own: with as many global as it takes by itself, nothing of a
+device's state would change after the set-up, and there would be nothing to lose."""
 
 
 def experiment(method: str, rounds: int) -> Experiment:
     """The simulation that the federation must equal."""
     shape = {"clients": DEVICES, "cohort": 2, "rounds": rounds, "alpha": 0.5, "evaluate_every": 0, "seed": 5}
-    return Experiment(named(method)(), model=str(tiny.folder()), **shape, **SIZE)
+    made = named(method)()
+    if isinstance(made, FibecFed):
+        made = replace(made, gal=replace(made.gal, count=int(PRIVATE[1])))
+    return Experiment(made, model=str(tiny.folder()), **shape, **SIZE)
 
 
 @dataclass
@@ -206,10 +214,18 @@ def differs(body: dict, found: Mapping[str, torch.Tensor], due: State) -> str:
     return ", ".join(name for name in wanted if not torch.equal(found[name], wanted[name]))
 
 
+def strayed(body: dict, store: ClientStore, devices: int) -> str:
+    """Whose state, by the name that says what it holds, is another in a checkpoint than in a store; empty: nobody's."""
+    return ", ".join(f"device {k}'s state" for k in range(devices) if body["clients"].get(str(k), "") != store.name(k))
+
+
 def difference(there: Federation) -> str:
-    """What of the server's state is another than the replay's; empty: nothing."""
-    *_, due = replay(there.experiment, there.rows(), ClientStore())
-    return differs(*checkpointed(there.folder / there.out), due)
+    """What of the server's and the devices' state is another than the replay's; empty: nothing."""
+    body, found = checkpointed(there.folder / there.out)
+    with tempfile.TemporaryDirectory() as place:
+        store = ClientStore(Path(place))
+        *_, due = replay(there.experiment, there.rows(), store)
+        return differs(body, found, due) or strayed(body, store, there.experiment.clients)
 
 
 def free_port() -> int:
@@ -224,6 +240,7 @@ def free_port() -> int:
 def play(folder: Path, method: str, rounds: int, faults: int, seed: int = 0) -> Federation:
     """A whole federation with faults, to its end."""
     there, rng = Federation(folder, experiment(method, rounds), free_port()), random.Random(seed)
+    there.options = (*there.options, *(PRIVATE if isinstance(there.experiment.method, FibecFed) else ()))
     there.prepare()
     for who in ("server", *map(str, range(DEVICES))):
         there.start(who)
