@@ -781,6 +781,22 @@ def hostile_device(here: Standing, order: str) -> Row:
     return Row("", f"device {LIAR}: {what}", told.replace(f"{HERE}:{here.there.port}", "SERVER"), (at, end))
 
 
+@fault("earlier answer again")
+def earlier_answer(here: Standing, _: str) -> Row:
+    """The last one: what comes after it is no longer what a replay without lies comes to."""
+    here.path(LIAR, "done").unlink(missing_ok=True)
+    here.order(LIAR, "old answer")
+    here.go()
+    until(here.path(LIAR, "done").exists, "the device lies")
+    at = here.round()
+    here.order(LIAR, "")
+    until(lambda: any(1 in row["answered"] for row in here.since(at)), "the lie counts")
+    here.stop()
+    return Row(
+        "", f"device {LIAR}: the answer of an earlier round as that of this one", "nothing: it counted, as does all that has the right form"
+    )
+
+
 # ---- the table ------------------------------------------------------------------------------------------------------------------
 
 
@@ -813,9 +829,13 @@ def one_after_another(folder: Path, names: Sequence[str], here: Standing | None 
 
 
 def compared(
-    experiment: Experiment, lines: Sequence[dict], snapshots: dict[int, tuple[dict, dict[str, torch.Tensor]]], rows: Sequence[Row]
+    experiment: Experiment,
+    lines: Sequence[dict],
+    snapshots: dict[int, tuple[dict, dict[str, torch.Tensor]]],
+    rows: Sequence[Row],
+    scored: bool = True,
 ) -> None:
-    """Fill in, from one replay of all rounds, what was the same and what the global model scores."""
+    """Fill in, from one replay of all rounds, what was the same and, if that is wanted, what the devices score."""
     due = {row.rounds[1]: [one for one in rows if one.rounds and one.rounds[1] == row.rounds[1]] for row in rows if row.rounds}
     world = build(experiment)
     with tempfile.TemporaryDirectory() as place:
@@ -825,7 +845,7 @@ def compared(
                 continue
             body, found = snapshots[state.round]
             other = differs(body, found, state) or strayed(body, store, experiment.clients)
-            score = evaluate(world, state, Local(world.host(store))).scores["test"]["personalised"]
+            score = evaluate(world, state, Local(world.host(store))).scores["test"]["personalised"] if scored else None
             for row in due[state.round]:
                 first, last = row.rounds or (0, 0)
                 during = [line for line in lines if first < line["round"] <= last]
@@ -914,7 +934,7 @@ def main() -> int:
         return 2
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was begun is cleaned up
-    on_one = [name for name in names if name in FAULTS]
+    on_one = [name for name in FAULTS if name in names]
     rules = [rule for rule in RULES if f"hostile quarter, {rule}" in names]
     rows = one_after_another(folder / "standing", on_one) if on_one else []
     rows += quarter(folder / "quarter", rules) if rules else []
