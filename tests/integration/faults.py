@@ -936,9 +936,12 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was begun is cleaned up
     on_one = [name for name in FAULTS if name in names]
     rules = [rule for rule in RULES if f"hostile quarter, {rule}" in names]
+    print(HEAD, flush=True)
     rows = one_after_another(folder / "standing", on_one) if on_one else []
-    rows += quarter(folder / "quarter", rules) if rules else []
-    print(HEAD, *rows, sep="\n")
+    print(*rows, sep="\n", flush=True)
+    if rules:
+        rows += (found := quarter(folder / "quarter", rules))
+        print(*found, sep="\n")
     return 1 if any(row.wrong for row in rows) else 0
 
 
