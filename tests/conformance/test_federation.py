@@ -416,6 +416,17 @@ def test_a_node_pushes_in_its_own_name_only() -> None:
         assert only_own(PushMessagesRequest(node=FlowerNode(node_id=7), messages_list=[head])) is own
 
 
+def test_who_pushes_in_anothers_name_is_refused_and_told_so() -> None:
+    private, public = generate_key_pairs()
+    with Link({0: public_key_to_bytes(public)}) as link:
+        node = Node(f"127.0.0.1:{link.port}", Credentials(private, None), lambda message, context: message, lambda text: None)
+        with node._client() as client:
+            node._activate(client)
+            head = ProtoMessage(metadata=ProtoMetadata(src_node_id=node._id + 1))
+            with pytest.raises(httpx.HTTPStatusError, match="401"):
+                client.PushMessages(PushMessagesRequest(node=FlowerNode(node_id=node._id), messages_list=[head]))
+
+
 def test_a_key_of_a_kind_that_nobody_knows_is_no_key() -> None:
     unknown = b"-----BEGIN PUBLIC KEY-----\nMA0wBwYFK2WBOAEDAgAB\n-----END PUBLIC KEY-----\n"
     stamp = now().isoformat().encode()

@@ -311,7 +311,7 @@ async def in_own_name(request: Request, answer: RequestResponseEndpoint) -> Resp
     """Let a node push in its own name only: Flower compares the request's node with the key, and not the messages' with the request's."""
     asked = request.scope.get("state", {}).get("protobuf_request")
     if isinstance(asked, PushMessagesRequest) and not only_own(asked):
-        return Response(status_code=401)
+        raise HTTPException(401, "a node pushes in its own name only")
     return await answer(request)
 
 

@@ -149,7 +149,7 @@ def _why(error: Exception) -> str:
     if _not_activated(error):
         return "somebody with this device's key is there, or was a moment ago"
     if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
-        return "it does not take this device's signature, which is good for a few seconds: are both clocks right?"
+        return "it does not take this device's signature, whose time stamp may be 5 s ahead of its clock and 5 min behind: are both right?"
     return f"{type(error).__name__}: {error}"
 
 
