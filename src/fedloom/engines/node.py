@@ -242,8 +242,7 @@ class Node:
         return True
 
     def _push_at_last(self, client: FleetHttpClient, node: FlowerNode, reply: Message, seconds: float) -> None:
-        """Push an answer; once more, and once more, if a request is refused: a signature is good for seconds, and on a busy machine one may
-        come too late. Its task is not laid out a second time."""
+        """Push an answer; once more, and once more, if a request is refused, whatever for: its task is not laid out a second time."""
         for pause in AGAIN:
             try:
                 return self._push(client, node, reply, seconds)
