@@ -1,7 +1,7 @@
 """Faults against a small real federation, one after another, and what came of each: real processes on loopback, over TLS.
 
-    python tests/integration/faults.py FOLDER [NAME ...]
-    python tests/integration/faults.py --list
+    python -m tests.integration.faults FOLDER [NAME ...]
+    python -m tests.integration.faults --list
 
 Prints a Markdown table, a row a fault: what was done, rounds that counted of those in which it was done, whether the server's state and the
 names of all devices' states (which are fingerprints of what they hold) are to the bit those of the same participation in one process
@@ -864,13 +864,12 @@ ROUNDS = 6
 
 
 def quarter(folder: Path, rules: Sequence[str]) -> list[Row]:
-    """Two devices of eight that send ten times their step, backwards, under each rule; and nobody who does, for comparison."""
+    """Two devices of eight that send ten times their step, backwards, under each rule. It must cost the mean 0.15 of
+    accuracy or more, and a rule less, against the same rule with nobody hostile."""
     rows: list[Row] = []
     port = free_port()
     experiment = experiment_of(folder, 0, clients=8, cohort=8, rounds=ROUNDS)
     there = Federation(folder, experiment, port, ("--method.inner.lr", str(LR), "--wait", "60", "--deadline", "120", "--linger", "60"))
-    honest = played(experiment, (), [{"answered": list(range(8))}] * (ROUNDS + 1))[1]
-    rows.append(Row("nobody hostile, mean", "the same in one process", "–", counted=f"{ROUNDS} / {ROUNDS}", score=honest))
     try:
         there.prepare()
         for k in QUARTER:
@@ -891,7 +890,8 @@ def quarter(folder: Path, rules: Sequence[str]) -> list[Row]:
                 lines, results = there.rows()[1:], json.loads((folder / there.out / "results.json").read_text())
                 counted = sum(bool(line["answered"]) for line in lines)
                 row.counted, row.score = f"{counted} / {len(lines)}", results["final"]["global"]
-                row.told = "nothing: the form of their answers is right"
+                honest = played(there.experiment, (), [{"answered": list(range(8))}] * (ROUNDS + 1))[1]
+                row.told = f"nothing: the form of the answers is right (with nobody hostile, in one process: {honest:.3f})"
                 other, simulated = played(there.experiment, QUARTER, there.rows(), checkpointed(folder / there.out))
                 row.identical = not other
                 must(not other and simulated == row.score, f"not the bits of the same lies in one process: {other}, {simulated}")
@@ -899,7 +899,7 @@ def quarter(folder: Path, rules: Sequence[str]) -> list[Row]:
                 if rule == "mean":
                     must(row.score < honest - 0.15, "the mean withstood")
                 else:
-                    must(row.score > honest - 0.2, "the rule did not withstand")
+                    must(row.score > honest - 0.15, "the rule did not withstand")
             except (Broken, OSError, subprocess.SubprocessError) as error:
                 row.wrong = f"{type(error).__name__}: {error}"
                 there.processes["server"].kill()

@@ -14,7 +14,7 @@ sent as the median answer is. Everyone else has failed, with the reason, and is 
 each time in a row, :data:`MOST` at most. Then it is asked again; an asking waits for that as it does for a device that is away.
 
 **Nothing waits for ever**: a device that has not been heard of is waited for ``wait`` seconds, an answer for ``deadline``. Where a share of
-those asked is :class:`Enough`, the rest has ``linger`` seconds once these are here.
+those asked is :class:`Enough`, the rest has ``linger`` seconds once as many answers that may be used are here.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Federation:
         answers: dict[int, bytes | Failure] = {}
         sizes, names, packer = dict[int, int](), dict[int, str](), Packer(self.digest)
         waiting, out = deque(self._allowed(tasks, answers)), dict[str, Sent]()
-        began, last = time.monotonic(), None
+        began, last, looked_at = time.monotonic(), None, 0
         while waiting or out:
             now, here = time.monotonic(), self.link.present()
             for _ in range(len(waiting)):
@@ -140,8 +140,11 @@ class Federation:
             for reply in self.link.pull_messages(list(out)):
                 sent = out.pop(reply.metadata.reply_to_message_id)
                 self._hear(sent, reply, packer, out, sizes, answers, names)
-            if last is None and sum(isinstance(answer, bytes) for answer in answers.values()) >= enough:
-                last = time.monotonic() + self.patience.linger
+            came = sum(isinstance(answer, bytes) for answer in answers.values())
+            if last is None and (waiting or out) and came >= enough and came != looked_at:
+                looked_at = came
+                if self._usable(tasks, answers) >= enough:
+                    last = time.monotonic() + self.patience.linger
             for name, sent in list(out.items()):
                 over = last is not None and now > last
                 if over or now > sent.since + self.patience.deadline:
@@ -155,6 +158,12 @@ class Federation:
             if waiting or out:
                 time.sleep(PAUSE)
         return answers, sizes, names
+
+    def _usable(self, tasks: Sequence[Task], answers: Mapping[int, bytes | Failure]) -> int:
+        """How many of the answers that are here may be used: a device that answers at once, and wrongly, must not make others late."""
+        here = [task for task in tasks if isinstance(answers.get(task.client), bytes)]
+        replies = gather(here, [bytes(0)] * len(here), [answers[task.client] for task in here], self.digest)
+        return len(agreeing(here, replies).updates)
 
     def _allowed(self, tasks: Sequence[Task], answers: dict[int, bytes | Failure]) -> list[Task]:
         """The tasks of those who can be asked at all."""
