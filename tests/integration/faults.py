@@ -228,11 +228,12 @@ class Disk:
     def __init__(self, folder: Path, size: str) -> None:
         folder.mkdir(parents=True)
         self.folder, self.own = folder, tried("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder))
-        self.kind = f"a tmpfs of {size}, filled" if self.own else "RLIMIT_FSIZE of 100 bytes (no mount without root)"
+        self.kind = f"a tmpfs of {size}, filled" if self.own else "RLIMIT_FSIZE, files cannot grow (no mount without root)"
 
-    def fill(self, process: int) -> None:
+    def fill(self, process: int, said: int = 0) -> None:
+        """Leave no room; where it is a limit that does so, ``said`` bytes and some more, so that the process can still tell of it."""
         if not self.own:
-            resource.prlimit(process, resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+            resource.prlimit(process, resource.RLIMIT_FSIZE, (said + 500, resource.RLIM_INFINITY))
             return
         with (self.folder / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
@@ -530,7 +531,7 @@ def network_cut(here: Standing, _: str) -> Row:
 def server_disk(here: Standing, _: str) -> Row:
     at, disk, said = here.round(), here.disks["server"], len(here.there.said("server"))
     process = here.there.processes["server"]
-    disk.fill(process.pid)
+    disk.fill(process.pid, said + 1500)
     try:
         here.go()
         code = until(lambda: process.poll() is not None and (process.returncode, None), "the server ends")[0]
