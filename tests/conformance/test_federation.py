@@ -145,6 +145,23 @@ def test_answers_wait_in_a_file_and_are_taken_in_one_at_a_time(monkeypatch: pyte
     assert [(u.client, u.num_examples) for u in taken] == [(u.client, len(u.tensors)) for u in due] and len(taken) == len(CLIENTS)
 
 
+class Hasty(Here):
+    """Device 0 answers at once, with what cannot be read; device 2 takes its time."""
+
+    def answer(self, client: int, state: str, blob: bytes) -> tuple[bytes | Failure, str]:
+        if client == 0:
+            return b"rubbish", ""
+        time.sleep(1.0 if client == 2 else 0.0)
+        return Here(self.host, self.folder).answer(client, state, blob)
+
+
+def test_whoever_answers_wrongly_at_once_makes_nobody_late(tmp_path: Path) -> None:
+    engine = far(Hasty(host_of()[-1], tmp_path))
+    replies = Enough(engine, 0.5).run([task(k) for k in (0, 1, 2)])
+    assert [update.client for update in replies.updates] == [1, 2]
+    assert [failure.client for failure in replies.failures] == [0] and "not a Fedloom message" in replies.failures[0].reason
+
+
 class Slow(Here):
     """Client 1 takes its time."""
 

@@ -1,7 +1,7 @@
 """Faults against a small real federation, one after another, and what came of each: real processes on loopback, over TLS.
 
-    python tests/integration/faults.py FOLDER [NAME ...]
-    python tests/integration/faults.py --list
+    python -m tests.integration.faults FOLDER [NAME ...]
+    python -m tests.integration.faults --list
 
 Prints a Markdown table, a row a fault: what was done, rounds that counted of those in which it was done, whether the server's state and the
 names of all devices' states (which are fingerprints of what they hold) are to the bit those of the same participation in one process
@@ -228,11 +228,12 @@ class Disk:
     def __init__(self, folder: Path, size: str) -> None:
         folder.mkdir(parents=True)
         self.folder, self.own = folder, tried("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder))
-        self.kind = f"a tmpfs of {size}, filled" if self.own else "RLIMIT_FSIZE of 100 bytes (no mount without root)"
+        self.kind = f"a tmpfs of {size}, filled" if self.own else "RLIMIT_FSIZE, files cannot grow (no mount without root)"
 
-    def fill(self, process: int) -> None:
+    def fill(self, process: int, said: int = 0) -> None:
+        """Leave no room; where it is a limit that does so, ``said`` bytes and some more, so that the process can still tell of it."""
         if not self.own:
-            resource.prlimit(process, resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+            resource.prlimit(process, resource.RLIMIT_FSIZE, (said + 500, resource.RLIM_INFINITY))
             return
         with (self.folder / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
@@ -530,7 +531,7 @@ def network_cut(here: Standing, _: str) -> Row:
 def server_disk(here: Standing, _: str) -> Row:
     at, disk, said = here.round(), here.disks["server"], len(here.there.said("server"))
     process = here.there.processes["server"]
-    disk.fill(process.pid)
+    disk.fill(process.pid, said + 1500)
     try:
         here.go()
         code = until(lambda: process.poll() is not None and (process.returncode, None), "the server ends")[0]
@@ -596,7 +597,7 @@ def stranger(here: Standing, certs: Path, server: str) -> tuple[int, str]:
     done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=ROUND)
     must(done.returncode != 0, f"it was let in: {done.stderr}")
     must(here.present() == before, "who is there is who was there before")
-    return done.returncode, done.stderr.strip().splitlines()[-1].replace(str(here.there.folder) + "/", "")
+    return done.returncode, done.stderr.strip().splitlines()[-1].replace(str(here.there.folder) + "/", "").replace(server, "SERVER")
 
 
 def other_authority(here: Standing) -> Path:
@@ -625,7 +626,7 @@ def wrong_authority(here: Standing, _: str) -> Row:
 @fault("wrong name")
 def wrong_name(here: Standing, _: str) -> Row:
     code, told = stranger(here, here.there.folder / "certs" / "device-0", f"localhost:{here.there.port}")
-    must("not certified by the authority" in told and "localhost" in told, told)
+    must("not certified by the authority" in told and "name mismatch" in told, told)
     return Row("", "the server under a name that its certificate is not for", f"exit {code}: {told}")
 
 
@@ -864,13 +865,12 @@ ROUNDS = 6
 
 
 def quarter(folder: Path, rules: Sequence[str]) -> list[Row]:
-    """Two devices of eight that send ten times their step, backwards, under each rule; and nobody who does, for comparison."""
+    """Two devices of eight that send ten times their step, backwards, under each rule. It must cost the mean 0.15 of
+    accuracy or more, and a rule less, against the same rule with nobody hostile."""
     rows: list[Row] = []
     port = free_port()
     experiment = experiment_of(folder, 0, clients=8, cohort=8, rounds=ROUNDS)
     there = Federation(folder, experiment, port, ("--method.inner.lr", str(LR), "--wait", "60", "--deadline", "120", "--linger", "60"))
-    honest = played(experiment, (), [{"answered": list(range(8))}] * (ROUNDS + 1))[1]
-    rows.append(Row("nobody hostile, mean", "the same in one process", "–", counted=f"{ROUNDS} / {ROUNDS}", score=honest))
     try:
         there.prepare()
         for k in QUARTER:
@@ -891,7 +891,8 @@ def quarter(folder: Path, rules: Sequence[str]) -> list[Row]:
                 lines, results = there.rows()[1:], json.loads((folder / there.out / "results.json").read_text())
                 counted = sum(bool(line["answered"]) for line in lines)
                 row.counted, row.score = f"{counted} / {len(lines)}", results["final"]["global"]
-                row.told = "nothing: the form of their answers is right"
+                honest = played(there.experiment, (), [{"answered": list(range(8))}] * (ROUNDS + 1))[1]
+                row.told = f"nothing: the form of the answers is right (with nobody hostile, in one process: {honest:.3f})"
                 other, simulated = played(there.experiment, QUARTER, there.rows(), checkpointed(folder / there.out))
                 row.identical = not other
                 must(not other and simulated == row.score, f"not the bits of the same lies in one process: {other}, {simulated}")
@@ -899,7 +900,7 @@ def quarter(folder: Path, rules: Sequence[str]) -> list[Row]:
                 if rule == "mean":
                     must(row.score < honest - 0.15, "the mean withstood")
                 else:
-                    must(row.score > honest - 0.2, "the rule did not withstand")
+                    must(row.score > honest - 0.15, "the rule did not withstand")
             except (Broken, OSError, subprocess.SubprocessError) as error:
                 row.wrong = f"{type(error).__name__}: {error}"
                 there.processes["server"].kill()

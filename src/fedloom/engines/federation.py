@@ -17,7 +17,7 @@ each time in a row, :data:`MOST` at most. Then it is asked again; an asking wait
 many devices answer, one update is in memory, unless the method wants to see all of them at once.
 
 **Nothing waits for ever**: a device that has not been heard of is waited for ``wait`` seconds, an answer for ``deadline``. Where a share of
-those asked is :class:`Enough`, the rest has ``linger`` seconds once these are here.
+those asked is :class:`Enough`, the rest has ``linger`` seconds once as many answers that may be used are here.
 """
 
 from __future__ import annotations
@@ -149,27 +149,16 @@ class Federation:
         with SpooledTemporaryFile(max_size=ASIDE, prefix="fedloom-") as file:
             aside, asked = Aside(cast(IO[bytes], file)), {task.client: task for task in tasks}
             answers, sizes, names = self._exchanged(tasks, quorum_of(len(tasks), share), aside)
-
-            def opened(task: Task) -> Replies:
-                answer = answers[task.client]
-                blob = answer if isinstance(answer, Failure) else aside.read(answer)
-                return gather([task], [bytes(0)], [blob], self.digest, self.encoding)
-
-            far, seen = dict[int, float](), list[Replies]()
-            for task in tasks:
-                one = opened(task)
-                far |= {update.client: _way(update, task.tensors) for update in one.updates}
-                seen.append(replace(one, updates=tuple(map(_outlined, one.updates))))
-            replies = joined(seen)
+            replies = self._judged(tasks, answers, aside)
             replies = replace(replies, traffic=tuple(replace(t, bytes_down=sizes.get(t.client, 0)) for t in replies.traffic))
-            replies = agreeing(tasks, replies, far)
             for update in replies.updates:
                 self.states.take(update.client, names[update.client])
                 self._faults.pop(update.client, None)
             for failure in replies.failures:
                 if failure.client in sizes and failure.reason != LATE:
                     self._leave_out(failure)
-            whole_again = (update for outline in replies.updates for update in opened(asked[outline.client]).updates)
+            who = [asked[outline.client] for outline in replies.updates]
+            whole_again = (update for task in who for update in self._opened(task, answers[task.client], aside).updates)
             return replace(replies, updates=tuple(self._taken(update, take) for update in whole_again))
 
     def _taken(self, update: Update, take: Take) -> Update:
@@ -192,7 +181,7 @@ class Federation:
         answers: dict[int, Kept | Failure] = {}
         sizes, names, sender = dict[int, int](), dict[int, str](), Sender(self.digest, self.encoding)
         waiting, out = deque(self._allowed(tasks, answers)), dict[str, Sent]()
-        began, last = time.monotonic(), None
+        began, last, looked_at = time.monotonic(), None, 0
         while waiting or out:
             now, here = time.monotonic(), self.link.present()
             for _ in range(len(waiting)):
@@ -209,8 +198,12 @@ class Federation:
             for reply in self.link.pull_messages(list(out)):
                 sent = out.pop(reply.metadata.reply_to_message_id)
                 self._hear(sent, reply, sender, out, sizes, answers, names, aside)
-            if last is None and sum(isinstance(answer, Kept) for answer in answers.values()) >= enough:
-                last = time.monotonic() + self.patience.linger
+            came = sum(isinstance(answer, Kept) for answer in answers.values())
+            if last is None and (waiting or out) and came >= enough and came != looked_at:
+                looked_at = came
+                here = [task for task in tasks if isinstance(answers.get(task.client), Kept)]
+                if len(self._judged(here, answers, aside).updates) >= enough:  # who answers at once, and wrongly, makes nobody late
+                    last = time.monotonic() + self.patience.linger
             for name, sent in list(out.items()):
                 over = last is not None and now > last
                 if over or now > sent.since + self.patience.deadline:
@@ -224,6 +217,19 @@ class Federation:
             if waiting or out:
                 time.sleep(PAUSE)
         return answers, sizes, names
+
+    def _judged(self, tasks: Sequence[Task], answers: Mapping[int, Kept | Failure], aside: Aside) -> Replies:
+        """What came, as outlines without tensors' numbers, less what may not be used; one answer is in memory at a time."""
+        far, seen = dict[int, float](), list[Replies]()
+        for task in tasks:
+            one = self._opened(task, answers[task.client], aside)
+            far |= {update.client: _way(update, task.tensors) for update in one.updates}
+            seen.append(replace(one, updates=tuple(map(_outlined, one.updates))))
+        return agreeing(tasks, joined(seen), far)
+
+    def _opened(self, task: Task, answer: Kept | Failure, aside: Aside) -> Replies:
+        blob = answer if isinstance(answer, Failure) else aside.read(answer)
+        return gather([task], [bytes(0)], [blob], self.digest, self.encoding)
 
     def _allowed(self, tasks: Sequence[Task], answers: dict[int, Kept | Failure]) -> list[Task]:
         """The tasks of those who can be asked at all."""
