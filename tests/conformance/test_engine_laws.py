@@ -354,7 +354,7 @@ def test_a_wave_has_ended_before_the_next_is_packed(monkeypatch: pytest.MonkeyPa
         return answer(blobs)
 
     monkeypatch.setattr(world.host, "answer", answered)
-    monkeypatch.setattr("fedloom.engines.local.Packer.pack", packed)
+    monkeypatch.setattr("fedloom.encodings.Packer.pack", packed)
     monkeypatch.setattr("fedloom.client.host.pack", lambda message, digest: pack_one(Packer(digest), message))
     world.run(*(task(k) for k in (0, 1, 2, 3, 4)))
     assert happened == ["pack", "pack", "answer"] * 2 + ["pack", "answer"]
