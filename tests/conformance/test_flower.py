@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fedloom.encodings import EXACT
 from fedloom.messages import Failure, Task, Update
 from fedloom.tensors import fingerprint
 from fedloom.wire import pack, unpack
@@ -29,7 +30,7 @@ with warnings.catch_warnings():  # the command-line library that Flower imports 
 
     from fedloom import flower_app
     from fedloom.engines import flower as door
-    from fedloom.engines.flower import FlowerGrid, Loopback, client_app, in_memory, roll_call
+    from fedloom.engines.flower import FlowerGrid, Loopback, client_app, in_memory, roll_call, unboxed
 
 pytestmark = pytest.mark.flower
 TASK = task(3, "echo", word="a")
@@ -38,7 +39,7 @@ TASK = task(3, "echo", word="a")
 class Answers:
     """A stand-in host: ``answer`` gives what it was made with and keeps what it was given."""
 
-    digest = DIGEST
+    digest, encoding = DIGEST, EXACT
 
     def __init__(self, *answers: bytes | Failure) -> None:
         self.answers, self.given = list(answers), []
@@ -71,7 +72,7 @@ def test_the_app_takes_one_packed_task_and_returns_one_packed_update() -> None:
     reply = client_app(lambda context: host)(message(), context({"partition-id": 3}))
     assert not reply.has_error()
     assert set(reply.content) == {"blob"}
-    update = unpack(reply.content.array_records["blob"]["blob"].data, DIGEST)
+    update = unpack(unboxed(reply.content), DIGEST)
     assert isinstance(update, Update)
     assert (update.client, update.metrics, fingerprint(update.tensors)) == (3, {"word": "a"}, fingerprint(TASK.tensors))
 
@@ -141,10 +142,11 @@ def test_real_messages_that_share_nothing_with_the_senders() -> None:
     assert got.metadata.ttl == engine.timeout
     assert got.metadata.message_id == sent[0].metadata.message_id != ""
     assert got.content == sent[0].content
-    box = got.content.array_records["blob"]["blob"]
-    assert (box.dtype, box.shape, box.data) == ("uint8", (len(pack(TASK, DIGEST)),), pack(TASK, DIGEST))
+    boxes = got.content.array_records["blob"]
+    assert {(box.dtype, box.shape) for box in boxes.values()} == {("uint8", (len(box.data),)) for box in boxes.values()}
+    assert unboxed(got.content) == pack(TASK, DIGEST)
     with pytest.raises(TypeError, match=r"fedloom\.safetensors"):
-        box.numpy()
+        boxes["blob"].numpy()
 
 
 @pytest.mark.parametrize("size", [0, 1, 5 * 2**20, 12 * 2**20 + 3])
