@@ -27,6 +27,11 @@ class AdamW:
     cosine: bool = False
 
 
+NOISE = 5e-8
+"""What rounding leaves of a gradient in float32, whose forward pass has numbers near 1: of one that is smaller not even the sign is known,
+and by its sign alone Adam's first step goes."""
+
+
 def clip_to(gradients: Tensors, limit: float) -> dict[str, np.ndarray]:
     """The gradients, scaled so that their 2-norm all together is at most ``limit``. Exactly limit/norm, nothing added."""
     norm = math.sqrt(sum(float((g**2).sum()) for g in gradients.values()))
@@ -55,11 +60,12 @@ def train(
     pull: float = 0.0,
     towards: Tensors | None = None,
     offset: float | np.ndarray = 0.0,
+    undecided: dict[str, np.ndarray] | None = None,
 ) -> tuple[dict[str, np.ndarray], list[float]]:
     """All ``tensors`` after one step a batch on those called ``names``, and the loss before each step.
 
     With ``towards`` each step's loss has (pull/2)·‖now − towards‖² added; the losses told are without.
-    ``offset`` (C,) is added to the logits.
+    ``offset`` (C,) is added to the logits. ``undecided`` is told which scalars' first gradient is not 0 and yet below :data:`NOISE`.
     """
     # "fresh optimiser each participation"
     now, masks, losses = dict(tensors), masks or {}, []
@@ -75,6 +81,8 @@ def train(
         pulled = {n: gradients[n].mean(0) + (pull * (now[n] - towards[n]) if towards else 0.0) for n in trained}
         masked = {n: pulled[n] * masks.get(n, 1.0) for n in trained}
         for n, g in clip_to(masked, rule.clip).items():
+            if undecided is not None and step == 1:
+                undecided[n] = undecided.get(n, np.zeros(g.shape, bool)) | ((g != 0) & (np.abs(g) < NOISE))
             moved, first[n], second[n] = adamw_step(now[n], g, first[n], second[n], step, now_rule)
             now[n] = np.where(masks.get(n, 1.0) == 1.0, moved, now[n])
     return now, losses

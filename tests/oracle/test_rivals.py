@@ -209,6 +209,7 @@ def test_fedalt_partial(kind: real.Kind, top: int) -> None:
     upper = {name for name in start if is_lora(name) and (layer_of(name) or 0) >= real.LAYERS - top}
     local, shared = (upper, part(start, set(start) - upper)) if top else (head, part(start, set(start) - head))
     own = {k: part(start, local) for k in EVERYBODY}
+    undecided: dict[int, dict[str, np.ndarray]] = {k: {} for k in EVERYBODY}
     assert_handed_out(made, local)
     for t, exchange in enumerate(made.asked("train")):
         assert tuple(exchange.down) == COHORTS[t]
@@ -216,7 +217,7 @@ def test_fedalt_partial(kind: real.Kind, top: int) -> None:
         fitted: dict[int, Arrays] = {}
         for k in COHORTS[t]:
             both = epochs(k, "batches", t)
-            first, losses = trained(k, {**shared, **own[k]}, local, both[: len(both) // 2])
+            first, losses = trained(k, {**shared, **own[k]}, local, both[: len(both) // 2], undecided=undecided[k])
             own[k] = part(first, local)
             fitted[k], more = trained(k, first, shared, both)
             update = exchange.up[k]
@@ -227,7 +228,7 @@ def test_fedalt_partial(kind: real.Kind, top: int) -> None:
         shared = mean_of(fitted, shared)
         real.assert_close(made.states[t + 1].shared, shared)
         for k in EVERYBODY:
-            real.assert_close(made.private[t + 1][k], own[k], typical=3e-4)  # few scalars: one near Adam's eps weighs more
+            real.assert_close(made.private[t + 1][k], own[k], undecided=undecided[k])
             same = all(torch.equal(made.private[t][k][name], made.private[t + 1][k][name]) for name in local)
             assert same == (k not in COHORTS[t])
     assert_predicts(made, {k: {**shared, **own[k]} for k in EVERYBODY})
