@@ -24,6 +24,7 @@ from fedloom.compute.work import (
     Pretrained,
     Score,
     Sensitivity,
+    Smoothing,
     Spectral,
     Spectrum,
     WorkItem,
@@ -86,6 +87,7 @@ class Serial:
         bias = torch.zeros((), device=model.device) if item.bias is None else item.bias.float().to(model.device)
         adam = torch.optim.AdamW(now.values(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
         _load_moments(adam, now, item.moments)
+        seen = {n: (torch.zeros_like(t), torch.zeros_like(t)) for n, t in start.items()} if item.watch else {}
         losses = []
         for i, indices in enumerate(item.batches):
             batch = self.batch(item.examples, indices)
@@ -98,6 +100,8 @@ class Serial:
             total = loss if item.penalty is None else loss + item.penalty(now, anchor)
             gradients = torch.autograd.grad(total, list(now.values()))
             for (name, tensor), gradient in zip(now.items(), gradients, strict=True):
+                if item.watch:
+                    watch(*seen[name], tensor.detach(), gradient, item.watch)
                 gradient = gradient + correction[name] if name in correction else gradient
                 tensor.grad = gradient * mask[name] if name in mask else gradient
             if o.clip:
@@ -109,7 +113,8 @@ class Serial:
                 for name in mask:
                     now[name].copy_(torch.where(mask[name] > 0, now[name], start[name]))
             losses.append(float(loss.detach()))
-        return Fitted({n: t.detach().cpu() for n, t in now.items()}, np.array(losses), _moments(adam, now))
+        importance = {n: (mean * apart).cpu() for n, (mean, apart) in seen.items()}
+        return Fitted({n: t.detach().cpu() for n, t in now.items()}, np.array(losses), _moments(adam, now), importance)
 
     def _each_gradient(self, at: Tensors, examples: Examples, names: Sequence[str], i: int) -> list[torch.Tensor]:
         now = {n: t.detach().float().to(self.model.device).requires_grad_(n in names) for n, t in at.items()}
@@ -208,6 +213,13 @@ def scored_names(item: Score | Fisher | Spectrum) -> list[str]:
             f"{type(item).__name__} is over {sorted(item.over or ())[:4]}, none of which is among the tensors {sorted(item.at)[:4]}"
         )
     return names
+
+
+def watch(mean: torch.Tensor, apart: torch.Tensor, now: torch.Tensor, gradient: torch.Tensor, by: Smoothing) -> None:
+    """One step of Ī and Ū, in place."""
+    sensitivity = (now * gradient).abs()
+    mean.mul_(by.beta1).add_(sensitivity, alpha=1 - by.beta1)
+    apart.mul_(by.beta2).add_((sensitivity - mean).abs(), alpha=1 - by.beta2)
 
 
 def dropout_key(seed: int, step: int) -> int:

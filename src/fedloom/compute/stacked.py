@@ -24,7 +24,7 @@ from torch.func import vmap
 from fedloom.compute.compute import Done
 from fedloom.compute.flat import Flat
 from fedloom.compute.flops import Flops
-from fedloom.compute.serial import Serial, cost, dropout_key, scored_names, twice_differentiated
+from fedloom.compute.serial import Serial, cost, dropout_key, scored_names, twice_differentiated, watch
 from fedloom.compute.spectrum import spectra
 from fedloom.compute.work import (
     Fisher,
@@ -210,6 +210,7 @@ class Stacked:
         now = begin.clone()
         first, second, steps = self._moments(items, flat)
         losses = [np.zeros(len(item.batches)) for item in items]
+        mean, apart = (torch.zeros_like(now) if items[0].watch else now[:, :0] for _ in range(2))
 
         for i in range(len(items[0].batches)):
             active = sum(len(item.batches) > i for item in items)
@@ -237,6 +238,8 @@ class Stacked:
                 loss[low:high] += values.detach()
 
             self._passes(items, [Part(k, items[k].batches[i]) for k in range(active)], backward)
+            if items[0].watch:
+                watch(mean[:active], apart[:active], now[:active], gradient, items[0].watch)
             if correction is not None:
                 gradient += correction[:active]
             if mask is not None:
@@ -259,10 +262,10 @@ class Stacked:
             for kept, value in zip(losses, loss.tolist(), strict=False):
                 kept[i] = value
         ends, firsts, seconds = (matrix.cpu() for matrix in (now, first, second))
-        return [
-            Fitted(flat.one(ends[c], c), losses[c], Moments(flat.one(firsts[c], c), flat.one(seconds[c], c), int(steps[c])))
-            for c in range(len(items))
-        ]
+        importance = (mean * apart).cpu()
+        moments = [Moments(flat.one(firsts[c], c), flat.one(seconds[c], c), int(steps[c])) for c in range(len(items))]
+        told = [flat.one(row, c) if items[0].watch else {} for c, row in enumerate(importance)]
+        return [Fitted(flat.one(ends[c], c), losses[c], moments[c], told[c]) for c in range(len(items))]
 
     def _mask(self, items: Sequence[Fit], flat: Flat) -> torch.Tensor | None:
         if not items[0].mask:
@@ -442,7 +445,7 @@ def _kind(item: WorkItem) -> Hashable:
             shapes += (*sorted(some), sum(tensors[n].numel() for n in some))
             masks = tuple((n, tuple(t.shape)) for n, t in item.mask.items())
             fixed = tuple((n, tuple(t.shape)) for n, t in sorted(item.fixed.items()))
-            masks = (*masks, *sorted(item.correction), item.through)
+            masks = (*masks, *sorted(item.correction), item.through, item.watch)
             return ("fit", shapes, masks, fixed, item.optimizer, item.penalty, item.anchor is None, item.moments is None, item.bias is None)
         case Score() | Fisher():
             return (type(item).__name__, shapes, item.over)
@@ -470,7 +473,7 @@ def _states_that_fit(item: WorkItem, device: torch.device) -> int:
     """How many clients' trainable tensors (and what training keeps beside them) fit into memory at once, at least one."""
     if isinstance(item, Pretrained):
         return 1
-    tensors, copies = (item.start, 8) if isinstance(item, Fit) else (item.at, 4)
+    tensors, copies = (item.start, 8 + 2 * (item.watch is not None)) if isinstance(item, Fit) else (item.at, 4)
     each = 4 * copies * sum(t.numel() for t in tensors.values())
     return max(1, int(MEMORY_SHARE * free_bytes(device) / max(1, each)))
 

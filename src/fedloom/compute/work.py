@@ -57,6 +57,19 @@ class AdamW:
 
 
 @dataclass(frozen=True)
+class Smoothing:
+    """How the importance of single weights is watched while they are trained (AdaLoRA, 2303.10512): before each step
+
+        I = |w·∂L/∂w|,   Ī <- β₁·Ī + (1 − β₁)·I,   Ū <- β₂·Ū + (1 − β₂)·|I − Ī|          both from 0
+
+    with the gradient of all that is minimised, penalty included, before it is corrected, masked or clipped. Importance is Ī·Ū.
+    """
+
+    beta1: float
+    beta2: float
+
+
+@dataclass(frozen=True)
 class Moments:
     """AdamW's state: first and second moments by tensor name, and the number of steps taken."""
 
@@ -76,6 +89,7 @@ class Fit:
     ``correction`` is added to every step's gradient, before it is clipped (SCAFFOLD); tensors that it does not name have none.
     ``bias`` (C,) is added to the logits of every example before the loss, and is not trained.
     ``through`` makes the model's tensors of the trained and the fixed ones, where what is trained is no tensor of the model itself.
+    ``watch``: with what smoothing each trained number's importance is watched.
     ``dropout_seed`` makes the dropout masks of the run; step i uses ``derive(dropout_seed, "dropout", i)``.
 
     Raises:
@@ -97,6 +111,7 @@ class Fit:
     rows: Tensors = field(default_factory=dict)
     correction: Tensors = field(default_factory=dict)
     through: Through | None = None
+    watch: Smoothing | None = None
 
     def __post_init__(self) -> None:
         for name, added in self.correction.items():
@@ -130,11 +145,13 @@ class Fit:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What :class:`Fit` made: the trained tensors, the mean loss of each step (before it), AdamW's state."""
+    """What :class:`Fit` made: the trained tensors, the mean loss of each step (before it), AdamW's state; and of each number its
+    importance, if that was watched (:class:`Smoothing`), named and shaped as the tensors."""
 
     tensors: dict[str, torch.Tensor]
     losses: np.ndarray
     moments: Moments
+    importance: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

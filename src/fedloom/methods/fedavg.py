@@ -20,7 +20,7 @@ import torch
 from fedloom.client.client import Client
 from fedloom.client.curricula.everything import Everything
 from fedloom.client.curriculum import Curriculum, Opened, Turn, shuffled, shuffled_epochs
-from fedloom.compute.work import AdamW, Fit, Fitted, Moments, Penalty, Schedule, Through
+from fedloom.compute.work import AdamW, Fit, Fitted, Moments, Penalty, Schedule, Smoothing, Through
 from fedloom.data.examples import Examples
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
 from fedloom.methods.method import Predictor, State, predict
@@ -118,14 +118,16 @@ class FedAvg:
         bias: torch.Tensor | None = None,
         correction: Tensors | None = None,
         through: Through | None = None,
+        watch: Smoothing | None = None,
     ) -> Work[Fitted]:
         """Train ``start`` on what the curriculum opens, under tensors that stay ``fixed``, with ``bias`` (C,) on the logits and
-        ``correction`` on the gradients. ``through``: what the model is called with, where that is not these themselves."""
+        ``correction`` on the gradients. ``through``: what the model is called with, where that is not these themselves.
+        ``watch``: how each number's importance is watched."""
         given = {**(fixed or {}), **start}
         opened = yield from self.open(c, given if through is None else through(given), task)
         t = int(task.settings["round"])  # type: ignore[arg-type]
         fit = self.fit(c, start, opened.batches, t, mask, penalty, fixed=fixed, examples=opened.examples, bias=bias)
-        return (yield replace(fit, correction=correction or {}, through=through))
+        return (yield replace(fit, correction=correction or {}, through=through, watch=watch))
 
     def whole(self, c: Client) -> Opened:
         """One epoch over everything, in the order that the curriculum ends with. It must have been prepared."""

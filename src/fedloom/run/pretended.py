@@ -29,7 +29,7 @@ class Pretended:
         match item:
             case Fit():
                 still = {name: torch.zeros_like(tensor) for name, tensor in item.start.items()}
-                return Fitted(dict(item.start), np.zeros(len(item.batches)), Moments(still, still, 0))
+                return Fitted(dict(item.start), np.zeros(len(item.batches)), Moments(still, still, 0), still if item.watch else {})
             case Score():
                 return np.zeros(len(item.examples))
             case Fisher():
