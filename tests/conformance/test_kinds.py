@@ -76,6 +76,7 @@ def test_predictions_of_whole_models_are_each_devices_own(same: bool) -> None:
 
 
 LORA_ONLY = {"fibecfed", "federa", "ffa", "fedsa", "fedsb", "rolora", "flora", "fedex", "flexlora", "hetlora", "flasc", "slora"}
+LORA_ONLY |= {"adalora", "deltalora"}
 MIXED_ONLY = {"fedalt"}
 POOL = Pool((0, 1, 2), 2, 2, 8)
 

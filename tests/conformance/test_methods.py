@@ -59,9 +59,11 @@ NO_PERSONAL_PART = {
     "scaffold",
     "slora",
     "fedsb",
+    "adalora",
+    "deltalora",
 }
 
-WHOLE_MODEL = {"fedcybgd", "fedbavg", "handover", "fedfft", "fedbf", "flora", "fedex"}
+WHOLE_MODEL = {"fedcybgd", "fedbavg", "handover", "fedfft", "fedbf", "flora", "fedex", "deltalora"}
 """What they change PEFT has no adapter for; ``transformers`` loads it."""
 NOT_LOADABLE = {"fedap"}
 """No library loads their bottlenecks."""

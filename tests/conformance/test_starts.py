@@ -25,7 +25,7 @@ from fedloom.server.participation import Pool
 from tests import tiny
 
 POOL = Pool((0, 1, 2), 2, 2, 8)
-FROM_ZERO = {"flora", "slora", "fedsb"}
+FROM_ZERO = {"flora", "slora", "fedsb", "adalora"}
 NO_PAIRS = {"fedalt"}
 """Whose adapter is none that a start is made for."""
 METHODS = [name for name in all_methods() if name not in {"centralised", *FROM_ZERO, *NO_PAIRS}]  # that trains nowhere but in the centre

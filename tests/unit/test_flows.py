@@ -50,6 +50,8 @@ def test_there_are_these_methods_and_each_says_its_paper() -> None:
     assert list(all_methods()) == sorted(
         [
             *ours,
+            "adalora",
+            "deltalora",
             "ditto",
             "fedalt",
             "fedalt-partial",

@@ -24,11 +24,11 @@ trained; a module without any is the pre-trained one. Scores travel in rounds th
 and averaged as FedAvg does; what predicts and is exported are the pairs (P·Λ, Q), plain LoRA.
 
 Deviations: the schedule counts rounds, where the paper's counts steps (and cuts every ΔT of them); t_i and t_f are shares of all rounds,
-about what they are of all steps in the authors' scripts. The paper sets the λ of what it cuts to zero and goes on training it, so that a triplet whose importance grows again comes back within the
-budget; here what is cut is gone. Ī and Ū start at 0 at every participation, as AdamW does, where the paper's run through the training. The
-mean of P·Λ·Q is not the product of the means; that error is FedIT's. The regulariser is the paper's, squared and summed over modules; the
-authors' code and PEFT take the norms' mean, not squared. s is that of the adapter's rank at any time. P and Q start in N(0, 0.02²), the
-paper's Gaussian with the deviation of the authors' code, λ at 0.
+about what they are of all steps in the authors' scripts. The paper sets the λ of what it cuts to zero and goes on training it, so that a
+triplet whose importance grows again comes back within the budget; here what is cut is gone. Ī and Ū start at 0 at every participation, as
+AdamW does, where the paper's run through the training. The mean of P·Λ·Q is not the product of the means; that error is FedIT's. The
+regulariser is the paper's, squared and summed over modules; PEFT takes the norms' mean, not squared. s is that of the adapter's rank at any
+time. P and Q start in N(0, 0.02²), the paper's Gaussian with PEFT's deviation, λ at 0.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ class AdaLora:
         wide, rank = min(t.shape[1 if is_down(n) else 0] for n, t in pairs.items()), self.widest(pairs)
         if rank > wide:
             raise ValueError(
-                f"'{self.name}' starts with rank {rank}, {self.initial} times the adapter's, and no more than {wide} vectors can be orthonormal "
-                "here; give a lower --adapter.rank"
+                f"'{self.name}' starts with rank {rank}, {self.initial} times the adapter's, and no more than {wide} vectors can be "
+                "orthonormal here; give a lower --adapter.rank"
             )
         return State(0, without(model.initial, pairs), pairs)
 

@@ -78,8 +78,8 @@ class DeltaLora:
         need_pairs(model.initial, self.name)
         if model.dropout:
             raise ValueError(
-                f"'{self.name}' moves W by what moves the pair, so that both must see the same input, and dropout {model.dropout} thins out the "
-                "pair's alone; give it --adapter.dropout 0"
+                f"'{self.name}' moves W by what moves the pair, so that both must see the same input; dropout {model.dropout} thins out "
+                "the pair's alone. Give it --adapter.dropout 0"
             )
         return State(0, model.initial, model.weights, {"scaling": model.beneath.scaling})
 

@@ -267,6 +267,19 @@ def is_up(name: str) -> bool:
     return ".lora_B." in name
 
 
+def widened(tensors: Mapping[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+    """Pairs with zeros behind their directions up to ``rank``: the same function. Other tensors as they are."""
+    made = {}
+    for name, tensor in tensors.items():
+        if is_factor(name):
+            across = 0 if is_down(name) else 1
+            shape = [*tensor.shape]
+            shape[across] = rank - shape[across]
+            tensor = torch.cat([tensor, tensor.new_zeros(shape)], across)
+        made[name] = tensor
+    return made
+
+
 def partner(name: str) -> str:
     """The name of A for B's and of B for A's.
 
@@ -294,7 +307,9 @@ def merged(model: nn.Module, names: Mapping[str, str], tensors: Mapping[str, tor
     own = dict(copied.named_parameters())
     with torch.no_grad():
         for name, tensor in tensors.items():
-            own[names[name]].copy_(tensor)
+            place = own[names[name]]
+            place.data = place.new_empty(tensor.shape if is_factor(name) else place.shape)  # a pair has the rank that it comes with
+            place.copy_(tensor)
     if not isinstance(copied, PeftModel):
         return copied
     try:
@@ -321,7 +336,8 @@ def write_adapter(
     """Write a folder that ``peft.PeftModel.from_pretrained`` loads: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     ``names`` are the saved names of all trained tensors, ``base`` the folder or Hub name of the base model. ``start``: A0 and B0, if
-    that is where the pairs started; then the adapter stands on the untouched base with twice the rank, [B | −B0] and [A ; A0].
+    that is where the pairs started; then the adapter stands on the untouched base with twice the rank, [B | −B0] and [A ; A0]. Pairs of
+    other ranks than the adapter's are written with the highest one, zeros behind their own directions, and the same s.
 
     Raises:
         AdapterError: a tensor that the model trains is missing, or one is unknown; or a kind that PEFT does not have.
@@ -338,6 +354,9 @@ def write_adapter(
         downs = {n: torch.cat([t, start[n]]) for n, t in tensors.items() if is_down(n)}
         ups = {n: torch.cat([t, -start[n]], 1) for n, t in tensors.items() if is_up(n)}
         tensors = {**tensors, **downs, **ups}
+    if ranks := {len(tensor) for name, tensor in tensors.items() if is_down(name)}:
+        config |= {"r": max(ranks), "lora_alpha": config["lora_alpha"] * max(ranks) / config["r"]}
+        tensors = widened(tensors, max(ranks)) if len(ranks) > 1 else tensors
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str))
     save_file(

@@ -74,19 +74,6 @@ def cut(tensors: Tensors, rank: int) -> dict[str, torch.Tensor]:
     return {n: _of_rank(n, t, rank).clone() if is_factor(n) else t for n, t in tensors.items()}
 
 
-def widened(tensors: Tensors, rank: int) -> dict[str, torch.Tensor]:
-    """Pairs with zeros behind their directions up to ``rank``: the same function. Other tensors as they are."""
-    made = {}
-    for name, tensor in tensors.items():
-        if is_factor(name):
-            shape = (rank, tensor.shape[1]) if is_down(name) else (tensor.shape[0], rank)
-            whole = tensor.new_zeros(shape)
-            _of_rank(name, whole, tensor.shape[0 if is_down(name) else 1]).copy_(tensor)
-            tensor = whole
-        made[name] = tensor
-    return made
-
-
 def _of_rank(name: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
     return tensor[:rank] if is_down(name) else tensor[:, :rank]
 
