@@ -1,4 +1,5 @@
-"""FibecFed, plain federated LoRA, its cheap rivals, floor and ceiling, under one protocol: the tables of docs/log.md.
+"""FibecFed, plain federated LoRA, its cheap rivals, two of its paper's baselines, floor and ceiling, under one protocol. The tables of
+docs/log.md are of all but those two (``adalora``, ``deltalora``), which came later.
 
     python recipes/rivals.py --out runs/rivals                        the packaged questions
     python recipes/rivals.py --data PATH/TO/rte --max-train 500 --clients 20 --cohort 5 --rounds 12 --max-length 96 --out runs/rivals-rte
@@ -14,7 +15,7 @@ import sys
 
 from fedloom.cli import main
 
-METHODS = ["lora", "lora-personal-head", "fibecfed", "local", "centralised", "lora-finetuned", "lora-prior"]
+METHODS = ["lora", "lora-personal-head", "fibecfed", "local", "centralised", "lora-finetuned", "lora-prior", "adalora", "deltalora"]
 GRID = "--alphas 1.0 0.1 --seeds 1 2 3 --lrs 5e-4 2e-3 8e-3 --share-training"
 SHAPE = "--clients 50 --cohort 10 --rounds 20 --max-train 2000 --evaluate-every 0 --precision bf16"
 

@@ -16,7 +16,7 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.model.adapters import Adapter
 from fedloom.model.loading import load
 from fedloom.server.participation import Pool
-from tests import tiny
+from tests import flows, tiny
 from tests.oracle import real
 from tests.oracle.numpy_encoder import pad
 from tests.oracle.numpy_training import adamw_step, clip_to
@@ -175,9 +175,13 @@ def test_what_cannot_be_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             replace(METHOD, **wrong)
+
+
+def test_a_narrow_module_starts_with_as_many_as_it_can_have() -> None:
+    """No more than d vectors of d numbers are orthonormal: rank 11 of 16 wide modules would start with 17."""
     wide = load(str(tiny.folder()), num_labels=3, adapter=Adapter(rank=11), seed=1, max_length=16)
-    with pytest.raises(ValueError, match="'adalora' starts with rank 17, 1.5 times the adapter's, and no more than 16 vectors"):
-        METHOD.init(wide)
+    _, state = flows.play(METHOD.setup(METHOD.init(wide), real.POOL), flows.echo)
+    assert state.facts["budget"] == [6 * 16, 6 * 11] and set(state.facts["ranks"].values()) == {16}
 
 
 def test_without_a_cut_nobody_scores() -> None:

@@ -65,7 +65,8 @@ class AdaLora:
 
     Attributes:
         inner: local training and its optimiser.
-        initial: the first budget over the last one; the rank that every module starts with is this times the adapter's, rounded up.
+        initial: the first budget over the last one; the rank that every module starts with is this times the adapter's, rounded up, or
+            the most that there can be singular vectors.
         warm_up: t_i, the share of the rounds before the first cut.
         final: t_f, the share of the rounds after the last one.
         orthogonality: γ, how strongly P and Q are held orthonormal.
@@ -106,34 +107,26 @@ class AdaLora:
         """The head is shared; until the set-up the server keeps the pairs, whose shapes it needs.
 
         Raises:
-            ValueError: no LoRA is trained, one that does not start at zero, or one that is too narrow for the first rank.
+            ValueError: no LoRA is trained, or one that does not start at zero.
         """
         need_pairs(model.initial, self.name)
         need_zero_start(model.initial, self.name)
         pairs = only(model.initial, list(filter(is_factor, model.initial)))
-        wide, rank = min(t.shape[1 if is_down(n) else 0] for n, t in pairs.items()), self.widest(pairs)
-        if rank > wide:
-            raise ValueError(
-                f"'{self.name}' starts with rank {rank}, {self.initial} times the adapter's, and no more than {wide} vectors can be "
-                "orthonormal here; give a lower --adapter.rank"
-            )
         return State(0, without(model.initial, pairs), pairs)
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """P and Q are drawn, once for all; they are shared from then on."""
         pairs, triplets = state.server, dict[str, torch.Tensor]()
-        rank = self.widest(pairs)
-        for b in sorted(filter(is_up, pairs)):
-            for name, shape in ((b, (len(pairs[b]), rank)), (partner(b), (rank, pairs[partner(b)].shape[1]))):
+        rank, first = rank_in(pairs), 0
+        for p in sorted(filter(is_up, pairs)):
+            q, tall, wide = partner(p), len(pairs[p]), pairs[partner(p)].shape[1]
+            most = min(math.ceil(self.initial * rank), tall, wide)
+            for name, shape in ((p, (tall, most)), (q, (most, wide))):
                 triplets[name] = torch.from_numpy(derive(pool.seed, "triplets", name).normal(0, DEVIATION, shape)).float()
-            triplets[f"{VALUES}{b}"] = torch.zeros(rank)
-        modules = len(pairs) // 2
-        facts = {"budget": [modules * rank, modules * rank_in(pairs)], "ranks": ranks(triplets)}
+            triplets[f"{VALUES}{p}"] = torch.zeros(most)
+            first += most
+        facts = {"budget": [first, min(first, rank * len(pairs) // 2)], "ranks": ranks(triplets)}
         return (yield from self.inner.setup(State(0, {**state.shared, **triplets}, facts=facts), pool))
-
-    def widest(self, pairs: Tensors) -> int:
-        """The rank that every module starts with."""
-        return math.ceil(self.initial * rank_in(pairs))
 
     def budget(self, t: int, rounds: int, first: int, last: int) -> int:
         """b_t, how many triplets there are after ``t`` of all ``rounds``, from ``first`` to ``last``."""
@@ -168,8 +161,8 @@ class AdaLora:
 
     def held_orthonormal(self, now: Tensors, start: Tensors) -> torch.Tensor:
         """γ·Σ R(P, Q)."""
-        grams = [t @ t.T if is_down(n) else t.T @ t for n, t in now.items() if is_factor(n) and not n.startswith(VALUES)]
-        return self.orthogonality * torch.stack([(g - torch.eye(len(g), device=g.device)).square().sum() for g in grams]).sum()
+        off = [gram(t if is_down(n) else t.T) for n, t in now.items() if is_factor(n) and not n.startswith(VALUES)]
+        return self.orthogonality * torch.stack([made.square().sum() for made in off]).sum()
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
         """The shared model."""
@@ -181,6 +174,14 @@ class AdaLora:
         return whole(state.shared)
 
     predict = predict
+
+
+def gram(rows: torch.Tensor) -> torch.Tensor:
+    """V·Vᵀ − I of vectors (r, d), with zeros behind it up to a multiple of four: so every device's matrices begin where a cache's line
+    does, whoever shares the pass, and the library that multiplies them sums in the same order."""
+    r, d = rows.shape
+    whole = torch.cat([rows, rows.new_zeros(-r % 4, d)])
+    return whole @ whole.T - torch.diag((torch.arange(len(whole), device=rows.device) < r).to(rows.dtype))
 
 
 def whole(tensors: Tensors) -> dict[str, torch.Tensor]:
