@@ -83,7 +83,7 @@ def test_plain_lora_keeps_nothing_on_its_devices(tmp_path: Path) -> None:
     assert run(small.experiment("lora"), tmp_path / "run", plain=True)["device_state"] is None
 
 
-@pytest.mark.parametrize("name", ["slora", "scaffold", "fedsb", "fedalt"])
+@pytest.mark.parametrize("name", ["slora", "scaffold", "fedsb", "fedalt", "adalora"])
 def test_a_method_that_looks_at_what_training_left_can_be_described(name: str) -> None:
     """What is only counted has weights to start from and moments of the right names."""
     told = dict(describe(small.experiment(name)).lines)

@@ -198,6 +198,9 @@ def test_traffic_is_ordered_as_the_methods_say() -> None:
     assert up["fedalt-partial"] == pytest.approx(up["lora-personal-head"], rel=0.002), "the same tensors, with another loss and cost"
     assert up["fedsb"] < min(up["ffa"], up["fedsa"], up["rolora"]), "r by r numbers of a module"
     assert up["fedalt"] < up["lora"], "a pair of each module, and no head"
+    assert up["deltalora"] == pytest.approx(up["lora"], rel=0.002), "W is the server's to move"
+    told = [row["bytes_up"] for row in rows(whole("adalora")[0])[1:]]
+    assert told[1] < 0.75 * told[0], "two thirds of the triplets are left after the first round"
     assert up["fedopt"] == pytest.approx(up["lora"], rel=0.002), "the moments are the server's"
     assert up["ditto"] == pytest.approx(up["lora"], rel=0.002), "the personal model stays"
     setup = {name: whole(name)[1]["setup_bytes_down"] for name in METHODS}

@@ -15,7 +15,7 @@ import torch
 from fedloom.compute.compute import Done
 from fedloom.compute.serial import Serial
 from fedloom.compute.stacked import Stacked, _chunks, _states_that_fit, token_bytes
-from fedloom.compute.work import AdamW, Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, WorkItem
+from fedloom.compute.work import AdamW, Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, Smoothing, WorkItem
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
 from fedloom.model.adapters import Adapter, is_factor
@@ -102,6 +102,7 @@ OPTIONS: dict[str, Callable[[Model, int], dict[str, Any]]] = {
     "fixed": lambda m, k: {"fixed": {n: t for n, t in families.moved(m, k).items() if not is_factor(n)}},
     "all": lambda m, k: {"mask": rows_mask(m, k), "penalty": pull, "moments": some_moments(m, k)},
     "through": lambda m, k: {"through": turned, "fixed": between(m, k)[1]},
+    "watch": lambda m, k: {"watch": Smoothing(0.6, 0.9), "penalty": pull, "mask": rows_mask(m, k)},
     "no clip": lambda m, k: {"optimizer": AdamW(1e-2, clip=0.0)},
 }
 
@@ -124,7 +125,7 @@ def fitted(option: str, dropout: float, stack: int | None, precision: str = "flo
 def gap(first: Tensors, second: Tensors) -> float:
     assert set(first) == set(second)
     assert all(first[n].shape == second[n].shape for n in first)
-    return max(float((first[n] - second[n]).abs().max()) for n in first if first[n].numel())
+    return max((float((first[n] - second[n]).abs().max()) for n in first if first[n].numel()), default=0.0)
 
 
 def relative(first: np.ndarray, second: np.ndarray) -> float:
@@ -143,6 +144,8 @@ def test_fit(option: str, dropout: float, stack: int) -> None:
         assert np.abs(alone.losses - stacked.losses).max() <= LOSSES
         assert gap(alone.moments.first, stacked.moments.first) <= TENSORS
         assert gap(alone.moments.second, stacked.moments.second) <= TENSORS
+        assert set(alone.importance) == (set(alone.tensors) if option == "watch" else set())
+        assert gap(alone.importance, stacked.importance) <= TENSORS
         assert alone.moments.steps == stacked.moments.steps
         assert (one.flops, one.examples) == (many.flops, many.examples)
 

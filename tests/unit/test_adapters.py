@@ -114,6 +114,26 @@ def test_plain_peft_loads_what_was_written_with_the_same_logits(family: str, tmp
     assert config["base_model_name_or_path"] == str(families.folder(family))
 
 
+def test_pairs_of_several_ranks_are_written_with_the_highest_and_the_same_scale(tmp_path: Path) -> None:
+    """And merged as they are: a pair has the rank that it comes with."""
+    model, generator = families.model("bert"), torch.Generator().manual_seed(4)
+    at = families.moved(model)
+    for rank, down in enumerate([name for name in at if ".lora_A." in name][1:], 1):  # the adapter's own rank 2, then 1, 2, 3
+        at[down] = torch.randn(rank, at[down].shape[1], generator=generator)
+        at[partner(down)] = torch.randn(len(at[partner(down)]), rank, generator=generator)
+    text = tiny.examples(1, seed=8)
+    batch = as_batch(vars(text.pad(np.array([0]), pad_id=0)), model.device)
+    write_adapter(model.module, list(model.parameters), at, tmp_path / "out", str(families.folder("bert")))
+    loaded, made = PeftModel.from_pretrained(plain(), tmp_path / "out").eval(), merged(model.module, model.parameters, at)
+    with torch.no_grad():
+        wanted, _ = model.forward(at, batch, torch.float32)
+        assert torch.allclose(loaded(input_ids=batch.ids).logits, wanted, atol=1e-4)
+        assert torch.allclose(made(input_ids=batch.ids).logits, wanted, atol=1e-4)
+        assert not torch.allclose(model.forward({}, batch, torch.float32)[0], wanted, atol=1e-2)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (3, 6.0), "s is 2, as it was"
+
+
 @pytest.mark.parametrize("family", families.CONFIGS)
 def test_merged_is_a_plain_model_with_the_same_logits(family: str) -> None:
     model = families.model(family)
