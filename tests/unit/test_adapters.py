@@ -116,7 +116,8 @@ def test_plain_peft_loads_what_was_written_with_the_same_logits(family: str, tmp
 
 def test_pairs_of_several_ranks_are_written_with_the_highest_and_the_same_scale(tmp_path: Path) -> None:
     """And merged as they are: a pair has the rank that it comes with."""
-    model, generator = families.model("bert"), torch.Generator().manual_seed(4)
+    adapter, generator = Adapter(rank=2, alpha=4.0), torch.Generator().manual_seed(4)
+    model = load(str(families.folder("bert")), num_labels=2, adapter=adapter, max_length=16)
     at = families.moved(model)
     for rank, down in enumerate([name for name in at if ".lora_A." in name][1:], 1):  # the adapter's own rank 2, then 1, 2, 3
         at[down] = torch.randn(rank, at[down].shape[1], generator=generator)
