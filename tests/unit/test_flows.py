@@ -51,6 +51,7 @@ def test_there_are_these_methods_and_each_says_its_paper() -> None:
         [
             *ours,
             "ditto",
+            "embracingfl",
             "fedalt",
             "fedalt-partial",
             "fedap",
