@@ -98,14 +98,14 @@ def serve(
         CohortFailed: too few devices answered, again and again.
     """
     insist(track)
-    keys = public_keys(certs)
-    host, port = address(listen)
-    tls = Tls(certs / "server.pem", insist_secret(certs / "server.key"))
     if is_file(experiment.device):
         raise ExperimentError(
             f"--device {experiment.device} is a file of this machine, and every device must know what it is like; give one of "
             f"{sorted(PROFILES)} or {sorted(MIXES)}"
         )
+    keys = public_keys(certs)
+    host, port = address(listen)
+    tls = Tls(certs / "server.pem", insist_secret(certs / "server.key"))
     if experiment.clients != len(keys):
         raise ExperimentError(f"the experiment is for {experiment.clients} devices, and {certs} has the keys of {len(keys)}")
     title = f"{experiment.method_name}, {len(keys)} devices, {experiment.cohort} a round, at {host}:{port} -> {folder}"
