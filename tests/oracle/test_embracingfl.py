@@ -23,8 +23,10 @@ from fedloom.engines.engine import drive
 from fedloom.engines.local import Local
 from fedloom.engines.wrap import Faulty
 from fedloom.fleet import DeviceProfile, Fleet
+from fedloom.messages import Asking, Update
 from fedloom.methods.embracingfl import EmbracingFL
 from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.method import State
 from fedloom.model.adapters import is_head
 from fedloom.model.base import Model
 from fedloom.model.memory import Needs, fitting, needs, output_side, parts
@@ -171,13 +173,25 @@ def test_devices_of_one_depth_are_computed_together() -> None:
 
 def test_a_device_that_not_even_the_head_fits_is_named() -> None:
     small = replace(POOL, fleet=Fleet((profile(taken(0) - 1), profile(1e9)), (1, 1, 0, 1)))
-    with pytest.raises(ValueError, match=rf"device 2 \('of {taken(0) - 1:g} bytes'\) has .* training the head alone takes {taken(0):,}"):
+    with pytest.raises(ValueError, match=rf"device 2 \('of {taken(0) - 1:g} bytes'\) has .* the head alone, takes {taken(0):,}"):
         drive(METHOD.setup(METHOD.init(real.model()), small), Local(None))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'embracingfl' cannot follow aggregation 'median'"):
         drive(METHOD.setup(METHOD.init(real.model()), replace(POOL, rule=Rule("median"))), Local(None))  # type: ignore[arg-type]
+    layers_only = State(0, {n: t for n, t in real.model().initial.items() if not is_head(n)}, {"needed": torch.tensor([5, 9])})
+    assert METHOD.layers(layers_only, replace(POOL, fleet=Fleet((profile(9),))), 0) == 1
+    with pytest.raises(ValueError, match="the least that can be trained, one layer, takes 9"):
+        METHOD.layers(layers_only, replace(POOL, fleet=Fleet((profile(8),))), 0)
     headless = replace(real.model(), initial={n: t for n, t in real.model().initial.items() if is_head(n)})
     with pytest.raises(ValueError, match="none of the 2 trainable tensors belongs to one"):
         METHOD.init(headless)
+
+
+def test_an_update_of_other_layers_is_refused() -> None:
+    state = drive(METHOD.setup(METHOD.init(real.model()), POOL), Local(None))  # type: ignore[arg-type]
+    asking = next(METHOD.round(state, POOL))
+    assert isinstance(asking, Asking)
+    with pytest.raises(ValueError, match="tensors do not match by name: missing"):
+        asking.take(Update(0, 13, {n: state.shared[n] for n in HEAD}))
 
 
 def test_of_a_whole_model_the_output_side_is_trained_and_the_input_side_frozen() -> None:

@@ -70,7 +70,7 @@ class EmbracingFL:
         """As inner; and how many layers each device trains.
 
         Raises:
-            ValueError: a device whose memory does not even hold what the end needs.
+            ValueError: a device whose memory does not even hold what the end needs, or a layer where nothing of the end is trained.
         """
         pool.insist_on_the_mean(self.name, "each of its layers is averaged over the devices that trained it, which may be few")
         state = yield from self.inner.setup(state, pool)
@@ -85,11 +85,12 @@ class EmbracingFL:
             return len(needed) - 1
         profile = pool.fleet.of(client)
         found = fitting(needed, profile.memory_bytes)
-        if found is None:
+        least = 0 if parts(state.shared)[1] else 1  # a language model with LoRA has nothing behind its layers that is trained
+        if found is None or found < least:
             raise ValueError(
-                f"device {client} ('{profile.name}') has {profile.memory_bytes:,.0f} bytes, and training the head "
-                f"alone takes {needed[0]:,}; "
-                "leave such devices out, or take a smaller model, --method.inner.batch-size or --max-length"
+                f"device {client} ('{profile.name}') has {profile.memory_bytes:,.0f} bytes, and the least that can be trained, "
+                f"{'one layer' if least else 'the head alone'}, takes {needed[least]:,}; leave such devices out, or take a smaller model, "
+                "--method.inner.batch-size or --max-length"
             )
         return found
 
