@@ -37,7 +37,7 @@ def test_plain_lora_is_played_at_the_cost_of_a_real_run(tmp_path: Path) -> None:
     run(real, tmp_path / "lora", plain=True)
     rows = [json.loads(line) for line in (tmp_path / "lora" / "rounds.jsonl").read_text().splitlines()][1:]
     world = build(asked)
-    theirs = played(world, plain_of(asked.method), device_named(asked.device))  # type: ignore[arg-type]
+    theirs = played(world, plain_of(asked.method), world.fleet)  # type: ignore[arg-type]
     assert len(theirs) == len(rows) == 6
     assert all(0 <= real["bytes_up"] - one["bytes_up"] <= 16 * asked.cohort for real, one in zip(rows, theirs, strict=True))
     digits = 20 / device_named(asked.device).upload_bytes_per_second

@@ -113,10 +113,13 @@ def test_of_two_types_that_which_was_sent_counts() -> None:
     assert set(reasons(*replies_of({"w": torch.ones(3, dtype=torch.int64)}, {"w": torch.ones(3)}))) == {0}
 
 
-def test_operations_are_judged_apart() -> None:
+def test_operations_and_what_is_asked_of_them_are_judged_apart() -> None:
     tasks, replies = replies_of({"w": torch.ones(3)}, {"x": torch.ones(3)}, {"w": torch.ones(3)})
-    tasks[1] = replace(tasks[1], op="score")
-    assert agreeing(tasks, replies) is replies
+    for other in ({"op": "score"}, {"settings": {"layers": 1}}):
+        asked = [tasks[0], replace(tasks[1], **other), tasks[2]]
+        assert agreeing(asked, replies) is replies
+    asked = [replace(task, settings={"layers": 1}) for task in tasks]
+    assert set(reasons(asked, replies)) == {1}, "all were asked the same"
 
 
 # who is left out, what is waited for

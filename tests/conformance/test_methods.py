@@ -49,6 +49,7 @@ NO_PERSONAL_PART = {
     "fedcybgd",
     "fedbavg",
     "handover",
+    "embracingfl",
     "fedfft",
     "fedbf",
     "fedap",
@@ -63,7 +64,7 @@ NO_PERSONAL_PART = {
     "deltalora",
 }
 
-WHOLE_MODEL = {"fedcybgd", "fedbavg", "handover", "fedfft", "fedbf", "flora", "fedex", "deltalora"}
+WHOLE_MODEL = {"fedcybgd", "fedbavg", "handover", "fedfft", "fedbf", "flora", "fedex", "deltalora", "embracingfl"}
 """What they change PEFT has no adapter for; ``transformers`` loads it."""
 NOT_LOADABLE = {"fedap"}
 """No library loads their bottlenecks."""
@@ -74,7 +75,7 @@ RESULT_KEYS = {
     "method", "metric", "rounds", "seed", "digest", "final", "best", "bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down",
     "examples", "setup_examples", "host_seconds", "device_seconds", "setup_device_seconds", "setup_host_seconds", "peak_rss_bytes",
     "validation", "notes", "per_device", "partition", "facts", "experiment", "flops", "setup_flops", "setup_paid_back", "device_state",
-    "samples",
+    "samples", "devices",
 }  # fmt: skip
 ROW_KEYS = {
     "round", "loss", "personalised", "global", "examples", "train_seconds", "bytes_up", "bytes_down", "host_seconds",

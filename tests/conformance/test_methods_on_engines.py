@@ -114,7 +114,7 @@ def test_determinism_flower_equals_local(name: str, disturbed: Callable[[Engine]
     assert (one.trained, one.predicted) == (other.trained, other.predicted)
 
 
-FAR = ("lora", "fibecfed", "federa", "fedcybgd", "ditto", "scaffold", "hetlora", "flora")
+FAR = ("lora", "fibecfed", "federa", "fedcybgd", "ditto", "scaffold", "hetlora", "flora", "embracingfl")
 """Methods of every kind of traffic: private parts, set-up, blocks, two asks a round, ranks that differ, bases that move."""
 
 

@@ -18,7 +18,7 @@ from fedloom.run.world import World, build
 from fedloom.server.robust import RULES
 from tests import small
 
-REFUSING = {"fedcybgd", "handover", "flora", "fedex", "flexlora", "hetlora", "deltalora", "fedalt", "local", "centralised"}
+REFUSING = {"fedcybgd", "handover", "flora", "fedex", "flexlora", "hetlora", "deltalora", "fedalt", "local", "centralised", "embracingfl"}
 """Whose server does not average tensor by tensor."""
 STEADY = {"fedopt"}
 """Whose server takes steps of its own length, wherever the mean lies."""

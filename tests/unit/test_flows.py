@@ -53,6 +53,7 @@ def test_there_are_these_methods_and_each_says_its_paper() -> None:
             "adalora",
             "deltalora",
             "ditto",
+            "embracingfl",
             "fedalt",
             "fedalt-partial",
             "fedap",

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from fedloom.fleet import DeviceProfile, Fleet
 from fedloom.messages import Failure, Replies, Task, Traffic, Update
-from fedloom.run.devices import DeviceProfile
 from fedloom.run.ledger import Ledger, peak_rss_bytes
 
-PROFILE = DeviceProfile("round", 100.0, 10.0, 20.0)
+FLEET = Fleet((DeviceProfile("round", 100.0, 10.0, 20.0, 1.0),))
 SCORES = {"test": {"personalised": 0.5, "global": 0.25}, "validation": {"personalised": 0.4, "global": 0.3, "loss": 1.5}}
 KEYS = [
     "round", "loss", "personalised", "global", "examples", "train_seconds", "bytes_up", "bytes_down", "host_seconds",
@@ -26,7 +26,7 @@ def replies() -> Replies:
 
 
 def test_a_section_adds_up_what_it_hears(tmp_path: Path) -> None:
-    section = Ledger(tmp_path, PROFILE).section()
+    section = Ledger(tmp_path, FLEET).section()
     section.hear([Task("train", 4)], replies())
     assert (section.bytes_down, section.bytes_up, section.examples) == (120, 30, 10)
     assert section.device_seconds == 2.0 + 3.0 + 1.0, "the slowest: 40 bytes at 20/s, 300 operations at 100/s, 10 bytes at 10/s"
@@ -38,13 +38,13 @@ def test_a_section_adds_up_what_it_hears(tmp_path: Path) -> None:
 
 
 def test_nobody_told_a_loss(tmp_path: Path) -> None:
-    section = Ledger(tmp_path, PROFILE).section()
+    section = Ledger(tmp_path, FLEET).section()
     section.hear([], Replies((Update(1, 1),), (), (Traffic(1, 1, 1, 0.0, 0),)))
     assert section.loss is None
 
 
 def test_a_row_has_exactly_its_keys_and_reaches_the_file(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, PROFILE)
+    ledger = Ledger(tmp_path, FLEET)
     section = ledger.section()
     section.hear([], replies())
     row = ledger.write(3, section, 0.25, SCORES)
@@ -56,7 +56,7 @@ def test_a_row_has_exactly_its_keys_and_reaches_the_file(tmp_path: Path) -> None
 
 
 def test_totals_are_sums_of_rows_and_the_set_up_stands_apart(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, PROFILE)
+    ledger = Ledger(tmp_path, FLEET)
     setup = ledger.section()
     setup.hear([], replies())
     ledger.set_up(setup)
@@ -78,11 +78,11 @@ def test_totals_are_sums_of_rows_and_the_set_up_stands_apart(tmp_path: Path) -> 
 
 
 def test_a_resumed_ledger_adds_to_the_saved_totals(tmp_path: Path) -> None:
-    first = Ledger(tmp_path, PROFILE)
+    first = Ledger(tmp_path, FLEET)
     section = first.section()
     section.hear([], replies())
     first.write(1, section, 0.1, SCORES)
-    second = Ledger(tmp_path, PROFILE, json.loads(json.dumps(first.totals)))
+    second = Ledger(tmp_path, FLEET, json.loads(json.dumps(first.totals)))
     section = second.section()
     section.hear([], replies())
     second.write(2, section, 0.1, SCORES)
@@ -93,7 +93,7 @@ def test_a_resumed_ledger_adds_to_the_saved_totals(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("torn", ["", '{"round": 4, "lo', '{"round": 4}'])
 def test_rewind_drops_rows_without_a_checkpoint_and_a_torn_line(tmp_path: Path, torn: str) -> None:
-    ledger = Ledger(tmp_path, PROFILE)
+    ledger = Ledger(tmp_path, FLEET)
     rows = [ledger.write(t, ledger.section(), 0.0, SCORES) for t in range(4)]
     with (tmp_path / "rounds.jsonl").open("a") as file:
         file.write(torn)
@@ -104,8 +104,8 @@ def test_rewind_drops_rows_without_a_checkpoint_and_a_torn_line(tmp_path: Path, 
 
 
 def test_no_rows_yet(tmp_path: Path) -> None:
-    assert Ledger(tmp_path, PROFILE).rows() == []
-    assert Ledger(tmp_path, PROFILE).rewind(5) == []
+    assert Ledger(tmp_path, FLEET).rows() == []
+    assert Ledger(tmp_path, FLEET).rewind(5) == []
 
 
 def test_memory_never_falls() -> None:
@@ -114,7 +114,7 @@ def test_memory_never_falls() -> None:
 
 @pytest.mark.parametrize("update", [Update(1, 5, {}, {"loss": "low"}), Update(1, 5, {}, {"loss": [0.5]}), Update(1, 0, {}, {"loss": 9.0})])
 def test_a_loss_that_is_no_number_or_of_no_examples_is_not_counted(tmp_path: Path, update: Update) -> None:
-    section = Ledger(tmp_path, PROFILE).section()
+    section = Ledger(tmp_path, FLEET).section()
     section.hear([], Replies((update,), (), (Traffic(1, 1, 1, 0.0, 0),)))
     assert section.loss is None
     section.hear([], replies())

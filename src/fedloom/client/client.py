@@ -16,7 +16,8 @@ class Client:
 
     ``private``: trainable tensors that stay here (never sent). ``memory``: anything else the device must remember, as tensors
     (difficulty scores, masks, optimiser moments). Both survive restarts; the engine stores them if and only if the operation
-    returned. ``seed`` is the experiment's; derive with it and the id.
+    returned. ``seed`` is the experiment's; derive with it and the id. ``strength``: the device's memory as a share of the most that any
+    device has; None where all are alike, or nothing is said.
     """
 
     id: int
@@ -24,6 +25,7 @@ class Client:
     validation: Examples
     test: Examples
     seed: int
+    strength: float | None = None
     private: dict[str, torch.Tensor] = field(default_factory=dict)
     memory: dict[str, torch.Tensor] = field(default_factory=dict)
 

@@ -44,6 +44,7 @@ from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
 from fedloom.model.base import Model, free_bytes
 from fedloom.model.layout import RowsKept
+from fedloom.model.memory import token_bytes as kept_bytes
 from fedloom.model.texts import Texts
 from fedloom.tensors import fingerprint
 
@@ -479,15 +480,9 @@ def _states_that_fit(item: WorkItem, device: torch.device) -> int:
 
 
 def token_bytes(model: Model) -> int:
-    """Roughly what a forward and backward pass keeps alive for one token, in bytes: per layer 16 vectors of the hidden size, three of the
-    feed-forward size and three attention maps a head over a text of the greatest length; of a speaker, three rows of the vocabulary.
-    Float32 is assumed: an upper estimate."""
-    c = model.config.to_dict()
-    hidden = int(c.get("hidden_size") or c.get("n_embd") or c.get("dim") or 1024)
-    inner = int(c.get("intermediate_size") or c.get("n_inner") or 4 * hidden)
-    heads = int(c.get("num_attention_heads") or c.get("n_head") or 16)
-    words = 0 if model.speaker is None else 3 * int(c["vocab_size"])
-    return 4 * ((16 * hidden + 3 * inner + 3 * heads * model.max_length) * model.depth + words)
+    """What a pass through all layers keeps alive for one token (:func:`fedloom.model.memory.token_bytes`)."""
+    layer, words = kept_bytes(model)
+    return layer * model.depth + words
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -313,8 +313,8 @@ class Enough:
 
 
 def agreeing(tasks: Sequence[Task], replies: Replies, far: Mapping[int, float] | None = None) -> Replies:
-    """The replies without those that do not belong with the others: other shapes than were sent, other names or types than most, absurdly
-    far. Of the updates' tensors only the outlines are looked at where ``far`` says how far each went."""
+    """The replies without those that do not belong with the others: other shapes than were sent, other names or types than most of those
+    who were asked the same, absurdly far. Of the updates' tensors only the outlines are looked at where ``far`` says how far each went."""
     sent = {task.client: task.tensors for task in tasks}
     if far is None:
         far = {update.client: _way(update, sent[update.client]) for update in replies.updates}
@@ -325,9 +325,9 @@ def agreeing(tasks: Sequence[Task], replies: Replies, far: Mapping[int, float] |
             if was is not None and was.shape != tensor.shape:
                 reasons[update.client] = f"'{name}' came back with shape {tuple(tensor.shape)}, and was sent with {tuple(was.shape)}"
     left = [update for update in replies.updates if update.client not in reasons]
-    ops = {task.client: task.op for task in tasks}
-    for op in sorted({ops[update.client] for update in left}):
-        alike = [update for update in left if ops[update.client] == op]
+    same = {task.client: f"{task.op} {sorted(task.settings.items())}" for task in tasks}
+    for asked in sorted({same[update.client] for update in left}):
+        alike = [update for update in left if same[update.client] == asked]
         counted = Counter(tuple(update.tensors) for update in alike)
         usual = max(counted, key=lambda names: (counted[names], names == tuple(sorted(sent[alike[0].client])), names))
         kinds = {

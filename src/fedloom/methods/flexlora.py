@@ -36,7 +36,8 @@ class FlexLora:
 
     Attributes:
         inner: local training and its optimiser.
-        ranks: the ranks that devices have, of which each is given one (none: a quarter, half, and all of the adapter's).
+        ranks: the ranks that devices have, of which each is given one, by its memory where devices differ (none: a quarter, half, and all
+            of the adapter's).
     """
 
     name: ClassVar[str] = "flexlora"
@@ -64,7 +65,8 @@ class FlexLora:
         """S_t trains, each at its rank; the server decomposes the mean of the products."""
         whole, clock = rank_in(state.shared), self.inner.clock(state.round, pool)
         cohort = uniform(pool, state.round)
-        asked = [ask(self.train, k, cut(state.shared, rank_of(k, self.ranks or quarters(whole), pool.seed)), **clock) for k in cohort]
+        ranks = {k: rank_of(k, self.ranks or quarters(whole), pool.seed, pool.strength(k)) for k in cohort}
+        asked = [ask(self.train, k, cut(state.shared, ranks[k]), **clock) for k in cohort]
         ideal, heads = Products(), Average()
 
         def take(update: Update) -> Update:
@@ -83,7 +85,8 @@ class FlexLora:
         """The shared model at the device's rank."""
         yield from ()
         whole = rank_in(shared)
-        return Predictor(widened(cut(shared, rank_of(client.id, self.ranks or quarters(whole), client.seed)), whole))
+        rank = rank_of(client.id, self.ranks or quarters(whole), client.seed, client.strength)
+        return Predictor(widened(cut(shared, rank), whole))
 
     def assembled(self, state: State) -> Tensors | None:
         """The shared model at the adapter's rank."""

@@ -38,7 +38,7 @@ class FLoRA:
 
     Attributes:
         inner: local training and its optimiser.
-        ranks: the ranks that devices have, of which each is given one (none: all have the adapter's).
+        ranks: the ranks that devices have, of which each is given one, by its memory where devices differ (none: all have the adapter's).
     """
 
     name: ClassVar[str] = "flora"
@@ -72,7 +72,7 @@ class FLoRA:
             ask(
                 self.train,
                 k,
-                {**state.shared, **cut(new, rank_of(k, self.ranks or (whole,), pool.seed))},
+                {**state.shared, **cut(new, rank_of(k, self.ranks or (whole,), pool.seed, pool.strength(k)))},
                 **self.inner.clock(state.round, pool),
             )
             for k in uniform(pool, state.round)

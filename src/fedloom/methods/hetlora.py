@@ -40,7 +40,8 @@ class HetLora:
 
     Attributes:
         inner: local training and its optimiser.
-        ranks: the ranks that devices begin with, of which each is given one (none: a quarter, half, and all of the adapter's).
+        ranks: the ranks that devices begin with, of which each is given one, by its memory where devices differ (none: a quarter, half, and
+            all of the adapter's).
         keep: γ, the share of a device's rank that pruning leaves.
         penalty: λ, how strongly the other directions are held down (0: nothing is pruned).
     """
@@ -75,7 +76,8 @@ class HetLora:
         """As inner; and every device's rank."""
         pool.insist_on_the_mean(self.name, "its server weighs devices by the size of their products")
         state = yield from self.inner.setup(state, pool)
-        ranks = torch.tensor([rank_of(k, self.ranks or quarters(rank_in(state.shared)), pool.seed) for k in pool.clients])
+        given = self.ranks or quarters(rank_in(state.shared))
+        ranks = torch.tensor([rank_of(k, given, pool.seed, pool.strength(k)) for k in pool.clients])
         return replace(state, server={**state.server, "ranks": ranks})
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
@@ -113,7 +115,8 @@ class HetLora:
         """The shared model at the device's rank."""
         yield from ()
         whole = rank_in(shared)
-        rank = int(client.memory["rank"]) if "rank" in client.memory else rank_of(client.id, self.ranks or quarters(whole), client.seed)
+        given = rank_of(client.id, self.ranks or quarters(whole), client.seed, client.strength)
+        rank = int(client.memory["rank"]) if "rank" in client.memory else given
         return Predictor(widened(cut(shared, rank), whole))
 
     def assembled(self, state: State) -> Tensors | None:

@@ -91,9 +91,12 @@ def need_ranks(ranks: Sequence[int], tensors: Tensors, who: str) -> None:
         )
 
 
-def rank_of(client: int, ranks: Sequence[int], seed: int) -> int:
-    """A device's rank: one of ``ranks``, drawn for it once and for all."""
-    return ranks[derive_int(seed, "rank", client) % len(ranks)]
+def rank_of(client: int, ranks: Sequence[int], seed: int, strength: float | None = None) -> int:
+    """A device's rank, once and for all: of ``ranks`` the highest that is no more than its ``strength`` (above 0 and at most 1) of the
+    highest, or the lowest where none is; drawn where nothing is known of its strength."""
+    if strength is None:
+        return ranks[derive_int(seed, "rank", client) % len(ranks)]
+    return max((rank for rank in ranks if rank <= strength * max(ranks)), default=min(ranks))
 
 
 def quarters(rank: int) -> tuple[int, ...]:

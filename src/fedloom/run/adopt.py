@@ -17,7 +17,6 @@ from fedloom.methods.method import State
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import CheckpointError, Saved, write_atomically
 from fedloom.run.console import Show
-from fedloom.run.devices import named as device_named
 from fedloom.run.evaluation import NOTHING, evaluate
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.ledger import Ledger
@@ -50,7 +49,7 @@ def adopt(experiment: Experiment, folder: Path, trained: Path, show: Show, track
             raise CheckpointError(f"the data behind {trained} changed since it was trained (fingerprint {saved.data}); give another --out")
         claim(folder, experiment)
         store, method = store_in(folder), experiment.method
-        ledger = Ledger(folder, device_named(experiment.device), saved.totals)
+        ledger = Ledger(folder, world.fleet, saved.totals)
         ledger.totals.update({name: 0 for name in ledger.totals if name.startswith("setup_")})
         section, engine = ledger.section(), world.engine(store)
         prepared = drive(method.setup(method.init(world.model), world.pool), Told(engine, show), quorum=0, seen=section.hear)

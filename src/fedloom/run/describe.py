@@ -19,12 +19,14 @@ from fedloom.data.partition import Partition
 from fedloom.data.sources import Source
 from fedloom.engines.engine import drive
 from fedloom.messages import Replies, Task
+from fedloom.model.memory import fitting, needs
 from fedloom.run.console import human_bytes, human_seconds
-from fedloom.run.devices import named as device_named
 from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.run.figures import Kind, partition_picture
 from fedloom.run.ledger import Section
+from fedloom.run.payback import plain_of
 from fedloom.run.pretended import Pretended
+from fedloom.run.spent import profiles_told
 from fedloom.run.world import World, adapter_of, build, read_data
 
 WAYS = {
@@ -119,8 +121,8 @@ def _model(world: World) -> Lines:
 
 def _costs(world: World) -> Lines:
     e, method = world.experiment, world.experiment.method
-    profile, engine = device_named(e.device), world.engine(ClientStore(None))
-    setup, first, last = Section(profile), Section(profile), Section(profile)
+    fleet, engine = world.fleet, world.engine(ClientStore(None))
+    setup, first, last = Section(fleet), Section(fleet), Section(fleet)
     seen: Counter[str] = Counter()
 
     def hear(tasks: Sequence[Task], replies: Replies) -> None:
@@ -136,7 +138,35 @@ def _costs(world: World) -> Lines:
         ("set-up costs", _cost(setup)),
         ("first round", _cost(first)),
         ("last round", _cost(last)),
-        ("device times", f"simulated on '{profile.name}': {profile.flops_per_second:.0e} FLOP/s; the slowest of a cohort counts"),
+        ("devices", profiles_told(fleet.as_json(world.pool.clients))),
+        ("device times", "simulated: compute and transfer; the slowest of a cohort counts"),
+        *_memory(world),
+    ]
+
+
+def _memory(world: World) -> Lines:
+    """What training takes on a device, and how much of it fits (``model/memory.py``); nothing of a method whose batches are not known."""
+    plain = plain_of(world.experiment.method)
+    if plain is None:
+        return []
+    each = needs(world.model, plain.batch_size)
+    whole, most, totals = each[-1], len(each) - 1, [one.total for one in each]
+    of = {
+        "weights": whole.weights,
+        "gradients": whole.gradients,
+        "the optimiser": whole.optimizer,
+        "activations": whole.activations,
+    }
+    fits = []
+    for profile, _ in world.fleet.kinds(len(world.pool.clients)):
+        layers = fitting(totals, profile.memory_bytes)
+        told = "everything" if layers == most else "nothing" if layers is None else f"the head and {layers} of {most} parts before it"
+        fits.append(f"{profile.name}: {told}")
+    made = ", ".join(f"{human_bytes(count)} {what}" for what, count in of.items())
+    texts = f"{plain.batch_size} texts of {world.model.max_length} tokens"
+    return [
+        ("training takes", f"{human_bytes(whole.total)} by estimate: {made}, for {texts}; the head alone {human_bytes(totals[0])}"),
+        ("of which fits", "; ".join(fits)),
     ]
 
 

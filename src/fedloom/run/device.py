@@ -111,6 +111,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     from fedloom.compute.stacked import Stacked
     from fedloom.data.tasks import SPLITS
     from fedloom.model.base import ModelError
+    from fedloom.run.devices import by_name
     from fedloom.run.experiment import ExperimentError, from_json
     from fedloom.run.judging import Judge
     from fedloom.run.world import model_of, tokens_of
@@ -121,6 +122,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
         raise ExperimentError(
             f"the experiment comes to {e.digest()} here and to {greeting['digest']} at the server: another release of Fedloom"
         )
+    fleet = by_name(e.device, e.clients, e.seed)
     torch.set_num_threads(own.threads or torch.get_num_threads())
     source = source_of(greeting, own, e.seed)
     model = model_of(replace(e, model=own.model or e.model), source)
@@ -131,7 +133,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     shards = tokens_of(source, model)
     host = Host(
         e.method,
-        lambda k: Client(k, shards["train"], shards["validation"], shards["test"], e.seed),
+        lambda k: Client(k, shards["train"], shards["validation"], shards["test"], e.seed, fleet.strength(k)),
         Stacked(model, 1),
         ClientStore(None),
         e.digest(),

@@ -21,7 +21,7 @@ from fedloom.encodings import Encoding
 from fedloom.methods import named
 from fedloom.model.adapters import Adapter
 from fedloom.model.base import Precision
-from fedloom.run.devices import named as device_named
+from fedloom.run.devices import insist as insist_on_devices
 from fedloom.run.reading import full_name
 from fedloom.server.robust import Rule
 
@@ -90,7 +90,8 @@ class Experiment:
         aggregation: what the server makes of a round's updates: mean, or a rule that a share of hostile devices cannot sway, as NAME or
             NAME:SHARE (0.25): median, trimmed, krum, multi-krum, geometric-median, clip.
         wire: how numbers travel: exact, or with a loss bf16, fp16, int8, nf4, or top-k:SHARE (0.05) of a device's changes, the rest later.
-        device: profile for simulated device time: jetson, laptop or phone.
+        device: what devices are like, for simulated device time and for methods that ask less of the weaker: jetson, laptop or phone, all
+            alike; mixed, a third of each; or a .csv or .json file of profiles (docs/devices.md).
         engine: how to compute.
     """
 
@@ -166,7 +167,7 @@ class Experiment:
             raise ExperimentError(
                 f"--engine.workers {self.engine.workers} needs --engine.kind local; kind {self.engine.kind} is one process"
             )
-        device_named(self.device)
+        insist_on_devices(self.device)
 
     @property
     def method_name(self) -> str:

@@ -28,6 +28,7 @@ from fedloom.run.certificates import insist_secret, public_keys
 from fedloom.run.checkpoint import only_one
 from fedloom.run.console import Progress, Show, human_seconds
 from fedloom.run.device import Own, command, greeting_of, order
+from fedloom.run.devices import MIXES, PROFILES, is_file
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.loop import run
 from fedloom.run.tracking import insist
@@ -97,6 +98,11 @@ def serve(
         CohortFailed: too few devices answered, again and again.
     """
     insist(track)
+    if is_file(experiment.device):
+        raise ExperimentError(
+            f"--device {experiment.device} is a file of this machine, and every device must know what it is like; give one of "
+            f"{sorted(PROFILES)} or {sorted(MIXES)}"
+        )
     keys = public_keys(certs)
     host, port = address(listen)
     tls = Tls(certs / "server.pem", insist_secret(certs / "server.key"))

@@ -17,15 +17,16 @@ from typing import Any
 
 import numpy as np
 
+from fedloom.fleet import Fleet
 from fedloom.messages import Replies, Task
-from fedloom.run.devices import DeviceProfile, round_seconds
+from fedloom.run.devices import round_seconds
 
 
 @dataclass
 class Section:
     """The cost of one round, or of the whole set-up, while it is being added up."""
 
-    profile: DeviceProfile
+    fleet: Fleet
     started: float = field(default_factory=time.monotonic)
     bytes_up: int = 0
     bytes_down: int = 0
@@ -42,8 +43,8 @@ class Section:
         self.bytes_up += sum(t.bytes_up for t in replies.traffic)
         self.examples += sum(t.examples for t in replies.traffic)
         self.flops += sum(t.flops for t in replies.traffic)
-        costs = ((t.flops, float(t.bytes_down), float(t.bytes_up)) for t in replies.traffic)
-        self.device_seconds += round_seconds(self.profile, costs)
+        costs = ((t.client, t.flops, float(t.bytes_down), float(t.bytes_up)) for t in replies.traffic)
+        self.device_seconds += round_seconds(self.fleet, costs)
         told = ((u.metrics.get("loss"), u.num_examples) for u in replies.updates)
         self.losses += [(float(loss), count) for loss, count in told if isinstance(loss, int | float) and count > 0]
         self.answered += [u.client for u in replies.updates]
@@ -66,15 +67,15 @@ class Section:
 class Ledger:
     """Totals of a run and its ``rounds.jsonl``. ``totals`` travel in the checkpoint, so a resumed run adds to them."""
 
-    def __init__(self, folder: Path, profile: DeviceProfile, totals: dict[str, Any] | None = None) -> None:
-        self.path, self.profile = folder / "rounds.jsonl", profile
+    def __init__(self, folder: Path, fleet: Fleet, totals: dict[str, Any] | None = None) -> None:
+        self.path, self.fleet = folder / "rounds.jsonl", fleet
         names = ("bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down", "examples", "setup_examples")
         names += ("flops", "setup_flops", "host_seconds", "device_seconds", "setup_device_seconds", "setup_host_seconds", "peak_rss_bytes")
         self.totals: dict[str, Any] = {**dict.fromkeys(names, 0), "participations": {}, **(totals or {})}
 
     def section(self) -> Section:
         """A new section, begun now."""
-        return Section(self.profile)
+        return Section(self.fleet)
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows written so far."""

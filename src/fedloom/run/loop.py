@@ -21,7 +21,6 @@ from fedloom.methods.method import State
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import CheckpointError, Saved, write_atomically
 from fedloom.run.console import Progress, Show
-from fedloom.run.devices import named as device_named
 from fedloom.run.evaluation import NOTHING, Evaluation, evaluate
 from fedloom.run.experiment import Experiment, as_json, as_meant, completed, first_difference
 from fedloom.run.export import write_global
@@ -117,7 +116,7 @@ def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str
     saved = checkpoint.load(folder, store)
     if saved is not None and saved.data != data:
         raise CheckpointError(f"the data behind {folder} changed since it began (fingerprint {saved.data}, now {data}); give another --out")
-    ledger = Ledger(folder, device_named(e.device), saved.totals if saved else None)
+    ledger = Ledger(folder, world.fleet, saved.totals if saved else None)
     if saved is None:
         ledger.rewind(-1)
         section = ledger.section()
@@ -185,8 +184,9 @@ def finish(
 ) -> dict[str, Any]:
     """Write the global model and ``results.json``, with these notes after the data's, and return what it holds."""
     outcome = results_of(world, state, ledger, found)
-    outcome["setup_paid_back"] = paid_back(world, ledger.profile, ledger.totals, ledger.rows())
+    outcome["setup_paid_back"] = paid_back(world, ledger.fleet, ledger.totals, ledger.rows())
     outcome["device_state"] = held(world, store)
+    outcome["devices"] = world.fleet.as_json(world.pool.clients)
     outcome["notes"] += notes
     assembled = world.experiment.method.assembled(state)
     outcome["samples"] = []

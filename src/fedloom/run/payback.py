@@ -18,8 +18,8 @@ from fedloom.client.curricula.everything import Everything
 from fedloom.client.store import ClientStore
 from fedloom.engines.engine import drive
 from fedloom.engines.local import Local
+from fedloom.fleet import Fleet
 from fedloom.methods.fedavg import FedAvg
-from fedloom.run.devices import DeviceProfile
 from fedloom.run.ledger import Section
 from fedloom.run.pretended import Pretended
 from fedloom.run.world import World
@@ -28,7 +28,7 @@ Row = Mapping[str, Any]
 KEYS = ("bytes_up", "device_seconds")
 
 
-def paid_back(world: World, profile: DeviceProfile, totals: Row, rows: Sequence[Row]) -> dict[str, Any] | None:
+def paid_back(world: World, fleet: Fleet, totals: Row, rows: Sequence[Row]) -> dict[str, Any] | None:
     """``{"against": "lora", "bytes_up": round or None, "device_seconds": round or None}``; None in it means: not within this run. None
     altogether where there was no set-up, or the method's local training is not one that plain LoRA could do.
 
@@ -37,7 +37,7 @@ def paid_back(world: World, profile: DeviceProfile, totals: Row, rows: Sequence[
     plain = plain_of(world.experiment.method)
     if world.far is not None or plain is None or not any(totals[f"setup_{key}"] for key in KEYS):
         return None
-    theirs = played(world, plain, profile)
+    theirs = played(world, plain, fleet)
     mine = [row for row in rows if row["round"] > 0]
     return {"against": plain.name, **{k: first_paid(totals[f"setup_{k}"], [r[k] for r in mine], [r[k] for r in theirs]) for k in KEYS}}
 
@@ -61,14 +61,14 @@ def plain_of(method: Any) -> FedAvg | None:
     return replace(method, curriculum=Everything())
 
 
-def played(world: World, plain: FedAvg, profile: DeviceProfile) -> list[dict[str, float]]:
+def played(world: World, plain: FedAvg, fleet: Fleet) -> list[dict[str, float]]:
     """What each round of ``plain`` would cost in this world."""
     e = world.experiment
     there = replace(world, experiment=replace(e, method=plain), compute=Pretended(world.model))
     engine, made = Local(there.host(ClientStore(None)), world.wave), []
     state = drive(plain.setup(plain.init(world.model), world.pool), engine)
     for _ in range(e.rounds):
-        section = Section(profile)
+        section = Section(fleet)
         state = drive(plain.round(state, world.pool), engine, seen=section.hear)
         made.append({key: getattr(section, key) for key in KEYS})
     return made

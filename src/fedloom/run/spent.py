@@ -1,4 +1,4 @@
-"""What a set-up cost and what devices hold, as lines of text for the report."""
+"""What devices are like, what a set-up cost and what devices hold, as lines of text for the report."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from fedloom.run.console import human_bytes, human_seconds
 def spent(results: Mapping[str, Any]) -> dict[str, str]:
     """What is told of a run beside its method's facts; nothing of what was not measured."""
     told, state, paid = {}, results.get("device_state"), results.get("setup_paid_back")
+    if devices := results.get("devices"):
+        told["devices"] = profiles_told(devices)
     if results["setup_bytes_up"] or results["setup_bytes_down"]:
         traffic = f"{human_bytes(results['setup_bytes_up'])} up, {human_bytes(results['setup_bytes_down'])} down"
         work = f", {results['setup_flops']:.3g} operations" if results.get("setup_flops") else ""
@@ -30,6 +32,15 @@ def spent(results: Mapping[str, Any]) -> dict[str, str]:
         if few < whole:
             told["a step"] = f"{few:.4g} operations an example, {whole:.4g} with all rows (−{1 - few / whole:.2%})"
     return told
+
+
+def profiles_told(devices: Mapping[str, Any]) -> str:
+    """How many devices are of which profile, and its figures; ``devices`` as a run's results have them."""
+    return "; ".join(
+        f"{one['devices']:,} {one['name']} ({one['flops_per_second']:.3g} FLOP/s, {8e-6 * one['upload_bytes_per_second']:.3g} Mbit/s up, "
+        f"{8e-6 * one['download_bytes_per_second']:.3g} down, {human_bytes(one['memory_bytes'])} of memory)"
+        for one in devices["profiles"]
+    )
 
 
 def _beside(state: Mapping[str, Any], key: str) -> str:

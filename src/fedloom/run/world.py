@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -33,12 +34,14 @@ from fedloom.data.templates import template_for
 from fedloom.engines.engine import Engine
 from fedloom.engines.local import WAVE, Local
 from fedloom.engines.workers import Start, Workers
+from fedloom.fleet import Fleet
 from fedloom.messages import CENTRE
 from fedloom.model.adapters import Adapter
 from fedloom.model.base import Model
 from fedloom.model.cloze import Cloze
 from fedloom.model.loading import load as load_model
 from fedloom.model.spans import first_of
+from fedloom.run.devices import fleet_of, is_file
 from fedloom.run.experiment import Experiment, ExperimentError, as_json
 from fedloom.run.judging import Judge
 from fedloom.run.recipes import file_of
@@ -82,7 +85,13 @@ class World:
     def pool(self) -> Pool:
         """The clients, cohort size, rounds and seed."""
         e = self.experiment
-        return Pool(tuple(range(e.clients)), e.cohort, e.rounds, e.seed, e.rule)
+        return Pool(tuple(range(e.clients)), e.cohort, e.rounds, e.seed, e.rule, self.fleet)
+
+    @cached_property
+    def fleet(self) -> Fleet:
+        """What the devices are like."""
+        e = self.experiment
+        return fleet_of(e.device, e.clients, e.seed)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -101,7 +110,7 @@ class World:
     def device(self, client: int) -> Client:
         """Device k with its shards and no private state; ``CENTRE`` holds everything."""
         shards = {s: of if client == CENTRE else of.subset(self._held(s, client)) for s, of in self.splits.items()}
-        return Client(client, shards["train"], shards["validation"], shards["test"], self.experiment.seed)
+        return Client(client, shards["train"], shards["validation"], shards["test"], self.experiment.seed, self.fleet.strength(client))
 
     def _held(self, split: Split, client: int) -> np.ndarray:
         return self.judge.examples(split, self.partition.shards(split)[client])
@@ -113,7 +122,7 @@ class World:
         return len(self.splits["train"]) if client == CENTRE else len(self._held("train", client))
 
     def fingerprint(self) -> str:
-        """16 hex digits over the tokens, labels and partition: a resumed run must find the same data."""
+        """16 hex digits over the tokens, labels and partition, and devices read from a file: a resumed run must find the same."""
         digest = hashlib.sha256()
         for split, examples in self.splits.items():
             for array in (
@@ -123,6 +132,8 @@ class World:
                 np.concatenate(self.partition.shards(split)),
             ):
                 digest.update(np.ascontiguousarray(array).tobytes())
+        if is_file(self.experiment.device):
+            digest.update(json.dumps(self.fleet.as_json(self.pool.clients)).encode())
         return digest.hexdigest()[:16]
 
     @property
@@ -219,6 +230,7 @@ def build(experiment: Experiment) -> World:
     e = experiment
     if e.engine.threads:
         torch.set_num_threads(e.engine.threads)
+    fleet_of(e.device, e.clients, e.seed)  # what is wrong with a file is told before anything is loaded
     source, shards = read_data(e)
     model = model_of(e, source)
     splits = tokens_of(source, model)

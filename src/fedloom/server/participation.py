@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fedloom.fleet import Fleet
 from fedloom.messages import Tensors, Update
 from fedloom.seeds import derive
 from fedloom.server.robust import Averaging, Rule
@@ -14,17 +15,23 @@ from fedloom.server.robust import Averaging, Rule
 
 @dataclass(frozen=True)
 class Pool:
-    """The clients that exist (by id), how many are drawn a round, the experiment's seed, number of rounds T and rule of aggregation."""
+    """The clients that exist (by id), how many are drawn a round, the experiment's seed, number of rounds T and rule of aggregation, and
+    what the devices are like (None: nothing is said of them)."""
 
     clients: tuple[int, ...]
     cohort: int
     rounds: int
     seed: int
     rule: Rule = field(default_factory=Rule)
+    fleet: Fleet | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.cohort <= len(self.clients):
             raise ValueError(f"a cohort of {self.cohort} cannot be drawn from {len(self.clients)} clients; use 1 to {len(self.clients)}")
+
+    def strength(self, client: int) -> float | None:
+        """A device's memory as a share of the most that any has; None where all are alike, or nothing is said."""
+        return None if self.fleet is None else self.fleet.strength(client)
 
     def average(self, sent: Tensors | None = None) -> Averaging:
         """What a round's updates are aggregated with, by the experiment's rule. ``sent``: the tensors that the devices started from."""

@@ -1,0 +1,97 @@
+"""How many bytes training a model from some layer on takes on a device: a stated formula, not a measurement.
+
+A model is cut into parts from the input to the output: what lies before the layers (embeddings), layers 0..D−1, and the end: what lies
+behind the layers, and the head. Of these the end and the last ℓ others are trained, and everything before is frozen. With P the model's
+parameters, b the bytes of a number in training's precision, T_ℓ the numbers trained, B examples a step and L tokens a text:
+
+    weights      b·P, and 4·T_ℓ for the float32 that is trained where b < 4
+    gradients    4·T_ℓ
+    optimiser    8·T_ℓ                                        AdamW's two moments
+    activations  B·L·(a·max(1, min(ℓ, D)) + w)                a, w: of one token, for a layer and for a language model's words
+
+Below the first trained layer nothing is kept for a backward pass: one layer's activations are there at a time, which the 1 stands for.
+a is an estimate from above of what a layer keeps in float32 (:func:`token_bytes`); kernels that keep no attention maps need less. Not
+counted: the program, its libraries, the data.
+
+This module does not know who has how much memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from fedloom.model.adapters import is_head
+from fedloom.model.base import Model
+from fedloom.model.blocks import cover, layer_of
+
+MOMENTS = 2
+"""Numbers that AdamW keeps of each that it trains."""
+
+
+class Needs(NamedTuple):
+    """Bytes by what they are for, when the end and the last ``layers`` parts before it are trained."""
+
+    layers: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def parts(names: Collection[str]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    """Of tensors with these names, the parts from the input to the output that have any, and the end. Every name is in exactly one."""
+    head = tuple(sorted(filter(is_head, names)))
+    blocks = [block.names for block in cover(names, "layers", True, head)]
+    last = max((at for at, block in enumerate(blocks) if layer_of(block[0]) is not None), default=-1)
+    return blocks[: last + 1], tuple(n for block in blocks[last + 1 :] for n in block) + head
+
+
+def output_side(names: Collection[str], layers: int) -> list[str]:
+    """The names of the end and of the last ``layers`` parts before it, sorted.
+
+    Raises:
+        ValueError: there are not so many parts.
+    """
+    before, end = parts(names)
+    if not 0 <= layers <= len(before):
+        raise ValueError(f"{layers} layers are to be trained, and the tensors make {len(before)} before the end; 0 to {len(before)} can be")
+    return sorted([*end, *(n for part in before[len(before) - layers :] for n in part)])
+
+
+def needs(model: Model, batch_size: int) -> list[Needs]:
+    """What it takes to train the end alone, the end and the last part before it, and so on to everything, with steps of ``batch_size``
+    texts of the model's greatest length."""
+    before, _ = parts(model.initial)
+    number = model.dtype.itemsize
+    own = number * sum(parameter.numel() for parameter in model.module.parameters())
+    tokens, (layer, words), made = batch_size * model.max_length, token_bytes(model), []
+    for layers in range(len(before) + 1):
+        trained = 4 * sum(model.initial[n].numel() for n in output_side(model.initial, layers))
+        kept = layer * max(1, min(layers, model.depth)) + words
+        made.append(Needs(layers, own + (trained if number < 4 else 0), trained, MOMENTS * trained, tokens * kept))
+    return made
+
+
+def fitting(totals: Collection[int], memory: float) -> int | None:
+    """How many parts before the end can be trained in ``memory`` bytes: the most whose total is no more; None if not even the end.
+    ``totals``: for 0, 1, … parts."""
+    return max((layers for layers, total in enumerate(totals) if total <= memory), default=None)
+
+
+def token_bytes(model: Model) -> tuple[int, int]:
+    """Roughly what a forward and backward pass keeps alive for one token, in bytes: for every layer 16 vectors of the hidden size, three of
+    the feed-forward size and three attention maps a head over a text of the greatest length; and, of a speaker, three rows of the
+    vocabulary.
+    Float32 is assumed: an upper estimate."""
+    c = model.config.to_dict()
+    hidden = int(c.get("hidden_size") or c.get("n_embd") or c.get("dim") or 1024)
+    inner = int(c.get("intermediate_size") or c.get("n_inner") or 4 * hidden)
+    heads = int(c.get("num_attention_heads") or c.get("n_head") or 16)
+    words = 0 if model.speaker is None else 3 * int(c["vocab_size"])
+    return 4 * (16 * hidden + 3 * inner + 3 * heads * model.max_length), 4 * words
