@@ -93,7 +93,8 @@ class Serial:
             given = {**fixed, **now} if item.through is None else item.through({**fixed, **now})
             tensors = {n: t.to(model.dtype) for n, t in given.items()}
             dropping = SeededDropout(key, model.dropout, model.causal) if model.dropout else nullcontext()
-            with dropping, SomeRows(tensors, item.rows, model.initial) if item.rows else nullcontext():
+            few = SomeRows(tensors, item.rows, model.initial) if item.rows else nullcontext()
+            with dropping, few, model.skipping(item.skips, model.dtype):
                 loss = model.weighted(model.forward(tensors, batch, model.dtype)[0] + bias, batch)
             total = loss if item.penalty is None else loss + item.penalty(now, anchor)
             gradients = torch.autograd.grad(total, list(now.values()))
@@ -223,7 +224,7 @@ def cost(item: WorkItem, flops: Flops) -> tuple[float, int]:
     match item:
         case Fit():
             names, rows = item.reached, {n: len(at) for n, at in item.rows.items()}
-            spent = sum(len(b) * float(flops.step(names, int(lengths[b].max()), rows)) for b in item.batches)
+            spent = sum(len(b) * float(flops.step(names, int(lengths[b].max()), rows, item.skips)) for b in item.batches)
             return spent, sum(len(b) for b in item.batches)
         case Score() | Fisher():
             return float(np.sum(flops.step(frozenset(scored_names(item)), lengths))), 0
