@@ -94,7 +94,7 @@ class Model:
     _copies: dict[torch.dtype, nn.Module] = field(default_factory=dict)
     _ways: dict[torch.dtype, Way] = field(default_factory=dict)
     _stands_on: str = ""
-    _in_tuples: bool | None = None
+    _answers: int | None = None
     _own: dict[str, torch.Tensor] = field(default_factory=dict)
     _make_way: Callable[[torch.dtype], Way] = field(init=False)
 
@@ -261,14 +261,14 @@ class Model:
             raise ModelError(f"no layer of '{self.name}' can be left out: {error}") from error
         if not self._own:
             _ = self.weights  # all of its own are remembered while they are there
-        with left_out(stacks, layers, self._layers_answer_in_tuples(stacks[0], dtype)):
+        with left_out(stacks, layers, self._answers_of(stacks[0], dtype)):
             yield
 
-    def _layers_answer_in_tuples(self, stack: nn.ModuleList, dtype: torch.dtype) -> bool:
-        """What a layer hands on, as its first call shows."""
-        if self._in_tuples is None:
-            seen: list[bool] = []
-            hook = stack[0].register_forward_hook(lambda _, __, made: seen.append(isinstance(made, tuple)))
+    def _answers_of(self, stack: nn.ModuleList, dtype: torch.dtype) -> int:
+        """With how many things a layer answers in a tuple, 0 without one: as its first call shows."""
+        if self._answers is None:
+            seen: list[int] = []
+            hook = stack[0].register_forward_hook(lambda _, __, made: seen.append(len(made) if isinstance(made, tuple) else 0))
             ids = torch.full((1, 4), 5, device=self.device)
             try:
                 with torch.no_grad():
@@ -276,8 +276,8 @@ class Model:
                     self.forward({}, rows, dtype)
             finally:
                 hook.remove()
-            self._in_tuples = seen[0]
-        return self._in_tuples
+            self._answers = seen[0]
+        return self._answers
 
     def embed(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Input embeddings E of token ids, (B, L, d)."""

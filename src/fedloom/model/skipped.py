@@ -15,16 +15,17 @@ from torch import nn
 
 
 class Passed(nn.Module):
-    """Stands where ``layer`` was, and has its plain attributes, which some models read. ``in_tuple``: whether layers answer with one."""
+    """Stands where ``layer`` was, and has its plain attributes, which some models read. ``answers``: with how many things
+    layers answer, in a tuple; 0: with what they hand on, and no tuple."""
 
-    def __init__(self, layer: nn.Module, in_tuple: bool) -> None:
+    def __init__(self, layer: nn.Module, answers: int) -> None:
         nn.Module.__init__(self)
         self.__dict__.update({name: value for name, value in vars(layer).items() if not name.startswith("_")})
-        self.in_tuple = in_tuple
+        self.answers = answers
 
     def forward(self, hidden: torch.Tensor, *_: Any, **__: Any) -> Any:
-        """Its input (B, L, d)."""
-        return (hidden,) if self.in_tuple else hidden
+        """Its input (B, L, d); of all else nothing."""
+        return (hidden, *[None] * (self.answers - 1)) if self.answers else hidden
 
 
 def stack_of(module: nn.Module, depth: int) -> nn.ModuleList:
@@ -40,12 +41,12 @@ def stack_of(module: nn.Module, depth: int) -> nn.ModuleList:
 
 
 @contextmanager
-def left_out(stacks: Sequence[nn.ModuleList], layers: Collection[int], in_tuple: bool) -> Iterator[None]:
+def left_out(stacks: Sequence[nn.ModuleList], layers: Collection[int], answers: int) -> Iterator[None]:
     """Inside, the layers of these numbers are left out of every stack. What hangs on a layer's end (its forward hooks) stays there."""
     before = [(stack, i, stack[i]) for stack in stacks for i in sorted(layers)]
     try:
         for stack, i, layer in before:
-            stand_in = Passed(layer, in_tuple)
+            stand_in = Passed(layer, answers)
             stand_in._forward_hooks = layer._forward_hooks
             stack[i] = stand_in
         yield
