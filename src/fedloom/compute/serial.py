@@ -79,7 +79,8 @@ class Serial:
         model, o = self.model, item.optimizer
         start = {n: t.detach().float().to(model.device) for n, t in sorted(item.start.items())}
         now = {n: t.clone().requires_grad_(True) for n, t in start.items()}
-        fixed = {n: t.detach().float().to(model.device) for n, t in item.fixed.items()}
+        low = model.dtype if item.through is None else torch.float32
+        fixed = {n: t.detach().to(model.device, low) for n, t in item.fixed.items()}
         anchor = start if item.anchor is None else {n: t.detach().float().to(model.device) for n, t in item.anchor.items()}
         mask = {n: t.to(model.device).expand_as(start[n]) for n, t in item.mask.items()}
         correction = {n: t.detach().float().to(model.device) for n, t in item.correction.items()}
