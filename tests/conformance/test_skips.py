@@ -90,3 +90,11 @@ def test_what_cannot_be_left_out_is_refused() -> None:
         Fit(model.initial, texts, [np.arange(3)], AdamW(1e-2), skips=frozenset({0}))
     with pytest.raises(ModelError, match=r"has no layers \[7\] to leave out; it has 0 to"), model.skipping({7}, torch.float32):
         pass
+
+
+def test_a_turn_costs_what_is_computed() -> None:
+    model, texts = families.model("bert"), tiny.examples(3)
+    rest = there(model, {0})
+    items = [Fit(rest, texts, [np.arange(3)], AdamW(1e-2), skips=skips) for skips in (frozenset({0}), frozenset[int]())]
+    without, whole = Serial(model).run(items)
+    assert without.flops < 0.8 * whole.flops

@@ -133,3 +133,11 @@ def test_a_model_in_shards_is_loaded_without_a_second_one(tmp_path: Path) -> Non
     assert before is not None and 4 * before.model == pytest.approx(int(own), rel=0.01) and int(own) > 5 * 10**7
     assert int(peak) < 1.9 * int(own), (own, peak)
     assert "more than a quarter of the free memory" in why
+
+
+def test_the_start_of_a_whole_model_is_the_model() -> None:
+    """Not a copy of it; of an adapter it is one, which a model's own forward pass cannot change."""
+    for kind, same in (("full", True), ("lora", False)):
+        model = tiny.model(kind=kind)  # type: ignore[arg-type]
+        own = dict(model.module.named_parameters())
+        assert {own[model.parameters[n]].data_ptr() == t.data_ptr() for n, t in model.initial.items()} == {same}
