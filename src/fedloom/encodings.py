@@ -93,6 +93,18 @@ class Encoding:
         """Whether nothing is lost."""
         return self.name == "exact"
 
+    def size(self, numbers: int) -> int:
+        """Bytes of tensors that so many float32 numbers come to, going down."""
+        match self.name:
+            case "bf16" | "fp16":
+                return 2 * numbers
+            case "int8":
+                return numbers + 4 * -(-numbers // BLOCK["int8"])
+            case "nf4":
+                return -(-numbers // 2) + 4 * -(-numbers // BLOCK["nf4"])
+            case _:
+                return 4 * numbers
+
     # ---- down -----------------------------------------------------------------------------------------------------------------
 
     def down(self, task: Task) -> Task:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,8 @@ from fedloom.engines.local import Local
 from fedloom.engines.wrap import Faulty, Lossy, Recording
 from fedloom.messages import CENTRE, Replies, Task, ask
 from fedloom.methods import all_methods
+from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.methods.method import State
 from fedloom.server.participation import Pool
 from fedloom.tensors import fingerprint
@@ -67,9 +70,11 @@ MODEL = cache(partial(tiny.model, layers=4))
 
 
 @cache
-def play(name: str, engine_over: Callable[[Host], Engine], disturbed: Callable[[Engine], Engine], wire: str = "exact") -> Played:
-    """Set-up, two rounds and, twice, the personal predictions of one method."""
-    method, store = all_methods()[name](), ClientStore()
+def play(
+    name: str, engine_over: Callable[[Host], Engine], disturbed: Callable[[Engine], Engine], wire: str = "exact", given: Any = None
+) -> Played:
+    """Set-up, two rounds and, twice, the personal predictions of one method, or of the one ``given``."""
+    method, store = given or all_methods()[name](), ClientStore()
     own = vars(type(method))
     model = MODEL(start=own.get("adapter_start", "zero"), kind=own.get("adapter_kind", "lora"))
     host = Host(method, device, Serial(model), store, DIGEST, encoding=Encoding.of(wire))
@@ -126,6 +131,21 @@ def test_determinism_a_federation_equals_local(name: str) -> None:
     assert (one.trained, one.predicted) == (other.trained, other.predicted)
     assert fingerprint(one.state.shared) == fingerprint(other.state.shared)
     assert fingerprint(one.state.server) == fingerprint(other.state.server)
+
+
+SMALLER = FedCyBGD(FedAvg(lr=0.05, schedule="cosine"), drop=0.34, prune=0.4, rest="nf4")
+
+
+@pytest.mark.flower
+def test_determinism_what_goes_down_smaller_is_the_same_on_every_engine() -> None:
+    """The second turn's device is sent what the first one changed."""
+    played = [play("fedcybgd", over, DISTURBANCES["undisturbed"], given=SMALLER) for over in (over_local, over_flower, over_federation)]
+    trained = [task for tasks, _ in played[0].said for task in tasks if task.op == "train"]
+    assert any("rest/encoded/codes" in task.tensors for task in trained) and all("skips" in task.settings for task in trained)
+    for other in played[1:]:
+        assert all(same_replies(mine, theirs) for (_, mine), (_, theirs) in zip(played[0].said, other.said, strict=True))
+        assert (played[0].trained, played[0].predicted) == (other.trained, other.predicted)
+        assert fingerprint(played[0].state.shared) == fingerprint(other.state.shared)
 
 
 LOSSY = [wire for wire in NAMES if wire != "exact"]

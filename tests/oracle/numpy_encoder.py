@@ -73,12 +73,14 @@ def canonical(name: str) -> str:
 
 @dataclass(frozen=True)
 class Encoder:
-    """The frozen weights (float64, canonical names) and the few numbers that are not weights; ``scaling`` is s = alpha/r."""
+    """The frozen weights (float64, canonical names) and the few numbers that are not weights; ``scaling`` is s = alpha/r.
+    Layers that are ``skipped`` hand on what they are given."""
 
     weights: Tensors
     heads: int
     scaling: float
     eps: float = 1e-12
+    skipped: frozenset[int] = frozenset()
 
     @staticmethod
     def of(weights: Tensors, *, heads: int, scaling: float, eps: float = 1e-12) -> Encoder:
@@ -112,7 +114,7 @@ class Encoder:
 
     def _run(self, tensors: Tensors, batch: Batch, embeddings: np.ndarray | None, offset: float | np.ndarray) -> tuple[Forward, _Pass]:
         own = {canonical(name): np.asarray(tensor, np.float64) for name, tensor in tensors.items()}
-        run = _Pass({**self.weights, **own}, self.heads, self.scaling, self.eps, self.layers, batch.mask)
+        run = _Pass({**self.weights, **own}, self.heads, self.scaling, self.eps, self.layers, batch.mask, self.skipped)
         logits, layers = run.classify(self.embed(batch) if embeddings is None else embeddings, batch.segments)
         seen = logits + offset
         top = seen.max(1, keepdims=True)
@@ -131,6 +133,7 @@ class _Pass:
     eps: float
     depth: int
     mask: np.ndarray
+    skipped: frozenset[int] = frozenset()
     seen: dict[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
     found: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -223,7 +226,7 @@ class _Pass:
         x = self.norm("bert.embeddings.LayerNorm", embeddings + positions + kinds)
         layers = []
         for i in range(self.depth):
-            x = self.layer(f"bert.encoder.layer.{i}", x)
+            x = x if i in self.skipped else self.layer(f"bert.encoder.layer.{i}", x)
             layers.append(x)
         pooled = np.tanh(self.linear("bert.pooler.dense", x[:, :1]))  # (B, 1, H)
         self.seen["pooled"] = (pooled, x)
@@ -238,7 +241,7 @@ class _Pass:
         dx = np.zeros_like(last)
         dx[:, :1] = self.linear_back("bert.pooler.dense", d_pooled)
         for i in reversed(range(self.depth)):
-            dx = self.layer_back(f"bert.encoder.layer.{i}", dx)
+            dx = dx if i in self.skipped else self.layer_back(f"bert.encoder.layer.{i}", dx)
         return self.norm_back("bert.embeddings.LayerNorm", dx)
 
 

@@ -5,6 +5,7 @@ The tensors are those of a four-layer model's adapter, so a block is a layer's; 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -14,15 +15,19 @@ import torch
 
 from fedloom.client.host import Host
 from fedloom.client.store import ClientStore
+from fedloom.encodings import NF4, Encoding
 from fedloom.engines.engine import drive
 from fedloom.engines.local import Local
 from fedloom.engines.wrap import Faulty
 from fedloom.methods.fedbavg import FedBAvg
 from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.methods.handover import Handover
+from fedloom.model.proxies import bytes_of
 from fedloom.server.participation import Pool, uniform
-from fedloom.tensors import nbytes
+from fedloom.tensors import nbytes, only
+from tests import tiny
 from tests.oracle import real
+from tests.oracle.numpy_encoder import pad
 from tests.oracle.numpy_training import aggregate, train
 from tests.oracle.test_baselines import epochs, kinds
 
@@ -163,3 +168,124 @@ def test_handover(kind: real.Kind) -> None:
 def test_a_share_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="subset is 1.5"):
         FedCyBGD(subset=1.5)
+
+
+def shrunk(w: np.ndarray, share: float) -> np.ndarray:
+    """Magnitude pruning: the ``share`` of a matrix's numbers that is smallest in size is 0, of equals those that come first."""
+    if w.ndim < 2:
+        return w
+    flat = w.ravel().copy()
+    flat[np.lexsort((np.arange(flat.size), np.abs(flat)))[: round(share * flat.size)]] = 0.0
+    return flat.reshape(w.shape)
+
+
+def coarse(vector: np.ndarray, bits: int) -> np.ndarray:
+    """To 8 bits: round(127·x/c), c the largest size within each 256. To 4: the nearest of NF4's sixteen to x/c, within 64."""
+    made = vector.astype(np.float64)
+    for at in range(0, len(vector), 256 if bits == 8 else 64):
+        part = made[at : at + (256 if bits == 8 else 64)]
+        c = np.abs(part).max()
+        if not c:
+            continue
+        levels = np.array(NF4)
+        unit = np.round(127 * part / c) / 127 if bits == 8 else levels[np.abs(part[:, None] / c - levels).argmin(1)]
+        part[:] = c * unit
+    return made
+
+
+def squeezed(rest: dict[str, np.ndarray], share: float, bits: int) -> dict[str, np.ndarray]:
+    """C(w_j): pruned; then what is left of all of them, in order of names, one vector in fewer bits."""
+    made = {n: shrunk(w, share) for n, w in sorted(rest.items())}
+    if not bits:
+        return made
+    travels = {n: np.ones(w.shape, bool) if w.ndim < 2 or not share else not_pruned(rest[n], share) for n, w in made.items()}
+    vector = coarse(np.concatenate([np.zeros(0), *(made[n][travels[n]] for n in made)]), bits)
+    for n, where in travels.items():
+        made[n] = np.zeros_like(made[n])
+        made[n][where], vector = vector[: where.sum()], vector[where.sum() :]
+    return made
+
+
+def not_pruned(w: np.ndarray, share: float) -> np.ndarray:
+    """Where a matrix keeps its numbers, by their rank in size."""
+    ranks = np.lexsort((np.arange(w.size), np.abs(w.ravel()))).argsort()
+    return (ranks >= round(share * w.size)).reshape(w.shape)
+
+
+SEVEN = replace(FEW, rounds=7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "drop", "prune", "rest", "bits"),
+    [
+        ("serial", 0.5, 0.0, "exact", 0),
+        ("stacked", 0.0, 0.0, "nf4", 4),
+        ("serial", 0.34, 0.4, "int8", 8),
+        ("stacked", 0.34, 0.4, "int8", 8),
+    ],
+)
+def test_a_turn_on_top_of_a_smaller_rest(kind: real.Kind, drop: float, prune: float, rest: Any, bits: int) -> None:
+    """The device trains its exact block under a model whose other layers are left out, or pruned and in fewer bits: a dense computation
+    with the same rest comes to the same. The server's model never becomes the smaller one; what travels is what was predicted."""
+    made = real.run(FedCyBGD(INNER, drop=drop, prune=prune, rest=rest), kind, SEVEN)
+    shared, changed = real.start(), [0] * BLOCKS
+    has, seen = {k: real.start() for k in SEVEN.clients}, {k: [0] * BLOCKS for k in SEVEN.clients}
+    left_out, other = [], 0
+    for t, exchange in enumerate(made.asked("train")):
+        ((client, task),) = exchange.down.items()
+        block = t % BLOCKS
+        skips = set(task.settings.get("skips", ()))  # type: ignore[arg-type]
+        assert len(skips) == round(drop * (BLOCKS - 1)) and block not in skips and skips <= set(range(BLOCKS))
+        left_out.append(tuple(sorted(skips)))
+        due = [j for j in range(BLOCKS) if j != block and changed[j] > seen[client][j] and j not in skips]
+        names = sorted(set().union(*map(of_block, due)))
+        now = real.arrays(made.states[t].shared)  # close to what is derived, and to the same side of a step of the grid
+        has[client] |= squeezed({n: now[n] for n in names}, prune, bits) | {n: shared[n] for n in of_block(block) | HEAD}
+        for n in of_block(block) | HEAD:
+            assert torch.equal(task.tensors[n], made.states[t].shared[n]), "the block in question and the head come exact"
+        # by hand: 4 bytes a number that is left, a bit for each of a pruned matrix; in 8 or 4 bits, and 4 bytes for every 256 or 64
+        matrices = [shared[n].size for n in names if prune and shared[n].ndim > 1]
+        numbers = sum(shared[n].size for n in names) - sum(round(prune * size) for size in matrices)
+        scales = -(-numbers // (256 if bits == 8 else 64))
+        dear = {0: 4 * numbers, 8: numbers + 4 * scales, 4: -(-numbers // 2) + 4 * scales}[bits]
+        rest_bytes = dear + sum(-(-size // 8) for size in matrices)
+        exact = 4 * sum(shared[n].size for n in of_block(block) | HEAD)
+        assert nbytes(task.tensors) == exact + rest_bytes
+        assert bytes_of(only(made.states[t].shared, names), prune, Encoding(rest)) == rest_bytes
+        for j in [block, *due]:
+            seen[client][j] = changed[j]
+        there = {n: w for n, w in has[client].items() if not any(n in of_block(j) for j in skips)}
+        other += any(not np.array_equal(there[n], shared[n]) for n in there) or bool(skips)
+        device = replace(real.encoder(), skipped=frozenset(skips))
+        after, losses = train(device, there, of_block(block) | HEAD, real.questions(client), epochs(client, "batches", t), RULE)
+        assert exchange.up[client].metrics["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
+        shared, changed[block] = shared | {n: after[n] for n in of_block(block) | HEAD}, t + 1
+        real.assert_close(made.states[t + 1].shared, shared)
+    assert other >= 4
+    assert made.assembled is not None
+    real.assert_close(made.assembled, shared)
+    for client, logits in made.logits.items():
+        asked = pad(real.as_oracle(real.devices()[client].test))
+        told = real.encoder().forward(shared, asked).logits
+        assert np.abs(logits["test"].numpy() - told).max() < 2e-2, "it is the server's model that is evaluated, whole"
+    if drop:
+        assert len(set(left_out)) > 2, "drawn anew for every turn"
+
+
+def test_which_layers_are_left_out_follows_from_the_seed() -> None:
+    method, blocks = FedCyBGD(drop=0.5), FedCyBGD().blocks(real.model().initial)
+
+    def drawn(seed: int) -> list[frozenset[int]]:
+        return [method.skips(blocks, t % BLOCKS, t, replace(FEW, seed=seed), k) for t in range(12) for k in FEW.clients]
+
+    assert drawn(8) == drawn(8) != drawn(9)
+    often = Counter(layer for skips in drawn(8) for layer in skips)
+    assert set(often) == set(range(BLOCKS)) and max(often.values()) < 3 * min(often.values()), "each as often as another, about"
+    halves = FedCyBGD(drop=1.0, parts="halves").blocks(tiny.model(kind="full").initial)
+    assert method.skips(halves, 1, 0, FEW, 0) <= {1, 2} and FedCyBGD(drop=1.0).skips(halves, 1, 0, FEW, 0) == {1, 2}
+
+
+def test_shares_that_are_none_are_refused() -> None:
+    for wrong, match in (({"drop": 1.1}, "drop is 1.1"), ({"drop": -0.1}, "drop is -0.1"), ({"prune": 1.0}, "prune is 1.0")):
+        with pytest.raises(ValueError, match=match):
+            FedCyBGD(**wrong)  # type: ignore[arg-type]

@@ -31,20 +31,25 @@ class Flops:
         """Operations of one example's forward pass on ``length`` tokens."""
         return self._at(frozenset(), length)
 
-    def step(self, names: frozenset[str], length: int | np.ndarray, rows: Mapping[str, int] | None = None) -> float | np.ndarray:
+    def step(
+        self, names: frozenset[str], length: int | np.ndarray, rows: Mapping[str, int] | None = None, skips: frozenset[int] = frozenset()
+    ) -> float | np.ndarray:
         """Operations of one example's forward and backward pass for the gradient of the tensors ``names``. ``rows``: of B's of which only
-        some rows are there, how many; they are all of one rank."""
-        whole = self._at(names, length)
+        some rows are there, how many; they are all of one rank. ``skips``: layers that are left out."""
+        whole = self._at(names, length, skips=skips)
         if not rows:
             return whole
         tall = sum(self.model.initial[n].shape[0] for n in rows)
         left_out = (tall - sum(rows.values())) / (tall - len(rows))
-        return whole - left_out * (whole - self._at(names, length, frozenset(rows)))
+        return whole - left_out * (whole - self._at(names, length, frozenset(rows), skips))
 
-    def _at(self, names: frozenset[str], length: int | np.ndarray, single: frozenset[str] = frozenset()) -> float | np.ndarray:
-        key = (names, single)
+    def _at(
+        self, names: frozenset[str], length: int | np.ndarray, single: frozenset[str] = frozenset(), skips: frozenset[int] = frozenset()
+    ) -> float | np.ndarray:
+        key = (names, single, skips)
         if key not in self._fits:
-            counts = [self._count(names, n, dict.fromkeys(single, 1)) for n in LENGTHS]
+            with self.model.skipping(skips, torch.float32):
+                counts = [self._count(names, n, dict.fromkeys(single, 1)) for n in LENGTHS]
             self._fits[key] = np.polyfit(np.array(LENGTHS, float), np.array(counts, float), 2)
         return np.polyval(self._fits[key], length)
 

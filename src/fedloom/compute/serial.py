@@ -80,7 +80,8 @@ class Serial:
         model, o = self.model, item.optimizer
         start = {n: t.detach().float().to(model.device) for n, t in sorted(item.start.items())}
         now = {n: t.clone().requires_grad_(True) for n, t in start.items()}
-        fixed = {n: t.detach().float().to(model.device) for n, t in item.fixed.items()}
+        low = model.dtype if item.through is None else torch.float32
+        fixed = {n: t.detach().to(model.device, low) for n, t in item.fixed.items()}
         anchor = start if item.anchor is None else {n: t.detach().float().to(model.device) for n, t in item.anchor.items()}
         mask = {n: t.to(model.device).expand_as(start[n]) for n, t in item.mask.items()}
         correction = {n: t.detach().float().to(model.device) for n, t in item.correction.items()}
@@ -95,7 +96,8 @@ class Serial:
             given = {**fixed, **now} if item.through is None else item.through({**fixed, **now})
             tensors = {n: t.to(model.dtype) for n, t in given.items()}
             dropping = SeededDropout(key, model.dropout, model.causal) if model.dropout else nullcontext()
-            with dropping, SomeRows(tensors, item.rows, model.initial) if item.rows else nullcontext():
+            few = SomeRows(tensors, item.rows, model.initial) if item.rows else nullcontext()
+            with dropping, few, model.skipping(item.skips, model.dtype):
                 loss = model.weighted(model.forward(tensors, batch, model.dtype)[0] + bias, batch)
             total = loss if item.penalty is None else loss + item.penalty(now, anchor)
             gradients = torch.autograd.grad(total, list(now.values()))
@@ -235,7 +237,7 @@ def cost(item: WorkItem, flops: Flops) -> tuple[float, int]:
     match item:
         case Fit():
             names, rows = item.reached, {n: len(at) for n, at in item.rows.items()}
-            spent = sum(len(b) * float(flops.step(names, int(lengths[b].max()), rows)) for b in item.batches)
+            spent = sum(len(b) * float(flops.step(names, int(lengths[b].max()), rows, item.skips)) for b in item.batches)
             return spent, sum(len(b) for b in item.batches)
         case Score() | Fisher():
             return float(np.sum(flops.step(frozenset(scored_names(item)), lengths))), 0

@@ -229,7 +229,8 @@ class Stacked:
                     tensors = {**rest.split(fixed[low:high]), **flat.split(leaf.to(model.dtype), low)}
                 else:
                     tensors = through({**rest.split(fixed[low:high]), **flat.split(leaf)})
-                logits = model.together(tensors, texts, model.dtype)[0]
+                with model.skipping(items[0].skips, model.dtype):
+                    logits = model.together(tensors, texts, model.dtype)[0]
                 values = texts.losses(logits if bias is None else logits + bias[low:high][texts.text_owners])
                 total = values.sum()
                 if penalty is not None:
@@ -446,7 +447,7 @@ def _kind(item: WorkItem) -> Hashable:
             shapes += (*sorted(some), sum(tensors[n].numel() for n in some))
             masks = tuple((n, tuple(t.shape)) for n, t in item.mask.items())
             fixed = tuple((n, tuple(t.shape)) for n, t in sorted(item.fixed.items()))
-            masks = (*masks, *sorted(item.correction), item.through, item.watch)
+            masks = (*masks, *sorted(item.correction), item.through, item.watch, item.skips)
             return ("fit", shapes, masks, fixed, item.optimizer, item.penalty, item.anchor is None, item.moments is None, item.bias is None)
         case Score() | Fisher():
             return (type(item).__name__, shapes, item.over)

@@ -22,6 +22,7 @@ import torch
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
 from fedloom.model.adapters import is_beneath
+from fedloom.model.blocks import layer_of
 from fedloom.tensors import same_names, without
 
 Indices = np.ndarray
@@ -90,11 +91,13 @@ class Fit:
     ``bias`` (C,) is added to the logits of every example before the loss, and is not trained.
     ``through`` makes the model's tensors of the trained and the fixed ones, where what is trained is no tensor of the model itself.
     ``watch``: with what smoothing each trained number's importance is watched.
+    ``skips`` are transformer layers, by number, that are left out: what comes into one goes out of it, around it.
     ``dropout_seed`` makes the dropout masks of the run; step i uses ``derive(dropout_seed, "dropout", i)``.
 
     Raises:
-        ValueError: an anchor that is not named and shaped as ``start``, or one without a penalty, which would do nothing; ``rows`` that are
-            not as many as the start has, or together with a penalty, a mask of the same tensor or ``through``.
+        ValueError: a tensor of a layer that is left out; an anchor that is not named and shaped as ``start``, or one without a penalty,
+            which would do nothing; ``rows`` that are not as many as the start has, or together with a penalty, a mask of the same tensor
+            or ``through``.
     """
 
     start: Tensors
@@ -112,8 +115,11 @@ class Fit:
     correction: Tensors = field(default_factory=dict)
     through: Through | None = None
     watch: Smoothing | None = None
+    skips: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
+        if self.skips and (of_none := [n for n in (*self.start, *self.fixed) if layer_of(n) in self.skips]):
+            raise ValueError(f"a Fit leaves the layers {sorted(self.skips)} out and names '{of_none[0]}'; it can have no tensor of them")
         for name, added in self.correction.items():
             if name not in self.start or added.shape != self.start[name].shape:
                 had = f"{tuple(self.start[name].shape)}" if name in self.start else "no tensor of that name"

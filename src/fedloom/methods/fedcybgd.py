@@ -12,28 +12,41 @@ Nothing is averaged. With ``subset`` ρ < 1 only a random share ρ of the other 
 what it was sent before, or the pre-trained weights: it then trains against a model that is not quite the server's. Scores are always
 those of the server's model. A client that does not answer costs its turn and nothing else.
 
+What goes down besides w_b and the head can be made smaller still, and then C(w_j) takes the place of w_j on the device:
+
+    drop    of the other layers a share drawn anew for every turn is left out, and does not travel:  h ← h  instead of  h ← layer(h)
+    prune   of every other matrix that share of its numbers, the smallest in size, becomes 0
+    rest    the numbers that travel have 16, 8 or 4 bits
+
+A block that was left out is still due, as far as it changed; one that was sent so lies on the device as it came until it changes again,
+or is the device's own to train, and then it comes exact.
+
 Devices keep what they are sent between their turns: a copy of the model each, in the run's folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
 from fedloom.client.client import Client
-from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client, whole
+from fedloom.encodings import Encoding
+from fedloom.messages import Asking, Flow, Setting, Task, Tensors, Update, Work, ask, on_client, whole
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.adapters import is_head
 from fedloom.model.base import Model
-from fedloom.model.blocks import Block, Parts, cover
+from fedloom.model.blocks import Block, Parts, cover, layer_of
+from fedloom.model.proxies import restored, smaller
 from fedloom.seeds import derive
 from fedloom.server.cycle import Order, block_at, turns
 from fedloom.server.participation import Pool
 from fedloom.tensors import only, without
+
+Rest = Literal["exact", "bf16", "fp16", "int8", "nf4"]
 
 
 @dataclass(frozen=True)
@@ -46,19 +59,30 @@ class FedCyBGD:
         parts: what a block is: a transformer layer, or half of one.
         ends: make the embeddings, and what lies behind the last layer, a block each; otherwise they stay as they are.
         subset: share ρ of the other changed blocks that goes down in a turn, 0 to 1.
+        drop: share of the other layers that a turn is trained without, 0 to 1.
+        prune: share of the numbers of every other matrix that is 0 when it goes down, 0 up to 1.
+        rest: how the numbers of the other blocks go down: exact, bf16, fp16, int8, nf4.
     """
 
     name: ClassVar[str] = "fedcybgd"
     paper: ClassVar[str] = "FedCyBGD 2406.11187"
     adapter_kind: ClassVar[str] = "full"
+    one_at_a_time: ClassVar[bool] = True
 
     inner: FedAvg = field(default_factory=lambda: FedAvg(lr=2e-4, schedule="cosine"))
     order: Order = "ascending"
     parts: Parts = "layers"
     ends: bool = False
     subset: float = 1.0
+    drop: float = 0.0
+    prune: float = 0.0
+    rest: Rest = "exact"
 
     def __post_init__(self) -> None:
+        if not 0 <= self.drop <= 1:
+            raise ValueError(f"drop is {self.drop}; it is the share of the other layers that is left out, 0 to 1")
+        if not 0 <= self.prune < 1:
+            raise ValueError(f"prune is {self.prune}; it is the share of a matrix's numbers that becomes 0, from 0 on and below 1")
         if not 0 <= self.subset <= 1:
             raise ValueError(f"subset is {self.subset}; it is the share of the changed blocks that goes down, 0 to 1")
 
@@ -98,15 +122,26 @@ class FedCyBGD:
     def turn(self, state: State, pool: Pool, place: int, at: int) -> tuple[Task, State]:
         """What the client at ``place`` is asked in a turn on block ``at``, and the state if it answers (or had better be sent it again)."""
         blocks, (changed, seen) = self.blocks(state.shared), (state.server["changed"], state.server["seen"].clone())
-        others = [j for j in range(len(blocks)) if j != at and changed[j] > seen[place, j]]
+        skips = self.skips(blocks, at, state.round, pool, pool.clients[place])
+        others = [j for j in range(len(blocks)) if j != at and changed[j] > seen[place, j] and blocks[j].layer not in skips]
         if self.subset < 1:
             drawn = derive(pool.seed, "subset", state.round, pool.clients[place]).permutation(len(others))
             others = sorted(others[i] for i in drawn[: round(self.subset * len(others))])
-        sent = [at, *others]
-        down = only(state.shared, [*(n for j in sent for n in blocks[j].names), *filter(is_head, state.shared)])
-        task = ask(self.train, pool.clients[place], down, block=list(blocks[at].names), **self.inner.clock(state.round, pool))
+        sent, rest = [at, *others], only(state.shared, [n for j in others for n in blocks[j].names])
+        down: Tensors = {**only(state.shared, [*blocks[at].names, *filter(is_head, state.shared)]), **rest}
+        told: dict[str, Setting] = {"block": list(blocks[at].names), **({"skips": sorted(skips)} if skips else {})}
+        if self.prune or self.rest != "exact":
+            pieces, how = smaller(rest, self.prune, self.encoding)
+            down, told = {**without(down, rest), **pieces}, {**told, **how}
+        task = ask(self.train, pool.clients[place], down, **told, **self.inner.clock(state.round, pool))
         seen[place, sent] = changed[sent]
         return task, replace(state, server={**state.server, "seen": seen})
+
+    def skips(self, blocks: Sequence[Block], at: int, turn: int, pool: Pool, client: int) -> frozenset[int]:
+        """The layers that a client's turn on block ``at`` is trained without: ⌊drop·n⌉ of the n that the block is no part of."""
+        layers = sorted({block.layer for block in blocks if block.layer is not None} - {blocks[at].layer})
+        drawn = derive(pool.seed, "drop", turn, client).permutation(len(layers))
+        return frozenset(layers[i] for i in drawn[: round(self.drop * len(layers))])
 
     def replaced(self, state: State, at: int, tensors: Tensors) -> State:
         """The state after a turn that brought block ``at`` and the head."""
@@ -117,9 +152,11 @@ class FedCyBGD:
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:
         """Train the block and the head on top of the model as this client has it."""
-        has = {**c.private, **task.tensors}
+        has = {**c.private, **restored(task, self.encoding)}
+        skips = frozenset(int(layer) for layer in task.settings.get("skips", ()))  # type: ignore[union-attr]
         start = only(has, [*task.settings["block"], *filter(is_head, has)])  # type: ignore[misc]
-        fitted = yield from self.inner.learn(c, start, task, fixed=without(has, start))
+        fixed = {n: t for n, t in without(has, start).items() if layer_of(n) not in skips}
+        fitted = yield from self.inner.learn(c, start, task, fixed=fixed, skips=skips)
         c.private = {n: t for n, t in has.items() if not is_head(n)}
         return Update(c.id, len(c.train), fitted.tensors, {"loss": float(fitted.losses.mean())})
 
@@ -131,6 +168,11 @@ class FedCyBGD:
     def assembled(self, state: State) -> Tensors | None:
         """The server's model."""
         return state.shared
+
+    @property
+    def encoding(self) -> Encoding:
+        """How the numbers of the other blocks go down."""
+        return Encoding(self.rest)
 
     def blocks(self, tensors: Mapping[str, torch.Tensor]) -> list[Block]:
         """The blocks of a model with these tensors, from the input to the output."""

@@ -25,6 +25,7 @@ class Handover:
     name: ClassVar[str] = "handover"
     paper: ClassVar[str] = "sequential Fed-full of FedCyBGD 2406.11187"
     adapter_kind: ClassVar[str] = "full"
+    one_at_a_time: ClassVar[bool] = True
 
     inner: FedAvg = field(default_factory=lambda: FedAvg(lr=2e-4, schedule="cosine"))
 

@@ -14,7 +14,8 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -33,6 +34,7 @@ from fedloom.model.calls import CALLS, Call, Shape
 from fedloom.model.cloze import Filler
 from fedloom.model.kernels import computes_bf16
 from fedloom.model.packed import Mapped, Packed, Rows, Unpackable, Way, Weights, logits_of
+from fedloom.model.skipped import left_out, stack_of
 from fedloom.model.spans import CONTEXT, SECOND, Finder, Spans, overlap
 from fedloom.model.tags import Tagger
 from fedloom.model.texts import Texts
@@ -92,6 +94,7 @@ class Model:
     _copies: dict[torch.dtype, nn.Module] = field(default_factory=dict)
     _ways: dict[torch.dtype, Way] = field(default_factory=dict)
     _stands_on: str = ""
+    _answers: int | None = None
     _own: dict[str, torch.Tensor] = field(default_factory=dict)
     _make_way: Callable[[torch.dtype], Way] = field(init=False)
 
@@ -236,6 +239,45 @@ class Model:
         said += [] if self.tagger is None else ["tags", self.tagger.between]
         said += [] if self.finder is None else ["spans", overlap(self.max_length)]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+    @contextmanager
+    def skipping(self, layers: Collection[int], dtype: torch.dtype) -> Iterator[None]:
+        """Inside, the transformer layers of these numbers are left out of every call in ``dtype``: what comes in goes out.
+
+        Raises:
+            ModelError: there is no such layer, or no list of them is found.
+        """
+        if not layers:
+            yield
+            return
+        if wrong := sorted(layer for layer in layers if not 0 <= layer < self.depth):
+            raise ModelError(f"'{self.name}' has no layers {wrong} to leave out; it has 0 to {self.depth - 1}")
+        modules: list[nn.Module] = [self.base(dtype)]
+        if not self.alone and isinstance(way := self.way(dtype), Packed):
+            modules.append(way.module)
+        try:
+            stacks = [stack_of(module, self.depth) for module in modules]
+        except LookupError as error:
+            raise ModelError(f"no layer of '{self.name}' can be left out: {error}") from error
+        if not self._own:
+            _ = self.weights  # all of its own are remembered while they are there
+        with left_out(stacks, layers, self._answers_of(stacks[0], dtype)):
+            yield
+
+    def _answers_of(self, stack: nn.ModuleList, dtype: torch.dtype) -> int:
+        """With how many things a layer answers in a tuple, 0 without one: as its first call shows."""
+        if self._answers is None:
+            seen: list[int] = []
+            hook = stack[0].register_forward_hook(lambda _, __, made: seen.append(len(made) if isinstance(made, tuple) else 0))
+            ids = torch.full((1, 4), 5, device=self.device)
+            try:
+                with torch.no_grad():
+                    rows = Batch(ids, ids > 0, torch.full_like(ids, self.trial_segment), ids[:, 0] * 0, torch.ones(1, device=self.device))
+                    self.forward({}, rows, dtype)
+            finally:
+                hook.remove()
+            self._answers = seen[0]
+        return self._answers
 
     def embed(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Input embeddings E of token ids, (B, L, d)."""

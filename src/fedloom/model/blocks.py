@@ -20,6 +20,11 @@ class Block(NamedTuple):
     label: str
     names: tuple[str, ...]
 
+    @property
+    def layer(self) -> int | None:
+        """The transformer layer that it is, or is a part of; None of what lies before or behind them."""
+        return layer_of(self.names[0])
+
 
 def layer_of(name: str) -> int | None:
     """The number of the transformer layer that a tensor belongs to: the first whole-number part of its name. None: no layer.

@@ -38,7 +38,7 @@ from transformers.utils import logging as transformers_logging
 from fedloom.hub import reachable
 from fedloom.model.adapters import Adapter, attach, beneath, is_head, trainable_names
 from fedloom.model.answers import Speaker
-from fedloom.model.base import Batch, Model, ModelError, Precision
+from fedloom.model.base import Batch, Model, ModelError, Precision, free_bytes
 from fedloom.model.calls import CALLS, from_zero
 from fedloom.model.cloze import Cloze, Filler, keep_rows
 from fedloom.model.dropout import SeededDropout
@@ -142,7 +142,9 @@ def load(
     model.filler, model.speaker, model.tagger, model.finder = filler, speaker, tagger, finder
     model.parameters, model.beneath = parameters, beneath(module)
     own = dict(module.named_parameters())
-    model.initial = {saved: own[parameter].detach().float().clone() for saved, parameter in sorted(model.parameters.items())}
+    # of a model all of which is trained, the start is the module's own weights: a copy would be a second model
+    kept = (lambda t: t) if adapter.kind == "full" else torch.clone
+    model.initial = {saved: kept(own[parameter].detach().float()) for saved, parameter in sorted(model.parameters.items())}
     model._copies[torch.float32] = module
     _learn_to_call(model, base)
     _leave_unreached_out(model)
@@ -237,18 +239,32 @@ def _learn_to_call(model: Model, base: Any) -> None:
 def _leave_unreached_out(model: Model) -> None:
     """What no loss depends on is not trained, whatever the kind: a pooler that the head does not read; the bias of a head whose softmax is
     over tokens, which moves all of them alike, so that its gradient is rounding and nothing else."""
-    now = {name: tensor.clone().to(model.device).requires_grad_() for name, tensor in model.initial.items()}
+    now = {name: tensor.detach().to(model.device).requires_grad_() for name, tensor in model.initial.items()}
     ids = torch.full((1, 4), 5, device=model.device)
     segments = torch.full_like(ids, model.trial_segment)
     batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), segments, ids[:, 0] * 0, torch.ones(1, device=model.device))
     with torch.enable_grad():
-        found = torch.autograd.grad(model.loss(now, batch, torch.float32), list(now.values()), allow_unused=True)
-    reached = {name for name, gradient in zip(now, found, strict=True) if gradient is not None}
+        leaves = _leaves(model.loss(now, batch, torch.float32))  # no gradients: of a whole model they would be a second one
+    reached = {name for name, tensor in now.items() if id(tensor) in leaves}
     if model.finder is not None:
         model.still = {n: t for n, t in model.initial.items() if is_head(n) and n.endswith(".bias") and len(t) == 2}
         reached -= model.still.keys()
     model.initial = {name: tensor for name, tensor in model.initial.items() if name in reached}
     model.parameters = {name: parameter for name, parameter in model.parameters.items() if name in reached}
+
+
+def _leaves(value: torch.Tensor) -> set[int]:
+    """The ids of the tensors that a value is a differentiable function of."""
+    found, seen, waiting = set[int](), set[Any](), [value.grad_fn]
+    while waiting:
+        step: Any = waiting.pop()
+        if step is None or step in seen:
+            continue
+        seen.add(step)
+        if "AccumulateGrad" in step.name():
+            found.add(id(step.variable))
+        waiting += [before for before, _ in step.next_functions]
+    return found
 
 
 def _learn_to_pack(model: Model) -> None:
@@ -257,6 +273,10 @@ def _learn_to_pack(model: Model) -> None:
     Two owners with different tensors, texts of the trial length, a third of it and one token; logits and all layers' outputs, and
     with dropout if there is any.
     """
+    each = 4 * sum(t.numel() for t in model.initial.values())
+    if 2 * each > free_bytes(model.device) / 4:
+        model.alone = f"what two devices train, {2 * each / 1e9:.1f} GB, is more than a quarter of the free memory"
+        return
     generator = torch.Generator().manual_seed(0)
     fewest = 2 if model.speaker else max(0, model.pooled) + 1
     lengths = np.array([model.trial_length, max(fewest, model.trial_length // 3), fewest])

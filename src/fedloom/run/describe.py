@@ -24,6 +24,7 @@ from fedloom.run.console import human_bytes, human_seconds
 from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.run.figures import Kind, partition_picture
 from fedloom.run.ledger import Section
+from fedloom.run.memory import needed, sizes_of, told
 from fedloom.run.payback import plain_of
 from fedloom.run.pretended import Pretended
 from fedloom.run.spent import profiles_told
@@ -112,6 +113,7 @@ def _model(world: World) -> Lines:
     return [
         ("model", f"{model.name} ({model.config.model_type}, {model.depth} layers, {'causal' if model.causal else 'bidirectional'})"),
         ("parameters", f"{total:,}, of which {trained:,} are trained ({trained / total:.2%}): {trained - head:,} {kind}, {head:,} head"),
+        *told(needed(sizes := sizes_of(model, world.experiment.method), world.experiment), sizes),
         *([("LoRA targets", ", ".join(pairs))] if pairs else []),
         *([("template", world.model.speaker.written("{text}"))] if world.model.speaker else []),
         *([("cloze", f"{model.filler.cloze.template!r}: {', '.join(model.filler.cloze.words)}")] if model.filler else []),

@@ -44,12 +44,14 @@ class EngineSettings:
         stack: clients computed in one pass (0: as many as pay; 1: one by one).
         threads: CPU threads of a process (0: PyTorch's default, divided among the workers).
         workers: processes that share the devices, each with its own model and, where there are several, GPU (0 or 1: this process).
+        overcommit: run what by prediction does not fit into memory.
     """
 
     kind: Literal["local", "flower"] = "local"
     stack: int = 0
     threads: int = 0
     workers: int = 0
+    overcommit: bool = False
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,16 @@ from fedloom.run.experiment import Experiment, as_json, as_meant, completed, fir
 from fedloom.run.export import write_global
 from fedloom.run.holdings import held
 from fedloom.run.ledger import Ledger, Section
+from fedloom.run.memory import insist_on_room, sizes_before, sizes_of, told
 from fedloom.run.payback import paid_back
 from fedloom.run.samples import samples
 from fedloom.run.tracking import Tracking, insist, track_ended
 from fedloom.run.world import World, build
 
 log = logging.getLogger("fedloom")
+
+LARGE = 10**9
+"""Bytes from which on a run tells beforehand how much memory it will take; ``fedloom describe`` always does."""
 
 MISSES = 10
 """Rounds in a row to which too few devices came after which a federation stops."""
@@ -91,9 +95,15 @@ def _loaded(
 ) -> dict[str, Any]:
     """Load everything, then run. Whatever was loaded is gone when this returns."""
     show.phase("loading data and model")
+    before = sizes_before(experiment)
+    if before is not None:
+        insist_on_room(before, experiment)
     world = (built or build)(experiment)
+    sizes = sizes_of(world.model, experiment.method)
+    need = insist_on_room(sizes, experiment, there=4 * sizes.model)
     claim(folder, experiment)
-    for note in (*world.source.notes, *_idle(world)):
+    notes = [f"{what}: {text}" for what, text in told(need, sizes)]
+    for note in (*world.source.notes, *_idle(world), *(notes if need.total > LARGE else [])):
         show.note(note)
     with Tracking(track, experiment, folder) as tracking:
         return _run(world, folder, show, tracking)
