@@ -116,10 +116,25 @@ def test_what_is_exported_generates_what_the_report_shows(name: str, tmp_path: P
     asked = tokenizer.apply_chat_template([{"role": "user", "content": first}], add_generation_prompt=True, tokenize=False)
     ids = tokenizer(asked, add_special_tokens=False)["input_ids"]
     assert ids == [int(t) for t, s in zip(test.tokens[: test.offsets[1]], test.segments[: test.offsets[1]], strict=True) if not s]
-    written = lm.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=tokenizer.eos_token_id)
+    most = min(64, lm.config.max_position_embeddings - len(ids))
+    written = lm.generate(torch.tensor([ids]), max_new_tokens=most, do_sample=False, pad_token_id=0, eos_token_id=tokenizer.eos_token_id)
     assert tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True) == results["samples"][0]["after"]
     page = write_report([tmp_path / "run"], tmp_path / "page.html").read_text(encoding="utf-8")
     assert 'id="answers"' in page and results["samples"][0]["due"] in page
+    assert results["exact_match"] is None and "exact match" not in page
+
+
+def test_where_answers_end_in_a_number_exact_match_is_told(tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers"
+    numbers.mkdir()
+    for split in ("train", "validation", "test"):
+        made = (json.dumps({"question": f"w{i}", "answer": f"w2 #### {i % 3}"}) + "\n" for i in range(16))
+        (numbers / f"{split}.jsonl").write_text("".join(made))
+    results = run(experiment(data=str(numbers), exact_match=3, max_length=30), tmp_path / "run", plain=True)
+    told = results["exact_match"]
+    assert told["prompts"] == 3 and told["held"] == 16 and 0 <= told["after"] <= 1
+    page = write_report([tmp_path / "run"], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "3 of 16" in page and "exact match, before" in page
 
 
 def test_plain_text_and_columns_by_name(tmp_path: Path) -> None:

@@ -155,6 +155,18 @@ def test_what_is_written_is_what_the_library_generates(family: str) -> None:
     assert of.tokenizer.decode(written[0, 5:], skip_special_tokens=True) == plain
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_answered_together_are_answered_as_alone(family: str) -> None:
+    """Padded on the left to the longest; what follows an answer's end is not told, and nobody writes more than the model reads."""
+    of = model(family)
+    prompts = [row[:k] for row, k in zip(of.encode(PROMPTS, ANSWERS)[0], (5, 2, 9), strict=True)]
+    moved = families.moved(of, 3, by=0.3)
+    alone = of.continued(moved, prompts, 6)
+    assert of.continued(moved, prompts, 6, together=2) == alone
+    assert of.continued(moved, prompts, 6, together=3) == alone and len(set(alone)) > 1
+    assert len(of.continued(moved, [[5] * (of.reads - 2)], 6)[0].split()) <= 2
+
+
 # ---- prompts and answers as tokens ------------------------------------------------------------------------------------------------
 
 

@@ -109,15 +109,23 @@ class Speaker:
         ids = [asked + due for asked, due in zip(before, after, strict=True)]
         return ids, [[0] * len(asked) + [1] * len(due) for asked, due in zip(before, after, strict=True)]
 
+    def asked(self, prompt: str, room: int) -> list[int]:
+        """A prompt in its template, cut at its end to ``room`` tokens: what an answer is written after."""
+        return self._shortened(prompt, self._prompt(prompt), room)
+
     def _cut(self, prompt: str, asked: list[int], due: list[int]) -> tuple[list[int], list[int]]:
         due = due[: max(self.length - len(asked), (self.length - len(self._prompt(""))) // 2)]
-        room = self.length - len(due)
+        return self._shortened(prompt, asked, self.length - len(due)), due
+
+    def _shortened(self, prompt: str, asked: list[int], room: int) -> list[int]:
+        if len(asked) <= room:
+            return asked
         ends = [end for _, end in self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
         kept = len(ends)
         while len(asked) > room and kept:
             kept = max(0, kept - (len(asked) - room))
             asked = self._prompt(prompt[: ends[kept - 1]] if kept else "")
-        return asked, due
+        return asked
 
     def _prompt(self, text: str) -> list[int]:
         return self._tokens([self.written(text)])[0]

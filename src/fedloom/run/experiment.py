@@ -77,6 +77,7 @@ class Experiment:
         max_validation: keep that many validation rows (0: all).
         max_test: keep that many test rows (0: all).
         max_length: tokens after which a text is cut.
+        exact_match: test prompts at most that the trained model answers in full at the end, where answers end in "#### number" (0: none).
         head: linear, new and trained; or cloze: the pre-trained language model's own, asked for a word a class.
         template: the cloze's sentence with {mask}, {text} and, of pairs, {pair} (empty: what is known of the data set); or of instructions
             the one with {text} for the prompt, which the answer follows (empty: the tokenizer's chat template, or a plain one).
@@ -113,6 +114,7 @@ class Experiment:
     max_validation: int = 0
     max_test: int = 0
     max_length: int = 128
+    exact_match: int = 32
     head: Literal["linear", "cloze"] = "linear"
     template: str = ""
     label_words: tuple[str, ...] = ()
@@ -132,7 +134,7 @@ class Experiment:
         for name in ("clients", "cohort", "rounds", "min_examples", "max_length"):
             if getattr(self, name) < 1:
                 raise ExperimentError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        for name in ("evaluate_every", "max_train", "max_validation", "max_test"):
+        for name in ("evaluate_every", "max_train", "max_validation", "max_test", "exact_match"):
             if getattr(self, name) < 0:
                 raise ExperimentError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be 0 or more (0 has a meaning: see --help)"
