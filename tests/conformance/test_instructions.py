@@ -137,6 +137,31 @@ def test_where_answers_end_in_a_number_exact_match_is_told(tmp_path: Path) -> No
     assert "3 of 16" in page and "exact match, before" in page
 
 
+@pytest.mark.parametrize("task", ["chat", "text"])
+def test_conversations_and_plain_texts_run(task: str, tmp_path: Path) -> None:
+    """Conversations of two answers, three tokens each with the end; texts of one to five words."""
+    chats = tmp_path / "chats"
+    chats.mkdir()
+    for split in ("train", "validation", "test"):
+        made = []
+        for i in range(20 if split == "train" else 8):
+            turns = [("human", f"w{i}"), ("gpt", f"w{i} w3"), ("human", "w4"), ("gpt", "w5 w6"), ("human", "w7")]
+            made.append(json.dumps({"conversations": [{"from": who, "value": said} for who, said in turns]}))
+        (chats / f"{split}.jsonl").write_text("\n".join(made))
+    fields: dict[str, Any] = {"task": "auto", "data": str(chats), "template": "", "max_length": 32}
+    fields = {"task": "text", "text": ("instruction",), "template": ""} if task == "text" else fields
+    results = run(experiment(**fields), tmp_path / "run", plain=True)
+    assert np.isfinite(results["final"]["loss"]) and len(results["samples"]) == 3
+    first = results["samples"][0]
+    if task == "chat":
+        assert sum(device["test"] for device in results["per_device"]) == 8 * 6
+        assert first["due"] == "w0 w3" and "w0" in first["prompt"] and "w4" not in first["prompt"]
+    else:
+        world = build(experiment(**fields))
+        assert sum(device["test"] for device in results["per_device"]) == sum(world.splits["test"].lengths - 1)
+        assert first["prompt"] and first["due"]
+
+
 def test_plain_text_and_columns_by_name(tmp_path: Path) -> None:
     for fields in (
         {"task": "text", "text": ("instruction",), "template": ""},
@@ -157,7 +182,8 @@ def test_plain_text_and_columns_by_name(tmp_path: Path) -> None:
     [
         ({"head": "cloze"}, "--head cloze is for classification"),
         ({"template": "", "label_words": ("a",)}, "--label-words"),
-        ({"task": "auto", "template": "w1 {text}"}, "a template also to --task instructions"),
+        ({"task": "auto", "template": "w1 {text}"}, "a template also to --task instructions and chat"),
+        ({"head": "cloze", "task": "chat"}, "--head cloze is for classification"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(fields: dict[str, Any], says: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from typing import Any
 
@@ -210,6 +211,82 @@ def test_the_tokenizers_chat_template_is_taken_unless_one_is_given() -> None:
     of.tokenizer.chat_template = "{% for m in messages %}w7 {{ m['content'] }} w8{% endfor %}"
     assert Speaker(of.tokenizer, "", 16).written("w5") == "w7 w5 w8"
     assert Speaker(of.tokenizer, "w1 {text}", 16).written("w5") == "w1 w5"
+
+
+# ---- conversations and texts as tokens --------------------------------------------------------------------------------------------
+
+CHAT = [["system", "w40"], ["user", "w5 w6"], ["assistant", "w30 w31"], ["user", "w7"], ["assistant", "w32"]]
+MARKED = (
+    "{% for m in messages %}{{ {'user': 'w10 ', 'assistant': 'w11 ', 'system': 'w12 '}[m['role']] }}{{ m['content'] }} [SEP] w13 "
+    "{% endfor %}"
+    "{% if add_generation_prompt %}w11 {% endif %}"
+)
+
+
+def talker(template: str = TEMPLATE, length: int = 40, own: str = "") -> Speaker:
+    tokenizer = speaker().tokenizer
+    tokenizer.chat_template = own or None
+    return Speaker(tokenizer, template, length, "chat")
+
+
+def marked(of: Speaker, *chats: list[list[str]]) -> list[str]:
+    """The words of each conversation, those that are due in brackets."""
+    made = of.encode([""] * len(chats), [json.dumps(chat) for chat in chats])
+    return [" ".join(f"({words([t])})" if s else words([t]) for t, s in zip(*one, strict=True)) for one in zip(*made, strict=True)]
+
+
+def test_of_a_conversation_every_answer_is_due_with_its_end_and_nothing_else() -> None:
+    assert marked(talker("w1 {text} w2 "), CHAT) == ["w40 w1 w5 w6 w2 (w30) (w31) ([SEP]) w1 w7 w2 (w32) ([SEP])"]
+    own = talker("", own=MARKED)
+    due = "w12 w40 [SEP] w13 w10 w5 w6 [SEP] w13 w11 (w30) (w31) ([SEP]) w13 w10 w7 [SEP] w13 w11 (w32) ([SEP])"
+    assert marked(own, CHAT) == [due], "what the template writes behind an answer's end is not due, and at the end it is left out"
+    said = [{"role": role, "content": text} for role, text in CHAT]
+    ids = own.encode([""], [json.dumps(CHAT)])[0][0]
+    assert own.tokenizer(own.tokenizer.apply_chat_template(said, tokenize=False), add_special_tokens=False)["input_ids"][: len(ids)] == ids
+    assert len(ids) == len(due.split())
+
+
+def test_one_turn_is_an_example_of_instructions() -> None:
+    alone = speaker("w1 {text} w2 ").encode(PROMPTS[:2], ANSWERS[:2])
+    chats = [json.dumps([["user", p], ["assistant", a]]) for p, a in zip(PROMPTS[:2], ANSWERS[:2], strict=True)]
+    assert talker("w1 {text} w2 ").encode(["", ""], chats) == alone
+
+
+def test_where_a_template_writes_no_end_one_follows_the_last_answer() -> None:
+    own = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    assert marked(talker("", own=own), CHAT) == ["w40 w5 w6 (w30) (w31) w7 (w32) ([SEP])"]
+
+
+def test_a_long_conversation_is_cut_at_its_end_and_its_first_answer_keeps_half() -> None:
+    assert marked(talker("w1 {text} w2 ", 10), CHAT) == ["w40 w1 w5 w6 w2 (w30) (w31) ([SEP]) w1 w7"]
+    long = [["user", " ".join(f"w{i}" for i in range(20, 40))], ["assistant", "w3 w4 w5 w6 w7"], *CHAT[3:]]
+    assert marked(talker("w1 {text} w2 ", 10), long) == ["w1 w20 w21 w22 w23 w2 (w3) (w4) (w5) (w6)"]
+    assert marked(talker("w1 {text} w2 ", 20), long) == [
+        "w1 " + " ".join(f"w{i}" for i in range(20, 32)) + " w2 (w3) (w4) (w5) (w6) (w7) ([SEP])"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        (
+            "{{ messages | length }} {% for m in messages %}{{ m['content'] }} {% endfor %}",
+            r"earlier turns otherwise when others follow \(turn 2",
+        ),
+        ("{{ raise_exception('no system') }}", r"takes no conversation of .*no system.*--template"),
+        ("{% for m in messages %}{{ m['content'] + ' w9 w9 w9 w9 w9 w9' }} {% endfor %}", "the 13 tokens around 'w5 w6' leave none of 12"),
+    ],
+)
+def test_a_template_that_cannot_be_followed_is_refused(own: str, says: str) -> None:
+    with pytest.raises(AnswerError, match=says):
+        talker("", 12, own).encode([""], [json.dumps([*CHAT[:1], ["user", "w5 w6"], ["assistant", "w3 " * 9]])])
+
+
+def test_of_a_text_all_is_due_in_no_template() -> None:
+    of = Speaker(speaker().tokenizer, "", 4, "text")
+    assert of.encode(["", ""], ["w5 w6", "w5 w6 w7 w8 w9"]) == ([[9, 10, 3], [9, 10, 11, 12]], [[1, 1, 1], [1, 1, 1, 1]])
+    of.tokenizer.add_special_tokens({"bos_token": "[CLS]"})
+    assert Speaker(of.tokenizer, "", 4, "text").encode([""], ["w5 w6"]) == ([[2, 9, 10, 3]], [[0, 1, 1, 1]])
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ class Model:
         versions = [importlib.metadata.version(library) for library in ("tokenizers", "transformers")]
         said = [type(self.tokenizer).__name__, self.tokenizer.truncation_side, self.max_length, self.pad_id, *versions, rust.to_str()]
         said += [] if self.filler is None else [self.filler.template]
-        said += [] if self.speaker is None else [self.speaker.chat_template]
+        said += [] if self.speaker is None else [self.speaker.chat_template, self.speaker.form]
         said += [] if self.tagger is None else ["tags", self.tagger.between]
         said += [] if self.finder is None else ["spans", overlap(self.max_length)]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()

@@ -59,8 +59,8 @@ class Experiment:
     Attributes:
         method: the method and its hyper-parameters.
         data: ``trec`` (packaged), a Hub name, or a folder or file of Parquet, CSV or JSON lines.
-        task: classification; instructions, a prompt and its answer; text, all of it to be learnt; tagging, a tag a word; qa, the
-            words of a context that answer a question; auto: one of them but text, by the columns.
+        task: classification; instructions, a prompt and its answer; text, all of it to be learnt; chat, conversations; tagging, a tag a
+            word; qa, the words of a context that answer a question; auto: one of them but text, by the columns.
         model: ``minilm`` (the demo extra), a Hub name, or a Hugging Face folder.
         adapter: LoRA's settings.
         clients: number of devices K.
@@ -142,12 +142,12 @@ class Experiment:
         for name in ("alpha", "beta"):
             if not getattr(self, name) > 0:
                 raise ExperimentError(f"--{name} is {getattr(self, name)}; a Dirichlet concentration must be positive")
-        if self.head == "linear" and (self.label_words or (self.template and self.task != "instructions")):
+        if self.head == "linear" and (self.label_words or (self.template and self.task not in ("instructions", "chat"))):
             raise ExperimentError(
-                "--label-words and --template belong to --head cloze, a template also to --task instructions; the head is linear and the "
-                f"task {self.task}"
+                "--label-words and --template belong to --head cloze, a template also to --task instructions and chat; the head is "
+                f"linear and the task {self.task}"
             )
-        if self.head == "cloze" and self.task in ("instructions", "text"):
+        if self.head == "cloze" and self.task in ("instructions", "text", "chat"):
             raise ExperimentError(f"--head cloze is for classification, and the task is {self.task}; leave --head out")
         if self.cohort > self.clients:
             raise ExperimentError(f"--cohort {self.cohort} is more than --clients {self.clients}; a cohort is drawn from the clients")

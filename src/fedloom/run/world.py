@@ -247,6 +247,7 @@ def model_of(experiment: Experiment, source: Source) -> Model:
         device="cuda" if torch.cuda.is_available() else "cpu",
         cloze=cloze_of(e, source),
         answers=e.template if isinstance(source.task, Instructions) else None,
+        form=source.task.form if isinstance(source.task, Instructions) else "instructions",
         tags=source.task.tags if isinstance(source.task, Tagging) else (),
         between=BETWEEN,
         finds=isinstance(source.task, Questions),
