@@ -59,9 +59,11 @@ NO_PERSONAL_PART = {
     "scaffold",
     "slora",
     "fedsb",
+    "galore",
+    "lisa",
 }
 
-WHOLE_MODEL = {"fedcybgd", "fedbavg", "handover", "fedfft", "fedbf", "flora", "fedex"}
+WHOLE_MODEL = {"fedcybgd", "fedbavg", "handover", "fedfft", "fedbf", "flora", "fedex", "galore", "lisa"}
 """What they change PEFT has no adapter for; ``transformers`` loads it."""
 NOT_LOADABLE = {"fedap"}
 """No library loads their bottlenecks."""
@@ -72,7 +74,7 @@ RESULT_KEYS = {
     "method", "metric", "rounds", "seed", "digest", "final", "best", "bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down",
     "examples", "setup_examples", "host_seconds", "device_seconds", "setup_device_seconds", "setup_host_seconds", "peak_rss_bytes",
     "validation", "notes", "per_device", "partition", "facts", "experiment", "flops", "setup_flops", "setup_paid_back", "device_state",
-    "samples",
+    "samples", "exact_match",
 }  # fmt: skip
 ROW_KEYS = {
     "round", "loss", "personalised", "global", "examples", "train_seconds", "bytes_up", "bytes_down", "host_seconds",

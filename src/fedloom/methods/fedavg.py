@@ -118,14 +118,16 @@ class FedAvg:
         bias: torch.Tensor | None = None,
         correction: Tensors | None = None,
         through: Through | None = None,
+        optimizer: AdamW | None = None,
     ) -> Work[Fitted]:
         """Train ``start`` on what the curriculum opens, under tensors that stay ``fixed``, with ``bias`` (C,) on the logits and
-        ``correction`` on the gradients. ``through``: what the model is called with, where that is not these themselves."""
+        ``correction`` on the gradients. ``through``: what the model is called with, where that is not these themselves. ``optimizer``:
+        another than this method's."""
         given = {**(fixed or {}), **start}
         opened = yield from self.open(c, given if through is None else through(given), task)
         t = int(task.settings["round"])  # type: ignore[arg-type]
         fit = self.fit(c, start, opened.batches, t, mask, penalty, fixed=fixed, examples=opened.examples, bias=bias)
-        return (yield replace(fit, correction=correction or {}, through=through))
+        return (yield replace(fit, correction=correction or {}, through=through, optimizer=optimizer or fit.optimizer))
 
     def whole(self, c: Client) -> Opened:
         """One epoch over everything, in the order that the curriculum ends with. It must have been prepared."""
