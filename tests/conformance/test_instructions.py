@@ -149,7 +149,7 @@ def test_conversations_and_plain_texts_run(task: str, tmp_path: Path) -> None:
             made.append(json.dumps({"conversations": [{"from": who, "value": said} for who, said in turns]}))
         (chats / f"{split}.jsonl").write_text("\n".join(made))
     fields: dict[str, Any] = {"task": "auto", "data": str(chats), "template": "", "max_length": 32}
-    fields = {"task": "text", "text": ("instruction",), "template": ""} if task == "text" else fields
+    fields = {"task": "text", "text": ("instruction",), "template": "", "max_length": 4} if task == "text" else fields
     results = run(experiment(**fields), tmp_path / "run", plain=True)
     assert np.isfinite(results["final"]["loss"]) and len(results["samples"]) == 3
     first = results["samples"][0]
@@ -158,7 +158,12 @@ def test_conversations_and_plain_texts_run(task: str, tmp_path: Path) -> None:
         assert first["due"] == "w0 w3" and "w0" in first["prompt"] and "w4" not in first["prompt"]
     else:
         world = build(experiment(**fields))
-        assert sum(device["test"] for device in results["per_device"]) == sum(world.splits["test"].lengths - 1)
+        held, texts = world.splits["test"], world.source.splits["test"]["instruction"]
+        assert len(held) > len(texts) == 8, "long texts are several windows"
+        due = sum(len(text.split()) for text in texts) + 8 * int(held.lengths.max() > 0 and held.tokens[0] == 2)
+        assert sum(device["test"] for device in results["per_device"]) == sum(held.lengths - 1) == due
+        rows = world.judge.examples("train", np.array([3, 1]))
+        assert len(rows) == sum(len(world.judge.examples("train", np.array([row]))) for row in (3, 1))
         assert first["prompt"] and first["due"]
 
 

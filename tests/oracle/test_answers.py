@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from fedloom.compute.stacked import Stacked
 from fedloom.compute.work import AdamW, Fisher, Fit, Predict, Score, Sensitivity
 from fedloom.data.examples import Examples
 from fedloom.model.adapters import Adapter, Kind
-from fedloom.model.answers import PLAIN, AnswerError, Speaker
+from fedloom.model.answers import PLAIN, AnswerError, Speaker, first_of
 from fedloom.model.base import Model, ModelError
 from fedloom.model.loading import load
 from tests import families, tiny
@@ -284,9 +285,37 @@ def test_a_template_that_cannot_be_followed_is_refused(own: str, says: str) -> N
 
 def test_of_a_text_all_is_due_in_no_template() -> None:
     of = Speaker(speaker().tokenizer, "", 4, "text")
-    assert of.encode(["", ""], ["w5 w6", "w5 w6 w7 w8 w9"]) == ([[9, 10, 3], [9, 10, 11, 12]], [[1, 1, 1], [1, 1, 1, 1]])
+    assert of.encode(["", ""], ["w5 w6", "w5 w6 w7 w8 w9"]) == (
+        [[9, 10, 3], [9, 10, 11, 12], [12, 13, 3]],
+        [[2, 1, 1], [2, 1, 1, 1], [0, 1, 1]],
+    )
     of.tokenizer.add_special_tokens({"bos_token": "[CLS]"})
-    assert Speaker(of.tokenizer, "", 4, "text").encode([""], ["w5 w6"]) == ([[2, 9, 10, 3]], [[0, 1, 1, 1]])
+    assert Speaker(of.tokenizer, "", 4, "text").encode([""], ["w5 w6"]) == ([[2, 9, 10, 3]], [[2, 1, 1, 1]])
+    assert Speaker(of.tokenizer, "", 4, "text").encode([""], [""]) == ([[2, 3]], [[2, 1]])
+    with pytest.raises(AnswerError, match="a window of 1 token"):
+        Speaker(of.tokenizer, "", 1, "text")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_of_many_lengths_in_one_pass_are_read_as_alone(family: str) -> None:
+    """Long texts in windows, short ones beside them: every token but a text's first is due once, after its own window's tokens alone, at
+    positions that begin with the window. The library has each window by itself."""
+    of = load(str(folder(family)), num_labels=2, adapter=Adapter(rank=2), seed=1, max_length=8, answers="", form="text")
+    lines = [" ".join(f"w{(7 * i + j) % 60}" for j in range(k)) for i, k in enumerate((19, 1, 4, 7, 13))]
+    ids, segments = of.encode([""] * len(lines), lines)
+    texts = Examples.of(ids, [0] * len(ids), segments)
+    first = first_of(texts.segments, texts.offsets)
+    whole = [len(of.tokenizer(line, add_special_tokens=False)["input_ids"]) + 1 for line in lines]
+    assert first.tolist() == [0, *np.cumsum([max(1, -(-(n - 1 + int(of.speaker._begins)) // 7)) for n in whole]).tolist()]  # type: ignore[union-attr]
+    losses, lm = [], library(family)
+    with torch.no_grad():
+        for row in ids:
+            losses.append(float(lm(input_ids=torch.tensor([row]), labels=torch.tensor([row])).loss) * (len(row) - 1))
+    for compute in (Serial(of), Stacked(of)):
+        (made,) = compute.run([Predict(of.initial, texts)])
+        np.testing.assert_allclose(made.result[:, 0], losses, atol=2e-4)
+        due = [int(made.result[a:b, 2].sum()) for a, b in pairwise(first)]
+        assert due == [n - 1 + int(of.speaker._begins) for n in whole]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

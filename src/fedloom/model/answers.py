@@ -33,6 +33,15 @@ class AnswerError(ValueError):
     """A template or a tokenizer that no answer can follow; the message says what could."""
 
 
+FIRST = 2
+"""The segment of a text's first token, which is never due. That of the first token of its other windows is 0."""
+
+
+def first_of(segments: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """The first window of every text, int64, and last the number of windows."""
+    return np.append(np.flatnonzero(segments[offsets[:-1]] == FIRST), len(offsets) - 1)
+
+
 def asked(ids: np.ndarray, segments: np.ndarray, lengths: np.ndarray, device: torch.device) -> Asked:
     """The tokens after which one of an answer (segment 1) is due, from the tokens (T,) of texts of ``lengths`` (n,), one after another."""
     texts = np.repeat(np.arange(len(lengths)), lengths)
@@ -72,6 +81,8 @@ class Speaker:
             raise AnswerError("answers need a fast tokenizer, which tells the characters of each token")
         if self.tokenizer.eos_token_id is None:
             raise AnswerError("this tokenizer has no end of text, so no answer would ever end; give a model whose tokenizer has one")
+        if self.form == "text" and self.length < 2:
+            raise AnswerError(f"a window of {self.length} token has nothing to be learnt from; give more: --max-length")
         if self.form != "text" and len(self._prompt("")) + 2 > self.length:
             raise AnswerError(f"the template alone takes {len(self._prompt(''))} of the {self.length} tokens of --max-length; give more")
 
@@ -121,11 +132,15 @@ class Speaker:
         Of an example that is too long the prompt's text is cut at its end, never the template around it; the answer keeps half of what the
         template leaves, or all that the prompt does not need. An answer that was cut has no end of text.
 
-        Plain texts come as answers to nothing, and so do conversations. All of a text is due, but the token that begins it; of a
-        conversation what the assistant says, and the end of text that follows it.
+        Plain texts come as answers to nothing, and so do conversations. All of a text is due, but its first token; one that is too long
+        becomes several examples (:func:`first_of`). Of a conversation what the assistant says, and the end of text that follows it.
         """
         if self.form != "instructions":
-            made = [self._conversation(text) if self.form == "chat" else self._text(text) for text in answers]
+            made = (
+                [self._conversation(text) for text in answers]
+                if self.form == "chat"
+                else [w for text in answers for w in self._windows(text)]
+            )
             return [ids for ids, _ in made], [segments for _, segments in made]
         before = self._tokens([self.written(prompt) for prompt in prompts])
         after = [[*answer, self.tokenizer.eos_token_id] for answer in self._tokens(answers)]
@@ -135,12 +150,15 @@ class Speaker:
         ids = [asked + due for asked, due in zip(before, after, strict=True)]
         return ids, [[0] * len(asked) + [1] * len(due) for asked, due in zip(before, after, strict=True)]
 
-    def _text(self, text: str) -> tuple[list[int], list[int]]:
+    def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
+        """Each begins with the last token of the one before, so that every token but the first is due once."""
         first = [self.tokenizer.bos_token_id] if self._begins else []
-        ids = [*first, *self._tokens([text])[0], self.tokenizer.eos_token_id][: self.length]
-        return ids, [0] * len(first) + [1] * (len(ids) - len(first))
+        ids = [*first, *self._tokens([text])[0], self.tokenizer.eos_token_id]
+        begins = range(0, max(1, len(ids) - 1), self.length - 1)
+        windows = [ids[at : at + self.length] for at in begins]
+        return [(window, [0 if at else FIRST] + [1] * (len(window) - 1)) for at, window in zip(begins, windows, strict=True)]
 
-    def _conversation(self, given: str) -> tuple[list[int], list[int]]:
+    def _conversation(self, given: str) -> list[tuple[list[int], list[int]]]:
         """One that is too long is cut at its end; if that would leave less than half of the room to the first answer, the question before
         it is cut, and what follows it is left out."""
         turns = [(str(role), str(text)) for role, text in json.loads(given)]
@@ -165,7 +183,7 @@ class Speaker:
             ids, answer = [*ids, self.tokenizer.eos_token_id], [*answer, len(due)]
         if len(ids) > self.length:
             ids, answer = self._cut_conversation(turns, ids, answer)
-        return ids, [int(a > 0) for a in answer]
+        return [(ids, [int(a > 0) for a in answer])]
 
     def _cut_conversation(self, turns: list[tuple[str, str]], ids: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
         at = next(i for i, (role, _) in enumerate(turns) if role == "assistant")

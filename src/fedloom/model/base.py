@@ -27,13 +27,14 @@ from torch.func import functional_call
 
 from fedloom.messages import Tensors
 from fedloom.model.adapters import Beneath, is_beneath, is_head
-from fedloom.model.answers import Speaker, asked, asked_in_rows
+from fedloom.model.answers import Speaker, asked, asked_in_rows, first_of
 from fedloom.model.asked import Asked
 from fedloom.model.calls import CALLS, Call, Shape
 from fedloom.model.cloze import Filler
 from fedloom.model.kernels import computes_bf16
 from fedloom.model.packed import Mapped, Packed, Rows, Unpackable, Way, Weights, logits_of
 from fedloom.model.spans import CONTEXT, SECOND, Finder, Spans, overlap
+from fedloom.model.spans import first_of as first_window
 from fedloom.model.tags import Tagger
 from fedloom.model.texts import Texts
 from fedloom.tensors import fingerprint, only, without
@@ -125,6 +126,13 @@ class Model:
         """Whether many tokens of a text are read and not one: those before each of an answer, every word's first, or
         all."""
         return self.speaker is not None or self.tagger is not None or self.finder is not None
+
+    @property
+    def first_of(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+        """Where a row may become several examples, what finds the first of each row, and their number, from segments and offsets."""
+        if self.finder is not None:
+            return first_window
+        return first_of if self.speaker is not None and self.speaker.form == "text" else None
 
     @property
     def trial_segment(self) -> int:

@@ -38,7 +38,6 @@ from fedloom.model.adapters import Adapter
 from fedloom.model.base import Model
 from fedloom.model.cloze import Cloze
 from fedloom.model.loading import load as load_model
-from fedloom.model.spans import first_of
 from fedloom.run.experiment import Experiment, ExperimentError, as_json
 from fedloom.run.judging import Judge
 from fedloom.run.recipes import file_of
@@ -227,7 +226,7 @@ def build(experiment: Experiment) -> World:
 
 def tokens_of(source: Source, model: Model) -> dict[Split, Examples]:
     """The data as the model's tokens."""
-    return tokenise(source, in_parts(model.encode), model.encoding, first_of if model.finder else None)
+    return tokenise(source, in_parts(model.encode), model.encoding, model.first_of)
 
 
 def model_of(experiment: Experiment, source: Source) -> Model:
