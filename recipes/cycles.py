@@ -23,8 +23,10 @@ from fedloom.methods.centralised import Centralised
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fedbavg import FedBAvg
 from fedloom.methods.fedcybgd import FedCyBGD
+from fedloom.methods.galore import GaLore
 from fedloom.methods.handover import Handover
 from fedloom.methods.kinds import FedFFT
+from fedloom.methods.lisa import Lisa
 from fedloom.model.adapters import Adapter
 from fedloom.run.checkpoint import write_atomically
 from fedloom.run.compare import compare
@@ -46,7 +48,11 @@ GROUPS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
         {"cohort": 1, "rounds": TURNS, "evaluate_every": 8},
         1,
     ),
-    "cohorts": ({"fedbavg": FedBAvg(), "fedfft": FedFFT()}, {"cohort": COHORT, "rounds": TURNS // COHORT, "evaluate_every": 2}, COHORT),
+    "cohorts": (
+        {"fedbavg": FedBAvg(), "fedfft": FedFFT(), "galore": GaLore(), "lisa": Lisa()},
+        {"cohort": COHORT, "rounds": TURNS // COHORT, "evaluate_every": 2},
+        COHORT,
+    ),
     "lora": ({"lora": FedAvg()}, {"cohort": COHORT, "rounds": TURNS // COHORT, "evaluate_every": 2}, COHORT),
     "centre": (
         {"centralised": Centralised()},

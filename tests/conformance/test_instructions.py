@@ -116,10 +116,55 @@ def test_what_is_exported_generates_what_the_report_shows(name: str, tmp_path: P
     asked = tokenizer.apply_chat_template([{"role": "user", "content": first}], add_generation_prompt=True, tokenize=False)
     ids = tokenizer(asked, add_special_tokens=False)["input_ids"]
     assert ids == [int(t) for t, s in zip(test.tokens[: test.offsets[1]], test.segments[: test.offsets[1]], strict=True) if not s]
-    written = lm.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=tokenizer.eos_token_id)
+    most = min(64, lm.config.max_position_embeddings - len(ids))
+    written = lm.generate(torch.tensor([ids]), max_new_tokens=most, do_sample=False, pad_token_id=0, eos_token_id=tokenizer.eos_token_id)
     assert tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True) == results["samples"][0]["after"]
     page = write_report([tmp_path / "run"], tmp_path / "page.html").read_text(encoding="utf-8")
     assert 'id="answers"' in page and results["samples"][0]["due"] in page
+    assert results["exact_match"] is None and "exact match" not in page
+
+
+def test_where_answers_end_in_a_number_exact_match_is_told(tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers"
+    numbers.mkdir()
+    for split in ("train", "validation", "test"):
+        made = (json.dumps({"question": f"w{i}", "answer": f"w2 #### {i % 3}"}) + "\n" for i in range(16))
+        (numbers / f"{split}.jsonl").write_text("".join(made))
+    results = run(experiment(data=str(numbers), exact_match=3, max_length=30), tmp_path / "run", plain=True)
+    told = results["exact_match"]
+    assert told["prompts"] == 3 and told["held"] == 16 and 0 <= told["after"] <= 1
+    page = write_report([tmp_path / "run"], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "3 of 16" in page and "exact match, before" in page
+
+
+@pytest.mark.parametrize("task", ["chat", "text"])
+def test_conversations_and_plain_texts_run(task: str, tmp_path: Path) -> None:
+    """Conversations of two answers, three tokens each with the end; texts of one to five words."""
+    chats = tmp_path / "chats"
+    chats.mkdir()
+    for split in ("train", "validation", "test"):
+        made = []
+        for i in range(20 if split == "train" else 8):
+            turns = [("human", f"w{i}"), ("gpt", f"w{i} w3"), ("human", "w4"), ("gpt", "w5 w6"), ("human", "w7")]
+            made.append(json.dumps({"conversations": [{"from": who, "value": said} for who, said in turns]}))
+        (chats / f"{split}.jsonl").write_text("\n".join(made))
+    fields: dict[str, Any] = {"task": "auto", "data": str(chats), "template": "", "max_length": 32}
+    fields = {"task": "text", "text": ("instruction",), "template": "", "max_length": 4} if task == "text" else fields
+    results = run(experiment(**fields), tmp_path / "run", plain=True)
+    assert np.isfinite(results["final"]["loss"]) and len(results["samples"]) == 3
+    first = results["samples"][0]
+    if task == "chat":
+        assert sum(device["test"] for device in results["per_device"]) == 8 * 6
+        assert first["due"] == "w0 w3" and "w0" in first["prompt"] and "w4" not in first["prompt"]
+    else:
+        world = build(experiment(**fields))
+        held, texts = world.splits["test"], world.source.splits["test"]["instruction"]
+        assert len(held) > len(texts) == 8, "long texts are several windows"
+        due = sum(len(text.split()) for text in texts) + 8 * int(held.lengths.max() > 0 and held.tokens[0] == 2)
+        assert sum(device["test"] for device in results["per_device"]) == sum(held.lengths - 1) == due
+        rows = world.judge.examples("train", np.array([3, 1]))
+        assert len(rows) == sum(len(world.judge.examples("train", np.array([row]))) for row in (3, 1))
+        assert first["prompt"] and first["due"]
 
 
 def test_plain_text_and_columns_by_name(tmp_path: Path) -> None:
@@ -142,7 +187,8 @@ def test_plain_text_and_columns_by_name(tmp_path: Path) -> None:
     [
         ({"head": "cloze"}, "--head cloze is for classification"),
         ({"template": "", "label_words": ("a",)}, "--label-words"),
-        ({"task": "auto", "template": "w1 {text}"}, "a template also to --task instructions"),
+        ({"task": "auto", "template": "w1 {text}"}, "a template also to --task instructions and chat"),
+        ({"head": "cloze", "task": "chat"}, "--head cloze is for classification"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(fields: dict[str, Any], says: str) -> None:

@@ -104,6 +104,10 @@ def test_a_method_takes_a_kind_or_says_which_it_needs(name: str, kind: Kind) -> 
         with pytest.raises(ValueError, match=f"'{name}' works on two LoRAs and their mixer.*--adapter.kind mixed"):
             named(name)().init(of)
         return
+    if name == "galore" and kind != "full":
+        with pytest.raises(ValueError, match="projects matrices of transformer layers to rank 4.*--adapter.kind full"):
+            named(name)().init(of)
+        return
     alone, together = (ends(name, of, compute) for compute in (Serial(of), Stacked(of)))
     assert set(alone) <= set(of.initial)
     assert any(not torch.equal(tensor, of.initial[n]) for n, tensor in alone.items() if not is_head(n))

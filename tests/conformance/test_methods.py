@@ -62,9 +62,11 @@ NO_PERSONAL_PART = {
     "fedsb",
     "adalora",
     "deltalora",
+    "galore",
+    "lisa",
 }
 
-WHOLE_MODEL = {"fedcybgd", "fedbavg", "handover", "fedfft", "fedbf", "flora", "fedex", "deltalora", "embracingfl"}
+WHOLE_MODEL = {"fedcybgd", "fedbavg", "handover", "fedfft", "fedbf", "flora", "fedex", "deltalora", "embracingfl", "galore", "lisa"}
 """What they change PEFT has no adapter for; ``transformers`` loads it."""
 NOT_LOADABLE = {"fedap"}
 """No library loads their bottlenecks."""
@@ -75,7 +77,7 @@ RESULT_KEYS = {
     "method", "metric", "rounds", "seed", "digest", "final", "best", "bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down",
     "examples", "setup_examples", "host_seconds", "device_seconds", "setup_device_seconds", "setup_host_seconds", "peak_rss_bytes",
     "validation", "notes", "per_device", "partition", "facts", "experiment", "flops", "setup_flops", "setup_paid_back", "device_state",
-    "samples", "devices",
+    "samples", "exact_match", "devices",
 }  # fmt: skip
 ROW_KEYS = {
     "round", "loss", "personalised", "global", "examples", "train_seconds", "bytes_up", "bytes_down", "host_seconds",

@@ -28,7 +28,9 @@ POOL = Pool((0, 1, 2), 2, 2, 8)
 FROM_ZERO = {"flora", "slora", "fedsb", "adalora"}
 NO_PAIRS = {"fedalt"}
 """Whose adapter is none that a start is made for."""
-METHODS = [name for name in all_methods() if name not in {"centralised", *FROM_ZERO, *NO_PAIRS}]  # that trains nowhere but in the centre
+METHODS = [
+    name for name in all_methods() if name not in {"centralised", *FROM_ZERO, *NO_PAIRS, "galore"}
+]  # that trains nowhere but in the centre; no pairs
 PAIRS = [("fibecfed", "fisher"), *zip([m for m in METHODS if m != "fibecfed"], cycle(all_curricula()), strict=False)]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from fedloom.compute.stacked import Stacked
 from fedloom.compute.work import AdamW, Fisher, Fit, Predict, Score, Sensitivity
 from fedloom.data.examples import Examples
 from fedloom.model.adapters import Adapter, Kind
-from fedloom.model.answers import PLAIN, AnswerError, Speaker
+from fedloom.model.answers import PLAIN, AnswerError, Speaker, first_of
 from fedloom.model.base import Model, ModelError
 from fedloom.model.loading import load
 from tests import families, tiny
@@ -155,6 +157,18 @@ def test_what_is_written_is_what_the_library_generates(family: str) -> None:
     assert of.tokenizer.decode(written[0, 5:], skip_special_tokens=True) == plain
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_answered_together_are_answered_as_alone(family: str) -> None:
+    """Padded on the left to the longest; what follows an answer's end is not told, and nobody writes more than the model reads."""
+    of = model(family)
+    prompts = [row[:k] for row, k in zip(of.encode(PROMPTS, ANSWERS)[0], (5, 2, 9), strict=True)]
+    moved = families.moved(of, 3, by=0.3)
+    alone = of.continued(moved, prompts, 6)
+    assert of.continued(moved, prompts, 6, together=2) == alone
+    assert of.continued(moved, prompts, 6, together=3) == alone and len(set(alone)) > 1
+    assert len(of.continued(moved, [[5] * (of.reads - 2)], 6)[0].split()) <= 2
+
+
 # ---- prompts and answers as tokens ------------------------------------------------------------------------------------------------
 
 
@@ -198,6 +212,110 @@ def test_the_tokenizers_chat_template_is_taken_unless_one_is_given() -> None:
     of.tokenizer.chat_template = "{% for m in messages %}w7 {{ m['content'] }} w8{% endfor %}"
     assert Speaker(of.tokenizer, "", 16).written("w5") == "w7 w5 w8"
     assert Speaker(of.tokenizer, "w1 {text}", 16).written("w5") == "w1 w5"
+
+
+# ---- conversations and texts as tokens --------------------------------------------------------------------------------------------
+
+CHAT = [["system", "w40"], ["user", "w5 w6"], ["assistant", "w30 w31"], ["user", "w7"], ["assistant", "w32"]]
+MARKED = (
+    "{% for m in messages %}{{ {'user': 'w10 ', 'assistant': 'w11 ', 'system': 'w12 '}[m['role']] }}{{ m['content'] }} [SEP] w13 "
+    "{% endfor %}"
+    "{% if add_generation_prompt %}w11 {% endif %}"
+)
+
+
+def talker(template: str = TEMPLATE, length: int = 40, own: str = "") -> Speaker:
+    tokenizer = speaker().tokenizer
+    tokenizer.chat_template = own or None
+    return Speaker(tokenizer, template, length, "chat")
+
+
+def marked(of: Speaker, *chats: list[list[str]]) -> list[str]:
+    """The words of each conversation, those that are due in brackets."""
+    made = of.encode([""] * len(chats), [json.dumps(chat) for chat in chats])
+    return [" ".join(f"({words([t])})" if s else words([t]) for t, s in zip(*one, strict=True)) for one in zip(*made, strict=True)]
+
+
+def test_of_a_conversation_every_answer_is_due_with_its_end_and_nothing_else() -> None:
+    assert marked(talker("w1 {text} w2 "), CHAT) == ["w40 w1 w5 w6 w2 (w30) (w31) ([SEP]) w1 w7 w2 (w32) ([SEP])"]
+    own = talker("", own=MARKED)
+    due = "w12 w40 [SEP] w13 w10 w5 w6 [SEP] w13 w11 (w30) (w31) ([SEP]) w13 w10 w7 [SEP] w13 w11 (w32) ([SEP])"
+    assert marked(own, CHAT) == [due], "what the template writes behind an answer's end is not due, and at the end it is left out"
+    said = [{"role": role, "content": text} for role, text in CHAT]
+    ids = own.encode([""], [json.dumps(CHAT)])[0][0]
+    assert own.tokenizer(own.tokenizer.apply_chat_template(said, tokenize=False), add_special_tokens=False)["input_ids"][: len(ids)] == ids
+    assert len(ids) == len(due.split())
+
+
+def test_one_turn_is_an_example_of_instructions() -> None:
+    alone = speaker("w1 {text} w2 ").encode(PROMPTS[:2], ANSWERS[:2])
+    chats = [json.dumps([["user", p], ["assistant", a]]) for p, a in zip(PROMPTS[:2], ANSWERS[:2], strict=True)]
+    assert talker("w1 {text} w2 ").encode(["", ""], chats) == alone
+
+
+def test_where_a_template_writes_no_end_one_follows_the_last_answer() -> None:
+    own = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    assert marked(talker("", own=own), CHAT) == ["w40 w5 w6 (w30) (w31) w7 (w32) ([SEP])"]
+
+
+def test_a_long_conversation_is_cut_at_its_end_and_its_first_answer_keeps_half() -> None:
+    assert marked(talker("w1 {text} w2 ", 10), CHAT) == ["w40 w1 w5 w6 w2 (w30) (w31) ([SEP]) w1 w7"]
+    long = [["user", " ".join(f"w{i}" for i in range(20, 40))], ["assistant", "w3 w4 w5 w6 w7"], *CHAT[3:]]
+    assert marked(talker("w1 {text} w2 ", 10), long) == ["w1 w20 w21 w22 w23 w2 (w3) (w4) (w5) (w6)"]
+    assert marked(talker("w1 {text} w2 ", 20), long) == [
+        "w1 " + " ".join(f"w{i}" for i in range(20, 32)) + " w2 (w3) (w4) (w5) (w6) (w7) ([SEP])"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        (
+            "{{ messages | length }} {% for m in messages %}{{ m['content'] }} {% endfor %}",
+            r"earlier turns otherwise when others follow \(turn 2",
+        ),
+        ("{{ raise_exception('no system') }}", r"takes no conversation of .*no system.*--template"),
+        ("{% for m in messages %}{{ m['content'] + ' w9 w9 w9 w9 w9 w9' }} {% endfor %}", "the 13 tokens around 'w5 w6' leave none of 12"),
+    ],
+)
+def test_a_template_that_cannot_be_followed_is_refused(own: str, says: str) -> None:
+    with pytest.raises(AnswerError, match=says):
+        talker("", 12, own).encode([""], [json.dumps([*CHAT[:1], ["user", "w5 w6"], ["assistant", "w3 " * 9]])])
+
+
+def test_of_a_text_all_is_due_in_no_template() -> None:
+    of = Speaker(speaker().tokenizer, "", 4, "text")
+    assert of.encode(["", ""], ["w5 w6", "w5 w6 w7 w8 w9"]) == (
+        [[9, 10, 3], [9, 10, 11, 12], [12, 13, 3]],
+        [[2, 1, 1], [2, 1, 1, 1], [0, 1, 1]],
+    )
+    of.tokenizer.add_special_tokens({"bos_token": "[CLS]"})
+    assert Speaker(of.tokenizer, "", 4, "text").encode([""], ["w5 w6"]) == ([[2, 9, 10, 3]], [[2, 1, 1, 1]])
+    assert Speaker(of.tokenizer, "", 4, "text").encode([""], [""]) == ([[2, 3]], [[2, 1]])
+    with pytest.raises(AnswerError, match="a window of 1 token"):
+        Speaker(of.tokenizer, "", 1, "text")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_of_many_lengths_in_one_pass_are_read_as_alone(family: str) -> None:
+    """Long texts in windows, short ones beside them: every token but a text's first is due once, after its own window's tokens alone, at
+    positions that begin with the window. The library has each window by itself."""
+    of = load(str(folder(family)), num_labels=2, adapter=Adapter(rank=2), seed=1, max_length=8, answers="", form="text")
+    lines = [" ".join(f"w{(7 * i + j) % 60}" for j in range(k)) for i, k in enumerate((19, 1, 4, 7, 13))]
+    ids, segments = of.encode([""] * len(lines), lines)
+    texts = Examples.of(ids, [0] * len(ids), segments)
+    first = first_of(texts.segments, texts.offsets)
+    whole = [len(of.tokenizer(line, add_special_tokens=False)["input_ids"]) + 1 for line in lines]
+    assert first.tolist() == [0, *np.cumsum([max(1, -(-(n - 1 + int(of.speaker._begins)) // 7)) for n in whole]).tolist()]  # type: ignore[union-attr]
+    losses, lm = [], library(family)
+    with torch.no_grad():
+        for row in ids:
+            losses.append(float(lm(input_ids=torch.tensor([row]), labels=torch.tensor([row])).loss) * (len(row) - 1))
+    for compute in (Serial(of), Stacked(of)):
+        (made,) = compute.run([Predict(of.initial, texts)])
+        np.testing.assert_allclose(made.result[:, 0], losses, atol=2e-4)
+        due = [int(made.result[a:b, 2].sum()) for a, b in pairwise(first)]
+        assert due == [n - 1 + int(of.speaker._begins) for n in whole]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

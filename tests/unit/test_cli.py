@@ -36,7 +36,7 @@ def names(text: str) -> list[str]:
 EXPERIMENT = names("""
 --adapter.alpha --adapter.dropout --adapter.kind --adapter.rank --adapter.start --adapter.targets
 --aggregation --alpha --beta --clients --cohort --data --device --engine.kind --engine.overcommit
---engine.stack --engine.threads --engine.workers --evaluate-every --head --label --label-words
+--engine.stack --engine.threads --engine.workers --evaluate-every --exact-match --head --label --label-words
 --max-length --max-test --max-train --max-validation --metric
 --min-examples --model --partition --precision --quorum --rounds --seed --task --template --text --wire
 """)

@@ -14,6 +14,7 @@ import torch
 
 from fedloom.compute.compute import Done
 from fedloom.compute.flops import Flops
+from fedloom.compute.lowrank import directions, down, projected, up
 from fedloom.compute.spectrum import Product, spectra
 from fedloom.compute.work import (
     Fisher,
@@ -86,7 +87,13 @@ class Serial:
         mask = {n: t.to(model.device).expand_as(start[n]) for n, t in item.mask.items()}
         correction = {n: t.detach().float().to(model.device) for n, t in item.correction.items()}
         bias = torch.zeros((), device=model.device) if item.bias is None else item.bias.float().to(model.device)
-        adam = torch.optim.AdamW(now.values(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+        inner = {} if o.low_rank is None else projected({n: t.shape for n, t in now.items()}, o.low_rank)
+        low = {n: torch.zeros(shape, device=model.device, requires_grad=True) for n, shape in inner.items()}  # where Adam has taken them
+        bases: dict[str, torch.Tensor] = {}
+        adam = torch.optim.AdamW(
+            [{"params": [t for n, t in now.items() if n not in low]}, {"params": list(low.values()), "weight_decay": 0.0}],
+            lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay,
+        )  # fmt: skip
         _load_moments(adam, now, item.moments)
         seen = {n: (torch.zeros_like(t), torch.zeros_like(t)) for n, t in start.items()} if item.watch else {}
         losses = []
@@ -110,13 +117,24 @@ class Serial:
                 torch.nn.utils.clip_grad_norm_(list(now.values()), o.clip)
             for group in adam.param_groups:
                 group["lr"] = o.rate(i, len(item.batches))
+            before = {n: t.detach().clone() for n, t in low.items()}
+            if o.low_rank is not None:
+                gradient_of = {n: g for n in low if (g := now[n].grad) is not None}
+                bases = {n: directions(g, o.low_rank.rank) for n, g in gradient_of.items()} if i % o.low_rank.every == 0 else bases
+                for name, gradient in gradient_of.items():
+                    low[name].grad = down(bases[name], gradient)
             adam.step()
+            with torch.no_grad():
+                for name, at in low.items():
+                    assert o.low_rank is not None
+                    now[name].mul_(1 - o.rate(i, len(item.batches)) * o.weight_decay)
+                    now[name].add_(up(bases[name], at - before[name], now[name].shape), alpha=o.low_rank.scale)
             with torch.no_grad():
                 for name in mask:
                     now[name].copy_(torch.where(mask[name] > 0, now[name], start[name]))
             losses.append(float(loss.detach()))
         importance = {n: (mean * apart).cpu() for n, (mean, apart) in seen.items()}
-        return Fitted({n: t.detach().cpu() for n, t in now.items()}, np.array(losses), _moments(adam, now), importance)
+        return Fitted({n: t.detach().cpu() for n, t in now.items()}, np.array(losses), _moments(adam, {**now, **low}), importance)
 
     def _each_gradient(self, at: Tensors, examples: Examples, names: Sequence[str], i: int) -> list[torch.Tensor]:
         now = {n: t.detach().float().to(self.model.device).requires_grad_(n in names) for n, t in at.items()}

@@ -24,12 +24,14 @@ from torch.func import vmap
 from fedloom.compute.compute import Done
 from fedloom.compute.flat import Flat
 from fedloom.compute.flops import Flops
+from fedloom.compute.lowrank import directions, down, projected, up
 from fedloom.compute.serial import Serial, cost, dropout_key, scored_names, twice_differentiated, watch
 from fedloom.compute.spectrum import spectra
 from fedloom.compute.work import (
     Fisher,
     Fit,
     Fitted,
+    LowRank,
     Moments,
     Predict,
     Pretrained,
@@ -209,7 +211,9 @@ class Stacked:
         mask, correction = self._mask(items, flat), self._correction(items, flat)
         bias = None if items[0].bias is None else torch.stack([i.bias.float() for i in items if i.bias is not None]).to(model.device)
         now = begin.clone()
-        first, second, steps = self._moments(items, flat)
+        few = Few(flat, o.low_rank) if o.low_rank is not None else None
+        remembered = flat if few is None else few.inner
+        first, second, steps = self._moments(items, remembered)
         losses = [np.zeros(len(item.batches)) for item in items]
         mean, apart = (torch.zeros_like(now) if items[0].watch else now[:, :0] for _ in range(2))
 
@@ -249,12 +253,14 @@ class Stacked:
             if o.clip:
                 norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True, dtype=torch.float64).float()
                 gradient *= (o.clip / (norms + 1e-6)).clamp(max=1.0)
+            gradient = gradient if few is None else few.down(gradient, i)
             steps[:active] += 1
             first[:active].mul_(o.betas[0]).add_(gradient, alpha=1 - o.betas[0])
             second[:active].mul_(o.betas[1]).addcmul_(gradient, gradient, value=1 - o.betas[1])
             unbias = [1 - beta ** steps[:active, None] for beta in o.betas]
             scale = (second[:active] / unbias[1]).sqrt_().add_(o.eps)
             step = (first[:active] / unbias[0]).div_(scale)
+            step = step if few is None else few.up(step)
             if o.schedule == "constant":
                 moved = (now[:active] * (1 - o.lr * o.weight_decay)).sub_(step, alpha=o.lr)
             else:  # each client's rate is its own
@@ -265,7 +271,7 @@ class Stacked:
                 kept[i] = value
         ends, firsts, seconds = (matrix.cpu() for matrix in (now, first, second))
         importance = (mean * apart).cpu()
-        moments = [Moments(flat.one(firsts[c], c), flat.one(seconds[c], c), int(steps[c])) for c in range(len(items))]
+        moments = [Moments(remembered.one(firsts[c], c), remembered.one(seconds[c], c), int(steps[c])) for c in range(len(items))]
         told = [flat.one(row, c) if items[0].watch else {} for c, row in enumerate(importance)]
         return [Fitted(flat.one(ends[c], c), losses[c], moments[c], told[c]) for c in range(len(items))]
 
@@ -419,6 +425,35 @@ class Stacked:
         with torch.no_grad():
             self._passes(items, [part for k, item in enumerate(items) for part in _chunks(k, item.examples)], forward)
         return logits
+
+
+class Few:
+    """Gradients of all clients in few directions (``lowrank.py``). ``inner``: what they are there. One client at a time: what is found for
+    one does not depend on who else is there."""
+
+    def __init__(self, flat: Flat, how: LowRank) -> None:
+        self.flat, self.how = flat, how
+        shapes = {**flat.shapes, **projected(flat.shapes, how)}
+        self.some = sorted(projected(flat.shapes, how))
+        self.inner = Flat({n: torch.empty(shape) for n, shape in shapes.items()})
+        self.bases: list[dict[str, torch.Tensor]] = []
+
+    def down(self, gradients: torch.Tensor, step: int) -> torch.Tensor:
+        """(S, P) to what is remembered of it, (S, p); the directions are found anew where the step is the time for it."""
+        named = [{n: t[0].clone() for n, t in self.flat.split(row[None]).items()} for row in gradients]
+        if step % self.how.every == 0:
+            self.bases = [{n: directions(of[n], self.how.rank) for n in self.some} for of in named]
+        inner = [{**of, **{n: down(basis[n], of[n]) for n in self.some}} for of, basis in zip(named, self.bases, strict=False)]
+        return torch.stack([torch.cat([of[n].reshape(-1) for n in self.inner.shapes]) for of in inner])
+
+    def up(self, steps: torch.Tensor) -> torch.Tensor:
+        """Steps (S, p) as steps of the tensors themselves, (S, P)."""
+        named = [{n: t[0].clone() for n, t in self.inner.split(row[None]).items()} for row in steps]
+        back = [
+            {**of, **{n: up(basis[n], of[n], self.flat.shapes[n]) * self.how.scale for n in self.some}}
+            for of, basis in zip(named, self.bases, strict=False)
+        ]
+        return torch.stack([torch.cat([of[n].reshape(-1) for n in self.flat.shapes]) for of in back])
 
 
 def _equal(one: Tensors, other: Tensors) -> bool:

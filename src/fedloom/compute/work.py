@@ -39,10 +39,31 @@ front of every tensor."""
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """GaLore's way with the matrices of layers (2403.03507, algorithm 2): Adam on the gradient in ``rank`` directions, found anew after
+    ``every`` steps, and ``scale`` times what comes of it. ``compute/lowrank.py``.
+
+    Raises:
+        ValueError: a rank or a number of steps below 1, or a scale that is not positive.
+    """
+
+    rank: int
+    every: int
+    scale: float
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.every < 1 or not self.scale > 0:
+            raise ValueError(
+                f"rank {self.rank}, every {self.every}, scale {self.scale}: rank and every are 1 or more, the scale is positive"
+            )
+
+
+@dataclass(frozen=True)
 class AdamW:
     """Decoupled weight-decay Adam (1711.05101) with the gradient's global 2-norm clipped to ``clip`` (0: not clipped).
 
     ``schedule``: the rate of all steps of a Fit is ``lr``, or falls from it to 0 along half a cosine (1608.03983, eq. 5).
+    ``low_rank``: how the matrices of layers are trained in few directions; its moments are those of the directions.
     """
 
     lr: float
@@ -51,6 +72,7 @@ class AdamW:
     weight_decay: float = 0.0
     clip: float = 1.0
     schedule: Schedule = "constant"
+    low_rank: LowRank | None = None
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of step 0..steps − 1: lr, or lr·(1 + cos(π·step/steps))/2."""
@@ -120,6 +142,8 @@ class Fit:
     def __post_init__(self) -> None:
         if self.skips and (of_none := [n for n in (*self.start, *self.fixed) if layer_of(n) in self.skips]):
             raise ValueError(f"a Fit leaves the layers {sorted(self.skips)} out and names '{of_none[0]}'; it can have no tensor of them")
+        if self.optimizer.low_rank is not None and (self.mask or self.rows or self.moments is not None):
+            raise ValueError("a Fit in few directions trains whole tensors from no moments; it takes no mask, no rows and no moments")
         for name, added in self.correction.items():
             if name not in self.start or added.shape != self.start[name].shape:
                 had = f"{tuple(self.start[name].shape)}" if name in self.start else "no tensor of that name"

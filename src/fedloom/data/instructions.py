@@ -1,4 +1,4 @@
-"""Instructions: a prompt (with its context, if there is one) and the answer that is due; or plain text, all of it due.
+"""Instructions: a prompt (with its context, if there is one) and the answer that is due; plain text, all of it due; or conversations.
 
 Which columns hold them, and how what was predicted of answers is scored: by tokens. Knows nothing of tokenizers, models or devices.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -21,6 +21,7 @@ PROMPTS = ("instruction", "prompt", "question", "query", "input")
 CONTEXTS = ("context", "input")
 CATEGORIES = ("category", "topic", "task")
 METRIC = "token_accuracy"
+Form = Literal["instructions", "text", "chat"]
 EVERYTHING = "all"
 """The one label of data that has none."""
 
@@ -30,13 +31,20 @@ class Instructions:
     """A prompt and its answer.
 
     ``prompts``: the prompt's columns, none of plain text, or a second one with its context. ``answer``: the answer's column. ``label``: the
-    column by which devices are skewed; ``classes``: its values.
+    column by which devices are skewed; ``classes``: its values. ``chats``: the answer's column, and no other, holds conversations, as
+    :func:`fedloom.data.chats.as_texts` writes them.
     """
 
     prompts: tuple[str, ...]
     answer: str
     label: str
     classes: tuple[str, ...]
+    chats: bool = False
+
+    @property
+    def form(self) -> Form:
+        """What is given to a model's ``encode``."""
+        return "chat" if self.chats else "instructions" if self.prompts else "text"
 
     @property
     def metric(self) -> str:
@@ -57,10 +65,13 @@ class Instructions:
     def told(self) -> str:
         """What is read, for a person."""
         skewed = f"skewed by {self.label} ({len(self.classes)} values)" if self.label != EVERYTHING else "no labels"
+        if self.chats:
+            return f"conversations {self.answer}, {skewed}"
         return f"prompt {' + '.join(self.prompts) or '(none: plain text)'}, answer {self.answer}, {skewed}"
 
     def written(self, rows: Rows) -> list[list[str]]:
-        """The prompts and the answers of all rows; the context stands after an empty line, where there is one."""
+        """The prompts and the answers of all rows; the context stands after an empty line, where there is one. Plain
+        texts and conversations are answers without a prompt."""
         columns = [rows[name] for name in self.prompts] or [[""] * len(rows)]
         return [["\n\n".join(part for part in parts if part) for parts in zip(*columns, strict=True)], list(rows[self.answer])]
 
@@ -129,5 +140,10 @@ def choose_columns(columns: Mapping[str, Column], text: Sequence[str], label: st
         prompt, answer = found[0][0], found[1][0]
         context = [lower[name] for name in CONTEXTS if name in lower and lower[name] != prompt]
         prompts = (prompt, *context[:1])
-    everything = {name.lower(): name for name, c in columns.items() if c.repeats and name not in (*prompts, answer)}
-    return prompts, answer, label or next((everything[name] for name in CATEGORIES if name in everything), "")
+    return prompts, answer, label or category(columns, (*prompts, answer))
+
+
+def category(columns: Mapping[str, Column], read: Sequence[str]) -> str:
+    """The column by which devices can be skewed, none of those that are ``read``; "" if there is none."""
+    everything = {name.lower(): name for name, c in columns.items() if c.repeats and name not in read}
+    return next((everything[name] for name in CATEGORIES if name in everything), "")

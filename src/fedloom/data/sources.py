@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fedloom.cache import remembered
-from fedloom.data import instructions, questions, tagging
+from fedloom.data import chats, instructions, questions, tagging
 from fedloom.data.examples import Examples, flat
 from fedloom.data.files import SUFFIXES, match_splits, read_file, read_folder, split_of
 from fedloom.data.instructions import EVERYTHING, METRIC, Instructions
@@ -85,7 +85,7 @@ def load(
 
     ``text`` and ``label`` override the columns found, ``metric`` ("accuracy", "mcc", "f1") the one the name suggests. A cap
     of 0 keeps all rows; otherwise that many are drawn by seed, in their order. ``task``: classification; instructions (a prompt and its
-    answer); text (all of it to be learnt); tagging (a tag for every word); qa (a
+    answer); text (all of it to be learnt); chat (conversations, the assistant's turns to be learnt); tagging (a tag for every word); qa (a
     question's answer in a context); or, left to the columns, one of them but text. ``classes`` and
     ``tags``: their names in order where somebody else has fixed them; a file may then hold few of them, and a held-out split no row.
 
@@ -111,6 +111,10 @@ def load(
         if metric != "auto":
             raise DataError(f"found answers are scored by {questions.METRIC}, not by {metric}; leave metric (--metric) at auto")
         made, tables = _questions(tables, questions.choose_columns(columns, text, label), bool(classes), notes)
+    elif task == "chat" or (task == "auto" and chats.looks_like_chats(columns)):
+        if metric not in ("auto", METRIC):
+            raise DataError(f"answers are scored by {METRIC}, not by {metric}; leave metric (--metric) at auto")
+        made, tables = _chats(tables, chats.choose_columns(columns, text), columns, label, notes)
     elif task == "classification" or (task == "auto" and (label or not instructions.looks_like_instructions(columns))):
         texts, label = choose_columns(columns, text, label)
         tables, classes = _labelled(tables, texts, label, notes, classes)
@@ -130,6 +134,22 @@ def load(
         tables[split] = _capped(tables[split], split, most, made, seed, notes)
     _tell_overlap(tables, made.texts, notes)
     return Source(name, {split: _rows(tables[split], made.label) for split in SPLITS}, made, tuple(notes))
+
+
+def _chats(
+    tables: dict[Split, _Table], column: str, columns: dict[str, Column], label: str, notes: list[str]
+) -> tuple[Instructions, dict[Split, _Table]]:
+    """The task, and the splits with conversations as texts."""
+    label = label or instructions.category(columns, (column,)) or EVERYTHING
+    for split, table in tables.items():
+        if column not in table.rows.column_names:
+            continue  # told with the other columns
+        said, cut = chats.as_texts(table.rows[column].to_pylist(), f"the {split} split")
+        notes += [f"{cut} conversations of the {split} split end without an answer, and are read up to their last one"] if cut else []
+        rows = table.rows.set_column(table.rows.column_names.index(column), column, pa.array(said, pa.string()))
+        tables[split] = _prepared(replace(table, rows=rows), (), label)
+    tables, classes = _labelled(tables, (column,), label, notes)
+    return Instructions((), column, label, classes, chats=True), tables
 
 
 def _prepared(table: _Table, contexts: Sequence[str], label: str) -> _Table:
@@ -325,6 +345,8 @@ def _of_table(table: pa.Table) -> _Table:
 def _describe(table: _Table, name: str) -> Column:
     """What kind of column it is, with its number of distinct values."""
     column = table.rows[name]
+    if _holds_chats(column, name):
+        return Column("chats", 0, len(column))
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         kind = "string"
     elif name in table.names and not pa.types.is_nested(column.type):
@@ -342,6 +364,15 @@ def _describe(table: _Table, name: str) -> Column:
     else:
         return Column("other", 0, len(column))
     return Column(kind, len(column.unique()), len(column))
+
+
+def _holds_chats(column: pa.ChunkedArray, name: str) -> bool:
+    """Whether a column's lists are of turns. One of a telling name, in a file where not all of them are, holds their JSON."""
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        inner = column.type.value_type
+        return pa.types.is_struct(inner) and any(set(form) & {field.name for field in inner} for form in chats.FORMS)
+    text = name.lower() in chats.COLUMNS and pa.types.is_string(column.type)
+    return text and any(str(value).startswith("[{") for value in column[:16].to_pylist())
 
 
 def _labelled(

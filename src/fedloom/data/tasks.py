@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # PyArrow is not needed to know what tasks there are
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 METRICS = ("accuracy", "mcc", "f1")
-TaskKind = Literal["auto", "classification", "instructions", "text", "tagging", "qa"]
+TaskKind = Literal["auto", "classification", "instructions", "text", "chat", "tagging", "qa"]
 
 PAIRS = (
     ("sentence1", "sentence2"),
@@ -47,14 +47,14 @@ class DataError(ValueError):
 class Column:
     """What column detection needs to know of a column: what it holds, and how many distinct values in how many rows."""
 
-    kind: Literal["classes", "integer", "string", "words", "numbers", "answers", "other"]
+    kind: Literal["classes", "integer", "string", "words", "numbers", "answers", "chats", "other"]
     distinct: int
     rows: int
 
     @property
     def repeats(self) -> bool:
         """Whether it could be a label: 2 to 1000 distinct values, each twice on average."""
-        return self.kind not in ("words", "numbers", "answers", "other") and 2 <= self.distinct <= min(1000, self.rows // 2)
+        return self.kind not in ("words", "numbers", "answers", "chats", "other") and 2 <= self.distinct <= min(1000, self.rows // 2)
 
 
 class Outcomes(NamedTuple):

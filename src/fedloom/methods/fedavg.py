@@ -120,15 +120,18 @@ class FedAvg:
         through: Through | None = None,
         watch: Smoothing | None = None,
         skips: frozenset[int] = frozenset(),
+        optimizer: AdamW | None = None,
     ) -> Work[Fitted]:
         """Train ``start`` on what the curriculum opens, under tensors that stay ``fixed``, with ``bias`` (C,) on the logits and
         ``correction`` on the gradients. ``through``: what the model is called with, where that is not these themselves.
-        ``watch``: how each number's importance is watched. ``skips``: layers that are left out, of which no tensor is given."""
+        ``watch``: how each number's importance is watched. ``skips``: layers that are left out, of which no tensor is given.
+        ``optimizer``: another than this method's."""
         given = {**(fixed or {}), **start}
         opened = yield from self.open(c, given if through is None else through(given), task)
         t = int(task.settings["round"])  # type: ignore[arg-type]
         fit = self.fit(c, start, opened.batches, t, mask, penalty, fixed=fixed, examples=opened.examples, bias=bias)
-        return (yield replace(fit, correction=correction or {}, through=through, watch=watch, skips=skips))
+        more = {"correction": correction or {}, "through": through, "watch": watch, "skips": skips, "optimizer": optimizer or fit.optimizer}
+        return (yield replace(fit, **more))
 
     def whole(self, c: Client) -> Opened:
         """One epoch over everything, in the order that the curriculum ends with. It must have been prepared."""

@@ -2,6 +2,7 @@
 
     ℓ(s) = −(1/|a|) Σ_t log softmax(z_{t−1})[a_t]      a: the tokens of the answer and the end of text;  z: the model's logits
 
+A conversation has several answers, a plain text is nothing else (``Form``).
 Of an example's tokens those of segment 0 are the prompt's and those of segment 1 the answer's (a causal model reads no segments itself).
 The mean over an example's tokens makes every example count alike, as the curricula, Fisher scores and n_k/n of the methods take it.
 
@@ -11,10 +12,10 @@ This file knows tokenizers by what they do, not transformers. Shapes: B texts, L
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,9 +25,21 @@ from fedloom.model.asked import Asked
 PLAIN = "### Instruction:\n{text}\n\n### Response:\n"
 """What a prompt is put into where the tokenizer has no chat template and nobody gives another."""
 
+Form = Literal["instructions", "text", "chat"]
+"""What is given: prompts and their answers; texts; or conversations, JSON of [role, text] of their turns."""
+
 
 class AnswerError(ValueError):
     """A template or a tokenizer that no answer can follow; the message says what could."""
+
+
+FIRST = 2
+"""The segment of a text's first token, which is never due. That of the first token of its other windows is 0."""
+
+
+def first_of(segments: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """The first window of every text, int64, and last the number of windows."""
+    return np.append(np.flatnonzero(segments[offsets[:-1]] == FIRST), len(offsets) - 1)
 
 
 def asked(ids: np.ndarray, segments: np.ndarray, lengths: np.ndarray, device: torch.device) -> Asked:
@@ -50,7 +63,7 @@ class Speaker:
     """Prompts and answers as tokens.
 
     ``template``: a sentence with ``{text}``, after which the answer comes ("": the tokenizer's chat template, else :data:`PLAIN`).
-    ``length``: tokens of an example at most.
+    ``length``: tokens of an example at most. ``form``: what an example is.
 
     Raises:
         AnswerError: no ``{text}`` in the template, a tokenizer that tells no characters, one without an end of text, or too short a length.
@@ -59,6 +72,7 @@ class Speaker:
     tokenizer: Any
     template: str
     length: int
+    form: Form = "instructions"
 
     def __post_init__(self) -> None:
         if self.template and self.template.count("{text}") != 1:
@@ -67,7 +81,9 @@ class Speaker:
             raise AnswerError("answers need a fast tokenizer, which tells the characters of each token")
         if self.tokenizer.eos_token_id is None:
             raise AnswerError("this tokenizer has no end of text, so no answer would ever end; give a model whose tokenizer has one")
-        if len(self._prompt("")) + 2 > self.length:
+        if self.form == "text" and self.length < 2:
+            raise AnswerError(f"a window of {self.length} token has nothing to be learnt from; give more: --max-length")
+        if self.form != "text" and len(self._prompt("")) + 2 > self.length:
             raise AnswerError(f"the template alone takes {len(self._prompt(''))} of the {self.length} tokens of --max-length; give more")
 
     @cached_property
@@ -82,6 +98,7 @@ class Speaker:
             first
             + "{% for m in messages %}{% if m['role'] == 'user' %}"
             + user
+            + "{% elif m['role'] == 'system' %}{{ m['content'] + '\\n\\n' }}"
             + "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
         )
 
@@ -92,15 +109,39 @@ class Speaker:
 
     def written(self, prompt: str) -> str:
         """The prompt in its template."""
-        said = [{"role": "user", "content": prompt}]
-        return self.tokenizer.apply_chat_template(said, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True)
+        return self._rendered([("user", prompt)], asks=True)
+
+    def _rendered(self, turns: Sequence[tuple[str, str]], asks: bool) -> str:
+        """These turns in their template; one that ``asks`` is up to where the assistant answers.
+
+        Raises:
+            AnswerError: the template takes no such conversation.
+        """
+        said = [{"role": role, "content": text} for role, text in turns]
+        try:
+            return self.tokenizer.apply_chat_template(said, chat_template=self.chat_template, tokenize=False, add_generation_prompt=asks)
+        except Exception as error:  # a template may raise whatever it likes
+            raise AnswerError(
+                f"the tokenizer's chat template takes no conversation of {', '.join(role for role, _ in turns)} ({error}); give another "
+                "with --template"
+            ) from error
 
     def encode(self, prompts: Sequence[str], answers: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids and segments (0: prompt, 1: answer) of each example, ``length`` at most.
 
         Of an example that is too long the prompt's text is cut at its end, never the template around it; the answer keeps half of what the
         template leaves, or all that the prompt does not need. An answer that was cut has no end of text.
+
+        Plain texts come as answers to nothing, and so do conversations. All of a text is due, but its first token; one that is too long
+        becomes several examples (:func:`first_of`). Of a conversation what the assistant says, and the end of text that follows it.
         """
+        if self.form != "instructions":
+            made = (
+                [self._conversation(text) for text in answers]
+                if self.form == "chat"
+                else [w for text in answers for w in self._windows(text)]
+            )
+            return [ids for ids, _ in made], [segments for _, segments in made]
         before = self._tokens([self.written(prompt) for prompt in prompts])
         after = [[*answer, self.tokenizer.eos_token_id] for answer in self._tokens(answers)]
         for i, (asked, due) in enumerate(zip(before, after, strict=True)):
@@ -109,15 +150,74 @@ class Speaker:
         ids = [asked + due for asked, due in zip(before, after, strict=True)]
         return ids, [[0] * len(asked) + [1] * len(due) for asked, due in zip(before, after, strict=True)]
 
+    def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
+        """Each begins with the last token of the one before, so that every token but the first is due once."""
+        first = [self.tokenizer.bos_token_id] if self._begins else []
+        ids = [*first, *self._tokens([text])[0], self.tokenizer.eos_token_id]
+        begins = range(0, max(1, len(ids) - 1), self.length - 1)
+        windows = [ids[at : at + self.length] for at in begins]
+        return [(window, [0 if at else FIRST] + [1] * (len(window) - 1)) for at, window in zip(begins, windows, strict=True)]
+
+    def _conversation(self, given: str) -> list[tuple[list[int], list[int]]]:
+        """One that is too long is cut at its end; if that would leave less than half of the room to the first answer, the question before
+        it is cut, and what follows it is left out."""
+        turns = [(str(role), str(text)) for role, text in json.loads(given)]
+        whole, due = self._rendered(turns, asks=False), []
+        for i in (i for i, (role, _) in enumerate(turns) if role == "assistant"):
+            before, upto = self._rendered(turns[:i], asks=True), self._rendered(turns[: i + 1], asks=False)
+            if not upto.startswith(before) or not whole.startswith(upto):
+                raise AnswerError(
+                    f"the tokenizer's chat template writes earlier turns otherwise when others follow (turn {i} of {given[:60]}); give "
+                    "another with --template, which tells where the answer comes"
+                )
+            end = upto.rfind(self.tokenizer.eos_token, len(before))
+            due.append((len(before), len(upto) if end < 0 else end + len(self.tokenizer.eos_token)))
+        made = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        ids = list(made["input_ids"])
+        answer = [
+            next((k + 1 for k, (low, high) in enumerate(due) if begin < high and end > low), 0) for begin, end in made["offset_mapping"]
+        ]
+        last = next(i for i in range(len(ids), -1, -1) if not i or answer[i - 1])
+        ids, answer = ids[:last], answer[:last]
+        if not ids or ids[-1] != self.tokenizer.eos_token_id:
+            ids, answer = [*ids, self.tokenizer.eos_token_id], [*answer, len(due)]
+        if len(ids) > self.length:
+            ids, answer = self._cut_conversation(turns, ids, answer)
+        return [(ids, [int(a > 0) for a in answer])]
+
+    def _cut_conversation(self, turns: list[tuple[str, str]], ids: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
+        at = next(i for i, (role, _) in enumerate(turns) if role == "assistant")
+
+        def asked(text: str) -> list[int]:
+            return self._tokens([self._rendered([*turns[: at - 1], (turns[at - 1][0], text)], asks=True)])[0]
+
+        first = [token for token, a in zip(ids, answer, strict=True) if a == 1]
+        half = (self.length - len(asked(""))) // 2
+        if half < 1:
+            raise AnswerError(
+                f"the {len(asked(''))} tokens around {turns[at - 1][1][:60]!r} leave none of {self.length}; give more: --max-length"
+            )
+        if (answer.index(1) if first else len(ids)) + min(len(first), half) <= self.length:
+            return ids[: self.length], answer[: self.length]
+        kept = self._shortened(turns[at - 1][1], asked, self.length - min(len(first), half))
+        return kept + first[: self.length - len(kept)], [0] * len(kept) + [1] * min(len(first), self.length - len(kept))
+
+    def asked(self, prompt: str, room: int) -> list[int]:
+        """A prompt in its template, cut at its end to ``room`` tokens: what an answer is written after."""
+        return self._shortened(prompt, self._prompt, room)
+
     def _cut(self, prompt: str, asked: list[int], due: list[int]) -> tuple[list[int], list[int]]:
         due = due[: max(self.length - len(asked), (self.length - len(self._prompt(""))) // 2)]
-        room = self.length - len(due)
+        return self._shortened(prompt, self._prompt, self.length - len(due)), due
+
+    def _shortened(self, prompt: str, of: Callable[[str], list[int]], room: int) -> list[int]:
+        asked = of(prompt)
         ends = [end for _, end in self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
         kept = len(ends)
         while len(asked) > room and kept:
             kept = max(0, kept - (len(asked) - room))
-            asked = self._prompt(prompt[: ends[kept - 1]] if kept else "")
-        return asked, due
+            asked = of(prompt[: ends[kept - 1]] if kept else "")
+        return asked
 
     def _prompt(self, text: str) -> list[int]:
         return self._tokens([self.written(text)])[0]

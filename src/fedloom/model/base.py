@@ -28,7 +28,7 @@ from torch.func import functional_call
 
 from fedloom.messages import Tensors
 from fedloom.model.adapters import Beneath, is_beneath, is_head
-from fedloom.model.answers import Speaker, asked, asked_in_rows
+from fedloom.model.answers import Speaker, asked, asked_in_rows, first_of
 from fedloom.model.asked import Asked
 from fedloom.model.calls import CALLS, Call, Shape
 from fedloom.model.cloze import Filler
@@ -36,6 +36,7 @@ from fedloom.model.kernels import computes_bf16
 from fedloom.model.packed import Mapped, Packed, Rows, Unpackable, Way, Weights, logits_of
 from fedloom.model.skipped import left_out, stack_of
 from fedloom.model.spans import CONTEXT, SECOND, Finder, Spans, overlap
+from fedloom.model.spans import first_of as first_window
 from fedloom.model.tags import Tagger
 from fedloom.model.texts import Texts
 from fedloom.tensors import fingerprint, only, without
@@ -128,6 +129,13 @@ class Model:
         """Whether many tokens of a text are read and not one: those before each of an answer, every word's first, or
         all."""
         return self.speaker is not None or self.tagger is not None or self.finder is not None
+
+    @property
+    def first_of(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+        """Where a row may become several examples, what finds the first of each row, and their number, from segments and offsets."""
+        if self.finder is not None:
+            return first_window
+        return first_of if self.speaker is not None and self.speaker.form == "text" else None
 
     @property
     def trial_segment(self) -> int:
@@ -235,7 +243,7 @@ class Model:
         versions = [importlib.metadata.version(library) for library in ("tokenizers", "transformers")]
         said = [type(self.tokenizer).__name__, self.tokenizer.truncation_side, self.max_length, self.pad_id, *versions, rust.to_str()]
         said += [] if self.filler is None else [self.filler.template]
-        said += [] if self.speaker is None else [self.speaker.chat_template]
+        said += [] if self.speaker is None else [self.speaker.chat_template, self.speaker.form]
         said += [] if self.tagger is None else ["tags", self.tagger.between]
         said += [] if self.finder is None else ["spans", overlap(self.max_length)]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
@@ -404,28 +412,40 @@ class Model:
         """What is kept of a prediction, (B, width)."""
         return self.asked(batch).told(logits) if self.reads_many else logits
 
-    def continued(self, tensors: Tensors, prompts: Sequence[Sequence[int]], most: int) -> list[str]:
-        """What a speaker writes after each prompt's token ids, the likeliest token every time, ``most`` at most. ``tensors`` override the
-        model's own by saved name while it writes."""
+    @property
+    def reads(self) -> int:
+        """Tokens of a text, prompt and answer, that the model reads at most: what its positions reach, or, where nothing says so, 2048."""
+        c = self.config.to_dict()
+        return int(c.get("max_position_embeddings") or c.get("n_positions") or 2048)
+
+    def continued(self, tensors: Tensors, prompts: Sequence[Sequence[int]], most: int, together: int = 1) -> list[str]:
+        """What a speaker writes after each prompt's token ids, the likeliest token every time, ``most`` at most, and no more than the model
+        reads. ``tensors`` override the model's own by saved name while it writes; ``together`` prompts are answered at once, padded on
+        the left."""
         module: Any = self.base(torch.float32)
         self.stand_on(only(tensors, [n for n in tensors if is_beneath(n)]))
         own = dict(module.named_parameters())
         given = without({**self.initial, **tensors}, self.beneath.names)
-        kept = {name: own[self.parameters[name]].detach().clone() for name in given}
+        kept, end = {name: own[self.parameters[name]].detach().clone() for name in given}, self.tokenizer.eos_token_id
         try:
             with torch.no_grad():
                 for name, tensor in given.items():
                     own[self.parameters[name]].copy_(tensor)
                 made = []
-                for prompt in prompts:
-                    ids = torch.tensor([list(prompt)], device=self.device)
-                    how = {"max_new_tokens": most, "do_sample": False, "pad_token_id": self.pad_id, "attention_mask": torch.ones_like(ids)}
-                    made.append(module.generate(input_ids=ids, eos_token_id=self.tokenizer.eos_token_id, **how)[0, ids.shape[1] :])
+                for at in range(0, len(prompts), together):
+                    some = prompts[at : at + together]
+                    width = max(map(len, some))
+                    ids = torch.tensor([[*[self.pad_id] * (width - len(p)), *p] for p in some], device=self.device)
+                    mask = torch.tensor([[*[0] * (width - len(p)), *[1] * len(p)] for p in some], device=self.device)
+                    how = {"max_new_tokens": max(1, min(most, self.reads - width)), "pad_token_id": self.pad_id, "eos_token_id": end}
+                    how |= {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}  # whatever the model's own settings are
+                    made += module.generate(input_ids=ids, attention_mask=mask, **how)[:, width:].tolist()
         finally:
             with torch.no_grad():
                 for name, tensor in kept.items():
                     own[self.parameters[name]].copy_(tensor)
-        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in made]
+        ended = [ids[: ids.index(end)] if end in ids else ids for ids in made]
+        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in ended]
 
     def need_classes(self, who: str) -> None:
         """For methods that count labels.

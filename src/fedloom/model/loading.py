@@ -37,7 +37,7 @@ from transformers.utils import logging as transformers_logging
 
 from fedloom.hub import reachable
 from fedloom.model.adapters import Adapter, attach, beneath, is_head, trainable_names
-from fedloom.model.answers import Speaker
+from fedloom.model.answers import Form, Speaker
 from fedloom.model.base import Batch, Model, ModelError, Precision, free_bytes
 from fedloom.model.calls import CALLS, from_zero
 from fedloom.model.cloze import Cloze, Filler, keep_rows
@@ -97,6 +97,7 @@ def load(
     device: str = "cpu",
     cloze: Cloze | None = None,
     answers: str | None = None,
+    form: Form = "instructions",
     tags: tuple[str, ...] = (),
     between: str = "",
     finds: bool = False,
@@ -104,9 +105,9 @@ def load(
     """Load a base, put the adapter on it, find out how to call it. ``seed`` draws the new head and LoRA's A.
 
     With a ``cloze`` the base is a language model, its own head is used, and ``num_labels`` is the number of its words. With ``answers`` (a
-    template, "" for the tokenizer's own or a plain one) it is a causal language model that answers prompts, and has no labels. With
-    ``tags`` it tells one of them for every word of a text; ``between`` stands between those. One that ``finds`` tells where in a
-    context the answer to a question is.
+    template, "" for the tokenizer's own or a plain one) it is a causal language model that answers prompts, and has no labels;
+    ``form``: to what it answers. With ``tags`` it tells one of them for every word of a text; ``between`` stands between those. One that
+    ``finds`` tells where in a context the answer to a question is.
 
     Raises:
         ModelError: no such model, not a classifier, an encoder-decoder, or one that cannot be called on ready masks.
@@ -132,7 +133,7 @@ def load(
             cloze.check(answers_last, num_labels)
             filler = Filler(cloze, tokenizer, answers_last, length)
             keep_rows(base, filler)
-        speaker = None if answers is None else Speaker(tokenizer, answers, length)
+        speaker = None if answers is None else Speaker(tokenizer, answers, length, form)
         tagger = Tagger(tokenizer, tags, between, length) if tags else None
         finder = Finder(tokenizer, length) if finds else None
         module = attach(base, adapter, cloze is None and answers is None, bool(tags), finds)

@@ -115,7 +115,7 @@ def _model(world: World) -> Lines:
         ("parameters", f"{total:,}, of which {trained:,} are trained ({trained / total:.2%}): {trained - head:,} {kind}, {head:,} head"),
         *told(needed(sizes := sizes_of(model, world.experiment.method), world.experiment), sizes),
         *([("LoRA targets", ", ".join(pairs))] if pairs else []),
-        *([("template", world.model.speaker.written("{text}"))] if world.model.speaker else []),
+        *([("template", model.speaker.written("{text}"))] if model.speaker and model.speaker.form != "text" else []),
         *([("cloze", f"{model.filler.cloze.template!r}: {', '.join(model.filler.cloze.words)}")] if model.filler else []),
         ("devices together", f"one by one: {model.alone}" if model.alone else WAYS[model.together_by]),
     ]

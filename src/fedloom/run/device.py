@@ -76,7 +76,7 @@ def kind_of(task: DataTask) -> str:
     if isinstance(task, Questions):
         return "qa"
     if isinstance(task, Instructions):
-        return "text" if len(task.texts) == 1 else "instructions"
+        return task.form
     return "classification"
 
 

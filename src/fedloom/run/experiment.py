@@ -61,8 +61,8 @@ class Experiment:
     Attributes:
         method: the method and its hyper-parameters.
         data: ``trec`` (packaged), a Hub name, or a folder or file of Parquet, CSV or JSON lines.
-        task: classification; instructions, a prompt and its answer; text, all of it to be learnt; tagging, a tag a word; qa, the
-            words of a context that answer a question; auto: one of them but text, by the columns.
+        task: classification; instructions, a prompt and its answer; text, all of it to be learnt; chat, conversations; tagging, a tag a
+            word; qa, the words of a context that answer a question; auto: one of them but text, by the columns.
         model: ``minilm`` (the demo extra), a Hub name, or a Hugging Face folder.
         adapter: LoRA's settings.
         clients: number of devices K.
@@ -79,6 +79,7 @@ class Experiment:
         max_validation: keep that many validation rows (0: all).
         max_test: keep that many test rows (0: all).
         max_length: tokens after which a text is cut.
+        exact_match: test prompts at most that the trained model answers in full at the end, where answers end in "#### number" (0: none).
         head: linear, new and trained; or cloze: the pre-trained language model's own, asked for a word a class.
         template: the cloze's sentence with {mask}, {text} and, of pairs, {pair} (empty: what is known of the data set); or of instructions
             the one with {text} for the prompt, which the answer follows (empty: the tokenizer's chat template, or a plain one).
@@ -116,6 +117,7 @@ class Experiment:
     max_validation: int = 0
     max_test: int = 0
     max_length: int = 128
+    exact_match: int = 32
     head: Literal["linear", "cloze"] = "linear"
     template: str = ""
     label_words: tuple[str, ...] = ()
@@ -135,7 +137,7 @@ class Experiment:
         for name in ("clients", "cohort", "rounds", "min_examples", "max_length"):
             if getattr(self, name) < 1:
                 raise ExperimentError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        for name in ("evaluate_every", "max_train", "max_validation", "max_test"):
+        for name in ("evaluate_every", "max_train", "max_validation", "max_test", "exact_match"):
             if getattr(self, name) < 0:
                 raise ExperimentError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be 0 or more (0 has a meaning: see --help)"
@@ -143,12 +145,12 @@ class Experiment:
         for name in ("alpha", "beta"):
             if not getattr(self, name) > 0:
                 raise ExperimentError(f"--{name} is {getattr(self, name)}; a Dirichlet concentration must be positive")
-        if self.head == "linear" and (self.label_words or (self.template and self.task != "instructions")):
+        if self.head == "linear" and (self.label_words or (self.template and self.task not in ("instructions", "chat"))):
             raise ExperimentError(
-                "--label-words and --template belong to --head cloze, a template also to --task instructions; the head is linear and the "
-                f"task {self.task}"
+                "--label-words and --template belong to --head cloze, a template also to --task instructions and chat; the head is "
+                f"linear and the task {self.task}"
             )
-        if self.head == "cloze" and self.task in ("instructions", "text"):
+        if self.head == "cloze" and self.task in ("instructions", "text", "chat"):
             raise ExperimentError(f"--head cloze is for classification, and the task is {self.task}; leave --head out")
         if self.cohort > self.clients:
             raise ExperimentError(f"--cohort {self.cohort} is more than --clients {self.clients}; a cohort is drawn from the clients")

@@ -57,7 +57,7 @@ def write_merged(model: Model, tensors: Tensors, classes: Sequence[str], out: Pa
 
 def write_tokenizer(model: Model, out: Path) -> None:
     """Write the tokenizer; that of a model which answers prompts with the template by which it was trained."""
-    if model.speaker is not None:
+    if model.speaker is not None and model.speaker.form != "text":
         model.tokenizer.chat_template = model.speaker.chat_template
     model.tokenizer.save_pretrained(out)
 

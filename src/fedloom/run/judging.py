@@ -1,4 +1,5 @@
-"""From windows to questions: of all windows of a question the best span, as the words of the context, against the answers that are due."""
+"""From windows to what was cut into them. Of a text their sums; of a question the best span of all its windows, as the words of the
+context, against the answers that are due."""
 
 from __future__ import annotations
 
@@ -35,17 +36,22 @@ class Judge:
 
     def examples(self, split: Split, rows: np.ndarray) -> np.ndarray:
         """The places of these rows' examples among the split's, row by row."""
-        if self.model.finder is None:
+        if self.model.first_of is None:
             return rows
-        first = first_of(self.splits[split].segments, self.splits[split].offsets)
+        first = self.model.first_of(self.splits[split].segments, self.splits[split].offsets)
         counts = first[rows + 1] - first[rows]
         return np.repeat(first[rows] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
 
     def judged(self, split: Split, rows: np.ndarray, made: np.ndarray) -> np.ndarray:
         """``made`` of these rows' examples as the task's scores take it: of questions (n, 3), the mean loss of their windows, F1, exact
-        match."""
-        if self.model.finder is None:
+        match; of texts the sums over their windows."""
+        if self.model.first_of is None:
             return made
+        if self.model.finder is None:
+            first = self.model.first_of(self.splits[split].segments, self.splits[split].offsets)
+            ends = np.concatenate([[0], np.cumsum(first[rows + 1] - first[rows])])
+            sums = np.concatenate([np.zeros((1, made.shape[1])), np.cumsum(made, 0, dtype=np.float64)])
+            return sums[ends[1:]] - sums[ends[:-1]]
         known, offsets = self._of(split), self.splits[split].offsets
         told, at = np.zeros((len(rows), 3)), 0
         for i, row in enumerate(rows):

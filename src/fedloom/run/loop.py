@@ -27,6 +27,7 @@ from fedloom.run.export import write_global
 from fedloom.run.holdings import held
 from fedloom.run.ledger import Ledger, Section
 from fedloom.run.memory import insist_on_room, sizes_before, sizes_of, told
+from fedloom.run.numbers import exact_match
 from fedloom.run.payback import paid_back
 from fedloom.run.samples import samples
 from fedloom.run.tracking import Tracking, insist, track_ended
@@ -199,10 +200,11 @@ def finish(
     outcome["devices"] = world.fleet.as_json(world.pool.clients)
     outcome["notes"] += notes
     assembled = world.experiment.method.assembled(state)
-    outcome["samples"] = []
+    outcome["samples"], outcome["exact_match"] = [], None
     if assembled is not None:
         outcome["notes"] += write_global(world.model, assembled, world.classes, folder)
         outcome["samples"] = samples(world, assembled)
+        outcome["exact_match"] = exact_match(world, assembled)
     write_atomically(folder / "results.json", json.dumps(outcome, indent=1))
     return outcome
 

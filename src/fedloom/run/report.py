@@ -86,6 +86,7 @@ def page_of(runs: Sequence[Run], summary: Mapping[str, Any] | None = None) -> st
         partitions=_partitions(runs, labels),
         facts=[(label, *_facts(run, f"facts{i}")) for i, (run, label) in enumerate(zip(runs, labels, strict=True))],
         samples=[(label, told) for run, label in zip(runs, labels, strict=True) if (told := (run.results or {}).get("samples"))],
+        solved=[(label, told) for run, label in zip(runs, labels, strict=True) if (told := (run.results or {}).get("exact_match"))],
         devices=[(label, _devices(run)) for run, label in zip(runs, labels, strict=True) if run.results],
         shown=SHOWN_DEVICES,
         notes=[(label, _notes(run)) for run, label in zip(runs, labels, strict=True)],

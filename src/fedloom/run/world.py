@@ -40,7 +40,6 @@ from fedloom.model.adapters import Adapter
 from fedloom.model.base import Model
 from fedloom.model.cloze import Cloze
 from fedloom.model.loading import load as load_model
-from fedloom.model.spans import first_of
 from fedloom.run.devices import fleet_of, is_file
 from fedloom.run.experiment import Experiment, ExperimentError, as_json
 from fedloom.run.judging import Judge
@@ -239,7 +238,7 @@ def build(experiment: Experiment) -> World:
 
 def tokens_of(source: Source, model: Model) -> dict[Split, Examples]:
     """The data as the model's tokens."""
-    return tokenise(source, in_parts(model.encode), model.encoding, first_of if model.finder else None)
+    return tokenise(source, in_parts(model.encode), model.encoding, model.first_of)
 
 
 def model_of(experiment: Experiment, source: Source) -> Model:
@@ -259,6 +258,7 @@ def model_of(experiment: Experiment, source: Source) -> Model:
         device="cuda" if torch.cuda.is_available() else "cpu",
         cloze=cloze_of(e, source),
         answers=e.template if isinstance(source.task, Instructions) else None,
+        form=source.task.form if isinstance(source.task, Instructions) else "instructions",
         tags=source.task.tags if isinstance(source.task, Tagging) else (),
         between=BETWEEN,
         finds=isinstance(source.task, Questions),

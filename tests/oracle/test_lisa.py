@@ -1,0 +1,60 @@
+"""LISA (2403.17919) against the NumPy derivation of training: which layers, in which period, and what the server makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fedloom.methods.lisa import Lisa
+from fedloom.model.adapters import is_head
+from fedloom.model.blocks import layer_of
+from fedloom.seeds import derive
+from fedloom.server.participation import uniform
+from tests.oracle import real
+from tests.oracle.numpy_training import aggregate, train
+from tests.oracle.test_baselines import epochs
+
+EVERY = 3
+
+
+@pytest.mark.parametrize("kind", ["serial", "stacked"])
+def test_round_after_round(kind: real.Kind) -> None:
+    """2 of 4 layers and the head, others after 3 steps; a device counts with what it was sent where it trained nothing."""
+    made = real.run(Lisa(real.INNER, layers=2, every=EVERY), kind)
+    shared, drawn = real.start(), set()
+    for t, exchange in enumerate(made.asked("train")):
+        cohort, fitted = uniform(real.POOL, t), []
+        for k in cohort:
+            now, batches, changed = dict(shared), epochs(k, "batches", t), set()
+            for i in range(0, len(batches), EVERY):
+                layers = derive(real.SEED, "lisa", t, k, i // EVERY).choice(4, 2, replace=False).tolist()
+                names = {n for n in now if is_head(n) or layer_of(n) in layers}
+                now, _ = train(real.encoder(), now, names, real.questions(k), batches[i : i + EVERY], real.RULE)
+                changed |= names
+                drawn.add(tuple(sorted(layers)))
+            assert set(exchange.up[k].tensors) == changed
+            fitted.append(now)
+        shared = aggregate(fitted, [real.SIZES[k] for k in cohort])
+        real.assert_close(made.states[t + 1].shared, shared)
+    assert len(drawn) > 3
+    assert any(len(e.up[k].tensors) < len(shared) for e in made.asked("train") for k in e.up)
+
+
+def test_every_layer_is_as_likely_and_what_is_in_none_is_always_there() -> None:
+    method, tensors, client = Lisa(layers=1), real.model().initial, replace(real.devices()[1], seed=9)
+    found = np.zeros(4)
+    for t in range(200):
+        names = method.drawn(tensors, client, t, 0)
+        (layer,) = {layer_of(n) for n in names} - {None}
+        assert {n for n in tensors if is_head(n)} < set(names)
+        found[layer or 0] += 1
+    assert (abs(found - 50) < 25).all()
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    with pytest.raises(ValueError, match="layers is 0"):
+        Lisa(layers=0)
+    with pytest.raises(ValueError, match=r"draws 5 of the layers that are trained, and there are 4: \[0, 1, 2, 3\]"):
+        Lisa(layers=5).init(real.model())
