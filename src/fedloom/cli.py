@@ -106,10 +106,13 @@ def serve(words: Sequence[str]) -> int:
 
     recipe = recipes.resolve(word)
     given = _parse(options.for_serve(recipe), rest, f"fedloom serve {word}", f"Serve {recipe.kind.name}: {recipe.kind.paper}.")
-    experiment = options.experiment_of(given, clients=(devices := len(public_keys(given.certs))), cohort=given.cohort or devices)
+    experiment = options.experiment_of(
+        given, clients=(devices := len(public_keys(given.certs))), cohort=given.cohort or given.start_with or devices
+    )
     out = given.out or recipes.default_folder(experiment)
     patience = Patience(given.wait, given.deadline, given.linger)
-    results = serve_experiment(experiment, out, given.certs, given.listen, patience, given.plain or None, track=given.track)
+    how: dict[str, Any] = {"plain": given.plain or None, "track": given.track, "start_with": given.start_with}
+    results = serve_experiment(experiment, out, given.certs, given.listen, patience, **how)
     from fedloom.run.report import write_report
 
     report = write_report([out], out / "report.html")

@@ -52,8 +52,12 @@ class Far(Protocol):
         """The engine that reaches them."""
         ...
 
-    def gather(self) -> None:
-        """Wait until every device has joined."""
+    def gather(self) -> tuple[int, ...]:
+        """Wait until as many devices have joined as are to begin; who they are, in order."""
+        ...
+
+    def here(self) -> set[int]:
+        """Who is there now."""
         ...
 
     def hurried(self, engine: Engine) -> Engine:
