@@ -1,5 +1,5 @@
-"""A device that comes into a federation late is given what the set-up gave the others, takes part from the next round on, and the run is, to
-the bit, the one of the same participation in one process."""
+"""A device that comes into a federation late is given what the set-up gave the others, takes part from the next round on, and the run is,
+to the bit, the one of the same participation in one process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -29,6 +29,7 @@ from fedloom.methods.fibecfed import FibecFed, Gal
 from fedloom.methods.method import State
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import Saved
+from fedloom.run.console import Show
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.late import Late, Remembering, Step, may_join_late, welcome
 from fedloom.run.loop import run
@@ -73,7 +74,7 @@ def told(client: Client, task: Task, update: Update) -> Update:
 
 
 class Federated:
-    """A link with four keys, and a node for each device that is there. To the run it is a display, which lets device 3 in before round 2."""
+    """A link with four keys, and a node for each device that is there. It is the run's display, and lets device 3 in before round 2."""
 
     def __init__(self, folder: Path, world: World, crash: str = "") -> None:
         node.SLOWEST = 0.05
@@ -122,9 +123,9 @@ class Federated:
 
     def served(self, e: Experiment) -> dict[str, Any]:
         def built(e: Experiment) -> World:
-            return build_far(e, Joined(self.link, e, Patience(5.0, 60.0, 5.0), self, start_with=3))
+            return build_far(e, Joined(self.link, e, Patience(5.0, 60.0, 5.0), cast(Show, self), start_with=3))
 
-        return run(e, self.folder / "out", show=self, built=built)
+        return run(e, self.folder / "out", show=cast(Show, self), built=built)
 
 
 def replayed(world: World, rows: Sequence[dict], store: ClientStore) -> tuple[State, State]:

@@ -209,6 +209,7 @@ GREETED = {
     "experiment": {"method": {"name": "lora", "local": {"lr": 0.1}}, "data": "trec", "model": "minilm", "seed": 42},
     "task": {"kind": "classification", "name": "trec", "classes": ["a", "b"], "metric": "accuracy", "tags": []},
     "model": "0" * 16,
+    "recipe": "",
     "digest": DIGEST,
 }
 

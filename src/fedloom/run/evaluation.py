@@ -55,7 +55,7 @@ NOTHING = {"validation": {"personalised": None, "global": None, "loss": None}, "
 def evaluate(world: World, state: State, engine: Engine, among: Sequence[int] | None = None) -> Evaluation:
     """Both protocols on both splits. Devices that are elsewhere count their predictions themselves; only those ``among`` them are asked."""
     if world.far is not None:
-        return _evaluated_there(world, state, engine, world.pool.clients if among is None else among)
+        return _evaluated_there(world, state, engine, among)
     task, metric = world.source.task, world.source.task.metric
     logits = drive(_predictions(world, state), engine)
     scores: dict[str, dict[str, Any]] = {}
@@ -88,14 +88,18 @@ def evaluate(world: World, state: State, engine: Engine, among: Sequence[int] | 
     return Evaluation(scores, correct, held, confusion)
 
 
-def _evaluated_there(world: World, state: State, engine: Engine, among: Sequence[int]) -> Evaluation:
+def _evaluated_there(world: World, state: State, engine: Engine, among: Sequence[int] | None = None) -> Evaluation:
     """The same where devices tell counts and mean losses, and the server has held-out data of its own. Those who do not answer do not
     count."""
     task, devices = world.source.task, len(world.pool.clients)
     confusion: dict[str, list[list[list[int]]] | None] = {"personalised": [[] for _ in range(devices)], "global": None}
     scores: dict[str, dict[str, Any]] = {}
     classes = max(2, len(world.classes))
-    updates = [update for update in drive(_counts(world, state, among), engine, quorum=0) if counts_well(update, classes)]
+    updates = [
+        update
+        for update in drive(_counts(world, state, world.pool.clients if among is None else among), engine, quorum=0)
+        if counts_well(update, classes)
+    ]
     for split in SPLITS:
         told = {update.client: update.tensors[split].tolist() for update in updates}
         right, true, predicted = tallies(list(told.values()), classes).sum(0)

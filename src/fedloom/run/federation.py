@@ -22,7 +22,7 @@ from fedloom.engines.federation import Enough, Federation, Patience, device_app
 from fedloom.engines.link import Link, Tls
 from fedloom.engines.node import STATUS, Credentials, Node
 from fedloom.engines.node import asked as asked_of
-from fedloom.engines.resident import Resident
+from fedloom.engines.resident import Resident, bytes_of
 from fedloom.engines.workers import Start
 from fedloom.run.certificates import insist_secret, public_keys
 from fedloom.run.checkpoint import only_one
@@ -31,6 +31,7 @@ from fedloom.run.device import Own, command, greeting_of, order
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.late import may_join_late, those_who_may
 from fedloom.run.loop import run
+from fedloom.run.recipes import digest_of_file
 from fedloom.run.tracking import insist
 from fedloom.run.world import World, build_far
 from fedloom.wire import COUNTED
@@ -167,18 +168,30 @@ def about(joined: Joined, folder: Path) -> dict[str, Any]:
     }
 
 
-def join(server: str, certs: Path, own: Own, folder: Path, deadline: float, said: Callable[[str], None], stop: threading.Event) -> None:
-    """Be a device of the federation at ``server``, with its state in ``folder``, until ``stop`` is set.
+def join(
+    server: str,
+    certs: Path,
+    own: Own,
+    folder: Path,
+    deadline: float,
+    said: Callable[[str], None],
+    stop: threading.Event,
+    memory: float = 0.0,
+) -> None:
+    """Be a device of the federation at ``server``, with its state in ``folder``, until ``stop`` is set. ``memory``: GiB that its worker may
+    hold (0: nine tenths of the machine's).
 
     Raises:
         Refused: this device does not belong there.
-        CertificateError, ValueError: it cannot begin so.
+        CertificateError, ExperimentError, ValueError: it cannot begin so.
         CheckpointError: another process is this device.
     """
     host, port = address(server)
-    credentials = Credentials.read(insist_secret(certs / "device.key"), certs / "ca.pem")
+    if own.recipe:
+        digest_of_file(Path(own.recipe))  # that it is there is seen now, and not when the server wants it
+    credentials, bound = Credentials.read(insist_secret(certs / "device.key"), certs / "ca.pem"), bytes_of(memory)
     with only_one(folder):
-        resident = Resident(folder / "states", lambda greeting: Start(command(), order(greeting, own), lambda _: {}), deadline)
+        resident = Resident(folder / "states", lambda greeting: Start(command(), order(greeting, own), lambda _: {}), deadline, bound)
         try:
             Node(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", credentials, device_app(resident), said).serve(stop)
         finally:
