@@ -106,10 +106,12 @@ def serve(words: Sequence[str]) -> int:
 
     recipe = recipes.resolve(word)
     given = _parse(options.for_serve(recipe), rest, f"fedloom serve {word}", f"Serve {recipe.kind.name}: {recipe.kind.paper}.")
-    experiment = options.experiment_of(given, clients=(devices := len(public_keys(given.certs))), cohort=given.cohort or devices)
+    devices = len(public_keys(given.certs))
+    experiment = options.experiment_of(given, clients=devices, cohort=given.cohort or given.start_with or devices)
     out = given.out or recipes.default_folder(experiment)
     patience = Patience(given.wait, given.deadline, given.linger)
-    results = serve_experiment(experiment, out, given.certs, given.listen, patience, given.plain or None, track=given.track)
+    how: dict[str, Any] = {"plain": given.plain or None, "track": given.track, "start_with": given.start_with}
+    results = serve_experiment(experiment, out, given.certs, given.listen, patience, **how)
     from fedloom.run.report import write_report
 
     report = write_report([out], out / "report.html")
@@ -129,8 +131,9 @@ def join(words: Sequence[str]) -> int:
     def said(text: str) -> None:
         print(f"fedloom: {text}", file=sys.stderr, flush=True)
 
-    own, stop = Own(given.data, given.model, given.text, given.label, given.threads), threading.Event()
-    join_federation(given.server, given.certs, own, folder_of(given.out, given.data), given.deadline, said, stop)
+    recipe, stop = "" if given.recipe is None else str(given.recipe.resolve()), threading.Event()
+    own = Own(given.data, given.model, given.text, given.label, given.threads, recipe)
+    join_federation(given.server, given.certs, own, folder_of(given.out, given.data), given.deadline, said, stop, given.memory)
     return 0
 
 

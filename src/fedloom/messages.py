@@ -33,19 +33,23 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Task:
-    """Server to client: run the client operation ``op`` with these tensors and settings."""
+    """Server to client: run the client operation ``op`` with these tensors and settings.
+
+    ``nonce`` (32 hex digits, or empty) is what the answer must repeat. An engine draws it where something lies between it and the device.
+    """
 
     op: str
     client: int
     tensors: Tensors = field(default_factory=dict)
     settings: Mapping[str, Setting] = field(default_factory=dict)
+    nonce: str = ""
 
 
 @dataclass(frozen=True)
 class Update:
     """Client to server: what the operation made. ``num_examples`` is n_k, the client's weight.
 
-    ``flops`` and ``examples`` say what the device's compute did for it; the device's host fills them in.
+    ``flops`` and ``examples`` say what the device's compute did for it, ``nonce`` which task it answers; the device's host fills them in.
     """
 
     client: int
@@ -54,6 +58,7 @@ class Update:
     metrics: Mapping[str, Setting] = field(default_factory=dict)
     flops: float = 0.0
     examples: int = 0
+    nonce: str = ""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import torch
 
 from fedloom.messages import Setting, Task, Tensors, Update
 
-VERSION = 1
+VERSION = 2
 HEADER = "fedloom"
 CODES = {
     torch.int64: "I64",
@@ -48,6 +48,10 @@ IN_NUMPY = {dtype: torch.empty(0, dtype=torch.int16 if dtype == torch.bfloat16 e
 """The same bits in NumPy, which has no bfloat16."""
 EXPONENT = {torch.bfloat16: np.uint16(0x7F80), torch.float16: np.uint16(0x7C00)}
 """The exponent bits of the 16-bit floats; all of them are set in NaN and infinity, and in nothing else."""
+NONCE = re.compile("[0-9a-f]{32}")
+"""What a task's nonce looks like."""
+NO_NONCE = "0" * 32
+"""How its absence travels: a message is of the same size with it and without."""
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 """What Python takes for a character and no encoding does."""
 DIMENSIONS = 64
@@ -135,7 +139,14 @@ class Packer:
             }
             _insist_countable(body["num_examples"], body["examples"], body["flops"])
         head = json.dumps(
-            {"version": VERSION, "digest": self.digest, "client": _number("client", int(message.client)), **body}, sort_keys=True
+            {
+                "version": VERSION,
+                "digest": self.digest,
+                "client": _number("client", int(message.client)),
+                "nonce": _nonce(message.nonce or NO_NONCE),
+                **body,
+            },
+            sort_keys=True,
         )
         if list(message.tensors) != list(self._last) or any(message.tensors[name] is not last for name, last in self._last.items()):
             self._places, self._data = _laid_out(message.tensors)
@@ -171,14 +182,16 @@ def unpack(blob: bytes, digest: str) -> Task | Update:
     kind, client = header["kind"], _number("client", _field(header, "client", int))
     if kind not in ("task", "update"):
         raise WireError(f"message of kind {kind!r}; there are 'task' and 'update'")
+    nonce = _nonce(_field(header, "nonce", str)).replace(NO_NONCE, "")
     places = _found(entries, len(bits))
     tensors = _tensors(bits, places)
     if kind == "task":
-        return Task(_text("the operation", _field(header, "op", str)), client, tensors, checked_settings(_field(header, "settings", dict)))
+        settings = checked_settings(_field(header, "settings", dict))
+        return Task(_text("the operation", _field(header, "op", str)), client, tensors, settings, nonce)
     count, examples, flops = (_field(header, name, of) for name, of in (("num_examples", int), ("examples", int), ("flops", float)))
     _insist_finite(bits, places)
     _insist_countable(count, examples, flops)
-    return Update(client, count, tensors, checked_settings(_field(header, "metrics", dict)), flops, examples)
+    return Update(client, count, tensors, checked_settings(_field(header, "metrics", dict)), flops, examples, nonce)
 
 
 def digest_of(blob: bytes) -> str:
@@ -337,6 +350,12 @@ def _insist_countable(count: int, examples: int, flops: float) -> None:
 def _number(what: str, value: int) -> int:
     if not -(2**63) <= value < 2**63:
         raise WireError(f"{what} is an integer of {value.bit_length()} bits; 64 may cross")
+    return value
+
+
+def _nonce(value: str) -> str:
+    if NONCE.fullmatch(value) is None:
+        raise WireError(f"a message's nonce is {SHORT.repr(value)}; 32 hex digits are due")
     return value
 
 

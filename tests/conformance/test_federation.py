@@ -17,10 +17,12 @@ import torch
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip install 'fedloom[flower]'")
 
 from fedloom.client.elsewhere import Elsewhere
+from fedloom.client.host import Host
 from fedloom.client.store import StoreError
+from fedloom.engines.local import Local
 from fedloom.messages import CohortFailed, Failure, Replies, Task, Traffic, Update
-from fedloom.wire import WireError, pack
-from tests.conformance.toy import CLIENTS, host_of, task
+from fedloom.wire import WireError, pack, unpack
+from tests.conformance.toy import CLIENTS, DIGEST, host_of, same_replies, task
 from tests.federated import QUICK, Here, engine_over, nodes
 
 with warnings.catch_warnings():  # libraries that Flower imports use deprecated names of their own
@@ -120,6 +122,85 @@ def test_operations_and_what_is_asked_of_them_are_judged_apart() -> None:
         assert agreeing(asked, replies) is replies
     asked = [replace(task, settings={"layers": 1}) for task in tasks]
     assert set(reasons(asked, replies)) == {1}, "all were asked the same"
+
+
+# whose task an answer is to
+
+
+class Replaying(Here):
+    """Answers as it should, but for what ``instead`` says: (client, how often it was asked) -> the answer of whom, how often asked."""
+
+    def __init__(self, host: Host, folder: Path, instead: dict[tuple[int, int], tuple[int, int]], relabel: bool = False) -> None:
+        Here.__init__(self, host, folder)
+        self.instead, self.relabel, self.made = instead, relabel, dict[tuple[int, int], tuple[bytes | Failure, str]]()
+
+    def answer(self, client: int, state: str, blob: bytes) -> tuple[bytes | Failure, str]:
+        asked = sum(k == client for k, _ in self.made)
+        self.made[client, asked] = Here.answer(self, client, state, blob)
+        (one, after), again = self.made[client, asked], self.instead.get((client, asked))
+        if again is None:
+            return one, after
+        while again not in self.made:
+            time.sleep(0.02)
+        old, _ = self.made[again]
+        assert isinstance(old, bytes)
+        if self.relabel:
+            update = unpack(old, DIGEST)
+            assert isinstance(update, Update)
+            old = pack(replace(update, client=client), DIGEST)
+        return old, after
+
+
+def replayed(tmp_path: Path, instead: dict[tuple[int, int], tuple[int, int]], rounds: int, relabel: bool = False) -> list[Replies]:
+    """Rounds of clients 0 and 1."""
+    *_, host = host_of()
+    engine = engine_over(host, CLIENTS)
+    nodes(tuple(CLIENTS)).at.device = Replaying(host, engine.folder, instead, relabel)
+    return [engine.run([task(0), task(1)]) for _ in range(rounds)]
+
+
+def test_an_answer_of_an_earlier_round_does_not_count_and_the_right_one_after_it_does(tmp_path: Path) -> None:
+    _, second, third = replayed(tmp_path, {(1, 1): (1, 0)}, 3)
+    reason = "WireError: the answer is to an earlier task of this client, 'add'; it was made before, or is late"
+    assert second.failures == (Failure(1, reason),) and [update.client for update in second.updates] == [0]
+    assert [update.metrics["visits"] for update in third.updates] == [3.0, 2.0], "what did not count has not happened"
+    *_, host = host_of()
+    alone = Local(host)
+    alone.run([task(0), task(1)])
+    alone.run([task(0)])
+    assert same_replies(third, alone.run([task(0), task(1)]))
+
+
+def test_an_answer_to_another_devices_task_does_not_count_though_it_names_this_one(tmp_path: Path) -> None:
+    first, second = replayed(tmp_path, {(1, 0): (0, 0)}, 2, relabel=True)
+    assert first.failures == (Failure(1, "WireError: the answer is to the task 'add' of client 0"),)
+    assert [update.metrics["visits"] for update in second.updates] == [2.0, 1.0]
+
+
+def test_the_same_answer_to_the_same_task_asked_again_does_not_count(tmp_path: Path) -> None:
+    """A task that is asked again is another try of it, with a nonce of its own."""
+    first, second = replayed(tmp_path, {(0, 1): (0, 0)}, 2)
+    assert first.failures == () and [failure.client for failure in second.failures] == [0]
+    assert "an earlier task of this client" in second.failures[0].reason
+
+
+def test_an_answer_to_no_task_that_was_given_does_not_count(tmp_path: Path) -> None:
+    *_, host = host_of()
+    engine = engine_over(host, CLIENTS)
+    (update,) = Local(host).run([task(0)]).updates
+    forged = [pack(replace(update, nonce=nonce), DIGEST) for nonce in ("", "ab" * 16)]
+    for blob in forged:
+        host.answer = lambda blobs, blob=blob: [blob]  # type: ignore[method-assign]
+        (failure,) = engine.run([task(0)]).failures
+        assert failure.reason == "WireError: the answer repeats no nonce of a task that was given"
+
+
+def test_no_two_tasks_have_the_same_nonce_and_few_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(federation, "REMEMBERED", 3)
+    engine = far()
+    made = [*engine._numbered([task(0), task(1)]), *engine._numbered([task(0), task(1)])]
+    assert len({one.nonce for one in made}) == 4 and all(len(one.nonce) == 32 for one in made)
+    assert list(engine._given) == [one.nonce for one in made[1:]]
 
 
 # who is left out, what is waited for

@@ -22,6 +22,7 @@ from fedloom.run.describe import describe
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.export import export
 from fedloom.run.loop import run
+from fedloom.run.recipes import resolve
 from fedloom.run.report import write_report
 from fedloom.run.world import build, store_in
 from tests import small
@@ -81,6 +82,11 @@ def test_every_method_answers(name: str, tmp_path: Path) -> None:
 def test_what_makes_no_sense_says_so(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="counts each device's labels|language model's own|has none"):
         run(experiment(name), tmp_path / "run", plain=True)
+
+
+def test_sorting_by_the_loss_of_one_label_is_refused() -> None:
+    with pytest.raises(ExperimentError, match="a text to be written has none; give another"):
+        build(replace(experiment(), method=resolve("lora+loss").method))
 
 
 @pytest.mark.parametrize("name", ["lora", "fibecfed", "fedcybgd"])

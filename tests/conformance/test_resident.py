@@ -8,13 +8,14 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip install 'fedloom[flower]'")
 
 from fedloom.client.store import FILE
 from fedloom.engines.federation import Ungreeted
-from fedloom.engines.resident import Resident
+from fedloom.engines.resident import Resident, bytes_of, group_limit
 from fedloom.engines.workers import Start, WorkerError
 from fedloom.messages import Failure, Task, Update
 from fedloom.wire import WireError, pack, unpack
@@ -143,3 +144,47 @@ def test_a_worker_that_cannot_begin_says_why(tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match="before it could begin"):
         resident.greet(GREETING)
     assert resident._worker is None
+
+
+# what the worker may hold
+
+
+def test_a_worker_that_grows_too_large_is_ended_and_told_and_the_next_task_finds_another(resident: Resident, tmp_path: Path) -> None:
+    resident.greet(GREETING)
+    first, state = asked(resident)
+    held = psutil.Process(int(first.metrics["process"])).memory_info().rss  # type: ignore[arg-type]
+    resident.memory = held + 2**26
+    failure, after = asked(resident, "grow", state=state, bytes=2**28)
+    assert isinstance(failure, Failure) and after == state
+    assert failure.reason.startswith("MemoryError: the worker held ") and "GiB, and may hold" in failure.reason
+    second, _ = asked(resident, state=state)
+    assert second.metrics["visits"] == 2.0 and second.metrics["process"] != first.metrics["process"]
+
+
+def test_a_worker_that_is_too_large_after_its_answer_is_replaced_and_the_answer_counts(resident: Resident) -> None:
+    resident.greet(GREETING)
+    first, state = asked(resident)
+    resident.memory = 1
+    again, after = asked(resident, state=state)
+    assert again.metrics["visits"] == 2.0, "it was quicker than the first look"
+    resident.memory = 2**40
+    last, _ = asked(resident, state=after)
+    assert last.metrics["visits"] == 3.0 and last.metrics["process"] != again.metrics["process"] == first.metrics["process"]
+
+
+def test_a_worker_that_cannot_even_begin_within_its_bound_says_so(resident: Resident) -> None:
+    resident.memory = 2**20
+    with pytest.raises(WorkerError, match="may hold 0.00, before it could begin; give it more: --memory GIB"):
+        resident.greet(GREETING)
+
+
+def test_the_bound_is_what_was_said_or_nine_tenths_of_what_there_is(tmp_path: Path) -> None:
+    assert bytes_of(1.5) == 3 * 2**29
+    most = psutil.virtual_memory().total
+    assert 0 < bytes_of(0.0) <= 0.9 * most
+    (tmp_path / "max").write_text("max\n")
+    (tmp_path / "some").write_text("123456\n")
+    assert [group_limit(tmp_path / name) for name in ("max", "some", "none")] == [2**62, 123456, 2**62]
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="number of GiB"):
+            bytes_of(wrong)

@@ -18,6 +18,7 @@ from fedloom.methods import all_methods
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.export import export
 from fedloom.run.loop import run
+from fedloom.run.recipes import resolve
 from fedloom.run.report import write_report
 from fedloom.run.world import build
 from tests import small
@@ -105,3 +106,8 @@ def test_what_is_exported_tags_in_the_library(merge: bool, tmp_path: Path) -> No
 def test_a_cloze_has_no_words_to_tag_with(tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match="--head cloze is for classification"):
         run(experiment(head="cloze"), tmp_path / "run", plain=True)
+
+
+def test_sorting_by_the_loss_of_one_label_is_refused() -> None:
+    with pytest.raises(ExperimentError, match="a sentence of tags has none; give another"):
+        build(replace(experiment(), method=resolve("lora+loss").method))

@@ -33,6 +33,15 @@ class Mortal(Toy):
         yield
 
     @on_client
+    def grow(self, c: Client, task: Task):
+        """Holds so many bytes for a minute."""
+        self._begun("grow", c)
+        held = b"x" * int(task.settings["bytes"])
+        time.sleep(60.0)
+        return Update(c.id, len(held))
+        yield
+
+    @on_client
     def die(self, c: Client, task: Task):
         """Kills its process with signal 9, after its neighbours in the wave have stored their state, as often as the file has letters."""
         self._begun("die", c)

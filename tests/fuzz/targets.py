@@ -209,6 +209,7 @@ GREETED = {
     "experiment": {"method": {"name": "lora", "local": {"lr": 0.1}}, "data": "trec", "model": "minilm", "seed": 42},
     "task": {"kind": "classification", "name": "trec", "classes": ["a", "b"], "metric": "accuracy", "tags": []},
     "model": "0" * 16,
+    "recipe": "",
     "digest": DIGEST,
 }
 
@@ -409,6 +410,7 @@ class Server(Target):
     def __init__(self, folder: Path) -> None:
         Target.__init__(self, folder)
         federation.PAUSE = 0.0
+        federation.with_nonces = list  # or no answer would be looked at any further
 
     def case(self, rng: Random) -> dict[bool, Any]:
         def error() -> Error:

@@ -747,6 +747,7 @@ def signature_header(one: dict) -> str:
     extra_tensor="extra",
     absurd_norm="absurd",
     negative_examples="negative",
+    earlier_answer_again="old answer",
 )
 def hostile_device(here: Standing, order: str) -> Row:
     what = {
@@ -764,6 +765,7 @@ def hostile_device(here: Standing, order: str) -> Row:
         "extra": "a tensor that was not asked for",
         "absurd": "a million times as far",
         "negative": "−5 examples",
+        "old answer": "the answer of an earlier round as that of this one",
     }[order]
     at, said = here.round(), len(here.there.said(LIAR))
     here.path(LIAR, "done").unlink(missing_ok=True)
@@ -780,22 +782,6 @@ def hostile_device(here: Standing, order: str) -> Row:
     away = [line for line in here.said_since(LIAR, said).splitlines() if "away" in line]
     told = f"{reason} (the device: {away[0]})" if never and away else reason
     return Row("", f"device {LIAR}: {what}", told.replace(f"{HERE}:{here.there.port}", "SERVER"), (at, end))
-
-
-@fault("earlier answer again")
-def earlier_answer(here: Standing, _: str) -> Row:
-    """The last one: what comes after it is no longer what a replay without lies comes to."""
-    here.path(LIAR, "done").unlink(missing_ok=True)
-    here.order(LIAR, "old answer")
-    here.go()
-    until(here.path(LIAR, "done").exists, "the device lies")
-    at = here.round()
-    here.order(LIAR, "")
-    until(lambda: any(1 in row["answered"] for row in here.since(at)), "the lie counts")
-    here.stop()
-    return Row(
-        "", f"device {LIAR}: the answer of an earlier round as that of this one", "nothing: it counted, as does all that has the right form"
-    )
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ QUICK = (
     "worker killed",
     "NaN",
     "missing tensor",
+    "earlier answer again",
     "flipped bit",
     "another round",
     "replayed at once",

@@ -42,7 +42,7 @@ DOORS = {
     "transformers": {"model/loading.py"},
     "datasets": {"data/sources.py"},
     "pyarrow": {"data/"},
-    "psutil": {"model/base.py"},
+    "psutil": {"model/base.py", "engines/resident.py"},
     "flwr": {"engines/flower.py", "engines/link.py", "engines/node.py", "engines/federation.py", "flower_app.py"},
     "fastapi": {"engines/link.py"},
     "starlette": {"engines/link.py"},

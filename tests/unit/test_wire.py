@@ -252,7 +252,7 @@ def test_an_update_must_be_finite_on_both_sides(bad: float, dtype: torch.dtype, 
     tensors["w"][-1] = bad
     with pytest.raises(WireError, match="'w' holds NaN or infinity"):
         pack(Update(0, 1, tensors), DIGEST)
-    header = {"version": VERSION, "digest": DIGEST, "client": 0, "kind": "update", "num_examples": 1, "metrics": {}}
+    header = {"version": VERSION, "digest": DIGEST, "client": 0, "nonce": "0" * 32, "kind": "update", "num_examples": 1, "metrics": {}}
     with pytest.raises(WireError, match="'w' holds NaN or infinity"):
         unpack(save(tensors, {HEADER: json.dumps({**header, "flops": 0.0, "examples": 0})}), DIGEST)
 
@@ -269,19 +269,21 @@ def test_exactly_the_finite_half_floats_cross(dtype: torch.dtype) -> None:
 
 def forged(**changes: object) -> bytes:
     """A task's blob whose header says something else; ``...`` removes a field."""
-    header = {"version": VERSION, "digest": DIGEST, "client": 3, "kind": "task", "op": "train", "settings": {}}
+    header = {"version": VERSION, "digest": DIGEST, "client": 3, "nonce": "0" * 32, "kind": "task", "op": "train", "settings": {}}
     header = {k: v for k, v in {**header, **changes}.items() if v is not ...}
     return save({"w": torch.ones(1)}, {HEADER: json.dumps(header)})
 
 
 FORGED = {
-    "another version": (forged(version=VERSION + 1), "wire version 2; this is version 1: use the same release"),
+    "another version": (forged(version=VERSION + 1), "wire version 3; this is version 2: use the same release"),
     "another experiment": (forged(digest="f" * 16), "message of experiment 'ffffffffffffffff'; this is experiment '0123456789abcdef'"),
     "another kind": (forged(kind="letter"), "message of kind 'letter'; there are 'task' and 'update'"),
     "no kind": (forged(kind=...), "not a Fedloom message"),
     "no client": (forged(client=...), "not a Fedloom message"),
     "a client that is text": (forged(client="abc"), "field 'client' is 'abc'; it must be a int"),
     "an infinite client": (forged(client=float("inf")), "field 'client' is inf"),
+    "no nonce": (forged(nonce=...), "field 'nonce' is not there"),
+    "a nonce of another form": (forged(nonce="A" * 32), "32 hex digits are due"),
     "no operation": (forged(op=...), "field 'op' is not there"),
     "an operation that is none": (forged(op=None), "field 'op' is None"),
     "settings that are a list": (forged(settings=[]), "field 'settings' is"),
@@ -296,7 +298,9 @@ FORGED = {
         (lambda h: struct.pack("<Q", len(h)) + h)(
             json.dumps(
                 {
-                    "__metadata__": {HEADER: json.dumps({"version": 1, "digest": DIGEST, "client": 0, "kind": "task"})},
+                    "__metadata__": {
+                        HEADER: json.dumps({"version": VERSION, "digest": DIGEST, "client": 0, "nonce": "0" * 32, "kind": "task"})
+                    },
                     "w": {"dtype": "F8_E8M0", "shape": [0], "data_offsets": [0, 0]},
                 }
             ).encode()
@@ -315,7 +319,7 @@ def test_forged_messages_are_refused_with_the_reason(blob: bytes, says: str) -> 
 
 
 def test_a_task_of_an_unknown_dtype_is_refused_on_arrival_too() -> None:
-    header = {"version": VERSION, "digest": DIGEST, "client": 3, "kind": "task", "op": "train", "settings": {}}
+    header = {"version": VERSION, "digest": DIGEST, "client": 3, "nonce": "0" * 32, "kind": "task", "op": "train", "settings": {}}
     with pytest.raises(WireError, match="cannot be read: KeyError: 'C64'"):
         unpack(save({"w": torch.zeros(1, dtype=torch.complex64)}, {HEADER: json.dumps(header)}), DIGEST)
 
@@ -368,7 +372,7 @@ def test_a_flipped_bit_of_the_digest_or_the_length_is_always_refused() -> None:
 
 def listing(entries: object, size: int) -> bytes:
     """A task's blob whose header lists these tensors before ``size`` bytes."""
-    said = json.dumps({"version": VERSION, "digest": DIGEST, "client": 3, "kind": "task", "op": "train", "settings": {}})
+    said = json.dumps({"version": VERSION, "digest": DIGEST, "client": 3, "nonce": "0" * 32, "kind": "task", "op": "train", "settings": {}})
     header = json.dumps({"__metadata__": {HEADER: said}, **entries} if isinstance(entries, dict) else entries).encode()
     header += b" " * (-len(header) % 8)
     return struct.pack("<Q", len(header)) + header + bytes(size)

@@ -139,7 +139,7 @@ class Host:
         if not isinstance(update, Update) or update.client != run.client.id:
             return Failure(run.client.id, f"TypeError: the operation returned {update!r}; an Update of client {run.client.id} is due")
         try:
-            told = self.leaving(run.client, run.task, replace(update, flops=run.flops, examples=run.examples))
+            told = self.leaving(run.client, run.task, replace(update, flops=run.flops, examples=run.examples, nonce=run.task.nonce))
             told, unsent = self.encoding.up(told, run.task, run.unsent)
             blob = pack(told, self.digest)
             self.store.save(run.client.id, run.client.private, {**run.client.memory, **{UNSENT + n: t for n, t in unsent.items()}})

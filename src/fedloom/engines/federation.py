@@ -8,10 +8,14 @@ either side, and a server that was killed goes on from its last round with devic
 **Greeting**: before its first task a device is told the experiment; it loads its model and data once and says what it found. A device that
 was started anew asks to be greeted again.
 
-**Whose answer counts**: of each asking, those that arrived before the deadline, can be read, are of this experiment and this client, are
-finite, have the shapes that were sent, the names that most answers have, and are no more than :data:`ABSURD` times as far from what was
-sent as the median answer is. Everyone else has failed, with the reason, and is left out for a while: :data:`FIRST` seconds, twice as many
-each time in a row, :data:`MOST` at most. Then it is asked again; an asking waits for that as it does for a device that is away.
+**Whose answer counts**: of each asking, those that arrived before the deadline, can be read, are of this experiment and this client,
+repeat the nonce that was drawn for this client in this asking, are finite, have the shapes that were sent, the names that most answers
+have, and are no more than :data:`ABSURD` times as far from what was sent as the median answer is. Everyone else has failed, with the
+reason, and is left out for a while: :data:`FIRST` seconds, twice as many each time in a row, :data:`MOST` at most. Then it is asked again;
+an asking waits for that as it does for a device that is away.
+
+**Nonces**: an answer that was made for an earlier asking, or for another device, repeats another nonce, and the reason says whose. The
+last :data:`REMEMBERED` are known by name; of others it is said that no such task was given.
 
 **Memory**: what came is laid aside in a file until all of it is here, looked at one answer at a time, and taken in one at a time. However
 many devices answer, one update is in memory, unless the method wants to see all of them at once.
@@ -38,7 +42,7 @@ import torch
 from fedloom.client.elsewhere import Elsewhere
 from fedloom.client.store import FILE
 from fedloom.encodings import EXACT, Encoding, Sender
-from fedloom.engines.flower import BLOB, CLIENT, REFUSED, TO, boxed, unboxed  # first: it switches off what Flower must not do
+from fedloom.engines.flower import BLOB, CLIENT, REFUSED, TO, boxed, unboxed, with_nonces  # first: it switches off what Flower must not do
 
 # isort: split
 from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
@@ -66,6 +70,9 @@ LATE = "TimeoutError: it was late, and the others were enough"
 
 TELLS = 2**16
 """Characters that a device may tell of itself."""
+
+REMEMBERED = 2**16
+"""Nonces of tasks of which it is known whose they were."""
 
 ABSURD = 1000.0
 FIRST, MOST = 5.0, 600.0
@@ -138,6 +145,7 @@ class Federation:
         """What each greeted device said of itself."""
         self._greeted: set[int] = set()
         self._faults: dict[int, tuple[int, float, str]] = {}
+        self._given: dict[str, tuple[int, str]] = {}
 
     def run(self, tasks: Sequence[Task], take: Take = whole, share: float = 1.0) -> Replies:
         """Ask every device, and return what may be used of their answers. ``share``: that of the tasks whose answers are enough.
@@ -146,6 +154,7 @@ class Federation:
             WireError: a task may not cross the wire; that is the method's fault and ends the run. No task was sent then.
         """
         may_cross(tasks)
+        tasks = self._numbered(tasks)
         with SpooledTemporaryFile(max_size=ASIDE, prefix="fedloom-") as file:
             aside, asked = Aside(cast(IO[bytes], file)), {task.client: task for task in tasks}
             answers, sizes, names = self._exchanged(tasks, quorum_of(len(tasks), share), aside)
@@ -160,6 +169,23 @@ class Federation:
             who = [asked[outline.client] for outline in replies.updates]
             whole_again = (update for task in who for update in self._opened(task, answers[task.client], aside).updates)
             return replace(replies, updates=tuple(self._taken(update, take) for update in whole_again))
+
+    def _numbered(self, tasks: Sequence[Task]) -> list[Task]:
+        """The tasks with a nonce each, which is remembered."""
+        made = with_nonces(tasks)
+        self._given |= {task.nonce: (task.client, task.op) for task in made}
+        for old in list(self._given)[: max(0, len(self._given) - REMEMBERED)]:
+            del self._given[old]
+        return made
+
+    def _whose(self, task: Task, nonce: str) -> str:
+        """What an answer to ``task`` is that repeats another nonce than the task's."""
+        client, op = self._given.get(nonce, (None, ""))
+        if client is None:
+            return "the answer repeats no nonce of a task that was given"
+        if client != task.client:
+            return f"the answer is to the task '{op}' of client {client}"
+        return f"the answer is to an earlier task of this client, '{op}'; it was made before, or is late"
 
     def _taken(self, update: Update, take: Take) -> Update:
         """What the method makes of an update. One that it can make nothing of voids the asking: half of it may be in the sums.
@@ -229,7 +255,7 @@ class Federation:
 
     def _opened(self, task: Task, answer: Kept | Failure, aside: Aside) -> Replies:
         blob = answer if isinstance(answer, Failure) else aside.read(answer)
-        return gather([task], [bytes(0)], [blob], self.digest, self.encoding)
+        return gather([task], [bytes(0)], [blob], self.digest, self.encoding, self._whose)
 
     def _allowed(self, tasks: Sequence[Task], answers: dict[int, Kept | Failure]) -> list[Task]:
         """The tasks of those who can be asked at all."""

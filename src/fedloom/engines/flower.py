@@ -23,6 +23,8 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from secrets import token_hex
 from typing import Protocol, cast
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
@@ -98,7 +100,7 @@ class FlowerGrid:
         Raises:
             WireError: a task may not cross the wire; that is the method's fault and ends the run. Nothing was sent then.
         """
-        sender = Sender(self.digest, self.encoding)
+        tasks, sender = with_nonces(tasks), Sender(self.digest, self.encoding)
         blobs = [sender.pack(task) for task in tasks]
         sent = [self._message(task.client, blob) for task, blob in zip(tasks, blobs, strict=True)]
         messages = [message for message in sent if message is not None]
@@ -127,6 +129,11 @@ class FlowerGrid:
             return unboxed(reply.content)
         except WireError as error:
             return Failure(client, f"WireError: {error}")
+
+
+def with_nonces(tasks: Sequence[Task]) -> list[Task]:
+    """The tasks, each with a nonce of its own that nobody can guess: what answers it is an answer to this asking of this client."""
+    return [replace(task, nonce=token_hex(16)) for task in tasks]
 
 
 def roll_call(grid: Grid, timeout: float = 60.0) -> dict[int, int]:

@@ -6,7 +6,7 @@ However many clients are asked, what is in memory at a time is one wave: its pac
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from sys import intern
 
@@ -111,13 +111,23 @@ def joined(parts: Iterable[Replies]) -> Replies:
     return Replies(tuple(updates), tuple(failures), tuple(traffic))
 
 
+ANOTHER = "the answer is to another task"
+"""Why an answer does not count that does not repeat its task's nonce."""
+
+
 def gather(
-    tasks: Sequence[Task], sent: Sequence[bytes], answers: Sequence[bytes | Failure], digest: str, encoding: Encoding = EXACT
+    tasks: Sequence[Task],
+    sent: Sequence[bytes],
+    answers: Sequence[bytes | Failure],
+    digest: str,
+    encoding: Encoding = EXACT,
+    whose: Callable[[Task, str], str] = lambda task, nonce: ANOTHER,
 ) -> Replies:
-    """Replies from what was sent and what came back for each task, in task order."""
+    """Replies from what was sent and what came back for each task, in task order. ``whose``: what an answer to a task is that came with
+    this nonce, which is not the task's."""
     updates, failures, traffic = [], [], []
     for task, down, answer in zip(tasks, sent, answers, strict=True):
-        update = answer if isinstance(answer, Failure) else _opened(answer, task, digest, encoding)
+        update = answer if isinstance(answer, Failure) else _opened(answer, task, digest, encoding, whose)
         if isinstance(update, Update):
             updates.append(update)
             traffic.append(Traffic(task.client, len(down), len(answer), update.flops, update.examples))  # type: ignore[arg-type]
@@ -127,13 +137,16 @@ def gather(
     return Replies(tuple(updates), tuple(failures), tuple(traffic))
 
 
-def _opened(blob: bytes, task: Task, digest: str, encoding: Encoding) -> Update | Failure:
+def _opened(blob: bytes, task: Task, digest: str, encoding: Encoding, whose: Callable[[Task, str], str]) -> Update | Failure:
     client = task.client
     try:
         update = unpack(blob, digest)
+        if isinstance(update, Update) and update.client == client and update.nonce != task.nonce:
+            return Failure(client, f"WireError: {whose(task, update.nonce)}")
         update = encoding.received(update, task) if isinstance(update, Update) else update
     except WireError as error:
         return Failure(client, f"WireError: {error}")
     if not isinstance(update, Update) or update.client != client:
         return Failure(client, "WireError: the reply is not this client's update")
-    return update if nbytes(update.tensors) > SMALL else replace(update, tensors={intern(n): t.clone() for n, t in update.tensors.items()})
+    small = nbytes(update.tensors) <= SMALL
+    return replace(update, nonce="", tensors={intern(n): t.clone() for n, t in update.tensors.items()} if small else update.tensors)

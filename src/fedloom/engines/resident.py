@@ -4,6 +4,11 @@ Flower starts a process for every message. A :class:`Resident` has one for an ex
 over a pair of sockets that no other process can open (they have no name), and looks after it: if it dies another begins its task again, if
 it does not answer in time it is ended. It ends with the process that started it, however that ends.
 
+**Memory**: what the process holds (its resident set) is looked at every :data:`LOOK` seconds while it computes, and after each answer.
+One that holds more than its bound is ended before the system, which has other programs to run, ends something else. Within a task, the
+task has failed with that reason; after it, its answer counts, and the next task finds a new process. A limit of the system's
+(``RLIMIT_AS``) would not do: it counts addresses, of which libraries reserve many times what they use.
+
 A device's states are files named by their content in ``folder``. Which of them a task starts from the server says, so a task can be
 done twice, or again, with the same outcome. Kept are the state that the last task of an experiment began with and the one it made.
 """
@@ -12,11 +17,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from fedloom.client.store import FILE, ClientStore, flush
 from fedloom.engines.federation import Ungreeted
@@ -24,18 +33,49 @@ from fedloom.engines.workers import ANSWERS, ATTEMPTS, READY, Start, Worker, Wor
 from fedloom.messages import Failure
 from fedloom.wire import SHORT, WireError, digest_of
 
+LOOK = 0.5
+"""Seconds between two looks at what the worker holds."""
+
+GIB = 2**30
+SHARE = 0.9
+"""Of the machine's memory that a worker may hold where nothing is said."""
+
 log = logging.getLogger("fedloom")
+
+
+class TooLarge(MemoryError):
+    """The worker holds more than it may."""
+
+
+def bytes_of(gib: float) -> int:
+    """The bound in bytes; of 0, nine tenths of what this machine has, or of what the control group allows this process.
+
+    Raises:
+        ValueError: no finite number from 0 on.
+    """
+    if not (gib >= 0 and math.isfinite(gib)):
+        raise ValueError(f"--memory is {gib}; it must be a number of GiB above 0, or 0 for nine tenths of this machine's")
+    return int(gib * GIB) or int(SHARE * min(psutil.virtual_memory().total, group_limit(Path("/sys/fs/cgroup/memory.max"))))
+
+
+def group_limit(path: Path) -> int:
+    """Bytes that the control group allows, as Linux tells them; more than any machine has where it says nothing."""
+    try:
+        said = path.read_text().strip()
+    except OSError:
+        return 2**62
+    return int(said) if said.isdecimal() else 2**62
 
 
 class Resident:
     """A :class:`~fedloom.engines.federation.Device`.
 
     ``start``: how a process for the experiment of a greeting starts; it may refuse the greeting. ``deadline``: seconds for one task, and
-    for getting ready.
+    for getting ready. ``memory``: bytes that the process may hold (0: nine tenths of the machine's).
     """
 
-    def __init__(self, folder: Path, start: Callable[[Mapping[str, Any]], Start], deadline: float = 3600.0) -> None:
-        self.folder, self.start, self.deadline = folder, start, deadline
+    def __init__(self, folder: Path, start: Callable[[Mapping[str, Any]], Start], deadline: float = 3600.0, memory: int = 0) -> None:
+        self.folder, self.start, self.deadline, self.memory = folder, start, deadline, memory or bytes_of(0.0)
         self.greeting: dict[str, Any] = {}
         self.told: dict[str, Any] = {}
         self._text = ""
@@ -85,6 +125,10 @@ class Resident:
                 assert worker is not None
                 send(worker.line, {"folder": str(folder), "aside": "", "clients": clients}, [blob])
                 told, blobs = self._heard(worker, ANSWERS)
+            except TooLarge as error:
+                log.warning("%s; it was ended, and another takes its place for the next task", error)
+                self.close()
+                return Failure(client, f"MemoryError: {error}"), state
             except (TimeoutError, WorkerError) as error:
                 self.close()
                 return Failure(client, f"{type(error).__name__}: {error}"), state
@@ -97,6 +141,7 @@ class Resident:
             if "reason" in one:
                 return Failure(client, one["reason"]), state
             self._keep(folder, state, one["state"])
+            self._replace_if_too_large(worker)
             return blobs[0], one["state"]
         return Failure(client, f"WorkerError: the worker died {ATTEMPTS} times while it computed this task"), state
 
@@ -117,6 +162,9 @@ class Resident:
             self.told, _ = self._heard(self._worker, READY)
         except WorkerError:
             raise
+        except TooLarge as error:
+            self.close()
+            raise WorkerError(f"{error}, before it could begin; give it more: --memory GIB") from error
         except (EOFError, OSError) as error:
             how = self._worker.ended()
             self.close()
@@ -128,16 +176,39 @@ class Resident:
         Raises:
             EOFError, OSError: it is gone.
             TimeoutError: it tells nothing.
+            TooLarge: it holds more than it may.
             WorkerError: it cannot begin.
         """
         until = time.monotonic() + self.deadline
         while True:
-            if not wait([worker.line], max(0.0, until - time.monotonic())):
-                raise TimeoutError(f"no answer within {self.deadline:g} s; the worker was ended")
+            if not wait([worker.line], max(0.0, min(LOOK, until - time.monotonic()))):
+                if time.monotonic() >= until:
+                    raise TimeoutError(f"no answer within {self.deadline:g} s; the worker was ended")
+                self._insist_small(worker)
+                continue
             told, blobs = receive(worker.line)
             if told["kind"] == kind:
                 return told, blobs
             worker.hear(told)
+
+    def _insist_small(self, worker: Worker) -> None:
+        """Insist that the worker holds no more than it may.
+
+        Raises:
+            TooLarge: it does.
+        """
+        with suppress(psutil.Error):  # it is gone: that is seen when it is listened to
+            held = psutil.Process(worker.process.pid).memory_info().rss
+            if held > self.memory:
+                raise TooLarge(f"the worker held {held / GIB:.2f} GiB, and may hold {self.memory / GIB:.2f}")
+
+    def _replace_if_too_large(self, worker: Worker) -> None:
+        """Between two tasks: nothing is lost by ending it now."""
+        try:
+            self._insist_small(worker)
+        except TooLarge as error:
+            log.warning("%s; its answer counts, and another takes its place", error)
+            self.close()
 
     def _keep(self, folder: Path, before: str, after: str) -> None:
         """Have the new state survive a power cut before anybody hears of it; forget what can no longer be asked for."""

@@ -44,6 +44,7 @@ class Ditto:
 
     name: ClassVar[str] = "ditto"
     paper: ClassVar[str] = "Ditto 2012.04221"
+    joins_late: ClassVar[bool] = True
 
     inner: FedAvg = field(default_factory=FedAvg)
     pull: float = 1.0

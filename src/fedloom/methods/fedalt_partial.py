@@ -52,6 +52,7 @@ class FedAltPartial:
 
     name: ClassVar[str] = "fedalt-partial"
     paper: ClassVar[str] = "FedAlt 2204.03809"
+    joins_late: ClassVar[bool] = True
 
     inner: FedAvg = field(default_factory=FedAvg)
     epochs: int = 2

@@ -47,6 +47,7 @@ class FedAvg:
 
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "FedIT 2305.05644, FedAvg 1602.05629"
+    joins_late: ClassVar[bool] = True
 
     lr: float = 2e-3
     local_epochs: int = 2

@@ -33,6 +33,7 @@ class FeDeRA:
     name: ClassVar[str] = "federa"
     paper: ClassVar[str] = "FeDeRA 2404.18848"
     adapter_start: ClassVar[str] = "svd"
+    joins_late: ClassVar[bool] = True
 
     inner: FedAvg = field(default_factory=FedAvg)
 

@@ -41,6 +41,7 @@ class FedOpt:
 
     name: ClassVar[str] = "fedopt"
     paper: ClassVar[str] = "FedAdam, FedYogi, FedAdagrad 2003.00295; FedAvgM 1909.06335"
+    joins_late: ClassVar[bool] = True
 
     inner: FedAvg = field(default_factory=FedAvg)
     rule: Rule = "adam"

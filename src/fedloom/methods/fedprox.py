@@ -24,5 +24,6 @@ class FedProx(FedAvg):
 
     name: ClassVar[str] = "fedprox"
     paper: ClassVar[str] = "FedProx 1812.06127"
+    joins_late: ClassVar[bool] = True
 
     prox: float = 0.1

@@ -36,6 +36,7 @@ class FedSaLora:
 
     name: ClassVar[str] = "fedsa"
     paper: ClassVar[str] = "FedSA-LoRA 2410.01463"
+    joins_late: ClassVar[bool] = True
 
     inner: FedAvg = field(default_factory=FedAvg)
 

@@ -36,6 +36,7 @@ class FfaLora:
 
     name: ClassVar[str] = "ffa"
     paper: ClassVar[str] = "FFA-LoRA 2403.12313"
+    joins_late: ClassVar[bool] = True
 
     inner: FedAvg = field(default_factory=FedAvg)
 

@@ -150,6 +150,11 @@ class FibecFed:
             raise ValueError(f"FibecFed follows its own curriculum; give it {self.inner.curriculum} as curriculum=, not within inner=")
 
     @property
+    def joins_late(self) -> bool:
+        """A device that comes late adopts the GAL of the set-up, which must be the one there is."""
+        return not self.gal.refresh
+
+    @property
     def local(self) -> FedAvg:
         """Local training under this method's curriculum."""
         return replace(self.inner, curriculum=self.curriculum)

@@ -22,6 +22,7 @@ class Local:
 
     name: ClassVar[str] = "local"
     paper: ClassVar[str] = "baseline: no federation"
+    joins_late: ClassVar[bool] = True
 
     inner: FedAvg = field(default_factory=FedAvg)
 

@@ -49,6 +49,8 @@ class Method(Protocol):
 
     A method that trains exactly as its field ``inner`` and only predicts otherwise may say ``trains_as_inner = True``; then what ``inner``
     trained can be evaluated as this method (``fedloom evaluate RUN --method``).
+    One to which devices may come after its set-up says ``joins_late = True``: its server keeps nothing for each device, and what the set-up
+    asked of all is what a device needs that comes later (``run/late.py``).
     One that trains something else than LoRA, or needs LoRA to start elsewhere than at zero, says so: ``adapter_kind = "full"``,
     ``adapter_start = "svd"``; an experiment may still say otherwise.
     """

@@ -25,6 +25,7 @@ class PersonalHead:
 
     name: ClassVar[str] = "lora-personal-head"
     paper: ClassVar[str] = "baseline: FedIT with FedPer's 1912.00818 personal head"
+    joins_late: ClassVar[bool] = True
 
     inner: FedAvg = field(default_factory=FedAvg)
 

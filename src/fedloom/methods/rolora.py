@@ -38,6 +38,7 @@ class RoLora:
 
     name: ClassVar[str] = "rolora"
     paper: ClassVar[str] = "RoLoRA 2409.02346"
+    joins_late: ClassVar[bool] = True
 
     inner: FedAvg = field(default_factory=FedAvg)
 

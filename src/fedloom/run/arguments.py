@@ -84,7 +84,10 @@ class Join:
         model: folder or name of the model, if it lies elsewhere than the experiment says; it must be the same one.
         text: text column or columns (empty: found).
         label: label column (empty: found).
+        recipe: the Python file of the server's method, if it is not the package's: the same file as there.
         threads: CPU threads (0: PyTorch's default).
+        memory: GiB that the process may hold that computes here; one that holds more is ended, its task has failed, and another is started
+            for the next (0: nine tenths of what this machine has).
         deadline: seconds that one task may take here.
         out: where this device keeps its state (default: one named after the data).
     """
@@ -95,7 +98,9 @@ class Join:
     model: str = ""
     text: tuple[str, ...] = ()
     label: str = ""
+    recipe: Path | None = None
     threads: int = 0
+    memory: float = 0.0
     deadline: float = 3600.0
     out: Path | None = None
 

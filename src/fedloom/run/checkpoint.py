@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from fedloom.client.elsewhere import Store
 from fedloom.client.store import ClientStore, StoreError, flush
 from fedloom.methods.method import State
+from fedloom.run.late import Late, Step
 from fedloom.tensors import fingerprint
 
 LATEST = "latest.json"
@@ -37,11 +38,13 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Saved:
-    """A completed round: the server's state, the ledger's totals, and the fingerprint of the data it was made with."""
+    """A completed round: the server's state, the ledger's totals, the fingerprint of the data it was made with, and who is in where some
+    were not from the start."""
 
     state: State
     totals: dict[str, Any]
     data: str
+    late: Late | None = None
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -60,6 +63,8 @@ def save(folder: Path, saved: Saved, store: Store) -> None:
     place = folder / "checkpoints"
     place.mkdir(parents=True, exist_ok=True)
     tensors = {f"{kind}/{n}": t for kind, part in _parts(saved.state).items() for n, t in part.items()}
+    steps = saved.late.steps if saved.late else ()
+    tensors |= {f"late/{i}/{n}": t.clone() for i, step in enumerate(steps) for n, t in step.tensors.items()}  # files share no memory
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     name = f"server-{fingerprint(tensors)[:16]}.safetensors"
     if not (place / name).exists():
@@ -76,6 +81,9 @@ def save(folder: Path, saved: Saved, store: Store) -> None:
         "totals": saved.totals,
         "data": saved.data,
     }
+    if saved.late is not None:
+        asked = [{"op": step.op, "settings": dict(step.settings)} for step in steps]
+        body["late"] = {"since": {str(k): at for k, at in saved.late.since.items()}, "steps": asked}
     write_atomically(place / LATEST, json.dumps({"sha256": _digest(body), **body}, indent=1))
     flush(place)  # the new index is on the disk before what only the old one names is deleted
     store.sweep()
@@ -113,13 +121,14 @@ def load(folder: Path, store: Store) -> Saved | None:
         round, facts, totals, data = (body[name] for name in ("round", "facts", "totals", "data"))
         if not (type(round) is int and isinstance(facts, dict) and isinstance(totals, dict) and isinstance(data, str)):
             raise ValueError("its round, facts, totals or data are none")
+        late = None if "late" not in body else _late(body["late"], tensors)
         store.restore(body["clients"])
         for client in body["clients"]:
             store.load(int(client))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError, StoreError) as error:
         raise CheckpointError(f"the checkpoint {path} is corrupt: {error}. {mend}") from error
     shared, server = _named(tensors, "shared/"), _named(tensors, "server/")
-    return Saved(State(round, shared, server, facts), totals, data)
+    return Saved(State(round, shared, server, facts), totals, data, late)
 
 
 def fingerprint_of(folder: Path) -> str:
@@ -150,6 +159,11 @@ def only_one(folder: Path) -> Iterator[None]:
 
 def _parts(state: State) -> dict[str, Mapping[str, torch.Tensor]]:
     return {"shared": state.shared, "server": state.server}
+
+
+def _late(saved: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Late:
+    steps = [Step(str(one["op"]), _named(tensors, f"late/{i}/"), dict(one["settings"])) for i, one in enumerate(saved["steps"])]
+    return Late({int(k): int(at) for k, at in saved["since"].items()}, tuple(steps))
 
 
 def _named(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

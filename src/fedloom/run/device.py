@@ -2,8 +2,9 @@
 
 It reads its order (:func:`order`), loads the device's own data and the model, and answers tasks until nobody asks any more. It is started
 and looked after by :class:`fedloom.engines.resident.Resident`. Nothing that came over the wire is executed or names a file: the method must
-be one of this package, the experiment is JSON whose every field is checked, the data are those that this device was given, and so is the
-model unless it is left to the experiment, which then may name one that transformers finds.
+be one of this package, or of the Python file that this device was given (:func:`kinds_of`); the experiment is JSON whose every field is
+checked, the data are those that this device was given, and so is the model unless it is left to the experiment, which then may name one
+that transformers finds.
 
 **What leaves the device** are the tensors that the method sends, and of its predictions not the logits but how many of its examples of
 which class were told as which (:func:`counted`).
@@ -33,13 +34,15 @@ PREDICTS = "predict"
 
 @dataclass(frozen=True)
 class Own:
-    """What a device brings: its data, and where its columns or its model are others than the experiment's."""
+    """What a device brings: its data, where its columns or its model are others than the experiment's, and the Python file of a method that
+    is not the package's."""
 
     data: str
     model: str = ""
     text: tuple[str, ...] = ()
     label: str = ""
     threads: int = 0
+    recipe: str = ""
 
 
 def order(greeting: Mapping[str, Any], own: Own) -> dict[str, Any]:
@@ -54,6 +57,7 @@ def greeting_of(world: World) -> dict[str, Any]:
     task = world.source.task
     return {
         "experiment": as_json(world.experiment),
+        "recipe": recipe_digest(world.experiment.method),
         "task": {
             "kind": kind_of(task),
             "name": world.source.name,
@@ -63,6 +67,49 @@ def greeting_of(world: World) -> dict[str, Any]:
         },
         "model": identity(world.model),
     }
+
+
+def recipe_digest(method: Any) -> str:
+    """What the Python file of a method comes to; empty for one of the package.
+
+    Raises:
+        ExperimentError: a method that no file defines.
+    """
+    from fedloom.run.experiment import ExperimentError
+    from fedloom.run.recipes import digest_of_file, file_of
+
+    file = file_of(method)
+    if file == "":
+        raise ExperimentError("the method is defined in no Python file, so devices cannot have it; put it into one")
+    return "" if file is None else digest_of_file(Path(file))
+
+
+def kinds_of(greeting: Mapping[str, Any], own: Own) -> dict[str, type[Any]]:
+    """The experiment's method by its name, out of this device's own file, where the server has it from a file too; nothing otherwise, and
+    then the file is not looked at. The two files must be the same, byte for byte.
+
+    Raises:
+        ExperimentError: this device has no such file, or another.
+    """
+    from fedloom.run.experiment import ExperimentError
+    from fedloom.run.recipes import digest_of_file, kind_in
+    from fedloom.wire import SHORT
+
+    wanted, name = greeting["recipe"], greeting["experiment"]["method"]["name"]
+    if not wanted:
+        return {}
+    if not own.recipe:
+        raise ExperimentError(
+            f"the server's method {SHORT.repr(name)} is out of a Python file of its own, which comes to {SHORT.repr(wanted)}; code is "
+            "never sent: have the same file here, and give it as --recipe FILE"
+        )
+    found = digest_of_file(Path(own.recipe))
+    if found != wanted:
+        raise ExperimentError(
+            f"the file {own.recipe} comes to {found}, and the server's to {SHORT.repr(wanted)}; the method's file must be the same on both "
+            "sides, byte for byte"
+        )
+    return {str(name): kind_in(Path(own.recipe), str(name))}
 
 
 def kind_of(task: DataTask) -> str:
@@ -117,7 +164,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     from fedloom.run.world import model_of, tokens_of
 
     greeting, own = told["greeting"], Own(**{**told["own"], "text": tuple(told["own"]["text"])})
-    e = from_json(greeting["experiment"])
+    e = from_json(greeting["experiment"], kinds_of(greeting, own))
     if e.digest() != greeting["digest"]:
         raise ExperimentError(
             f"the experiment comes to {e.digest()} here and to {greeting['digest']} at the server: another release of Fedloom"

@@ -52,10 +52,10 @@ NOTHING = {"validation": {"personalised": None, "global": None, "loss": None}, "
 """The scores of a round that was not evaluated."""
 
 
-def evaluate(world: World, state: State, engine: Engine) -> Evaluation:
-    """Both protocols on both splits. Devices that are elsewhere count their predictions themselves."""
+def evaluate(world: World, state: State, engine: Engine, among: Sequence[int] | None = None) -> Evaluation:
+    """Both protocols on both splits. Devices that are elsewhere count their predictions themselves; only those ``among`` them are asked."""
     if world.far is not None:
-        return _evaluated_there(world, state, engine)
+        return _evaluated_there(world, state, engine, among)
     task, metric = world.source.task, world.source.task.metric
     logits = drive(_predictions(world, state), engine)
     scores: dict[str, dict[str, Any]] = {}
@@ -88,14 +88,18 @@ def evaluate(world: World, state: State, engine: Engine) -> Evaluation:
     return Evaluation(scores, correct, held, confusion)
 
 
-def _evaluated_there(world: World, state: State, engine: Engine) -> Evaluation:
+def _evaluated_there(world: World, state: State, engine: Engine, among: Sequence[int] | None = None) -> Evaluation:
     """The same where devices tell counts and mean losses, and the server has held-out data of its own. Those who do not answer do not
     count."""
     task, devices = world.source.task, len(world.pool.clients)
     confusion: dict[str, list[list[list[int]]] | None] = {"personalised": [[] for _ in range(devices)], "global": None}
     scores: dict[str, dict[str, Any]] = {}
     classes = max(2, len(world.classes))
-    updates = [update for update in drive(_counts(world, state), engine, quorum=0) if counts_well(update, classes)]
+    updates = [
+        update
+        for update in drive(_counts(world, state, world.pool.clients if among is None else among), engine, quorum=0)
+        if counts_well(update, classes)
+    ]
     for split in SPLITS:
         told = {update.client: update.tensors[split].tolist() for update in updates}
         right, true, predicted = tallies(list(told.values()), classes).sum(0)
@@ -144,10 +148,10 @@ def counts_well(update: Update, classes: int) -> bool:
     return type(loss) is float
 
 
-def _counts(world: World, state: State) -> Flow[list[Update]]:
+def _counts(world: World, state: State, among: Sequence[int]) -> Flow[list[Update]]:
     """What each device that answers tells of its predictions."""
     method = world.experiment.method
-    return (yield Asking([ask(method.predict, k, state.shared, splits=list(SPLITS)) for k in world.pool.clients], whole, 0))
+    return (yield Asking([ask(method.predict, k, state.shared, splits=list(SPLITS)) for k in among], whole, 0))
 
 
 def cells(owner: np.ndarray, found: Outcomes, devices: int) -> list[list[list[int]]]:

@@ -22,7 +22,7 @@ from fedloom.engines.federation import Enough, Federation, Patience, device_app
 from fedloom.engines.link import Link, Tls
 from fedloom.engines.node import STATUS, Credentials, Node
 from fedloom.engines.node import asked as asked_of
-from fedloom.engines.resident import Resident
+from fedloom.engines.resident import Resident, bytes_of
 from fedloom.engines.workers import Start
 from fedloom.run.certificates import insist_secret, public_keys
 from fedloom.run.checkpoint import only_one
@@ -30,7 +30,9 @@ from fedloom.run.console import Progress, Show, human_seconds
 from fedloom.run.device import Own, command, greeting_of, order
 from fedloom.run.devices import MIXES, PROFILES, is_file
 from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.late import may_join_late, those_who_may
 from fedloom.run.loop import run
+from fedloom.run.recipes import digest_of_file
 from fedloom.run.tracking import insist
 from fedloom.run.world import World, build_far
 from fedloom.wire import COUNTED
@@ -51,6 +53,8 @@ class Joined:
     show: Show
     greeting: Mapping[str, Any] = field(default_factory=dict)
     federation: Federation | None = None
+    start_with: int = 0
+    """Devices that are enough to begin with; 0: all."""
 
     def engine(self, store: Elsewhere) -> Engine:
         """The engine, once every device has joined: a set-up needs all, and who is to be told of is not to be missed."""
@@ -70,13 +74,18 @@ class Joined:
         number = held.get(split, 0) if isinstance(held, dict) else 0
         return number if type(number) is int and 0 <= number < COUNTED else 0
 
-    def gather(self) -> None:
-        """Wait until every device has joined. Whoever is missing is named."""
+    def gather(self) -> tuple[int, ...]:
+        """Wait until every device has joined, or enough to begin with. Whoever is missing is named."""
         everyone = set(self.link.nodes)
-        while missing := sorted(everyone - self.link.present()):
+        while (missing := sorted(everyone - self.link.present())) and len(everyone) - len(missing) < (self.start_with or len(everyone)):
             named = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
             self.show.phase(f"{len(everyone) - len(missing)} of {len(everyone)} devices have joined; waiting for {named}")
             time.sleep(LOOK)
+        return tuple(sorted(everyone - set(missing)))
+
+    def here(self) -> set[int]:
+        """Who has been heard of lately."""
+        return self.link.present()
 
 
 def serve(
@@ -88,9 +97,11 @@ def serve(
     plain: bool | None = None,
     show: Show | None = None,
     track: Sequence[str] = (),
+    start_with: int = 0,
 ) -> dict[str, Any]:
     """Run ``experiment`` in ``folder`` (or go on where it stopped) over the devices whose keys lie in ``certs``. Returns what
-    ``results.json`` holds. ``track``: trackers that are told, by name (``tracking.py``).
+    ``results.json`` holds. ``track``: trackers that are told, by name (``tracking.py``). ``start_with``: begin when so many devices are
+    there (0: all), and let the others in between rounds.
 
     Raises:
         ExperimentError, CertificateError, LinkError: it cannot begin so.
@@ -108,11 +119,12 @@ def serve(
     tls = Tls(certs / "server.pem", insist_secret(certs / "server.key"))
     if experiment.clients != len(keys):
         raise ExperimentError(f"the experiment is for {experiment.clients} devices, and {certs} has the keys of {len(keys)}")
+    insist_may_start(experiment, start_with)
     title = f"{experiment.method_name}, {len(keys)} devices, {experiment.cohort} a round, at {host}:{port} -> {folder}"
 
     def running(shown: Show) -> dict[str, Any]:
         with Link(keys, host, port, tls) as link:
-            joined = Joined(link, experiment, patience, shown)
+            joined = Joined(link, experiment, patience, shown, start_with=start_with)
             link.about = lambda: about(joined, folder)
 
             def built(e: Experiment) -> World:
@@ -126,6 +138,25 @@ def serve(
         return running(show)
     with Progress(experiment.rounds, title, plain) as display:
         return running(display)
+
+
+def insist_may_start(experiment: Experiment, devices: int) -> None:
+    """Insist that the experiment can begin with so many devices (0: all of them).
+
+    Raises:
+        ExperimentError: it cannot, and why.
+    """
+    if not devices:
+        return
+    if not experiment.cohort <= devices <= experiment.clients:
+        raise ExperimentError(
+            f"--start-with is {devices}; it must be from --cohort, {experiment.cohort}, to the number of devices, {experiment.clients}"
+        )
+    if devices < experiment.clients and not may_join_late(experiment.method):
+        raise ExperimentError(
+            f"--start-with {devices}: to '{experiment.method_name}', as it is set, no device can come after the set-up. Leave it out and "
+            f"all are waited for, or choose one of {', '.join(those_who_may())}"
+        )
 
 
 def about(joined: Joined, folder: Path) -> dict[str, Any]:
@@ -143,18 +174,30 @@ def about(joined: Joined, folder: Path) -> dict[str, Any]:
     }
 
 
-def join(server: str, certs: Path, own: Own, folder: Path, deadline: float, said: Callable[[str], None], stop: threading.Event) -> None:
-    """Be a device of the federation at ``server``, with its state in ``folder``, until ``stop`` is set.
+def join(
+    server: str,
+    certs: Path,
+    own: Own,
+    folder: Path,
+    deadline: float,
+    said: Callable[[str], None],
+    stop: threading.Event,
+    memory: float = 0.0,
+) -> None:
+    """Be a device of the federation at ``server``, with its state in ``folder``, until ``stop`` is set. ``memory``: GiB that its worker may
+    hold (0: nine tenths of the machine's).
 
     Raises:
         Refused: this device does not belong there.
-        CertificateError, ValueError: it cannot begin so.
+        CertificateError, ExperimentError, ValueError: it cannot begin so.
         CheckpointError: another process is this device.
     """
     host, port = address(server)
-    credentials = Credentials.read(insist_secret(certs / "device.key"), certs / "ca.pem")
+    if own.recipe:
+        digest_of_file(Path(own.recipe))  # that it is there is seen now, and not when the server wants it
+    credentials, bound = Credentials.read(insist_secret(certs / "device.key"), certs / "ca.pem"), bytes_of(memory)
     with only_one(folder):
-        resident = Resident(folder / "states", lambda greeting: Start(command(), order(greeting, own), lambda _: {}), deadline)
+        resident = Resident(folder / "states", lambda greeting: Start(command(), order(greeting, own), lambda _: {}), deadline, bound)
         try:
             Node(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", credentials, device_app(resident), said).serve(stop)
         finally:
@@ -191,6 +234,9 @@ def _lines(told: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = [("experiment", str(told["experiment"])), ("devices", str(told["devices"]))]
     lines += [("here", ", ".join(map(str, told["here"])) or "none"), ("away", ", ".join(map(str, told["away"])) or "none")]
     lines += [("round", str(row.get("round", "none yet"))), ("last written", "-" if ago is None else f"{human_seconds(ago)} ago")]
+    if "joined" in row:
+        lines += [(f"joined late: {client}", f"takes part from round {since} on") for client, since in row["joined"].items()]
+        lines += [("not in yet", ", ".join(map(str, row["missing"])) or "none")]
     lines += [("answered", ", ".join(map(str, row.get("answered", []))) or "-")]
     return [*lines, *((f"failed: {client}", str(reason)) for client, reason in row.get("failed", {}).items())]
 

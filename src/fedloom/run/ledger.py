@@ -10,7 +10,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,8 +99,11 @@ class Ledger:
         self.totals["setup_device_seconds"] += section.device_seconds
         self.totals["setup_host_seconds"] += section.seconds
 
-    def write(self, round: int, section: Section, train_seconds: float, scores: dict[str, Any]) -> dict[str, Any]:
-        """Book a round (round 0 is the evaluation after set-up, with a section that heard nothing) and append its row."""
+    def write(
+        self, round: int, section: Section, train_seconds: float, scores: dict[str, Any], besides: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Book a round (round 0 is the evaluation after set-up, with a section that heard nothing) and append its row, with what else there
+        is to say ``besides``."""
         row = {
             "round": round,
             "loss": section.loss,
@@ -117,6 +120,7 @@ class Ledger:
             "answered": section.answered,
             "failed": section.failed,
             "validation": scores["validation"],
+            **(besides or {}),
         }
         for name in ("bytes_up", "bytes_down", "examples", "flops", "host_seconds", "device_seconds"):
             self.totals[name] += row[name]

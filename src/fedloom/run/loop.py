@@ -25,6 +25,7 @@ from fedloom.run.evaluation import NOTHING, Evaluation, evaluate
 from fedloom.run.experiment import Experiment, as_json, as_meant, completed, first_difference
 from fedloom.run.export import write_global
 from fedloom.run.holdings import held
+from fedloom.run.late import Late, Remembering, welcome
 from fedloom.run.ledger import Ledger, Section
 from fedloom.run.memory import insist_on_room, sizes_before, sizes_of, told
 from fedloom.run.numbers import exact_match
@@ -131,46 +132,75 @@ def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str
     if saved is None:
         ledger.rewind(-1)
         section = ledger.section()
-        state = _set_up(world, Told(engine, show), store, section, show)
+        state, late = _set_up(world, Told(engine, show), store, section, show)
         ledger.set_up(section)
-        section, found = ledger.section(), _evaluated(world, state, engine, show)
-        show.round(row := ledger.write(0, section, 0.0, found.scores if found else NOTHING))
-        checkpoint.save(folder, Saved(state, ledger.totals, data), store)
+        section, found = ledger.section(), _evaluated(world, state, engine, show, late)
+        show.round(row := ledger.write(0, section, 0.0, found.scores if found else NOTHING, told_of(late, world)))
+        checkpoint.save(folder, Saved(state, ledger.totals, data, late), store)
         tracking.round(row)
     else:
-        state, found = saved.state, None
+        state, found, late = saved.state, None, saved.late
         show.resume(rows := ledger.rewind(state.round))
         tracking.resume(rows)
     while state.round < e.rounds:
         show.phase(f"round {state.round + 1}/{e.rounds}")
-        section = ledger.section()
+        if late is not None and (came := _let_in(world, late, engine, store, ledger, state.round + 1, show)):
+            late = late.with_these(came, state.round + 1, world.pool)
+            checkpoint.save(folder, Saved(state, ledger.totals, data, late), store)  # whatever becomes of the round, they are in
+        section, pool = ledger.section(), world.pool if late is None else late.pool(world.pool)
         try:
-            state, missed = drive(method.round(state, world.pool), hurried, e.quorum, section.hear), 0
+            state, missed = drive(method.round(state, pool), hurried, e.quorum, section.hear), 0
         except CohortFailed as failed:
             state, missed = _missed(world, state, store, section, missed + 1, failed, show), missed + 1
-        trained, found = section.seconds, _evaluated(world, state, engine, show)
-        show.round(row := ledger.write(state.round, section, trained, found.scores if found else NOTHING))
-        checkpoint.save(folder, Saved(state, ledger.totals, data), store)
+        trained, found = section.seconds, _evaluated(world, state, engine, show, late)
+        show.round(row := ledger.write(state.round, section, trained, found.scores if found else NOTHING, told_of(late, world)))
+        checkpoint.save(folder, Saved(state, ledger.totals, data, late), store)
         tracking.round(row)
-    results = finish(world, folder, state, ledger, found or evaluate(world, state, engine), store)
+    results = finish(world, folder, state, ledger, found or evaluate(world, state, engine, None if late is None else [*late.since]), store)
     tracking.end(results)
     return results
 
 
-def _set_up(world: World, engine: Engine, store: Store, section: Section, show: Show) -> State:
-    """The state after set-up. Devices that are elsewhere are given more than one chance, each from the start."""
+def _set_up(world: World, engine: Engine, store: Store, section: Section, show: Show) -> tuple[State, Late | None]:
+    """The state after set-up, and who is in if not all are. Devices that are elsewhere are given more than one chance, each from the
+    start."""
     method = world.experiment.method
     for attempt in count(1):
-        if world.far is not None:
-            world.far.gather()
+        there = world.pool.clients if world.far is None else world.far.gather()
+        heard = Remembering(engine, there) if there != world.pool.clients else None
+        pool = replace(world.pool, clients=there)
         try:
-            return drive(method.setup(method.init(world.model), world.pool), engine, quorum=0, seen=section.hear)
+            state = drive(method.setup(method.init(world.model), pool), heard or engine, quorum=0, seen=section.hear)
+            return state, None if heard is None else Late(dict.fromkeys(there, 0), heard.steps)
         except CohortFailed as failed:
             if not isinstance(store, Elsewhere) or attempt == MISSES:
                 raise
             store.forget()
             show.note(f"the set-up begins again: {failed}")
     raise AssertionError
+
+
+def _let_in(world: World, late: Late, engine: Engine, store: Store, ledger: Ledger, round: int, show: Show) -> list[int]:
+    """Those who have come since and have answered what the set-up asked of the others. Whoever has not answered all of it begins with it
+    anew another time. What it costs is booked with the set-up."""
+    waiting = sorted(set(late.missing(world.pool)) & world.far.here()) if world.far is not None else []
+    if not waiting:
+        return []
+    section = ledger.section()
+    came = drive(welcome(late.steps, waiting), engine, quorum=0, seen=section.hear)
+    ledger.set_up(section)
+    for k in waiting:
+        if k in came:
+            show.note(f"device {k} takes part from round {round} on")
+        else:
+            show.note(f"device {k} did not get through the set-up: {section.failed.get(str(k), 'it did not answer')}")
+            store.take(k, "")
+    return came
+
+
+def told_of(late: Late | None, world: World) -> dict[str, Any]:
+    """What a row says of who is in, where some were not from the start."""
+    return {} if late is None else late.told(world.pool)
 
 
 def _missed(world: World, state: State, store: Store, section: Section, times: int, failed: CohortFailed, show: Show) -> State:
@@ -209,13 +239,13 @@ def finish(
     return outcome
 
 
-def _evaluated(world: World, state: State, engine: Engine, show: Show) -> Evaluation | None:
+def _evaluated(world: World, state: State, engine: Engine, show: Show, late: Late | None) -> Evaluation | None:
     """The evaluation after this round, if it is due: every ``evaluate_every`` rounds from 0 on, and after the last."""
     every, last = world.experiment.evaluate_every, world.experiment.rounds
     if state.round < last and (not every or state.round % every):
         return None
     show.phase(f"evaluating after round {state.round}")
-    return evaluate(world, state, engine)
+    return evaluate(world, state, engine, None if late is None else [*late.since])
 
 
 def claim(folder: Path, experiment: Experiment) -> None:
@@ -257,6 +287,7 @@ def results_of(world: World, state: State, ledger: Ledger, found: Evaluation) ->
     best = max(rows, key=lambda row: (row["validation"]["personalised"], -row["round"]))
     participations = totals.pop("participations")
     counts = world.partition.counts(world.labels("train"), len(world.classes))
+    of_late = {name: rows[-1][name] for name in ("joined", "missing") if name in rows[-1]}
     per_device = []
     for k in world.pool.clients:
         held, right = int(found.held[k]), float(found.correct[k])
@@ -281,6 +312,7 @@ def results_of(world: World, state: State, ledger: Ledger, found: Evaluation) ->
         **totals,
         "validation": {"final": rows[-1]["validation"], "best": best["validation"]},
         "notes": list(world.source.notes),
+        **of_late,
         "per_device": per_device,
         "partition": {"classes": list(world.classes), "train_counts": np.asarray(counts).tolist()},
         "facts": dict(state.facts),

@@ -69,6 +69,7 @@ SERVE = (
     ("listen", str, "127.0.0.1:9092", "HOST:PORT to listen on; 0.0.0.0:9092 for all of this machine's addresses."),
     ("wait", float, 60.0, "seconds to wait for a device that has not been heard of."),
     ("deadline", float, 600.0, "seconds that a device has for an answer."),
+    ("start_with", int, 0, "devices with which to begin; the others may come later, between rounds (0: all are waited for)."),
     ("linger", float, 10.0, "seconds that the rest has once a quorum has answered."),
 )
 THERE = ("cohort", "quorum", "clients", "partition", "alpha", "beta", "min_examples", "engine")

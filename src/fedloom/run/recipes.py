@@ -98,6 +98,29 @@ def file_of(method: Any) -> str | None:
     return None if module.__name__.startswith("fedloom.") else str(vars(module).get("__file__", ""))
 
 
+def digest_of_file(path: Path) -> str:
+    """16 hex digits over a Python file as it is; of the files that it imports, nothing.
+
+    Raises:
+        ExperimentError: there is none.
+    """
+    if not path.is_file():
+        raise ExperimentError(f"there is no recipe '{path}'; give a Python file that defines the method")
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def kind_in(path: Path, name: str) -> type[Any]:
+    """The method called ``name`` of a Python file.
+
+    Raises:
+        ExperimentError: it defines none of that name.
+    """
+    methods = _methods_of(_module(path), path)
+    if name not in methods:
+        raise ExperimentError(f"{path} defines no method '{name}'; it defines {', '.join(methods)}")
+    return methods[name]
+
+
 def with_learning_rate(method: Any, lr: float) -> Any:
     """``method`` with its field ``lr``, or that of the method it holds as ``inner``, replaced.
 

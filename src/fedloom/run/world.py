@@ -54,8 +54,12 @@ class Far(Protocol):
         """The engine that reaches them."""
         ...
 
-    def gather(self) -> None:
-        """Wait until every device has joined."""
+    def gather(self) -> tuple[int, ...]:
+        """Wait until as many devices have joined as are to begin; who they are, in order."""
+        ...
+
+    def here(self) -> set[int]:
+        """Who is there now."""
         ...
 
     def hurried(self, engine: Engine) -> Engine:
@@ -263,8 +267,9 @@ def model_of(experiment: Experiment, source: Source) -> Model:
         between=BETWEEN,
         finds=isinstance(source.task, Questions),
     )
-    if model.finder is not None and isinstance(curriculum_of(e.method), ByLoss):
-        raise ExperimentError("this curriculum sorts by the loss of one label an example, and a question has none; give another")
+    if model.reads_many and isinstance(curriculum_of(e.method), ByLoss):
+        what = "a sentence of tags" if model.tagger else "a question" if model.finder else "a text to be written"
+        raise ExperimentError(f"this curriculum sorts by the loss of one label an example, and {what} has none; give another")
     if model.filler is not None and model.causal and isinstance(curriculum_of(e.method), CUTTING):
         raise ExperimentError(
             "this curriculum cuts texts at their end, where a causal model's template asks; give another, or --head linear"
