@@ -369,20 +369,19 @@ class Model:
         self.stand_on(only(tensors, [n for n in tensors if is_beneath(n)]))
         own = dict(module.named_parameters())
         given = without({**self.initial, **tensors}, self.beneath.names)
-        kept = {name: own[self.parameters[name]].detach().clone() for name in given}
+        kept = {name: own[self.parameters[name]].data for name in given}
         try:
+            for name, tensor in given.items():  # a pair has the rank that it comes with, so its own lies aside for the while
+                own[self.parameters[name]].data = tensor.detach().to(kept[name])
             with torch.no_grad():
-                for name, tensor in given.items():
-                    own[self.parameters[name]].copy_(tensor)
                 made = []
                 for prompt in prompts:
                     ids = torch.tensor([list(prompt)], device=self.device)
                     how = {"max_new_tokens": most, "do_sample": False, "pad_token_id": self.pad_id, "attention_mask": torch.ones_like(ids)}
                     made.append(module.generate(input_ids=ids, eos_token_id=self.tokenizer.eos_token_id, **how)[0, ids.shape[1] :])
         finally:
-            with torch.no_grad():
-                for name, tensor in kept.items():
-                    own[self.parameters[name]].copy_(tensor)
+            for name, tensor in kept.items():
+                own[self.parameters[name]].data = tensor
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in made]
 
     def need_classes(self, who: str) -> None:
