@@ -426,11 +426,11 @@ class Model:
         self.stand_on(only(tensors, [n for n in tensors if is_beneath(n)]))
         own = dict(module.named_parameters())
         given = without({**self.initial, **tensors}, self.beneath.names)
-        kept, end = {name: own[self.parameters[name]].detach().clone() for name in given}, self.tokenizer.eos_token_id
+        kept, end = {name: own[self.parameters[name]].data for name in given}, self.tokenizer.eos_token_id
         try:
+            for name, tensor in given.items():  # a pair has the rank that it comes with, so its own lies aside for the while
+                own[self.parameters[name]].data = tensor.detach().to(kept[name])
             with torch.no_grad():
-                for name, tensor in given.items():
-                    own[self.parameters[name]].copy_(tensor)
                 made = []
                 for at in range(0, len(prompts), together):
                     some = prompts[at : at + together]
@@ -441,9 +441,8 @@ class Model:
                     how |= {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}  # whatever the model's own settings are
                     made += module.generate(input_ids=ids, attention_mask=mask, **how)[:, width:].tolist()
         finally:
-            with torch.no_grad():
-                for name, tensor in kept.items():
-                    own[self.parameters[name]].copy_(tensor)
+            for name, tensor in kept.items():
+                own[self.parameters[name]].data = tensor
         ended = [ids[: ids.index(end)] if end in ids else ids for ids in made]
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in ended]
 
