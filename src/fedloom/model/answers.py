@@ -136,11 +136,8 @@ class Speaker:
         becomes several examples (:func:`first_of`). Of a conversation what the assistant says, and the end of text that follows it.
         """
         if self.form != "instructions":
-            made = (
-                [self._conversation(text) for text in answers]
-                if self.form == "chat"
-                else [w for text in answers for w in self._windows(text)]
-            )
+            of = self._windows if self.form == "text" else self._conversation
+            made = [window for text in answers for window in of(text)]
             return [ids for ids, _ in made], [segments for _, segments in made]
         before = self._tokens([self.written(prompt) for prompt in prompts])
         after = [[*answer, self.tokenizer.eos_token_id] for answer in self._tokens(answers)]
