@@ -15,6 +15,7 @@ from fedloom.compute.serial import Serial
 from fedloom.compute.stacked import Stacked
 from fedloom.compute.work import AdamW, Fit
 from fedloom.messages import Tensors
+from fedloom.model.adapters import is_head
 from fedloom.model.base import Model, ModelError
 from fedloom.model.blocks import layer_of
 from fedloom.model.packed import logits_of
@@ -75,6 +76,9 @@ def test_training_without_layers_stacked_and_one_by_one(family: str) -> None:
         start: Tensors = {n: rest.pop(n) for n in sorted(rest)[1::2]}
         rows = np.arange(4 + k)
         items.append(Fit(start, texts, [rows[:3], rows[3:]], AdamW(1e-2, eps=1e-3), fixed=rest, skips=frozenset(skips)))
+    heads = {n: t for n, t in families.moved(model, 1).items() if is_head(n)}
+    for gone in ({0}, {1}):  # alike in all but what they leave out
+        items.append(Fit(heads, tiny.examples(5, seed=40), [np.arange(5)], AdamW(1e-2, eps=1e-3), skips=frozenset(gone)))
     for item, one, many in zip(items, Serial(model).run(items), Stacked(model).run(items), strict=True):
         assert one.flops == many.flops
         for name, tensor in one.result.tensors.items():
