@@ -66,8 +66,7 @@ class Batch(NamedTuple):
 class Model:
     """A frozen base with an adapter. ``initial``: float32 start of every trainable tensor, by saved name. ``beneath``: the frozen weights
     under LoRA's pairs, which a method may change as well (:meth:`stand_on`). ``alone``: why it cannot run for many owners at once, or
-    nothing; ``together_by``: how it does. ``still``: what of the head no loss depends on, which is not trained. ``counted``: its
-    operations, by what is trained (``flops.py``)."""
+    nothing; ``together_by``: how it does. ``still``: what of the head no loss depends on, which is not trained."""
 
     name: str
     module: Any
@@ -91,7 +90,6 @@ class Model:
     tagger: Tagger | None = None
     finder: Finder | None = None
     still: dict[str, torch.Tensor] = field(default_factory=dict)
-    counted: dict[Any, np.ndarray] = field(default_factory=dict)
     _copies: dict[torch.dtype, nn.Module] = field(default_factory=dict)
     _ways: dict[torch.dtype, Way] = field(default_factory=dict)
     _stands_on: str = ""
