@@ -173,9 +173,9 @@ def test_describe_says_what_training_takes_and_where_it_fits(tmp_path: Path) -> 
     assert told["devices"].count("1 slow") == told["devices"].count("1 quick") == 2
     assert "by estimate: 34.4 kB weights, 34.4 kB gradients, 68.8 kB the optimiser, 688 kB activations" in told["training takes"]
     assert "for 8 texts of 16 tokens; the head alone 268 kB" in told["training takes"]
-    assert told["of which fits"].split("; ")[1].endswith(": everything")
+    assert told["of which fits"].split("; ")[1].endswith(": all of it")
     assert [text.split(": ")[1] for text in told["of which fits"].split("; ")] == [
-        "the head and 1 of 4 parts before it", "everything", "the head and 0 of 4 parts before it", "the head and 2 of 4 parts before it",
+        "the head and 1 of 4 parts before it", "all of it", "the head and 0 of 4 parts before it", "the head and 2 of 4 parts before it",
     ]  # fmt: skip
     assert each[-1].total == 34380 + 27980 + 6400 + 68760 + 688128
     assert isinstance(world.experiment.method, EmbracingFL)

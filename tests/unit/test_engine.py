@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+import torch
 
 from fedloom.engines.engine import drive
+from fedloom.engines.local import waves
 from fedloom.messages import CohortFailed, Failure, Flow, Replies, Take, Task, Update, whole
 
 
@@ -47,3 +49,16 @@ def test_what_was_heard_is_told_before_the_cohort_fails() -> None:
 def test_one_asking_may_not_name_a_client_twice() -> None:
     with pytest.raises(ValueError, match=r"clients \[4, 6\] are asked twice at once"):
         drive(asking(6, 4, 2, 4, 6), Half())
+
+
+def test_a_wave_holds_so_many_clients_or_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedloom.engines.local.HEAVY", 100)
+
+    def cut(*numbers: int) -> list[list[int]]:
+        tasks = [Task("op", k, {"w": torch.zeros(n)}) for k, n in enumerate(numbers)]
+        return [[task.client for task in wave] for wave in waves(tasks, 3)]
+
+    assert cut() == []
+    assert cut(0, 0, 0, 0) == [[0, 1, 2], [3]]
+    assert cut(5, 20, 1, 1) == [[0, 1], [2, 3]], "25 numbers of four bytes are 100"
+    assert cut(1, 60, 1) == [[0], [1], [2]], "one that is too heavy goes alone"

@@ -22,6 +22,9 @@ WAVE = 32
 """Clients in one wave: enough to fill a stacked pass. The number of clients must not change it: the memory that a run takes depends on
 it, and for some models what a client gets, by who is stacked with whom."""
 
+HEAVY = 2**29
+"""Bytes of tensors that one wave carries at most, unless a single client's are more: whole models go to few clients at a time."""
+
 BREATH = 8
 """Waves after which freed memory is given back."""
 
@@ -57,8 +60,17 @@ class Local:
 
 
 def waves(tasks: Sequence[Task], size: int) -> list[Sequence[Task]]:
-    """The tasks in order, ``size`` at a time; the last wave may be smaller."""
-    return [tasks[at : at + size] for at in range(0, len(tasks), size)]
+    """The tasks in order, ``size`` at a time, or fewer where their tensors are ``HEAVY``."""
+    made: list[list[Task]] = []
+    carried = 0
+    for task in tasks:
+        weight = nbytes(task.tensors)
+        if not made or len(made[-1]) == size or carried + weight > HEAVY:
+            made.append([])
+            carried = 0
+        made[-1].append(task)
+        carried += weight
+    return list(made)
 
 
 def give_memory_back() -> None:

@@ -68,14 +68,19 @@ def needs(model: Model, batch_size: int) -> list[Needs]:
     """What it takes to train the end alone, the end and the last part before it, and so on to everything, with steps of ``batch_size``
     texts of the model's greatest length."""
     before, _ = parts(model.initial)
-    number = model.dtype.itemsize
-    own = number * sum(parameter.numel() for parameter in model.module.parameters())
+    own, number = sum(parameter.numel() for parameter in model.module.parameters()), model.dtype.itemsize
     tokens, (layer, words), made = batch_size * model.max_length, token_bytes(model), []
     for layers in range(len(before) + 1):
-        trained = 4 * sum(model.initial[n].numel() for n in output_side(model.initial, layers))
+        trained = sum(model.initial[n].numel() for n in output_side(model.initial, layers))
         kept = layer * max(1, min(layers, model.depth)) + words
-        made.append(Needs(layers, own + (trained if number < 4 else 0), trained, MOMENTS * trained, tokens * kept))
+        made.append(Needs(layers, *resident(own, trained, number), tokens * kept))
     return made
+
+
+def resident(parameters: int, trained: int, number: int) -> tuple[int, int, int]:
+    """Bytes of the weights, of their gradients and of AdamW's moments, where so many of the ``parameters`` are trained at a time and
+    ``number`` is what one of the others takes: b·P (and 4·T where b < 4), 4·T, 8·T."""
+    return number * parameters + (4 * trained if number < 4 else 0), 4 * trained, 4 * MOMENTS * trained
 
 
 def fitting(totals: Collection[int], memory: float) -> int | None:

@@ -19,7 +19,7 @@ from fedloom.data.partition import Partition
 from fedloom.data.sources import Source
 from fedloom.engines.engine import drive
 from fedloom.messages import Replies, Task
-from fedloom.model.memory import fitting, needs
+from fedloom.model.memory import Needs, fitting, needs, resident
 from fedloom.run.console import human_bytes, human_seconds
 from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.run.figures import Kind, partition_picture
@@ -151,23 +151,23 @@ def _memory(world: World) -> Lines:
     plain = plain_of(world.experiment.method)
     if plain is None:
         return []
-    each = needs(world.model, plain.batch_size)
-    whole, most, totals = each[-1], len(each) - 1, [one.total for one in each]
-    of = {
-        "weights": whole.weights,
-        "gradients": whole.gradients,
-        "the optimiser": whole.optimizer,
-        "activations": whole.activations,
-    }
+    each, sizes = needs(world.model, plain.batch_size), sizes_of(world.model, world.experiment.method)
+    most, texts = len(each) - 1, f"{plain.batch_size} texts of {world.model.max_length} tokens"
+    if sizes.at_once < sizes.trained:  # one block after another, wherever it lies
+        each = [Needs(most, *resident(sizes.model, sizes.at_once, world.model.dtype.itemsize), each[-1].activations)]
+    whole, totals = each[-1], [one.total for one in each]
+    of = {"weights": whole.weights, "gradients": whole.gradients, "the optimiser": whole.optimizer, "activations": whole.activations}
+    made = ", ".join(f"{human_bytes(count)} {what}" for what, count in of.items())
+    least = f"; the head alone {human_bytes(totals[0])}" if len(each) > 1 else ""
     fits = []
     for profile, _ in world.fleet.kinds(len(world.pool.clients)):
         layers = fitting(totals, profile.memory_bytes)
-        told = "everything" if layers == most else "nothing" if layers is None else f"the head and {layers} of {most} parts before it"
-        fits.append(f"{profile.name}: {told}")
-    made = ", ".join(f"{human_bytes(count)} {what}" for what, count in of.items())
-    texts = f"{plain.batch_size} texts of {world.model.max_length} tokens"
+        part = (
+            "nothing" if layers is None else f"the head and {layers} of {most} parts before it" if layers < len(each) - 1 else "all of it"
+        )
+        fits.append(f"{profile.name}: {part}")
     return [
-        ("training takes", f"{human_bytes(whole.total)} by estimate: {made}, for {texts}; the head alone {human_bytes(totals[0])}"),
+        ("training takes", f"{human_bytes(whole.total)} by estimate: {made}, for {texts}{least}"),
         ("of which fits", "; ".join(fits)),
     ]
 

@@ -22,12 +22,13 @@ import torch
 from safetensors import safe_open
 
 from fedloom.compute.stacked import TOKENS, token_bytes
-from fedloom.engines.local import WAVE
+from fedloom.engines.local import HEAVY, WAVE
 from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.model.adapters import is_head
 from fedloom.model.base import Model, free_bytes
 from fedloom.model.blocks import Block, cover
 from fedloom.model.loading import folder_of
+from fedloom.model.memory import resident
 from fedloom.run.console import human_bytes
 from fedloom.run.experiment import Experiment, ExperimentError
 
@@ -63,7 +64,7 @@ class Need:
 def needed(sizes: Sizes, experiment: Experiment) -> Need:
     """What this machine holds at its fullest moment, by the experiment's precision, cohort, stack and workers."""
     e = experiment
-    processes, wave = max(1, e.engine.workers), e.engine.stack or WAVE
+    processes, wave = max(1, e.engine.workers), min(e.engine.stack or WAVE, max(1, HEAVY // max(1, 4 * sizes.trained)))
     asked = 1 if vars(type(e.method)).get("one_at_a_time") else e.cohort
     training, evaluating = (min(wave, -(-devices // processes)) for devices in (asked, e.clients))
     messages = max(training * (2 * sizes.trained + 2 * sizes.at_once), evaluating * 2 * sizes.trained)
@@ -83,7 +84,7 @@ def needed(sizes: Sizes, experiment: Experiment) -> Need:
 
 def on_a_device(sizes: Sizes, low: bool) -> int:
     """Bytes that a real device needs for model and training, by the formulas above; without what a batch keeps alive."""
-    return 2 * sizes.model + 16 * sizes.at_once if low else 4 * sizes.model + 12 * sizes.at_once
+    return sum(resident(sizes.model, sizes.at_once, 2 if low else 4))
 
 
 def sizes_of(model: Model, method: Any) -> Sizes:
@@ -167,5 +168,8 @@ def told(need: Need, sizes: Sizes) -> list[tuple[str, str]]:
     low, plain = on_a_device(sizes, True), on_a_device(sizes, False)
     return [
         ("memory here", f"{human_bytes(need.total)} at the most: {parts}; {human_bytes(free_bytes(torch.device('cpu')))} are free"),
-        ("memory on a device", f"{human_bytes(low)} in 16 bits (2·M + 16·|θ|, |θ| = {sizes.at_once:,}), {human_bytes(plain)} in float32"),
+        (
+            "memory on a device",
+            f"{human_bytes(low)} in 16 bits (2·M + 16·|θ|, |θ| = {sizes.at_once:,}), {human_bytes(plain)} in float32 (4·M + 12·|θ|)",
+        ),
     ]
