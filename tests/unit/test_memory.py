@@ -67,10 +67,12 @@ def test_sizes_are_those_of_the_model_that_is_loaded_and_of_its_files() -> None:
 
 def test_what_cannot_fit_is_refused_with_the_mend_and_can_be_overridden() -> None:
     many = replace(FULL, method=FedFFT(), clients=20, cohort=10, engine=EngineSettings())
-    with pytest.raises(
-        ExperimentError, match=r"needs about [\d.]+ TB .* and 64\.0 GB are there: .* for messages.*--engine\.stack 1 .*GB.*"
-    ):
+    with pytest.raises(ExperimentError, match=r"needs about [\d.]+ GB .* and 64\.0 GB are there: .* for messages of the devices"):
         insist_on_room(SEVEN, many, free=64 * 10**9)
+    with pytest.raises(
+        ExperimentError, match=r"and 1\.0 GB are there: .* It would fit with --engine\.stack 1 .*about [\d.]+ GB: one device"
+    ):
+        insist_on_room(Sizes(20_000_000, 20_000_000, 20_000_000), many, free=10**9)
     with pytest.raises(ExperimentError, match=r"fedcybgd a block.*--engine\.overcommit runs it all the same"):
         insist_on_room(SEVEN, many, free=64 * 10**9)
     need = needed(SEVEN, FULL).total
