@@ -7,7 +7,7 @@ import time
 import warnings
 import weakref
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,7 +49,8 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     from fedloom.engines import federation
     from fedloom.engines.federation import Enough, Federation, Patience, Ungreeted, agreeing, device_app
     from fedloom.engines.flower import boxed, unboxed
-    from fedloom.engines.link import LARGEST, STATUS, Link, LinkError, Tls, authenticated, only_own
+    from fedloom.engines.gate import LARGEST, authenticated, only_own
+    from fedloom.engines.link import SMALL, STATUS, Link, LinkError, Tls
     from fedloom.engines.node import Credentials, Node, Refused, asked
     from fedloom.run.certificates import issue, public_keys
     from fedloom.run.federation import Joined
@@ -215,8 +216,7 @@ def far(device: Here | None = None, patience: Patience = QUICK) -> Federation:
     return engine.inner
 
 
-def test_answers_wait_in_a_file_and_are_taken_in_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(federation, "ASIDE", 16)
+def test_answers_wait_in_a_file_and_are_taken_in_one_at_a_time() -> None:
     due = far().run([task(k) for k in CLIENTS]).updates
     gone: list[weakref.ref] = []
 
@@ -400,6 +400,66 @@ def test_memory_of_messages_is_given_back() -> None:
     assert (engine.link.state.message_ins_store, engine.link.state.message_res_store) == ({}, {})
 
 
+def laid_out(link: Link, number: int, size: int) -> Message:
+    """A message of ``size`` bytes that lies on the link."""
+    message = Message(RecordDict({"blob": boxed(bytes([number]) * size)}), link.nodes[number], "train", ttl=60)
+    assert list(link.push_messages([message])) == [message.object_id]
+    return message
+
+
+@pytest.fixture
+def two() -> Iterator[Link]:
+    """A link of two clients whose nodes are there."""
+    link = Link({k: public_key_to_bytes(generate_key_pairs()[1]) for k in (0, 1)})
+    for node in link.nodes.values():
+        link.state.activate_node(node, 60)
+    yield link
+    link.state.object_store.close()
+
+
+def test_large_parts_of_messages_wait_in_a_file_until_the_message_is_gone(two: Link) -> None:
+    objects = two.state.object_store
+    message = laid_out(two, 0, 10 * SMALL)
+    parts = {name: part.deflate() for name, part in get_all_nested_objects(message).items()}
+    large = [name for name, content in parts.items() if len(content) > SMALL]
+    assert large and all(objects.get(name) == content for name, content in parts.items())
+    assert all(len(entry.content) <= SMALL for entry in objects.store.values()), "of what is large, nothing is in memory"
+    end = objects._aside._end
+    two.forget([message.object_id])
+    assert len(objects) == 0 and not objects._kept and objects.get(large[0]) is None
+    two.forget([laid_out(two, 1, 10 * SMALL).object_id])
+    assert objects._aside._end == end, "the next one lies where it lay"
+
+
+def test_a_part_that_the_disk_did_not_take_is_not_there_and_may_come_again(two: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(number: int, blob: memoryview, begin: int) -> int:
+        raise OSError(28, "No space left on device")
+
+    objects, message = two.state.object_store, Message(RecordDict({"blob": boxed(bytes(10 * SMALL))}), two.nodes[0], "train", ttl=60)
+    objects.preregister(two.run.run_id, get_object_tree(message))
+    name, content = next((n, p.deflate()) for n, p in get_all_nested_objects(message).items() if len(p.deflate()) > SMALL)
+    with monkeypatch.context() as disk, pytest.raises(OSError, match="No space left"):
+        disk.setattr("os.pwrite", full)
+        objects.put(name, content)
+    assert objects.get(name) == b"" and name in objects.preregister(two.run.run_id, get_object_tree(message)), "still missing"
+    objects.put(name, content)
+    assert objects.get(name) == content
+
+
+def test_replies_are_put_together_one_at_a_time(two: Link) -> None:
+    names = [laid_out(two, k, 10).object_id for k in (0, 1)]
+    for k in (0, 1):
+        (asked,) = two.state.get_message_ins(two.nodes[k], limit=1)
+        reply = Message(RecordDict({"blob": boxed(bytes([k]) * 10 * SMALL)}), reply_to=asked)
+        parts = {name: part.deflate() for name, part in get_all_nested_objects(reply).items()}
+        pushed(two, reply, parts, get_object_tree(reply), reply.object_id, client=k)
+    before, replies = len(two.state.object_store), iter(two.pull_messages(names))
+    first = unboxed(next(replies).content)
+    assert 0 < len(two.state.object_store) < before, "the second one is still in parts"
+    assert {first[0], unboxed(next(replies).content)[0]} == {0, 1}
+    assert next(replies, None) is None and list(two.pull_messages(names)) == []
+
+
 # what a hostile device may push
 
 
@@ -449,11 +509,11 @@ def hostile():
     return link, name, asked
 
 
-def pushed(link: Link, reply: Message, parts: dict[str, bytes], tree: ObjectTree, root: str) -> None:
+def pushed(link: Link, reply: Message, parts: dict[str, bytes], tree: ObjectTree, root: str, client: int = 3) -> None:
     """Push a reply with these objects, as Flower's Fleet API takes it."""
     reply.metadata.__dict__["_message_id"] = root
     head = message_to_proto(remove_content_from_message(reply))
-    request = PushMessagesRequest(node=FlowerNode(node_id=link.nodes[3]), messages_list=[head], message_object_trees=[tree])
+    request = PushMessagesRequest(node=FlowerNode(node_id=link.nodes[client]), messages_list=[head], message_object_trees=[tree])
     wanted = fleet_handlers.push_messages(request, link.state)
     for part, content in parts.items():
         link.state.store_object(link.run.run_id, wanted.session_id, part, content)

@@ -43,7 +43,8 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     from fedloom.engines import federation
     from fedloom.engines.federation import BLOB, CLIENT, GREETING, STATE, TO, TOLD, UNGREETED, Federation, Patience, device_app
     from fedloom.engines.flower import REFUSED, boxed, carried, unboxed
-    from fedloom.engines.link import Link, authenticated, only_own
+    from fedloom.engines.gate import authenticated, only_own
+    from fedloom.engines.link import Link
     from fedloom.engines.node import Credentials, Node
     from fedloom.engines.resident import Resident
     from fedloom.run import federation as both_ends

@@ -34,8 +34,7 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from tempfile import SpooledTemporaryFile
-from typing import IO, Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -48,8 +47,9 @@ from fedloom.engines.flower import BLOB, CLIENT, REFUSED, TO, boxed, unboxed, wi
 from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedloom.engines.aside import Aside, Kept
 from fedloom.engines.link import PAUSE, Link
-from fedloom.engines.local import gather, joined, may_cross
+from fedloom.engines.local import gather, give_memory_back, joined, may_cross
 from fedloom.messages import CohortFailed, Failure, Replies, Take, Task, Tensors, Update, quorum_of, whole
 from fedloom.wire import LONGEST, SHORT, WireError
 
@@ -62,8 +62,8 @@ STATE, GREETING, TOLD = "state", "greeting", "told"
 AT_ONCE = 32
 """Tasks that are laid out at a time: the server's memory does not grow with the number of devices asked."""
 
-ASIDE = 2**23
-"""Bytes of answers from which on they wait in a file, in the system's folder for temporary ones."""
+BREATH = 4
+"""Answers that are read before freed memory is given back."""
 
 LATE = "TimeoutError: it was late, and the others were enough"
 """Why an answer does not count that was not waited for. It is nobody's fault."""
@@ -89,31 +89,6 @@ class Patience:
     def __post_init__(self) -> None:
         if not all(seconds >= 0 and math.isfinite(seconds) for seconds in (self.wait, self.deadline, self.linger)) or not self.deadline:
             raise ValueError(f"{self}: seconds must be finite, none below 0, the deadline above it: nothing may wait for ever")
-
-
-class Kept(NamedTuple):
-    """Where an answer lies among those that were laid aside."""
-
-    begin: int
-    size: int
-
-
-@dataclass(frozen=True)
-class Aside:
-    """Answers, until all of an asking are here."""
-
-    file: IO[bytes]
-
-    def keep(self, blob: bytes) -> Kept:
-        """Lay an answer aside."""
-        begin = self.file.seek(0, 2)
-        self.file.write(blob)
-        return Kept(begin, len(blob))
-
-    def read(self, kept: Kept) -> bytes:
-        """An answer that was laid aside."""
-        self.file.seek(kept.begin)
-        return self.file.read(kept.size)
 
 
 @dataclass
@@ -146,6 +121,7 @@ class Federation:
         self._greeted: set[int] = set()
         self._faults: dict[int, tuple[int, float, str]] = {}
         self._given: dict[str, tuple[int, str]] = {}
+        self._read = 0
 
     def run(self, tasks: Sequence[Task], take: Take = whole, share: float = 1.0) -> Replies:
         """Ask every device, and return what may be used of their answers. ``share``: that of the tasks whose answers are enough.
@@ -155,8 +131,8 @@ class Federation:
         """
         may_cross(tasks)
         tasks = self._numbered(tasks)
-        with SpooledTemporaryFile(max_size=ASIDE, prefix="fedloom-") as file:
-            aside, asked = Aside(cast(IO[bytes], file)), {task.client: task for task in tasks}
+        asked = {task.client: task for task in tasks}
+        with Aside() as aside:
             answers, sizes, names = self._exchanged(tasks, quorum_of(len(tasks), share), aside)
             replies = self._judged(tasks, answers, aside)
             replies = replace(replies, traffic=tuple(replace(t, bytes_down=sizes.get(t.client, 0)) for t in replies.traffic))
@@ -254,6 +230,9 @@ class Federation:
         return agreeing(tasks, joined(seen), far)
 
     def _opened(self, task: Task, answer: Kept | Failure, aside: Aside) -> Replies:
+        self._read += 1
+        if self._read % BREATH == 0:
+            give_memory_back()
         blob = answer if isinstance(answer, Failure) else aside.read(answer)
         return gather([task], [bytes(0)], [blob], self.digest, self.encoding, self._whose)
 

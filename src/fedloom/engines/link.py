@@ -8,8 +8,8 @@ and more: its Control API starts apps that nodes then execute. Nothing of that i
 it names (Flower's node authentication, a signed time stamp) and names the node of that key, over TLS. A node's id is drawn anew at every
 start and means nothing; its key is its name.
 
-**Limits**: a request of more than :data:`LARGEST` bytes is refused before it is read. Flower cuts arrays into chunks of 5 MiB, so a message
-may still be of any size.
+**Memory**: of what is under way the server holds in memory what a few requests carry (``gate.py``); parts of messages wait in a file
+(``aside.py``), and replies are put together one at a time. So its memory does not grow with the number of devices that answer at once.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import logging
 import socket
 import threading
 import time
-from base64 import b64decode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
+from fedloom.engines.aside import Aside, Kept
 from fedloom.engines.flower import opened_run  # first: it switches off what Flower must not do
+from fedloom.engines.gate import Bounded, Turns, authenticated, in_own_name
 from fedloom.engines.node import STATUS
 
 # isort: split
@@ -33,14 +33,12 @@ import uvicorn
 from fastapi import FastAPI, HTTPException
 from flwr.app import Error, Message, RecordDict
 from flwr.app.message import remove_content_from_message
-from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE, ErrorCode
-from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, ErrorCode
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.server.superlink.linkstate import InMemoryLinkState, LinkStateFactory
 from flwr.serverapp import Grid
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, FLWR_IN_MEMORY_DB_NAME
-from flwr.supercore.date import now
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 from flwr.supercore.error.http import http_error_translator
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
@@ -52,24 +50,21 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import NoObjectInStoreError, ObjectStoreFactory
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
-from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
 from flwr.supercore.run import Run
 from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.routers.fleet.router import router as fleet
 from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedloom.wire import LONGEST
 
 log = logging.getLogger("fedloom")
 
-LARGEST = 16 * 2**20
-"""Bytes of one request: three of the chunks into which Flower cuts arrays."""
+SMALL = 2**14
+"""Bytes up to which a part of a message stays in memory."""
 
 DEEPEST = 5
 """Objects from a message down to its last: message, records, record, array, chunk."""
@@ -102,7 +97,7 @@ class Link(Grid):
 
     def __init__(self, keys: Mapping[int, bytes], host: str = "127.0.0.1", port: int = 0, tls: Tls | None = None) -> None:
         objects = ObjectStoreFactory()
-        objects.store_instance = Objects()
+        objects.store_instance = self._objects = Objects()
         factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), objects)
         self.state = cast(InMemoryLinkState, factory.state())
         self._run, self.node = opened_run(self.state), Node(node_id=SUPERLINK_NODE_ID)
@@ -148,6 +143,7 @@ class Link(Grid):
         self._server.should_exit = True
         self._thread.join(5)
         self._socket.close()
+        self._objects.close()
 
     def present(self) -> set[int]:
         """The clients whose nodes have been heard of lately."""
@@ -197,8 +193,9 @@ class Link(Grid):
         return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies to these messages that are here with all their parts, each once; what cannot be put together as an error."""
-        wanted, whole = set(message_ids), []
+        """The replies to these messages that are here with all their parts, each once; what cannot be put together as an error. They are
+        put together as they are taken, so that one is in memory at a time."""
+        wanted = set(message_ids)
         for reply in self.state.get_message_res(wanted & set(self.state.message_ins_store), self._run.run_id):
             self._arriving[reply.metadata.reply_to_message_id] = reply
         for asked in [asked for asked in self._arriving if asked in wanted]:
@@ -208,8 +205,7 @@ class Link(Grid):
                 del self._arriving[asked]
                 self.state.delete_messages({asked})
                 self.state.object_store.delete(reply.metadata.message_id)
-                whole.append(found)
-        return whole
+                yield found
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Push, and pull until all replies are here or the time is up."""
@@ -258,7 +254,40 @@ class Link(Grid):
 
 
 class Objects(InMemoryObjectStore):
-    """Flower's store, but for trees that no message has: it would follow them to any depth, and every path through shared parts."""
+    """Flower's store, but for two things: parts of more than :data:`SMALL` bytes wait in a file, and trees that no message has are refused,
+    which it would follow to any depth, and on every path through shared parts."""
+
+    def __init__(self) -> None:
+        InMemoryObjectStore.__init__(self)
+        self._aside, self._kept = Aside(), dict[str, Kept]()
+        self.close = self._aside.close
+
+    def put(self, object_id: str, object_content: bytes) -> None:
+        """As Flower's.
+
+        Raises:
+            OSError: the disk is full. The part is not here then, and may be sent again.
+        """
+        with self.lock_store:
+            InMemoryObjectStore.put(self, object_id, object_content)
+            entry = self.store[object_id]
+            if len(entry.content) > SMALL:
+                entry.content, entry.is_available = b"", False
+                self._kept[object_id] = self._aside.keep(object_content)
+                entry.is_available = True
+
+    def get(self, object_id: str) -> bytes | None:
+        """As Flower's."""
+        with self.lock_store:
+            kept = self._kept.get(object_id)
+            return self._aside.read(kept) if kept else InMemoryObjectStore.get(self, object_id)
+
+    def delete(self, object_id: str) -> None:
+        """As Flower's, which deletes what only this one had by this method, too."""
+        with self.lock_store:
+            InMemoryObjectStore.delete(self, object_id)
+            if object_id in self._kept and object_id not in self.store:
+                self._aside.drop(self._kept.pop(object_id))
 
     def preregister(self, run_id: int, object_tree: ObjectTree) -> list[str]:
         """As Flower's.
@@ -287,6 +316,7 @@ def _fleet(factory: LinkStateFactory, about: Callable[[], Mapping[str, Any]]) ->
         openapi_url=None,
         middleware=[
             Middleware(Bounded),
+            Middleware(Turns, known=lambda key: factory.state().get_node_id_by_public_key(key) is not None),
             Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
             Middleware(ProtobufTranslationMiddleware),
             Middleware(NodeAuthMiddleware),
@@ -305,51 +335,3 @@ def _fleet(factory: LinkStateFactory, about: Callable[[], Mapping[str, Any]]) ->
 
     app.add_api_route(STATUS, status, methods=["GET"])
     return app
-
-
-async def in_own_name(request: Request, answer: RequestResponseEndpoint) -> Response:
-    """Let a node push in its own name only: Flower compares the request's node with the key, and not the messages' with the request's."""
-    asked = request.scope.get("state", {}).get("protobuf_request")
-    if isinstance(asked, PushMessagesRequest) and not only_own(asked):
-        raise HTTPException(401, "a node pushes in its own name only")
-    return await answer(request)
-
-
-def only_own(pushed: PushMessagesRequest) -> bool:
-    """Whether the messages are of the node that pushes them."""
-    return all(message.metadata.src_node_id == pushed.node.node_id for message in pushed.messages_list)
-
-
-def authenticated(request: Request) -> bytes:
-    """The public key with whose private half the request was signed a moment ago, in the form of Flower's node authentication.
-
-    Raises:
-        HTTPException: it was not.
-    """
-    try:
-        key = b64decode(request.headers[FLEET_HTTP_PUBLIC_KEY_HEADER], validate=True)
-        signature = b64decode(request.headers[FLEET_HTTP_SIGNATURE_HEADER], validate=True)
-        stamp = request.headers[TIMESTAMP_HEADER]
-        age = abs((now() - datetime.fromisoformat(stamp)).total_seconds())
-        if age > TIMESTAMP_TOLERANCE or not verify_signature(bytes_to_public_key(key), stamp.encode("ascii"), signature):
-            raise ValueError("an old signature, or none")
-    except Exception as error:  # a library's own among them: of keys of a kind that nobody knows
-        raise HTTPException(401, "sign the request with a key of this federation") from error
-    return key
-
-
-class Bounded:
-    """Refuses a request that says it is larger than :data:`LARGEST`, or that does not say."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the request pass, or answer 413."""
-        asks = scope["type"] == "http" and scope["method"] != "GET"  # what is got has no body, or one that nobody reads
-        said = dict(scope["headers"]).get(b"content-length", b"") if asks else b"0"
-        if said.isdigit() and len(said) < 16 and int(said) <= LARGEST:
-            await self.app(scope, receive, send)
-        else:
-            await send({"type": "http.response.start", "status": 413, "headers": []})
-            await send({"type": "http.response.body", "body": b""})

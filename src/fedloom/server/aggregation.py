@@ -9,7 +9,7 @@ import torch
 from fedloom.messages import Update
 from fedloom.tensors import Mean
 
-HELD = 2**28
+HELD = 2**25
 """Bytes of updates that wait to be summed together: summing each by itself would read and write all sums each time."""
 
 

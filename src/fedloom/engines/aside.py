@@ -1,0 +1,77 @@
+"""Bytes that wait in a file instead of in memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import defaultdict
+from tempfile import TemporaryFile
+from typing import NamedTuple
+
+SLOT = 2**16
+"""Bytes of the smallest slot of the file. Slots are this times a power of two, and what was never written of them takes no disk."""
+
+
+class Kept(NamedTuple):
+    """Where a blob lies among those that were laid aside."""
+
+    begin: int
+    size: int
+
+
+class Aside:
+    """Blobs in a file of the system's folder for temporary ones. It has no name, so it is gone when this process is, however that ends.
+
+    Safe for threads. What is dropped leaves room for the next of about its size.
+    """
+
+    def __init__(self) -> None:
+        file = TemporaryFile(prefix="fedloom-", buffering=0)  # noqa: SIM115 closed below
+        self._number, self._lock, self._end, self._free = file.fileno(), threading.Lock(), 0, defaultdict[int, list[int]](list)
+        self.close = weakref.finalize(self, file.close)
+        """Give the file up; at the latest it goes with this object."""
+
+    def __enter__(self) -> Aside:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def keep(self, blob: bytes) -> Kept:
+        """Lay a blob aside.
+
+        Raises:
+            OSError: the disk is full. Nothing was kept then.
+        """
+        kept = Kept(self._place(len(blob)), len(blob))
+        rest = memoryview(blob)
+        try:
+            while rest:
+                rest = rest[os.pwrite(self._number, rest, kept.begin + kept.size - len(rest)) :]
+        except OSError:
+            self.drop(kept)
+            raise
+        return kept
+
+    def read(self, kept: Kept) -> bytes:
+        """A blob that was laid aside."""
+        return os.pread(self._number, kept.size, kept.begin)
+
+    def drop(self, kept: Kept) -> None:
+        """Leave a blob's place to others."""
+        with self._lock:
+            self._free[slot(kept.size)].append(kept.begin)
+
+    def _place(self, size: int) -> int:
+        with self._lock:
+            free = self._free[slot(size)]
+            if free:
+                return free.pop()
+            begin, self._end = self._end, self._end + slot(size)
+            return begin
+
+
+def slot(size: int) -> int:
+    """Bytes of the slot in which ``size`` bytes lie."""
+    return max(SLOT, 1 << (size - 1).bit_length()) if size else SLOT
