@@ -3,8 +3,8 @@
 #
 #   examples/deploy/run.sh [METHOD [FOLDER [OPTION ...]]]
 #
-#   examples/deploy/run.sh                                   fibecfed on TREC, in runs/deploy-fibecfed
-#   examples/deploy/run.sh federa runs/mine --lr 4e-3        another method, with its own options (fedloom run METHOD --help)
+#   examples/deploy/run.sh                                            fibecfed on TREC, in runs/deploy-fibecfed
+#   examples/deploy/run.sh federa runs/mine --method.inner.lr 4e-3   another method, with its own options (fedloom run METHOD --help)
 #   DATA="--data notes.jsonl --task text" examples/deploy/run.sh fedcybgd runs/cy --model ~/models/llama      other data and model
 #
 # Afterwards the same experiment is simulated in one process, and the two are compared: training losses, scores and bytes must be equal.

@@ -71,6 +71,8 @@ def test_scores_are_by_tokens() -> None:
     """Two answers of 2 and 8 tokens: every token counts alike."""
     task, made = Instructions(("q",), "a", "all", ("all",)), np.array([[2.0, 1, 2], [4.0, 7, 8]])
     assert task.scores(np.zeros(2), made) == {"token_accuracy": 0.8, "perplexity": pytest.approx(np.exp(0.6))}
+    thirds = np.array([[2.0, 1, 2], [4.0, 0, 1]], np.float32)
+    assert task.scores(np.zeros(2), thirds)["token_accuracy"] == 1 / 3, "as a federation counts it, and not the nearest float32"
     assert task.loss(np.zeros(2), made) == pytest.approx(0.6)
     found = task.outcomes(np.zeros(2), made)
     cells = {(int(e), int(t), int(p)): int(c) for e, t, p, c in zip(*found, strict=True)}

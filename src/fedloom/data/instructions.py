@@ -20,7 +20,7 @@ ANSWERS = ("response", "output", "answer", "completion", "answers", "reply")
 PROMPTS = ("instruction", "prompt", "question", "query", "input")
 CONTEXTS = ("context", "input")
 CATEGORIES = ("category", "topic", "task")
-METRIC = "token_accuracy"
+METRIC, PERPLEXITY = "token_accuracy", "perplexity"
 Form = Literal["instructions", "text", "chat"]
 EVERYTHING = "all"
 """The one label of data that has none."""
@@ -81,13 +81,13 @@ class Instructions:
         Raises:
             DataError: no example, or a number that is not finite.
         """
-        tokens = float(made[:, 2].sum()) if made.ndim == 2 and made.shape[1] == 3 else 0.0
+        _, right, tokens = made.sum(0, dtype=np.float64) if made.ndim == 2 and made.shape[1] == 3 else (0.0, 0.0, 0.0)
         if not tokens:
             raise DataError(f"scores take what was predicted of n > 0 answers, (n, 3), and got {made.shape}")
         if not np.isfinite(made).all():
             row = int(np.flatnonzero(~np.isfinite(made).all(1))[0])
             raise DataError(f"the loss of example {row} is not finite; training has diverged")
-        return {METRIC: float(made[:, 1].sum() / tokens), "perplexity": float(np.exp(min(self.loss(labels, made), 700.0)))}
+        return {METRIC: float(right / tokens), PERPLEXITY: perplexity(self.loss(labels, made))}
 
     def loss(self, labels: np.ndarray, made: np.ndarray) -> float:
         """The mean over all answers' tokens of −log softmax, natural logarithm."""
@@ -98,6 +98,11 @@ class Instructions:
         right, wrong = np.rint(made[:, 1]).astype(np.int64), np.rint(made[:, 2] - made[:, 1]).astype(np.int64)
         example, zero = np.arange(len(made)), np.zeros(len(made), np.int64)
         return Outcomes(np.tile(example, 2), np.tile(zero, 2), np.concatenate([zero, zero + 1]), np.concatenate([right, wrong]))
+
+
+def perplexity(loss: float) -> float:
+    """e to the mean loss of a token; as large as it can be told where that is too large."""
+    return float(np.exp(min(loss, 700.0)))
 
 
 def looks_like_instructions(columns: Mapping[str, Column]) -> bool:

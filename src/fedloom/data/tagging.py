@@ -68,14 +68,14 @@ class Tagging:
         Raises:
             DataError: no word, or a number that is not finite.
         """
-        words = float(made[:, 2].sum()) if made.ndim == 2 and made.shape[1] == 6 else 0.0
+        words = float(made[:, 2].sum(dtype=np.float64)) if made.ndim == 2 and made.shape[1] == 6 else 0.0
         if not words:
             raise DataError(f"scores take what was predicted of sentences, (n, 6), with a word at least, and got {made.shape}")
         if not np.isfinite(made).all():
             row = int(np.flatnonzero(~np.isfinite(made).all(1))[0])
             raise DataError(f"the loss of example {row} is not finite; training has diverged")
         right, predicted, true = made[:, 3:].sum(0, dtype=np.float64)
-        return {METRIC: float(2 * right / max(predicted + true, 1)), "word_accuracy": float(made[:, 1].sum() / words)}
+        return {METRIC: float(2 * right / max(predicted + true, 1)), "word_accuracy": float(made[:, 1].sum(dtype=np.float64) / words)}
 
     def loss(self, labels: np.ndarray, made: np.ndarray) -> float:
         """The mean over all words of −log softmax."""

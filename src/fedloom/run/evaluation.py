@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from fedloom.compute.work import Predict
+from fedloom.data.instructions import METRIC as TOKENS_RIGHT
+from fedloom.data.instructions import PERPLEXITY, perplexity
 from fedloom.data.questions import EXACT
 from fedloom.data.tasks import Outcomes, Split, headline
 from fedloom.engines.engine import Engine, drive
@@ -107,7 +109,9 @@ def _evaluated_there(world: World, state: State, engine: Engine, among: Sequence
         if split == "validation":
             losses = [(float(u.metrics["validation_loss"]), sum(c for *_, c in told[u.client])) for u in updates if told[u.client]]  # type: ignore[arg-type]
             weight = sum(count for _, count in losses)
-            scores[split]["loss"] = sum(loss * count for loss, count in losses) / weight if weight else None
+            mean = scores[split]["loss"] = sum(loss * count for loss, count in losses) / weight if weight else None
+            if task.metric == TOKENS_RIGHT and mean is not None:
+                scores[split][PERPLEXITY] = perplexity(mean)
             scores[split] |= _besides(updates, told)
         else:
             confusion["personalised"] = [told.get(k, []) for k in world.pool.clients]
