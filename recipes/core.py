@@ -35,6 +35,8 @@ PAIRS = dict.fromkeys(("mrpc", "rte", "qnli"), "--max-train 1200 --max-validatio
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 KEPT = DOCS / "results" / "core"
 PAGE = DOCS / "results.md"
+STOPPED = (130, 143)
+"""Exit codes of a comparison that was stopped: the tasks after it are not begun then."""
 FILES = ("experiment.json", "rounds.jsonl", "results.json")
 """What a finished run is known by, without its checkpoint."""
 
@@ -145,4 +147,6 @@ if __name__ == "__main__":
         if given.folder:
             os.chdir(given.folder)  # so that an experiment names its data alike wherever the sets are
         code = max(code, compare(task, tuple(given.alphas), out, more))
+        if code in STOPPED:
+            sys.exit(code)
     sys.exit(max(code, page()) if given.page else code)

@@ -199,7 +199,9 @@ class Link(Grid):
         for reply in self.state.get_message_res(wanted & set(self.state.message_ins_store), self._run.run_id):
             self._arriving[reply.metadata.reply_to_message_id] = reply
         for asked in [asked for asked in self._arriving if asked in wanted]:
-            reply = self._arriving[asked]
+            reply = self._arriving.get(asked)
+            if reply is None:  # forgotten since
+                continue
             found = reply if reply.has_error() else self._assembled(reply)
             if found is not None:
                 del self._arriving[asked]
