@@ -32,7 +32,7 @@ from fedloom.client.store import ClientStore
 from fedloom.data.examples import Examples
 from fedloom.encodings import Encoding
 from fedloom.engines.engine import Engine, drive
-from fedloom.engines.local import give_memory_back
+from fedloom.engines.heap import give_memory_back
 from fedloom.messages import Asking, Failure, Flow, Task, Tensors, Update, Work, ask, on_client
 from fedloom.run.worker import end_with_parent
 from fedloom.server.aggregation import Average

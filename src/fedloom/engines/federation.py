@@ -48,8 +48,9 @@ from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordD
 from flwr.clientapp import ClientApp
 
 from fedloom.engines.aside import Aside, Kept
+from fedloom.engines.heap import give_memory_back
 from fedloom.engines.link import PAUSE, Link
-from fedloom.engines.local import gather, give_memory_back, joined, may_cross
+from fedloom.engines.local import gather, joined, may_cross
 from fedloom.messages import CohortFailed, Failure, Replies, Take, Task, Tensors, Update, quorum_of, whole
 from fedloom.wire import LONGEST, SHORT, WireError
 

@@ -26,6 +26,7 @@ from typing import Any, cast
 from fedloom.engines.aside import Aside, Kept
 from fedloom.engines.flower import opened_run  # first: it switches off what Flower must not do
 from fedloom.engines.gate import Bounded, Turns, authenticated, in_own_name
+from fedloom.engines.heap import share_heaps
 from fedloom.engines.node import STATUS
 
 # isort: split
@@ -96,6 +97,7 @@ class Link(Grid):
     """
 
     def __init__(self, keys: Mapping[int, bytes], host: str = "127.0.0.1", port: int = 0, tls: Tls | None = None) -> None:
+        share_heaps()
         objects = ObjectStoreFactory()
         objects.store_instance = self._objects = Objects()
         factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), objects)

@@ -5,7 +5,6 @@ However many clients are asked, what is in memory at a time is one wave: its pac
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from sys import intern
@@ -14,6 +13,7 @@ import torch
 
 from fedloom.client.host import Host
 from fedloom.encodings import EXACT, Encoding, Sender
+from fedloom.engines.heap import give_memory_back
 from fedloom.messages import Failure, Replies, Take, Task, Traffic, Update, whole
 from fedloom.tensors import nbytes
 from fedloom.wire import WireError, checked_settings, checked_tensors, unpack
@@ -71,19 +71,6 @@ def waves(tasks: Sequence[Task], size: int) -> list[Sequence[Task]]:
         made[-1].append(task)
         carried += weight
     return list(made)
-
-
-def give_memory_back() -> None:
-    """Return to the system what this process has freed.
-
-    glibc keeps it, in holes between the little that is still in use. Waves are not quite alike, so what one leaves does not fit the next,
-    and after many of them, or after a dozen runs, the holes are most of the process. Other C libraries do without this call.
-    """
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except AttributeError:
-        return
-    trim(0)
 
 
 def may_cross(tasks: Iterable[Task]) -> None:

@@ -31,7 +31,8 @@ from typing import Any, Protocol
 
 from fedloom.client.store import ClientStore
 from fedloom.encodings import EXACT, Encoding, Sender
-from fedloom.engines.local import BREATH, gather, give_memory_back, joined, may_cross, taken, waves
+from fedloom.engines.heap import give_memory_back
+from fedloom.engines.local import BREATH, gather, joined, may_cross, taken, waves
 from fedloom.messages import Failure, Replies, Take, Task, Traffic, Update, whole
 
 log = logging.getLogger("fedloom")

@@ -15,7 +15,7 @@ import numpy as np
 
 from fedloom.client.elsewhere import Elsewhere, Store
 from fedloom.engines.engine import Engine, drive
-from fedloom.engines.local import give_memory_back
+from fedloom.engines.heap import give_memory_back
 from fedloom.messages import CohortFailed, Replies, Take, Task, whole
 from fedloom.methods.method import State
 from fedloom.run import checkpoint
