@@ -29,6 +29,18 @@ def test_what_is_laid_aside_comes_back_and_a_dropped_place_is_used_again() -> No
         assert [aside.read(place) for place in places[:3] + places[4:]] == blobs[:3] + blobs[4:]
 
 
+def test_what_is_read_in_several_times_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    blob, read = os.urandom(3 * SLOT + 5), os.pread
+    with Aside() as aside:
+        aside.keep(b"before")
+        kept = aside.keep(blob)
+        monkeypatch.setattr(os, "pread", lambda number, size, begin: read(number, min(size, SLOT), begin))
+        assert aside.read(kept) == blob
+        monkeypatch.setattr(os, "pread", lambda number, size, begin: b"")
+        with pytest.raises(OSError, match=f"{len(blob)} bytes"):
+            aside.read(kept)
+
+
 def test_it_is_safe_for_threads() -> None:
     def kept_and_read(k: int) -> bool:
         blob = os.urandom(1000 + 50 * k)

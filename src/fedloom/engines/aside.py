@@ -55,8 +55,18 @@ class Aside:
         return kept
 
     def read(self, kept: Kept) -> bytes:
-        """A blob that was laid aside."""
-        return os.pread(self._number, kept.size, kept.begin)
+        """A blob that was laid aside.
+
+        Raises:
+            OSError: the file is shorter than it was.
+        """
+        parts, missing = list[bytes](), kept.size
+        while missing:  # the system reads 2 GiB at a time
+            parts.append(os.pread(self._number, missing, kept.begin + kept.size - missing))
+            if not parts[-1]:
+                raise OSError(f"{missing} bytes of a blob that was laid aside are gone")
+            missing -= len(parts[-1])
+        return b"".join(parts)
 
     def drop(self, kept: Kept) -> None:
         """Leave a blob's place to others."""
