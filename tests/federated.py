@@ -34,6 +34,32 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
 QUICK = Patience(wait=5.0, deadline=60.0, linger=0.2)
 
 
+class Bell(threading.Event):
+    """What nodes wait for. While they are asked they look every moment; when nobody has rung for a while, once a second: nodes of tests
+    that are over would take half a core from those that run."""
+
+    WHILE, SELDOM = 2.0, 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rung, self.last = threading.Condition(), 0.0
+
+    def ring(self) -> None:
+        """Somebody is about to ask."""
+        with self.rung:
+            self.last = time.monotonic()
+            self.rung.notify_all()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        with self.rung:
+            asked = time.monotonic() - self.last < self.WHILE
+            self.rung.wait(timeout if asked else self.SELDOM)
+        return self.is_set()
+
+
+BELL = Bell()
+
+
 class Here:
     """A :class:`~fedloom.engines.federation.Device` in this process."""
 
@@ -61,6 +87,7 @@ class Whoever:
         return self.device.greet(greeting)
 
     def answer(self, client: int, state: str, blob: bytes) -> tuple[bytes | Failure, str]:
+        BELL.ring()
         return self.device.answer(client, state, blob)
 
 
@@ -72,16 +99,21 @@ class Nodes:
     at: Whoever
 
 
-@cache
 def nodes(clients: tuple[int, ...]) -> Nodes:
-    """One node for each of the clients; they end with the process."""
+    """One node for each of the clients, about to be asked; they end with the process."""
+    BELL.ring()
+    return _kept(clients)
+
+
+@cache
+def _kept(clients: tuple[int, ...]) -> Nodes:
     node.SLOWEST = 0.05  # a test does not wait for an idle node
     keys = {client: generate_key_pairs() for client in clients}
     link = Link({client: public_key_to_bytes(public) for client, (_, public) in keys.items()}).__enter__()
     at = Whoever()
     for private, _ in keys.values():
         one = Node(f"127.0.0.1:{link.port}", Credentials(private, None), device_app(at), lambda text: None)
-        threading.Thread(target=one.serve, args=(threading.Event(),), daemon=True).start()
+        threading.Thread(target=one.serve, args=(BELL,), daemon=True).start()
     while len(link.present()) < len(clients):
         time.sleep(0.02)
     return Nodes(link, at)
@@ -95,6 +127,7 @@ class Copied:
 
     def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
         federation.FIRST = 0.0  # nobody is left out
+        BELL.ring()
         replies = self.inner.run(tasks, take)
         for update in replies.updates:
             client, there = update.client, ClientStore(self.folder)

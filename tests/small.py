@@ -9,10 +9,13 @@ from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
+import pytest
 
 from fedloom.methods import named
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
+from fedloom.model.loading import load
 from fedloom.run.experiment import EngineSettings, Experiment
+from fedloom.run.world import build
 from tests import tiny
 
 ROWS = {"train": 44, "validation": 12, "test": 18}
@@ -38,8 +41,20 @@ def method(name: str) -> Any:
     return named(name)()
 
 
-def experiment(name: str = "lora", stack: int = 1, kind: str = "local", **fields: Any) -> Experiment:
-    """Four devices, three a round, two rounds, evaluated after each."""
+def experiment(name: str = "lora", stack: int = 0, kind: str = "local", **fields: Any) -> Experiment:
+    """Four devices, three a round, two rounds, evaluated after each; trained together, as a user's are unless asked otherwise."""
     settings: dict[str, Any] = {"clients": 4, "cohort": 3, "rounds": 2, "evaluate_every": 1, "max_length": 16, "seed": 5, **fields}
     engine = EngineSettings(kind=kind, stack=stack)  # type: ignore[arg-type]
     return Experiment(method(name), data=str(data()), model=str(tiny.folder()), engine=engine, **settings)
+
+
+BUILT, LOADED = cache(build), cache(load)
+"""Worlds by experiment, models by what they are made from. Neither is ever changed by a run; that making them again gives the same is
+``test_loop.py``'s to show."""
+
+
+def build_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the test ends, runs and descriptions of equal experiments share a world, and worlds of equal models a model."""
+    for where in ("loop", "describe"):
+        monkeypatch.setattr(f"fedloom.run.{where}.build", BUILT)
+    monkeypatch.setattr("fedloom.run.world.load_model", LOADED)

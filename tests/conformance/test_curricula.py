@@ -24,10 +24,11 @@ from fedloom.run.describe import describe
 from fedloom.run.experiment import Experiment
 from fedloom.run.loop import run
 from fedloom.run.recipes import with_curriculum
-from fedloom.run.world import build
 from tests import small, tiny
 
-BUILT = cache(build)
+pytestmark = pytest.mark.no_cover
+"""The same lines again for every method, kind or size: which lines are reached at all, other tests tell (conftest.py)."""
+
 CURRICULA = list(all_curricula())
 TAKE_ONE = [name for name in all_methods() if name != "centralised"]
 PLAIN = {"fedfft", "fedbf", "fedap"}
@@ -40,8 +41,7 @@ EASY = {"voc": {"start": 0.3}, "slw": {"start": 4}, "shortformer": {"start": 4},
 
 @pytest.fixture(autouse=True)
 def worlds_are_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedloom.run.loop.build", BUILT)
-    monkeypatch.setattr("fedloom.run.describe.build", BUILT)
+    small.build_once(monkeypatch)
 
 
 def takes_one(name: str) -> bool:

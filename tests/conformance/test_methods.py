@@ -30,10 +30,13 @@ from fedloom.run.experiment import from_json
 from fedloom.run.export import ExportError, export
 from fedloom.run.loop import run
 from fedloom.run.plan import trains_as
-from fedloom.run.world import World, build, store_in
+from fedloom.run.world import World, store_in
 from fedloom.server.participation import uniform
 from fedloom.tensors import fingerprint
 from tests import small
+
+pytestmark = pytest.mark.no_cover
+"""The same lines again for every method, kind or size: which lines are reached at all, other tests tell (conftest.py)."""
 
 ROUNDS = 2
 METHODS = list(all_methods())
@@ -86,13 +89,9 @@ ROW_KEYS = {
 MEASURED = {"train_seconds", "host_seconds", "peak_rss_bytes", "setup_host_seconds"}
 
 
-BUILT = cache(build)
-"""Worlds by experiment. A world is derived and never changed; that rebuilding one gives the same is ``test_loop.py``'s to show."""
-
-
 @pytest.fixture(autouse=True)
 def worlds_are_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedloom.run.loop.build", BUILT)
+    small.build_once(monkeypatch)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -109,7 +108,7 @@ of_each = pytest.mark.parametrize("name", METHODS, scope="module")
 
 
 @cache
-def whole(name: str, stack: int = 1, kind: str = "local") -> tuple[Path, dict[str, Any]]:
+def whole(name: str, stack: int = 0, kind: str = "local") -> tuple[Path, dict[str, Any]]:
     """One uninterrupted run."""
     folder = Path(mkdtemp(prefix="whole-")) / "run"
     with warnings.catch_warnings():  # the command-line library that Flower imports uses a deprecated name of click's
@@ -162,7 +161,7 @@ def test_per_device_figures_add_up_to_the_personalised_score(name: str) -> None:
     answered = [k for row in rows(folder) for k in row["answered"]]
     assert [d["participations"] for d in devices] == [answered.count(k) for k in range(4)]
     if name != "centralised":
-        pool = BUILT(small.experiment(name, rounds=ROUNDS)).pool
+        pool = small.BUILT(small.experiment(name, rounds=ROUNDS)).pool
         due = [[t] if name in TURNS else list(uniform(pool, t)) for t in range(ROUNDS)]
         assert [row["answered"] for row in rows(folder)[1:]] == due
 
@@ -231,7 +230,7 @@ def test_an_export_holds_what_the_server_shares_and_the_device_keeps(name: str, 
     store = ClientStore(folder / "checkpoints" / "clients")
     saved = checkpoint.load(folder, store)
     assert saved is not None
-    start = BUILT(experiment).model.initial
+    start = small.BUILT(experiment).model.initial
     due = {**start, **saved.state.shared, **(store.load(client)[0] if client is not None else {})}
     written = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert fingerprint(written) == fingerprint(due)
@@ -330,7 +329,7 @@ def test_local_and_flower_end_at_the_same_bits(name: str) -> None:
 @of_each
 def test_evaluation_leaves_every_device_and_the_server_as_they_were(name: str, tmp_path: Path) -> None:
     folder, _ = whole(name)
-    world, store = BUILT(small.experiment(name, rounds=ROUNDS)), ClientStore(folder / "checkpoints" / "clients")
+    world, store = small.BUILT(small.experiment(name, rounds=ROUNDS)), ClientStore(folder / "checkpoints" / "clients")
     saved = checkpoint.load(folder, store)
     assert saved is not None
     before = store.fingerprint()
@@ -392,7 +391,7 @@ def lost_in_round_one(task: Task, attempt: int) -> str | None:
 
 @cache
 def uniform_of_one() -> tuple[int, ...]:
-    return uniform(BUILT(small.experiment(rounds=ROUNDS)).pool, 1)
+    return uniform(small.BUILT(small.experiment(rounds=ROUNDS)).pool, 1)
 
 
 FEDERATED = [name for name in METHODS if name not in {"centralised"} | TURNS]

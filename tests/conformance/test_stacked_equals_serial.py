@@ -26,6 +26,9 @@ from fedloom.model.some_rows import whole as whole_tensor
 from fedloom.tensors import fingerprint
 from tests import families, tiny
 
+pytestmark = pytest.mark.no_cover
+"""The same lines again for every method, kind or size: which lines are reached at all, other tests tell (conftest.py)."""
+
 TENSORS = 1e-4
 """Absolute, on tensors near 1 after a few steps of lr 0.01."""
 LOSSES = 5e-5

@@ -18,7 +18,7 @@ def test_claiming_writes_the_experiment_and_claiming_again_finds_it(tmp_path: Pa
     assert json.loads((tmp_path / "new" / "experiment.json").read_text()) == as_json(small.experiment())
     claim(tmp_path / "new", small.experiment())
     claim(tmp_path / "new", small.experiment(stack=3, kind="flower"))
-    assert json.loads((tmp_path / "new" / "experiment.json").read_text())["engine"]["stack"] == 1
+    assert json.loads((tmp_path / "new" / "experiment.json").read_text())["engine"]["stack"] == 0
 
 
 def test_another_experiment_is_refused_naming_the_first_field_and_nothing_is_overwritten(tmp_path: Path) -> None:
