@@ -100,9 +100,9 @@ class Ragged(Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         within, heads, size = ctx.within, ctx.heads, gradient.shape[-1]
         flat = gradient.reshape(-1, size)
-        to_q, to_k, to_v = [], [], []
+        to_q, to_k, to_v, saved = [], [], [], ctx.saved_tensors
         for i, (asked, real) in enumerate(zip(within.queries.taken(heads, heads), within.queries.real, strict=True)):
-            a, b, c, weights = ctx.saved_tensors[4 * i : 4 * i + 4]
+            a, b, c, weights = saved[4 * i : 4 * i + 4]
             texts, width = real.shape
             g = flat.index_select(0, asked).view(texts, heads, width, size)
             g = g.mul_(real[:, None, :, None]).view(-1, width, size)  # padding sends nothing back

@@ -166,8 +166,9 @@ def _memory(world: World) -> Lines:
             "nothing" if layers is None else f"the head and {layers} of {most} parts before it" if layers < len(each) - 1 else "all of it"
         )
         fits.append(f"{profile.name}: {part}")
+    again = "; layers are computed again in backward passes" if world.model.recomputes else ""
     return [
-        ("training takes", f"{human_bytes(whole.total)} by estimate: {made}, for {texts}{least}"),
+        ("training takes", f"{human_bytes(whole.total)} by estimate: {made}, for {texts}{least}{again}"),
         ("of which fits", "; ".join(fits)),
     ]
 
