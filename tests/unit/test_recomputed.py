@@ -3,6 +3,7 @@ is computed and what that costs are counted by hand."""
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -33,9 +34,11 @@ from fedloom.model.loading import load
 from fedloom.model.memory import needs
 from fedloom.model.modes import Mode, as_now, entered
 from fedloom.model.recomputed import Recomputed
+from fedloom.run.describe import describe
 from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError
+from fedloom.run.loop import run
 from fedloom.run.memory import insist_on_room, sizes_of
-from tests import families, tiny
+from tests import families, small, tiny
 
 BATCHES = [np.array([0, 3, 4]), np.array([1, 2])]
 OPTIMIZER = AdamW(1e-2)
@@ -321,6 +324,32 @@ def test_the_forecast_knows_it() -> None:
     with pytest.raises(ExperimentError) as told:
         insist_on_room(large, Experiment(FedCyBGD(), clients=4, cohort=2, engine=EngineSettings(recompute=True)), free=10**9)
     assert "--engine.recompute" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["fedcybgd", "lora"])
+def test_a_run_is_the_same_run_and_costs_more(name: str, tmp_path: Path) -> None:
+    """Whole models one by one; pairs, packed. What describe tells of costs and memory is told of this run."""
+    plain = small.experiment(name, evaluate_every=0)
+    also = replace(plain, engine=replace(plain.engine, recompute=True))
+    assert plain.digest() == also.digest()
+    found = []
+    for where, e in (("plain", plain), ("also", also)):
+        result = run(e, tmp_path / where, plain=True)
+        rows = [json.loads(line) for line in (tmp_path / where / "rounds.jsonl").read_text().splitlines()]
+        found.append((result, rows))
+    (one, rows), (other, more) = found
+    near = 0.0 if name == "lora" else 1e-6  # without it the whole model runs under vmap
+    assert [row["loss"] for row in more[1:]] == pytest.approx([row["loss"] for row in rows[1:]], rel=near, abs=0)
+    assert one["final"]["personalised"] == other["final"]["personalised"]
+    assert all(
+        0 < a["flops"] < b["flops"] < 1.5 * a["flops"] and a["device_seconds"] < b["device_seconds"]
+        for a, b in zip(rows[1:], more[1:], strict=True)
+    )
+    if name == "fedcybgd":
+        lines = dict(describe(also).lines)
+        assert lines["training takes"].endswith("; layers are computed again in backward passes")
+        assert "passing a batch through, layers computed again" in lines["memory here"]
+        assert f"{more[1]['flops']:.3g} FLOPs" in lines["first round"]
 
 
 def test_where_it_cannot_be_done_it_is_said() -> None:

@@ -312,7 +312,6 @@ def _learn_to_pack(model: Model) -> None:
         }
         if model.recomputes:
             del ways["vmap"]
-            tried.append("vmap: it keeps what is inside layers, which is to be computed again")
         for name, make in ways.items():
             model._ways, model._make_way = {}, make
             try:
@@ -325,4 +324,6 @@ def _learn_to_pack(model: Model) -> None:
                 model.together_by = name
                 return
             tried.append(f"{name}: results differ by {error:.2g}")
+    if model.recomputes:
+        tried.append("vmap: it keeps what is inside layers, which is to be computed again")
     model.alone = "; ".join(tried)
