@@ -94,7 +94,7 @@ def measure(given: argparse.Namespace) -> dict[str, float]:
     measured, predicted = resident("VmHWM") - before, on_a_device(Sizes(numbers, numbers, trained), low=True)
     whole = on_a_device(Sizes(numbers, numbers, numbers), low=True)
     found = {"numbers": numbers, "block": trained, "measured": measured, "predicted": predicted, "ratio": measured / predicted}
-    activations = BATCH * given.length * kept(model, given.layers - given.layers // 2)
+    activations = BATCH * given.length * kept(model, given.layers - given.layers // 2, given.recompute)
     more = {"activations, estimated": activations, "the model alone, measured": held, "before the model": before, "seconds": seconds}
     return {**found, "full Adam, predicted": whole, **more}
 

@@ -26,6 +26,7 @@ from fedloom.compute.serial import Serial
 from fedloom.compute.stacked import Part, Stacked, token_bytes
 from fedloom.compute.work import AdamW, Fisher, Fit, Predict, Score, Sensitivity, Spectrum, WorkItem
 from fedloom.data.examples import Examples
+from fedloom.methods.embracingfl import EmbracingFL
 from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.model.adapters import Adapter, Kind, is_head
 from fedloom.model.base import Batch, Model, ModelError
@@ -345,10 +346,11 @@ def test_the_forecast_knows_it() -> None:
     of = tiny.model(kind="full")
     inside, state = 4 * (16 * 16 + 3 * 32 + 3 * 2 * of.max_length), 4 * 16
     with again(of):
-        made = [one.activations for one in needs(of, 5)]
+        made = [one.activations for one in needs(of, 5, recomputed=True)]
         assert made == [5 * of.max_length * (inside + state * min(layers, 3)) for layers in range(5)]
         assert token_bytes(of) == inside + 3 * state and token_bytes(of, twice=True) == 3 * inside
-        less = sizes_of(of, FedCyBGD()).per_token
+        less, chosen = sizes_of(of, FedCyBGD()).per_token, EmbracingFL().init(of).facts
+    assert chosen == EmbracingFL().init(of).facts, "what a method chooses by memory does not depend on how it is computed"
     assert less == inside + 3 * state and sizes_of(of, FedCyBGD()).per_token == 3 * inside == token_bytes(of)
     large = replace(sizes_of(of, FedCyBGD()), model=10**9, trained=10**9)
     with pytest.raises(ExperimentError, match=r"--engine\.recompute \(less for passing a batch through"):

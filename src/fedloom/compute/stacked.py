@@ -518,8 +518,9 @@ def _states_that_fit(item: WorkItem, device: torch.device) -> int:
 
 
 def token_bytes(model: Model, twice: bool = False) -> int:
-    """What a pass through all layers keeps alive for one token (:func:`fedloom.model.memory.kept`)."""
-    return kept_bytes(model, model.depth, twice)
+    """What a pass through all layers keeps alive for one token (:func:`fedloom.model.memory.kept`). ``twice``: one whose gradients are
+    differentiated again, for which nothing is computed again."""
+    return kept_bytes(model, model.depth, model.recomputes and not twice)
 
 
 def _out_of_memory(error: Exception) -> bool:

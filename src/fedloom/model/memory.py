@@ -66,15 +66,16 @@ def output_side(names: Collection[str], layers: int) -> list[str]:
     return sorted([*end, *(n for part in before[len(before) - layers :] for n in part)])
 
 
-def needs(model: Model, batch_size: int) -> list[Needs]:
+def needs(model: Model, batch_size: int, recomputed: bool = False) -> list[Needs]:
     """What it takes to train the end alone, the end and the last part before it, and so on to everything, with steps of ``batch_size``
-    texts of the model's greatest length."""
+    texts of the model's greatest length. ``recomputed``: where layers are computed again. A method that chooses by it leaves that out,
+    whatever the model does: it says how, and what is chosen is part of what."""
     before, _ = parts(model.initial)
     own, number = sum(parameter.numel() for parameter in model.module.parameters()), model.dtype.itemsize
     tokens, made = batch_size * model.max_length, []
     for layers in range(len(before) + 1):
         trained = sum(model.initial[n].numel() for n in output_side(model.initial, layers))
-        made.append(Needs(layers, *resident(own, trained, number), tokens * kept(model, layers)))
+        made.append(Needs(layers, *resident(own, trained, number), tokens * kept(model, layers, recomputed)))
     return made
 
 
@@ -90,12 +91,12 @@ def fitting(totals: Collection[int], memory: float) -> int | None:
     return max((layers for layers, total in enumerate(totals) if total <= memory), default=None)
 
 
-def kept(model: Model, layers: int, twice: bool = False) -> int:
-    """Bytes that a forward and backward pass keeps alive for one token where a gradient passes the last ``layers`` parts before the end, of
-    which layers are at most all: by the formula above. ``twice``: where gradients are differentiated again, nothing is computed again."""
+def kept(model: Model, layers: int, recomputed: bool) -> int:
+    """Bytes that a forward and backward pass keeps alive for one token where a gradient passes the last ``layers`` parts before the end, by
+    the formula above."""
     inside, between, words = token_bytes(model)
     passed = min(layers, model.depth)
-    return (inside + between * passed if model.recomputes and not twice else inside * max(1, passed)) + words
+    return (inside + between * passed if recomputed else inside * max(1, passed)) + words
 
 
 class PerToken(NamedTuple):
