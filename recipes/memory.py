@@ -2,6 +2,8 @@
 
     python recipes/memory.py                        about 100 million numbers, Llama-shaped, random; a few minutes, 2 GB
     python recipes/memory.py --hidden 256           smaller
+    python recipes/memory.py --length 512 --recompute    with layers that are computed again in the backward pass, and without, one after
+                                                         the other; at lengths where what layers keep counts
 
 A process of its own builds the model in bfloat16 and no other precision, is given the block in float32 (as it would come) and trains it
 for a few steps as a device does (``compute/serial.py``). What it had before the model was there (interpreter, libraries, which a first
@@ -14,6 +16,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from fedloom.data.examples import Examples
 from fedloom.model.adapters import is_head
 from fedloom.model.base import Model
 from fedloom.model.blocks import cover
+from fedloom.model.memory import kept
 from fedloom.run.checkpoint import write_atomically
 from fedloom.run.memory import Sizes, on_a_device
 
@@ -39,7 +43,7 @@ def resident(which: str) -> int:
     return next(int(line.split()[1]) for line in said if line.startswith(which)) * 1024
 
 
-def device(hidden: int, layers: int, words: int, length: int) -> Model:
+def device(hidden: int, layers: int, words: int, length: int, recompute: bool = False) -> Model:
     """A Llama in bfloat16 as a device holds it: once. Its blocks are not named as trained tensors of a copy of their own."""
     config = LlamaConfig(
         vocab_size=words,
@@ -60,6 +64,7 @@ def device(hidden: int, layers: int, words: int, length: int) -> Model:
     model = Model("llama", module, config, tokenizer, 4, length, "bf16", 0.0, torch.device("cpu"), causal=True)
     model.parameters = {name: name for name, _ in module.named_parameters()}
     model._copies[torch.bfloat16] = module
+    model.recomputes = recompute
     return model
 
 
@@ -78,36 +83,62 @@ def turn(model: Model, block: int, length: int) -> tuple[int, int]:
 
 def measure(given: argparse.Namespace) -> dict[str, float]:
     """Measured and predicted bytes of one turn, in this process."""
-    turn(device(64, 2, 500, given.length), 0, given.length)
+    turn(device(64, 2, 500, given.length, given.recompute), 0, given.length)
     before = resident("VmRSS")
-    model = device(given.hidden, given.layers, given.words, given.length)
+    model = device(given.hidden, given.layers, given.words, given.length, given.recompute)
     held = resident("VmRSS") - before
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    began = time.perf_counter()
     numbers, trained = turn(model, given.layers // 2, given.length)
+    seconds = time.perf_counter() - began
     measured, predicted = resident("VmHWM") - before, on_a_device(Sizes(numbers, numbers, trained), low=True)
     whole = on_a_device(Sizes(numbers, numbers, numbers), low=True)
     found = {"numbers": numbers, "block": trained, "measured": measured, "predicted": predicted, "ratio": measured / predicted}
-    return {**found, "full Adam, predicted": whole, "the model alone, measured": held, "before the model": before}
+    activations = BATCH * given.length * kept(model, given.layers - given.layers // 2, given.recompute)
+    more = {"activations, estimated": activations, "the model alone, measured": held, "before the model": before, "seconds": seconds}
+    return {**found, "full Adam, predicted": whole, **more}
 
 
 def main() -> int:
-    """Measure in a fresh process; the exit code."""
+    """Measure in fresh processes; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--words", type=int, default=16000)
     parser.add_argument("--length", type=int, default=64, help="tokens of a text (default: 64)")
+    parser.add_argument("--recompute", action="store_true", help="measure again with layers that are computed again")
     parser.add_argument("--out", type=Path, default=Path("runs/memory.json"))
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if not given.here:
-        return subprocess.run([sys.executable, __file__, *sys.argv[1:], "--here"]).returncode
-    found = measure(given)
+    if given.here:
+        print(json.dumps(measure(given)))
+        return 0
+    found = measured_apart([word for word in sys.argv[1:] if word != "--recompute"])
+    if given.recompute:
+        found["layers computed again"] = measured_apart(sys.argv[1:])
     given.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(given.out, json.dumps(found, indent=1))
     for name, value in found.items():
-        print(f"{name}: {value:.2f}" if name == "ratio" else f"{name}: {value / 1e6:.1f} million")
+        if isinstance(value, dict):
+            print(f"{name}:", *(f"  {line}" for line in lines(value)), sep="\n")
+        else:
+            print(*lines({name: value}))
     return 0
+
+
+def measured_apart(words: list[str]) -> dict[str, Any]:
+    """What :func:`measure` finds in a process of its own.
+
+    Raises:
+        CalledProcessError: it failed.
+    """
+    done = subprocess.run([sys.executable, __file__, *words, "--here"], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def lines(found: dict[str, float]) -> list[str]:
+    """One a figure, for a person."""
+    return [f"{n}: {v:.2f}" if n in ("ratio", "seconds") else f"{n}: {v / 1e6:.1f} million" for n, v in found.items()]
 
 
 if __name__ == "__main__":

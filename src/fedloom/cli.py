@@ -132,7 +132,7 @@ def join(words: Sequence[str]) -> int:
         print(f"fedloom: {text}", file=sys.stderr, flush=True)
 
     recipe, stop = "" if given.recipe is None else str(given.recipe.resolve()), threading.Event()
-    own = Own(given.data, given.model, given.text, given.label, given.threads, recipe)
+    own = Own(given.data, given.model, given.text, given.label, given.threads, recipe, given.recompute)
     join_federation(given.server, given.certs, own, folder_of(given.out, given.data), given.deadline, said, stop, given.memory)
     return 0
 

@@ -89,10 +89,11 @@ def test_the_same_file_on_both_sides_is_the_method(sides: tuple[Path, Path], tmp
     world = build(e)
     told = {**greeting_of(world), "digest": e.digest()}
     assert told["recipe"] == digest_of_file(server) == recipe_digest(e.method) and MINE not in str(told)
-    own = Own(str(tmp_path / "shards" / "1"), recipe=str(device))
+    own = Own(str(tmp_path / "shards" / "1"), recipe=str(device), recompute=True)
     assert not ran(device)
     host, _ = hosted(order(told, own))
     assert ran(device) and type(e.method) is not kinds_of(told, own)["halved"], "each side has loaded its own file"
+    assert vars(host.compute)["model"].recomputes and not world.model.recomputes, "what a device keeps is its own affair"
     sent = pack(Task("train", 1, world.model.initial, {"round": 0}), e.digest())
     (blob,) = host.answer([sent])
     (due,) = world.host(ClientStore(tmp_path / "states")).answer([sent])

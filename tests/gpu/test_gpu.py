@@ -16,9 +16,10 @@ from tests import tiny
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator on this machine")
 
 
-def results(device: str) -> list[object]:
+def results(device: str, recompute: bool = False) -> list[object]:
     """Fit, Score and Predict of four devices on the tiny model."""
-    model = load(str(tiny.folder()), num_labels=3, adapter=Adapter(rank=2), seed=1, max_length=16, device=device)
+    how = {"adapter": Adapter(rank=2, dropout=0.1 if recompute else 0.0), "seed": 1, "max_length": 16, "device": device}
+    model = load(str(tiny.folder()), num_labels=3, recompute=recompute, **how)
     items = []
     for c in tiny.clients().values():
         items += [Fit(model.initial, c.train, shuffled(len(c.train), 4, 1, "x", c.id), AdamW(1e-3))]
@@ -26,8 +27,9 @@ def results(device: str) -> list[object]:
     return [done.result for done in Stacked(model).run(items)]
 
 
-def test_the_accelerator_agrees_with_the_cpu() -> None:
-    for here, there in zip(results("cpu"), results("cuda"), strict=True):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_accelerator_agrees_with_the_cpu(recompute: bool) -> None:
+    for here, there in zip(results("cpu", recompute), results("cuda", recompute), strict=True):
         if isinstance(here, np.ndarray | torch.Tensor):
             np.testing.assert_allclose(np.asarray(there), np.asarray(here), rtol=1e-3, atol=1e-4)
         else:

@@ -36,7 +36,7 @@ def names(text: str) -> list[str]:
 EXPERIMENT = names("""
 --adapter.alpha --adapter.dropout --adapter.kind --adapter.rank --adapter.start --adapter.targets
 --aggregation --alpha --beta --clients --cohort --data --device --engine.kind --engine.overcommit
---engine.stack --engine.threads --engine.workers --evaluate-every --exact-match --head --label --label-words
+--engine.recompute --engine.stack --engine.threads --engine.workers --evaluate-every --exact-match --head --label --label-words
 --max-length --max-test --max-train --max-validation --metric
 --min-examples --model --partition --precision --quorum --rounds --seed --task --template --text --wire
 """)
@@ -340,3 +340,11 @@ def test_a_recipe_that_is_none_says_why(tmp_path: Path, monkeypatch: pytest.Monk
     assert recipes.resolve("two.py:b").kind.name == "b"
     (tmp_path / "experiment.json").write_text('{"method": {"name": "mine"}}')
     assert "--recipe FILE" in said(capsys, "export", ".", "out")[1]
+
+
+def test_what_a_device_is_told_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("fedloom.run.federation.join", lambda server, certs, own, *_: seen.append(own))
+    for words in ([], ["--recompute", "--threads", "2"]):
+        assert cli.main(["join", "127.0.0.1:9", "mine", *words]) == 0
+    assert [(own.data, own.recompute, own.threads) for own in seen] == [("mine", False, 0), ("mine", True, 2)]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedloom.model.kernels import Owners
-from fedloom.model.packed import Layout, Pass, Unpackable, Weights, running
+from fedloom.model.packed import Layout, Pass, Unpackable, Weights
 from fedloom.model.texts import Texts
 
 ROWS = np.array([2, 0, 3])
@@ -19,7 +19,7 @@ TEXTS = Texts(*(torch.zeros(6, dtype=torch.int64),) * 4, np.array([6]), np.array
 def called(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weights: Weights | None = None) -> torch.Tensor:
     """``functional.linear`` inside a pass of three owners with 2, 0 and 3 rows and one row of nobody."""
     owners = Owners(ROWS, 6, torch.device("cpu"))
-    with running(Pass(Layout(TEXTS, False, {6: owners}), {} if weights is None else weights, 0.0, {})):
+    with Pass(Layout(TEXTS, False, {6: owners}), {} if weights is None else weights, 0.0, {}):
         return functional.linear(x, weight, bias)
 
 

@@ -2,7 +2,8 @@
 
 PyTorch's counter runs one example at three lengths; the operations of a transformer on L tokens are a quadratic polynomial in L, which
 three counts determine. Element-wise operations are not counted. A backward pass counts what it needs for the tensors trained and no more.
-A language model's output layer is counted for every token, as the library computes it.
+A language model's output layer is counted for every token, as the library computes it. Layers that are computed again in the backward pass
+count again, as far as they are.
 Of a linear layer with some rows only, the operations are linear in the number of rows, which two counts determine: with all and with one.
 """
 
@@ -25,12 +26,23 @@ _KEPT: dict[tuple[str, ...], dict[Any, np.ndarray]] = {}
 """By what makes a graph, the polynomials that were found: models that are alike in it are counted once in a process."""
 
 
+class _NoModules:
+    """Nothing is told apart by module: what follows modules through a backward pass cannot follow a layer that is computed again in it."""
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 class Flops:
     """Operations per example of a forward pass, or a forward and backward pass, by number of tokens."""
 
     def __init__(self, model: Model) -> None:
         ways = (*model.call, *(type(way) for way in (model.filler, model.speaker, model.tagger, model.finder)))
         graph = (repr(model.module), model.config.to_json_string(use_diff=False), *model.initial, *(way.__qualname__ for way in ways))
+        graph = (*graph, f"recomputes: {model.recomputes}")
         self.model, self._fits = model, _KEPT.setdefault(graph, {})
 
     def forward(self, length: int | np.ndarray) -> float | np.ndarray:
@@ -38,11 +50,17 @@ class Flops:
         return self._at(frozenset(), length)
 
     def step(
-        self, names: frozenset[str], length: int | np.ndarray, rows: Mapping[str, int] | None = None, skips: frozenset[int] = frozenset()
+        self,
+        names: frozenset[str],
+        length: int | np.ndarray,
+        rows: Mapping[str, int] | None = None,
+        skips: frozenset[int] = frozenset(),
+        twice: bool = False,
     ) -> float | np.ndarray:
         """Operations of one example's forward and backward pass for the gradient of the tensors ``names``. ``rows``: of B's of which only
-        some rows are there, how many; they are all of one rank. ``skips``: layers that are left out."""
-        whole = self._at(names, length, skips=skips)
+        some rows are there, how many; they are all of one rank. ``skips``: layers that are left out. ``twice``: the gradient is to be
+        differentiated again, and nothing is computed again for it."""
+        whole = self._at(names, length, skips=skips, twice=twice)
         if not rows:
             return whole
         tall = sum(self.model.initial[n].shape[0] for n in rows)
@@ -50,16 +68,21 @@ class Flops:
         return whole - left_out * (whole - self._at(names, length, frozenset(rows), skips))
 
     def _at(
-        self, names: frozenset[str], length: int | np.ndarray, single: frozenset[str] = frozenset(), skips: frozenset[int] = frozenset()
+        self,
+        names: frozenset[str],
+        length: int | np.ndarray,
+        single: frozenset[str] = frozenset(),
+        skips: frozenset[int] = frozenset(),
+        twice: bool = False,
     ) -> float | np.ndarray:
-        key = (names, single, skips)
+        key = (names, single, skips, twice)
         if key not in self._fits:
             with self.model.skipping(skips, torch.float32):
-                counts = [self._count(names, n, dict.fromkeys(single, 1)) for n in LENGTHS]
+                counts = [self._count(names, n, dict.fromkeys(single, 1), twice) for n in LENGTHS]
             self._fits[key] = np.polyfit(np.array(LENGTHS, float), np.array(counts, float), 2)
         return np.polyval(self._fits[key], length)
 
-    def _count(self, names: frozenset[str], length: int, rows: Mapping[str, int] | None = None) -> int:
+    def _count(self, names: frozenset[str], length: int, rows: Mapping[str, int] | None = None, twice: bool = False) -> int:
         """Counted, with the first so many ``rows``."""
         ids = torch.ones((1, length), dtype=torch.int64, device=self.model.device)
         one = torch.ones(1, device=self.model.device)
@@ -69,10 +92,12 @@ class Flops:
         own = {**self.model.initial, **self.model.weights}
         given = {n: own[n].to(self.model.device) for n in names}
         given = {n: (t[: len(some[n])].clone() if n in some else t).requires_grad_(True) for n, t in given.items()}
-        with FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False)
+        counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+        with counter:
             if given:
                 with SomeRows(given, some, self.model.initial) if some else nullcontext():
-                    loss = self.model.loss(given, batch, torch.float32)
+                    loss = self.model.loss(given, batch, torch.float32, twice)
                 torch.autograd.grad(loss, list(given.values()), allow_unused=True)
             else:
                 with torch.no_grad():

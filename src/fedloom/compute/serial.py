@@ -104,7 +104,7 @@ class Serial:
             tensors = {n: t.to(model.dtype) for n, t in given.items()}
             dropping = SeededDropout(key, model.dropout, model.causal) if model.dropout else nullcontext()
             few = SomeRows(tensors, item.rows, model.initial) if item.rows else nullcontext()
-            with dropping, few, model.skipping(item.skips, model.dtype):
+            with model.skipping(item.skips, model.dtype), dropping, few:
                 loss = model.weighted(model.forward(tensors, batch, model.dtype)[0] + bias, batch)
             total = loss if item.penalty is None else loss + item.penalty(now, anchor)
             gradients = torch.autograd.grad(total, list(now.values()))
@@ -170,7 +170,7 @@ class Serial:
         def gradient(where: torch.Tensor, twice: bool = False) -> torch.Tensor:
             parts = where[0].split([shape.numel() for shape in shapes])
             named = {n: part.view(shape) for n, part, shape in zip(names, parts, shapes, strict=True)}
-            return torch.autograd.grad(self.model.loss({**at, **named}, batch, torch.float32), where, create_graph=twice)[0]
+            return torch.autograd.grad(self.model.loss({**at, **named}, batch, torch.float32, True), where, create_graph=twice)[0]
 
         (found,) = spectra([item], *twice_differentiated(point, gradient))
         return found
@@ -204,18 +204,15 @@ def sensitivity(model: Model, at: Tensors, batch: Batch, item: Sensitivity) -> t
     """Layer scores (D,) of one batch, by the formulas of :class:`~fedloom.compute.work.Sensitivity`."""
     real = (batch.mask & (batch.weights[:, None] > 0))[..., None]
     clean = model.embed(batch.ids, torch.float32).detach() * real
-
-    def loss(embeddings: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        logits, outputs = model.forward(at, batch, torch.float32, embeddings, layers=True)
-        return model.weighted(logits, batch), outputs
-
-    gradient, before = torch.func.grad(loss, has_aux=True)(clean)
-    gradient = gradient * real
+    given = clean.clone().requires_grad_(True)
+    logits, before = model.forward(at, batch, torch.float32, given, layers=True)
+    gradient = torch.autograd.grad(model.weighted(logits, batch), given)[0] * real
     radius = item.rho * (clean.norm() if item.norm == "difference" else 1.0)
     moved = clean + radius * gradient / gradient.norm().clamp(min=torch.finfo(torch.float32).tiny)
     rows = batch.weights[:, None, None]
-    after = model.forward(at, batch, torch.float32, moved, layers=True)[1]
-    pooled = [(model.read(h * rows, batch), model.read(m * rows, batch)) for h, m in zip(before, after, strict=True)]
+    with torch.no_grad():
+        after = model.forward(at, batch, torch.float32, moved, layers=True)[1]
+    pooled = [(model.read(h.detach() * rows, batch), model.read(m * rows, batch)) for h, m in zip(before, after, strict=True)]
     if item.norm == "difference":
         return torch.stack([(m - h).norm() / h.norm() for h, m in pooled])
     return torch.stack([(m.norm() - h.norm()).abs() / h.norm() for h, m in pooled])
@@ -266,7 +263,7 @@ def cost(item: WorkItem, flops: Flops) -> tuple[float, int]:
             # a gradient that can be differentiated, products at twice its price, and a gradient and a product for every move
             longest, n = int(lengths[item.batch].max()), len(item.batch)
             passes = 1 + item.probes * (2 * item.steps + 3)
-            return passes * n * float(flops.step(frozenset(scored_names(item)), longest)), 0
+            return passes * n * float(flops.step(frozenset(scored_names(item)), longest, twice=True)), 0
         case Predict():
             return float(np.sum(flops.forward(lengths))) if len(lengths) else 0.0, 0
 

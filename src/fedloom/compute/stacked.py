@@ -46,7 +46,7 @@ from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
 from fedloom.model.base import Model, free_bytes
 from fedloom.model.layout import RowsKept
-from fedloom.model.memory import token_bytes as kept_bytes
+from fedloom.model.memory import kept as kept_bytes
 from fedloom.model.texts import Texts
 from fedloom.tensors import fingerprint
 
@@ -404,7 +404,9 @@ class Stacked:
             found.update(zip(of, spectra([items[k] for k in of], *twice_differentiated(wanted[of], gradient)), strict=True))
 
         longest = max(int(i.examples.lengths[i.batch].max()) * len(i.batch) for i in items)
-        each = 8 * (items[0].steps + 8) * flat.size + 4 * longest * token_bytes(self.model)  # the basis; the graph of the gradient
+        each = 8 * (items[0].steps + 8) * flat.size + 4 * longest * token_bytes(
+            self.model, twice=True
+        )  # the basis; the graph of the gradient
         self._passes(items, [Part(k, item.batch) for k, item in enumerate(items)], measure, each)
         return [found[k] for k in range(len(items))]
 
@@ -515,10 +517,10 @@ def _states_that_fit(item: WorkItem, device: torch.device) -> int:
     return max(1, int(MEMORY_SHARE * free_bytes(device) / max(1, each)))
 
 
-def token_bytes(model: Model) -> int:
-    """What a pass through all layers keeps alive for one token (:func:`fedloom.model.memory.token_bytes`)."""
-    layer, words = kept_bytes(model)
-    return layer * model.depth + words
+def token_bytes(model: Model, twice: bool = False) -> int:
+    """What a pass through all layers keeps alive for one token (:func:`fedloom.model.memory.kept`). ``twice``: one whose gradients are
+    differentiated again, for which nothing is computed again."""
+    return kept_bytes(model, model.depth, model.recomputes and not twice)
 
 
 def _out_of_memory(error: Exception) -> bool:

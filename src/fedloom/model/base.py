@@ -15,7 +15,7 @@ import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -34,6 +34,7 @@ from fedloom.model.calls import CALLS, Call, Shape
 from fedloom.model.cloze import Filler
 from fedloom.model.kernels import computes_bf16
 from fedloom.model.packed import Mapped, Packed, Rows, Unpackable, Way, Weights, logits_of
+from fedloom.model.recomputed import Recomputed
 from fedloom.model.skipped import left_out, stack_of
 from fedloom.model.spans import CONTEXT, SECOND, Finder, Spans, overlap
 from fedloom.model.spans import first_of as first_window
@@ -66,7 +67,8 @@ class Batch(NamedTuple):
 class Model:
     """A frozen base with an adapter. ``initial``: float32 start of every trainable tensor, by saved name. ``beneath``: the frozen weights
     under LoRA's pairs, which a method may change as well (:meth:`stand_on`). ``alone``: why it cannot run for many owners at once, or
-    nothing; ``together_by``: how it does. ``still``: what of the head no loss depends on, which is not trained."""
+    nothing; ``together_by``: how it does. ``still``: what of the head no loss depends on, which is not trained. ``recomputes``: whether
+    its layers are computed again in backward passes, and what is inside them not kept (``recomputed.py``)."""
 
     name: str
     module: Any
@@ -90,8 +92,10 @@ class Model:
     tagger: Tagger | None = None
     finder: Finder | None = None
     still: dict[str, torch.Tensor] = field(default_factory=dict)
+    recomputes: bool = False
     _copies: dict[torch.dtype, nn.Module] = field(default_factory=dict)
     _ways: dict[torch.dtype, Way] = field(default_factory=dict)
+    _recomputed: dict[int, Recomputed] = field(default_factory=dict)
     _stands_on: str = ""
     _answers: int | None = None
     _own: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -290,12 +294,20 @@ class Model:
         return self.base(dtype).get_input_embeddings()(ids)  # type: ignore[operator]
 
     def forward(
-        self, tensors: Tensors, batch: Batch, dtype: torch.dtype, embeddings: torch.Tensor | None = None, layers: bool = False
+        self,
+        tensors: Tensors,
+        batch: Batch,
+        dtype: torch.dtype,
+        embeddings: torch.Tensor | None = None,
+        layers: bool = False,
+        twice: bool = False,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """(logits (B, C) float32, outputs (B, L, d) of the D layers if ``layers`` else ()). ``tensors`` override the model's own by saved
-        name. Where many tokens of a text are read: logits (r, V), one row for each."""
+        name. Where many tokens of a text are read: logits (r, V), one row for each. ``twice``: gradients are to be differentiated again,
+        so all is kept, whatever :attr:`recomputes` says."""
         named = self._named(tensors, dtype)
-        logits, hidden = self._call(self.base(dtype), dtype, named, batch.ids, batch.mask, batch.segments, embeddings, layers)
+        given = (batch.ids, batch.mask, batch.segments, embeddings, layers, twice)
+        logits, hidden = self._call(self.base(dtype), dtype, named, *given)
         return self.read(logits, batch) if self.reads_many else logits, hidden
 
     def read(self, of: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -317,6 +329,7 @@ class Model:
         segments: torch.Tensor,
         embeddings: torch.Tensor | None = None,
         layers: bool = False,
+        twice: bool = False,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """:meth:`forward` with tensors by parameter name and a batch's fields (B, L)."""
         given: dict[str, object] = {"input_ids": ids} if embeddings is None else {"inputs_embeds": embeddings}
@@ -329,10 +342,24 @@ class Model:
             given["token_type_ids"] = self.kinds_of(segments)
         if layers:
             given["output_hidden_states"] = True
-        out = functional_call(module, dict(named), (), given)
+        with self._recomputing(module).forward() if self.recomputes and not twice else nullcontext():
+            out = functional_call(module, dict(named), (), given)
         logits = logits_of(out)
         logits = logits[:, self.pooled] if logits.dim() > 2 and not self.reads_many else logits
         return logits.float(), tuple(out.hidden_states[1:]) if layers else ()
+
+    def _recomputing(self, module: nn.Module) -> Recomputed:
+        """What computes the module's layers again.
+
+        Raises:
+            ModelError: no list of them is found.
+        """
+        if id(module) not in self._recomputed:
+            try:
+                self._recomputed[id(module)] = Recomputed(module, self.depth)
+            except LookupError as error:
+                raise ModelError(f"no layer of '{self.name}' can be computed again: {error}; leave --engine.recompute out") from error
+        return self._recomputed[id(module)]
 
     def together(
         self, tensors: Tensors, texts: Texts, dtype: torch.dtype, embeddings: torch.Tensor | None = None, layers: bool = False
@@ -371,6 +398,7 @@ class Model:
             reads=max(0, self.pooled),
             many=self.reads_many,
             kinds_of=self.kinds_of,
+            recomputes=self.recomputes,
         )
 
     def _rows(self, dtype: torch.dtype) -> Way:
@@ -383,7 +411,7 @@ class Model:
     def _mapped(self, dtype: torch.dtype) -> Way:
         module = self.base(dtype)
         table: Any = module.get_input_embeddings()  # type: ignore[operator]
-        call, reads = partial(self._call, module, dtype), self.pooled
+        call, reads = partial(self._call, module, dtype, twice=True), self.pooled
         return Mapped(call, table, causal=self.causal, pad_id=self.pad_id, rate=self.dropout, reads=reads)
 
     def _positions(self, length: int) -> torch.Tensor | None:
@@ -396,9 +424,9 @@ class Model:
         copies = 2 * wide * sum(p.numel() for p in self.module.parameters())
         return {} if copies < free_bytes(self.device) / 4 else None
 
-    def loss(self, tensors: Tensors, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
-        """Mean loss over the batch's real rows."""
-        return self.weighted(self.forward(tensors, batch, dtype)[0], batch)
+    def loss(self, tensors: Tensors, batch: Batch, dtype: torch.dtype, twice: bool = False) -> torch.Tensor:
+        """Mean loss over the batch's real rows. ``twice``: see :meth:`forward`."""
+        return self.weighted(self.forward(tensors, batch, dtype, twice=twice)[0], batch)
 
     def weighted(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Mean over the batch's real rows of the cross-entropies of logits (B, C), or of the losses of what is read, (r, V)."""

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+
+from fedloom.model.modes import Mode
 
 
 def _mix(h: torch.Tensor) -> torch.Tensor:
@@ -55,7 +56,7 @@ def keep_mask(key: torch.Tensor, site: int, shape: torch.Size, rate: float, from
     return kept(h, rate)
 
 
-class SeededDropout(TorchFunctionMode):
+class SeededDropout(Mode):
     """Inside this mode every ``torch.nn.functional.dropout`` uses :func:`keep_mask` with this key and rate (0 < rate < 1)."""
 
     def __init__(self, key: torch.Tensor, rate: float, from_end: bool) -> None:

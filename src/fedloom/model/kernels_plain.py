@@ -91,8 +91,8 @@ class Ragged(Function):
             weights = torch.baddbmm(masks[i], a, b.transpose(1, 2), alpha=scale).softmax(-1)
             outs.append(torch.bmm(weights if dropped is None else weights * dropped[i], c))
             saved += [a, b, c, weights]
-        ctx.save_for_backward(*saved)
-        ctx.within, ctx.scale, ctx.dropped, ctx.heads, ctx.shared = within, scale, dropped, heads, shared
+        ctx.save_for_backward(*saved, *(dropped or ()))
+        ctx.within, ctx.scale, ctx.drops, ctx.heads, ctx.shared = within, scale, dropped is not None, heads, shared
         return within.queries.given(outs, heads)
 
     @staticmethod
@@ -101,14 +101,16 @@ class Ragged(Function):
         within, heads, size = ctx.within, ctx.heads, gradient.shape[-1]
         flat = gradient.reshape(-1, size)
         to_q, to_k, to_v = [], [], []
+        saved = ctx.saved_tensors  # asked for once: of a layer that is computed again they are not there a second time
+        dropped = saved[4 * len(within.queries.real) :]
         for i, (asked, real) in enumerate(zip(within.queries.taken(heads, heads), within.queries.real, strict=True)):
-            a, b, c, weights = ctx.saved_tensors[4 * i : 4 * i + 4]
+            a, b, c, weights = saved[4 * i : 4 * i + 4]
             texts, width = real.shape
             g = flat.index_select(0, asked).view(texts, heads, width, size)
             g = g.mul_(real[:, None, :, None]).view(-1, width, size)  # padding sends nothing back
             used, to_weights = weights, torch.bmm(g, c.transpose(1, 2))
-            if ctx.dropped is not None:
-                used, to_weights = weights * ctx.dropped[i], to_weights * ctx.dropped[i]
+            if ctx.drops:
+                used, to_weights = weights * dropped[i], to_weights * dropped[i]
             to_scores = torch.ops.aten._softmax_backward_data(to_weights, weights, -1, weights.dtype).mul_(ctx.scale)
             to_q.append(torch.bmm(to_scores, b))
             to_k.append(torch.bmm(to_scores.transpose(1, 2), a))

@@ -101,13 +101,14 @@ def load(
     tags: tuple[str, ...] = (),
     between: str = "",
     finds: bool = False,
+    recompute: bool = False,
 ) -> Model:
     """Load a base, put the adapter on it, find out how to call it. ``seed`` draws the new head and LoRA's A.
 
     With a ``cloze`` the base is a language model, its own head is used, and ``num_labels`` is the number of its words. With ``answers`` (a
     template, "" for the tokenizer's own or a plain one) it is a causal language model that answers prompts, and has no labels;
     ``form``: to what it answers. With ``tags`` it tells one of them for every word of a text; ``between`` stands between those. One that
-    ``finds`` tells where in a context the answer to a question is.
+    ``finds`` tells where in a context the answer to a question is. To ``recompute`` is to compute layers again in backward passes.
 
     Raises:
         ModelError: no such model, not a classifier, an encoder-decoder, or one that cannot be called on ready masks.
@@ -147,6 +148,7 @@ def load(
     kept = (lambda t: t) if adapter.kind == "full" else torch.clone
     model.initial = {saved: kept(own[parameter].detach().float()) for saved, parameter in sorted(model.parameters.items())}
     model._copies[torch.float32] = module
+    model.recomputes = recompute
     _learn_to_call(model, base)
     _leave_unreached_out(model)
     _learn_to_pack(model)
@@ -308,6 +310,8 @@ def _learn_to_pack(model: Model) -> None:
             "padded rows": model._rows,
             "vmap": model._mapped,
         }
+        if model.recomputes:
+            del ways["vmap"]
         for name, make in ways.items():
             model._ways, model._make_way = {}, make
             try:
@@ -320,4 +324,6 @@ def _learn_to_pack(model: Model) -> None:
                 model.together_by = name
                 return
             tried.append(f"{name}: results differ by {error:.2g}")
+    if model.recomputes:
+        tried.append("vmap: it keeps what is inside layers, which is to be computed again")
     model.alone = "; ".join(tried)

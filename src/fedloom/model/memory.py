@@ -8,8 +8,10 @@ parameters, b the bytes of a number in training's precision, T_ℓ the numbers t
     gradients    4·T_ℓ
     optimiser    8·T_ℓ                                        AdamW's two moments
     activations  B·L·(a·max(1, min(ℓ, D)) + w)                a, w: of one token, for a layer and for a language model's words
+                 B·L·(a + h·min(ℓ, D) + w)                    where layers are computed again in the backward pass; h: between two
 
 Below the first trained layer nothing is kept for a backward pass: one layer's activations are there at a time, which the 1 stands for.
+Computed again (``recomputed.py``), a layer keeps its input, a float32 vector of the hidden size, and one layer's inside is there at a time.
 a is an estimate from above of what a layer keeps in float32 (:func:`token_bytes`); kernels that keep no attention maps need less. Not
 counted: the program, its libraries, the data.
 
@@ -64,16 +66,16 @@ def output_side(names: Collection[str], layers: int) -> list[str]:
     return sorted([*end, *(n for part in before[len(before) - layers :] for n in part)])
 
 
-def needs(model: Model, batch_size: int) -> list[Needs]:
+def needs(model: Model, batch_size: int, recomputed: bool = False) -> list[Needs]:
     """What it takes to train the end alone, the end and the last part before it, and so on to everything, with steps of ``batch_size``
-    texts of the model's greatest length."""
+    texts of the model's greatest length. ``recomputed``: where layers are computed again. A method that chooses by it leaves that out,
+    whatever the model does: it says how, and what is chosen is part of what."""
     before, _ = parts(model.initial)
     own, number = sum(parameter.numel() for parameter in model.module.parameters()), model.dtype.itemsize
-    tokens, (layer, words), made = batch_size * model.max_length, token_bytes(model), []
+    tokens, made = batch_size * model.max_length, []
     for layers in range(len(before) + 1):
         trained = sum(model.initial[n].numel() for n in output_side(model.initial, layers))
-        kept = layer * max(1, min(layers, model.depth)) + words
-        made.append(Needs(layers, *resident(own, trained, number), tokens * kept))
+        made.append(Needs(layers, *resident(own, trained, number), tokens * kept(model, layers, recomputed)))
     return made
 
 
@@ -89,14 +91,29 @@ def fitting(totals: Collection[int], memory: float) -> int | None:
     return max((layers for layers, total in enumerate(totals) if total <= memory), default=None)
 
 
-def token_bytes(model: Model) -> tuple[int, int]:
-    """Roughly what a forward and backward pass keeps alive for one token, in bytes: for every layer 16 vectors of the hidden size, three of
-    the feed-forward size and three attention maps a head over a text of the greatest length; and, of a speaker, three rows of the
-    vocabulary.
-    Float32 is assumed: an upper estimate."""
+def kept(model: Model, layers: int, recomputed: bool) -> int:
+    """Bytes that a forward and backward pass keeps alive for one token where a gradient passes the last ``layers`` parts before the end, by
+    the formula above."""
+    inside, between, words = token_bytes(model)
+    passed = min(layers, model.depth)
+    return (inside + between * passed if recomputed else inside * max(1, passed)) + words
+
+
+class PerToken(NamedTuple):
+    """Bytes of one token, roughly and in float32: inside a layer, between two layers, and of a language model's words."""
+
+    inside: int
+    between: int
+    words: int
+
+
+def token_bytes(model: Model) -> PerToken:
+    """What a forward and backward pass keeps alive for one token: of a layer 16 vectors of the hidden size, three of the feed-forward size
+    and three attention maps a head over a text of the greatest length; and, of a speaker, three rows of the vocabulary. An upper
+    estimate."""
     c = model.config.to_dict()
     hidden = int(c.get("hidden_size") or c.get("n_embd") or c.get("dim") or 1024)
     inner = int(c.get("intermediate_size") or c.get("n_inner") or 4 * hidden)
     heads = int(c.get("num_attention_heads") or c.get("n_head") or 16)
     words = 0 if model.speaker is None else 3 * int(c["vocab_size"])
-    return 4 * (16 * hidden + 3 * inner + 3 * heads * model.max_length), 4 * words
+    return PerToken(4 * (16 * hidden + 3 * inner + 3 * heads * model.max_length), 4 * hidden, 4 * words)

@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -28,12 +27,13 @@ import torch
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from fedloom.messages import Tensors
 from fedloom.model import dropout
 from fedloom.model.kernels import Frozen, gelu, owned_linear, packable, ragged_attention
 from fedloom.model.layout import Attention, Owners
+from fedloom.model.modes import Mode, entered
+from fedloom.model.recomputed import Recomputed
 from fedloom.model.texts import FILL, Texts, filled, padded
 
 ATTENTION = "fedloom"
@@ -98,7 +98,7 @@ class Layout:
     packed: OneRow | None = None
 
 
-class Pass(TorchFunctionMode):
+class Pass(Mode):
     """One call of the module: linear layers by owner, frozen ones on packed weights (None: as they are), dropout by owner (rate 0: none).
 
     ``last``: "look" while the last layer is asked for its keys and values, then those. ``tensors``: what the module is called with.
@@ -194,11 +194,8 @@ class Pass(TorchFunctionMode):
         return torch.from_numpy(texts.rows).to(texts.ids.device)
 
 
-_now: ContextVar[Pass | None] = ContextVar("pass", default=None)
-
-
 def _packed_now() -> tuple[Pass, OneRow]:
-    now = _now.get()
+    now = next((mode for mode in reversed(entered()) if isinstance(mode, Pass)), None)
     if now is None or now.layout.packed is None:
         raise Unpackable("this module runs inside a packed pass only")
     return now, now.layout.packed
@@ -266,11 +263,12 @@ class Packed:
         reads: int = 0,
         many: bool = False,
         kinds_of: Callable[[torch.Tensor], torch.Tensor] = lambda segments: segments,
+        recomputes: bool = False,
     ) -> None:
         """``module`` is not changed: a copy that shares its tensors is. ``kinds``: number of token types (0: none).
         ``positions``: those of a text of so many tokens (L,). ``reads``: the place in a text that the head reads, if it is not causal.
         ``many``: whether it reads many tokens of a text instead (``texts.asked``); ``kinds_of``: token types from the texts'
-        segments."""
+        segments; ``recomputes``: whether layers are computed again in the backward pass, but for a last one that is trimmed."""
         if trims and (reads or many):
             raise Unpackable("the last layer is trimmed to the first token or the last")
         shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
@@ -290,6 +288,7 @@ class Packed:
             stacks[0][-1].register_forward_pre_hook(self._before_last, with_kwargs=True)
         stacks[0][-1].register_forward_hook(self._after_last)
         self._ids, self._given = torch.zeros(1, 1, dtype=torch.int64), None
+        self.recomputed = Recomputed(self.module, depth, int(trims)) if recomputes else None
         names = [(name, id(parameter)) for name, parameter in self.module.named_parameters(remove_duplicate=False)]
         times = Counter(of for _, of in names)
         self.tied = {name for name, of in names if times[of] > 1}
@@ -330,7 +329,8 @@ class Packed:
         self._ids, self._given = texts.ids[None], embeddings
         if embeddings is not None:
             self._given = functional.pad(embeddings, (0, 0, 0, total - embeddings.shape[1]))
-        with running(Pass(layout, self.weights, self.rate if texts.keys is not None else 0.0, tensors)):
+        again = nullcontext() if self.recomputed is None else self.recomputed.forward()
+        with Pass(layout, self.weights, self.rate if texts.keys is not None else 0.0, tensors), again:
             call = {**given, "output_hidden_states": layers}
             out = functional_call(self.module, dict(tensors), (), call, tie_weights=not self.tied.isdisjoint(tensors))
         self._given = None
@@ -393,7 +393,7 @@ class Rows:
         per_owner = np.bincount(texts.owners, minlength=texts.count)
         rows = (per_owner * ids.shape[1], per_owner)
         layout = Layout(texts, self.causal, {int(of.sum()): Owners(of, int(of.sum()), ids.device) for of in rows})
-        with running(Pass(layout, self.weights, self.rate if texts.keys is not None else 0.0, tensors)):
+        with Pass(layout, self.weights, self.rate if texts.keys is not None else 0.0, tensors):
             logits, hidden = self.call(tensors, ids, mask, segments, embeddings, layers)
             logits = logits if texts.asked is None else _read(logits, texts, mask, self.reads)
         return logits, tuple(_read(h, texts, mask, self.reads) for h in hidden)
@@ -479,17 +479,6 @@ def _read(of: torch.Tensor, texts: Texts, mask: torch.Tensor, place: int) -> tor
 def logits_of(out: Any) -> torch.Tensor:
     """The logits of a call of the module; those of begin and end side by side (…, 2), which the library tells apart."""
     return torch.stack([out.start_logits, out.end_logits], -1) if "start_logits" in out else out.logits
-
-
-@contextmanager
-def running(now: Pass) -> Iterator[None]:
-    """Inside, ``now`` is the pass."""
-    token = _now.set(now)
-    try:
-        with now:
-            yield
-    finally:
-        _now.reset(token)
 
 
 def _only(value: Any, total: int, read: torch.Tensor) -> Any:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from fedloom.messages import Tensors
+from fedloom.model.modes import Mode
 
 
-class SomeRows(TorchFunctionMode):
+class SomeRows(Mode):
     """Inside, a linear layer called with one of ``weights`` (k, d_in) gives (…, d_out), zero but for the k rows that the weight holds.
 
     The tensors themselves must reach the layer: in the precision that the model is called in.

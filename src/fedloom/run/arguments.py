@@ -86,6 +86,8 @@ class Join:
         label: label column (empty: found).
         recipe: the Python file of the server's method, if it is not the package's: the same file as there.
         threads: CPU threads (0: PyTorch's default).
+        recompute: keep nothing of what is inside the model's layers for backward passes, and compute it again there: less memory, more
+            time.
         memory: GiB that the process may hold that computes here; one that holds more is ended, its task has failed, and another is started
             for the next (0: nine tenths of what this machine has).
         deadline: seconds that one task may take here.
@@ -100,6 +102,7 @@ class Join:
     label: str = ""
     recipe: Path | None = None
     threads: int = 0
+    recompute: bool = False
     memory: float = 0.0
     deadline: float = 3600.0
     out: Path | None = None

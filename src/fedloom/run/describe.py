@@ -19,6 +19,7 @@ from fedloom.data.partition import Partition
 from fedloom.data.sources import Source
 from fedloom.engines.engine import drive
 from fedloom.messages import Replies, Task
+from fedloom.methods.embracingfl import EmbracingFL
 from fedloom.model.memory import Needs, fitting, needs, resident
 from fedloom.run.console import human_bytes, human_seconds
 from fedloom.run.experiment import EngineSettings, Experiment
@@ -151,7 +152,9 @@ def _memory(world: World) -> Lines:
     plain = plain_of(world.experiment.method)
     if plain is None:
         return []
-    each, sizes = needs(world.model, plain.batch_size), sizes_of(world.model, world.experiment.method)
+    chooses = isinstance(world.experiment.method, EmbracingFL)  # by what it takes to keep everything, however it is computed
+    again = world.model.recomputes and not chooses
+    each, sizes = needs(world.model, plain.batch_size, again), sizes_of(world.model, world.experiment.method)
     most, texts = len(each) - 1, f"{plain.batch_size} texts of {world.model.max_length} tokens"
     if sizes.at_once < sizes.trained:  # one block after another, wherever it lies
         each = [Needs(most, *resident(sizes.model, sizes.at_once, world.model.dtype.itemsize), each[-1].activations)]
@@ -166,8 +169,9 @@ def _memory(world: World) -> Lines:
             "nothing" if layers is None else f"the head and {layers} of {most} parts before it" if layers < len(each) - 1 else "all of it"
         )
         fits.append(f"{profile.name}: {part}")
+    noted = "; layers are computed again in backward passes" if again else ""
     return [
-        ("training takes", f"{human_bytes(whole.total)} by estimate: {made}, for {texts}{least}"),
+        ("training takes", f"{human_bytes(whole.total)} by estimate: {made}, for {texts}{least}{noted}"),
         ("of which fits", "; ".join(fits)),
     ]
 

@@ -43,6 +43,7 @@ class Own:
     label: str = ""
     threads: int = 0
     recipe: str = ""
+    recompute: bool = False
 
 
 def order(greeting: Mapping[str, Any], own: Own) -> dict[str, Any]:
@@ -159,7 +160,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     from fedloom.data.tasks import SPLITS
     from fedloom.model.base import ModelError
     from fedloom.run.devices import by_name
-    from fedloom.run.experiment import ExperimentError, from_json
+    from fedloom.run.experiment import EngineSettings, ExperimentError, from_json
     from fedloom.run.judging import Judge
     from fedloom.run.world import model_of, tokens_of
 
@@ -172,7 +173,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     fleet = by_name(e.device, e.clients, e.seed)
     torch.set_num_threads(own.threads or torch.get_num_threads())
     source = source_of(greeting, own, e.seed)
-    model = model_of(replace(e, model=own.model or e.model), source)
+    model = model_of(replace(e, model=own.model or e.model, engine=EngineSettings(recompute=own.recompute)), source)
     if identity(model) != greeting["model"]:
         raise ModelError(
             f"the model '{own.model or e.model}' is not the server's: its weights differ; give the same one, --model NAME or FOLDER"

@@ -45,6 +45,8 @@ class EngineSettings:
         threads: CPU threads of a process (0: PyTorch's default, divided among the workers).
         workers: processes that share the devices, each with its own model and, where there are several, GPU (0 or 1: this process).
         overcommit: run what by prediction does not fit into memory.
+        recompute: keep nothing of what is inside the model's layers for backward passes, and compute it again there: less memory, more time
+            (gradient checkpointing).
     """
 
     kind: Literal["local", "flower"] = "local"
@@ -52,6 +54,7 @@ class EngineSettings:
     threads: int = 0
     workers: int = 0
     overcommit: bool = False
+    recompute: bool = False
 
 
 @dataclass(frozen=True)

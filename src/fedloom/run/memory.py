@@ -77,7 +77,10 @@ def needed(sizes: Sizes, experiment: Experiment) -> Need:
         ("the start and the server's state", 4 * sizes.trained * (1 if shares else 2)),
         ("messages of the devices that are asked together", 4 * processes * messages),
         ("training a device", processes * (4 * STATES * sizes.at_once + frozen)),
-        ("passing a batch through", processes * sizes.per_token * min(TOKENS["cpu"], 8 * e.max_length)),
+        (
+            "passing a batch through, layers computed again" if e.engine.recompute else "passing a batch through",
+            processes * sizes.per_token * min(TOKENS["cpu"], 8 * e.max_length),
+        ),
     ]
     return Need(tuple((what, count) for what, count in lines if count))
 
@@ -155,6 +158,8 @@ def insist_on_room(sizes: Sizes, experiment: Experiment, there: int = 0, free: i
         mends.append("a method that trains less at a time (fedcybgd a block, lora an adapter)")
     if e.precision == "bf16":
         mends.append("--precision float32 (no second copy)")
+    if sizes.per_token and not e.engine.recompute:
+        mends.append("--engine.recompute (less for passing a batch through, at the price of another forward pass)")
     mends += ["a shorter --max-length", "a smaller model", "more memory"]
     raise ExperimentError(
         f"this run needs about {human_bytes(need.total)} of memory beside the program itself, and {human_bytes(free + there)} are there: "

@@ -266,6 +266,7 @@ def model_of(experiment: Experiment, source: Source) -> Model:
         tags=source.task.tags if isinstance(source.task, Tagging) else (),
         between=BETWEEN,
         finds=isinstance(source.task, Questions),
+        recompute=e.engine.recompute,
     )
     if model.reads_many and isinstance(curriculum_of(e.method), ByLoss):
         what = "a sentence of tags" if model.tagger else "a question" if model.finder else "a text to be written"
