@@ -15,10 +15,9 @@ import pytest
 
 from fedloom.encodings import NAMES
 from fedloom.methods import all_methods
-from fedloom.methods.centralised import Centralised
-from fedloom.methods.fedcybgd import block_at
 from fedloom.run.experiment import as_json
 from fedloom.run.plan import Plan
+from fedloom.server.cycle import block_at, turns
 from tests.unit.run_folder import write_run
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -137,7 +136,7 @@ def test_an_ablation_that_is_not_there_is_told_what_is(
     assert "parts, pacing, order, layers, keep, skew, devices, cohort" in capsys.readouterr().err
 
 
-def test_every_group_of_cycles_sees_every_example_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_group_of_cycles_sees_every_example_as_often() -> None:
     """Twice a cycle; and what is compared is what the paper compares: block-cyclic in turns and in cohorts, whole models handed over and
     averaged, GaLore, LISA, LoRA, everything in one place, and BAdam: one place that trains the blocks in turn."""
     cycles = loaded("cycles")
@@ -151,13 +150,12 @@ def test_every_group_of_cycles_sees_every_example_as_often(monkeypatch: pytest.M
             inner = method
             while "inner" in vars(inner):
                 inner = inner.inner
-            share = 1.0 if isinstance(method, Centralised) else experiment.cohort / experiment.clients
-            assert experiment.rounds * share * inner.local_epochs == pytest.approx(2 * cycles.CYCLES), name
+            assert experiment.rounds * experiment.cohort * inner.local_epochs == 2 * cycles.CYCLES * experiment.clients, name
     assert set(made) == {*("fedcybgd", "fedcybgd-random", "handover", "fedbavg", "fedfft", "galore", "lisa", "lora", "centralised", "badam")}
     badam = made["badam"]
     assert (badam.clients, badam.cohort, badam.method.order) == (1, 1, "ascending")
     blocks = 6  # MiniLM's layers
-    visited = [block_at(t, blocks, 1, badam.method.order, 5) for t in range(badam.rounds)]
+    visited = [block_at(t, turns(badam.clients, blocks), blocks, badam.method.order, 5) for t in range(badam.rounds)]
     assert visited[:blocks] == sorted(set(visited)) and len(set(visited)) == blocks, "every block, from the input up, then again"
 
 
