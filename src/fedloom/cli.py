@@ -235,8 +235,8 @@ def methods(words: Sequence[str]) -> int:
 
 def evaluate(words: Sequence[str]) -> int:
     """A run, evaluated again."""
-    from fedloom.run import recipes
     from fedloom.data.numbers import EXACT as NUMBERS
+    from fedloom.run import recipes
     from fedloom.run.again import evaluate_again
     from fedloom.run.console import score_text
 

@@ -75,7 +75,7 @@ def test_what_is_due_is_what_the_answer_ends_in() -> None:
 
 
 class Writes:
-    """A model that writes what a table says: by who it is (``{}``: before training; else the number in its tensor ``who``) and by prompt."""
+    """A model that writes what a table says, by prompt and by who it is: the number in its tensor ``who``, or :data:`BEFORE` training."""
 
     reads, first_of = 40, None
 
@@ -159,20 +159,33 @@ def test_both_protocols_on_both_splits(tmp_path: Path) -> None:
         assert found.drawn[split].held == len(known) == len(found.drawn[split].rows)
     told = as_told(made, found)
     assert told is not None and (told["prompts"], told["held"], told["validation"]) == (4, 4, {"prompts": 3, "held": 3})
-    assert told["before"] == 0 and (told["after"], told["personalised"]) == (found.scores("test")["global"], found.scores("test")["personalised"])
+    assert told["before"] == 0 and (told["after"], told["personalised"]) == (
+        found.scores("test")["global"],
+        found.scores("test")["personalised"],
+    )
 
 
 def test_a_marked_number_and_the_last_one_are_told_apart(tmp_path: Path) -> None:
     """Of four, two are marked and right, one is right and not marked, one is wrong; before training one is right and not marked."""
     of = world(tmp_path, ["#### 10", "no number", "#### 1,000", "#### 2.50", "#### -4"])
-    says = {("w0", 7): "#### 10.0 and #### 11", ("w2", 7): "I say $1000.", ("w3", 7): "#### 2.5", ("w4", 7): "#### 4", ("w2", BEFORE): "1,000"}
+    says = {
+        ("w0", 7): "#### 10.0 and #### 11",
+        ("w2", 7): "I say $1000.",
+        ("w3", 7): "#### 2.5",
+        ("w4", 7): "#### 4",
+        ("w2", BEFORE): "1,000",
+    }
     made, writes, found = written(of, Theirs(whole=7, same=7), says)
     assert found.shares["test"]["global"] == found.shares["test"]["personalised"] == (0.5, 0.5)
     assert found.scores("validation") == {"personalised": None, "global": None}, "no answer there ends in a number"
     assert as_told(made, found) == {
-        **{"before": 0.0, "after": 0.5, "personalised": 0.5},
+        "before": 0.0,
+        "after": 0.5,
+        "personalised": 0.5,
         "last_number": {"before": 0.25, "after": 0.5, "personalised": 0.5},
-        **{"prompts": 4, "held": 4, "validation": None},
+        "prompts": 4,
+        "held": 4,
+        "validation": None,
     }
     decode = of.model.tokenizer.decode
     assert [who for who, _ in writes.asked] == [7, BEFORE], "devices that have the global model do not write again"
@@ -187,7 +200,8 @@ def test_devices_that_share_a_model_write_together_and_others_alone(tmp_path: Pa
     assert [(who, len(prompts)) for who, prompts in writes.asked] == [(3, 12)]
     assert found.scores("test") == {"personalised": 1 / 8, "global": None} and found.scores("validation")["personalised"] == 1 / 4
     _, writes, _ = written(of, Theirs(), {})
-    counts = Counter(holder(of, split, row) for split, count in (("test", 8), ("validation", 4)) for row in range(count))
+    sizes: dict[Split, int] = {"test": 8, "validation": 4}
+    counts = Counter(holder(of, split, row) for split, count in sizes.items() for row in range(count))
     assert [(who, len(prompts)) for who, prompts in writes.asked] == [(WHOLE, 12), *sorted(counts.items())] and len(counts) > 1
 
 

@@ -151,7 +151,9 @@ def test_every_group_of_cycles_sees_every_example_as_often() -> None:
             while "inner" in vars(inner):
                 inner = inner.inner
             assert experiment.rounds * experiment.cohort * inner.local_epochs == 2 * cycles.CYCLES * experiment.clients, name
-    assert set(made) == {*("fedcybgd", "fedcybgd-random", "handover", "fedbavg", "fedfft", "galore", "lisa", "lora", "centralised", "badam")}
+    assert set(made) == {
+        *("fedcybgd", "fedcybgd-random", "handover", "fedbavg", "fedfft", "galore", "lisa", "lora", "centralised", "badam")
+    }
     badam = made["badam"]
     assert (badam.clients, badam.cohort, badam.method.order) == (1, 1, "ascending")
     blocks = 6  # MiniLM's layers

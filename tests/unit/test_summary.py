@@ -149,7 +149,13 @@ def tell_numbers(out: Path) -> dict[str, Ended]:
         results: Any = json.loads((folder / "results.json").read_text())
         for at, t in (("final", 10), ("best", 5)):
             results[at]["exact_match"] = rows[t]["exact_match"]
-        results["exact_match"] = {"before": seed / 100, "after": None, "prompts": 3, "held": 4, "last_number": {"before": 0.0, "after": None}}
+        results["exact_match"] = {
+            "before": seed / 100,
+            "after": None,
+            "prompts": 3,
+            "held": 4,
+            "last_number": {"before": 0.0, "after": None},
+        }
         (folder / "results.json").write_text(json.dumps(results))
         ended[f"lora-seed{seed}"] = Ended(results)
     return ended
@@ -164,7 +170,10 @@ def test_exact_match_is_a_mean_over_seeds_and_a_curve(tmp_path: Path) -> None:
     assert found["best"]["personalised"]["mean"] == pytest.approx(0.2) and found["before"]["mean"] == pytest.approx(0.015)
     assert found["final"]["global"]["mean"] is None and local["exact_match"] is None
     track = track_of("lora", [read(tmp_path / f"lora-seed{seed}") for seed in SEEDS])
-    assert track.rows[5]["exact_match"] == {"personalised": pytest.approx(0.2), "global": None} and track.rows[1]["exact_match"]["personalised"] is None
+    assert (
+        track.rows[5]["exact_match"] == {"personalised": pytest.approx(0.2), "global": None}
+        and track.rows[1]["exact_match"]["personalised"] is None
+    )
     assert track.solved["personalised"][5] == pytest.approx(0.1 / 2**0.5)
     page = write_report([tmp_path / "lora-seed1"], tmp_path / "report.html", summary).read_text()
     assert page.count("Personalised exact match against device time") == page.count("Personalised exact match against uploads") == 1

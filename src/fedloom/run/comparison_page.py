@@ -56,7 +56,7 @@ def _pictures(case: Mapping[str, Any], by_name: Mapping[str, Run], name: str) ->
 def solved_curves(tracks: Sequence[figures.Track], name: str, against: Sequence[figures.Against]) -> dict[str, list[str]]:
     """Curves of exact match, by their heading; nothing where no row tells any."""
     told = [replace(t, rows=[{**row, **{p: solved(row, p) for p in PROTOCOLS}} for row in t.rows], deviations=t.solved) for t in tracks]
-    known = [p for p in PROTOCOLS if any(row[p] is not None for track in told for row in track.rows)]
+    known: list[figures.Protocol] = [p for p in PROTOCOLS if any(row[p] is not None for track in told for row in track.rows)]
     if not known:
         return {}
     pictures = [(p, a, figures.metric_curve(told, p, a, "exact match")) for a in against for p in known]

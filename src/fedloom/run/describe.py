@@ -24,8 +24,8 @@ from fedloom.run.console import human_bytes, human_seconds
 from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.run.figures import Kind, partition_picture
 from fedloom.run.ledger import Section
-from fedloom.run.numbers import drawn, most
 from fedloom.run.memory import needed, sizes_of, told
+from fedloom.run.numbers import drawn, most
 from fedloom.run.payback import plain_of
 from fedloom.run.pretended import Pretended
 from fedloom.run.spent import profiles_told

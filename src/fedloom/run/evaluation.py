@@ -46,8 +46,8 @@ class Evaluation:
     an answer can be right in part; and by protocol, for each device, the
     cells ``[true class, predicted class, examples]`` of its test examples' confusion matrix that are not 0 (None: no such model).
     ``held``, int64 (K,): of how many. Where answers are written, tokens are counted instead of examples, all of class 0 and told as 0 where
-    they were right, as 1 where not; of questions their F1, in so many parts (``task.unit``). ``solved``: the numbers that the models write,
-which ``scores`` tell too (None: none were asked for)."""
+    they were right, as 1 where not; of questions their F1, in so many parts (``task.unit``). ``solved``: the numbers that the models
+    write, which ``scores`` tell too (None: none were asked for)."""
 
     scores: dict[Split, dict[str, Any]]
     correct: np.ndarray
@@ -56,7 +56,10 @@ which ``scores`` tell too (None: none were asked for)."""
     solved: Solved | None = None
 
 
-NOTHING: dict[Split, dict[str, Any]] = {"validation": {"personalised": None, "global": None, "loss": None}, "test": {"personalised": None, "global": None}}
+NOTHING: dict[Split, dict[str, Any]] = {
+    "validation": {"personalised": None, "global": None, "loss": None},
+    "test": {"personalised": None, "global": None},
+}
 """The scores of a round that was not evaluated."""
 
 

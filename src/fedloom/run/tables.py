@@ -148,7 +148,10 @@ def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
 def solved_row(row: Mapping[str, Any]) -> list[str]:
     """A method's line in the table of exact match."""
     told = row[EXACT]
-    return [row["method"], *(spread_text(of) for of in (told["before"], *(told["final"][p] for p in PROTOCOLS), told["best"]["personalised"]))]
+    return [
+        row["method"],
+        *(spread_text(of) for of in (told["before"], *(told["final"][p] for p in PROTOCOLS), told["best"]["personalised"])),
+    ]
 
 
 def tells(summary: Summary) -> bool:
@@ -277,7 +280,7 @@ def _tex_cell(rows: Sequence[Mapping[str, Any]], i: int, protocol: str, key: str
     score, found = each[i], rows[i]["against"][protocol] if key == "scores" else None
     if score["mean"] is None:
         return "--"
-    highest = max(of["mean"] for of in each if of["mean"] is not None)
+    highest = max(mean for of in each if (mean := of["mean"]) is not None)
     text = f"{score['mean']:.3f}" + ("" if score["deviation"] is None else rf" $\pm$ {score['deviation']:.3f}")
     sign = "" if found is None else "+" if found["low"] > 0 else "-" if found["high"] < 0 else ""
     return (rf"\textbf{{{text}}}" if score["mean"] == highest else text) + (f"$^{{{sign}}}$" if sign else "")
