@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -15,7 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedloom.methods import all_methods
+from fedloom.methods.finetuned import FineTuned
 from fedloom.run import checkpoint
+from fedloom.run.adopt import adopt
 from fedloom.run.again import evaluate_again
 from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.console import Progress
@@ -25,6 +28,7 @@ from fedloom.run.export import export
 from fedloom.run.loop import run
 from fedloom.run.recipes import resolve
 from fedloom.run.report import write_report
+from fedloom.run.tracking import numbers as tracked
 from fedloom.run.world import build, store_in
 from tests import small
 from tests.conformance.test_methods import TURNS, rows, without_clock
@@ -149,6 +153,8 @@ def test_exact_match_is_told_at_every_evaluation_and_again(tmp_path: Path, monke
             assert of["exact_match"].keys() == {"personalised", "global"}
             assert all((share in (0, 1 / 3, 2 / 3, 1)) if known else share is None for share in of["exact_match"].values())
             assert of["exact_match"]["personalised"] == of["exact_match"]["global"], "every device has the global model"
+    names = {f"{split}exact_match/{protocol}" for split in ("", "validation/") for protocol in ("personalised", "global")}
+    assert names <= tracked(lines[2]).keys() and not names & tracked(lines[1]).keys(), "what trackers are told"
     told = results["exact_match"]
     assert (told["prompts"], told["held"], told["validation"]) == (3, 16, {"prompts": 3, "held": 16})
     assert told["after"] == told["personalised"] == lines[-1]["exact_match"]["global"] == results["final"]["exact_match"]["global"]
@@ -175,6 +181,17 @@ def test_exact_match_is_told_at_every_evaluation_and_again(tmp_path: Path, monke
     (tmp_path / "run" / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     again = evaluate_again(asked, tmp_path / "run")
     assert again.equal and "exact_match" not in again.scores["test"]
+
+
+def test_a_training_that_is_taken_over_tells_exact_match_after_its_last_round(tmp_path: Path) -> None:
+    asked = experiment(data=numbers(tmp_path), exact_match=2, max_length=30)
+    run(asked, tmp_path / "trained", plain=True)
+    tuned = replace(asked, method=FineTuned(inner=asked.method))
+    results = adopt(tuned, tmp_path / "run", tmp_path / "trained", Progress(2, "", plain=True, stream=StringIO()))
+    told = [row["exact_match"] for row in rows(tmp_path / "run")]
+    assert told[:-1] == [{"personalised": None, "global": None}] * 2 and told[-1] == results["final"]["exact_match"]
+    assert told[-1]["global"] == rows(tmp_path / "trained")[-1]["exact_match"]["global"]
+    assert evaluate_again(tuned, tmp_path / "run").equal
 
 
 def test_without_a_global_model_the_device_that_holds_the_prompt_writes(tmp_path: Path) -> None:
