@@ -5,8 +5,9 @@
     python recipes/cycles.py                                                                       the packaged questions, MiniLM
 
 24 devices, 4 cycles: every device trains 4 times for 2 epochs, whoever else does so at once. Every method is given the same three learning
-rates, chosen on validation with the first seed, LoRA four times as high ones. What comes out: OUT/cycles.md, the validation loss after
-1/3, 1, 2, 3 and 4 cycles, and what travelled. Stop it and run it again: finished runs are used as they are.
+rates, chosen on validation with the first seed, LoRA four times as high ones. Beside the federations two hold all data in one place: the
+whole model (centralised), and its blocks in turn, an epoch each (badam, after BAdam, 2404.02827). What comes out: OUT/cycles.md, the
+validation loss after 1/3, 1, 2, 3 and 4 cycles, and what travelled. Stop it and run it again: finished runs are used as they are.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ GROUPS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "lora": ({"lora": FedAvg()}, {"cohort": COHORT, "rounds": TURNS // COHORT, "evaluate_every": 2}, COHORT),
     "centre": (
         {"centralised": Centralised()},
-        {"cohort": 1, "rounds": CYCLES, "evaluate_every": 1, "adapter": Adapter(kind="full")},
+        {"cohort": CLIENTS, "rounds": CYCLES, "evaluate_every": 1, "adapter": Adapter(kind="full")},
         CLIENTS,
     ),
     "one-client": (

@@ -44,7 +44,7 @@ def run(words: Sequence[str]) -> int:
     (word, *_), rest = _named(words, "fedloom run METHOD", "one method, such as: fedloom run fibecfed")
     with loading():
         from fedloom.run import options, recipes
-        from fedloom.run.console import results_table
+        from fedloom.run.console import results_table, solved_text
         from fedloom.run.loop import run as run_experiment
 
     recipe = recipes.resolve(word)
@@ -56,6 +56,8 @@ def run(words: Sequence[str]) -> int:
 
     report = write_report([out], out / "report.html")
     Console().print(results_table([results]))
+    if results.get("exact_match"):
+        print(solved_text(results["exact_match"]))
     print(f"results: {out / 'results.json'}\nreport:  {report}")
     return 0
 
@@ -100,7 +102,7 @@ def serve(words: Sequence[str]) -> int:
     with loading():
         from fedloom.run import options, recipes
         from fedloom.run.certificates import public_keys
-        from fedloom.run.console import results_table
+        from fedloom.run.console import results_table, solved_text
         from fedloom.run.federation import Patience
         from fedloom.run.federation import serve as serve_experiment
 
@@ -116,6 +118,8 @@ def serve(words: Sequence[str]) -> int:
 
     report = write_report([out], out / "report.html")
     Console().print(results_table([results]))
+    if results.get("exact_match"):
+        print(solved_text(results["exact_match"]))
     print(f"results: {out / 'results.json'}\nreport:  {report}")
     return 0
 
@@ -231,6 +235,7 @@ def methods(words: Sequence[str]) -> int:
 
 def evaluate(words: Sequence[str]) -> int:
     """A run, evaluated again."""
+    from fedloom.data.numbers import EXACT as NUMBERS
     from fedloom.run import recipes
     from fedloom.run.again import evaluate_again
     from fedloom.run.console import score_text
@@ -239,6 +244,8 @@ def evaluate(words: Sequence[str]) -> int:
     experiment = recipes.experiment_in(given.folder, given.recipe)
     found = evaluate_again(experiment, given.folder, recipes.resolve(given.method).kind if given.method else None)
     rows = [(split, score_text(scores["personalised"]), score_text(scores["global"])) for split, scores in found.scores.items()]
+    solved = [(split, scores[NUMBERS]) for split, scores in found.scores.items() if NUMBERS in found.scores["test"]]
+    rows += [(f"{split}, exact match", score_text(of["personalised"]), score_text(of["global"])) for split, of in solved]
     _show(f"{found.method} after round {found.round}: {found.metric}", ("split", "personalised", "global"), rows)
     if found.recorded is None:
         print("nothing was recorded for this to be compared with")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -15,7 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedloom.methods import all_methods
+from fedloom.methods.finetuned import FineTuned
 from fedloom.run import checkpoint
+from fedloom.run.adopt import adopt
+from fedloom.run.again import evaluate_again
 from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.console import Progress
 from fedloom.run.describe import describe
@@ -24,6 +28,7 @@ from fedloom.run.export import export
 from fedloom.run.loop import run
 from fedloom.run.recipes import resolve
 from fedloom.run.report import write_report
+from fedloom.run.tracking import numbers as tracked
 from fedloom.run.world import build, store_in
 from tests import small
 from tests.conformance.test_methods import TURNS, rows, without_clock
@@ -70,10 +75,7 @@ def test_every_method_answers(name: str, tmp_path: Path) -> None:
     for row in told:
         assert row["validation"]["perplexity"] == pytest.approx(np.exp(row["validation"]["loss"]))
     assert told[1]["answered"] == [0] if name in TURNS else len(told[1]["answered"]) >= 1
-    has_global = results["final"]["global"] is not None
-    assert len(results["samples"]) == (3 if has_global else 0)
-    if has_global:
-        assert set(results["samples"][0]) == {"prompt", "due", "before", "after"}
+    assert [set(sample) for sample in results["samples"]] == [{"prompt", "due", "before", "after"}] * 3
     assert results["partition"]["classes"] == ["x", "y", "z"]
     assert "perplexity" not in results["final"]
 
@@ -130,17 +132,84 @@ def test_what_is_exported_generates_what_the_report_shows(name: str, tmp_path: P
     assert results["exact_match"] is None and "exact match" not in page
 
 
-def test_where_answers_end_in_a_number_exact_match_is_told(tmp_path: Path) -> None:
-    numbers = tmp_path / "numbers"
-    numbers.mkdir()
+def numbers(tmp_path: Path) -> str:
+    """A folder of prompts whose answers end in a number."""
+    folder = tmp_path / "numbers"
+    folder.mkdir(exist_ok=True)
     for split in ("train", "validation", "test"):
         made = (json.dumps({"question": f"w{i}", "answer": f"w2 #### {i % 3}"}) + "\n" for i in range(16))
-        (numbers / f"{split}.jsonl").write_text("".join(made))
-    results = run(experiment(data=str(numbers), exact_match=3, max_length=30), tmp_path / "run", plain=True)
+        (folder / f"{split}.jsonl").write_text("".join(made))
+    return str(folder)
+
+
+def test_exact_match_is_told_at_every_evaluation_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every evaluated round, and of no other; a run that was stopped tells the same rows; another evaluation finds the same."""
+    asked = experiment(data=numbers(tmp_path), exact_match=3, max_length=30, rounds=3, evaluate_every=2)
+    results = run(asked, tmp_path / "run", plain=True)
+    lines = rows(tmp_path / "run")
+    for row in lines:
+        known = row["round"] != 1
+        for of in (row, row["validation"]):
+            assert of["exact_match"].keys() == {"personalised", "global"}
+            assert all((share in (0, 1 / 3, 2 / 3, 1)) if known else share is None for share in of["exact_match"].values())
+            assert of["exact_match"]["personalised"] == of["exact_match"]["global"], "every device has the global model"
+    names = {f"{split}exact_match/{protocol}" for split in ("", "validation/") for protocol in ("personalised", "global")}
+    assert names <= tracked(lines[2]).keys() and not names & tracked(lines[1]).keys(), "what trackers are told"
     told = results["exact_match"]
-    assert told["prompts"] == 3 and told["held"] == 16 and 0 <= told["after"] <= 1
+    assert (told["prompts"], told["held"], told["validation"]) == (3, 16, {"prompts": 3, "held": 16})
+    assert told["after"] == told["personalised"] == lines[-1]["exact_match"]["global"] == results["final"]["exact_match"]["global"]
     page = write_report([tmp_path / "run"], tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "3 of 16" in page and "exact match, before" in page
+    assert "3 of 16" in page and "exact match, before" in page and "exact match against rounds" in page
+
+    show = Progress.round
+
+    def dying(self: Progress, row: dict[str, Any]) -> None:
+        show(self, row)
+        if row["round"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "round", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(asked, tmp_path / "stopped", plain=True)
+    monkeypatch.setattr(Progress, "round", show)
+    assert without_clock(run(asked, tmp_path / "stopped", plain=True)) == without_clock(results)
+    assert [without_clock(row) for row in rows(tmp_path / "stopped")] == [without_clock(row) for row in lines]
+
+    assert evaluate_again(asked, tmp_path / "run").equal
+    for row in lines:  # as a version wrote them that told exact match at the end only
+        del row["exact_match"], row["validation"]["exact_match"]
+    (tmp_path / "run" / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    again = evaluate_again(asked, tmp_path / "run")
+    assert again.equal and "exact_match" not in again.scores["test"]
+
+
+def test_a_training_that_is_taken_over_tells_exact_match_after_its_last_round(tmp_path: Path) -> None:
+    asked = experiment(data=numbers(tmp_path), exact_match=2, max_length=30)
+    run(asked, tmp_path / "trained", plain=True)
+    tuned = replace(asked, method=FineTuned(inner=asked.method))
+    results = adopt(tuned, tmp_path / "run", tmp_path / "trained", Progress(2, "", plain=True, stream=StringIO()))
+    told = [row["exact_match"] for row in rows(tmp_path / "run")]
+    assert told[:-1] == [{"personalised": None, "global": None}] * 2 and told[-1] == results["final"]["exact_match"]
+    assert told[-1]["global"] == rows(tmp_path / "trained")[-1]["exact_match"]["global"]
+    assert evaluate_again(tuned, tmp_path / "run").equal
+
+
+def test_without_a_global_model_the_device_that_holds_the_prompt_writes(tmp_path: Path) -> None:
+    asked = experiment("local", data=numbers(tmp_path), exact_match=4, max_length=30, evaluate_every=0)
+    results = run(asked, tmp_path / "run", plain=True)
+    assert results["exact_match"]["after"] is None and 0 <= results["exact_match"]["personalised"] <= 1
+    world, store = build(asked), store_in(tmp_path / "run")
+    saved = checkpoint.load(tmp_path / "run", store)
+    assert saved is not None and len(results["samples"]) == 3
+    for row, sample in enumerate(results["samples"]):
+        (holder,) = (k for k, held in enumerate(world.partition.shards("test")) if row in held)
+        private, _ = store.load(holder)
+        prompt = world.model.speaker.asked(f"w{row}", 30)  # type: ignore[union-attr]
+        assert sample["prompt"] == world.model.tokenizer.decode(prompt, skip_special_tokens=True)
+        assert [sample["after"]] == world.model.continued(private, [prompt], 64)
+    assert len({k for row in range(3) for k, held in enumerate(world.partition.shards("test")) if row in held}) > 1
+    page = write_report([tmp_path / "run"], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "4 of 16" in page and results["samples"][0]["after"] in page
 
 
 @pytest.mark.parametrize("task", ["chat", "text"])
@@ -182,7 +251,11 @@ def test_plain_text_and_columns_by_name(tmp_path: Path) -> None:
         world = build(experiment(**fields))
         assert world.model.speaker is not None
         assert world.source.task.metric == "token_accuracy"
+    asked = experiment(data=numbers(tmp_path), exact_match=3, max_length=30, rounds=5, evaluate_every=2)
+    assert "answers written to 3 of 16 validation and 3 of 16 test prompts: up to" in (told := dict(describe(asked).lines)["exact match"])
+    assert "tokens each, 4 times, by" in told, "after rounds 0, 2, 4 and 5"
     lines = dict(describe(experiment()).lines)
+    assert "exact match" not in lines
     assert lines["template"] == TEMPLATE
     assert lines["answers"] == "prompt instruction + context, answer response, skewed by category (3 values)"
     assert "8 (3)" not in lines["parameters"] and " lora" not in lines["parameters"] and "LoRA" in lines["parameters"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 
 import numpy as np
 import pytest
 from rich.console import Console
 from rich.table import Table
 
-from fedloom.run.console import Progress, human_bytes, human_seconds, partition_table, results_table, sparkline
+from fedloom.run.console import Progress, human_bytes, human_seconds, partition_table, results_table, solved_text, sparkline
 from tests.unit.run_folder import CLASSES, experiment_of, results_of, rows_of
 
 
@@ -91,6 +92,24 @@ def test_plain_progress_is_one_line_a_round_and_a_phase():
     assert "up 9.0 MB  down 12 MB" not in lines[5] and "up 9.0 MB  down 12.0 MB  12 s elapsed  9.0 s left" in lines[5]
     assert "left" not in lines[8] and "up 18.0 MB" in lines[8]
     assert lines[9:] == ["note: the 10 % [cut] stays literal", "done after 21 s"]
+
+
+def test_exact_match_is_shown_where_rows_tell_it():
+    stream, rows = io.StringIO(), rows_of(6)
+    shares = [{"personalised": 0.125, "global": 0.25}, {"personalised": None, "global": None}]
+    with Progress(6, "t", plain=True, stream=stream) as progress:
+        progress.round(rows[0])
+        progress.round({**rows[1], "exact_match": shares[0]})
+        progress.round({**rows[2], "exact_match": shares[1]})
+        shown = text_of(progress.view())
+    lines = stream.getvalue().splitlines()
+    assert "exact match" not in lines[1]
+    assert all("  exact match 0.1250/0.2500  up " in line for line in lines[2:4]), "a row without evaluation shows the last known share"
+    assert re.search("exact match, personalised +0.1250", shown) and re.search("exact match, global +0.2500", shown)
+    told = {"before": 0.0, "after": None, "personalised": 0.5, "prompts": 32, "held": 1319}
+    line = "exact match of the numbers in 32 of 1,319 test answers: 0.0000 before training, 0.5000 personalised"
+    assert solved_text(told) == line
+    assert solved_text({"before": 0.0, "after": 0.25, "prompts": 2, "held": 2}).endswith("0.0000 before training, 0.2500 global")
 
 
 def test_time_left_follows_the_median_of_the_last_rounds():

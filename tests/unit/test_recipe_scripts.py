@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ from fedloom.encodings import NAMES
 from fedloom.methods import all_methods
 from fedloom.run.experiment import as_json
 from fedloom.run.plan import Plan
+from fedloom.server.cycle import block_at, turns
 from tests.unit.run_folder import write_run
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -132,6 +134,31 @@ def test_an_ablation_that_is_not_there_is_told_what_is(
     with pytest.raises(SystemExit):
         ablations.main()
     assert "parts, pacing, order, layers, keep, skew, devices, cohort" in capsys.readouterr().err
+
+
+def test_every_group_of_cycles_sees_every_example_as_often() -> None:
+    """Twice a cycle; and what is compared is what the paper compares: block-cyclic in turns and in cohorts, whole models handed over and
+    averaged, GaLore, LISA, LoRA, everything in one place, and BAdam: one place that trains the blocks in turn."""
+    cycles = loaded("cycles")
+    base = cycles.base_of(Namespace(data="trec", model="minilm", skew="0.1", train=480, length=96))
+    made = {}
+    for methods, change, worth in cycles.GROUPS.values():
+        experiment = replace(base, **change)
+        assert experiment.rounds * worth == cycles.TURNS, "a round is worth as many turns as it says"
+        for name, method in methods.items():
+            made[name] = replace(experiment, method=method)
+            inner = method
+            while "inner" in vars(inner):
+                inner = inner.inner
+            assert experiment.rounds * experiment.cohort * inner.local_epochs == 2 * cycles.CYCLES * experiment.clients, name
+    assert set(made) == {
+        *("fedcybgd", "fedcybgd-random", "handover", "fedbavg", "fedfft", "galore", "lisa", "lora", "centralised", "badam")
+    }
+    badam = made["badam"]
+    assert (badam.clients, badam.cohort, badam.method.order) == (1, 1, "ascending")
+    blocks = 6  # MiniLM's layers
+    visited = [block_at(t, turns(badam.clients, blocks), blocks, badam.method.order, 5) for t in range(badam.rounds)]
+    assert visited[:blocks] == sorted(set(visited)) and len(set(visited)) == blocks, "every block, from the input up, then again"
 
 
 def test_every_wire_is_a_plan_of_its_own_in_a_folder_of_its_own() -> None:

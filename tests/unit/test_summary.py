@@ -136,6 +136,51 @@ def test_a_mean_curve_has_the_deviation_of_its_scores(tmp_path: Path) -> None:
     assert track.axis("up").tolist()[:3] == [5_000_000, 8_000_000, 11_000_000]
 
 
+def tell_numbers(out: Path) -> dict[str, Ended]:
+    """Runs of which lora's tell exact match: in row t of seed s (10·s + t)/100, personalised, and no global one; before training s/100."""
+    ended = ended_in(out)
+    for seed in SEEDS:
+        folder = out / f"lora-seed{seed}"
+        rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+        for row in rows:
+            share = (10 * seed + row["round"]) / 100 if row["personalised"] is not None else None
+            row["exact_match"] = {"personalised": share, "global": None}
+        (folder / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        results: Any = json.loads((folder / "results.json").read_text())
+        for at, t in (("final", 10), ("best", 5)):
+            results[at]["exact_match"] = rows[t]["exact_match"]
+        results["exact_match"] = {
+            "before": seed / 100,
+            "after": None,
+            "prompts": 3,
+            "held": 4,
+            "last_number": {"before": 0.0, "after": None},
+        }
+        (folder / "results.json").write_text(json.dumps(results))
+        ended[f"lora-seed{seed}"] = Ended(results)
+    return ended
+
+
+def test_exact_match_is_a_mean_over_seeds_and_a_curve(tmp_path: Path) -> None:
+    summary = summarise(PLAN, tell_numbers(tmp_path), lambda run: tmp_path / run.name, "lora")
+    lora, local = rows_of(summary)
+    found = lora["exact_match"]
+    assert (found["final"]["personalised"]["mean"], found["final"]["personalised"]["each"]) == (pytest.approx(0.25), {"1": 0.2, "2": 0.3})
+    assert found["final"]["personalised"]["deviation"] == pytest.approx(0.1 / 2**0.5)
+    assert found["best"]["personalised"]["mean"] == pytest.approx(0.2) and found["before"]["mean"] == pytest.approx(0.015)
+    assert found["final"]["global"]["mean"] is None and local["exact_match"] is None
+    track = track_of("lora", [read(tmp_path / f"lora-seed{seed}") for seed in SEEDS])
+    assert (
+        track.rows[5]["exact_match"] == {"personalised": pytest.approx(0.2), "global": None}
+        and track.rows[1]["exact_match"]["personalised"] is None
+    )
+    assert track.solved["personalised"][5] == pytest.approx(0.1 / 2**0.5)
+    page = write_report([tmp_path / "lora-seed1"], tmp_path / "report.html", summary).read_text()
+    assert page.count("Personalised exact match against device time") == page.count("Personalised exact match against uploads") == 1
+    assert "Global exact match" not in page, "nothing is drawn of what nobody has"
+    assert page.count("Personalised exact match against rounds") == 1 and "3 of 4" in page
+
+
 def test_a_page_about_many_runs_shows_some_and_says_so(tmp_path: Path) -> None:
     summary = summed(tmp_path)
     (tmp_path / "summary.json").write_text(json.dumps(summary))

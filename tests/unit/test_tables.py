@@ -218,3 +218,33 @@ def test_the_tabular_marks_the_best_of_each_column_and_what_the_interval_says() 
     assert body[3].endswith(r" & 1.5 & - \\")
     columns = lines[next(i for i, line in enumerate(lines) if "begin{tabular}" in line)]
     assert columns == r"\begin{tabular}{lrrrrrr}"
+
+
+def test_exact_match_has_a_table_columns_and_a_part_of_the_tabular_where_it_is_told() -> None:
+    made = summary()
+    assert "exact match" not in as_markdown(made) + as_tex(made) and "exact_match" not in as_csv(made)
+    lora, mine, local = (dict(of) for of in made["cases"][1]["rows"])
+    made["cases"][1] = {**made["cases"][1], "rows": [lora, mine, local]}
+    none = score(None)
+    lora["exact_match"] = {
+        "before": score(0.125),
+        "final": {"personalised": score(0.25), "global": score(0.375)},
+        "best": {"personalised": score(0.5), "global": none},
+    }
+    mine["exact_match"] = {"before": score(0.125), "final": (both := {"personalised": score(0.75, None), "global": none}), "best": both}
+    (table,) = [(headers, rows) for title, headers, rows in terminal(made) if "exact match" in title]
+    assert [" ".join(header.split()) for header in table[0]] == ["method", "before training", "personalised", "global", "personalised best"]
+    assert table[1] == [
+        ["lora", "0.1250 ± 0.010", "0.2500 ± 0.010", "0.3750 ± 0.010", "0.5000 ± 0.010"],
+        ["my_method", "0.1250 ± 0.010", "0.7500", "-", "0.7500"],
+    ]
+    lines = list(csv.DictReader(io.StringIO(as_csv(made))))
+    told = [
+        (of["exact_match_before_mean"], of["exact_match_final_global_mean"], of["exact_match_best_personalised_deviation"]) for of in lines
+    ]
+    assert told == [("", "", "")] * 3 + [("0.125", "0.375", "0.01"), ("0.125", "", ""), ("", "", "")]
+    body = [line for line in as_tex(made).splitlines() if line.endswith(r"\\")]
+    assert body[0].count("multicolumn{2}") == 4 and body[0].count(", exact match}") == 1
+    assert {line.count("&") for line in body[1:]} == {8}
+    assert r"& 0.250 $\pm$ 0.010 & \textbf{0.375 $\pm$ 0.010} & 2 & - \\" in body[2]
+    assert r"& \textbf{0.750} & -- & " in body[3] and r"& -- & -- & " in body[4]

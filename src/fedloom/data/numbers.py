@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
+EXACT = "exact_match"
+"""What the share of right numbers is called in rows and results."""
+
 MARK = "####"
 """What stands before the final number."""
 

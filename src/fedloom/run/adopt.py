@@ -7,17 +7,18 @@ is its own. Only the last round is evaluated, because the models of the rounds b
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedloom.data.tasks import Split
 from fedloom.engines.engine import drive
 from fedloom.methods.method import State
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import CheckpointError, Saved, write_atomically
 from fedloom.run.console import Show
-from fedloom.run.evaluation import NOTHING, evaluate
+from fedloom.run.evaluation import evaluate, nothing
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.ledger import Ledger
 from fedloom.run.loop import Told, check, claim, finish
@@ -58,16 +59,16 @@ def adopt(experiment: Experiment, folder: Path, trained: Path, show: Show, track
         ledger.set_up(section)
         state = State(saved.state.round, saved.state.shared, prepared.server, prepared.facts)
         show.phase(f"evaluating what {trained.name} trained")
-        found = evaluate(world, state, engine)
-        write_atomically(ledger.path, "".join(json.dumps(row) + "\n" for row in _rows(trained, found.scores)))
+        found = evaluate(world, state, engine, store=store)
+        write_atomically(ledger.path, "".join(json.dumps(row) + "\n" for row in _rows(trained, found.scores, nothing(world))))
         checkpoint.save(folder, Saved(state, ledger.totals, saved.data), store)
         results = finish(world, folder, state, ledger, found, store, [f"trained by {trained.name}; evaluated after the last round only"])
         track_ended(track, experiment, folder, results)
         return results
 
 
-def _rows(trained: Path, scores: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The trained run's rows with these scores in the last and none in the others."""
+def _rows(trained: Path, scores: Mapping[Split, dict[str, Any]], unknown: Mapping[Split, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The trained run's rows with these scores in the last and ``unknown`` ones in the others."""
     rows = [json.loads(line) for line in (trained / "rounds.jsonl").read_text().splitlines()]
-    blank = {**NOTHING["test"], "validation": NOTHING["validation"]}
+    blank = {**unknown["test"], "validation": unknown["validation"]}
     return [{**row, **blank} for row in rows[:-1]] + [{**rows[-1], **scores["test"], "validation": scores["validation"]}]

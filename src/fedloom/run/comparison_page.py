@@ -6,11 +6,13 @@ This module does not know HTML; ``report.py`` puts what it gives into the page.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import mean
 from typing import Any
 
+from fedloom.data.numbers import EXACT
 from fedloom.run import figures
-from fedloom.run.reading import Run
+from fedloom.run.reading import Run, solved
 from fedloom.run.statistics import spread
 from fedloom.run.tables import terminal
 
@@ -48,12 +50,22 @@ def _pictures(case: Mapping[str, Any], by_name: Mapping[str, Run], name: str) ->
             goals = [goal for goal in case["target"][protocol].values() if goal is not None]
             svg = figures.metric_curve(tracks, protocol, against, case["metric"], target=mean(goals) if goals else None)
             pictures.append(figures.inline(svg, f"{name}-{protocol}-{against}"))
-    return pictures
+    return [*pictures, *(one for of in solved_curves(tracks, f"{name}-numbers", ["device", "up"]).values() for one in of)]
+
+
+def solved_curves(tracks: Sequence[figures.Track], name: str, against: Sequence[figures.Against]) -> dict[str, list[str]]:
+    """Curves of exact match, by their heading; nothing where no row tells any."""
+    told = [replace(t, rows=[{**row, **{p: solved(row, p) for p in PROTOCOLS}} for row in t.rows], deviations=t.solved) for t in tracks]
+    known: list[figures.Protocol] = [p for p in PROTOCOLS if any(row[p] is not None for track in told for row in track.rows)]
+    if not known:
+        return {}
+    pictures = [(p, a, figures.metric_curve(told, p, a, "exact match")) for a in against for p in known]
+    return {"Exact match": [figures.inline(svg, f"{name}-{p}-{a}") for p, a, svg in pictures]}
 
 
 def track_of(label: str, runs: Sequence[Run]) -> figures.Track:
     """The mean of a method's runs, row by row, with the deviations of its scores. A score that one run lacks is left out."""
-    rows, deviations = [], {p: [] for p in PROTOCOLS}
+    rows, deviations, apart = [], {p: [] for p in PROTOCOLS}, {p: [] for p in PROTOCOLS}
     for together in zip(*(run.rows for run in runs), strict=False):
         row: dict[str, Any] = {"round": together[0]["round"], **{key: mean(one[key] for one in together) for key in COSTS}}
         for p in PROTOCOLS:
@@ -61,7 +73,11 @@ def track_of(label: str, runs: Sequence[Run]) -> figures.Track:
             found = spread(scores)
             row[p] = found.mean if None not in scores else None
             deviations[p].append(found.deviation if None not in scores else None)
+            shares = [solved(one, p) for one in together]
+            found = spread(shares)
+            row.setdefault(EXACT, {})[p] = found.mean if None not in shares else None
+            apart[p].append(found.deviation if None not in shares else None)
         rows.append(row)
     results = [run.results for run in runs if run.results is not None]
     up, down, seconds = (mean(r[f"setup_{key}"] for r in results) if results else 0.0 for key in COSTS)
-    return figures.Track(label, rows, up + down, seconds, setup_up=up, deviations=deviations)
+    return figures.Track(label, rows, up + down, seconds, setup_up=up, deviations=deviations, solved=apart)

@@ -25,6 +25,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fedloom.data.numbers import EXACT
+
 Row = Mapping[str, Any]
 """One object of ``rounds.jsonl``."""
 
@@ -90,7 +92,8 @@ class Progress:
     """The progress of one run, as a context manager. ``plain=None`` means live if the stream is a terminal.
 
     Call :meth:`phase` when something starts, :meth:`round` with each row of ``rounds.jsonl``, :meth:`note` to tell something.
-    Metrics that a row leaves null keep their last known value. Leaving the block leaves the last state on the screen.
+    Metrics that a row leaves null keep their last known value; exact match is shown where rows tell it. Leaving the block leaves the last
+    state on the screen.
     """
 
     def __init__(
@@ -109,6 +112,7 @@ class Progress:
         self.began = self.ended = False
         self.loss: float | None = None
         self.scores: dict[str, list[float]] = {"personalised": [], "global": []}
+        self.solved: dict[str, list[float]] = {"personalised": [], "global": []}
         self.bytes_up = self.bytes_down = self.failures = 0
         self.durations: deque[float] = deque(maxlen=WINDOW)
         self.console = Console(file=self.stream, force_terminal=None if self.plain else True, highlight=False)
@@ -170,6 +174,8 @@ class Progress:
         for protocol, known in self.scores.items():
             if row[protocol] is not None:
                 known.append(float(row[protocol]))
+            if (share := (row.get(EXACT) or {}).get(protocol)) is not None:
+                self.solved[protocol].append(float(share))
         self.bytes_up += int(row["bytes_up"])
         self.bytes_down += int(row["bytes_down"])
         self.failures += len(row["failed"])
@@ -194,6 +200,9 @@ class Progress:
         traffic = [("down", human_bytes(self.bytes_down)), ("failed", str(self.failures) if self.failures else "none")]
         for (protocol, known), (label, text) in zip(self.scores.items(), traffic, strict=True):
             numbers.add_row(protocol, _bold(score_text(self._last(protocol))), self._spark(known), label, _bold(text))
+        for protocol, known in self.solved.items():
+            if known:
+                numbers.add_row(f"exact match, {protocol}", _bold(score_text(known[-1])), self._spark(known), "", "")
         return Group(Text(self.title, style="bold cyan"), head, numbers)
 
     def _summary(self) -> str:
@@ -203,6 +212,7 @@ class Progress:
             f"loss {_loss_text(self.loss)}",
             f"personalised {score_text(self._last('personalised'))}",
             f"global {score_text(self._last('global'))}",
+            *([f"exact match {'/'.join(score_text(of[-1] if of else None) for of in self.solved.values())}"] if self._solves else []),
             f"up {human_bytes(self.bytes_up)}",
             f"down {human_bytes(self.bytes_down)}",
             f"{human_seconds(self.clock() - self.started)} elapsed",
@@ -210,6 +220,11 @@ class Progress:
         parts += [f"{human_seconds(left)} left"] if left is not None else []
         parts += [f"{self.failures} failed so far"] if self.failures else []
         return "  ".join(parts)
+
+    @property
+    def _solves(self) -> bool:
+        """Whether any exact match is known."""
+        return any(self.solved.values())
 
     def _last(self, protocol: str) -> float | None:
         return self.scores[protocol][-1] if self.scores[protocol] else None
@@ -268,6 +283,13 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
     table.caption = "final: after the last round; best: at the round with the best validation score. Device time is simulated."
     table.caption_justify = "left"
     return table
+
+
+def solved_text(told: Mapping[str, Any]) -> str:
+    """The exact match that a run's ``results.json`` tells, as a line."""
+    shares = {"before training": told["before"], "global": told["after"], "personalised": told.get("personalised")}
+    known = ", ".join(f"{score_text(share)} {name}" for name, share in shares.items() if share is not None)
+    return f"exact match of the numbers in {told['prompts']:,} of {told['held']:,} test answers: {known}"
 
 
 def partition_table(counts: np.ndarray, classes: Sequence[str]) -> Table:

@@ -26,6 +26,7 @@ from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.run.figures import Kind, partition_picture
 from fedloom.run.ledger import Section
 from fedloom.run.memory import needed, sizes_of, told
+from fedloom.run.numbers import drawn, most
 from fedloom.run.payback import plain_of
 from fedloom.run.pretended import Pretended
 from fedloom.run.spent import profiles_told
@@ -98,9 +99,19 @@ def _data(world: World) -> Lines:
         ("data", f"{world.source.name}: {rows}"),
         ("labels", f"{', '.join(task.classes)}; metric {task.metric}"),
         *([("answers", task.told)] if world.model.speaker else []),
+        *([("exact match", written)] if (written := _written(world)) else []),
         ("tokens", tokens),
         *notes,
     ]
+
+
+def _written(world: World) -> str:
+    """What is written for exact match, which costs a pass a token; nothing where nothing is."""
+    e, of = world.experiment, drawn(world)
+    times = 1 + (-(-e.rounds // e.evaluate_every) if e.evaluate_every else 0)
+    counts = " and ".join(f"{len(one.rows):,} of {one.held:,} {split}" for split, one in of.items())
+    much = f"up to {most(world)} tokens each, {'once' if times == 1 else f'{times} times'}, by each protocol's models"
+    return f"answers written to {counts} prompts: {much}; --exact-match 0 saves the time" if of else ""
 
 
 def _model(world: World) -> Lines:

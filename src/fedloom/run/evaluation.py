@@ -3,27 +3,31 @@
 - **personalised**: every device predicts its own shard with its own model; all predictions are pooled into one score.
 - **global**: the one assembled model on the whole split. None where a method has no such model.
 
-Both are taken on the validation split (for choosing anything) and on the test split (for telling).
+Both are taken on the validation split (for choosing anything) and on the test split (for telling). Where answers end in numbers, those that
+the models write are told beside them (``numbers.py``); nothing is chosen by them.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from fedloom.client.elsewhere import Store
 from fedloom.compute.work import Predict
 from fedloom.data.instructions import METRIC as TOKENS_RIGHT
 from fedloom.data.instructions import PERPLEXITY, perplexity
+from fedloom.data.numbers import EXACT as NUMBERS
 from fedloom.data.questions import EXACT
 from fedloom.data.tasks import Outcomes, Split, headline
 from fedloom.engines.engine import Engine, drive
 from fedloom.messages import Asking, Flow, Update, ask, whole
 from fedloom.methods.method import State
+from fedloom.run.numbers import NOT_WRITTEN, Solved, solved, tells
 from fedloom.run.statistics import tallies
 from fedloom.run.world import World
 
@@ -42,25 +46,44 @@ class Evaluation:
     an answer can be right in part; and by protocol, for each device, the
     cells ``[true class, predicted class, examples]`` of its test examples' confusion matrix that are not 0 (None: no such model).
     ``held``, int64 (K,): of how many. Where answers are written, tokens are counted instead of examples, all of class 0 and told as 0 where
-    they were right, as 1 where not; of questions their F1, in so many parts (``task.unit``)."""
+    they were right, as 1 where not; of questions their F1, in so many parts (``task.unit``). ``solved``: the numbers that the models
+    write, which ``scores`` tell too (None: none were asked for)."""
 
-    scores: dict[str, dict[str, Any]]
+    scores: dict[Split, dict[str, Any]]
     correct: np.ndarray
     held: np.ndarray
     confusion: dict[str, list[list[list[int]]] | None]
+    solved: Solved | None = None
 
 
-NOTHING = {"validation": {"personalised": None, "global": None, "loss": None}, "test": {"personalised": None, "global": None}}
+NOTHING: dict[Split, dict[str, Any]] = {
+    "validation": {"personalised": None, "global": None, "loss": None},
+    "test": {"personalised": None, "global": None},
+}
 """The scores of a round that was not evaluated."""
 
 
-def evaluate(world: World, state: State, engine: Engine, among: Sequence[int] | None = None) -> Evaluation:
-    """Both protocols on both splits. Devices that are elsewhere count their predictions themselves; only those ``among`` them are asked."""
-    if world.far is not None:
-        return _evaluated_there(world, state, engine, among)
+def nothing(world: World) -> dict[Split, dict[str, Any]]:
+    """The scores of a round that was not evaluated, with whatever else this run tells of one that was."""
+    more = {NUMBERS: NOT_WRITTEN} if tells(world) else {}
+    return {split: {**NOTHING[split], **more} for split in SPLITS}
+
+
+def evaluate(world: World, state: State, engine: Engine, among: Sequence[int] | None = None, store: Store | None = None) -> Evaluation:
+    """Both protocols on both splits. Devices that are elsewhere count their predictions themselves; only those ``among`` them are asked.
+    ``store``: where the devices' states are; without it no numbers are written."""
+    found = _evaluated_here(world, state, engine) if world.far is None else _evaluated_there(world, state, engine, among)
+    written = None if store is None else solved(world, state, store)
+    if written is None:
+        return found
+    return replace(found, scores={s: {**of, NUMBERS: written.scores(s)} for s, of in found.scores.items()}, solved=written)
+
+
+def _evaluated_here(world: World, state: State, engine: Engine) -> Evaluation:
+    """From the logits of every device."""
     task, metric = world.source.task, world.source.task.metric
     logits = drive(_predictions(world, state), engine)
-    scores: dict[str, dict[str, Any]] = {}
+    scores: dict[Split, dict[str, Any]] = {}
     correct, held, owner, order = (np.zeros(0, np.int64) for _ in range(4))
     confusion: dict[str, list[list[list[int]]] | None] = {"personalised": None, "global": None}
     for split in SPLITS:
@@ -95,7 +118,7 @@ def _evaluated_there(world: World, state: State, engine: Engine, among: Sequence
     count."""
     task, devices = world.source.task, len(world.pool.clients)
     confusion: dict[str, list[list[list[int]]] | None] = {"personalised": [[] for _ in range(devices)], "global": None}
-    scores: dict[str, dict[str, Any]] = {}
+    scores: dict[Split, dict[str, Any]] = {}
     classes = max(2, len(world.classes))
     updates = [
         update

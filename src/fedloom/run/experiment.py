@@ -82,7 +82,8 @@ class Experiment:
         max_validation: keep that many validation rows (0: all).
         max_test: keep that many test rows (0: all).
         max_length: tokens after which a text is cut.
-        exact_match: test prompts at most that the trained model answers in full at the end, where answers end in "#### number" (0: none).
+        exact_match: prompts of each held-out split at most that are answered in full at every evaluation, where answers end in
+            "#### number" (0: none).
         head: linear, new and trained; or cloze: the pre-trained language model's own, asked for a word a class.
         template: the cloze's sentence with {mask}, {text} and, of pairs, {pair} (empty: what is known of the data set); or of instructions
             the one with {text} for the prompt, which the answer follows (empty: the tokenizer's chat template, or a plain one).

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from fedloom.client.store import ClientStore
 from fedloom.messages import Tensors
 from fedloom.methods.method import Predictor
 from fedloom.model.adapters import is_beneath, merged, saved_as, write_adapter
@@ -16,6 +15,7 @@ from fedloom.model.base import Model
 from fedloom.model.loading import folder_of
 from fedloom.run import checkpoint
 from fedloom.run.experiment import Experiment
+from fedloom.run.personal import personal
 from fedloom.run.world import World, build, store_in
 from fedloom.tensors import without
 
@@ -95,20 +95,7 @@ def predictor_of(world: World, folder: Path, client: int | None) -> Predictor:
         return Predictor(assembled)
     if not 0 <= client < world.experiment.clients:
         raise ExportError(f"no device {client}; the run has 0 to {world.experiment.clients - 1}")
-    return _personal(world, store, client, saved.state.shared)
-
-
-def _personal(world: World, store: ClientStore, client: int, shared: Tensors) -> Predictor:
-    device = world.device(client)
-    device.private, device.memory = store.load(client)
-    work, answer = world.experiment.method.personalise(device, shared), None
-    try:
-        while True:
-            asked = work.send(answer)
-            done = world.compute.run(asked if isinstance(asked, list) else [asked])
-            answer = [d.result for d in done] if isinstance(asked, list) else done[0].result
-    except StopIteration as finished:
-        return finished.value
+    return personal(world, store, client, saved.state.shared)
 
 
 def export(experiment: Experiment, folder: Path, out: Path, client: int | None = None, merge: bool = False) -> str:

@@ -66,7 +66,8 @@ STYLE: dict[Any, Any] = {
 class Track:
     """One run's line: its rows of ``rounds.jsonl`` and what its set-up cost, at which the first point then sits.
 
-    The rows may be means over seeds; ``deviations`` are then those of each protocol's scores, row by row, and drawn as a band.
+    The rows may be means over seeds; ``deviations`` are then those of each protocol's scores, row by row, and drawn as a band, and
+    ``solved`` those of exact match.
     """
 
     label: str
@@ -76,6 +77,7 @@ class Track:
     best_round: int | None = None
     setup_up: float = 0.0
     deviations: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    solved: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
 
     def axis(self, against: Against) -> np.ndarray:
         """(rows,) where each row stands: completed rounds, bytes up and down, or up, so far, simulated seconds so far."""

@@ -100,15 +100,14 @@ class Ledger:
         self.totals["setup_host_seconds"] += section.seconds
 
     def write(
-        self, round: int, section: Section, train_seconds: float, scores: dict[str, Any], besides: Mapping[str, Any] | None = None
+        self, round: int, section: Section, train_seconds: float, scores: Mapping[Any, Any], besides: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         """Book a round (round 0 is the evaluation after set-up, with a section that heard nothing) and append its row, with what else there
-        is to say ``besides``."""
+        is to say ``besides``. ``scores`` by split; those of the test split stand in the row itself."""
         row = {
             "round": round,
             "loss": section.loss,
-            "personalised": scores["test"]["personalised"],
-            "global": scores["test"]["global"],
+            **scores["test"],
             "examples": section.examples,
             "train_seconds": train_seconds,
             "bytes_up": section.bytes_up,

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedloom.client.elsewhere import Elsewhere, Store
+from fedloom.data.numbers import EXACT
 from fedloom.engines.engine import Engine, drive
 from fedloom.engines.heap import give_memory_back
 from fedloom.messages import CohortFailed, Replies, Take, Task, whole
@@ -21,14 +22,14 @@ from fedloom.methods.method import State
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import CheckpointError, Saved, write_atomically
 from fedloom.run.console import Progress, Show
-from fedloom.run.evaluation import NOTHING, Evaluation, evaluate
+from fedloom.run.evaluation import Evaluation, evaluate, nothing
 from fedloom.run.experiment import Experiment, as_json, as_meant, completed, first_difference
 from fedloom.run.export import write_global
 from fedloom.run.holdings import held
 from fedloom.run.late import Late, Remembering, welcome
 from fedloom.run.ledger import Ledger, Section
 from fedloom.run.memory import insist_on_room, sizes_before, sizes_of, told
-from fedloom.run.numbers import exact_match
+from fedloom.run.numbers import as_told
 from fedloom.run.payback import paid_back
 from fedloom.run.samples import samples
 from fedloom.run.tracking import Tracking, insist, track_ended
@@ -123,7 +124,7 @@ def _idle(world: World) -> list[str]:
 def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str, Any]:
     """The round loop."""
     e, method, store, missed = world.experiment, world.experiment.method, world.store(folder), 0
-    engine, data = world.engine(store), world.fingerprint()
+    engine, data, unknown = world.engine(store), world.fingerprint(), nothing(world)
     hurried = engine if world.far is None else world.far.hurried(engine)
     saved = checkpoint.load(folder, store)
     if saved is not None and saved.data != data:
@@ -134,8 +135,8 @@ def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str
         section = ledger.section()
         state, late = _set_up(world, Told(engine, show), store, section, show)
         ledger.set_up(section)
-        section, found = ledger.section(), _evaluated(world, state, engine, show, late)
-        show.round(row := ledger.write(0, section, 0.0, found.scores if found else NOTHING, told_of(late, world)))
+        section, found = ledger.section(), _evaluated(world, state, engine, show, late, store)
+        show.round(row := ledger.write(0, section, 0.0, found.scores if found else unknown, told_of(late, world)))
         checkpoint.save(folder, Saved(state, ledger.totals, data, late), store)
         tracking.round(row)
     else:
@@ -152,11 +153,12 @@ def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str
             state, missed = drive(method.round(state, pool), hurried, e.quorum, section.hear), 0
         except CohortFailed as failed:
             state, missed = _missed(world, state, store, section, missed + 1, failed, show), missed + 1
-        trained, found = section.seconds, _evaluated(world, state, engine, show, late)
-        show.round(row := ledger.write(state.round, section, trained, found.scores if found else NOTHING, told_of(late, world)))
+        trained, found = section.seconds, _evaluated(world, state, engine, show, late, store)
+        show.round(row := ledger.write(state.round, section, trained, found.scores if found else unknown, told_of(late, world)))
         checkpoint.save(folder, Saved(state, ledger.totals, data, late), store)
         tracking.round(row)
-    results = finish(world, folder, state, ledger, found or evaluate(world, state, engine, None if late is None else [*late.since]), store)
+    found = found or evaluate(world, state, engine, None if late is None else [*late.since], store)
+    results = finish(world, folder, state, ledger, found, store)
     tracking.end(results)
     return results
 
@@ -230,22 +232,20 @@ def finish(
     outcome["devices"] = world.fleet.as_json(world.pool.clients)
     outcome["notes"] += notes
     assembled = world.experiment.method.assembled(state)
-    outcome["samples"], outcome["exact_match"] = [], None
+    outcome["samples"], outcome["exact_match"] = samples(world, state, store), as_told(world, found.solved)
     if assembled is not None:
         outcome["notes"] += write_global(world.model, assembled, world.classes, folder)
-        outcome["samples"] = samples(world, assembled)
-        outcome["exact_match"] = exact_match(world, assembled)
     write_atomically(folder / "results.json", json.dumps(outcome, indent=1))
     return outcome
 
 
-def _evaluated(world: World, state: State, engine: Engine, show: Show, late: Late | None) -> Evaluation | None:
+def _evaluated(world: World, state: State, engine: Engine, show: Show, late: Late | None, store: Store) -> Evaluation | None:
     """The evaluation after this round, if it is due: every ``evaluate_every`` rounds from 0 on, and after the last."""
     every, last = world.experiment.evaluate_every, world.experiment.rounds
     if state.round < last and (not every or state.round % every):
         return None
     show.phase(f"evaluating after round {state.round}")
-    return evaluate(world, state, engine, None if late is None else [*late.since])
+    return evaluate(world, state, engine, None if late is None else [*late.since], store)
 
 
 def claim(folder: Path, experiment: Experiment) -> None:
@@ -300,7 +300,7 @@ def results_of(world: World, state: State, ledger: Ledger, found: Evaluation) ->
         }
         told = {protocol: None if of is None else of[k] for protocol, of in found.confusion.items()}
         per_device.append({**one, "participations": participations.get(str(k), 0), "labels": counts[k].tolist(), "confusion": told})
-    picked = ("round", "personalised", "global", "loss")
+    picked = [key for key in ("round", "personalised", "global", "loss", EXACT) if key in rows[-1]]
     return {
         "method": e.method_name,
         "metric": world.source.task.metric,
@@ -308,7 +308,7 @@ def results_of(world: World, state: State, ledger: Ledger, found: Evaluation) ->
         "seed": e.seed,
         "digest": e.digest(),
         "final": {key: rows[-1][key] for key in picked},
-        "best": {key: best[key] for key in picked},
+        "best": {key: best.get(key) for key in picked},
         **totals,
         "validation": {"final": rows[-1]["validation"], "best": best["validation"]},
         "notes": list(world.source.notes),

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedloom.data.numbers import EXACT
+
 EXPERIMENT_KEYS = ("method", "data", "model", "clients", "cohort", "rounds", "partition", "alpha", "seed", "device")
 ROW_KEYS = (
     *("round", "loss", "personalised", "global", "examples", "train_seconds", "bytes_up", "bytes_down"),
@@ -89,6 +91,11 @@ def _object(text: str, keys: Sequence[str], place: str) -> dict[str, Any]:
     if missing := [key for key in keys if key not in value]:
         raise ValueError(f"{place} is corrupt: it lacks {missing}; it has {sorted(value)}")
     return value
+
+
+def solved(row: Mapping[str, Any], protocol: str) -> float | None:
+    """The exact match that a row, or a result's ``final`` or ``best``, tells; None where it tells none."""
+    return (row.get(EXACT) or {}).get(protocol)
 
 
 def label_runs(runs: Sequence[Run]) -> list[str]:

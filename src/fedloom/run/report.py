@@ -20,7 +20,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedloom.run import figures
-from fedloom.run.comparison_page import comparison_of
+from fedloom.run.comparison_page import comparison_of, solved_curves
 from fedloom.run.console import human_bytes, human_seconds, score_text
 from fedloom.run.reading import Run, flat_settings, label_runs, read
 from fedloom.run.spent import spent
@@ -172,7 +172,7 @@ def _curves(runs: Sequence[Run], labels: Sequence[str]) -> dict[str, list[str]]:
         heading: [_picture(figures.metric_curve(tracks, p, against, metric), f"{p}-{against}") for p in protocols]
         for heading, against in headings.items()
     }
-    return {**pictures, "Training": [_picture(figures.loss_curve(tracks), "loss")]}
+    return {**pictures, **solved_curves(tracks, "numbers", ["round"]), "Training": [_picture(figures.loss_curve(tracks), "loss")]}
 
 
 def _track(run: Run, label: str) -> figures.Track:

@@ -7,15 +7,16 @@ and draws nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from fedloom.data.numbers import EXACT
 from fedloom.run import statistics, targets
 from fedloom.run.plan import Case, Ended, Plan, Run
-from fedloom.run.reading import read
+from fedloom.run.reading import read, solved
 
 PROTOCOLS = ("personalised", "global")
 COSTS = ("bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down", "examples", "device_seconds", "setup_device_seconds")
@@ -77,6 +78,7 @@ def _case(
                 ],
                 "runs": {str(run.experiment.seed): folder(run).name for run in of if run.experiment.seed in known},
                 "scores": {at: {p: _spread(known.values(), at, p) for p in PROTOCOLS} for at in ("final", "best")},
+                EXACT: _solved(known.values()),
                 "rank": dict.fromkeys(PROTOCOLS),
                 "against": {p: _against(plan, case, known, results[reference], p) if method != reference else None for p in PROTOCOLS},
                 "reached": {p: _reached(known, told[method], p, goals[p]) for p in PROTOCOLS},
@@ -105,6 +107,19 @@ def _spread(results: Any, at: str, protocol: str) -> dict[str, Any]:
     """Mean, deviation and count, and the scores by seed."""
     each = {str(r["seed"]): r[at][protocol] for r in results}
     return {**asdict(statistics.spread(list(each.values()))), "each": each}
+
+
+def _solved(results: Collection[Result]) -> dict[str, Any] | None:
+    """The same of exact match, and of what it was before training; None where no run tells any."""
+    places = [(at, p) for at in ("final", "best") for p in PROTOCOLS]
+    if not any(solved(r[at], p) is not None for r in results for at, p in places):
+        return None
+    told: dict[str, dict[str, Any]] = {"final": {}, "best": {}}
+    for at, p in places:
+        each = {str(r["seed"]): solved(r[at], p) for r in results}
+        told[at][p] = {**asdict(statistics.spread(list(each.values()))), "each": each}
+    each = {str(r["seed"]): (r.get(EXACT) or {}).get("before") for r in results}
+    return {**told, "before": {**asdict(statistics.spread(list(each.values()))), "each": each}}
 
 
 def _against(plan: Plan, case: Case, mine: Mapping[int, Result], reference: Mapping[int, Result], protocol: str) -> dict[str, Any] | None:

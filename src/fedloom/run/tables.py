@@ -10,6 +10,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedloom.data.numbers import EXACT
 from fedloom.run.console import NOTHING, human_bytes, human_seconds, score_text
 from fedloom.run.plan import Case, Plan
 
@@ -118,6 +119,9 @@ def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
         if rows := [[row["method"], *against_texts(found)] for row in case["rows"] if (found := row["against"]["personalised"])]:
             title = f"{case['label']}: personalised score against {summary['reference']} (paired bootstrap over devices)"
             shown.append((title, ["method", "difference", f"{summary['confidence']:.0%} interval", "p", "better in"], rows))
+        if rows := [solved_row(row) for row in case["rows"] if row.get(EXACT)]:
+            title = f"{case['label']}: exact match of numbers written to test prompts"
+            shown.append((title, ["method", "before\ntraining", *PROTOCOLS, "personalised\nbest"], rows))
     for case in summary["cases"]:
         rows = []
         for row in case["rows"]:
@@ -139,6 +143,20 @@ def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
         rows = [[m, *(rank_text(ranks[p][m]) for p in PROTOCOLS)] for m in summary["methods"]]
         shown.append((f"Mean rank over {len(summary['cases'])} cases", ("method", *PROTOCOLS), rows))
     return shown
+
+
+def solved_row(row: Mapping[str, Any]) -> list[str]:
+    """A method's line in the table of exact match."""
+    told = row[EXACT]
+    return [
+        row["method"],
+        *(spread_text(of) for of in (told["before"], *(told["final"][p] for p in PROTOCOLS), told["best"]["personalised"])),
+    ]
+
+
+def tells(summary: Summary) -> bool:
+    """Whether any method of any case tells exact match."""
+    return any(row.get(EXACT) for case in summary["cases"] for row in case["rows"])
 
 
 def goal_text(summary: Summary, case: Mapping[str, Any]) -> str:
@@ -167,6 +185,11 @@ def as_csv(summary: Summary) -> str:
             for at in ("final", "best"):
                 for p in PROTOCOLS:
                     line |= {f"{at}_{p}_{what}": row["scores"][at][p][what] for what in ("mean", "deviation")}
+            if tells(summary):
+                told = row.get(EXACT)
+                places = {f"{at}_{p}": told[at][p] if told else {} for at in ("final", "best") for p in PROTOCOLS}
+                places["before"] = told["before"] if told else {}
+                line |= {f"{EXACT}_{at}_{what}": of.get(what) for at, of in places.items() for what in ("mean", "deviation")}
             line |= {f"rank_{p}": row["rank"][p] for p in PROTOCOLS}
             for p in PROTOCOLS:
                 found = row["against"][p] or dict.fromkeys(("difference", "low", "high", "p", "better"))
@@ -224,36 +247,40 @@ def escaped(text: str) -> str:
 
 
 def as_tex(summary: Summary) -> str:
-    """A ``tabular`` with one row a method: both protocols of each case, then the mean ranks; no package is needed.
+    """A ``tabular`` with one row a method: both protocols of each case, of the score and, where it is told, of exact match, then the mean
+    ranks; no package is needed.
 
     The highest mean of a column is bold. A plus or minus above a score: its interval against the reference does not hold 0.
     """
     cases, methods, sure = summary["cases"], list(summary["methods"]), f"{summary['confidence']:.0%} interval"
     several = len(cases) > 1
+    parts = [(case, key) for case in cases for key in ("scores", EXACT) if key == "scores" or any(row.get(EXACT) for row in case["rows"])]
+    names = [case["label"] + ("" if key == "scores" else ", exact match") for case, key in parts]
     lines = [
         f"% fedloom compare: test scores after the last round, mean and standard deviation over {len(summary['seeds'])} seeds",
         f"% + and -: 0 lies outside the {sure} against {summary['reference']} ({summary['resamples']} resamples)",
         f"% {summary['resampled']}",
-        rf"\begin{{tabular}}{{l{'rr' * len(cases)}{'rr' if several else ''}}}",
+        rf"\begin{{tabular}}{{l{'rr' * len(parts)}{'rr' if several else ''}}}",
         r"\hline",
-        " & ".join(["", *(rf"\multicolumn{{2}}{{c}}{{{escaped(case['label'])}}}" for case in cases)])
+        " & ".join(["", *(rf"\multicolumn{{2}}{{c}}{{{escaped(name)}}}" for name in names)])
         + (r" & \multicolumn{2}{c}{mean rank}" if several else "")
         + r" \\",
-        " & ".join(["method", *["personalised", "global"] * (len(cases) + several)]) + r" \\",
+        " & ".join(["method", *["personalised", "global"] * (len(parts) + several)]) + r" \\",
         r"\hline",
     ]
     for i, method in enumerate(methods):
-        cells = [_tex_cell(case["rows"], i, p) for case in cases for p in PROTOCOLS]
+        cells = [_tex_cell(case["rows"], i, p, key) for case, key in parts for p in PROTOCOLS]
         ranks = [rank_text(summary["mean_rank"][p][method]) for p in PROTOCOLS] if several else []
         lines.append(" & ".join([escaped(method), *cells, *ranks]) + r" \\")
     return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
 
 
-def _tex_cell(rows: Sequence[Mapping[str, Any]], i: int, protocol: str) -> str:
-    score, found = rows[i]["scores"]["final"][protocol], rows[i]["against"][protocol]
+def _tex_cell(rows: Sequence[Mapping[str, Any]], i: int, protocol: str, key: str) -> str:
+    each = [row[key]["final"][protocol] if row.get(key) else {"mean": None} for row in rows]
+    score, found = each[i], rows[i]["against"][protocol] if key == "scores" else None
     if score["mean"] is None:
         return "--"
-    highest = max(mean for row in rows if (mean := row["scores"]["final"][protocol]["mean"]) is not None)
+    highest = max(mean for of in each if (mean := of["mean"]) is not None)
     text = f"{score['mean']:.3f}" + ("" if score["deviation"] is None else rf" $\pm$ {score['deviation']:.3f}")
     sign = "" if found is None else "+" if found["low"] > 0 else "-" if found["high"] < 0 else ""
     return (rf"\textbf{{{text}}}" if score["mean"] == highest else text) + (f"$^{{{sign}}}$" if sign else "")
