@@ -13,7 +13,6 @@ import pytest
 
 from fedloom.methods import named
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
-from fedloom.model.loading import load
 from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.run.world import build
 from tests import tiny
@@ -48,13 +47,11 @@ def experiment(name: str = "lora", stack: int = 0, kind: str = "local", **fields
     return Experiment(method(name), data=str(data()), model=str(tiny.folder()), engine=engine, **settings)
 
 
-BUILT, LOADED = cache(build), cache(load)
-"""Worlds by experiment, models by what they are made from. Neither is ever changed by a run; that making them again gives the same is
-``test_loop.py``'s to show."""
+BUILT = cache(build)
+"""Worlds by experiment. A world is derived and never changed; that rebuilding one gives the same is ``test_loop.py``'s to show."""
 
 
 def build_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the test ends, runs and descriptions of equal experiments share a world, and worlds of equal models a model."""
+    """Until the test ends, runs and descriptions of equal experiments share a world."""
     for where in ("loop", "describe"):
         monkeypatch.setattr(f"fedloom.run.{where}.build", BUILT)
-    monkeypatch.setattr("fedloom.run.world.load_model", LOADED)
