@@ -1,20 +1,24 @@
-"""The recipes. Of the core table: what it keeps comes back, nothing else does, and its tables go to their places on the page. Of the
-ablations: each changes what its name says and makes sense as a plan. Of the wires: the table tells what the runs took."""
+"""The recipes. Of tables whose runs are kept: what is kept comes back, nothing else does, and the tables go to their places on the page. Of
+the ablations: each changes what its name says and makes sense as a plan. Of the wires: the table tells what the runs took."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from zipfile import ZipFile
 
 import pytest
 
+from fedloom import cli
 from fedloom.encodings import NAMES
 from fedloom.methods import all_methods
+from fedloom.run import options
 from fedloom.run.experiment import as_json
 from fedloom.run.plan import Plan
 from fedloom.server.cycle import block_at, turns
@@ -24,16 +28,27 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
 def loaded(name: str) -> ModuleType:
+    """A recipe as a module; what recipes share is found beside it, as when it is run."""
     spec = importlib.util.spec_from_file_location(f"{name}_recipe", RECIPES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(RECIPES))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(RECIPES))
     return module
 
 
 @pytest.fixture(scope="module")
-def core() -> ModuleType:
-    return loaded("core")
+def kept() -> ModuleType:
+    return loaded("kept")
+
+
+@pytest.fixture(scope="module", params=["core", "federa"])
+def table(request: pytest.FixtureRequest) -> Any:
+    return loaded(request.param).TABLE
 
 
 @pytest.fixture(scope="module")
@@ -45,74 +60,110 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_what_is_kept_comes_back_and_grows(core: ModuleType, tmp_path: Path) -> None:
-    first, second, kept = tmp_path / "first", tmp_path / "second", tmp_path / "deep" / "trec.zip"
+def test_what_is_kept_comes_back_and_grows(kept: ModuleType, tmp_path: Path) -> None:
+    first, second, archive = tmp_path / "first", tmp_path / "second", tmp_path / "deep" / "trec.zip"
     write_run(first / "lora-seed1", rounds=3, alpha=0.1)
     write_run(first / "ditto-seed1", rounds=8, ended=False)
     (first / "lora-seed1" / "checkpoint.bin").write_bytes(b"large")
-    core.keep(first, kept)
+    kept.keep(first, archive)
     write_run(second / "lora-seed1", rounds=4, alpha=1.0)
-    core.keep(second, kept)
+    kept.keep(second, archive)
     again = tmp_path / "again"
     write_run(again / "alpha1.0-lora-seed1", rounds=5, alpha=1.0)
     own = files(again)
-    core.unpack(kept, again)
+    kept.unpack(archive, again)
     made = files(again)
-    names = [f"alpha{alpha}-lora-seed1/{file}" for alpha in ("0.1", "1.0") for file in core.FILES]
+    names = [f"alpha{alpha}-lora-seed1/{file}" for alpha in ("0.1", "1.0") for file in kept.FILES]
     assert sorted(made) == sorted(names), "three files a finished run under a name that tells alpha, nothing of what had not ended"
     assert all(made[f"alpha0.1-{name}"] == files(first)[name] for name in files(first) if name.startswith("lora") and "check" not in name)
     assert {name: made[name] for name in own} == own, "one's own finished run stays as it is"
-    assert not list(kept.parent.glob("*.tmp"))
-    before = kept.read_bytes()
-    core.keep(second, kept)
-    assert kept.read_bytes() == before, "the same runs make the same archive"
+    assert not list(archive.parent.glob("*.tmp"))
+    before = archive.read_bytes()
+    kept.keep(second, archive)
+    assert archive.read_bytes() == before, "the same runs make the same archive"
 
 
 @pytest.mark.parametrize("name", ["../x/results.json", "a/b/results.json", "run/model.pt", "results.json"])
-def test_an_archive_with_anything_else_is_refused(core: ModuleType, tmp_path: Path, name: str) -> None:
+def test_an_archive_with_anything_else_is_refused(kept: ModuleType, tmp_path: Path, name: str) -> None:
     with ZipFile(tmp_path / "odd.zip", "w") as archive:
         archive.writestr(name, "{}")
     with pytest.raises(ValueError, match="no file of a run"):
-        core.unpack(tmp_path / "odd.zip", tmp_path / "out")
+        kept.unpack(tmp_path / "odd.zip", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_alpha_is_told_when_all_of_its_runs_are_there(core: ModuleType, tmp_path: Path) -> None:
-    for method in core.METHODS:
+def test_an_alpha_is_told_when_all_of_its_runs_are_there(table: Any, tmp_path: Path) -> None:
+    *_, last = table.methods
+    for method in table.methods:
         for i in range(5):
             write_run(tmp_path / f"{method}-{i}", method, 2, alpha=0.1)
-            if i < 4 or method != "local":
+            if i < 4 or method != last:
                 write_run(tmp_path / f"{method}-mild-{i}", method, 2, alpha=1.0)
-    assert core.measured(tmp_path) == ("0.1",)
-    write_run(tmp_path / "local-mild-4", "local", 2, alpha=1.0)
-    assert core.measured(tmp_path) == ("0.1", "1.0")
+    assert table.measured(tmp_path) == ("0.1",)
+    write_run(tmp_path / f"{last}-mild-4", last, 2, alpha=1.0)
+    assert table.measured(tmp_path) == ("0.1", "1.0")
 
 
-def test_tables_go_between_their_marks(core: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_go_between_their_marks(table: Any, tmp_path: Path) -> None:
+    one, other, absent = (table.mark.format(task=task) for task in ("trec", "rte", "sst2"))
     page = tmp_path / "results.md"
-    monkeypatch.setattr(core, "PAGE", page)
-    page.write_text("a\n<!-- trec -->\nold\n<!-- /trec -->\nb\n<!-- rte -->\n<!-- /rte -->\nc\n")
-    core.write_page({"trec": r"| \1 |"})
-    core.write_page({"trec": r"| \1 |"})
-    assert page.read_text() == "a\n<!-- trec -->\n\n| \\1 |\n<!-- /trec -->\nb\n<!-- rte -->\n<!-- /rte -->\nc\n"
-    with pytest.raises(ValueError, match="sst2"):
-        core.write_page({"sst2": "x"})
+    page.write_text(f"a\n<!-- {one} -->\nold\n<!-- /{one} -->\nb\n<!-- {other} -->\n<!-- /{other} -->\nc\n")
+    elsewhere = replace(table, page=page)
+    for _ in range(2):
+        elsewhere.write({"trec": r"| \1 |"})
+    assert page.read_text() == f"a\n<!-- {one} -->\n\n| \\1 |\n<!-- /{one} -->\nb\n<!-- {other} -->\n<!-- /{other} -->\nc\n"
+    with pytest.raises(ValueError, match=f"<!-- {absent} -->"):
+        elsewhere.write({"sst2": "x"})
 
 
-def test_what_lies_beside_the_page_are_runs_of_this_recipe(core: ModuleType) -> None:
-    assert list(core.KEPT.glob("*.zip")), "there is one slice at least"
-    assert set(core.METHODS) <= set(all_methods())
-    for kept in core.KEPT.glob("*.zip"):
-        words = core.shape(kept.stem).replace(" --adapter.kind lora", "").replace("--", "").split()
-        due = {key.replace("-", "_"): int(value) for key, value in zip(words[::2], words[1::2], strict=True)}  # the later one counts
-        with ZipFile(kept) as archive:
+def test_what_lies_beside_the_page_are_runs_of_this_recipe(table: Any) -> None:
+    assert set(table.methods) <= set(all_methods())
+    assert list(table.kept.glob("*.zip")), "there is one slice at least"
+    page = table.page.read_text(encoding="utf-8")
+    for archive_path in table.kept.glob("*.zip"):
+        assert f"<!-- {table.mark.format(task=archive_path.stem)} -->" in page, "what is kept is told"
+        words = [w for w in table.options(archive_path.stem).replace(" --adapter.kind lora", "").split() if w != "--share-training"]
+        due = {key.strip("-").replace("-", "_"): int(value) for key, value in zip(words[::2], words[1::2], strict=True)}  # the later counts
+        with ZipFile(archive_path) as archive:
             told = [json.loads(archive.read(name)) for name in archive.namelist() if name.endswith("results.json")]
         for result in told:
             experiment = result["experiment"]
             assert {key: experiment[key] for key in due} == due
-            assert experiment["adapter"].get("kind", "lora") == "lora", "the field came later than the first runs"
-            assert (experiment["data"].removeprefix("./"), experiment["precision"]) == (kept.stem, "float32")
-            assert result["method"] in core.METHODS
+            assert (experiment["data"].removeprefix("./"), experiment["precision"]) == (archive_path.stem, "float32")
+            assert result["method"] in table.methods
+            assert result["method"] in ("fedfft", "fedbf", "fedap") or experiment["adapter"].get("kind", "lora") == "lora", (
+                "of the methods that bring no kind of their own; the field came later than the first runs"
+            )
+
+
+@pytest.mark.parametrize("asked", [["trecc"], []])
+def test_a_task_that_is_not_there_is_told_what_is(
+    table: Any, asked: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["recipe.py", *asked])
+    with pytest.raises(SystemExit):
+        table.command("A table.")
+    assert f"there are {', '.join(table.shapes)}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["core", "federa"])
+def test_every_task_of_a_table_is_a_comparison_that_its_command_line_takes(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each task is handed to ``fedloom compare`` in the folder of the data sets, with all methods; what is added comes last."""
+    recipe, asked = loaded(name), []
+    monkeypatch.setattr(sys.modules[type(recipe.TABLE).__module__], "main", lambda words: asked.append((Path.cwd(), words)) or 0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "sys.argv", ["recipe.py", *recipe.TABLE.shapes, "--folder", str(tmp_path), "--out", "o", "--alphas", "0.1", "--jobs", "2"]
+    )
+    table = replace(recipe.TABLE, name="nothing-is-kept-of-this")
+    assert table.command(None) == 0
+    assert len(asked) == len(table.shapes)
+    for task, (folder, words) in zip(table.shapes, asked, strict=True):
+        told = vars(cli._parse(options.for_compare(), words[1 + len(table.methods) :], "x"))
+        assert (words[0], tuple(words[1 : 1 + len(table.methods)]), folder) == ("compare", table.methods, tmp_path)
+        assert Path(told["out"]).name == f"{task}-0.1" and told["jobs"] == 2
 
 
 def test_every_ablation_is_a_plan_of_different_methods(ablations: ModuleType) -> None:

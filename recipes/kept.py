@@ -1,0 +1,175 @@
+"""Tables of docs/results.md whose runs lie beside the page: what ``core.py`` and ``federa.py`` have in common.
+
+A table is ``fedloom compare`` with stated methods and settings on several data sets, each in its own slice. Finished runs are put into an
+archive a data set (``docs/results/NAME/TASK.zip``), and the page is made anew from these without training. What an archive holds has been
+measured and is not run again: take it away to run everything anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import ZIP_LZMA, ZipFile, ZipInfo
+
+from fedloom.cli import main
+from fedloom.run.checkpoint import write_atomically
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE = DOCS / "results.md"
+STOPPED = (130, 143)
+"""Exit codes of a comparison that was stopped: the tasks after it are not begun then."""
+FILES = ("experiment.json", "rounds.jsonl", "results.json")
+"""What a finished run is known by, without its checkpoint."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of the page.
+
+    Attributes:
+        name: its archives' folder.
+        methods: what is compared, the reference first.
+        alphas: label skews, as they are written on the command line.
+        seeds, rates: the same for every method, as they are written.
+        shape: every task's options, and
+        shapes: by task those that come after them, where the later one counts; its keys are the tasks that there are.
+        packaged: tasks whose data set comes with the program; those of all others lie in a folder of their name.
+        page: the text in which a task's tables go between ``<!-- MARK -->`` and ``<!-- /MARK -->``.
+        mark: a task's mark, with ``{task}``.
+    """
+
+    name: str
+    methods: tuple[str, ...]
+    alphas: tuple[str, ...]
+    seeds: tuple[str, ...]
+    rates: tuple[str, ...]
+    shape: str
+    shapes: Mapping[str, str]
+    packaged: tuple[str, ...] = ()
+    page: Path = PAGE
+    mark: str = "{task}"
+
+    @property
+    def kept(self) -> Path:
+        """The folder of its archives."""
+        return DOCS / "results" / self.name
+
+    def options(self, task: str) -> str:
+        """The options of a task's runs."""
+        return f"{self.shape} {self.shapes[task]}".strip()
+
+    def compare(self, task: str, alphas: tuple[str, ...], out: Path, more: list[str]) -> int:
+        """Run what is missing of one task; the exit code."""
+        data = task if task in self.packaged else f"./{task}"
+        grid = ["--alphas", *alphas, "--seeds", *self.seeds, "--lrs", *self.rates]
+        return main(["compare", *self.methods, "--data", data, *grid, *self.options(task).split(), "--out", str(out), *more])
+
+    def measured(self, runs: Path) -> tuple[str, ...]:
+        """The α with as many finished runs as the grid asks for: those of the search, and one for each further seed."""
+        found = [json.loads(path.read_text(encoding="utf-8"))["experiment"] for path in runs.glob("*/results.json")]
+        due = len(self.methods) * (len(self.rates) + len(self.seeds) - 1)
+        return tuple(a for a in self.alphas if sum(e["alpha"] == float(a) for e in found) >= due)
+
+    def write(self, tables: Mapping[str, str]) -> None:
+        """Put each task's tables between its two marks on the page.
+
+        Raises:
+            ValueError: the page has no place for one.
+        """
+        text = self.page.read_text(encoding="utf-8")
+        for task, told in tables.items():
+            mark = self.mark.format(task=task)
+            begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+            if text.count(begin) != 1 or text.count(end) != 1:
+                raise ValueError(f"{self.page} has no place for {task}: it needs one line {begin} and one line {end}")
+            text = re.sub(f"{begin}.*{end}", lambda _, b=begin, e=end, t=told: f"{b}\n\n{t}\n{e}", text, flags=re.DOTALL)
+        write_atomically(self.page, text)
+
+    def paged(self) -> int:
+        """The tables of every archived task; nothing is trained. The exit code."""
+        tables, code = {}, 0
+        with tempfile.TemporaryDirectory() as scratch:
+            for kept in sorted(self.kept.glob("*.zip")):
+                out = Path(scratch) / kept.stem
+                unpack(kept, out)
+                alphas = self.measured(out)
+                if not alphas:
+                    print(f"{kept}: no α has all of its runs yet; left out")
+                    continue
+                code = max(code, self.compare(kept.stem, alphas, out, ["--plain"]))
+                tables[kept.stem] = (out / "comparison.md").read_text(encoding="utf-8")
+        self.write(tables)
+        print(f"written: {self.page} ({', '.join(tables) or 'nothing'})")
+        return code
+
+    def command(self, description: str | None) -> int:
+        """The command line of a recipe that makes this table; the exit code."""
+        parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"what to run, each with tables of its own: {', '.join(self.shapes)}")
+        parser.add_argument("--folder", type=Path, help="where the data sets are, each in a folder of its name")
+        parser.add_argument("--alphas", nargs="+", choices=self.alphas, default=self.alphas, help="label skews (default: all)")
+        where = Path("runs") / self.name
+        parser.add_argument("--out", type=Path, default=where, help=f"where runs and tables go (default: {where})")
+        parser.add_argument("--keep", action="store_true", help=f"put finished runs into docs/results/{self.name} as well, and run nothing")
+        parser.add_argument("--page", action="store_true", help="make the page's tables from what is kept there, and run nothing")
+        given, more = parser.parse_known_args()
+        unknown = [task for task in given.tasks if task not in self.shapes]
+        if unknown or not (given.tasks or given.page):
+            parser.error(f"{f'there is no task {unknown[0]}' if unknown else 'no task is named'}; there are {', '.join(self.shapes)}")
+        alphas, code = tuple(given.alphas), 0
+        for task in given.tasks:
+            out = given.out.resolve() / (task if alphas == self.alphas else f"{task}-{'-'.join(alphas)}")
+            if given.keep:
+                keep(out, self.kept / f"{task}.zip")
+                continue
+            unpack(self.kept / f"{task}.zip", out)
+            if given.folder:
+                os.chdir(given.folder)  # so that an experiment names its data alike wherever the sets are
+            code = max(code, self.compare(task, alphas, out, more))
+            if code in STOPPED:
+                sys.exit(code)
+        return max(code, self.paged()) if given.page else code
+
+
+def keep(runs: Path, kept: Path) -> None:
+    """Put every finished run's files into the archive ``kept``, those that it has already included, in order of names. A name tells α."""
+    unpack(kept, runs)
+    found = {}
+    for results in sorted(runs.glob("*/results.json")):
+        alpha = f"alpha{json.loads(results.read_text(encoding='utf-8'))['experiment']['alpha']!r}-"
+        found[f"{alpha}{results.parent.name.removeprefix(alpha)}"] = results.parent
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    scratch = kept.with_suffix(".tmp")
+    with ZipFile(scratch, "w", ZIP_LZMA) as archive:
+        for name, run in sorted(found.items()):
+            for file in FILES:
+                archive.writestr(ZipInfo(f"{name}/{file}"), (run / file).read_bytes(), ZIP_LZMA)
+    os.replace(scratch, kept)
+
+
+def unpack(kept: Path, runs: Path) -> None:
+    """Give ``runs`` every run of the archive that it has not finished itself.
+
+    Raises:
+        ValueError: the archive holds anything but runs.
+    """
+    if not kept.exists():
+        return
+    with ZipFile(kept) as archive:
+        names = archive.namelist()
+        for name in names:
+            run, _, file = name.partition("/")
+            if file not in FILES or Path(run).name != run:
+                raise ValueError(f"{kept} holds {name}, which is no file of a run")
+        for run in sorted({name.partition("/")[0] for name in names}):
+            if not (runs / run / "results.json").exists():
+                (runs / run).mkdir(parents=True, exist_ok=True)
+                for file in FILES:
+                    (runs / run / file).write_bytes(archive.read(f"{run}/{file}"))
