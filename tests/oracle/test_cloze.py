@@ -19,6 +19,7 @@ from fedloom.client.store import ClientStore
 from fedloom.compute.serial import Serial
 from fedloom.compute.stacked import Stacked
 from fedloom.compute.work import AdamW, Fit, Predict, Sensitivity
+from fedloom.data import sources
 from fedloom.data.examples import Examples
 from fedloom.data.tasks import Classification, DataError
 from fedloom.data.templates import KNOWN, template_for
@@ -223,13 +224,36 @@ def test_fibecfed_needs_no_warm_up_of_a_head_that_is_not_new(family: str) -> Non
         PersonalHead().init(of)
 
 
-TASK = Classification(("text",), "label", ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM"), "accuracy")
 PAIR = Classification(("a", "b"), "label", ("a.No", "b.Yes"), "accuracy")
+SAID = {"ABBR": "abbreviation", "ENTY": "thing", "DESC": "description", "HUM": "person", "LOC": "place", "NUM": "number"}
+
+
+def test_the_packaged_questions_have_the_words_of_their_own_classes() -> None:
+    """Not of another order of them: the packaged set's classes are its file's."""
+    task = sources.load("trec", seed=0).task
+    assert isinstance(task, Classification)
+    put = template_for("trec", task)
+    assert put[:2] == KNOWN["trec"][:2]
+    assert dict(zip(task.classes, put.words, strict=True)) == SAID
+
+
+def test_words_go_by_the_classes_names_and_by_order_where_these_are_numbers() -> None:
+    turned = ("NUM", "LOC", "HUM", "DESC", "ENTY", "ABBR")
+    assert template_for("./trec", Classification(("text",), "label", turned, "accuracy")).words == tuple(SAID[one] for one in turned)
+    for name, known in KNOWN.items():
+        texts = ("text", "other") if "{pair}" in known.masked else ("text",)
+        names, numbers = tuple(known.words), tuple(map(str, range(len(known.words))))
+        for classes in (names, numbers):
+            assert template_for(name, Classification(texts, "label", classes, "accuracy")).words == tuple(known.words.values())
+        backwards = Classification(texts, "label", tuple(one.lower() for one in reversed(names)), "accuracy")
+        assert template_for(name, backwards).words == tuple(reversed(known.words.values()))
+    strange = Classification(("text",), "label", ("neg", "pos"), "accuracy")
+    assert template_for("sst2", strange) == (*KNOWN["sst2"][:2], ("neg", "pos")), "words of other classes are nobody's"
 
 
 def test_templates_are_those_of_the_data_set_or_ones_own_or_plain() -> None:
-    assert template_for("./trec", TASK) == KNOWN["trec"]
-    assert template_for("trec", TASK, "{mask} {text}", ("a", "b", "c", "d", "e", "f"))[:2] == ("{mask} {text}",) * 2
+    trec = Classification(("text",), "label", tuple(SAID), "accuracy")
+    assert template_for("trec", trec, "{mask} {text}", ("a", "b", "c", "d", "e", "f")) == (*["{mask} {text}"] * 2, tuple("abcdef"))
     assert template_for("mine", PAIR) == ("{mask} : {text} , {pair}", "{text} , {pair} : {mask}", ("no", "yes"))
     with pytest.raises(DataError, match="--label-words"):
         template_for("mine", Classification(("text",), "label", ("0", "1"), "accuracy"))
@@ -239,5 +263,5 @@ def test_templates_are_those_of_the_data_set_or_ones_own_or_plain() -> None:
 def test_every_known_template_makes_a_cloze_either_way(name: str) -> None:
     known = KNOWN[name]
     paired = "{pair}" in known.masked
-    Cloze(known.masked, known.words, paired).check(False, len(known.words))
-    Cloze(known.causal, known.words, paired).check(True, len(known.words))
+    Cloze(known.masked, tuple(known.words.values()), paired).check(False, len(known.words))
+    Cloze(known.causal, tuple(known.words.values()), paired).check(True, len(known.words))
