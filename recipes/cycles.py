@@ -6,8 +6,9 @@
 
 24 devices, 4 cycles: every device trains 4 times for 2 epochs, whoever else does so at once. Every method is given the same three learning
 rates, chosen on validation with the first seed, LoRA four times as high ones. Beside the federations two hold all data in one place: the
-whole model (centralised), and its blocks in turn, an epoch each (badam, after BAdam, 2404.02827). What comes out: OUT/cycles.md, the
-validation loss after 1/3, 1, 2, 3 and 4 cycles, and what travelled. Stop it and run it again: finished runs are used as they are.
+whole model (centralised), and its blocks in turn, an epoch each (badam, after BAdam, 2404.02827); and FedCyBGD runs with each of the ways
+in which less can go down. What comes out: OUT/cycles.md, the validation loss after 1/3, 1, 2, 3 and 4 cycles, what travelled, and the loss
+when as many bytes had passed as FedCyBGD's whole run takes. Stop it and run it again: finished runs are used as they are.
 """
 
 from __future__ import annotations
@@ -49,6 +50,17 @@ GROUPS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
         {"cohort": 1, "rounds": TURNS, "evaluate_every": 8},
         1,
     ),
+    "thinner": (
+        {
+            "fedcybgd-subset": FedCyBGD(subset=0.5),
+            "fedcybgd-drop": FedCyBGD(drop=0.25),
+            "fedcybgd-prune": FedCyBGD(prune=0.5),
+            "fedcybgd-int8": FedCyBGD(rest="int8"),
+            "fedcybgd-nf4": FedCyBGD(rest="nf4"),
+        },
+        {"cohort": 1, "rounds": TURNS, "evaluate_every": 8},
+        1,
+    ),
     "cohorts": (
         {"fedbavg": FedBAvg(), "fedfft": FedFFT(), "galore": GaLore(), "lisa": Lisa()},
         {"cohort": COHORT, "rounds": TURNS // COHORT, "evaluate_every": 2},
@@ -68,6 +80,9 @@ GROUPS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
 }
 """By name: methods, what differs from the base, and how many turns' worth of examples a round is."""
 
+PLACES = ("centre", "one-client")
+"""Groups that hold all data in one place: what passes there is no federation's traffic."""
+
 
 def base_of(given: argparse.Namespace) -> Experiment:
     """What all of them have in common."""
@@ -78,21 +93,44 @@ def base_of(given: argparse.Namespace) -> Experiment:
 
 def table(folder: Path) -> str:
     """Mean and deviation over seeds of the validation loss, and what travelled in all, from the comparisons' folders."""
-    lines = ["| method | lr | " + " | ".join(f"{t / CLIENTS:.2g} cycles" for t in TOLD) + " | up, MB | down, MB |"]
-    lines += ["|" + " --- |" * (4 + len(TOLD))]
+    lines = ["| method | lr | " + " | ".join(f"{t / CLIENTS:.2g} cycles" for t in TOLD) + " | up, MB | down, MB | at FedCyBGD's bytes |"]
+    lines += ["|" + " --- |" * (5 + len(TOLD))]
+    budgets: list[float] = []
     for group, (_, _, worth) in GROUPS.items():
         (case,) = json.loads((folder / group / "summary.json").read_text(encoding="utf-8"))["cases"]
         for row in case["rows"]:
             runs = [read(folder / group / name).rows for name in row["runs"].values()]
-            losses = [spread([_after(rows, turns / worth) for rows in runs]) for turns in TOLD]
-            told = ["-" if s.mean is None else f"{s.mean:.4f} ± {s.deviation or 0:.4f}" for s in losses]
+            budgets = budgets or [sum(map(_bytes, rows)) for rows in runs]  # of the first row, which is FedCyBGD's
+            losses = [_told([_after(rows, turns / worth) for rows in runs]) for turns in TOLD]
             moved = [mean(sum(r[key] for r in rows) for rows in runs) / 1e6 for key in ("bytes_up", "bytes_down")]
-            lines.append(f"| {row['method']} | {row['lr']:g} | {' | '.join(told)} | {moved[0]:.1f} | {moved[1]:.1f} |")
+            within = [_within(rows, budget) for rows, budget in zip(runs, budgets, strict=True)]
+            travelled = ["-"] * 3 if group in PLACES else [f"{moved[0]:.1f}", f"{moved[1]:.1f}", _told(within)]
+            lines.append(f"| {row['method']} | {row['lr']:g} | {' | '.join([*losses, *travelled])} |")
     return "\n".join(lines) + "\n"
+
+
+def _told(losses: Sequence[float | None]) -> str:
+    found = spread(losses)
+    return "-" if found.mean is None else f"{found.mean:.4f} ± {found.deviation or 0:.4f}"
 
 
 def _after(rows: Sequence[Mapping[str, Any]], round: float) -> float | None:
     return next((row["validation"]["loss"] for row in rows if row["round"] == round), None)
+
+
+def _within(rows: Sequence[Mapping[str, Any]], budget: float) -> float | None:
+    """The loss when it was last evaluated before more than ``budget`` bytes had passed."""
+    passed, loss = 0, None
+    for row in rows:
+        passed += _bytes(row)
+        if passed > budget:
+            break
+        loss = loss if row["validation"]["loss"] is None else row["validation"]["loss"]
+    return loss
+
+
+def _bytes(row: Mapping[str, Any]) -> int:
+    return row["bytes_up"] + row["bytes_down"]
 
 
 def main() -> int:

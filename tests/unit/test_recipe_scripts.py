@@ -8,6 +8,7 @@ import json
 import sys
 from argparse import Namespace
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,7 @@ from fedloom.methods import all_methods
 from fedloom.run import options
 from fedloom.run.experiment import as_json
 from fedloom.run.plan import Plan
+from fedloom.run.reading import ROW_KEYS
 from fedloom.server.cycle import block_at, turns
 from tests.unit.run_folder import write_run
 
@@ -203,13 +205,50 @@ def test_every_group_of_cycles_sees_every_example_as_often() -> None:
                 inner = inner.inner
             assert experiment.rounds * experiment.cohort * inner.local_epochs == 2 * cycles.CYCLES * experiment.clients, name
     assert set(made) == {
-        *("fedcybgd", "fedcybgd-random", "handover", "fedbavg", "fedfft", "galore", "lisa", "lora", "centralised", "badam")
+        *("fedcybgd", "fedcybgd-random", "handover", "fedbavg", "fedfft", "galore", "lisa", "lora", "centralised", "badam"),
+        *(f"fedcybgd-{less}" for less in ("subset", "drop", "prune", "int8", "nf4")),
     }
+    assert len({json.dumps(as_json(one.method)) for name, one in made.items() if name.startswith("fedcybgd")}) == 7, "each is another"
     badam = made["badam"]
     assert (badam.clients, badam.cohort, badam.method.order) == (1, 1, "ascending")
     blocks = 6  # MiniLM's layers
     visited = [block_at(t, turns(badam.clients, blocks), blocks, badam.method.order, 5) for t in range(badam.rounds)]
     assert visited[:blocks] == sorted(set(visited)) and len(set(visited)) == blocks, "every block, from the input up, then again"
+
+
+def test_the_table_of_cycles_tells_losses_by_cycle_and_at_equal_bytes(tmp_path: Path) -> None:
+    """What passes in one place is no traffic; a method that sends less than FedCyBGD is told at its end, one that sends more before."""
+    cycles = loaded("cycles")
+
+    def row(round: int, loss: float | None, up: int, down: int) -> dict[str, Any]:
+        return {**dict.fromkeys(ROW_KEYS), "round": round, "validation": {"loss": loss}, "bytes_up": up, "bytes_down": down}
+
+    sent = {"turns": (1, 2), "thinner": (1, 1), "cohorts": (8, 8), "lora": (1, 0), "centre": (5, 5), "one-client": (5, 5)}
+    for group, (up, down) in sent.items():
+        worth = cycles.GROUPS[group][2]
+        rounds = [0, *(turns // worth for turns in cycles.TOLD if turns % worth == 0)]
+        rows = [row(0, 9.0, 0, 0)]
+        for last, this in pairwise(rounds):
+            rows += [row(r, None, up * 10**6, down * 10**6) for r in range(last + 1, this)]
+            rows.append(row(this, 8.0 - this * worth / 96, up * 10**6, down * 10**6))
+        runs = {}
+        for seed, shift in (("1", 0.0), ("2", 1.0)):
+            folder = tmp_path / group / f"one-{group}-{seed}"
+            write_run(folder, rounds=2)
+            moved = [r if r["validation"]["loss"] is None else {**r, "validation": {"loss": r["validation"]["loss"] + shift}} for r in rows]
+            (folder / "rounds.jsonl").write_text("".join(json.dumps(r) + "\n" for r in moved))
+            runs[seed] = folder.name
+        told = {"cases": [{"rows": [{"method": f"one-{group}", "lr": 1e-3, "runs": runs}]}]}
+        (tmp_path / group / "summary.json").write_text(json.dumps(told))
+    lines = {line.split(" | ")[0].removeprefix("| one-"): line.split(" | ")[2:] for line in cycles.table(tmp_path).splitlines()[2:]}
+    assert list(lines) == list(cycles.GROUPS)
+    every = [f"{8.5 - turns / 96:.4f} ± 0.7071" for turns in cycles.TOLD]
+    assert lines["turns"] == [*every, "96.0", "192.0", "7.5000 ± 0.7071 |"]
+    assert lines["thinner"] == [*every, "96.0", "96.0", "7.5000 ± 0.7071 |"]
+    assert lines["cohorts"] == [*every, "192.0", "192.0", f"{8.5 - 72 / 96:.4f} ± 0.7071 |"], "18 rounds of 16 MB fit into 288, 24 do not"
+    assert lines["lora"] == [*every, "24.0", "0.0", "7.5000 ± 0.7071 |"]
+    assert lines["centre"] == ["-", *every[1:], "-", "-", "- |"], "a third of a cycle is no round there"
+    assert lines["one-client"] == ["-", *every[1:], "-", "-", "- |"]
 
 
 def test_every_wire_is_a_plan_of_its_own_in_a_folder_of_its_own() -> None:
