@@ -13,13 +13,17 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
+from typing import Any
 from zipfile import ZIP_LZMA, ZipFile, ZipInfo
 
 from fedloom.cli import main
 from fedloom.run.checkpoint import write_atomically
+from fedloom.run.statistics import mean_rank
+from fedloom.run.summary import PROTOCOLS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = DOCS / "results.md"
@@ -42,7 +46,7 @@ class Table:
         shapes: by task those that come after them, where the later one counts; its keys are the tasks that there are.
         packaged: tasks whose data set comes with the program; those of all others lie in a folder of their name.
         page: the text in which a task's tables go between ``<!-- MARK -->`` and ``<!-- /MARK -->``.
-        mark: a task's mark, with ``{task}``.
+        mark: a task's mark, with ``{task}``; what is told of all tasks goes where the task is ``overall``.
     """
 
     name: str
@@ -78,23 +82,23 @@ class Table:
         return tuple(a for a in self.alphas if sum(e["alpha"] == float(a) for e in found) >= due)
 
     def write(self, tables: Mapping[str, str]) -> None:
-        """Put each task's tables between its two marks on the page.
+        """Put each task's tables, and what is told of all (``overall``), between its two marks on the page.
 
         Raises:
             ValueError: the page has no place for one.
         """
         text = self.page.read_text(encoding="utf-8")
-        for task, told in tables.items():
-            mark = self.mark.format(task=task)
+        for what, told in tables.items():
+            mark = self.mark.format(task=what)
             begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
             if text.count(begin) != 1 or text.count(end) != 1:
-                raise ValueError(f"{self.page} has no place for {task}: it needs one line {begin} and one line {end}")
+                raise ValueError(f"{self.page} has no place for {what}: it needs one line {begin} and one line {end}")
             text = re.sub(f"{begin}.*{end}", lambda _, b=begin, e=end, t=told: f"{b}\n\n{t}\n{e}", text, flags=re.DOTALL)
         write_atomically(self.page, text)
 
     def paged(self) -> int:
         """The tables of every archived task; nothing is trained. The exit code."""
-        tables, code = {}, 0
+        tables, cases, code = {}, [], 0
         with tempfile.TemporaryDirectory() as scratch:
             for kept in sorted(self.kept.glob("*.zip")):
                 out = Path(scratch) / kept.stem
@@ -105,7 +109,8 @@ class Table:
                     continue
                 code = max(code, self.compare(kept.stem, alphas, out, ["--plain"]))
                 tables[kept.stem] = (out / "comparison.md").read_text(encoding="utf-8")
-        self.write(tables)
+                cases += json.loads((out / "summary.json").read_text(encoding="utf-8"))["cases"]
+        self.write({**tables, "overall": board(cases, self.methods)} if cases else tables)
         print(f"written: {self.page} ({', '.join(tables) or 'nothing'})")
         return code
 
@@ -136,6 +141,54 @@ class Table:
             if code in STOPPED:
                 sys.exit(code)
         return max(code, self.paged()) if given.page else code
+
+
+def board(cases: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
+    """Markdown: over all ``cases`` of summaries, how often each method is first or level with it in either protocol, its mean rank, its
+    upload as a share of the first method's; and where its personalised score and its device time are furthest ahead of another's."""
+    rows = {method: [next(row for row in case["rows"] if row["method"] == method) for case in cases] for method in methods}
+    told = [f"**Over all {len(cases)} cells**", ""]
+    told += ["| method | first or level, personalised | first or level, global | mean rank | rank, global | uploaded |", "|" + " --- |" * 6]
+    for method, mine in rows.items():
+        cells = [method]
+        for protocol in PROTOCOLS:
+            has = [case for case, row in zip(cases, mine, strict=True) if row["scores"]["final"][protocol]["mean"] is not None]
+            cells.append(f"{sum(method in level(case, protocol) for case in has)} of {len(has)}" if has else "-")
+        for protocol in PROTOCOLS:
+            rank = mean_rank([row["rank"][protocol] for row in mine])
+            cells.append("-" if rank is None else f"{rank:.1f}")
+        sent, most = (sum(row["costs"]["bytes_up"] for row in of) for of in (mine, rows[methods[0]]))
+        told.append(f"| {' | '.join([*cells, f'{sent / most:.0%}'])} |")
+    told += ["", "| method | furthest above another, personalised | most device time saved to where another ends |", "| --- | --- | --- |"]
+    for method, mine in rows.items():
+        leads = [
+            (found, other, case["label"])
+            for case, row in zip(cases, mine, strict=True)
+            for other, by in row["over"].items()
+            if (found := by["personalised"])
+        ]
+        above = max(((found["margin"], other, where) for found, other, where in leads), default=None)
+        saved = max(((s, other, where) for found, other, where in leads if (s := found["time_saved"]) is not None), default=None)
+        margin = f"{above[0]:+.4f} ({above[1]}; {above[2]})" if above and above[0] > 0 else "-"
+        saving = f"{saved[0]:.0%} ({saved[1]}; {saved[2]})" if saved and saved[0] > 0 else "-"
+        told.append(f"| {method} | {margin} | {saving} |")
+    return "\n".join(told) + "\n"
+
+
+def level(case: Mapping[str, Any], protocol: str) -> set[str]:
+    """The method with the highest mean in a case, and those whose distance to it is no more than that distance's standard error over the
+    seeds, √((s₁² + s₂²)/n)."""
+    scores = {row["method"]: row["scores"]["final"][protocol] for row in case["rows"]}
+    known = {method: of for method, of in scores.items() if of["mean"] is not None}
+    if not known:
+        return set()
+    first = max(known.values(), key=lambda of: of["mean"])
+
+    def near(of: Mapping[str, Any]) -> bool:
+        error = sqrt(((of["deviation"] or 0) ** 2 + (first["deviation"] or 0) ** 2) / first["count"])
+        return first["mean"] - of["mean"] <= error
+
+    return {method for method, of in known.items() if near(of)}
 
 
 def keep(runs: Path, kept: Path) -> None:

@@ -138,6 +138,43 @@ def test_what_lies_beside_the_page_are_runs_of_this_recipe(table: Any) -> None:
             )
 
 
+def test_the_board_counts_firsts_and_what_is_level_and_finds_the_furthest_leads(kept: ModuleType) -> None:
+    def row(
+        method: str, personalised: float, spread: float, rank: float, up: int, over: dict[str, tuple[float, float | None]]
+    ) -> dict[str, Any]:
+        told = {"mean": personalised, "deviation": spread, "count": 3}
+        none = {"mean": None, "deviation": None, "count": 0}
+        scores = {"personalised": told, "global": none if method == "local" else told}
+        by = {other: {"personalised": {"margin": margin, "time_saved": saved}, "global": None} for other, (margin, saved) in over.items()}
+        ranks = {"personalised": rank, "global": None if method == "local" else rank}
+        return {"method": method, "scores": {"final": scores}, "rank": ranks, "costs": {"bytes_up": up}, "over": by}
+
+    one = [
+        row("lora", 0.70, 0.02, 3, 100, {"local": (-0.2, None), "ours": (-0.1, -0.5)}),
+        row("local", 0.90, 0.01, 1, 0, {"lora": (0.2, 0.25), "ours": (0.1, None)}),
+        row("ours", 0.80, 0.01, 2, 70, {"lora": (0.1, 0.5), "local": (-0.1, None)}),
+    ]
+    other = [
+        row("lora", 0.60, 0.03, 3, 100, {"local": (-0.01, 0.0), "ours": (-0.02, -0.1)}),
+        row("local", 0.61, 0.00, 2, 0, {"lora": (0.01, None), "ours": (-0.01, None)}),
+        row("ours", 0.62, 0.03, 1, 50, {"lora": (0.02, 0.75), "local": (0.01, 0.1)}),
+    ]
+    cases = [{"label": "a", "rows": one}, {"label": "b", "rows": other}]
+    assert kept.level(cases[0], "personalised") == {"local"}
+    assert kept.level(cases[1], "personalised") == {"lora", "local", "ours"}, "0.02 <= sqrt(2 * 0.03^2 / 3) = 0.0245"
+    lines = kept.board(cases, ("lora", "local", "ours")).splitlines()
+    assert lines[4:7] == [
+        "| lora | 1 of 2 | 1 of 2 | 3.0 | 3.0 | 100% |",
+        "| local | 2 of 2 | - | 1.5 | - | 0% |",
+        "| ours | 1 of 2 | 2 of 2 | 1.5 | 1.5 | 60% |",
+    ]
+    assert lines[-3:] == [
+        "| lora | - | - |",
+        "| local | +0.2000 (lora; a) | 25% (lora; a) |",
+        "| ours | +0.1000 (lora; a) | 75% (lora; b) |",
+    ]
+
+
 @pytest.mark.parametrize("asked", [["trecc"], []])
 def test_a_task_that_is_not_there_is_told_what_is(
     table: Any, asked: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
