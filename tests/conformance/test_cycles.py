@@ -1,4 +1,4 @@
-"""A block at a time in whole runs: stopped in the middle of a cycle, they go on as if they had not been."""
+"""A block at a time in whole runs: stopped within a cycle they go on as if they had not been, and they cost what was told before."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from typing import Any
 import pytest
 import torch
 
+from fedloom.engines.engine import drive
+from fedloom.methods.fedbavg import FedBAvg
 from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import fingerprint_of
-from fedloom.run.console import Progress
+from fedloom.run.console import Progress, human_bytes
+from fedloom.run.counting import Counting
+from fedloom.run.describe import describe, played
 from fedloom.run.experiment import Experiment
 from fedloom.run.loop import run
+from fedloom.run.pretended import Pretended
 from fedloom.run.world import store_in
 from tests import small
 from tests.conformance.test_methods import Killed, without_clock
@@ -78,3 +83,40 @@ def test_stopped_after_the_third_turn_it_ends_at_the_same_bits(stack: int, tmp_p
     assert [without_clock(row) for row in rows(tmp_path / "run")] == [without_clock(row) for row in told]
     assert without_clock(results) == without_clock(expected)
     assert told[4]["answered"] == [0] and told[4]["bytes_down"] < told[5]["bytes_down"], "block 1 was not sent again"
+
+
+FEDBAVG = experiment(FedBAvg(), clients=3, cohort=2, rounds=5)
+SUBSET = experiment(FedCyBGD(subset=0.5), rounds=5)
+SMALLER = experiment(FedCyBGD(drop=0.5, prune=0.3, rest="nf4"), rounds=5, wire="int8")
+
+
+@pytest.mark.parametrize("asked", [experiment(), FEDBAVG, SUBSET, SMALLER], ids=["fedcybgd", "fedbavg", "subset", "smaller, in fewer bits"])
+def test_what_a_run_costs_was_told_turn_for_turn(asked: Experiment) -> None:
+    """Whole messages: down to the byte, up but for the digits of each loss, of which 0.0 has the fewest; work to the operation."""
+    told, world = rows(whole(asked)[0])[1:], small.BUILT(asked)
+    found = played(replace(world, compute=Pretended(world.model)))
+    assert found.whole and len(found.rounds) == len(told) == asked.rounds
+    assert [section.bytes_down for section in found.rounds] == [row["bytes_down"] for row in told]
+    for section, row in zip(found.rounds, told, strict=True):
+        assert section.answered == row["answered"]
+        assert (section.flops, section.examples) == (row["flops"], row["examples"])
+        assert 0 <= row["bytes_up"] - section.bytes_up <= 24 * len(row["answered"])
+    assert len({row["bytes_down"] for row in told}) > 1, "as of what was sent before"
+    lines = dict(describe(asked).lines)
+    for line, few in (("first round", told[:1]), ("last round", told[-1:]), ("all rounds", told)):
+        assert lines[line].startswith(f"{human_bytes(sum(row['bytes_down'] for row in few))} down, ")
+    later = told[asked.rounds // 2 :]
+    assert lines["later rounds"].startswith(f"{human_bytes(sum(row['bytes_down'] for row in later) // len(later))} down, ")
+    assert lines["later rounds"].endswith(f": each of the last {len(later)}, on average")
+
+
+def test_a_device_that_is_counted_takes_no_memory() -> None:
+    """What it keeps is the model's own."""
+    world = small.BUILT(experiment())
+    engine, method = Counting(replace(world, compute=Pretended(world.model))), world.experiment.method
+    state = drive(method.setup(method.init(world.model), world.pool), engine)
+    for _ in range(3):
+        state = drive(method.round(state, world.pool), engine)
+    kept = {k: private for k, (private, _) in engine.kept.items()}
+    assert {k: sum(".layer.1." in n for n in private) for k, private in kept.items()} == {0: 16, 1: 16}
+    assert all(tensor is world.model.initial[n] for private in kept.values() for n, tensor in private.items())
