@@ -111,8 +111,8 @@ def test_what_a_run_costs_was_told_turn_for_turn(asked: Experiment) -> None:
 
 
 def test_a_device_that_is_counted_takes_no_memory() -> None:
-    """What it keeps is the model's own."""
-    world = small.BUILT(experiment())
+    """What stands for all that it keeps is the model's own, pruned blocks too."""
+    world = small.BUILT(experiment(FedCyBGD(prune=0.3)))
     engine, method = Counting(replace(world, compute=Pretended(world.model))), world.experiment.method
     state = drive(method.setup(method.init(world.model), world.pool), engine)
     for _ in range(3):
