@@ -123,36 +123,11 @@ class Packer:
         Raises:
             WireError: something in the message may not cross.
         """
-        if isinstance(message, Task):
-            body: dict[str, Any] = {
-                "kind": "task",
-                "op": _text("the operation", message.op),
-                "settings": checked_settings(message.settings),
-            }
-        else:
-            body = {
-                "kind": "update",
-                "num_examples": int(message.num_examples),
-                "metrics": checked_settings(message.metrics),
-                "flops": float(message.flops),
-                "examples": int(message.examples),
-            }
-            _insist_countable(body["num_examples"], body["examples"], body["flops"])
-        head = json.dumps(
-            {
-                "version": VERSION,
-                "digest": self.digest,
-                "client": _number("client", int(message.client)),
-                "nonce": _nonce(message.nonce or NO_NONCE),
-                **body,
-            },
-            sort_keys=True,
-        )
+        head = _head(message, self.digest)
         if list(message.tensors) != list(self._last) or any(message.tensors[name] is not last for name, last in self._last.items()):
             self._places, self._data = _laid_out(message.tensors)
             self._entries, self._last = _entries(self._places), dict(message.tensors)
-        header = b'{"__metadata__":{"%b":%b}%b}' % (HEADER.encode(), json.dumps(head).encode(), self._entries)
-        header += b" " * (-len(header) % 8)
+        header = _header(head, self._entries)
         blob = b"".join((struct.pack("<Q", len(header)), header, *self._data))
         if isinstance(message, Update):
             _insist_finite(memoryview(blob)[8 + len(header) :], self._places)
@@ -166,6 +141,16 @@ def pack(message: Task | Update, digest: str) -> bytes:
         WireError: something in the message may not cross.
     """
     return Packer(digest).pack(message)
+
+
+def size_of(message: Task | Update, digest: str) -> int:
+    """Bytes of the blob that :func:`pack` would make of the message, without making it: of tensors only shapes and dtypes are looked at.
+
+    Raises:
+        WireError: something in the message but its tensors may not cross.
+    """
+    places = _places({_name(name): tensor for name, tensor in message.tensors.items()})
+    return 8 + len(_header(_head(message, digest), _entries(places))) + (places[-1].end if places else 0)
 
 
 def unpack(blob: bytes, digest: str) -> Task | Update:
@@ -213,16 +198,61 @@ class Place(NamedTuple):
     end: int
 
 
+def _head(message: Task | Update, digest: str) -> str:
+    """All of a message but its tensors, as JSON.
+
+    Raises:
+        WireError: something of it may not cross.
+    """
+    if isinstance(message, Task):
+        body: dict[str, Any] = {
+            "kind": "task",
+            "op": _text("the operation", message.op),
+            "settings": checked_settings(message.settings),
+        }
+    else:
+        body = {
+            "kind": "update",
+            "num_examples": int(message.num_examples),
+            "metrics": checked_settings(message.metrics),
+            "flops": float(message.flops),
+            "examples": int(message.examples),
+        }
+        _insist_countable(body["num_examples"], body["examples"], body["flops"])
+    return json.dumps(
+        {
+            "version": VERSION,
+            "digest": digest,
+            "client": _number("client", int(message.client)),
+            "nonce": _nonce(message.nonce or NO_NONCE),
+            **body,
+        },
+        sort_keys=True,
+    )
+
+
+def _header(head: str, entries: bytes) -> bytes:
+    """A blob's header as it lies there, filled up to a multiple of 8 bytes."""
+    header = b'{"__metadata__":{"%b":%b}%b}' % (HEADER.encode(), json.dumps(head).encode(), entries)
+    return header + b" " * (-len(header) % 8)
+
+
 def _laid_out(tensors: Tensors) -> tuple[list[Place], list[memoryview]]:
-    """Places and bits in the order of the safetensors library: by dtype, then by name."""
+    """Places, and the bits that belong there."""
     ready = checked_tensors(tensors, finite=False)
-    places, data, begin = [], [], 0
-    for name in sorted(ready, key=lambda name: (ORDER[ready[name].dtype], name)):
-        bits = _bits(ready[name])
-        places.append(Place(name, ready[name].dtype, bits.shape, begin, begin + bits.nbytes))
-        data.append(bits.data)
-        begin += bits.nbytes
-    return places, data
+    places = _places(ready)
+    return places, [_bits(ready[place.name]).data for place in places]
+
+
+def _places(tensors: Tensors) -> list[Place]:
+    """Places in the order of the safetensors library: by dtype, then by name."""
+    places, begin = [], 0
+    for name in sorted(tensors, key=lambda name: (ORDER[tensors[name].dtype], name)):
+        tensor = tensors[name]
+        end = begin + tensor.numel() * tensor.dtype.itemsize
+        places.append(Place(name, tensor.dtype, tuple(tensor.shape), begin, end))
+        begin = end
+    return places
 
 
 def _entries(places: Iterable[Place]) -> bytes:

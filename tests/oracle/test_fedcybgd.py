@@ -1,12 +1,14 @@
 """FedCyBGD, FedBAvg and the sequential hand-over as they run on both computes, against NumPy: whole cycles computed from the sentences.
 
-The tensors are those of a four-layer model's adapter, so a block is a layer's; what a block is made of is ``test_blocks.py``'s to show.
+The tensors are those of a four-layer model's adapter, so a block is a layer's; what a block is made of is ``test_blocks_cover.py``'s to
+show.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,16 +17,20 @@ import torch
 
 from fedloom.client.host import Host
 from fedloom.client.store import ClientStore
+from fedloom.compute.compute import Compute, Done
+from fedloom.compute.work import Fit, WorkItem
 from fedloom.encodings import NF4, Encoding
 from fedloom.engines.engine import drive
 from fedloom.engines.local import Local
-from fedloom.engines.wrap import Faulty
+from fedloom.engines.wrap import Faulty, Lossy, Recording
+from fedloom.messages import CohortFailed
 from fedloom.methods.fedbavg import FedBAvg
 from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.methods.handover import Handover
+from fedloom.methods.method import State
 from fedloom.model.proxies import bytes_of
 from fedloom.server.participation import Pool, uniform
-from fedloom.tensors import nbytes, only
+from fedloom.tensors import fingerprint, nbytes, only
 from tests import tiny
 from tests.oracle import real
 from tests.oracle.numpy_encoder import pad
@@ -138,6 +144,105 @@ def test_a_client_that_dies_costs_its_turn_and_nothing_else() -> None:
             shared = turn(t % 4, t % 4, shared, t)[0]
         real.assert_close(state.shared, shared)
     assert state.round == 6
+
+
+@dataclass
+class Failing:
+    """A compute that raises in the training of the device and of the time that it is told, counted from 0 for each device."""
+
+    client: int
+    time: int
+    inner: Compute
+    asked: Counter[int] = field(default_factory=Counter)
+
+    def run(self, items: Sequence[WorkItem]) -> list[Done]:
+        """As inner, or not at all."""
+        here = Counter(real.owner(item.examples) for item in items if isinstance(item, Fit))
+        self.asked += here
+        if here[self.client] and self.asked[self.client] == self.time + 1:
+            raise MemoryError("the device ran out of memory")
+        return self.inner.run(items)
+
+
+Held = dict[int, dict[str, torch.Tensor]]
+
+
+def disturbed(method: Any, pool: Pool, client: int, time: int, reached: bool) -> tuple[list[State], Recording, list[Held]]:
+    """Set-up, and round after round, each asking overheard, and what devices hold before and after; ``client`` fails when it trains for the
+    ``time``-th time (from 0). ``reached``: it kept what it was sent, and only its answer was lost. Otherwise its training raised."""
+    store, serial = ClientStore(), real.compute("serial")
+    compute = serial if reached else Failing(client, time, serial)
+    engine: Any = Local(Host(method, lambda k: replace(real.devices()[k], private={}, memory={}), compute, store, real.DIGEST), wave=1)
+    if reached:
+        engine = Lossy(engine, lambda task, attempt: "reset by peer" if (task.client, attempt) == (client, time) else None)
+    recording = Recording(engine)
+    states, kept = [drive(method.setup(method.init(real.model()), pool), recording, quorum=0)], list[Held]()
+    for _ in range(pool.rounds):
+        kept.append({k: store.load(k)[0] for k in pool.clients})
+        states.append(drive(method.round(states[-1], pool), recording, quorum=0.5))
+    return states, recording, [*kept, {k: store.load(k)[0] for k in pool.clients}]
+
+
+@pytest.mark.parametrize("reached", [False, True], ids=["training raises", "answer lost"])
+@pytest.mark.parametrize(
+    ("method", "pool", "client", "time"),
+    [
+        (FedCyBGD(INNER), Pool((0, 1), 1, 8, 8), 1, 0),
+        (FedCyBGD(INNER), Pool((0, 1), 1, 8, 8), 0, 1),
+        (FedBAvg(FedCyBGD(INNER)), Pool((0, 1, 2), 2, 6, 8), 1, 1),
+    ],
+    ids=["fedcybgd, first turn", "fedcybgd, second turn", "fedbavg"],
+)
+def test_who_failed_once_and_comes_back_is_sent_all_that_it_has_not(method: Any, pool: Pool, client: int, time: int, reached: bool) -> None:
+    """Books of who was sent which version of which block. Whose answer did not come may hold what it was sent or not, and is sent it
+    again; every turn is trained on top of the server's model as it is then, and that is what the device holds afterwards."""
+    states, recording, kept = disturbed(method, pool, client, time, reached)
+    shared, changed = real.start(), [0] * BLOCKS
+    seen, held = ({k: [0] * BLOCKS for k in pool.clients} for _ in range(2))
+    asked, failed, again = Counter[int](), 0, 0
+    assert len(recording.calls) == pool.rounds
+    for t, (tasks, replies) in enumerate(recording.calls):
+        block, fitted = t % BLOCKS, dict[int, dict[str, np.ndarray]]()
+        for task in tasks:
+            k, now = task.client, {n: states[t].shared[n] for j in range(BLOCKS) if changed[j] for n in of_block(j)}
+            gone = (k, asked[k]) == (client, time)
+            sent = {block} | {j for j in range(BLOCKS) if changed[j] > seen[k][j]}
+            assert set(task.tensors) == HEAD.union(*map(of_block, sent))
+            assert all(torch.equal(tensor, states[t].shared[n]) for n, tensor in task.tensors.items())
+            again += sum(held[k][j] == changed[j] > seen[k][j] for j in sent)
+            if gone and not reached:
+                assert fingerprint(kept[t + 1][k]) == fingerprint(kept[t][k])
+            else:
+                assert all(torch.equal(kept[t + 1][k][n], tensor) for n, tensor in now.items()), "nobody trains on top of an old block"
+                held[k] = list(changed)
+            if not gone:
+                seen[k] = list(changed)
+                fitted[k] = turn(k, block, shared, t)[0]
+            asked[k], failed = asked[k] + 1, failed + gone
+        assert [update.client for update in replies.updates] == list(fitted)
+        if fitted:
+            shared, changed[block] = aggregate(list(fitted.values()), [real.SIZES[k] for k in fitted]), t + 1
+        real.assert_close(states[t + 1].shared, shared)
+        assert states[t + 1].server["seen"].tolist() == [seen[k] for k in pool.clients]
+    assert failed == 1 and asked[client] > time + 1 and (again > 0) == reached
+
+
+def test_a_round_of_fedbavg_that_nobody_answers_has_not_been() -> None:
+    """It is refused by name; the state is as it was, to the bit, and the same round again is what it would have been, though the devices
+    keep what they were sent."""
+    method, pool, made = FedBAvg(FedCyBGD(INNER)), Pool((0, 1, 2), 2, 3, 8), []
+    for lost in (False, True):
+        host = Host(method, lambda k: replace(real.devices()[k], private={}, memory={}), real.compute("serial"), ClientStore(), real.DIGEST)
+        engine = Lossy(Local(host), lambda task, _, lost=lost: "silence" if lost and task.settings["round"] == 1 else None)
+        state = drive(method.round(drive(method.setup(method.init(real.model()), pool), engine), pool), engine)
+        if lost:
+            before = fingerprint({**state.shared, **state.server})
+            with pytest.raises(CohortFailed, match=r"0 of 2 clients answered, 1 are needed. client \d: silence; client \d: silence"):
+                drive(method.round(state, pool), engine, quorum=0.5)
+            assert fingerprint({**state.shared, **state.server}) == before
+        state = drive(method.round(state, pool), Local(host))
+        made.append(fingerprint({**state.shared, **state.server}))
+    assert made[0] == made[1]
 
 
 @kinds

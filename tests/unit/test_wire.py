@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 
 from fedloom.messages import Task, Update
 from fedloom.tensors import fingerprint
-from fedloom.wire import CODES, DTYPES, HEADER, VERSION, Packer, WireError, checked_settings, checked_tensors, pack, unpack
+from fedloom.wire import CODES, DTYPES, HEADER, VERSION, Packer, WireError, checked_settings, checked_tensors, pack, size_of, unpack
 
 DIGEST = "0123456789abcdef"
 TASK = Task("train", 3, {"w": torch.arange(3.0)}, {"round": 1, "gal": [0, 2], "lr": 0.1, "name": "a", "on": True, "none": []})
@@ -119,6 +119,7 @@ def test_blobs_are_what_the_safetensors_library_makes(named: dict[str, tuple[tor
     for message in (Task("op", 0, tensors, {"ü": '\n\u2028"\\', "x": 0.1}), Update(0, 1, tensors)):
         blob = pack(message, DIGEST)
         assert blob == save(tensors, metadata(blob))
+        assert size_of(message, DIGEST) == len(blob)
         got = unpack(blob, DIGEST).tensors
         assert list(got) == sorted(tensors) and fingerprint(got) == fingerprint(tensors)
 

@@ -4,7 +4,8 @@
     w_b^k, head^k <- AdamW on device k in S_t from m = v = 0, everything else frozen
     w_b, head <- Σ_{k in S_t} p_k w^k,   p_k = n_k / Σ_{j in S_t} n_j
 
-A round costs |S_t| times what a turn of FedCyBGD does: compare at equal examples or bytes, not at equal rounds.
+Whoever of S_t does not answer is left out of the mean, and is sent again what it was sent. A round costs |S_t| times what a turn of
+FedCyBGD does: compare at equal examples or bytes, not at equal rounds.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class FedBAvg:
     name: ClassVar[str] = "fedbavg"
     paper: ClassVar[str] = "FedCyBGD 2406.11187, its comparison"
     adapter_kind: ClassVar[str] = "full"
+    sends_what_changed: ClassVar[bool] = True
 
     inner: FedCyBGD = field(default_factory=FedCyBGD)
 
@@ -44,13 +46,12 @@ class FedBAvg:
         """S_t trains the round's block; the server takes the mean by numbers of examples."""
         blocks = len(state.server["changed"])
         at = block_at(state.round, blocks, blocks, self.inner.order, pool.seed)
-        tasks = []
-        for client in uniform(pool, state.round):
-            task, state = self.inner.turn(state, pool, pool.clients.index(client), at)
-            tasks.append(task)
+        places = [pool.clients.index(client) for client in uniform(pool, state.round)]
+        asked = {pool.clients[place]: (place, *self.inner.turn(state, pool, place, at)) for place in places}
         mean = pool.average(state.shared)
-        yield Asking(tasks, mean.take)
-        return self.inner.replaced(state, at, mean.value())
+        came = yield Asking([task for _, task, _ in asked.values()], mean.take)
+        seen = {place: versions for place, _, versions in (asked[update.client] for update in came)}
+        return self.inner.replaced(state, at, mean.value(), seen)
 
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:

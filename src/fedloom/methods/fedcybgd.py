@@ -10,7 +10,8 @@ several. In turn s of a cycle client s mod K trains block b = s mod D (``order``
 
 Nothing is averaged. With ``subset`` ρ < 1 only a random share ρ of the other changed blocks goes down, and of the rest the client keeps
 what it was sent before, or the pre-trained weights: it then trains against a model that is not quite the server's. Scores are always
-those of the server's model. A client that does not answer costs its turn and nothing else.
+those of the server's model. A client that does not answer costs its turn and nothing else: it may have kept what it was sent or not, and
+is sent it again.
 
 What goes down besides w_b and the head can be made smaller still, and then C(w_j) takes the place of w_j on the device:
 
@@ -67,6 +68,7 @@ class FedCyBGD:
     name: ClassVar[str] = "fedcybgd"
     paper: ClassVar[str] = "FedCyBGD 2406.11187"
     adapter_kind: ClassVar[str] = "full"
+    sends_what_changed: ClassVar[bool] = True
     one_at_a_time: ClassVar[bool] = True
 
     inner: FedAvg = field(default_factory=lambda: FedAvg(lr=2e-4, schedule="cosine"))
@@ -115,15 +117,16 @@ class FedCyBGD:
         blocks, a_cycle = self.blocks(state.shared), int(state.facts["turns_per_cycle"])
         place = state.round % a_cycle % len(pool.clients)
         at = block_at(state.round, a_cycle, len(blocks), self.order, pool.seed)
-        task, state = self.turn(state, pool, place, at)
+        task, seen = self.turn(state, pool, place, at)
         came = yield Asking([task], whole, needed=0)
-        return self.replaced(state, at, came[0].tensors) if came else state.after_round(state.shared)
+        return self.replaced(state, at, came[0].tensors, {place: seen}) if came else state.after_round(state.shared)
 
-    def turn(self, state: State, pool: Pool, place: int, at: int) -> tuple[Task, State]:
-        """What the client at ``place`` is asked in a turn on block ``at``, and the state if it answers (or had better be sent it again)."""
-        blocks, (changed, seen) = self.blocks(state.shared), (state.server["changed"], state.server["seen"].clone())
+    def turn(self, state: State, pool: Pool, place: int, at: int) -> tuple[Task, torch.Tensor]:
+        """What the client at ``place`` is asked in a turn on block ``at``, and the versions (D,) that it has of the blocks if it answers.
+        Of one that does not nobody knows what it kept."""
+        blocks, changed, seen = self.blocks(state.shared), state.server["changed"], state.server["seen"][place].clone()
         skips = self.skips(blocks, at, state.round, pool, pool.clients[place])
-        others = [j for j in range(len(blocks)) if j != at and changed[j] > seen[place, j] and blocks[j].layer not in skips]
+        others = [j for j in range(len(blocks)) if j != at and changed[j] > seen[j] and blocks[j].layer not in skips]
         if self.subset < 1:
             drawn = derive(pool.seed, "subset", state.round, pool.clients[place]).permutation(len(others))
             others = sorted(others[i] for i in drawn[: round(self.subset * len(others))])
@@ -134,8 +137,8 @@ class FedCyBGD:
             pieces, how = smaller(rest, self.prune, self.encoding)
             down, told = {**without(down, rest), **pieces}, {**told, **how}
         task = ask(self.train, pool.clients[place], down, **told, **self.inner.clock(state.round, pool))
-        seen[place, sent] = changed[sent]
-        return task, replace(state, server={**state.server, "seen": seen})
+        seen[sent] = changed[sent]
+        return task, seen
 
     def skips(self, blocks: Sequence[Block], at: int, turn: int, pool: Pool, client: int) -> frozenset[int]:
         """The layers that a client's turn on block ``at`` is trained without: ⌊drop·n⌉ of the n that the block is no part of."""
@@ -143,11 +146,13 @@ class FedCyBGD:
         drawn = derive(pool.seed, "drop", turn, client).permutation(len(layers))
         return frozenset(layers[i] for i in drawn[: round(self.drop * len(layers))])
 
-    def replaced(self, state: State, at: int, tensors: Tensors) -> State:
-        """The state after a turn that brought block ``at`` and the head."""
-        changed = state.server["changed"].clone()
+    def replaced(self, state: State, at: int, tensors: Tensors, answered: Mapping[int, torch.Tensor]) -> State:
+        """The state after a turn that brought block ``at`` and the head. ``answered``: by place, the versions that those have who did."""
+        changed, seen = state.server["changed"].clone(), state.server["seen"].clone()
         changed[at] = state.round + 1
-        return replace(state, server={**state.server, "changed": changed}).after_round({**state.shared, **tensors})
+        for place, versions in answered.items():
+            seen[place] = versions
+        return replace(state, server={**state.server, "changed": changed, "seen": seen}).after_round({**state.shared, **tensors})
 
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:

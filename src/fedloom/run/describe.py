@@ -2,7 +2,7 @@
 
 The method is played for real, over real tasks and packed messages, but for its compute: that counts what the work items would cost
 and answers with the start. So bytes and operations are those of a run, up to what depends on trained values (which layers are chosen,
-which examples count as easy).
+which examples count as easy; the digits of a loss).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fedloom.messages import Replies, Task
 from fedloom.methods.embracingfl import EmbracingFL
 from fedloom.model.memory import Needs, fitting, needs, resident
 from fedloom.run.console import human_bytes, human_seconds
+from fedloom.run.counting import Counting
 from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.run.figures import Kind, partition_picture
 from fedloom.run.ledger import Section
@@ -54,7 +55,7 @@ class Description:
 
 
 def describe(experiment: Experiment) -> Description:
-    """Load data and model, play the set-up and two rounds without computing.
+    """Load data and model, play the set-up and two rounds, or all of them, without computing.
 
     Raises:
         DataError, ModelError, AdapterError: as for a run.
@@ -133,25 +134,49 @@ def _model(world: World) -> Lines:
     ]
 
 
-def _costs(world: World) -> Lines:
-    e, method = world.experiment, world.experiment.method
-    fleet, engine = world.fleet, world.engine(ClientStore(None))
-    setup, first, last = Section(fleet), Section(fleet), Section(fleet)
-    seen: Counter[str] = Counter()
+@dataclass(frozen=True)
+class Played:
+    """What a set-up and rounds cost that were played and not computed. ``whole``: the rounds are all of the run's, one after another;
+    otherwise the first and the last, each as if it came right after the set-up. ``steps``: how often the set-up asked what."""
+
+    setup: Section
+    rounds: list[Section]
+    whole: bool
+    steps: Counter[str]
+
+
+def played(world: World) -> Played:
+    """Play an experiment whose ``world`` has a compute that counts (``pretended.py``). What a method asks of its devices follows from what
+    is chosen in its set-up, and the first and the last round tell it; one that ``sends_what_changed`` is played through."""
+    e, method, fleet = world.experiment, world.experiment.method, world.fleet
+    through = bool(vars(type(method)).get("sends_what_changed"))
+    engine = Counting(world) if through else world.engine(ClientStore(None))
+    setup, rounds, steps = Section(fleet), list[Section](), Counter[str]()
 
     def hear(tasks: Sequence[Task], replies: Replies) -> None:
         setup.hear(tasks, replies)
-        seen.update([f"{tasks[0].op.replace('_', ' ')} on {len(tasks)} devices"] if tasks else [])
+        steps.update([f"{tasks[0].op.replace('_', ' ')} on {len(tasks)} devices"] if tasks else [])
 
     state = drive(method.setup(method.init(world.model), world.pool), engine, quorum=0, seen=hear)
-    drive(method.round(state, world.pool), engine, seen=first.hear)
-    drive(method.round(replace(state, round=e.rounds - 1), world.pool), engine, seen=last.hear)
-    steps = "; ".join(f"{step}, {count} times" if count > 1 else step for step, count in seen.items()) or "none"
+    for t in range(e.rounds) if through else (0, e.rounds - 1):
+        rounds.append(Section(fleet))
+        after = drive(method.round(replace(state, round=t), world.pool), engine, seen=rounds[-1].hear)
+        state = after if through else state
+    return Played(setup, rounds, through, steps)
+
+
+def _costs(world: World) -> Lines:
+    found, fleet = played(world), world.fleet
+    steps = "; ".join(f"{step}, {count} times" if count > 1 else step for step, count in found.steps.items()) or "none"
+    rounds = found.rounds
+    later = rounds[len(rounds) // 2 :]
     return [
         ("set-up", steps),
-        ("set-up costs", _cost(setup)),
-        ("first round", _cost(first)),
-        ("last round", _cost(last)),
+        ("set-up costs", _cost([found.setup])),
+        ("first round", _cost(rounds[:1])),
+        *([("later rounds", f"{_cost(later, len(later))}: each of the last {len(later)}, on average")] if found.whole else []),
+        ("last round", _cost(rounds[-1:])),
+        *([("all rounds", _cost(rounds))] if found.whole else []),
         ("devices", profiles_told(fleet.as_json(world.pool.clients))),
         ("device times", "simulated: compute and transfer; the slowest of a cohort counts"),
         *_memory(world),
@@ -187,8 +212,11 @@ def _memory(world: World) -> Lines:
     ]
 
 
-def _cost(section: Section) -> str:
+def _cost(sections: Sequence[Section], over: int = 1) -> str:
+    """What these cost together, divided by ``over``."""
+    down, up, examples = (sum(getattr(s, what) for s in sections) // over for what in ("bytes_down", "bytes_up", "examples"))
+    flops, seconds = (sum(getattr(s, what) for s in sections) / over for what in ("flops", "device_seconds"))
     return (
-        f"{human_bytes(section.bytes_down)} down, {human_bytes(section.bytes_up)} up, {section.examples:,} examples trained on, "
-        f"{section.flops:.3g} FLOPs, {human_seconds(section.device_seconds)} of device time"
+        f"{human_bytes(down)} down, {human_bytes(up)} up, {examples:,} examples trained on, {flops:.3g} FLOPs, "
+        f"{human_seconds(seconds)} of device time"
     )

@@ -1,0 +1,122 @@
+"""A block at a time in whole runs: stopped within a cycle they go on as if they had not been, and they cost what was told before."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+import torch
+
+from fedloom.engines.engine import drive
+from fedloom.methods.fedbavg import FedBAvg
+from fedloom.methods.fedcybgd import FedCyBGD
+from fedloom.run import checkpoint
+from fedloom.run.checkpoint import fingerprint_of
+from fedloom.run.console import Progress, human_bytes
+from fedloom.run.counting import Counting
+from fedloom.run.describe import describe, played
+from fedloom.run.experiment import Experiment
+from fedloom.run.loop import run
+from fedloom.run.pretended import Pretended
+from fedloom.run.world import store_in
+from tests import small
+from tests.conformance.test_methods import Killed, without_clock
+
+pytestmark = pytest.mark.no_cover
+
+TURNS = 6
+"""Of two devices and three blocks: a cycle is three turns, of devices 0, 1 and 0."""
+
+
+@pytest.fixture(autouse=True)
+def worlds_are_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    small.build_once(monkeypatch)
+
+
+def experiment(method: Any = FedCyBGD(), stack: int = 0, **fields: Any) -> Experiment:
+    settings = {"clients": 2, "cohort": 1, "rounds": TURNS, "evaluate_every": 0, **fields}
+    return replace(small.experiment("fedcybgd", stack, **settings), method=method)
+
+
+@cache
+def whole(asked: Experiment) -> tuple[Path, dict[str, Any]]:
+    """One uninterrupted run."""
+    folder = Path(mkdtemp(prefix="cycles-")) / "run"
+    return folder, run(asked, folder, plain=True)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stack", [1, 0])
+def test_stopped_after_the_third_turn_it_ends_at_the_same_bits(stack: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fourth turn is device 0's again: it trains on top of block 1, which it was sent before the stop and is not sent again."""
+    asked, show = experiment(stack=stack), Progress.round
+
+    def dying(self: Progress, row: dict[str, Any]) -> None:
+        show(self, row)
+        if row["round"] == 4:
+            raise Killed
+
+    monkeypatch.setattr(Progress, "round", dying)
+    with pytest.raises(Killed):
+        run(asked, tmp_path / "run", plain=True)
+    monkeypatch.setattr(Progress, "round", show)
+    store = store_in(tmp_path / "run")
+    saved = checkpoint.load(tmp_path / "run", store)
+    assert saved is not None and saved.state.round == 3
+    assert saved.state.server["changed"].tolist() == [1, 2, 3] and saved.state.server["seen"].tolist() == [[1, 2, 0], [1, 0, 0]]
+    initial, (private, _) = small.BUILT(asked).model.initial, store.load(0)
+    kept = {n: tensor for n, tensor in private.items() if ".layer.1." in n}
+    assert len(kept) > 4 and all(torch.equal(tensor, saved.state.shared[n]) for n, tensor in kept.items())
+    assert any(not torch.equal(tensor, initial[n]) for n, tensor in kept.items())
+    results = run(asked, tmp_path / "run", plain=True)
+    folder, expected = whole(asked)
+    assert fingerprint_of(tmp_path / "run") == fingerprint_of(folder)
+    told = rows(folder)
+    assert [without_clock(row) for row in rows(tmp_path / "run")] == [without_clock(row) for row in told]
+    assert without_clock(results) == without_clock(expected)
+    assert told[4]["answered"] == [0] and told[4]["bytes_down"] < told[5]["bytes_down"], "block 1 was not sent again"
+
+
+FEDBAVG = experiment(FedBAvg(), clients=3, cohort=2, rounds=5)
+SUBSET = experiment(FedCyBGD(subset=0.5), rounds=5)
+SMALLER = experiment(FedCyBGD(drop=0.5, prune=0.3, rest="nf4"), rounds=5, wire="int8")
+
+
+@pytest.mark.parametrize("asked", [experiment(), FEDBAVG, SUBSET, SMALLER], ids=["fedcybgd", "fedbavg", "subset", "smaller, in fewer bits"])
+def test_what_a_run_costs_was_told_turn_for_turn(asked: Experiment) -> None:
+    """Whole messages: down to the byte, up but for the digits of each loss, of which 0.0 has the fewest; work to the operation."""
+    told, world = rows(whole(asked)[0])[1:], small.BUILT(asked)
+    found = played(replace(world, compute=Pretended(world.model)))
+    assert found.whole and len(found.rounds) == len(told) == asked.rounds
+    assert [section.bytes_down for section in found.rounds] == [row["bytes_down"] for row in told]
+    for section, row in zip(found.rounds, told, strict=True):
+        assert section.answered == row["answered"]
+        assert (section.flops, section.examples) == (row["flops"], row["examples"])
+        assert 0 <= row["bytes_up"] - section.bytes_up <= 24 * len(row["answered"])
+    assert len({row["bytes_down"] for row in told}) > 1, "as of what was sent before"
+    lines = dict(describe(asked).lines)
+    for line, few in (("first round", told[:1]), ("last round", told[-1:]), ("all rounds", told)):
+        assert lines[line].startswith(f"{human_bytes(sum(row['bytes_down'] for row in few))} down, ")
+    later = told[asked.rounds // 2 :]
+    assert lines["later rounds"].startswith(f"{human_bytes(sum(row['bytes_down'] for row in later) // len(later))} down, ")
+    assert lines["later rounds"].endswith(f": each of the last {len(later)}, on average")
+
+
+def test_a_device_that_is_counted_takes_no_memory() -> None:
+    """What stands for all that it keeps is the model's own, pruned blocks too."""
+    world = small.BUILT(experiment(FedCyBGD(prune=0.3)))
+    engine, method = Counting(replace(world, compute=Pretended(world.model))), world.experiment.method
+    state = drive(method.setup(method.init(world.model), world.pool), engine)
+    for _ in range(3):
+        state = drive(method.round(state, world.pool), engine)
+    kept = {k: private for k, (private, _) in engine.kept.items()}
+    assert {k: sum(".layer.1." in n for n in private) for k, private in kept.items()} == {0: 16, 1: 16}
+    assert all(tensor is world.model.initial[n] for private in kept.values() for n, tensor in private.items())
