@@ -68,7 +68,8 @@ class Model:
     """A frozen base with an adapter. ``initial``: float32 start of every trainable tensor, by saved name. ``beneath``: the frozen weights
     under LoRA's pairs, which a method may change as well (:meth:`stand_on`). ``alone``: why it cannot run for many owners at once, or
     nothing; ``together_by``: how it does. ``still``: what of the head no loss depends on, which is not trained. ``recomputes``: whether
-    its layers are computed again in backward passes, and what is inside them not kept (``recomputed.py``)."""
+    its layers are computed again in backward passes, and what is inside them not kept (``recomputed.py``). ``split``: the fingerprint of
+    the weights under the pairs before their principal parts were taken out, or nothing where none were."""
 
     name: str
     module: Any
@@ -93,6 +94,7 @@ class Model:
     finder: Finder | None = None
     still: dict[str, torch.Tensor] = field(default_factory=dict)
     recomputes: bool = False
+    split: str = ""
     _copies: dict[torch.dtype, nn.Module] = field(default_factory=dict)
     _ways: dict[torch.dtype, Way] = field(default_factory=dict)
     _recomputed: dict[int, Recomputed] = field(default_factory=dict)
