@@ -21,7 +21,7 @@ from fedloom.run.console import Show
 from fedloom.run.evaluation import evaluate, nothing
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.ledger import Ledger
-from fedloom.run.loop import Told, check, claim, finish
+from fedloom.run.loop import Told, begin, check, claim, finish
 from fedloom.run.tracking import insist, track_ended
 from fedloom.run.world import build, store_in
 
@@ -56,6 +56,7 @@ def adopt(experiment: Experiment, folder: Path, trained: Path, show: Show, track
         prepared = drive(method.setup(method.init(world.model), world.pool), Told(engine, show), quorum=0, seen=section.hear)
         if prepared.shared.keys() != saved.state.shared.keys():
             raise ExperimentError(f"'{experiment.method_name}' shares other tensors than '{method.inner.name}' did; it must be trained")
+        begin(section, world, world.pool.clients)
         ledger.set_up(section)
         state = State(saved.state.round, saved.state.shared, prepared.server, prepared.facts)
         show.phase(f"evaluating what {trained.name} trained")

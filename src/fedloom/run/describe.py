@@ -25,6 +25,7 @@ from fedloom.run.console import human_bytes, human_seconds
 from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.run.figures import Kind, partition_picture
 from fedloom.run.ledger import Section
+from fedloom.run.loop import begin
 from fedloom.run.memory import needed, sizes_of, told
 from fedloom.run.numbers import drawn, most
 from fedloom.run.payback import plain_of
@@ -144,9 +145,12 @@ def _costs(world: World) -> Lines:
         seen.update([f"{tasks[0].op.replace('_', ' ')} on {len(tasks)} devices"] if tasks else [])
 
     state = drive(method.setup(method.init(world.model), world.pool), engine, quorum=0, seen=hear)
+    begin(setup, world, world.pool.clients)
     drive(method.round(state, world.pool), engine, seen=first.hear)
     drive(method.round(replace(state, round=e.rounds - 1), world.pool), engine, seen=last.hear)
-    steps = "; ".join(f"{step}, {count} times" if count > 1 else step for step, count in seen.items()) or "none"
+    own = f"{len(world.model.beneath.names)} weights decomposed on every device, each for itself" if world.model.split else ""
+    asked = [f"{step}, {count} times" if count > 1 else step for step, count in seen.items()]
+    steps = "; ".join([*filter(None, [own]), *asked]) or "none"
     return [
         ("set-up", steps),
         ("set-up costs", _cost(setup)),

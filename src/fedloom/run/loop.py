@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from fedloom.client.elsewhere import Elsewhere, Store
+from fedloom.compute.flops import start_operations
 from fedloom.data.numbers import EXACT
 from fedloom.engines.engine import Engine, drive
 from fedloom.engines.heap import give_memory_back
-from fedloom.messages import CohortFailed, Replies, Take, Task, whole
+from fedloom.messages import CENTRE, CohortFailed, Replies, Take, Task, whole
+from fedloom.methods.centralised import Centralised
 from fedloom.methods.method import State
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import CheckpointError, Saved, write_atomically
@@ -173,6 +175,7 @@ def _set_up(world: World, engine: Engine, store: Store, section: Section, show: 
         pool = replace(world.pool, clients=there)
         try:
             state = drive(method.setup(method.init(world.model), pool), heard or engine, quorum=0, seen=section.hear)
+            begin(section, world, there)
             return state, None if heard is None else Late(dict.fromkeys(there, 0), heard.steps)
         except CohortFailed as failed:
             if not isinstance(store, Elsewhere) or attempt == MISSES:
@@ -180,6 +183,11 @@ def _set_up(world: World, engine: Engine, store: Store, section: Section, show: 
             store.forget()
             show.note(f"the set-up begins again: {failed}")
     raise AssertionError
+
+
+def begin(section: Section, world: World, clients: Sequence[int]) -> None:
+    """Book the start that each of these makes for itself, once; where all data are in one place, that place's."""
+    section.begin([CENTRE] if isinstance(world.experiment.method, Centralised) else clients, start_operations(world.model))
 
 
 def _let_in(world: World, late: Late, engine: Engine, store: Store, ledger: Ledger, round: int, show: Show) -> list[int]:
@@ -190,6 +198,7 @@ def _let_in(world: World, late: Late, engine: Engine, store: Store, ledger: Ledg
         return []
     section = ledger.section()
     came = drive(welcome(late.steps, waiting), engine, quorum=0, seen=section.hear)
+    begin(section, world, came)
     ledger.set_up(section)
     for k in waiting:
         if k in came:
