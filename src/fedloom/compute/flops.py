@@ -34,7 +34,8 @@ def start_operations(model: Model) -> float:
     if not model.split:
         return 0.0
     rank, own = rank_in(model.initial), dict(model.module.named_parameters())
-    return sum(operations(*own[name].shape, rank) for name in model.beneath.names)
+    shapes = (own[name].shape for name in model.beneath.names)
+    return sum(operations(d_out, d_in, rank) for d_out, d_in in shapes)
 
 
 class _NoModules:

@@ -34,6 +34,7 @@ from fedloom.run.memory import insist_on_room, sizes_before, sizes_of, told
 from fedloom.run.numbers import as_told
 from fedloom.run.payback import paid_back
 from fedloom.run.samples import samples
+from fedloom.run.starting import stand_at, start_of
 from fedloom.run.tracking import Tracking, insist, track_ended
 from fedloom.run.world import World, build
 
@@ -139,17 +140,21 @@ def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str
         ledger.set_up(section)
         section, found = ledger.section(), _evaluated(world, state, engine, show, late, store)
         show.round(row := ledger.write(0, section, 0.0, found.scores if found else unknown, told_of(late, world)))
-        checkpoint.save(folder, Saved(state, ledger.totals, data, late), store)
+        checkpoint.save(folder, Saved(state, ledger.totals, data, late, start_of(world.model)), store)
         tracking.round(row)
     else:
         state, found, late = saved.state, None, saved.late
+        if said := stand_at(world.model, saved.start, folder):
+            show.note(said)
         show.resume(rows := ledger.rewind(state.round))
         tracking.resume(rows)
     while state.round < e.rounds:
         show.phase(f"round {state.round + 1}/{e.rounds}")
         if late is not None and (came := _let_in(world, late, engine, store, ledger, state.round + 1, show)):
             late = late.with_these(came, state.round + 1, world.pool)
-            checkpoint.save(folder, Saved(state, ledger.totals, data, late), store)  # whatever becomes of the round, they are in
+            checkpoint.save(
+                folder, Saved(state, ledger.totals, data, late, start_of(world.model)), store
+            )  # whatever becomes of the round, they are in
         section, pool = ledger.section(), world.pool if late is None else late.pool(world.pool)
         try:
             state, missed = drive(method.round(state, pool), hurried, e.quorum, section.hear), 0
@@ -157,7 +162,7 @@ def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str
             state, missed = _missed(world, state, store, section, missed + 1, failed, show), missed + 1
         trained, found = section.seconds, _evaluated(world, state, engine, show, late, store)
         show.round(row := ledger.write(state.round, section, trained, found.scores if found else unknown, told_of(late, world)))
-        checkpoint.save(folder, Saved(state, ledger.totals, data, late), store)
+        checkpoint.save(folder, Saved(state, ledger.totals, data, late, start_of(world.model)), store)
         tracking.round(row)
     found = found or evaluate(world, state, engine, None if late is None else [*late.since], store)
     results = finish(world, folder, state, ledger, found, store)
