@@ -21,6 +21,7 @@ from fedloom.client.client import Client
 from fedloom.client.elsewhere import Elsewhere
 from fedloom.client.host import Host
 from fedloom.client.store import ClientStore
+from fedloom.compute.flops import start_operations
 from fedloom.engines.engine import drive
 from fedloom.engines.local import Local
 from fedloom.messages import Failure, Replies, Task, Update, ask, insist
@@ -162,6 +163,9 @@ def test_a_late_device_takes_part_and_the_run_is_that_of_the_same_participation(
     assert rows[1]["answered"] == [0, 1, 2] and all(len(row["answered"]) == 3 and not row["failed"] for row in rows[1:])
     assert sum(LATE in row["answered"] for row in rows[2:]) >= 2
     assert there.notes.count("device 3 takes part from round 2 on") == 1
+    if method != "fibecfed":
+        start = start_operations(world.model)
+        assert (start > 0) == (method == "federa") and results["setup_flops"] == pytest.approx(DEVICES * start), "the late one's start too"
     store = ClientStore(tmp_path / "replay")
     begun, due = replayed(world, rows, store)
     assert differs(body, found, due) == "" and strayed(body, store, DEVICES) == ""

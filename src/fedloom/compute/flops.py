@@ -18,12 +18,24 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedloom.model.base import Batch, Model
+from fedloom.model.factors import rank_in
+from fedloom.model.principal import operations
 from fedloom.model.some_rows import SomeRows
 
 LENGTHS = (4, 8, 16)
 
 _KEPT: dict[tuple[str, ...], dict[Any, np.ndarray]] = {}
 """By what makes a graph, the polynomials that were found: models that are alike in it are counted once in a process."""
+
+
+def start_operations(model: Model) -> float:
+    """Operations of the start that a process makes when it loads the model: one decomposition a pair where LoRA starts from singular
+    vectors (``principal.py``), 0 for any other start, which only draws numbers."""
+    if not model.split:
+        return 0.0
+    rank, own = rank_in(model.initial), dict(model.module.named_parameters())
+    shapes = (own[name].shape for name in model.beneath.names)
+    return sum(operations(d_out, d_in, rank) for d_out, d_in in shapes)
 
 
 class _NoModules:

@@ -11,6 +11,7 @@ This file does not know transformers, data, or who trains.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from torch import nn
 
 from fedloom.model import bottleneck, mixing
 from fedloom.model.principal import principal_factors
+from fedloom.tensors import fingerprint
 
 ADAPTER = "default"
 HEADS = frozenset({"classifier", "score", "qa_outputs"})
@@ -66,7 +68,8 @@ class AdapterError(ValueError):
 
 def attach(base: nn.Module, adapter: Adapter, classifier: bool = True, tags: bool = False, finds: bool = False) -> nn.Module:
     """``base`` with the adapter and, of a ``classifier`` (of whole texts, of their words: ``tags``, or of where an
-    answer is: ``finds``), a trainable task head; everything else is frozen (``requires_grad`` says which is which).
+    answer is: ``finds``), a trainable task head; everything else is frozen (``requires_grad`` says which is which). LoRA's pairs are at
+    zero after this, whatever the adapter's start: see :func:`take_principal_parts`.
 
     Raises:
         AdapterError: the rank is not positive, no target exists in this architecture, or it lacks what the kind trains.
@@ -83,10 +86,7 @@ def attach(base: nn.Module, adapter: Adapter, classifier: bool = True, tags: boo
         case "auto" | "lora":
             scaling: dict[str, Any] = {"lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout}
             config = LoraConfig(task_type=task, r=adapter.rank, target_modules=targets, **scaling, **head)
-            made = _by_peft(base, adapter, config)
-            if adapter.start == "svd":
-                _start_from_principal_parts(made)
-            return made
+            return _by_peft(base, adapter, config)
         case "ia3":
             fed: dict[str, Any] = {"feedforward_modules": []} if targets else {}
             return _by_peft(base, adapter, IA3Config(task_type=task, target_modules=targets, **fed, **head))
@@ -147,14 +147,21 @@ def _by_peft(base: nn.Module, adapter: Adapter, config: PeftConfig) -> nn.Module
         ) from error
 
 
-def _start_from_principal_parts(model: nn.Module) -> None:
-    """Put A0 and B0 into every pair and W_res under it. The model's copy in memory is changed, never a file."""
-    for module in model.modules():
+def take_principal_parts(model: nn.Module) -> str:
+    """Put A0 and B0 into every pair and W_res under it. The model's copy in memory is changed, never a file. Returns the fingerprint of
+    the weights W0 as they were, by which models are compared: what is left of them differs in its last digits from one machine to another.
+
+    Raises:
+        AdapterError: the rank is higher than that of a weight.
+    """
+    were = {}
+    for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
             pair: Any = module
             layer = pair.get_base_layer()
             transposed = "Conv1D" in type(layer).__name__
             weight = layer.weight.detach().T if transposed else layer.weight.detach()
+            were[name] = fingerprint({"weight": weight})
             scaling = float(pair.scaling[ADAPTER])
             try:
                 a, b = principal_factors(weight, int(pair.r[ADAPTER]), scaling)
@@ -165,6 +172,7 @@ def _start_from_principal_parts(model: nn.Module) -> None:
                 pair.lora_B[ADAPTER].weight.copy_(b)
                 rest = weight.double() - scaling * b.double() @ a.double()
                 layer.weight.copy_(rest.T if transposed else rest)
+    return hashlib.sha256(json.dumps(were, sort_keys=True).encode()).hexdigest()
 
 
 def trainable_names(model: nn.Module) -> dict[str, str]:

@@ -27,7 +27,7 @@ from torch import nn
 from torch.func import functional_call
 
 from fedloom.messages import Tensors
-from fedloom.model.adapters import Beneath, is_beneath, is_head
+from fedloom.model.adapters import Beneath, is_beneath, is_down, is_head, partner, under
 from fedloom.model.answers import Speaker, asked, asked_in_rows, first_of
 from fedloom.model.asked import Asked
 from fedloom.model.calls import CALLS, Call, Shape
@@ -68,7 +68,8 @@ class Model:
     """A frozen base with an adapter. ``initial``: float32 start of every trainable tensor, by saved name. ``beneath``: the frozen weights
     under LoRA's pairs, which a method may change as well (:meth:`stand_on`). ``alone``: why it cannot run for many owners at once, or
     nothing; ``together_by``: how it does. ``still``: what of the head no loss depends on, which is not trained. ``recomputes``: whether
-    its layers are computed again in backward passes, and what is inside them not kept (``recomputed.py``)."""
+    its layers are computed again in backward passes, and what is inside them not kept (``recomputed.py``). ``split``: the fingerprint of
+    the weights under the pairs before their principal parts were taken out, or nothing where none were."""
 
     name: str
     module: Any
@@ -93,6 +94,7 @@ class Model:
     finder: Finder | None = None
     still: dict[str, torch.Tensor] = field(default_factory=dict)
     recomputes: bool = False
+    split: str = ""
     _copies: dict[torch.dtype, nn.Module] = field(default_factory=dict)
     _ways: dict[torch.dtype, Way] = field(default_factory=dict)
     _recomputed: dict[int, Recomputed] = field(default_factory=dict)
@@ -214,6 +216,21 @@ class Model:
                 for n, original in self._own.items():
                     own[n].copy_(self._turned(n, weights[n]) if n in weights else original)
         self._stands_on = wanted
+
+    def start_at(self, pairs: Tensors) -> None:
+        """Take these A0 and B0 for the start in place of its own, and W_res = W0 − s·B0·A0 for what lies under them; W0 is what the old
+        start and its W_res make, to rounding. ``pairs``: all factors by saved name."""
+        own = dict(self.module.named_parameters())
+        with torch.no_grad():
+            for a in filter(is_down, pairs):
+                b, name = partner(a), under(a)
+                old, new = (at[b].double() @ at[a].double() for at in (self.initial, pairs))
+                change = (self.beneath.scaling * (old - new)).to(own[name].device)
+                own[name].copy_(own[name].double() + self._turned(name, change))
+                for factor in (a, b):
+                    own[self.parameters[factor]].copy_(pairs[factor])
+                    self.initial[factor] = pairs[factor].clone()
+        self._copies, self._ways, self._own = {torch.float32: self.module}, {}, {}
 
     def _turned(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """From (d_out, d_in) to as the module keeps it, and back."""

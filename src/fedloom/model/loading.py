@@ -36,7 +36,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fedloom.hub import reachable
-from fedloom.model.adapters import Adapter, attach, beneath, is_head, trainable_names
+from fedloom.model.adapters import Adapter, attach, beneath, is_head, take_principal_parts, trainable_names
 from fedloom.model.answers import Form, Speaker
 from fedloom.model.base import Batch, Model, ModelError, Precision, free_bytes
 from fedloom.model.calls import CALLS, from_zero
@@ -138,11 +138,12 @@ def load(
         tagger = Tagger(tokenizer, tags, between, length) if tags else None
         finder = Finder(tokenizer, length) if finds else None
         module = attach(base, adapter, cloze is None and answers is None, bool(tags), finds)
+        split = take_principal_parts(module) if adapter.start == "svd" else ""
     parameters = trainable_names(module)
     module.eval().requires_grad_(False).to(device)
     model = Model(name, module, config, tokenizer, num_labels, length, precision, adapter.dropout, torch.device(device))
     model.filler, model.speaker, model.tagger, model.finder = filler, speaker, tagger, finder
-    model.parameters, model.beneath = parameters, beneath(module)
+    model.parameters, model.beneath, model.split = parameters, beneath(module), split
     own = dict(module.named_parameters())
     # of a model all of which is trained, the start is the module's own weights: a copy would be a second model
     kept = (lambda t: t) if adapter.kind == "full" else torch.clone

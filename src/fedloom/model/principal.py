@@ -34,3 +34,21 @@ def principal_factors(weight: torch.Tensor, rank: int, scaling: float) -> tuple[
     u, v = (found, w.T @ found / safe) if wide else (w @ found / safe, found)
     root = np.sqrt(s / scaling) * np.where(u[np.abs(u).argmax(0), np.arange(rank)] < 0, -1.0, 1.0)
     return torch.from_numpy((root * v).T.copy()).float(), torch.from_numpy(root * u).float()
+
+
+def operations(d_out: int, d_in: int, rank: int) -> float:
+    """Floating-point operations of :func:`principal_factors` and of W_res, a multiplication and an addition being two, as it computes them;
+    p the smaller side of the weight and q the larger, terms of lower order left out:
+
+        2p²q        W0·W0ᵀ or W0ᵀ·W0
+        4p³/3       its tridiagonal form, by Householder's reflections         (Golub & Van Loan, Matrix Computations, 4th ed., 8.3.1)
+        2p²r        r eigenvectors of that, turned back by the reflections     (5.1.6; those of a tridiagonal matrix cost p·r)
+        4pqr        the other side's directions, and B0·A0
+
+    A whole decomposition, U, S and V with nothing left out, would be 6p²q + 20p³ (R-SVD, 8.6.3).
+
+    >>> operations(768, 768, 8)
+    1538260992.0
+    """
+    p, q = sorted((d_out, d_in))
+    return 2 * p**2 * q + 4 * p**3 / 3 + 2 * p**2 * rank + 4 * p * q * rank

@@ -21,7 +21,8 @@ from fedloom.run.console import Show
 from fedloom.run.evaluation import evaluate, nothing
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.ledger import Ledger
-from fedloom.run.loop import Told, check, claim, finish
+from fedloom.run.loop import Told, begin, check, claim, finish
+from fedloom.run.starting import stand_at, start_of
 from fedloom.run.tracking import insist, track_ended
 from fedloom.run.world import build, store_in
 
@@ -48,6 +49,8 @@ def adopt(experiment: Experiment, folder: Path, trained: Path, show: Show, track
         world = build(experiment)
         if saved.data != world.fingerprint():
             raise CheckpointError(f"the data behind {trained} changed since it was trained (fingerprint {saved.data}); give another --out")
+        if said := stand_at(world.model, saved.start, trained):
+            show.note(said)
         claim(folder, experiment)
         store, method = store_in(folder), experiment.method
         ledger = Ledger(folder, world.fleet, saved.totals)
@@ -56,12 +59,13 @@ def adopt(experiment: Experiment, folder: Path, trained: Path, show: Show, track
         prepared = drive(method.setup(method.init(world.model), world.pool), Told(engine, show), quorum=0, seen=section.hear)
         if prepared.shared.keys() != saved.state.shared.keys():
             raise ExperimentError(f"'{experiment.method_name}' shares other tensors than '{method.inner.name}' did; it must be trained")
+        begin(section, world, world.pool.clients)
         ledger.set_up(section)
         state = State(saved.state.round, saved.state.shared, prepared.server, prepared.facts)
         show.phase(f"evaluating what {trained.name} trained")
         found = evaluate(world, state, engine, store=store)
         write_atomically(ledger.path, "".join(json.dumps(row) + "\n" for row in _rows(trained, found.scores, nothing(world))))
-        checkpoint.save(folder, Saved(state, ledger.totals, saved.data), store)
+        checkpoint.save(folder, Saved(state, ledger.totals, saved.data, start=start_of(world.model)), store)
         results = finish(world, folder, state, ledger, found, store, [f"trained by {trained.name}; evaluated after the last round only"])
         track_ended(track, experiment, folder, results)
         return results

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +21,10 @@ from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.evaluation import evaluate
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.reading import read
+from fedloom.run.starting import stand_at
 from fedloom.run.world import build, store_in
+
+log = logging.getLogger("fedloom")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ def evaluate_again(experiment: Experiment, folder: Path, kind: type[Any] | None 
         world = build(other or experiment)
         if saved.data != world.fingerprint():
             raise CheckpointError(f"the data behind {folder} changed since it was trained (fingerprint {saved.data}); restore the data")
+        if said := stand_at(world.model, saved.start, folder):
+            log.warning(said)
         engine, state = world.engine(store), saved.state
         if other is not None:
             prepared = drive(other.method.setup(other.method.init(world.model), world.pool), engine, quorum=0)

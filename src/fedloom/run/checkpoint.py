@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from fedloom.client.elsewhere import Store
 from fedloom.client.store import ClientStore, StoreError, flush
+from fedloom.messages import Tensors
 from fedloom.methods.method import State
 from fedloom.run.late import Late, Step
 from fedloom.tensors import fingerprint
@@ -30,6 +31,8 @@ from fedloom.tensors import fingerprint
 LATEST = "latest.json"
 SERVER = re.compile(r"server-([0-9a-f]{16})\.safetensors")
 """What the server's tensors are called."""
+START = re.compile(r"start-([0-9a-f]{16})\.safetensors")
+"""What A0 and B0 are called, where LoRA started from a decomposition: written once, for they do not change."""
 
 
 class CheckpointError(RuntimeError):
@@ -38,13 +41,14 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Saved:
-    """A completed round: the server's state, the ledger's totals, the fingerprint of the data it was made with, and who is in where some
-    were not from the start."""
+    """A completed round: the server's state, the ledger's totals, the fingerprint of the data it was made with, who is in where some
+    were not from the start, and (A0, B0) where those are not zero, which the frozen weights are short of (``starting.py``)."""
 
     state: State
     totals: dict[str, Any]
     data: str
     late: Late | None = None
+    start: Tensors = field(default_factory=dict)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -65,14 +69,7 @@ def save(folder: Path, saved: Saved, store: Store) -> None:
     tensors = {f"{kind}/{n}": t for kind, part in _parts(saved.state).items() for n, t in part.items()}
     steps = saved.late.steps if saved.late else ()
     tensors |= {f"late/{i}/{n}": t.clone() for i, step in enumerate(steps) for n, t in step.tensors.items()}  # files share no memory
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    name = f"server-{fingerprint(tensors)[:16]}.safetensors"
-    if not (place / name).exists():
-        scratch = place / f"{name}.tmp"
-        save_file(tensors, scratch)
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(scratch, place / name)
+    name = _written(place, "server", tensors)
     body = {
         "round": saved.state.round,
         "server": name,
@@ -84,6 +81,8 @@ def save(folder: Path, saved: Saved, store: Store) -> None:
     if saved.late is not None:
         asked = [{"op": step.op, "settings": dict(step.settings)} for step in steps]
         body["late"] = {"since": {str(k): at for k, at in saved.late.since.items()}, "steps": asked}
+    if saved.start:
+        body["start"] = _written(place, "start", saved.start)
     write_atomically(place / LATEST, json.dumps({"sha256": _digest(body), **body}, indent=1))
     flush(place)  # the new index is on the disk before what only the old one names is deleted
     store.sweep()
@@ -112,12 +111,8 @@ def load(folder: Path, store: Store) -> Saved | None:
         written = body.pop("sha256")
         if _digest(body) != written:
             raise ValueError("its content does not match its sha256")
-        named = SERVER.fullmatch(body["server"])
-        if named is None:
-            raise ValueError(f"{body['server']!r} is no file of the server's")
-        tensors = dict(sorted(load_file(folder / "checkpoints" / body["server"]).items()))
-        if fingerprint(tensors)[:16] != named[1]:
-            raise ValueError(f"{body['server']} was altered after it was written")
+        tensors = _read(folder, body["server"], SERVER)
+        start = _read(folder, body["start"], START) if "start" in body else {}
         round, facts, totals, data = (body[name] for name in ("round", "facts", "totals", "data"))
         if not (type(round) is int and isinstance(facts, dict) and isinstance(totals, dict) and isinstance(data, str)):
             raise ValueError("its round, facts, totals or data are none")
@@ -128,7 +123,7 @@ def load(folder: Path, store: Store) -> Saved | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError, StoreError) as error:
         raise CheckpointError(f"the checkpoint {path} is corrupt: {error}. {mend}") from error
     shared, server = _named(tensors, "shared/"), _named(tensors, "server/")
-    return Saved(State(round, shared, server, facts), totals, data, late)
+    return Saved(State(round, shared, server, facts), totals, data, late, start)
 
 
 def fingerprint_of(folder: Path) -> str:
@@ -138,6 +133,7 @@ def fingerprint_of(folder: Path) -> str:
     if saved is None:
         raise CheckpointError(f"{folder} holds no checkpoint")
     parts = {kind: fingerprint(tensors) for kind, tensors in _parts(saved.state).items()}
+    parts |= {"start": fingerprint(saved.start)} if saved.start else {}
     return _digest({"round": saved.state.round, "facts": dict(saved.state.facts), **parts, "clients": store.fingerprint()})
 
 
@@ -155,6 +151,34 @@ def only_one(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise CheckpointError(f"another process is running in {folder}; wait for it, stop it, or give another --out") from error
         yield
+
+
+def _written(place: Path, kind: str, tensors: Tensors) -> str:
+    """The name, by its content, of the file that holds these tensors, which is written if it is not there."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    name = f"{kind}-{fingerprint(tensors)[:16]}.safetensors"
+    if not (place / name).exists():
+        scratch = place / f"{name}.tmp"
+        save_file(tensors, scratch)
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(scratch, place / name)
+    return name
+
+
+def _read(folder: Path, name: str, kind: re.Pattern[str]) -> dict[str, torch.Tensor]:
+    """The tensors of a file of the checkpoint.
+
+    Raises:
+        ValueError: the name is none of the kind, or the content is not what the name says.
+    """
+    named = kind.fullmatch(name)
+    if named is None:
+        raise ValueError(f"{name!r} is no file of the server's")
+    tensors = dict(sorted(load_file(folder / "checkpoints" / name).items()))
+    if fingerprint(tensors)[:16] != named[1]:
+        raise ValueError(f"{name} was altered after it was written")
+    return tensors
 
 
 def _parts(state: State) -> dict[str, Mapping[str, torch.Tensor]]:

@@ -26,6 +26,7 @@ from fedloom.run.counting import Counting
 from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.run.figures import Kind, partition_picture
 from fedloom.run.ledger import Section
+from fedloom.run.loop import begin
 from fedloom.run.memory import needed, sizes_of, told
 from fedloom.run.numbers import drawn, most
 from fedloom.run.payback import plain_of
@@ -158,6 +159,7 @@ def played(world: World) -> Played:
         steps.update([f"{tasks[0].op.replace('_', ' ')} on {len(tasks)} devices"] if tasks else [])
 
     state = drive(method.setup(method.init(world.model), world.pool), engine, quorum=0, seen=hear)
+    begin(setup, world, world.pool.clients)
     for t in range(e.rounds) if through else (0, e.rounds - 1):
         rounds.append(Section(fleet))
         after = drive(method.round(replace(state, round=t), world.pool), engine, seen=rounds[-1].hear)
@@ -167,7 +169,9 @@ def played(world: World) -> Played:
 
 def _costs(world: World) -> Lines:
     found, fleet = played(world), world.fleet
-    steps = "; ".join(f"{step}, {count} times" if count > 1 else step for step, count in found.steps.items()) or "none"
+    own = f"{len(world.model.beneath.names)} weights decomposed on every device, each for itself" if world.model.split else ""
+    asked = [f"{step}, {count} times" if count > 1 else step for step, count in found.steps.items()]
+    steps = "; ".join([*filter(None, [own]), *asked]) or "none"
     rounds = found.rounds
     later = rounds[len(rounds) // 2 :]
     return [

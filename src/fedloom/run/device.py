@@ -12,6 +12,7 @@ which class were told as which (:func:`counted`).
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import threading
 import warnings
@@ -136,13 +137,16 @@ def tags_of(task: DataTask) -> list[str]:
 
 
 def identity(model: Model) -> str:
-    """16 hex digits over what every device must have alike: the model's weights but those of pairs and of what they stand on, which an SVD
-    may split otherwise on another processor."""
+    """16 hex digits over what every device must have alike: the pre-trained weights, and of those that an SVD has split what they were
+    before (``Model.split``). Not the head nor what an adapter brings with it: those are drawn, and sent where they are shared."""
+    from fedloom.model.adapters import is_factor, is_head, saved_as
     from fedloom.tensors import fingerprint
 
+    brought = set() if saved_as(model.module) == "model" else set(model.parameters.values())
+    split = set(model.beneath.names) if model.split else set()
     own = model.base(model.dtype).state_dict()
-    frozen = {n: t for n, t in own.items() if n not in model.initial and ".lora_" not in n and ".base_layer." not in n}
-    return fingerprint(frozen or model.initial)[:16]
+    common = {n: t for n, t in own.items() if n not in brought | split and not is_factor(n) and not is_head(n)}
+    return hashlib.sha256(f"{fingerprint(common)}|{model.split}".encode()).hexdigest()[:16]
 
 
 def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
@@ -176,7 +180,8 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     model = model_of(replace(e, model=own.model or e.model, engine=EngineSettings(recompute=own.recompute)), source)
     if identity(model) != greeting["model"]:
         raise ModelError(
-            f"the model '{own.model or e.model}' is not the server's: its weights differ; give the same one, --model NAME or FOLDER"
+            f"the model '{own.model or e.model}' is not the server's: its pre-trained weights come to {identity(model)} here and to "
+            f"{greeting['model']} at the server; give the same one, --model NAME or FOLDER"
         )
     shards = tokens_of(source, model)
     host = Host(

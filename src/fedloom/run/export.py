@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from fedloom.model.loading import folder_of
 from fedloom.run import checkpoint
 from fedloom.run.experiment import Experiment
 from fedloom.run.personal import personal
+from fedloom.run.starting import stand_at
 from fedloom.run.world import World, build, store_in
 from fedloom.tensors import without
+
+log = logging.getLogger("fedloom")
 
 
 class ExportError(ValueError):
@@ -81,11 +85,14 @@ def predictor_of(world: World, folder: Path, client: int | None) -> Predictor:
 
     Raises:
         ExportError: no such device, or a method without a global model.
+        CheckpointError: LoRA's start was another model's.
     """
     method, store = world.experiment.method, store_in(folder)
     saved = checkpoint.load(folder, store)
     if saved is None:
         raise ExportError(f"{folder} holds no completed round yet; run it first")
+    if said := stand_at(world.model, saved.start, folder):
+        log.warning(said)
     if client is None:
         assembled = method.assembled(saved.state)
         if assembled is None:

@@ -50,6 +50,11 @@ class Section:
         self.answered += [u.client for u in replies.updates]
         self.failed |= {str(f.client): f.reason for f in replies.failures}
 
+    def begin(self, clients: Sequence[int], flops: float) -> None:
+        """Add what each of these computes for itself before it is asked anything: the start of its model. They do it in parallel."""
+        self.flops += flops * len(clients)
+        self.device_seconds += round_seconds(self.fleet, [(k, flops, 0.0, 0.0) for k in clients])
+
     @property
     def loss(self) -> float | None:
         """Mean training loss, weighted by the clients' numbers of examples; None if nobody told one."""

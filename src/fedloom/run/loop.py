@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from fedloom.client.elsewhere import Elsewhere, Store
+from fedloom.compute.flops import start_operations
 from fedloom.data.numbers import EXACT
 from fedloom.engines.engine import Engine, drive
 from fedloom.engines.heap import give_memory_back
-from fedloom.messages import CohortFailed, Replies, Take, Task, whole
+from fedloom.messages import CENTRE, CohortFailed, Replies, Take, Task, whole
+from fedloom.methods.centralised import Centralised
 from fedloom.methods.method import State
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import CheckpointError, Saved, write_atomically
@@ -32,6 +34,7 @@ from fedloom.run.memory import insist_on_room, sizes_before, sizes_of, told
 from fedloom.run.numbers import as_told
 from fedloom.run.payback import paid_back
 from fedloom.run.samples import samples
+from fedloom.run.starting import stand_at, start_of
 from fedloom.run.tracking import Tracking, insist, track_ended
 from fedloom.run.world import World, build
 
@@ -137,17 +140,21 @@ def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str
         ledger.set_up(section)
         section, found = ledger.section(), _evaluated(world, state, engine, show, late, store)
         show.round(row := ledger.write(0, section, 0.0, found.scores if found else unknown, told_of(late, world)))
-        checkpoint.save(folder, Saved(state, ledger.totals, data, late), store)
+        checkpoint.save(folder, Saved(state, ledger.totals, data, late, start_of(world.model)), store)
         tracking.round(row)
     else:
         state, found, late = saved.state, None, saved.late
+        if said := stand_at(world.model, saved.start, folder):
+            show.note(said)
         show.resume(rows := ledger.rewind(state.round))
         tracking.resume(rows)
     while state.round < e.rounds:
         show.phase(f"round {state.round + 1}/{e.rounds}")
         if late is not None and (came := _let_in(world, late, engine, store, ledger, state.round + 1, show)):
             late = late.with_these(came, state.round + 1, world.pool)
-            checkpoint.save(folder, Saved(state, ledger.totals, data, late), store)  # whatever becomes of the round, they are in
+            checkpoint.save(
+                folder, Saved(state, ledger.totals, data, late, start_of(world.model)), store
+            )  # whatever becomes of the round, they are in
         section, pool = ledger.section(), world.pool if late is None else late.pool(world.pool)
         try:
             state, missed = drive(method.round(state, pool), hurried, e.quorum, section.hear), 0
@@ -155,7 +162,7 @@ def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str
             state, missed = _missed(world, state, store, section, missed + 1, failed, show), missed + 1
         trained, found = section.seconds, _evaluated(world, state, engine, show, late, store)
         show.round(row := ledger.write(state.round, section, trained, found.scores if found else unknown, told_of(late, world)))
-        checkpoint.save(folder, Saved(state, ledger.totals, data, late), store)
+        checkpoint.save(folder, Saved(state, ledger.totals, data, late, start_of(world.model)), store)
         tracking.round(row)
     found = found or evaluate(world, state, engine, None if late is None else [*late.since], store)
     results = finish(world, folder, state, ledger, found, store)
@@ -173,6 +180,7 @@ def _set_up(world: World, engine: Engine, store: Store, section: Section, show: 
         pool = replace(world.pool, clients=there)
         try:
             state = drive(method.setup(method.init(world.model), pool), heard or engine, quorum=0, seen=section.hear)
+            begin(section, world, there)
             return state, None if heard is None else Late(dict.fromkeys(there, 0), heard.steps)
         except CohortFailed as failed:
             if not isinstance(store, Elsewhere) or attempt == MISSES:
@@ -180,6 +188,11 @@ def _set_up(world: World, engine: Engine, store: Store, section: Section, show: 
             store.forget()
             show.note(f"the set-up begins again: {failed}")
     raise AssertionError
+
+
+def begin(section: Section, world: World, clients: Sequence[int]) -> None:
+    """Book the start that each of these makes for itself, once; where all data are in one place, that place's."""
+    section.begin([CENTRE] if isinstance(world.experiment.method, Centralised) else clients, start_operations(world.model))
 
 
 def _let_in(world: World, late: Late, engine: Engine, store: Store, ledger: Ledger, round: int, show: Show) -> list[int]:
@@ -190,6 +203,7 @@ def _let_in(world: World, late: Late, engine: Engine, store: Store, ledger: Ledg
         return []
     section = ledger.section()
     came = drive(welcome(late.steps, waiting), engine, quorum=0, seen=section.hear)
+    begin(section, world, came)
     ledger.set_up(section)
     for k in waiting:
         if k in came:

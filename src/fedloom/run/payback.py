@@ -30,12 +30,13 @@ KEYS = ("bytes_up", "device_seconds")
 
 def paid_back(world: World, fleet: Fleet, totals: Row, rows: Sequence[Row]) -> dict[str, Any] | None:
     """``{"against": "lora", "bytes_up": round or None, "device_seconds": round or None}``; None in it means: not within this run. None
-    altogether where there was no set-up, or the method's local training is not one that plain LoRA could do.
+    altogether where set-up asked nothing of devices (a start that each makes for itself saves nothing in a round), or the method's local
+    training is not one that plain LoRA could do.
 
     ``totals``, ``rows``: of the run's ledger; rows from round 0 on.
     """
     plain = plain_of(world.experiment.method)
-    if world.far is not None or plain is None or not any(totals[f"setup_{key}"] for key in KEYS):
+    if world.far is not None or plain is None or not any(totals[f"setup_{key}"] for key in ("bytes_up", "bytes_down")):
         return None
     theirs = played(world, plain, fleet)
     mine = [row for row in rows if row["round"] > 0]

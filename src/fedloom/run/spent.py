@@ -13,7 +13,7 @@ def spent(results: Mapping[str, Any]) -> dict[str, str]:
     told, state, paid = {}, results.get("device_state"), results.get("setup_paid_back")
     if devices := results.get("devices"):
         told["devices"] = profiles_told(devices)
-    if results["setup_bytes_up"] or results["setup_bytes_down"]:
+    if results["setup_bytes_up"] or results["setup_bytes_down"] or results["setup_device_seconds"]:
         traffic = f"{human_bytes(results['setup_bytes_up'])} up, {human_bytes(results['setup_bytes_down'])} down"
         work = f", {results['setup_flops']:.3g} operations" if results.get("setup_flops") else ""
         here = f", {human_seconds(results['setup_host_seconds'])} here" if results.get("setup_host_seconds") else ""

@@ -1,0 +1,61 @@
+"""A run stands on the (A0, B0) that its checkpoint holds, whoever computes it next.
+
+Where LoRA starts from singular vectors, what is frozen is W_res = W0 - s·B0·A0, so trained pairs mean something only beside the start that
+was taken out of W0. Every process decomposes for itself when it loads its model. On the machine that began the run that gives the same
+numbers again, bit for bit. Another machine's may differ in their last digits: then the checkpoint's are used, W_res is made from them, and
+that is said. Workers (``--engine.workers``) and devices of a real federation use their own all the same, whose W_res is the run's to
+rounding. Numbers that differ by more than rounding are of another model, or were altered: the run does not go on with them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fedloom.messages import Tensors
+from fedloom.model.adapters import is_factor
+from fedloom.model.base import Model
+from fedloom.model.factors import products
+from fedloom.run.checkpoint import CheckpointError
+from fedloom.tensors import same_names
+
+ROUNDING = 1e-4
+"""How far apart two machines' s·B0·A0 may be, of its size in the Frobenius norm. Float32 rounds to 6e-8; singular values that lie close
+together let directions turn, whose product turns far less."""
+
+
+def start_of(model: Model) -> dict[str, torch.Tensor]:
+    """(A0, B0) of every pair by saved name; nothing where pairs start at zero."""
+    return {name: tensor for name, tensor in model.initial.items() if is_factor(name)} if model.split else {}
+
+
+def stand_at(model: Model, start: Tensors, folder: Path) -> str:
+    """Put the model at the ``start`` of the checkpoint in ``folder``. Returns what there is to say, or nothing.
+
+    Raises:
+        CheckpointError: that is not the start of this model, not even to rounding.
+    """
+    own = start_of(model)
+    if not own and not start:
+        return ""
+    if not start:
+        return f"the checkpoint in {folder} is an earlier release's and holds no (A0, B0): this machine's own are used, unchecked"
+    mend = "Nothing was overwritten. Restore the model's files, or give another --out"
+    try:
+        same_names(own, start)
+    except ValueError as error:
+        raise CheckpointError(f"the (A0, B0) in {folder} are not those of '{model.name}': {error}. {mend}") from error
+    if all(torch.equal(tensor, start[name]) for name, tensor in own.items()):
+        return ""
+    here, there = products(own), products(start)
+    apart = {name: float((there[name] - here[name]).norm() / here[name].norm()) for name in here}
+    worst = max(apart, key=lambda name: apart[name])
+    if not apart[worst] <= ROUNDING:
+        raise CheckpointError(
+            f"the (A0, B0) in {folder} are not those of '{model.name}': under '{worst}' their product differs by {apart[worst]:.2g} of its "
+            f"size from the principal part of the weight here, and {ROUNDING:g} is allowed for another machine's rounding. The model was "
+            f"changed since the run began, or the checkpoint was. {mend}"
+        )
+    model.start_at(start)
+    return f"this machine decomposes the weights a little otherwise ({apart[worst]:.1g} apart); the checkpoint's (A0, B0) are used"

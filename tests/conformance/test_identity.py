@@ -1,0 +1,99 @@
+"""Whether a device's model is the server's: every pre-trained weight counts, those under the pairs too, whatever the start made of them.
+
+Two models that were loaded apart are alike, and W_res,k + s·mean(B_k)·mean(A_k) is the same weight with either's W_res."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fedloom.data.shards import write_shards
+from fedloom.methods.fedavg import FedAvg
+from fedloom.model.adapters import Adapter, Kind, Start, beneath, is_down, partner, under
+from fedloom.model.base import Model, ModelError
+from fedloom.model.loading import load
+from fedloom.run.device import Own, greeting_of, hosted, identity, order
+from fedloom.run.experiment import Experiment
+from fedloom.run.world import build, read_data
+from fedloom.tensors import weighted_mean
+from tests import tiny
+
+QUERY, FIRST = "bert.encoder.layer.1.attention.self.query.weight", "bert.encoder.layer.0.output.dense.weight"
+
+
+def altered(folder: Path, name: str, by: float = 1e-3) -> Path:
+    """The tiny model's folder with one number of one tensor moved."""
+    shutil.copytree(tiny.folder(), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[5] += by
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def loaded(folder: Path, start: Start = "zero", kind: Kind = "lora") -> Model:
+    return load(str(folder), num_labels=3, adapter=Adapter(rank=2, alpha=5.0, start=start, kind=kind), seed=1, max_length=16)
+
+
+@pytest.mark.parametrize("start", ["zero", "svd"])
+def test_a_device_with_another_query_weight_is_refused_and_one_with_the_same_is_not(start: Start, tmp_path: Path) -> None:
+    shape: dict[str, Any] = {"clients": 2, "cohort": 2, "rounds": 1, "max_train": 24, "max_validation": 4, "max_test": 4, "max_length": 16}
+    e = Experiment(FedAvg(), model=str(tiny.folder()), adapter=Adapter(rank=2, start=start), seed=5, **shape)
+    write_shards(*read_data(e), tmp_path / "shards")
+    greeting = json.loads(json.dumps({**greeting_of(build(e)), "digest": e.digest()}))
+    data = str(tmp_path / "shards" / "0")
+    _, said = hosted(order(greeting, Own(data, model=str(shutil.copytree(tiny.folder(), tmp_path / "same")))))
+    assert said["examples"]["train"] > 0
+    other = altered(tmp_path / "other", QUERY)
+    with pytest.raises(ModelError, match=rf"{other}.* is not the server's.*here and to {greeting['model']} at the server.*--model"):
+        hosted(order(greeting, Own(data, model=str(other))))
+
+
+@pytest.mark.parametrize(("kind", "start"), [("lora", "zero"), ("lora", "svd"), ("ia3", "zero"), ("full", "zero")])
+def test_every_pre_trained_weight_counts_whatever_is_trained(kind: Kind, start: Start, tmp_path: Path) -> None:
+    first = identity(loaded(tiny.folder(), start, kind))
+    for place, name in enumerate((QUERY, FIRST)):
+        assert identity(loaded(altered(tmp_path / str(place), name), start, kind)) != first, name
+
+
+def test_what_an_adapter_brings_and_the_head_do_not_count() -> None:
+    """They are drawn, or an SVD's on one machine or another, and the server sends what is shared."""
+    for start in ("zero", "svd"):
+        of = loaded(tiny.folder(), start)
+        before = identity(of)
+        own = dict(of.module.named_parameters())
+        with torch.no_grad():
+            for parameter in of.parameters.values():
+                own[parameter].add_(1.0)
+            if start == "svd":
+                own[of.beneath.names[0]].mul_(1 + 1e-6)  # what is left of W0 after another machine's SVD
+        assert identity(of) == before
+
+
+def test_devices_that_split_for_themselves_are_averaged_to_one_weight() -> None:
+    """W_res,k + s·mean(B)·mean(A) with each device's own W_res, to float32's rounding; for lack of another machine, the second device's
+    numbers are moved by as much as float32 rounds."""
+    one, other = loaded(tiny.folder(), "svd"), loaded(tiny.folder(), "svd")
+    plain = load_file(tiny.folder() / "model.safetensors")
+    scaling, u = beneath(one.module).scaling, torch.finfo(torch.float32).eps
+    assert scaling == 2.5
+    noise = torch.Generator().manual_seed(1)
+    trained = []
+    for k, of in enumerate((one, other)):
+        at = {n: t + 0.1 * torch.randn(t.shape, generator=torch.Generator().manual_seed(k)) for n, t in of.initial.items()}
+        trained.append((3.0 + 2 * k, at))
+    mean = weighted_mean(trained)
+    for a in filter(is_down, mean):
+        moved = {n: t * (1 + u * torch.randn(t.shape, generator=noise)) for n, t in other.initial.items() if n in (a, partner(a))}
+        w0 = plain[under(a).removeprefix("base_model.model.").replace(".base_layer", "")].double()
+        rest = (w0 - scaling * moved[partner(a)].double() @ moved[a].double()).float()
+        product = scaling * mean[partner(a)].double() @ mean[a].double()
+        first = one.weights[under(a)].double() + product
+        for second in (other.weights[under(a)].double() + product, rest.double() + product):
+            assert float((first - second).abs().max()) <= 8 * u * float(w0.abs().max())
+        assert float((first - w0).norm()) > 0.01 * float(w0.norm()), "the mean has moved"
