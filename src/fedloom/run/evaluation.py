@@ -27,6 +27,7 @@ from fedloom.data.tasks import Outcomes, Split, headline
 from fedloom.engines.engine import Engine, drive
 from fedloom.messages import Asking, Flow, Update, ask, whole
 from fedloom.methods.method import State
+from fedloom.run.ledger import Personalising
 from fedloom.run.numbers import NOT_WRITTEN, Solved, solved, tells
 from fedloom.run.statistics import tallies
 from fedloom.run.world import World
@@ -46,13 +47,15 @@ class Evaluation:
     an answer can be right in part; and by protocol, for each device, the
     cells ``[true class, predicted class, examples]`` of its test examples' confusion matrix that are not 0 (None: no such model).
     ``held``, int64 (K,): of how many. Where answers are written, tokens are counted instead of examples, all of class 0 and told as 0 where
-    they were right, as 1 where not; of questions their F1, in so many parts (``task.unit``). ``solved``: the numbers that the models
-    write, which ``scores`` tell too (None: none were asked for)."""
+    they were right, as 1 where not; of questions their F1, in so many parts (``task.unit``). ``personalising``: what devices did of their
+    own before they predicted (``Personalising.told``). ``solved``: the numbers that the models write, which ``scores`` tell too (None: none
+    were asked for)."""
 
     scores: dict[Split, dict[str, Any]]
     correct: np.ndarray
     held: np.ndarray
     confusion: dict[str, list[list[list[int]]] | None]
+    personalising: dict[str, float]
     solved: Solved | None = None
 
 
@@ -82,7 +85,8 @@ def evaluate(world: World, state: State, engine: Engine, among: Sequence[int] | 
 def _evaluated_here(world: World, state: State, engine: Engine) -> Evaluation:
     """From the logits of every device."""
     task, metric = world.source.task, world.source.task.metric
-    logits = drive(_predictions(world, state), engine)
+    own = Personalising(world.fleet)
+    logits = drive(_predictions(world, state), engine, seen=own.hear)
     scores: dict[Split, dict[str, Any]] = {}
     correct, held, owner, order = (np.zeros(0, np.int64) for _ in range(4))
     confusion: dict[str, list[list[list[int]]] | None] = {"personalised": None, "global": None}
@@ -110,7 +114,7 @@ def _evaluated_here(world: World, state: State, engine: Engine) -> Evaluation:
             scores[split]["global"] = task.scores(labels, made)[metric]
             if split == "test":
                 confusion["global"] = cells(owner, task.outcomes(labels[order], made[order]), len(world.pool.clients))
-    return Evaluation(scores, correct, held, confusion)
+    return Evaluation(scores, correct, held, confusion, own.told)
 
 
 def _evaluated_there(world: World, state: State, engine: Engine, among: Sequence[int] | None = None) -> Evaluation:
@@ -119,10 +123,10 @@ def _evaluated_there(world: World, state: State, engine: Engine, among: Sequence
     task, devices = world.source.task, len(world.pool.clients)
     confusion: dict[str, list[list[list[int]]] | None] = {"personalised": [[] for _ in range(devices)], "global": None}
     scores: dict[Split, dict[str, Any]] = {}
-    classes = max(2, len(world.classes))
+    classes, own = max(2, len(world.classes)), Personalising(world.fleet)
     updates = [
         update
-        for update in drive(_counts(world, state, world.pool.clients if among is None else among), engine, quorum=0)
+        for update in drive(_counts(world, state, world.pool.clients if among is None else among), engine, quorum=0, seen=own.hear)
         if counts_well(update, classes)
     ]
     for split in SPLITS:
@@ -148,7 +152,7 @@ def _evaluated_there(world: World, state: State, engine: Engine, among: Sequence
             scores[split]["global"] = task.scores(labels, world.judge.judged(split, np.arange(len(labels)), one.result.numpy()))[
                 task.metric
             ]
-    return Evaluation(scores, correct, held, confusion)
+    return Evaluation(scores, correct, held, confusion, own.told)
 
 
 def _besides(updates: Sequence[Update], told: Mapping[int, list[list[int]]]) -> dict[str, float]:

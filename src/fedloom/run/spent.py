@@ -21,6 +21,13 @@ def spent(results: Mapping[str, Any]) -> dict[str, str]:
     if paid:
         when = {key: "not within this run" if paid[key] is None else f"after round {paid[key]}" for key in ("bytes_up", "device_seconds")}
         told["set-up paid for"] = f"in uploads {when['bytes_up']}, in device time {when['device_seconds']}; against plain {paid['against']}"
+    final = results.get("final") or {}
+    own = final.get("personalising")
+    if final and own is None:
+        told["personalising"] = "not told: this run is of a version that did not count it"
+    elif own:
+        took = f"{own['flops']:.3g} operations on all devices, {human_seconds(own['device_seconds'])} on the slowest"
+        told["personalising"] = f"{took}; beside the device time of the rounds" if own["flops"] else "nothing is computed for it"
     if state:
         told["kept on a device"] = (
             f"{_beside(state, 'private_bytes')} of its own tensors, {human_bytes(state['memory_bytes'])} else; "

@@ -53,8 +53,25 @@ def reached_text(found: Mapping[str, Any] | None, key: str) -> str:
     if found is None:
         return NOTHING
     if found[key] is not None:
-        return human_seconds(found[key]) if key == "device_seconds" else human_bytes(found[key])
+        uncounted = key == "device_seconds" and found.get("personalising") is None
+        return human_seconds(found[key]) + (UNCOUNTED if uncounted else "") if key == "device_seconds" else human_bytes(found[key])
     return "not reached" if not found["reached"] else f"{found['reached']} of {found['seeds']} seeds"
+
+
+UNCOUNTED = "†"
+"""Behind a device time in which what devices train before they predict is missing: runs of earlier versions do not tell it."""
+UNCOUNTED_TEXT = f" ({UNCOUNTED}: personalising is not counted; these runs are of a version that did not)"
+
+
+def remark(cells: Cells) -> str:
+    """What a table's title says of its daggers, if there are any."""
+    return UNCOUNTED_TEXT if any(UNCOUNTED in cell for line in cells for cell in line) else ""
+
+
+def own_text(row: Mapping[str, Any]) -> str:
+    """How long the slowest device trains before it predicts, after the last round; a dash where runs do not tell it."""
+    known = row["costs"].get("personalising_device_seconds")
+    return NOTHING if known is None else human_seconds(known) if known else "none"
 
 
 def whole_text(row: Mapping[str, Any], key: str) -> str:
@@ -127,9 +144,11 @@ def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
         for row in case["rows"]:
             found = row["reached"]["personalised"]
             reached = [reached_text(found, "device_seconds"), reached_text(found, "bytes_up")]
-            rows.append([row["method"], *reached, whole_text(row, "device_seconds"), whole_text(row, "bytes_up")])
-        title = f"{case['label']}: cost to reach {goal_text(summary, case)}, and of the whole run"
-        shown.append((title, ("method", "device time\nto it", "uploaded\nto it", "device time", "uploaded"), rows))
+            whole = [whole_text(row, "device_seconds"), own_text(row), whole_text(row, "bytes_up")]
+            rows.append([row["method"], *reached, *whole])
+        title = f"{case['label']}: cost to reach {goal_text(summary, case)}, and of the whole run{remark(rows)}"
+        headers = ("method", "device time\nto it", "uploaded\nto it", "device time", "personalising", "uploaded")
+        shown.append((title, headers, rows))
         if rows := [setup_row(row) for row in case["rows"] if row.get("setup")]:
             title = f"{case['label']}: set-up, and after which round it has paid for itself against plain LoRA"
             headers = ("method", "device\ntime", "FLOPs", "up", "down", "paid in\nuploads", "paid in\ndevice time")
@@ -195,8 +214,9 @@ def as_csv(summary: Summary) -> str:
                 found = row["against"][p] or dict.fromkeys(("difference", "low", "high", "p", "better"))
                 line |= {f"{p}_against_reference_{key}": found[key] for key in ("difference", "low", "high", "p", "better")}
             for p in PROTOCOLS:
-                found = row["reached"][p] or dict.fromkeys(("device_seconds", "bytes_up", "reached"))
-                line |= {f"{p}_to_target_{key}": found[key] for key in ("device_seconds", "bytes_up", "reached")}
+                cost: Mapping[str, Any] = row["reached"][p] or dict.fromkeys(("device_seconds", "bytes_up", "reached"))
+                line |= {f"{p}_to_target_{key}": cost[key] for key in ("device_seconds", "bytes_up", "reached")}
+                line |= {f"{p}_to_target_personalising_device_seconds": cost.get("personalising")} if p == "personalised" else {}
             line |= row["costs"]
             setup = row.get("setup") or {}
             line["setup_flops"] = setup.get("flops")
@@ -222,9 +242,10 @@ def leads(summary: Summary) -> tuple[str, Sequence[str], Cells]:
             for key, form in (("margin", "+.4f"), ("time_saved", ".0%")):
                 known = {other: found[key] for other, found in over.items() if found[key] is not None and found[key] > 0}
                 best = max(known, key=lambda other: known[other], default=None)
-                cells.append(NOTHING if best is None else f"{known[best]:{form}} ({best})")
+                mark = "" if best is None or key == "margin" or over[best].get("personalising_counted") else UNCOUNTED
+                cells.append(NOTHING if best is None else f"{known[best]:{form}}{mark} ({best})")
             rows.append([case["label"], row["method"], *cells])
-    title = "Largest leads: personalised score, and device time to where the other method ends"
+    title = f"Largest leads: personalised score, and device time to where the other method ends{remark(rows)}"
     return title, ("", "method", "score above (whom)", "device time saved (whom)"), rows
 
 
