@@ -19,7 +19,7 @@ from fedloom.compute.work import Predict
 from fedloom.data.shards import write_shards
 from fedloom.data.tasks import DataError
 from fedloom.engines.local import Local
-from fedloom.messages import Task, Update
+from fedloom.messages import Replies, Task, Traffic, Update
 from fedloom.methods import all_methods
 from fedloom.model.spans import SECOND
 from fedloom.run import evaluation
@@ -199,8 +199,10 @@ def test_a_device_elsewhere_tells_sums_and_they_are_the_simulations(tmp_path: Pa
     engine = Local(world.host(store_in(tmp_path / "store")), 4)
     here = evaluate(world, state, engine)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "drive", lambda *_, **__: updates)
+        patch.setattr(evaluation, "drive", lambda *_, seen, **__: (seen([], Replies((), (), (Traffic(0, 99, 99, 2e11, 1),))), updates)[1])
         far = evaluation._evaluated_there(replace(world, far=Anything()), state, engine)  # type: ignore[arg-type]
+    seconds = 2e11 / world.fleet.of(0).flops_per_second
+    assert far.personalising == {"flops": 2e11, "device_seconds": seconds} and not here.personalising["flops"]
     for split in ("validation", "test"):
         assert far.scores[split]["personalised"] == pytest.approx(here.scores[split]["personalised"], abs=1e-5)
         assert far.scores[split]["global"] == here.scores[split]["global"]

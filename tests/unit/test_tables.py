@@ -119,8 +119,8 @@ def test_what_earlier_runs_do_not_tell_of_personalising_is_marked_and_never_a_ze
     mine["costs"], local["costs"] = ({**COSTS, "personalising_device_seconds": known} for known in (None, 0.0))
     local["reached"]["personalised"] = {key: value for key, value in REACHED.items() if key != "personalising"}
     title, headers, rows = terminal(told)[2]
-    assert title.endswith(", and of the whole run (†: personalising is not counted; these runs are of a version that did not)")
-    assert list(headers) == ["method", "device time\nto it", "uploaded\nto it", "device time", "personalising", "uploaded"]
+    assert title.endswith(", and of the whole run (†: without what devices train before they predict, which these runs do not tell)")
+    assert list(headers) == ["method", "device time\nto it", "uploaded\nto it", "device\ntime", "before a\nprediction", "uploaded"]
     assert [row[1] for row in rows] == ["-", "1 min 15 s†", "1 min 15 s†"]
     assert [row[2] for row in rows] == ["-", "2.0 MB", "2.0 MB"], "nothing is sent for it"
     assert [row[4] for row in rows] == ["7.0 s", "-", "none"]
@@ -135,7 +135,7 @@ def test_what_earlier_runs_do_not_tell_of_personalising_is_marked_and_never_a_ze
     mine["over"], lora["over"] = {"lora": lead(0.2, 0.4)}, {"local": lead(0.3, 0.5)}
     mine["over"]["lora"]["personalised"]["personalising_counted"] = False
     title, _, cells = leads(told)
-    assert title.endswith("where the other method ends (†: personalising is not counted; these runs are of a version that did not)")
+    assert title.endswith("where the other method ends (†: without what devices train before they predict, which these runs do not tell)")
     assert [line[2:] for line in cells] == [["+0.3000 (local)", "50% (local)"], ["+0.2000 (lora)", "40%† (lora)"], ["-", "-"]]
 
 

@@ -60,7 +60,7 @@ def reached_text(found: Mapping[str, Any] | None, key: str) -> str:
 
 UNCOUNTED = "†"
 """Behind a device time in which what devices train before they predict is missing: runs of earlier versions do not tell it."""
-UNCOUNTED_TEXT = f" ({UNCOUNTED}: personalising is not counted; these runs are of a version that did not)"
+UNCOUNTED_TEXT = f" ({UNCOUNTED}: without what devices train before they predict, which these runs do not tell)"
 
 
 def remark(cells: Cells) -> str:
@@ -147,7 +147,7 @@ def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
             whole = [whole_text(row, "device_seconds"), own_text(row), whole_text(row, "bytes_up")]
             rows.append([row["method"], *reached, *whole])
         title = f"{case['label']}: cost to reach {goal_text(summary, case)}, and of the whole run{remark(rows)}"
-        headers = ("method", "device time\nto it", "uploaded\nto it", "device time", "personalising", "uploaded")
+        headers = ("method", "device time\nto it", "uploaded\nto it", "device\ntime", "before a\nprediction", "uploaded")
         shown.append((title, headers, rows))
         if rows := [setup_row(row) for row in case["rows"] if row.get("setup")]:
             title = f"{case['label']}: set-up, and after which round it has paid for itself against plain LoRA"
