@@ -89,7 +89,7 @@ RESULT_KEYS = {
 }  # fmt: skip
 ROW_KEYS = {
     "round", "loss", "personalised", "global", "examples", "train_seconds", "bytes_up", "bytes_down", "host_seconds",
-    "device_seconds", "flops", "peak_rss_bytes", "answered", "failed", "validation",
+    "device_seconds", "flops", "peak_rss_bytes", "answered", "failed", "validation", "personalising",
 }  # fmt: skip
 MEASURED = {"train_seconds", "host_seconds", "peak_rss_bytes", "setup_host_seconds"}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from fedloom.run.plan import Ended, Plan
 from fedloom.run.reading import read
 from fedloom.run.report import write_report
 from fedloom.run.summary import summarise
+from fedloom.run.tables import as_csv, as_markdown, terminal
 from tests.unit.run_folder import write_run
 
 SEEDS = (1, 2)
@@ -205,6 +208,27 @@ def tell_numbers(out: Path) -> dict[str, Ended]:
         (folder / "results.json").write_text(json.dumps(results))
         ended[f"lora-seed{seed}"] = Ended(results)
     return ended
+
+
+def test_scores_beside_the_headline_are_means_over_seeds_with_a_table_and_columns(tmp_path: Path) -> None:
+    """lora's accuracy is .7 and .9 after the last round, .5 and .6 at the best one; local is of a version that tells none."""
+    ended = ended_in(tmp_path)
+    for seed, final, best in ((1, 0.7, 0.5), (2, 0.9, 0.6)):
+        results: Any = ended[f"lora-seed{seed}"].results
+        for at, value in (("final", final), ("best", best)):
+            results[at]["further"] = {"accuracy": {"personalised": value, "global": None}}
+    summary = summarise(PLAN, ended, lambda run: tmp_path / run.name, "lora")
+    lora, local = rows_of(summary)
+    assert local["further"] is None and set(lora["further"]) == {"accuracy"}
+    found = lora["further"]["accuracy"]
+    assert (found["final"]["personalised"]["mean"], found["final"]["personalised"]["each"]) == (pytest.approx(0.8), {"1": 0.7, "2": 0.9})
+    assert found["best"]["personalised"]["mean"] == pytest.approx(0.55) and found["final"]["global"]["mean"] is None
+    (table,) = [(title, rows) for title, _, rows in terminal(summary) if "beside" in title]
+    assert table == ("trec, α = 1: test accuracy, beside accuracy", [["lora", "0.8000 ± 0.141", "-", "0.5500 ± 0.071"]])
+    mine, other = csv.DictReader(io.StringIO(as_csv(summary)))
+    assert float(mine["further_accuracy_final_personalised_mean"]) == pytest.approx(0.8)
+    assert mine["further_accuracy_final_global_mean"] == other["further_accuracy_best_personalised_mean"] == ""
+    assert "beside" not in as_markdown(summed(tmp_path / "b"))
 
 
 def test_exact_match_is_a_mean_over_seeds_and_a_curve(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from fedloom.client.elsewhere import Elsewhere, Store
 from fedloom.data.numbers import EXACT
+from fedloom.data.tasks import FURTHER
 from fedloom.engines.engine import Engine, drive
 from fedloom.engines.heap import give_memory_back
 from fedloom.messages import CohortFailed, Replies, Take, Task, whole
@@ -300,7 +301,7 @@ def results_of(world: World, state: State, ledger: Ledger, found: Evaluation) ->
         }
         told = {protocol: None if of is None else of[k] for protocol, of in found.confusion.items()}
         per_device.append({**one, "participations": participations.get(str(k), 0), "labels": counts[k].tolist(), "confusion": told})
-    picked = [key for key in ("round", "personalised", "global", "loss", EXACT, "personalising") if key in rows[-1]]
+    picked = [key for key in ("round", "personalised", "global", "loss", EXACT, FURTHER, "personalising") if key in rows[-1]]
     return {
         "method": e.method_name,
         "metric": world.source.task.metric,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedloom.run.console import human_bytes, human_seconds
+from fedloom.data.tasks import FURTHER
+from fedloom.run.console import further_text, human_bytes, human_seconds
 
 
 def spent(results: Mapping[str, Any]) -> dict[str, str]:
@@ -22,6 +23,8 @@ def spent(results: Mapping[str, Any]) -> dict[str, str]:
         when = {key: "not within this run" if paid[key] is None else f"after round {paid[key]}" for key in ("bytes_up", "device_seconds")}
         told["set-up paid for"] = f"in uploads {when['bytes_up']}, in device time {when['device_seconds']}; against plain {paid['against']}"
     final = results.get("final") or {}
+    if final.get(FURTHER):
+        told["test scores"] = further_text(final[FURTHER])
     own = final.get("personalising")
     if final and own is None:
         told["personalising"] = "not told: this run is of a version that did not count it"

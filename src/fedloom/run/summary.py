@@ -14,6 +14,7 @@ from statistics import mean
 from typing import Any
 
 from fedloom.data.numbers import EXACT
+from fedloom.data.tasks import FURTHER
 from fedloom.run import statistics, targets
 from fedloom.run.plan import Case, Ended, Plan, Run
 from fedloom.run.reading import read, solved
@@ -79,6 +80,7 @@ def _case(
                 "runs": {str(run.experiment.seed): folder(run).name for run in of if run.experiment.seed in known},
                 "scores": {at: {p: _spread(known.values(), at, p) for p in PROTOCOLS} for at in ("final", "best")},
                 EXACT: _solved(known.values()),
+                FURTHER: _further(known.values()),
                 "rank": dict.fromkeys(PROTOCOLS),
                 "against": {p: _against(plan, case, known, results[reference], p) if method != reference else None for p in PROTOCOLS},
                 "reached": {p: _reached(known, told[method], p, goals[p]) for p in PROTOCOLS},
@@ -120,6 +122,18 @@ def _solved(results: Collection[Result]) -> dict[str, Any] | None:
         told[at][p] = {**asdict(statistics.spread(list(each.values()))), "each": each}
     each = {str(r["seed"]): (r.get(EXACT) or {}).get("before") for r in results}
     return {**told, "before": {**asdict(statistics.spread(list(each.values()))), "each": each}}
+
+
+def _further(results: Collection[Result]) -> dict[str, Any] | None:
+    """The same of each score beside the headline, by its name; None where no run tells any."""
+    names = dict.fromkeys(name for r in results for name in r["final"].get(FURTHER) or ())
+    told: dict[str, Any] = {}
+    for name in names:
+        told[name] = {}
+        for at in ("final", "best"):
+            values = {p: {str(r["seed"]): ((r[at].get(FURTHER) or {}).get(name) or {}).get(p) for r in results} for p in PROTOCOLS}
+            told[name][at] = {p: {**asdict(statistics.spread(list(each.values()))), "each": each} for p, each in values.items()}
+    return told or None
 
 
 def _against(plan: Plan, case: Case, mine: Mapping[int, Result], reference: Mapping[int, Result], protocol: str) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedloom.data.numbers import EXACT
+from fedloom.data.tasks import FURTHER
 from fedloom.run.console import NOTHING, human_bytes, human_seconds, score_text
 from fedloom.run.plan import Case, Plan
 
@@ -136,6 +137,10 @@ def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
         if rows := [[row["method"], *against_texts(found)] for row in case["rows"] if (found := row["against"]["personalised"])]:
             title = f"{case['label']}: personalised score against {summary['reference']} (paired bootstrap over devices)"
             shown.append((title, ["method", "difference", f"{summary['confidence']:.0%} interval", "p", "better in"], rows))
+        for name in further_names(case):
+            title = f"{case['label']}: test {name}, beside {case['metric']}"
+            rows = [further_row(row, name) for row in case["rows"] if name in (row.get(FURTHER) or {})]
+            shown.append((title, ["method", *PROTOCOLS, "personalised\nbest"], rows))
         if rows := [solved_row(row) for row in case["rows"] if row.get(EXACT)]:
             title = f"{case['label']}: exact match of numbers written to test prompts"
             shown.append((title, ["method", "before\ntraining", *PROTOCOLS, "personalised\nbest"], rows))
@@ -171,6 +176,17 @@ def solved_row(row: Mapping[str, Any]) -> list[str]:
         row["method"],
         *(spread_text(of) for of in (told["before"], *(told["final"][p] for p in PROTOCOLS), told["best"]["personalised"])),
     ]
+
+
+def further_names(case: Mapping[str, Any]) -> list[str]:
+    """The scores beside the headline that any method of the case tells."""
+    return list(dict.fromkeys(name for row in case["rows"] for name in row.get(FURTHER) or ()))
+
+
+def further_row(row: Mapping[str, Any], name: str) -> list[str]:
+    """A method's line in the table of a score beside the headline."""
+    told = row[FURTHER][name]
+    return [row["method"], *(spread_text(told["final"][p]) for p in PROTOCOLS), spread_text(told["best"]["personalised"])]
 
 
 def tells(summary: Summary) -> bool:
@@ -209,6 +225,10 @@ def as_csv(summary: Summary) -> str:
                 places = {f"{at}_{p}": told[at][p] if told else {} for at in ("final", "best") for p in PROTOCOLS}
                 places["before"] = told["before"] if told else {}
                 line |= {f"{EXACT}_{at}_{what}": of.get(what) for at, of in places.items() for what in ("mean", "deviation")}
+            for name in dict.fromkeys(name for of in summary["cases"] for name in further_names(of)):
+                told = (row.get(FURTHER) or {}).get(name)
+                each = {f"{at}_{p}": told[at][p] if told else {} for at in ("final", "best") for p in PROTOCOLS}
+                line |= {f"{FURTHER}_{name}_{at}_{what}": of.get(what) for at, of in each.items() for what in ("mean", "deviation")}
             line |= {f"rank_{p}": row["rank"][p] for p in PROTOCOLS}
             for p in PROTOCOLS:
                 found = row["against"][p] or dict.fromkeys(("difference", "low", "high", "p", "better"))
