@@ -44,7 +44,7 @@ def run(words: Sequence[str]) -> int:
     (word, *_), rest = _named(words, "fedloom run METHOD", "one method, such as: fedloom run fibecfed")
     with loading():
         from fedloom.run import options, recipes
-        from fedloom.run.console import results_table, solved_text
+        from fedloom.run.console import further_text, personalising_text, results_table, solved_text
         from fedloom.run.loop import run as run_experiment
 
     recipe = recipes.resolve(word)
@@ -56,6 +56,10 @@ def run(words: Sequence[str]) -> int:
 
     report = write_report([out], out / "report.html")
     Console().print(results_table([results]))
+    if results["final"].get("further"):
+        print(further_text(results["final"]["further"]))
+    if (own := results["final"].get("personalising")) and own["flops"]:
+        print(personalising_text(own))
     if results.get("exact_match"):
         print(solved_text(results["exact_match"]))
     print(f"results: {out / 'results.json'}\nreport:  {report}")
@@ -102,7 +106,7 @@ def serve(words: Sequence[str]) -> int:
     with loading():
         from fedloom.run import options, recipes
         from fedloom.run.certificates import public_keys
-        from fedloom.run.console import results_table, solved_text
+        from fedloom.run.console import further_text, personalising_text, results_table, solved_text
         from fedloom.run.federation import Patience
         from fedloom.run.federation import serve as serve_experiment
 
@@ -118,6 +122,10 @@ def serve(words: Sequence[str]) -> int:
 
     report = write_report([out], out / "report.html")
     Console().print(results_table([results]))
+    if results["final"].get("further"):
+        print(further_text(results["final"]["further"]))
+    if (own := results["final"].get("personalising")) and own["flops"]:
+        print(personalising_text(own))
     if results.get("exact_match"):
         print(solved_text(results["exact_match"]))
     print(f"results: {out / 'results.json'}\nreport:  {report}")

@@ -11,6 +11,7 @@ import pytest
 from fedloom.client.curriculum import Pacing
 from fedloom.compute.flops import Flops
 from fedloom.compute.work import Spectral, Spectrum
+from fedloom.methods import named
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
 from fedloom.model.adapters import is_up
 from fedloom.model.blocks import layer_of
@@ -77,6 +78,35 @@ def test_what_devices_hold_is_measured(tmp_path: Path) -> None:
     dense = run(fibecfed(keep=1.0), tmp_path / "dense", plain=True)["device_state"]
     assert dense["private_bytes"] == dense["private_bytes_whole"] == nbytes(local)
     assert dense["optimizer_bytes"] == 2 * nbytes(initial) and dense["file_bytes"] > state["file_bytes"]
+
+
+@pytest.mark.parametrize("name", ["lora-finetuned", "fedeven"])
+def test_what_devices_train_before_they_predict_is_in_every_evaluated_row(name: str, tmp_path: Path) -> None:
+    """Two epochs of a device's batches, each at its own longest text, by the polynomial of ``flops.py``; on devices that are not alike the
+    slowest counts. It is in no total, and the same at every evaluation."""
+    asked = replace(small.experiment(name, rounds=2, evaluate_every=2), device="mixed")
+    results = run(asked, tmp_path / "run", plain=True)
+    world, told = build(asked), [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
+    flops, purpose = Flops(world.model), {"lora-finetuned": "finetune", "fedeven": "refine"}[name]
+    each = {}
+    for k in range(4):
+        device = world.device(k)
+        cut = [rows for epoch in (0, 1) for rows in asked.method.inner.cut(device, purpose, epoch)]
+        each[k] = sum(len(rows) * float(flops.step(frozenset(world.model.initial), int(device.train.lengths[rows].max()))) for rows in cut)
+        assert sum(len(rows) for rows in cut) == 2 * len(device.train)
+    seconds = {k: done / world.fleet.of(k).flops_per_second for k, done in each.items()}
+    assert len({world.fleet.of(k).name for k in each}) > 1
+    due = {"flops": pytest.approx(sum(each.values())), "device_seconds": pytest.approx(max(seconds.values()))}
+    assert [row["personalising"] for row in told] == [due, None, due]
+    assert results["final"]["personalising"] == told[-1]["personalising"] and results["best"]["personalising"] == due
+    assert results["flops"] == sum(row["flops"] for row in told)
+    assert results["device_seconds"] == sum(row["device_seconds"] for row in told)
+
+
+@pytest.mark.parametrize("method", [named("lora")(), named("fedeven")(epochs=0), named("lora-prior")(), small.method("fibecfed")])
+def test_a_method_whose_devices_predict_with_what_they_have_has_nothing_to_pay(method: object, tmp_path: Path) -> None:
+    asked = replace(small.experiment("lora", rounds=1), method=method)
+    assert run(asked, tmp_path / "run", plain=True)["final"]["personalising"] == {"flops": 0.0, "device_seconds": 0.0}
 
 
 def test_plain_lora_keeps_nothing_on_its_devices(tmp_path: Path) -> None:

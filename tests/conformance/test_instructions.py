@@ -77,7 +77,9 @@ def test_every_method_answers(name: str, tmp_path: Path) -> None:
     assert told[1]["answered"] == [0] if name in TURNS else len(told[1]["answered"]) >= 1
     assert [set(sample) for sample in results["samples"]] == [{"prompt", "due", "before", "after"}] * 3
     assert results["partition"]["classes"] == ["x", "y", "z"]
-    assert "perplexity" not in results["final"]
+    assert results["final"]["further"] == told[-1]["further"] and set(told[-1]["further"]) == {"perplexity"}
+    assert told[-1]["validation"]["further"]["perplexity"]["personalised"] == told[-1]["validation"]["perplexity"]
+    assert told[-1]["further"]["perplexity"]["personalised"] > 1
 
 
 @pytest.mark.parametrize("name", sorted(COUNTS_LABELS | OWN_HEAD | NO_BIASES))

@@ -11,12 +11,14 @@ from tempfile import mkdtemp
 from typing import Any
 
 import pytest
+import torch
 
 from fedloom.engines.local import WAVE, Local
 from fedloom.engines.workers import Workers
+from fedloom.messages import Update
 from fedloom.methods import named
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
-from fedloom.run import checkpoint, loop
+from fedloom.run import checkpoint, evaluation, loop
 from fedloom.run.again import evaluate_again
 from fedloom.run.checkpoint import CheckpointError, fingerprint_of
 from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError
@@ -140,12 +142,54 @@ def test_data_that_changed_under_a_run_is_refused(tmp_path: Path, monkeypatch: p
         run(small.experiment("lora-personal-head"), tmp_path / "run", plain=True)
 
 
+def test_beside_f1_accuracy_is_told_by_both_protocols_on_both_splits(tmp_path: Path) -> None:
+    """Of three classes F1 is the macro mean; accuracy is counted in the confusions that results hold. Again it comes out the same, also for
+    a run of a version that did not tell it."""
+    asked = small.experiment(rounds=3, evaluate_every=2, metric="f1")
+    results, told = run(asked, tmp_path / "run", plain=True), rows(tmp_path / "run")
+    assert [row["further"] is None for row in told] == [row["validation"]["further"] is None for row in told] == [False, True, False, False]
+    for protocol in ("personalised", "global"):
+        cells = [cell for device in results["per_device"] for cell in device["confusion"][protocol]]
+        accuracy = sum(n for true, said, n in cells if true == said) / sum(n for *_, n in cells)
+        assert results["final"]["further"] == told[-1]["further"]
+        assert told[-1]["further"]["accuracy"][protocol] == pytest.approx(accuracy)
+        assert told[-1]["further"]["accuracy"][protocol] != told[-1][protocol]
+    assert told[-1]["validation"]["further"]["accuracy"]["personalised"] == told[-1]["validation"]["accuracy"]
+    assert 0 <= told[-1]["validation"]["further"]["accuracy"]["global"] <= 1
+    again = evaluate_again(asked, tmp_path / "run")
+    assert again.equal and again.scores["test"]["further"] == told[-1]["further"]
+    path = tmp_path / "run" / "rounds.jsonl"
+    for row in told:
+        del row["further"], row["validation"]["further"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in told))
+    again = evaluate_again(asked, tmp_path / "run")
+    assert again.equal and "further" not in again.scores["test"]
+
+
+def test_devices_elsewhere_tell_accuracy_beside_f1_by_their_counts(tmp_path: Path) -> None:
+    asked = small.experiment(rounds=1, metric="f1")
+    results = run(asked, tmp_path / "run", plain=True)
+    world = build(asked)
+    counts = {d["client"]: torch.tensor(d["confusion"]["personalised"]).reshape(-1, 3) for d in results["per_device"]}
+    updates = [Update(k, 1, {"validation": of, "test": of}, {"validation_loss": 0.5}) for k, of in counts.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "drive", lambda *_, **__: updates)
+        far = evaluation._evaluated_there(world, asked.method.init(world.model), None)  # type: ignore[arg-type]
+    assert far.scores["test"]["personalised"] == pytest.approx(results["final"]["personalised"])
+    own = results["final"]["further"]["accuracy"]["personalised"]
+    assert [far.scores[split]["further"]["accuracy"]["personalised"] for split in ("validation", "test")] == pytest.approx([own, own])
+
+
 def test_rounds_that_are_not_evaluated_say_null_and_the_last_is(tmp_path: Path) -> None:
     results = run(small.experiment(rounds=3, evaluate_every=2), tmp_path / "a", plain=True)
     assert [row["personalised"] is None for row in rows(tmp_path / "a")] == [False, True, False, False]
     results = run(small.experiment(rounds=2, evaluate_every=0), tmp_path / "b", plain=True)
     assert [row["personalised"] is None for row in rows(tmp_path / "b")] == [True, True, False]
-    assert results["final"] == results["best"] == {k: rows(tmp_path / "b")[2][k] for k in ("round", "personalised", "global", "loss")}
+    assert (
+        results["final"]
+        == results["best"]
+        == {k: rows(tmp_path / "b")[2][k] for k in ("round", "personalised", "global", "loss", "personalising")}
+    )
 
 
 def test_engine_settings_name_no_other_experiment(tmp_path: Path) -> None:

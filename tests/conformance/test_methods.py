@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,15 +13,19 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from fedloom.client.neurons import KEPT, unpacked
 from fedloom.client.store import ClientStore
 from fedloom.engines.engine import Engine
 from fedloom.engines.wrap import Faulty, Lossy
 from fedloom.messages import CohortFailed, Task
 from fedloom.methods import all_methods
+from fedloom.methods import fibecfed as fibecfed_module
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
+from fedloom.model.blocks import layer_of
 from fedloom.run import checkpoint
 from fedloom.run.adopt import adopt
 from fedloom.run.checkpoint import fingerprint_of
@@ -30,7 +35,7 @@ from fedloom.run.experiment import from_json
 from fedloom.run.export import ExportError, export
 from fedloom.run.loop import run
 from fedloom.run.plan import trains_as
-from fedloom.run.world import World, store_in
+from fedloom.run.world import World, build, store_in
 from fedloom.server.participation import uniform
 from fedloom.tensors import fingerprint
 from tests import small
@@ -84,7 +89,7 @@ RESULT_KEYS = {
 }  # fmt: skip
 ROW_KEYS = {
     "round", "loss", "personalised", "global", "examples", "train_seconds", "bytes_up", "bytes_down", "host_seconds",
-    "device_seconds", "flops", "peak_rss_bytes", "answered", "failed", "validation",
+    "device_seconds", "flops", "peak_rss_bytes", "answered", "failed", "validation", "personalising",
 }  # fmt: skip
 MEASURED = {"train_seconds", "host_seconds", "peak_rss_bytes", "setup_host_seconds"}
 
@@ -123,7 +128,7 @@ def test_it_runs_and_tells_what_the_run_folder_promises(name: str) -> None:
     assert set(results) == RESULT_KEYS
     assert (results["method"], results["rounds"], results["seed"], results["metric"]) == (name, ROUNDS, 5, "accuracy")
     for which in ("final", "best"):
-        assert set(results[which]) == {"round", "personalised", "global", "loss"}
+        assert set(results[which]) == {"round", "personalised", "global", "loss", "personalising"}
         assert set(results["validation"][which]) == {"personalised", "global", "loss"}
     assert results["final"]["round"] == ROUNDS
     told = rows(folder)
@@ -434,14 +439,53 @@ def test_whoever_is_away_costs_its_turn_and_no_more(name: str, tmp_path: Path, m
     assert told[2]["global"] == told[1]["global"] == rows(whole(name)[0])[1]["global"]
 
 
-def test_fibecfed_with_lossless_choices_is_the_same_in_any_stack_and_tells_what_it_found(tmp_path: Path) -> None:
+def test_fibecfed_with_lossless_choices_takes_what_its_own_spectra_say_in_any_stack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gaps are looked for by their definition in what the run found. Its bounds are made 25 times as wide, so that one of the four
+    devices has no gap above 4 of them, and the others' is not the first one that there is."""
     lossless = FibecFed(curriculum=Curriculum(head_rounds=1), gal=Gal(fraction=0.5, lossless=True), keep_lossless=True)
+    spectra: list[tuple[np.ndarray, np.ndarray, float]] = []
+    looks = fibecfed_module.first_gap
+
+    def wider(nodes: np.ndarray, weights: np.ndarray, bound: float) -> float | None:
+        spectra.append((nodes, weights, 25 * bound))
+        return looks(*spectra[-1])
+
+    monkeypatch.setattr(fibecfed_module, "first_gap", wider)
     made = {}
     for stack in (1, 0):
         e = replace(small.experiment("fibecfed", stack=stack), method=lossless)
         made[stack] = run(e, tmp_path / str(stack), plain=True)
     facts = [json.loads(json.dumps(made[stack]["facts"]), parse_float=lambda text: round(float(text), 6)) for stack in (0, 1)]
     assert facts[0] == facts[1], "spectra of several devices in one pass are those of each to rounding"
-    told = made[0]["facts"]["lossless"]
-    assert isinstance(told, str) or (0 < told["prunable"] <= 1 and 0 < told["examples_on_devices_with_a_gap"] <= 1)
+    world, store, prunable = (
+        build(replace(small.experiment("fibecfed"), method=lossless)),
+        ClientStore(tmp_path / "0" / "checkpoints" / "clients"),
+        {},
+    )
+    for k, (nodes, weights, bound) in enumerate(spectra[4:]):
+        below = [m for m in range(len(nodes) - 1) if nodes[m + 1] - nodes[m] > 4 * bound]
+        if below:
+            prunable[k] = sum(weights[: below[0] + 1])
+    assert 0 < len(prunable) < 4, "some have a gap and some do not"
+    sizes = {k: len(world.device(k).train) for k in range(4)}
+    mean = sum(sizes[k] * share for k, share in prunable.items()) / sum(sizes[k] for k in prunable)
+    gal, told = made[0]["facts"]["gal"], made[0]["facts"]["lossless"]
+    assert told["prunable"] == pytest.approx(mean)
+    assert told["examples_on_devices_with_a_gap"] == pytest.approx(sum(sizes[k] for k in prunable) / sum(sizes.values()))
+    assert told["without_a_gap"].startswith(f"{4 - len(prunable)} of 4 devices have no gap") and told["without_a_gap"].endswith(
+        "instead: keep 0.95"
+    )
+    scores = made[0]["facts"]["layer_scores"]
+    assert len(gal) == max(1, math.ceil((1 - mean) * 3)) < 3
+    assert gal == sorted(sorted(range(3), key=lambda layer: scores[layer])[: len(gal)])
+    assert checkpoint.load(tmp_path / "0", store) is not None
+    for k in range(4):
+        _, memory = store.load(k)
+        kept = {n.removeprefix(KEPT): unpacked(bits) for n, bits in memory.items() if n.startswith(KEPT)}
+        share = 1 - prunable[k] if k in prunable else 0.95
+        for layer in set(range(3)) - set(gal):
+            rows_of = [flags for name, flags in kept.items() if layer_of(name) == layer]
+            assert sum(flags.sum() for flags in rows_of) == max(1, math.ceil(share * sum(map(len, rows_of)))), (k, layer)
     assert made[0]["setup_device_seconds"] > run(small.experiment("fibecfed"), tmp_path / "plain", plain=True)["setup_device_seconds"]

@@ -19,7 +19,7 @@ from fedloom.compute.work import Predict
 from fedloom.data.shards import write_shards
 from fedloom.data.tasks import DataError
 from fedloom.engines.local import Local
-from fedloom.messages import Task, Update
+from fedloom.messages import Replies, Task, Traffic, Update
 from fedloom.methods import all_methods
 from fedloom.model.spans import SECOND
 from fedloom.run import evaluation
@@ -31,6 +31,7 @@ from fedloom.run.export import export, predictor_of
 from fedloom.run.loop import run
 from fedloom.run.recipes import resolve
 from fedloom.run.report import write_report
+from fedloom.run.tracking import flat
 from fedloom.run.world import build, read_data, store_in
 from tests import small
 from tests.conformance.test_instructions import COUNTS_LABELS
@@ -73,6 +74,10 @@ def test_every_method_finds_answers(name: str, tmp_path: Path) -> None:
     assert results["metric"] == "answer_f1"
     assert [row["round"] for row in told] == [0, 1, 2]
     assert all(0 <= row["validation"]["exact_match"] <= row["validation"]["personalised"] <= 1 for row in told)
+    for row in told:
+        assert row["validation"]["further"]["exact_match"]["personalised"] == row["validation"]["exact_match"]
+        assert 0 <= row["further"]["exact_match"]["personalised"] <= row["personalised"] + 1e-9
+        assert (row["further"]["exact_match"]["global"] is None) == (row["global"] is None)
     assert results["partition"]["classes"] == ["x", "y", "z", "(others)"]
     devices = results["per_device"]
     assert sum(device["test"] for device in devices) == 12, "questions are told of, not windows"
@@ -104,7 +109,7 @@ def test_what_makes_no_sense_says_so(tmp_path: Path) -> None:
 def test_stacked_is_one_by_one(tmp_path: Path) -> None:
     one, many = (run(replace(small.experiment(stack=s), data=str(data())), tmp_path / str(s), plain=True) for s in (1, 0))
     assert one["final"]["loss"] == pytest.approx(many["final"]["loss"], rel=1e-4)
-    assert one["final"] == pytest.approx(many["final"], rel=1e-4)
+    assert flat(one["final"]) == pytest.approx(flat(many["final"]), rel=1e-4)
     world = build(experiment())
     a, b = (predictor_of(world, tmp_path / str(s), None).tensors for s in (1, 0))
     for name in a:
@@ -199,11 +204,14 @@ def test_a_device_elsewhere_tells_sums_and_they_are_the_simulations(tmp_path: Pa
     engine = Local(world.host(store_in(tmp_path / "store")), 4)
     here = evaluate(world, state, engine)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "drive", lambda *_, **__: updates)
+        patch.setattr(evaluation, "drive", lambda *_, seen, **__: (seen([], Replies((), (), (Traffic(0, 99, 99, 2e11, 1),))), updates)[1])
         far = evaluation._evaluated_there(replace(world, far=Anything()), state, engine)  # type: ignore[arg-type]
+    seconds = 2e11 / world.fleet.of(0).flops_per_second
+    assert far.personalising == {"flops": 2e11, "device_seconds": seconds} and not here.personalising["flops"]
     for split in ("validation", "test"):
         assert far.scores[split]["personalised"] == pytest.approx(here.scores[split]["personalised"], abs=1e-5)
         assert far.scores[split]["global"] == here.scores[split]["global"]
+        assert far.scores[split]["further"]["exact_match"] == pytest.approx(here.scores[split]["further"]["exact_match"])
     assert far.scores["validation"]["exact_match"] == pytest.approx(here.scores["validation"]["exact_match"])
     assert far.scores["validation"]["loss"] == pytest.approx(here.scores["validation"]["loss"], rel=1e-5)
     np.testing.assert_allclose(far.correct, here.correct, atol=1e-4)

@@ -143,13 +143,20 @@ def test_a_rate_that_diverges_is_no_failure_of_a_search(place: Path, tmp_path: P
 
 
 def test_shared_training_is_evaluated_and_not_done_again(place: Path, tmp_path: Path) -> None:
-    words = ["compare", "lora", "lora-prior", *small(place / "data"), "--share-training", "--out", str(tmp_path / "c")]
+    words = ["compare", "lora", "lora-finetuned", *small(place / "data"), "--share-training", "--out", str(tmp_path / "c")]
     assert cli.main(words) == 0
-    trained, other = (json.loads((tmp_path / "c" / name / "results.json").read_text()) for name in ("lora", "lora-prior"))
+    trained, other = (json.loads((tmp_path / "c" / name / "results.json").read_text()) for name in ("lora", "lora-finetuned"))
     assert other["notes"][-1] == "trained by lora; evaluated after the last round only"
     assert other["host_seconds"] == trained["host_seconds"]
-    assert cli.main(["evaluate", str(tmp_path / "c" / "lora-prior")]) == 0
-    assert cli.main(["export", str(tmp_path / "c" / "lora-prior"), str(tmp_path / "x"), "--client", "2"]) == 0
+    rows = [
+        [json.loads(line)["personalising"] for line in (tmp_path / "c" / name / "rounds.jsonl").read_text().splitlines()]
+        for name in ("lora", "lora-finetuned")
+    ]
+    assert other["final"]["personalising"]["device_seconds"] > 0, "its own, not what the trained run's devices took"
+    assert [told and told["flops"] for told in rows[0]] == [0.0] * len(rows[0])
+    assert rows[1] == [None] * (len(rows[0]) - 1) + [other["final"]["personalising"]]
+    assert cli.main(["evaluate", str(tmp_path / "c" / "lora-finetuned")]) == 0
+    assert cli.main(["export", str(tmp_path / "c" / "lora-finetuned"), str(tmp_path / "x"), "--client", "2"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from fedloom.compute.spectrum import density, first_gap, lanczos, lipschitz
 from fedloom.compute.stacked import Stacked
 from fedloom.compute.work import Spectral, Spectrum
 from fedloom.model.base import Model
+from fedloom.seeds import derive
 from tests import families, tiny
 from tests.oracle.numpy_fibecfed import first_gap as derived_gap
 
@@ -106,8 +109,9 @@ def test_clients_have_spectra_of_their_own_and_may_end_at_other_steps() -> None:
     assert lipschitz(zero, lambda move: move.norm(dim=1, keepdim=True) * move, moves) == pytest.approx([3.0, 1.0])
 
 
-def dense(model: Model, item: Spectrum) -> np.ndarray:
-    """Eigenvalues need the Hessian of the batch's mean loss over the item's tensors, entry by entry: autograd's own second derivatives."""
+def dense(model: Model, item: Spectrum) -> tuple[np.ndarray, np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """P, and of the batch's mean loss over the item's tensors the Hessian at P, entry by entry (autograd's own second derivatives), and the
+    gradient anywhere."""
     names = sorted(n for n in item.at if item.over is None or n in item.over)
     flat = torch.cat([item.at[n].reshape(-1) for n in names])
     batch = Serial(model).batch(item.examples, item.batch)
@@ -116,7 +120,11 @@ def dense(model: Model, item: Spectrum) -> np.ndarray:
         parts = where.split([item.at[n].numel() for n in names])
         return model.loss({**item.at, **{n: p.view(item.at[n].shape) for n, p in zip(names, parts, strict=True)}}, batch, torch.float32)
 
-    return torch.autograd.functional.hessian(loss, flat).double().numpy()
+    def gradient(where: np.ndarray) -> np.ndarray:
+        at = torch.from_numpy(where).float().requires_grad_(True)
+        return torch.autograd.grad(loss(at), at)[0].double().numpy()
+
+    return flat.double().numpy(), torch.autograd.functional.hessian(loss, flat).double().numpy(), gradient
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
@@ -128,14 +136,22 @@ def test_a_models_spectrum_is_that_of_its_dense_hessian(family: str, over: str |
     item = Spectrum(at, tiny.clients()[1].train, np.arange(4), names, probes=2, steps=400, seed=5)
     (done,) = Serial(model).run([item])
     made: Spectral = done.result
-    values = np.linalg.eigvalsh(dense(model, item))
+    point, hessian, gradient = dense(model, item)
+    values = np.linalg.eigvalsh(hessian)
     size = np.abs(values).max()
     assert made.nodes.min() == pytest.approx(values.min(), abs=1e-3 * size)
     assert made.nodes.max() == pytest.approx(values.max(), abs=1e-3 * size)
     assert all(np.abs(values - node).min() < 2e-3 * size for node in made.nodes[made.weights > 1e-6])
     assert made.weights.sum() == pytest.approx(1)
-    assert made.lipschitz > 0
     assert done.flops > 0
+    bounds = []
+    for probe in (0, 1):
+        move = derive(5, "spectrum", "move", probe).standard_normal(len(point), dtype=np.float32).astype(float)
+        move *= 0.05 * np.linalg.norm(point) / np.linalg.norm(move)
+        change = gradient(point + move) - gradient(point)
+        bounds.append(np.linalg.norm(hessian @ move - change) / np.linalg.norm(move))
+    assert made.lipschitz == pytest.approx(max(bounds), rel=1e-3)
+    assert max(bounds) > 1.01 * min(bounds), "the largest is not any of them"
 
 
 def test_equal_seeds_give_equal_spectra() -> None:

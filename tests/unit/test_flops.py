@@ -86,6 +86,7 @@ def test_costs_of_items_by_hand() -> None:
     assert cost(Score(model.initial, examples, head), flops)[0] < each
     assert cost(Predict(model.initial, examples), flops) == (pytest.approx(sum(by_hand(int(n)) for n in lengths)), 0)
     assert cost(Predict(model.initial, examples.subset([])), flops) == (0.0, 0)
+    assert cost(Predict(model.initial, examples, measures=True), flops) == (0.0, 0), "a measurement is in no book"
     wide = int(lengths[:2].max())
     sense = 2 * (float(flops.step(names, wide)) + by_hand(wide))
     assert cost(Sensitivity(model.initial, examples, np.array([0, 1])), flops) == (pytest.approx(sense), 0)

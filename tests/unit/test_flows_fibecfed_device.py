@@ -250,6 +250,7 @@ def test_masks_rank_the_neurons_of_a_layers_pairs_together_with_as_share() -> No
     assert masks[v].tolist() == [[1], [0], [1], [0]]
     assert neuron_masks(fisher, 1.0)[q].tolist() == [[1]] * 4
     assert sum(float(m.sum()) for m in neuron_masks(fisher, 0.01).values()) == 1
+    assert sum(float(m.sum()) for m in neuron_masks(fisher, 1e-12).values()) == 1, "one at least"
 
 
 @pytest.mark.parametrize("keep", [0.0, -0.5, 1.01])

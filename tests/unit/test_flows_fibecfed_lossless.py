@@ -75,11 +75,35 @@ def test_the_complement_of_the_mean_prunable_share_is_global() -> None:
 def test_devices_without_a_gap_do_not_count_and_none_with_one_means_the_fraction() -> None:
     gal, facts = chosen(Gal(lossless=True, fraction=1.0), {1: 0.2})
     assert len(gal) == 4  # ceil(0.8 * 4)
-    assert facts == {"prunable": pytest.approx(0.2), "examples_on_devices_with_a_gap": pytest.approx(SIZES[1] / sum(SIZES.values()))}
+    found = {"prunable": pytest.approx(0.2), "examples_on_devices_with_a_gap": pytest.approx(SIZES[1] / sum(SIZES.values()))}
+    assert facts == {**found, "without_a_gap": f"3 of 4 {GAPLESS}; used instead: what the others tell"}
     gal, facts = chosen(Gal(lossless=True, fraction=0.5), {})
     assert len(gal) == 2
-    assert facts == "no device's Hessian spectrum has a gap above 4ℒ: the given shares are used"
+    assert facts == {"without_a_gap": f"4 of 4 {GAPLESS}; used instead: fraction 0.5"}
     assert len(chosen(Gal(lossless=True), {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0})[0]) == 1, "at least one layer is global"
+
+
+GAPLESS = "devices have no gap above 4ℒ in their Hessian's spectrum"
+
+
+@pytest.mark.parametrize(
+    ("gal", "keep_lossless", "prunable", "said"),
+    [
+        (Gal(lossless=True, fraction=0.5), True, {}, "4 of 4 {}; used instead: fraction 0.5, keep 0.95"),
+        (Gal(lossless=True, count=3), True, {}, "4 of 4 {}; used instead: count 3, keep 0.95"),
+        (Gal(fraction=0.5), True, {}, "4 of 4 {}; used instead: keep 0.95"),
+        (Gal(lossless=True, fraction=0.5), True, {0: 0.5, 2: 0.5}, "2 of 4 {}; used instead: keep 0.95"),
+        (Gal(lossless=True), True, dict.fromkeys(range(4), 0.5), ""),
+    ],
+    ids=["a fraction", "a count", "the mask's", "on some devices", "nothing to tell"],
+)
+def test_what_is_used_where_there_is_no_gap_is_told_with_its_value(
+    gal: Gal, keep_lossless: bool, prunable: dict[int, float], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, facts = chosen(gal, prunable, keep_lossless)
+    due = said.format(GAPLESS)
+    assert facts.get("without_a_gap", "") == due  # type: ignore[attr-defined]
+    assert [record.getMessage() for record in caplog.records] == ([f"fibecfed: {due}"] if said else [])
 
 
 def test_a_mask_alone_may_be_lossless() -> None:
@@ -97,3 +121,15 @@ def test_the_mask_keeps_what_the_devices_own_spectrum_says(spectral: Spectral, k
     assert set(rows) == {n for n in of_layers(0, 2) if "lora_B" in n}
     total = sum(len(kept) for kept in rows.values())
     assert total == 2 * (4 if kept == 2 else 6)  # two modules a layer are ranked together
+
+
+@pytest.mark.parametrize("share", [1.0, 1.0 + 1e-15, 1 - 1e-13, 0.999])
+def test_of_a_spectrum_that_may_be_pruned_whole_a_row_of_each_layer_is_kept(share: float) -> None:
+    """Weights above the gap that are nothing but rounding; and a share of eight neurons that is less than one."""
+    whole = Spectral(np.array([0.0, 3.0]), np.array([share, 1 - share]), 0.25)
+    method = FibecFed(FedAvg(batch_size=4), keep_lossless=True)
+    _, _, c = inspected(method, whole)
+    assert float(c.memory["prunable"]) == share
+    drive(method.adopt(c, ask(method.adopt, 1, gal=[1, 3])))
+    rows = rows_kept(c)
+    assert {layer: sum(len(kept) for name, kept in rows.items() if f".{layer}." in name) for layer in (0, 2)} == {0: 1, 2: 1}

@@ -9,7 +9,7 @@ import pytest
 
 from fedloom.fleet import DeviceProfile, Fleet
 from fedloom.messages import Failure, Replies, Task, Traffic, Update
-from fedloom.run.ledger import Ledger, peak_rss_bytes
+from fedloom.run.ledger import Ledger, Personalising, peak_rss_bytes
 
 FLEET = Fleet((DeviceProfile("round", 100.0, 10.0, 20.0, 1.0),))
 SCORES = {"test": {"personalised": 0.5, "global": 0.25}, "validation": {"personalised": 0.4, "global": 0.3, "loss": 1.5}}
@@ -35,6 +35,16 @@ def test_a_section_adds_up_what_it_hears(tmp_path: Path) -> None:
     section.hear([], replies())
     assert (section.bytes_down, section.device_seconds) == (240, 12.0)
     assert section.seconds >= 0
+
+
+def test_what_devices_do_before_they_predict_is_the_slowest_ones_time_and_everybodys_operations() -> None:
+    """A hundred operations a second: 300 and 100 of one asking, 200 and 50 of the next, all at the same time. No byte is counted: the
+    messages carry the model and the predictions."""
+    own = Personalising(FLEET)
+    own.hear([], replies())
+    own.hear([], Replies((), (), (Traffic(1, 10**6, 10**6, 200.0, 2), Traffic(3, 0, 0, 50.0, 1))))
+    assert own.told == {"flops": 650.0, "device_seconds": 3.0}
+    assert Personalising(FLEET).told == {"flops": 0.0, "device_seconds": 0.0}
 
 
 def test_nobody_told_a_loss(tmp_path: Path) -> None:

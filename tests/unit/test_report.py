@@ -234,7 +234,12 @@ def test_axes_start_at_what_set_up_cost():
     track = figures.Track("a", rows_of(2), setup_bytes=5.0, setup_seconds=7.0)
     assert track.axis("round").tolist() == [0, 1, 2]
     assert track.axis("bytes").tolist() == [5, 7_000_005, 14_000_005]
-    assert track.axis("device").tolist() == [7, 27, 47]
+    assert track.axis("device").tolist() == track.axis("device", "personalised").tolist() == [7, 27, 47]
+    told = [{**row, "personalising": None if row["round"] == 1 else {"flops": 9.0, "device_seconds": 3.0}} for row in rows_of(2)]
+    track = figures.Track("a", told, setup_bytes=5.0, setup_seconds=7.0)
+    assert track.axis("device", "personalised").tolist() == [10, 27, 50], "what was trained for that score, and for none before it"
+    assert track.axis("device", "global").tolist() == [7, 27, 47]
+    assert track.axis("bytes", "personalised").tolist() == [5, 7_000_005, 14_000_005]
 
 
 def test_only_evaluated_points_are_drawn(monkeypatch):
@@ -291,6 +296,14 @@ def test_a_set_up_and_what_devices_hold_are_told_as_far_as_they_were_measured():
     costs = {"setup_bytes_up": 3000, "setup_bytes_down": 2_000_000, "setup_device_seconds": 0.5}
     assert spent(costs) == {"set-up": "0.50 s of device time, 3.0 kB up, 2.0 MB down"}
     assert spent(dict.fromkeys(costs, 0)) == {}
+    own = [
+        {"final": {"personalised": 0.5, "personalising": of}}
+        for of in (None, {"flops": 2e9, "device_seconds": 1.5}, dict.fromkeys(("flops", "device_seconds"), 0.0))
+    ]
+    said = [spent({**dict.fromkeys(costs, 0), **one})["personalising"] for one in (*own, {"final": {"personalised": 0.5}})]
+    earlier = "not told: this run is of a version that did not count it"
+    trained = "2e+09 operations on all devices, 1.5 s on the slowest; beside the device time of the rounds"
+    assert said == [earlier, trained, "nothing is computed for it", earlier]
     state = {"devices": 30, "private_bytes": 65_000, "private_bytes_whole": 100_000, "memory_bytes": 469}
     state |= {"optimizer_bytes": 300_000, "optimizer_bytes_whole": 400_000, "step_flops": 9.9e8, "step_flops_whole": 1e9}
     told = spent(

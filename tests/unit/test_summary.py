@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from fedloom.run.plan import Ended, Plan
 from fedloom.run.reading import read
 from fedloom.run.report import write_report
 from fedloom.run.summary import summarise
+from fedloom.run.tables import as_csv, as_markdown, terminal
 from tests.unit.run_folder import write_run
 
 SEEDS = (1, 2)
@@ -116,8 +119,54 @@ def test_a_lead_is_over_each_other_method_at_its_own_end(tmp_path: Path) -> None
     lora, local = rows_of(summed(tmp_path, local=1.1))
     assert (set(lora["over"]), set(local["over"])) == ({"local"}, {"lora"})
     over = local["over"]["lora"]["personalised"]
-    assert over == {"margin": pytest.approx(0.3), "time_saved": pytest.approx(1 - (95 + 5 * 20) / (95 + 10 * 20))}
-    assert lora["over"]["local"]["personalised"] == {"margin": pytest.approx(-0.3), "time_saved": None}, "it never gets there"
+    uncounted = {"personalising_counted": False}
+    assert over == {"margin": pytest.approx(0.3), "time_saved": pytest.approx(1 - (95 + 5 * 20) / (95 + 10 * 20)), **uncounted}
+    assert lora["over"]["local"]["personalised"] == {"margin": pytest.approx(-0.3), "time_saved": None, **uncounted}, "it never gets there"
+
+
+def tell_personalising(out: Path, **how: Any) -> dict[str, Ended]:
+    """Runs that tell it: lora's devices train nothing, those of local 50·s + t seconds before they predict after round t, with seed s."""
+    ended = ended_in(out, **how)
+    for name, seed in ((f"{method}-seed{seed}", seed) for method in ("lora", "local") for seed in SEEDS):
+        path = out / name / "rounds.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            seconds = 0.0 if name.startswith("lora") else 50.0 * seed + row["round"]
+            row["personalising"] = None if row["personalised"] is None else {"flops": 1000 * seconds, "device_seconds": seconds}
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        results: Any = json.loads((out / name / "results.json").read_text())
+        results["final"]["personalising"] = rows[-1]["personalising"]
+        ended[name] = Ended(results)
+    return ended
+
+
+def test_what_is_trained_before_a_prediction_is_in_the_cost_of_the_score_once(tmp_path: Path) -> None:
+    """local is above where lora ends after 5 rounds: 95 + 5·20 s, and 55 s (seed 1) or 105 s (seed 2) for the prediction there: 275 s in
+    the mean, of lora's 295. What was trained for the evaluation after set-up, and is trained after round 10, is not in it."""
+    lora, local = rows_of(summarise(PLAN, tell_personalising(tmp_path, local=1.1), lambda run: tmp_path / run.name, "lora"))
+    found = local["reached"]["personalised"]
+    assert (found["device_seconds"], found["personalising"], found["bytes_up"]) == (275.0, 80.0, 5_000_000 + 5 * 3_000_000)
+    assert found["each"]["1"] == {"round": 5, "device_seconds": 250.0, "bytes_up": 20_000_000, "personalising": 55.0}
+    assert local["reached"]["global"]["device_seconds"] == 195.0
+    assert (lora["reached"]["personalised"]["device_seconds"], lora["reached"]["personalised"]["personalising"]) == (295.0, 0.0)
+    over = local["over"]["lora"]["personalised"]
+    assert over == {"margin": pytest.approx(0.3), "time_saved": pytest.approx(1 - 275 / 295), "personalising_counted": True}
+    told = {key: local["costs"][key] for key in ("device_seconds", "personalising_device_seconds", "personalising_flops")}
+    assert told == {"device_seconds": 200.0, "personalising_device_seconds": (60 + 110) / 2, "personalising_flops": 85_000.0}
+    assert (lora["costs"]["personalising_device_seconds"], lora["costs"]["personalising_flops"]) == (0.0, 0.0)
+    track = track_of("local", [read(tmp_path / f"local-seed{seed}") for seed in SEEDS])
+    assert track.axis("device", "personalised")[[0, 5]].tolist() == [95 + 75, 95 + 5 * 20 + 80]
+    assert track.axis("device")[[0, 5]].tolist() == [95, 95 + 5 * 20]
+
+
+def test_what_earlier_runs_do_not_tell_is_not_known(tmp_path: Path) -> None:
+    _, local = rows_of(summed(tmp_path, local=1.1))
+    found = local["reached"]["personalised"]
+    assert (found["device_seconds"], found["personalising"]) == (195.0, None)
+    assert local["costs"]["personalising_device_seconds"] is local["costs"]["personalising_flops"] is None
+    ended = tell_personalising(tmp_path / "b", local=1.1)
+    del ended["local-seed2"].results["final"]["personalising"]  # type: ignore[index]
+    assert rows_of(summarise(PLAN, ended, lambda run: tmp_path / "b" / run.name, "lora"))[1]["costs"]["personalising_flops"] is None
 
 
 def test_no_lead_where_a_seed_or_a_model_is_missing(tmp_path: Path) -> None:
@@ -159,6 +208,27 @@ def tell_numbers(out: Path) -> dict[str, Ended]:
         (folder / "results.json").write_text(json.dumps(results))
         ended[f"lora-seed{seed}"] = Ended(results)
     return ended
+
+
+def test_scores_beside_the_headline_are_means_over_seeds_with_a_table_and_columns(tmp_path: Path) -> None:
+    """lora's accuracy is .7 and .9 after the last round, .5 and .6 at the best one; local is of a version that tells none."""
+    ended = ended_in(tmp_path)
+    for seed, final, best in ((1, 0.7, 0.5), (2, 0.9, 0.6)):
+        results: Any = ended[f"lora-seed{seed}"].results
+        for at, value in (("final", final), ("best", best)):
+            results[at]["further"] = {"accuracy": {"personalised": value, "global": None}}
+    summary = summarise(PLAN, ended, lambda run: tmp_path / run.name, "lora")
+    lora, local = rows_of(summary)
+    assert local["further"] is None and set(lora["further"]) == {"accuracy"}
+    found = lora["further"]["accuracy"]
+    assert (found["final"]["personalised"]["mean"], found["final"]["personalised"]["each"]) == (pytest.approx(0.8), {"1": 0.7, "2": 0.9})
+    assert found["best"]["personalised"]["mean"] == pytest.approx(0.55) and found["final"]["global"]["mean"] is None
+    (table,) = [(title, rows) for title, _, rows in terminal(summary) if "beside" in title]
+    assert table == ("trec, α = 1: test accuracy, beside accuracy", [["lora", "0.8000 ± 0.141", "-", "0.5500 ± 0.071"]])
+    mine, other = csv.DictReader(io.StringIO(as_csv(summary)))
+    assert float(mine["further_accuracy_final_personalised_mean"]) == pytest.approx(0.8)
+    assert mine["further_accuracy_final_global_mean"] == other["further_accuracy_best_personalised_mean"] == ""
+    assert "beside" not in as_markdown(summed(tmp_path / "b"))
 
 
 def test_exact_match_is_a_mean_over_seeds_and_a_curve(tmp_path: Path) -> None:

@@ -21,9 +21,10 @@ from fedloom.run.tables import (
     terminal,
 )
 
-COSTS = dict.fromkeys(
+COSTS: dict[str, Any] = dict.fromkeys(
     ("bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down", "examples", "device_seconds", "setup_device_seconds"), 1
 )
+COSTS |= {"personalising_flops": 3e9, "personalising_device_seconds": 7.0}
 COSTS |= {"device_seconds": 60.0, "setup_device_seconds": 5.0, "bytes_up": 2_000_000, "setup_bytes_up": 1_000_000}
 
 
@@ -50,13 +51,17 @@ def row(method: str, personalised: float, shared: float | None, rank: float, aga
 
 def lead(margin: float, time_saved: float | None) -> dict[str, Any]:
     """Of the other protocol a lead that would win."""
-    return {"personalised": {"margin": margin, "time_saved": time_saved}, "global": {"margin": 9.0, "time_saved": 0.9}}
+    counted = {"personalising_counted": True}
+    return {
+        "personalised": {"margin": margin, "time_saved": time_saved, **counted},
+        "global": {"margin": 9.0, "time_saved": 0.9, **counted},
+    }
 
 
 BETTER = {"difference": 0.1, "low": 0.02, "high": 0.2, "p": 0.0123, "better": 2, "seeds": 2}
 WORSE = {**BETTER, "difference": -0.1, "low": -0.2, "high": -0.02, "p": 0.0004}
-REACHED = {"device_seconds": 75.0, "bytes_up": 2_000_000, "reached": 2, "seeds": 2, "each": {}}
-HALF = {"device_seconds": None, "bytes_up": None, "reached": 1, "seeds": 2, "each": {}}
+REACHED: dict[str, Any] = {"device_seconds": 75.0, "bytes_up": 2_000_000, "personalising": 7.0, "reached": 2, "seeds": 2, "each": {}}
+HALF: dict[str, Any] = {"device_seconds": None, "bytes_up": None, "personalising": None, "reached": 1, "seeds": 2, "each": {}}
 
 
 def summary(cases: int = 2, **more: Any) -> dict[str, Any]:
@@ -94,7 +99,7 @@ def test_the_terminal_has_scores_costs_the_search_and_mean_ranks() -> None:
     assert rows[1][:4] == ["local", "-0.1000", "[-0.2000, -0.0200]", "< .001"]
     title, _, rows = tables[4]
     assert title == "r_te, α = 0.1: cost to reach what lora ends with (seed by seed; 0.2000 in the mean), and of the whole run"
-    whole = ["1 min 05 s", "3.0 MB"]
+    whole = ["1 min 05 s", "7.0 s", "3.0 MB"]
     assert [row[:3] for row in rows] == [
         ["lora", "-", "-"],
         ["my_method", "1 min 15 s", "2.0 MB"],
@@ -103,6 +108,35 @@ def test_the_terminal_has_scores_costs_the_search_and_mean_ranks() -> None:
     assert [row[3:] for row in rows] == [whole, whole, whole]
     assert tables[6][2][0] == ["r_te, α = 0.1", "lora", "0.7500", "diverged"]
     assert tables[7][2] == [["lora", "2", "-"], ["my_method", "1.5", "-"], ["local", "-", "-"]]
+
+
+def test_what_earlier_runs_do_not_tell_of_personalising_is_marked_and_never_a_zero() -> None:
+    """A dagger behind each device time that lacks it, said in the title; a dash for the whole run's. None means that nothing is trained."""
+    told = summary(1, rates=[])
+    lora, mine, local = told["cases"][0]["rows"]
+    assert "†" not in as_markdown(told)
+    mine["reached"]["personalised"] = {**REACHED, "personalising": None}
+    mine["costs"], local["costs"] = ({**COSTS, "personalising_device_seconds": known} for known in (None, 0.0))
+    local["reached"]["personalised"] = {key: value for key, value in REACHED.items() if key != "personalising"}
+    title, headers, rows = terminal(told)[2]
+    assert title.endswith(", and of the whole run (†: without what devices train before they predict, which these runs do not tell)")
+    assert list(headers) == ["method", "device time\nto it", "uploaded\nto it", "device\ntime", "before a\nprediction", "uploaded"]
+    assert [row[1] for row in rows] == ["-", "1 min 15 s†", "1 min 15 s†"]
+    assert [row[2] for row in rows] == ["-", "2.0 MB", "2.0 MB"], "nothing is sent for it"
+    assert [row[4] for row in rows] == ["7.0 s", "-", "none"]
+    lines = list(csv.DictReader(io.StringIO(as_csv(told))))
+    assert [line["personalising_device_seconds"] for line in lines] == ["7.0", "", "0.0"]
+    mine["reached"]["personalised"] = REACHED
+    assert [line["personalised_to_target_personalising_device_seconds"] for line in csv.DictReader(io.StringIO(as_csv(told)))] == [
+        "",
+        "7.0",
+        "",
+    ]
+    mine["over"], lora["over"] = {"lora": lead(0.2, 0.4)}, {"local": lead(0.3, 0.5)}
+    mine["over"]["lora"]["personalised"]["personalising_counted"] = False
+    title, _, cells = leads(told)
+    assert title.endswith("where the other method ends (†: without what devices train before they predict, which these runs do not tell)")
+    assert [line[2:] for line in cells] == [["+0.3000 (local)", "50% (local)"], ["+0.2000 (lora)", "40%† (lora)"], ["-", "-"]]
 
 
 def test_the_largest_leads_name_whom() -> None:

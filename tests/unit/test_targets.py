@@ -6,15 +6,18 @@ from typing import Any
 
 import pytest
 
-from fedloom.run.targets import Cost, costs, mean_cost, reached
+from fedloom.run.targets import Cost, costs, mean_cost, personalising, reached
 
 RESULT = {"setup_device_seconds": 10.0, "setup_bytes_up": 100}
 
 
 def rows(*scores: float | None) -> list[dict[str, Any]]:
-    """Round 0 costs nothing; round t takes t seconds and uploads 10 · t bytes (and downloads, which must not count)."""
+    """Round 0 costs nothing; round t takes t seconds and uploads 10 · t bytes (and downloads, which must not count). Nothing is trained
+    before a prediction."""
+    nothing = {"flops": 0.0, "device_seconds": 0.0}
     return [
         {"round": t, "device_seconds": float(t), "bytes_up": 10 * t, "bytes_down": 7777, "personalised": s, "global": None}
+        | {"personalising": None if s is None else nothing}
         for t, s in enumerate(scores)
     ]
 
@@ -34,6 +37,24 @@ def test_a_target_is_reached_at_the_first_evaluated_round_with_the_cost_of_set_u
     scores: tuple[float | None, ...], target: float, wanted: Cost | None
 ) -> None:
     assert reached(rows(*scores), RESULT, "personalised", target) == wanted
+
+
+def test_what_was_trained_before_the_prediction_that_reached_a_target_counts_once() -> None:
+    """Evaluated at 0, 1 and 3, for 2, 4 and 8 s: after 1 + 2 + 3 s of rounds and 10 of set-up the score is there, with the 8 s of that
+    evaluation and of none before it. The global model is nobody's own."""
+    made = rows(0.2, 0.3, None, 0.9)
+    for t, seconds in ((0, 2.0), (1, 4.0), (3, 8.0)):
+        made[t] |= {"personalising": {"flops": 1e9, "device_seconds": seconds}, "global": made[t]["personalised"]}
+    assert reached(made, RESULT, "personalised", 0.5) == Cost(3, 24.0, 160, 8.0)
+    assert reached(made, RESULT, "personalised", 0.1) == Cost(0, 12.0, 100, 2.0), "not for nothing, though no round was needed"
+    assert reached(made, RESULT, "global", 0.5) == Cost(3, 16.0, 160, 0.0)
+
+
+def test_rows_of_an_earlier_version_say_that_they_do_not_tell_it() -> None:
+    made = [{key: value for key, value in row.items() if key != "personalising"} for row in rows(0.2, 0.9)]
+    found = reached(made, RESULT, "personalised", 0.5)
+    assert found == Cost(1, 11.0, 110, None)
+    assert personalising({"personalising": None}) is personalising({}) is None
 
 
 def test_a_protocol_that_a_method_lacks_is_never_reached() -> None:

@@ -245,8 +245,8 @@ def dropout_key(seed: int, step: int) -> int:
 
 
 def cost(item: WorkItem, flops: Flops) -> tuple[float, int]:
-    """(floating-point operations, examples trained on) of one item, each batch at its own longest text."""
-    if isinstance(item, Pretrained):
+    """(floating-point operations, examples trained on) of one item, each batch at its own longest text; of a measurement nothing."""
+    if isinstance(item, Pretrained) or (isinstance(item, Predict) and item.measures):
         return 0.0, 0
     lengths = item.examples.lengths
     match item:

@@ -258,10 +258,13 @@ class Spectral:
 @dataclass(frozen=True)
 class Predict:
     """Logits of all ``examples`` at the tensors ``at``. Result: float32 tensor (n, C); of a model that writes answers (n, 3), for each
-    example the sum of −log softmax over its answer's tokens, how many of them were the likeliest, and how many there are."""
+    example the sum of −log softmax over its answer's tokens, how many of them were the likeliest, and how many there are.
+
+    ``measures``: this only finds out how good a model is and is no part of what a method does, so it is in no book of costs."""
 
     at: Tensors
     examples: Examples
+    measures: bool = False
 
 
 @dataclass(frozen=True)

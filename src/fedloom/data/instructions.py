@@ -52,6 +52,11 @@ class Instructions:
         return METRIC
 
     @property
+    def further(self) -> tuple[str, ...]:
+        """e to the mean loss."""
+        return (PERPLEXITY,)
+
+    @property
     def unit(self) -> int:
         """Tokens are counted."""
         return 1

@@ -57,6 +57,11 @@ class Questions:
         return METRIC
 
     @property
+    def further(self) -> tuple[str, ...]:
+        """The share of exact matches."""
+        return (EXACT,)
+
+    @property
     def unit(self) -> int:
         """Counts that make one question."""
         return PARTS

@@ -44,6 +44,11 @@ class Tagging:
         return METRIC
 
     @property
+    def further(self) -> tuple[str, ...]:
+        """The share of words that are tagged rightly."""
+        return ("word_accuracy",)
+
+    @property
     def unit(self) -> int:
         """Entities are counted."""
         return 1

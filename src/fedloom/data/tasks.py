@@ -57,6 +57,10 @@ class Column:
         return self.kind not in ("words", "numbers", "answers", "chats", "other") and 2 <= self.distinct <= min(1000, self.rows // 2)
 
 
+FURTHER = "further"
+"""Under which rows and results tell scores beside the headline: by name, then by protocol."""
+
+
 class Outcomes(NamedTuple):
     """Predictions, counted: each (m,) int64. Of ``example`` so many (``count``) were of class ``true`` and told as ``predicted``."""
 
@@ -81,6 +85,11 @@ class Task(Protocol):
 
     @property
     def metric(self) -> str: ...
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """What :meth:`scores` tells beside the headline, by name."""
+        ...
 
     @property
     def unit(self) -> int:
@@ -129,6 +138,11 @@ class Classification:
             raise DataError(f"classification needs at least two classes; the data has {list(self.classes)}")
         if self.metric not in METRICS:
             raise DataError(f"no metric '{self.metric}'; there are {', '.join(METRICS)}, or 'auto'")
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """The share of right predictions, where that is not the headline."""
+        return ("accuracy",) if self.metric != "accuracy" else ()
 
     @property
     def unit(self) -> int:

@@ -24,6 +24,7 @@ Deviations from the paper and its code: docs/papers.md.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -51,6 +52,11 @@ from fedloom.tensors import nbytes, only, without
 
 WARM_UP = -1000
 """The "round" of the first warm-up epoch in the seeds' paths; no real round has it."""
+
+LEAST = 1e-12
+"""The share of a layer's output neurons that is trained where a spectrum says that all may be pruned: one of them."""
+
+log = logging.getLogger("fedloom.methods")
 
 MASK = "mask/"
 """Before a tensor's name in a device's memory: a mask that some tensor is trained under, where it could not be cut to its rows."""
@@ -189,7 +195,9 @@ class FibecFed:
         scores, adapted, told = means["layer_scores"].numpy(), sorted(layers(shared)), {}
         gal = self.gal
         if self.gal.lossless or self.keep_lossless:
+            without_gap = sum(not float(answer.tensors["prunable"][1]) for answer in answers)
             gal, told = lossless_gal(self.gal, means["prunable"].numpy(), len(adapted))
+            told = self._tell_lossless(told, without_gap, len(answers), gal)
         chosen = choose_gal(scores, adapted, gal, pool.seed)
         yield from insist([ask(self.adopt, k, gal=chosen) for k in pool.clients])
         kept = {n: t for n, t in shared.items() if n in head or layer_of(n) in chosen}
@@ -211,6 +219,17 @@ class FibecFed:
     def assembled(self, state: State) -> Tensors | None:
         """The shared tensors alone; local layers stay at their start, where B = 0."""
         return state.shared
+
+    def _tell_lossless(self, found: dict[str, Any], without_gap: int, devices: int, gal: Gal) -> dict[str, Any]:
+        """What facts and log say of a lossless choice: ``found``, on how many ``devices`` there is no gap, and what is used instead."""
+        layers_given = f"count {gal.count}" if gal.count else f"fraction {gal.fraction:g}"
+        instead = ([layers_given] if self.gal.lossless and not found else []) + ([f"keep {self.keep:g}"] if self.keep_lossless else [])
+        if without_gap:
+            what = f"{without_gap} of {devices} devices have no gap above 4ℒ in their Hessian's spectrum"
+            told = f"{what}; used instead: {', '.join(instead) or 'what the others tell'}"
+            log.warning("%s: %s", self.name, told)
+            found = {**found, "without_a_gap": told}
+        return {"lossless": found}
 
     def _choose_again(self, state: State, pool: Pool) -> Flow[State]:
         """Scores, GAL, and what changes hands between server and devices if it is another."""
@@ -264,7 +283,7 @@ class FibecFed:
         local = [n for n in c.private if is_factor(n) and layer_of(n) not in chosen]
         if set(local) == set(c.private):  # asked again because the answer was lost: this device has adopted already
             return Update(c.id, len(c.train))
-        share = 1 - float(c.memory["prunable"]) if self.keep_lossless and "prunable" in c.memory else self.keep
+        share = max(LEAST, 1 - float(c.memory["prunable"])) if self.keep_lossless and "prunable" in c.memory else self.keep
         if local and share < 1:
             fisher = yield from self._warm_up(c)
             c.memory |= {MASK + name: mask for name, mask in keep(c, neuron_masks(only(fisher, local), share)).items()}
@@ -325,17 +344,18 @@ class FibecFed:
         return fisher
 
 
-def lossless_gal(gal: Gal, prunable: np.ndarray, adapted: int) -> tuple[Gal, dict[str, object]]:
+def lossless_gal(gal: Gal, prunable: np.ndarray, adapted: int) -> tuple[Gal, dict[str, Any]]:
     """``gal`` with the count that the spectra allow, if it is to be lossless, and what to tell of it.
 
     ``prunable``: (Σ_k (n_k/n) m_k/d_k over the devices whose spectrum has a gap above 4ℒ_k, their share Σ n_k/n). The complement of the
-    devices' mean is the share of the ``adapted`` layers that become global, at least one. Where no device has such a gap, ``gal`` stays.
+    devices' mean is the share of the ``adapted`` layers that become global, at least one. Where no device has such a gap, ``gal`` stays,
+    and nothing is told.
     """
     total, told = (float(value) for value in prunable)
     if not told:
-        return gal, {"lossless": "no device's Hessian spectrum has a gap above 4ℒ: the given shares are used"}
+        return gal, {}
     share = total / told
-    facts: dict[str, object] = {"lossless": {"prunable": share, "examples_on_devices_with_a_gap": told}}
+    facts = {"prunable": share, "examples_on_devices_with_a_gap": told}
     return replace(gal, count=max(1, math.ceil((1 - share) * adapted - 1e-9))) if gal.lossless else gal, facts
 
 
@@ -363,7 +383,7 @@ def choose_gal(scores: np.ndarray, adapted: list[int], gal: Gal, seed: int, *pat
 
 def neuron_masks(fisher: Mapping[str, torch.Tensor], keep: float) -> dict[str, torch.Tensor]:
     """0/1 masks (d_out, 1) for every B among the local layers' Fisher: in each layer the ``ceil(keep · neurons)`` highest-scoring output
-    neurons of all its pairs together (equal scores: the earlier name and row first).
+    neurons of all its pairs together, one at least (equal scores: the earlier name and row first).
 
     Raises:
         ValueError: ``keep`` is not in (0, 1].
@@ -376,7 +396,7 @@ def neuron_masks(fisher: Mapping[str, torch.Tensor], keep: float) -> dict[str, t
         rows = [fisher[b].double().sum(1) + fisher[partner(b)].double().sum() / fisher[b].shape[0] for b in ups]
         scores = torch.cat(rows)
         kept = torch.zeros_like(scores)
-        kept[torch.argsort(-scores, stable=True)[: math.ceil(keep * len(scores) - 1e-9)]] = 1
+        kept[torch.argsort(-scores, stable=True)[: max(1, math.ceil(keep * len(scores) - 1e-9))]] = 1
         for name, part in zip(ups, kept.split([len(r) for r in rows]), strict=True):
             masks[name] = part.float()[:, None]
     return masks

@@ -87,10 +87,11 @@ class Method(Protocol):
 
 @on_client
 def predict(method: Method, c: Client, task: Task) -> Work[Update]:
-    """Logits of the device's own shards of the splits in ``task.settings["splits"]``, as tensors (n, C) named by split."""
+    """Logits of the device's own shards of the splits in ``task.settings["splits"]``, as tensors (n, C) named by split. They are a
+    measurement: what this operation cost is what ``personalise`` did."""
     model = yield from method.personalise(c, task.tensors)
     splits = list(task.settings["splits"])  # type: ignore[arg-type]
-    logits = yield [Predict(model.tensors, c.shard(split)) for split in splits]
+    logits = yield [Predict(model.tensors, c.shard(split), measures=True) for split in splits]
     bias = torch.zeros(()) if model.bias is None else model.bias
     return Update(c.id, len(c.train), {split: made + bias for split, made in zip(splits, logits, strict=True)})
 

@@ -18,7 +18,7 @@ from fedloom.methods.method import State
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import CheckpointError, Saved, write_atomically
 from fedloom.run.console import Show
-from fedloom.run.evaluation import evaluate, nothing
+from fedloom.run.evaluation import Evaluation, evaluate, nothing
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.ledger import Ledger
 from fedloom.run.loop import Told, begin, check, claim, finish
@@ -64,15 +64,16 @@ def adopt(experiment: Experiment, folder: Path, trained: Path, show: Show, track
         state = State(saved.state.round, saved.state.shared, prepared.server, prepared.facts)
         show.phase(f"evaluating what {trained.name} trained")
         found = evaluate(world, state, engine, store=store)
-        write_atomically(ledger.path, "".join(json.dumps(row) + "\n" for row in _rows(trained, found.scores, nothing(world))))
+        write_atomically(ledger.path, "".join(json.dumps(row) + "\n" for row in _rows(trained, found, nothing(world))))
         checkpoint.save(folder, Saved(state, ledger.totals, saved.data, start=start_of(world.model)), store)
         results = finish(world, folder, state, ledger, found, store, [f"trained by {trained.name}; evaluated after the last round only"])
         track_ended(track, experiment, folder, results)
         return results
 
 
-def _rows(trained: Path, scores: Mapping[Split, dict[str, Any]], unknown: Mapping[Split, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The trained run's rows with these scores in the last and ``unknown`` ones in the others."""
+def _rows(trained: Path, found: Evaluation, unknown: Mapping[Split, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The trained run's rows with what was ``found`` in the last and ``unknown`` scores in the others."""
     rows = [json.loads(line) for line in (trained / "rounds.jsonl").read_text().splitlines()]
-    blank = {**unknown["test"], "validation": unknown["validation"]}
-    return [{**row, **blank} for row in rows[:-1]] + [{**rows[-1], **scores["test"], "validation": scores["validation"]}]
+    blank = {**unknown["test"], "validation": unknown["validation"], "personalising": None}
+    last = {**found.scores["test"], "validation": found.scores["validation"], "personalising": found.personalising}
+    return [{**row, **blank} for row in rows[:-1]] + [{**rows[-1], **last}]

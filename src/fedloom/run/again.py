@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedloom.data.numbers import EXACT as NUMBERS
+from fedloom.data.tasks import FURTHER
 from fedloom.engines.engine import drive
 from fedloom.methods.method import State
 from fedloom.run import checkpoint
@@ -70,6 +71,8 @@ def evaluate_again(experiment: Experiment, folder: Path, kind: type[Any] | None 
         recorded = None if other else _recorded(folder, state.round)
         writes = recorded is None or NUMBERS in recorded["test"]  # a run of an earlier version has told no numbers
         found = evaluate(world, state, engine, store=store if writes else None)
+    if recorded is not None and FURTHER not in recorded["test"]:  # nor further scores
+        found = dataclasses.replace(found, scores={s: {k: v for k, v in of.items() if k != FURTHER} for s, of in found.scores.items()})
     name = (other or experiment).method_name
     return Again(name, world.source.task.metric, state.round, json.loads(json.dumps(found.scores)), recorded)
 
@@ -95,5 +98,5 @@ def _recorded(folder: Path, round: int) -> dict[str, dict[str, Any]] | None:
     row = next((r for r in read(folder).rows if r["round"] == round), None)
     if row is None or row["validation"]["personalised"] is None:
         return None
-    test = {key: row[key] for key in ("personalised", "global", NUMBERS) if key in row}
+    test = {key: row[key] for key in ("personalised", "global", NUMBERS, FURTHER) if key in row}
     return {"validation": dict(row["validation"]), "test": test}

@@ -15,6 +15,7 @@ from fedloom.run import figures
 from fedloom.run.reading import Run, solved
 from fedloom.run.statistics import spread
 from fedloom.run.tables import terminal
+from fedloom.run.targets import personalising
 
 PROTOCOLS: tuple[figures.Protocol, ...] = ("personalised", "global")
 COSTS = ("bytes_up", "bytes_down", "device_seconds")
@@ -68,6 +69,8 @@ def track_of(label: str, runs: Sequence[Run]) -> figures.Track:
     rows, deviations, apart = [], {p: [] for p in PROTOCOLS}, {p: [] for p in PROTOCOLS}
     for together in zip(*(run.rows for run in runs), strict=False):
         row: dict[str, Any] = {"round": together[0]["round"], **{key: mean(one[key] for one in together) for key in COSTS}}
+        own = [personalising(one) for one in together]
+        row["personalising"] = None if None in own else {"device_seconds": mean(own)}  # type: ignore[type-var]
         for p in PROTOCOLS:
             scores = [one[p] for one in together]
             found = spread(scores)

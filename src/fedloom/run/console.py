@@ -285,6 +285,18 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def personalising_text(told: Mapping[str, Any]) -> str:
+    """What devices train before they predict, which is in no total: a row's or a result's ``personalising``, as a line."""
+    more = f"{human_seconds(told['device_seconds'])} of device time beside the rounds, before the devices predict"
+    return f"personalising: {more}; {told['flops']:.3g} operations"
+
+
+def further_text(told: Mapping[str, Mapping[str, float | None]]) -> str:
+    """The test scores beside the headline, as a line: a result's ``further``."""
+    each = (f"{name} {', '.join(f'{score_text(of[p])} {p}' for p in ('personalised', 'global'))}" for name, of in told.items())
+    return f"beside it, after the last round: {'; '.join(each)}"
+
+
 def solved_text(told: Mapping[str, Any]) -> str:
     """The exact match that a run's ``results.json`` tells, as a line."""
     shares = {"before training": told["before"], "global": told["after"], "personalised": told.get("personalised")}

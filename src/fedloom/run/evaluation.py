@@ -3,6 +3,8 @@
 - **personalised**: every device predicts its own shard with its own model; all predictions are pooled into one score.
 - **global**: the one assembled model on the whole split. None where a method has no such model.
 
+What a task tells beside its headline (of F1 accuracy, of questions exact match) is told by both, on both splits (``FURTHER``).
+
 Both are taken on the validation split (for choosing anything) and on the test split (for telling). Where answers end in numbers, those that
 the models write are told beside them (``numbers.py``); nothing is chosen by them.
 """
@@ -19,14 +21,14 @@ import torch
 
 from fedloom.client.elsewhere import Store
 from fedloom.compute.work import Predict
-from fedloom.data.instructions import METRIC as TOKENS_RIGHT
 from fedloom.data.instructions import PERPLEXITY, perplexity
 from fedloom.data.numbers import EXACT as NUMBERS
 from fedloom.data.questions import EXACT
-from fedloom.data.tasks import Outcomes, Split, headline
+from fedloom.data.tasks import FURTHER, Classification, Outcomes, Split, Task, headline
 from fedloom.engines.engine import Engine, drive
 from fedloom.messages import Asking, Flow, Update, ask, whole
 from fedloom.methods.method import State
+from fedloom.run.ledger import Personalising
 from fedloom.run.numbers import NOT_WRITTEN, Solved, solved, tells
 from fedloom.run.statistics import tallies
 from fedloom.run.world import World
@@ -46,13 +48,15 @@ class Evaluation:
     an answer can be right in part; and by protocol, for each device, the
     cells ``[true class, predicted class, examples]`` of its test examples' confusion matrix that are not 0 (None: no such model).
     ``held``, int64 (K,): of how many. Where answers are written, tokens are counted instead of examples, all of class 0 and told as 0 where
-    they were right, as 1 where not; of questions their F1, in so many parts (``task.unit``). ``solved``: the numbers that the models
-    write, which ``scores`` tell too (None: none were asked for)."""
+    they were right, as 1 where not; of questions their F1, in so many parts (``task.unit``). ``personalising``: what devices did of their
+    own before they predicted (``Personalising.told``). ``solved``: the numbers that the models write, which ``scores`` tell too (None: none
+    were asked for)."""
 
     scores: dict[Split, dict[str, Any]]
     correct: np.ndarray
     held: np.ndarray
     confusion: dict[str, list[list[list[int]]] | None]
+    personalising: dict[str, float]
     solved: Solved | None = None
 
 
@@ -65,7 +69,7 @@ NOTHING: dict[Split, dict[str, Any]] = {
 
 def nothing(world: World) -> dict[Split, dict[str, Any]]:
     """The scores of a round that was not evaluated, with whatever else this run tells of one that was."""
-    more = {NUMBERS: NOT_WRITTEN} if tells(world) else {}
+    more = {**({NUMBERS: NOT_WRITTEN} if tells(world) else {}), **({FURTHER: None} if world.source.task.further else {})}
     return {split: {**NOTHING[split], **more} for split in SPLITS}
 
 
@@ -82,7 +86,8 @@ def evaluate(world: World, state: State, engine: Engine, among: Sequence[int] | 
 def _evaluated_here(world: World, state: State, engine: Engine) -> Evaluation:
     """From the logits of every device."""
     task, metric = world.source.task, world.source.task.metric
-    logits = drive(_predictions(world, state), engine)
+    own = Personalising(world.fleet)
+    logits = drive(_predictions(world, state), engine, seen=own.hear)
     scores: dict[Split, dict[str, Any]] = {}
     correct, held, owner, order = (np.zeros(0, np.int64) for _ in range(4))
     confusion: dict[str, list[list[list[int]]] | None] = {"personalised": None, "global": None}
@@ -91,7 +96,7 @@ def _evaluated_here(world: World, state: State, engine: Engine) -> Evaluation:
         made = world.judge.judged(split, np.concatenate(shards), logits[split])
         labels = world.labels(split)[np.concatenate(shards)]
         others = task.scores(labels, made)
-        scores[split] = {"personalised": others.pop(metric), "global": None}
+        scores[split] = {"personalised": others.pop(metric), "global": None, **further(task, others)}
         if split == "validation":
             scores[split] |= {"loss": task.loss(labels, made), **others}
         else:
@@ -107,10 +112,11 @@ def _evaluated_here(world: World, state: State, engine: Engine) -> Evaluation:
         for split, one in zip(SPLITS, done, strict=True):
             labels = world.labels(split)
             made = world.judge.judged(split, np.arange(len(labels)), one.result.numpy())
-            scores[split]["global"] = task.scores(labels, made)[metric]
+            whole_split = task.scores(labels, made)
+            scores[split] |= {"global": whole_split[metric], **further(task, others_of(scores[split]), whole_split)}
             if split == "test":
                 confusion["global"] = cells(owner, task.outcomes(labels[order], made[order]), len(world.pool.clients))
-    return Evaluation(scores, correct, held, confusion)
+    return Evaluation(scores, correct, held, confusion, own.told)
 
 
 def _evaluated_there(world: World, state: State, engine: Engine, among: Sequence[int] | None = None) -> Evaluation:
@@ -119,23 +125,23 @@ def _evaluated_there(world: World, state: State, engine: Engine, among: Sequence
     task, devices = world.source.task, len(world.pool.clients)
     confusion: dict[str, list[list[list[int]]] | None] = {"personalised": [[] for _ in range(devices)], "global": None}
     scores: dict[Split, dict[str, Any]] = {}
-    classes = max(2, len(world.classes))
+    classes, own = max(2, len(world.classes)), Personalising(world.fleet)
     updates = [
         update
-        for update in drive(_counts(world, state, world.pool.clients if among is None else among), engine, quorum=0)
+        for update in drive(_counts(world, state, world.pool.clients if among is None else among), engine, quorum=0, seen=own.hear)
         if counts_well(update, classes)
     ]
     for split in SPLITS:
         told = {update.client: update.tensors[split].tolist() for update in updates}
         right, true, predicted = tallies(list(told.values()), classes).sum(0)
         scores[split] = {"personalised": float(headline(task.metric, right, true, predicted)) if true.sum() else None, "global": None}
+        others = _told_besides(updates, told, split)
+        if isinstance(task, Classification) and true.sum():
+            others["accuracy"] = float(headline("accuracy", right, true, predicted))
+        scores[split] |= further(task, others)
         if split == "validation":
-            losses = [(float(u.metrics["validation_loss"]), sum(c for *_, c in told[u.client])) for u in updates if told[u.client]]  # type: ignore[arg-type]
-            weight = sum(count for _, count in losses)
-            mean = scores[split]["loss"] = sum(loss * count for loss, count in losses) / weight if weight else None
-            if task.metric == TOKENS_RIGHT and mean is not None:
-                scores[split][PERPLEXITY] = perplexity(mean)
-            scores[split] |= _besides(updates, told)
+            scores[split]["loss"] = others.pop("loss", None)
+            scores[split] |= {name: others[name] for name in (PERPLEXITY, EXACT) if name in others and name in task.further}
         else:
             confusion["personalised"] = [told.get(k, []) for k in world.pool.clients]
     held = np.array([sum(count for *_, count in of) for of in confusion["personalised"] or []], np.int64) // task.unit
@@ -145,18 +151,32 @@ def _evaluated_there(world: World, state: State, engine: Engine, among: Sequence
         done = world.compute.run([Predict(assembled, world.splits[split]) for split in SPLITS])
         for split, one in zip(SPLITS, done, strict=True):
             labels = world.labels(split)
-            scores[split]["global"] = task.scores(labels, world.judge.judged(split, np.arange(len(labels)), one.result.numpy()))[
-                task.metric
-            ]
-    return Evaluation(scores, correct, held, confusion)
+            whole_split = task.scores(labels, world.judge.judged(split, np.arange(len(labels)), one.result.numpy()))
+            scores[split] |= {"global": whole_split[task.metric], **further(task, others_of(scores[split]), whole_split)}
+    return Evaluation(scores, correct, held, confusion, own.told)
 
 
-def _besides(updates: Sequence[Update], told: Mapping[int, list[list[int]]]) -> dict[str, float]:
-    """The share of exact matches among all questions of those devices that tell theirs; nothing where none does."""
-    mine = [(u.metrics.get(f"validation_{EXACT}"), sum(count for *_, count in told[u.client])) for u in updates]
-    known = [(share, count) for share, count in mine if type(share) is float and 0 <= share <= 1 and count]
-    weight = sum(count for _, count in known)
-    return {EXACT: sum(share * count for share, count in known) / weight} if weight else {}
+def further(task: Task, personal: Mapping[str, float], general: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """What the task tells beside its headline, by name and protocol, under its key; nothing of a task that tells nothing more."""
+    protocols = {"personalised": personal, "global": general or {}}
+    return {FURTHER: {name: {p: of.get(name) for p, of in protocols.items()} for name in task.further}} if task.further else {}
+
+
+def others_of(scores: Mapping[str, Any]) -> dict[str, float]:
+    """The personalised scores beside the headline that were put there by :func:`further`."""
+    return {name: of["personalised"] for name, of in (scores.get(FURTHER) or {}).items()}
+
+
+def _told_besides(updates: Sequence[Update], told: Mapping[int, list[list[int]]], split: Split) -> dict[str, float]:
+    """Of a split the mean loss, e to it, and the share of exact matches among all questions, of those devices that tell theirs; nothing of
+    what none does."""
+    made: dict[str, float] = {}
+    for name, most in (("loss", np.inf), (EXACT, 1.0)):
+        mine = [(u.metrics.get(f"{split}_{name}"), sum(count for *_, count in told[u.client])) for u in updates]
+        known = [(value, count) for value, count in mine if type(value) is float and 0 <= value <= most and count]
+        if weight := sum(count for _, count in known):
+            made[name] = sum(value * count for value, count in known) / weight
+    return {**made, PERPLEXITY: perplexity(made["loss"])} if "loss" in made else made
 
 
 def counts_well(update: Update, classes: int) -> bool:

@@ -79,15 +79,18 @@ class Track:
     deviations: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     solved: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
 
-    def axis(self, against: Against) -> np.ndarray:
-        """(rows,) where each row stands: completed rounds, bytes up and down, or up, so far, simulated seconds so far."""
+    def axis(self, against: Against, protocol: Protocol = "global") -> np.ndarray:
+        """(rows,) where each row stands: completed rounds, bytes up and down, or up, so far, simulated seconds so far; for a personalised
+        score with what devices trained before they predicted there, as far as rows tell it."""
         if against == "round":
             return np.array([row["round"] for row in self.rows], float)
         if against == "up":
             return self.setup_up + np.cumsum([row["bytes_up"] for row in self.rows], dtype=float)
         if against == "bytes":
             return self.setup_bytes + np.cumsum([row["bytes_up"] + row["bytes_down"] for row in self.rows], dtype=float)
-        return self.setup_seconds + np.cumsum([row["device_seconds"] for row in self.rows], dtype=float)
+        own = [(row.get("personalising") or {"device_seconds": 0.0})["device_seconds"] for row in self.rows]
+        so_far = self.setup_seconds + np.cumsum([row["device_seconds"] for row in self.rows], dtype=float)
+        return so_far + np.array(own, float) if protocol == "personalised" else so_far
 
 
 def metric_curve(
@@ -100,10 +103,10 @@ def metric_curve(
 
     def draw(figure: matplotlib.figure.Figure) -> None:
         ax = figure.add_subplot()
-        size, label = _unit(against, max((track.axis(against).max(initial=0) for track in tracks), default=0))
+        size, label = _unit(against, max((track.axis(against, protocol).max(initial=0) for track in tracks), default=0))
         edges: list[float] = []
         for i, track in enumerate(tracks):
-            places, (colour, dash, marker) = track.axis(against) / size, appearance(i)
+            places, (colour, dash, marker) = track.axis(against, protocol) / size, appearance(i)
             points = [(x, row[protocol], row["round"]) for x, row in zip(places, track.rows, strict=True) if row[protocol] is not None]
             xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
             ax.plot(xs, ys, dash, color=colour, marker=marker, markersize=3.5, label=track.label, clip_on=False)

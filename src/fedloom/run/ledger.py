@@ -1,6 +1,8 @@
 """What a run cost: heard from the engine asking by asking, written to ``rounds.jsonl`` row by row.
 
-Bytes are whole messages as packed. Evaluation is not heard: it is a measurement, not part of a method's work.
+Bytes are whole messages as packed. Predicting held-out examples is not heard: it is a measurement, not part of a method's work. What a
+method has devices train before they predict is (:class:`Personalising`), but stands beside the rounds and in no total: a device does it
+once, when it is to predict, however often a run is evaluated.
 """
 
 from __future__ import annotations
@@ -67,6 +69,27 @@ class Section:
     def seconds(self) -> float:
         """Seconds on this machine since the section began."""
         return time.monotonic() - self.started
+
+
+@dataclass
+class Personalising:
+    """What ``personalise`` took at one evaluation, on all devices that were asked. Nothing travels for it: a method has no word with its
+    server meanwhile."""
+
+    fleet: Fleet
+    flops: float = 0.0
+    device_seconds: float = 0.0
+
+    def hear(self, tasks: Sequence[Task], replies: Replies) -> None:
+        """Add one asking of some of the devices, which all work at the same time."""
+        self.flops += sum(t.flops for t in replies.traffic)
+        costs = ((t.client, t.flops, 0.0, 0.0) for t in replies.traffic)
+        self.device_seconds = max(self.device_seconds, round_seconds(self.fleet, costs))
+
+    @property
+    def told(self) -> dict[str, float]:
+        """Operations of all devices together, and the simulated seconds of the slowest."""
+        return {"flops": self.flops, "device_seconds": self.device_seconds}
 
 
 class Ledger:

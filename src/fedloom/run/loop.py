@@ -16,6 +16,7 @@ import numpy as np
 from fedloom.client.elsewhere import Elsewhere, Store
 from fedloom.compute.flops import start_operations
 from fedloom.data.numbers import EXACT
+from fedloom.data.tasks import FURTHER
 from fedloom.engines.engine import Engine, drive
 from fedloom.engines.heap import give_memory_back
 from fedloom.messages import CENTRE, CohortFailed, Replies, Take, Task, whole
@@ -139,7 +140,7 @@ def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str
         state, late = _set_up(world, Told(engine, show), store, section, show)
         ledger.set_up(section)
         section, found = ledger.section(), _evaluated(world, state, engine, show, late, store)
-        show.round(row := ledger.write(0, section, 0.0, found.scores if found else unknown, told_of(late, world)))
+        show.round(row := ledger.write(0, section, 0.0, found.scores if found else unknown, told_of(late, world, found)))
         checkpoint.save(folder, Saved(state, ledger.totals, data, late, start_of(world.model)), store)
         tracking.round(row)
     else:
@@ -161,7 +162,7 @@ def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str
         except CohortFailed as failed:
             state, missed = _missed(world, state, store, section, missed + 1, failed, show), missed + 1
         trained, found = section.seconds, _evaluated(world, state, engine, show, late, store)
-        show.round(row := ledger.write(state.round, section, trained, found.scores if found else unknown, told_of(late, world)))
+        show.round(row := ledger.write(state.round, section, trained, found.scores if found else unknown, told_of(late, world, found)))
         checkpoint.save(folder, Saved(state, ledger.totals, data, late, start_of(world.model)), store)
         tracking.round(row)
     found = found or evaluate(world, state, engine, None if late is None else [*late.since], store)
@@ -214,9 +215,9 @@ def _let_in(world: World, late: Late, engine: Engine, store: Store, ledger: Ledg
     return came
 
 
-def told_of(late: Late | None, world: World) -> dict[str, Any]:
-    """What a row says of who is in, where some were not from the start."""
-    return {} if late is None else late.told(world.pool)
+def told_of(late: Late | None, world: World, found: Evaluation | None) -> dict[str, Any]:
+    """What a row says of what personalising took, if it was evaluated, and of who is in, where some were not from the start."""
+    return {"personalising": found.personalising if found else None, **({} if late is None else late.told(world.pool))}
 
 
 def _missed(world: World, state: State, store: Store, section: Section, times: int, failed: CohortFailed, show: Show) -> State:
@@ -314,7 +315,7 @@ def results_of(world: World, state: State, ledger: Ledger, found: Evaluation) ->
         }
         told = {protocol: None if of is None else of[k] for protocol, of in found.confusion.items()}
         per_device.append({**one, "participations": participations.get(str(k), 0), "labels": counts[k].tolist(), "confusion": told})
-    picked = [key for key in ("round", "personalised", "global", "loss", EXACT) if key in rows[-1]]
+    picked = [key for key in ("round", "personalised", "global", "loss", EXACT, FURTHER, "personalising") if key in rows[-1]]
     return {
         "method": e.method_name,
         "metric": world.source.task.metric,

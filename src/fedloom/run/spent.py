@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedloom.run.console import human_bytes, human_seconds
+from fedloom.data.tasks import FURTHER
+from fedloom.run.console import further_text, human_bytes, human_seconds
 
 
 def spent(results: Mapping[str, Any]) -> dict[str, str]:
@@ -21,6 +22,15 @@ def spent(results: Mapping[str, Any]) -> dict[str, str]:
     if paid:
         when = {key: "not within this run" if paid[key] is None else f"after round {paid[key]}" for key in ("bytes_up", "device_seconds")}
         told["set-up paid for"] = f"in uploads {when['bytes_up']}, in device time {when['device_seconds']}; against plain {paid['against']}"
+    final = results.get("final") or {}
+    if final.get(FURTHER):
+        told["test scores"] = further_text(final[FURTHER])
+    own = final.get("personalising")
+    if final and own is None:
+        told["personalising"] = "not told: this run is of a version that did not count it"
+    elif own:
+        took = f"{own['flops']:.3g} operations on all devices, {human_seconds(own['device_seconds'])} on the slowest"
+        told["personalising"] = f"{took}; beside the device time of the rounds" if own["flops"] else "nothing is computed for it"
     if state:
         told["kept on a device"] = (
             f"{_beside(state, 'private_bytes')} of its own tensors, {human_bytes(state['memory_bytes'])} else; "

@@ -14,6 +14,7 @@ from statistics import mean
 from typing import Any
 
 from fedloom.data.numbers import EXACT
+from fedloom.data.tasks import FURTHER
 from fedloom.run import statistics, targets
 from fedloom.run.plan import Case, Ended, Plan, Run
 from fedloom.run.reading import read, solved
@@ -79,12 +80,13 @@ def _case(
                 "runs": {str(run.experiment.seed): folder(run).name for run in of if run.experiment.seed in known},
                 "scores": {at: {p: _spread(known.values(), at, p) for p in PROTOCOLS} for at in ("final", "best")},
                 EXACT: _solved(known.values()),
+                FURTHER: _further(known.values()),
                 "rank": dict.fromkeys(PROTOCOLS),
                 "against": {p: _against(plan, case, known, results[reference], p) if method != reference else None for p in PROTOCOLS},
                 "reached": {p: _reached(known, told[method], p, goals[p]) for p in PROTOCOLS},
                 "over": {},
                 "setup": _setup(known),
-                "costs": {key: mean(r[key] for r in known.values()) if known else None for key in COSTS},
+                "costs": {key: mean(r[key] for r in known.values()) if known else None for key in COSTS} | _personalising(known),
             }
         )
     for p in PROTOCOLS:  # a mean over fewer seeds is not ranked among the others
@@ -122,6 +124,18 @@ def _solved(results: Collection[Result]) -> dict[str, Any] | None:
     return {**told, "before": {**asdict(statistics.spread(list(each.values()))), "each": each}}
 
 
+def _further(results: Collection[Result]) -> dict[str, Any] | None:
+    """The same of each score beside the headline, by its name; None where no run tells any."""
+    names = dict.fromkeys(name for r in results for name in r["final"].get(FURTHER) or ())
+    told: dict[str, Any] = {}
+    for name in names:
+        told[name] = {}
+        for at in ("final", "best"):
+            values = {p: {str(r["seed"]): ((r[at].get(FURTHER) or {}).get(name) or {}).get(p) for r in results} for p in PROTOCOLS}
+            told[name][at] = {p: {**asdict(statistics.spread(list(each.values()))), "each": each} for p, each in values.items()}
+    return told or None
+
+
 def _against(plan: Plan, case: Case, mine: Mapping[int, Result], reference: Mapping[int, Result], protocol: str) -> dict[str, Any] | None:
     """The paired bootstrap; None where a seed of either is missing, or either has no such model."""
     if not mine.keys() == reference.keys() == set(plan.seeds):
@@ -144,20 +158,23 @@ def _over(
     protocol: str,
 ) -> dict[str, Any] | None:
     """How much higher ``method`` ends than ``other``, and the share of the other's device time to its own end that it saves on the way
-    there (None where a seed does not get there); None where a seed of either is missing, or either has no such model."""
+    there (None where a seed does not get there), and whether what devices train before they predict is in both times; None where a seed of
+    either is missing, or either has no such model."""
     mine, theirs = results[method], results[other]
     if not mine.keys() == theirs.keys() == set(plan.seeds):
         return None
     ends = {seed: r["final"][protocol] for seed, r in theirs.items()}
     if any(end is None for end in ends.values()) or any(r["final"][protocol] is None for r in mine.values()):
         return None
-    times = [
-        targets.mean_cost([targets.reached(told[m][seed], of[seed], protocol, end) for seed, end in ends.items()])
+    each = [
+        [targets.reached(told[m][seed], of[seed], protocol, end) for seed, end in ends.items()]
         for m, of in ((method, mine), (other, theirs))
     ]
+    times = [targets.mean_cost(costs) for costs in each]
     return {
         "margin": mean(mine[seed]["final"][protocol] - end for seed, end in ends.items()),
         "time_saved": 1 - times[0][0] / times[1][0] if times[0] and times[1] and times[1][0] else None,
+        "personalising_counted": all(cost is None or cost.personalising is not None for costs in each for cost in costs),
     }
 
 
@@ -172,6 +189,12 @@ def _setup(known: Mapping[int, Result]) -> dict[str, Any] | None:
         **{key: mean(each) if None not in each else None for key, each in costs.items()},  # type: ignore[type-var]
         "paid_back": {key: {seed: back[key] for seed, back in paid.items()} for key in PAID} if paid else None,
     }
+
+
+def _personalising(known: Mapping[int, Result]) -> dict[str, float | None]:
+    """What devices trained before they predicted after the last round, in the mean over seeds; None where a run does not tell it."""
+    each = [r["final"].get("personalising") or {} for r in known.values()]
+    return {f"personalising_{key}": _mean_or_none([one.get(key) for one in each]) for key in ("flops", "device_seconds")}
 
 
 def _goals(plan: Plan, reference: Mapping[int, Result], protocol: str, target: float | None) -> dict[str, float | None]:
@@ -193,7 +216,13 @@ def _reached(
     return {
         "device_seconds": together[0] if together else None,
         "bytes_up": together[1] if together else None,
+        "personalising": _mean_or_none([cost.personalising for cost in each.values() if cost]) if together else None,
         "reached": sum(cost is not None for cost in each.values()),
         "seeds": len(each),
         "each": {seed: asdict(cost) if cost else None for seed, cost in each.items()},
     }
+
+
+def _mean_or_none(each: Sequence[float | None]) -> float | None:
+    known = [one for one in each if one is not None]
+    return mean(known) if known and len(known) == len(each) else None

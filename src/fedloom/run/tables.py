@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedloom.data.numbers import EXACT
+from fedloom.data.tasks import FURTHER
 from fedloom.run.console import NOTHING, human_bytes, human_seconds, score_text
 from fedloom.run.plan import Case, Plan
 
@@ -53,8 +54,25 @@ def reached_text(found: Mapping[str, Any] | None, key: str) -> str:
     if found is None:
         return NOTHING
     if found[key] is not None:
-        return human_seconds(found[key]) if key == "device_seconds" else human_bytes(found[key])
+        uncounted = key == "device_seconds" and found.get("personalising") is None
+        return human_seconds(found[key]) + (UNCOUNTED if uncounted else "") if key == "device_seconds" else human_bytes(found[key])
     return "not reached" if not found["reached"] else f"{found['reached']} of {found['seeds']} seeds"
+
+
+UNCOUNTED = "†"
+"""Behind a device time in which what devices train before they predict is missing: runs of earlier versions do not tell it."""
+UNCOUNTED_TEXT = f" ({UNCOUNTED}: without what devices train before they predict, which these runs do not tell)"
+
+
+def remark(cells: Cells) -> str:
+    """What a table's title says of its daggers, if there are any."""
+    return UNCOUNTED_TEXT if any(UNCOUNTED in cell for line in cells for cell in line) else ""
+
+
+def own_text(row: Mapping[str, Any]) -> str:
+    """How long the slowest device trains before it predicts, after the last round; a dash where runs do not tell it."""
+    known = row["costs"].get("personalising_device_seconds")
+    return NOTHING if known is None else human_seconds(known) if known else "none"
 
 
 def whole_text(row: Mapping[str, Any], key: str) -> str:
@@ -119,6 +137,10 @@ def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
         if rows := [[row["method"], *against_texts(found)] for row in case["rows"] if (found := row["against"]["personalised"])]:
             title = f"{case['label']}: personalised score against {summary['reference']} (paired bootstrap over devices)"
             shown.append((title, ["method", "difference", f"{summary['confidence']:.0%} interval", "p", "better in"], rows))
+        for name in further_names(case):
+            title = f"{case['label']}: test {name}, beside {case['metric']}"
+            rows = [further_row(row, name) for row in case["rows"] if name in (row.get(FURTHER) or {})]
+            shown.append((title, ["method", *PROTOCOLS, "personalised\nbest"], rows))
         if rows := [solved_row(row) for row in case["rows"] if row.get(EXACT)]:
             title = f"{case['label']}: exact match of numbers written to test prompts"
             shown.append((title, ["method", "before\ntraining", *PROTOCOLS, "personalised\nbest"], rows))
@@ -127,9 +149,11 @@ def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
         for row in case["rows"]:
             found = row["reached"]["personalised"]
             reached = [reached_text(found, "device_seconds"), reached_text(found, "bytes_up")]
-            rows.append([row["method"], *reached, whole_text(row, "device_seconds"), whole_text(row, "bytes_up")])
-        title = f"{case['label']}: cost to reach {goal_text(summary, case)}, and of the whole run"
-        shown.append((title, ("method", "device time\nto it", "uploaded\nto it", "device time", "uploaded"), rows))
+            whole = [whole_text(row, "device_seconds"), own_text(row), whole_text(row, "bytes_up")]
+            rows.append([row["method"], *reached, *whole])
+        title = f"{case['label']}: cost to reach {goal_text(summary, case)}, and of the whole run{remark(rows)}"
+        headers = ("method", "device time\nto it", "uploaded\nto it", "device\ntime", "before a\nprediction", "uploaded")
+        shown.append((title, headers, rows))
         if rows := [setup_row(row) for row in case["rows"] if row.get("setup")]:
             title = f"{case['label']}: set-up, and after which round it has paid for itself against plain LoRA"
             headers = ("method", "device\ntime", "FLOPs", "up", "down", "paid in\nuploads", "paid in\ndevice time")
@@ -152,6 +176,17 @@ def solved_row(row: Mapping[str, Any]) -> list[str]:
         row["method"],
         *(spread_text(of) for of in (told["before"], *(told["final"][p] for p in PROTOCOLS), told["best"]["personalised"])),
     ]
+
+
+def further_names(case: Mapping[str, Any]) -> list[str]:
+    """The scores beside the headline that any method of the case tells."""
+    return list(dict.fromkeys(name for row in case["rows"] for name in row.get(FURTHER) or ()))
+
+
+def further_row(row: Mapping[str, Any], name: str) -> list[str]:
+    """A method's line in the table of a score beside the headline."""
+    told = row[FURTHER][name]
+    return [row["method"], *(spread_text(told["final"][p]) for p in PROTOCOLS), spread_text(told["best"]["personalised"])]
 
 
 def tells(summary: Summary) -> bool:
@@ -190,13 +225,18 @@ def as_csv(summary: Summary) -> str:
                 places = {f"{at}_{p}": told[at][p] if told else {} for at in ("final", "best") for p in PROTOCOLS}
                 places["before"] = told["before"] if told else {}
                 line |= {f"{EXACT}_{at}_{what}": of.get(what) for at, of in places.items() for what in ("mean", "deviation")}
+            for name in dict.fromkeys(name for of in summary["cases"] for name in further_names(of)):
+                told = (row.get(FURTHER) or {}).get(name)
+                each = {f"{at}_{p}": told[at][p] if told else {} for at in ("final", "best") for p in PROTOCOLS}
+                line |= {f"{FURTHER}_{name}_{at}_{what}": of.get(what) for at, of in each.items() for what in ("mean", "deviation")}
             line |= {f"rank_{p}": row["rank"][p] for p in PROTOCOLS}
             for p in PROTOCOLS:
                 found = row["against"][p] or dict.fromkeys(("difference", "low", "high", "p", "better"))
                 line |= {f"{p}_against_reference_{key}": found[key] for key in ("difference", "low", "high", "p", "better")}
             for p in PROTOCOLS:
-                found = row["reached"][p] or dict.fromkeys(("device_seconds", "bytes_up", "reached"))
-                line |= {f"{p}_to_target_{key}": found[key] for key in ("device_seconds", "bytes_up", "reached")}
+                cost: Mapping[str, Any] = row["reached"][p] or dict.fromkeys(("device_seconds", "bytes_up", "reached"))
+                line |= {f"{p}_to_target_{key}": cost[key] for key in ("device_seconds", "bytes_up", "reached")}
+                line |= {f"{p}_to_target_personalising_device_seconds": cost.get("personalising")} if p == "personalised" else {}
             line |= row["costs"]
             setup = row.get("setup") or {}
             line["setup_flops"] = setup.get("flops")
@@ -222,9 +262,10 @@ def leads(summary: Summary) -> tuple[str, Sequence[str], Cells]:
             for key, form in (("margin", "+.4f"), ("time_saved", ".0%")):
                 known = {other: found[key] for other, found in over.items() if found[key] is not None and found[key] > 0}
                 best = max(known, key=lambda other: known[other], default=None)
-                cells.append(NOTHING if best is None else f"{known[best]:{form}} ({best})")
+                mark = "" if best is None or key == "margin" or over[best].get("personalising_counted") else UNCOUNTED
+                cells.append(NOTHING if best is None else f"{known[best]:{form}}{mark} ({best})")
             rows.append([case["label"], row["method"], *cells])
-    title = "Largest leads: personalised score, and device time to where the other method ends"
+    title = f"Largest leads: personalised score, and device time to where the other method ends{remark(rows)}"
     return title, ("", "method", "score above (whom)", "device time saved (whom)"), rows
 
 

@@ -1,7 +1,8 @@
 """Time to target and bytes to target: what a run had cost when it first reached a score.
 
 A run has reached a target at the first *evaluated* round whose test score is at least as high; its cost there is that of set-up and of all
-rounds up to that one. Evaluated seldom, it is told late: ``--evaluate-every`` sets how finely this is known. Scores between evaluations
+rounds up to that one; of the personalised score also what devices trained before they predicted there, once: earlier evaluations need not
+have been. Evaluated seldom, it is told late: ``--evaluate-every`` sets how finely this is known. Scores between evaluations
 are not guessed.
 
 This module does not know run folders.
@@ -10,7 +11,7 @@ This module does not know run folders.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
@@ -19,11 +20,16 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run had cost after a round: simulated device seconds and bytes uploaded by all devices, set-up included."""
+    """What a run had cost after a round: simulated device seconds and bytes uploaded by all devices, set-up included.
+
+    ``personalising``: the part of the seconds that devices trained before they predicted; None: the run is of an earlier version and does
+    not tell it, so it is missing in them.
+    """
 
     round: int
     device_seconds: float
     bytes_up: float
+    personalising: float | None = 0.0
 
 
 def costs(rows: Sequence[Row], result: Mapping[str, Any]) -> Iterator[Cost]:
@@ -36,9 +42,20 @@ def costs(rows: Sequence[Row], result: Mapping[str, Any]) -> Iterator[Cost]:
 
 def reached(rows: Sequence[Row], result: Mapping[str, Any], protocol: str, target: float) -> Cost | None:
     """The cost at which the protocol's test score first was ``target`` or more; None if it never was."""
-    return next(
-        (c for row, c in zip(rows, costs(rows, result), strict=True) if row[protocol] is not None and row[protocol] >= target), None
+    found = next(
+        ((r, c) for r, c in zip(rows, costs(rows, result), strict=True) if r[protocol] is not None and r[protocol] >= target), None
     )
+    if found is None or protocol != "personalised":
+        return found[1] if found else None
+    row, cost = found
+    own = personalising(row)
+    return replace(cost, device_seconds=cost.device_seconds + (own or 0.0), personalising=own)
+
+
+def personalising(row: Row) -> float | None:
+    """Simulated seconds that the slowest device trained before it predicted, at a row or at a result's ``final``; None: not told."""
+    told = row.get("personalising")
+    return None if told is None else float(told["device_seconds"])
 
 
 def mean_cost(each: Sequence[Cost | None]) -> tuple[float, float] | None:
