@@ -90,7 +90,18 @@ SUBSET = experiment(FedCyBGD(subset=0.5), rounds=5)
 SMALLER = experiment(FedCyBGD(drop=0.5, prune=0.3, rest="nf4"), rounds=5, wire="int8")
 
 
-@pytest.mark.parametrize("asked", [experiment(), FEDBAVG, SUBSET, SMALLER], ids=["fedcybgd", "fedbavg", "subset", "smaller, in fewer bits"])
+STAGES, OTHERS = (small.experiment(name, rounds=3, evaluate_every=0) for name in ("slora", "fedalt"))
+ASKED = {
+    "fedcybgd": experiment(),
+    "fedbavg": FEDBAVG,
+    "subset": SUBSET,
+    "smaller, in fewer bits": SMALLER,
+    "slora": STAGES,
+    "fedalt": OTHERS,
+}
+
+
+@pytest.mark.parametrize("asked", ASKED.values(), ids=list(ASKED))
 def test_what_a_run_costs_was_told_turn_for_turn(asked: Experiment) -> None:
     """Whole messages: down to the byte, up but for the digits of each loss, of which 0.0 has the fewest; work to the operation."""
     told, world = rows(whole(asked)[0])[1:], small.BUILT(asked)

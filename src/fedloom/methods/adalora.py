@@ -76,6 +76,7 @@ class AdaLora:
 
     name: ClassVar[str] = "adalora"
     paper: ClassVar[str] = "AdaLoRA 2303.10512"
+    rounds_differ: ClassVar[bool] = True
 
     inner: FedAvg = field(default_factory=FedAvg)
     initial: float = 1.5

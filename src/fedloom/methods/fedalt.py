@@ -46,6 +46,7 @@ class FedAlt:
 
     name: ClassVar[str] = "fedalt"
     paper: ClassVar[str] = "FedALT 2503.11880"
+    rounds_differ: ClassVar[bool] = True
     adapter_kind: ClassVar[str] = "mixed"
 
     inner: FedAvg = field(default_factory=FedAvg)

@@ -30,7 +30,7 @@ class FedBAvg:
     name: ClassVar[str] = "fedbavg"
     paper: ClassVar[str] = "FedCyBGD 2406.11187, its comparison"
     adapter_kind: ClassVar[str] = "full"
-    sends_what_changed: ClassVar[bool] = True
+    rounds_differ: ClassVar[bool] = True
 
     inner: FedCyBGD = field(default_factory=FedCyBGD)
 

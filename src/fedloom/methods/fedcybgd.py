@@ -68,7 +68,7 @@ class FedCyBGD:
     name: ClassVar[str] = "fedcybgd"
     paper: ClassVar[str] = "FedCyBGD 2406.11187"
     adapter_kind: ClassVar[str] = "full"
-    sends_what_changed: ClassVar[bool] = True
+    rounds_differ: ClassVar[bool] = True
     one_at_a_time: ClassVar[bool] = True
 
     inner: FedAvg = field(default_factory=lambda: FedAvg(lr=2e-4, schedule="cosine"))

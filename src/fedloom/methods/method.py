@@ -51,8 +51,8 @@ class Method(Protocol):
     trained can be evaluated as this method (``fedloom evaluate RUN --method``).
     One to which devices may come after its set-up says ``joins_late = True``: its server keeps nothing for each device, and what the set-up
     asked of all is what a device needs that comes later (``run/late.py``).
-    One that sends a device what has changed since it was last sent it says ``sends_what_changed = True``: a round's cost then depends on
-    all rounds before it, and ``fedloom describe`` plays them.
+    One whose rounds cost what depends on the rounds before says ``rounds_differ = True``: it sends what has changed since a device was last
+    sent it, or has stages, or drops ranks. ``fedloom describe`` then plays all of them.
     One that trains something else than LoRA, or needs LoRA to start elsewhere than at zero, says so: ``adapter_kind = "full"``,
     ``adapter_start = "svd"``; an experiment may still say otherwise.
     """

@@ -50,6 +50,7 @@ class SLora:
 
     name: ClassVar[str] = "slora"
     paper: ClassVar[str] = "SLoRA 2308.06522"
+    rounds_differ: ClassVar[bool] = True
 
     inner: FedAvg = field(default_factory=FedAvg)
     first: float = 0.2

@@ -150,9 +150,9 @@ class Played:
 
 def played(world: World) -> Played:
     """Play an experiment whose ``world`` has a compute that counts (``pretended.py``). What a method asks of its devices follows from what
-    is chosen in its set-up, and the first and the last round tell it; one that ``sends_what_changed`` is played through."""
+    is chosen in its set-up, and the first and the last round tell it; one that ``rounds_differ`` is played through."""
     e, method, fleet = world.experiment, world.experiment.method, world.fleet
-    through = bool(vars(type(method)).get("sends_what_changed"))
+    through = bool(vars(type(method)).get("rounds_differ"))
     engine = Counting(world) if through else world.engine(ClientStore(None))
     setup, rounds, steps = Section(fleet), list[Section](), Counter[str]()
 
