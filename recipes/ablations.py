@@ -8,8 +8,7 @@
 
 Each makes a folder under --out with the tables and the report of a comparison (comparison.md, report.html). The learning rate is the one
 that the core table's search found for FibecFed and MiniLM on TREC (docs/results.md); it is not searched again, so another model may want
-another: --lr. Stop it and run it again: finished runs
-are used as they are.
+another: --lr. Stop it and run it again: finished runs are used as they are.
 """
 
 from __future__ import annotations
