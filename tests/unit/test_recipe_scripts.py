@@ -20,6 +20,7 @@ from fedloom import cli
 from fedloom.encodings import NAMES
 from fedloom.methods import all_methods
 from fedloom.run import options
+from fedloom.run.compare import Comparison
 from fedloom.run.experiment import as_json
 from fedloom.run.plan import Plan
 from fedloom.run.reading import ROW_KEYS
@@ -223,7 +224,76 @@ def test_an_ablation_that_is_not_there_is_told_what_is(
     monkeypatch.setattr("sys.argv", ["ablations.py", *asked])
     with pytest.raises(SystemExit):
         ablations.main()
-    assert "parts, pacing, order, layers, keep, skew, devices, cohort" in capsys.readouterr().err
+    assert "parts, pacing, order, layers, keep, skew, devices, cohort, model" in capsys.readouterr().err
+
+
+def compared(
+    ablations: ModuleType, words: list[str], failures: dict[str, dict[str, str]], patch: pytest.MonkeyPatch
+) -> tuple[int, list[Any]]:
+    """The exit code, and what was asked of ``compare``: (plan, folder, jobs, reference). ``failures``: by folder's name, of its runs."""
+    asked: list[Any] = []
+
+    def compare(plan: Plan, out: Path, jobs: int, *, reference: str) -> Comparison:
+        asked.append((plan, out, jobs, reference))
+        return Comparison([], None, failures.get(out.name, {}), out / "report.html")
+
+    patch.setattr(ablations, "compare", compare)
+    patch.setattr("sys.argv", ["ablations.py", *words])
+    return ablations.main(), asked
+
+
+def test_an_ablation_is_a_comparison_in_a_folder_of_its_name(
+    ablations: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against plain LoRA where it is there, else against FibecFed as it is; settings have a folder for each value below their name's."""
+    words = ["parts", "keep", "cohort", "--seeds", "4", "5", "--lr", "0.002", "--jobs", "3", "--alpha", "0.5", "--out", str(tmp_path)]
+    code, asked = compared(ablations, words, {}, monkeypatch)
+    sizes = (5, 10, 20, 50)
+    assert code == 0
+    assert [out for _, out, _, _ in asked] == [tmp_path / w for w in ("parts", "keep", *(f"cohort/cohort-{n}" for n in sizes))]
+    assert [reference for *_, reference in asked] == ["lora", "fibecfed", *["lora"] * 4]
+    assert [jobs for _, _, jobs, _ in asked] == [3] * 6
+    assert [plan.base.cohort for plan, *_ in asked] == [10, 10, *sizes]
+    assert [list(plan.methods) for plan, *_ in asked[2:]] == [["lora", "fibecfed"]] * 4
+    assert asked[0][0].methods == ablations.VARIANTS["parts"]() and asked[1][0].methods == ablations.VARIANTS["keep"]()
+    for plan, *_ in asked:
+        assert (plan.data, plan.alphas, plan.seeds, plan.rates) == (("trec",), (0.5,), (4, 5), (0.002,))
+        assert replace(plan.base, cohort=10) == replace(ablations.SHAPE, alpha=0.5)
+    assert f"cohort/cohort-5: {tmp_path / 'cohort' / 'cohort-5' / 'report.html'}" in capsys.readouterr().out
+
+
+def test_skews_are_those_of_their_names_whatever_alpha_is_given(
+    ablations: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, asked = compared(ablations, ["skew", "--alpha", "0.5", "--out", str(tmp_path)], {}, monkeypatch)
+    assert [(out.name, plan.alphas, plan.base.alpha) for plan, out, *_ in asked] == [
+        ("alpha-0.1", (0.1,), 0.1), ("alpha-1", (1.0,), 1.0), ("alpha-10", (10.0,), 10.0)
+    ]  # fmt: skip
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(
+    ablations: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failures = {"keep": {"keep-10-seed1": "the disk is full"}}
+    code, asked = compared(ablations, ["keep", "layers", "--out", str(tmp_path)], failures, monkeypatch)
+    assert (code, [out.name for _, out, _, _ in asked]) == (1, ["keep", "layers"])
+    assert "keep-10-seed1 failed: the disk is full" in capsys.readouterr().out
+
+
+def test_another_model_is_set_beside_minilm(
+    ablations: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, asked = compared(ablations, ["model", "--model", "/models/roberta", "--out", str(tmp_path)], {}, monkeypatch)
+    assert code == 0
+    assert [(out.name, plan.base.model, reference) for plan, out, _, reference in asked] == [
+        ("model-minilm", "minilm", "lora"), ("model-roberta", "/models/roberta", "lora")
+    ]  # fmt: skip
+    another = "'model' compares MiniLM with another model: model --model FOLDER"
+    same = "--model minilm is called as the one that it is set beside"
+    for words, said in ((["model"], another), (["parts", "--model", "x"], another), (["model", "--model", "minilm"], same)):
+        with pytest.raises(SystemExit):
+            compared(ablations, words, {}, monkeypatch)
+        assert said in capsys.readouterr().err
 
 
 def test_every_group_of_cycles_sees_every_example_as_often() -> None:
