@@ -16,7 +16,7 @@ from fedloom.model.base import Batch, Model
 from fedloom.model.blocks import layer_of
 from tests import families
 
-FAMILIES = ("bert", "roberta", "deberta-v2", "modernbert", "gpt2", "llama", "qwen2")
+FAMILIES = ("bert", "roberta", "deberta-v2", "modernbert", "gpt2", "llama", "qwen2", "bloom")
 
 
 @cache
@@ -85,6 +85,7 @@ BOTTLENECKS = {
     "gpt2": ("attn.c_proj", "mlp.c_proj"),
     "llama": ("self_attn.o_proj", "mlp.down_proj"),
     "qwen2": ("self_attn.o_proj", "mlp.down_proj"),
+    "bloom": ("self_attention.dense", "mlp.dense_4h_to_h"),
 }
 
 

@@ -111,7 +111,7 @@ def load(
     ``finds`` tells where in a context the answer to a question is. To ``recompute`` is to compute layers again in backward passes.
 
     Raises:
-        ModelError: no such model, not a classifier, an encoder-decoder, or one that cannot be called on ready masks.
+        ModelError: no such model, not a classifier, an encoder-decoder, or one that no way of calling fits.
         ClozeError, AnswerError, TagError, SpanError: a template, words, tags or a length that do not fit the model.
     """
     transformers_logging.set_verbosity_error()
@@ -236,7 +236,7 @@ def _learn_to_call(model: Model, base: Any) -> None:
             if error <= AGREE * max(1.0, float(wanted.abs().max())):
                 return
             tried.append(f"{call[0].__name__}/{call[1].__name__}: logits differ by {error:.2g}")
-    raise ModelError(f"'{model.name}' ({model.config.model_type}) cannot be called on ready masks; tried " + "; ".join(tried))
+    raise ModelError(f"'{model.name}' ({model.config.model_type}) cannot be called; tried " + "; ".join(tried))
 
 
 def _leave_unreached_out(model: Model) -> None:
