@@ -11,7 +11,8 @@ import pytest
 from fedloom import cli
 
 SHARED = Path(__file__).parents[3] / "shared"
-SMALL = "--max-train 200 --max-validation 16 --max-test 16 --max-length 48 --exact-match 0 --evaluate-every 2".split()
+CAPS = {"train": 200, "validation": 16, "test": 16, "length": 48}
+SMALL = [word for of, most in CAPS.items() for word in (f"--max-{of}", str(most))] + ["--exact-match", "0", "--evaluate-every", "2"]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the data sets and the model in {SHARED}")

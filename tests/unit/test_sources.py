@@ -597,7 +597,7 @@ def test_public_sets_of_every_task_load_without_a_flag(name, task, metric, rows,
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the data sets in {SHARED}")
 def test_rows_of_public_sets_are_what_their_files_hold(no_network):
-    """A sentence's entities, an answer's place in its context, an instruction with a context, a number at an answer's end, a shard's device."""
+    """A sentence's entities, an answer's place in its context, Dolly's shards and first prompt, a number at an answer's end."""
     tagged = load(str(SHARED / "wnut17"), seed=42)
     words, due = tagged.task.written(tagged.splits["train"])
     tags = [tagged.task.tags[int(tag)] for tag in due[0].split()]

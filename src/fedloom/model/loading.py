@@ -193,6 +193,11 @@ def _loaded(folder: str, name: str, num_labels: int, use: Use) -> tuple[Any, Any
         raise
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
+        if "tiktoken" in first:  # what the library asks for where it could not read the file as sentencepiece's
+            raise ModelError(
+                f"the tokenizer of '{name}' comes as a sentencepiece model alone, as DeBERTa-v3's does, and to read it takes the extra "
+                "'spm' (sentencepiece and protobuf): pip install 'fedloom[spm]'"
+            ) from error
         raise ModelError(
             f"model '{name}' cannot be loaded: {first} Give 'minilm', a Hugging Face model folder, or a Hub name (which needs a network)"
         ) from error
