@@ -21,7 +21,7 @@ from fedloom.model.blocks import layer_of
 from fedloom.model.packed import logits_of
 from tests import families, tiny
 
-FAMILIES = list(families.CONFIGS)
+FAMILIES = families.APART
 
 
 def shorter(model: Model, skips: set[int]) -> nn.Module:

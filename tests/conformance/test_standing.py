@@ -14,7 +14,7 @@ from fedloom.messages import Tensors
 from fedloom.model.base import Model, ModelError
 from tests import families, tiny
 
-FAMILIES = list(families.CONFIGS)
+FAMILIES = families.APART
 SIZES = (5, 9, 4)
 
 

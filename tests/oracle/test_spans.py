@@ -32,7 +32,7 @@ from fedloom.model.spans import BEGIN, CONTEXT, END, FIRST, SECOND, Finder, Span
 from fedloom.run.judging import Judge
 from tests import families, tiny
 
-FAMILIES = ("bert", "roberta", "deberta-v2", "modernbert")
+FAMILIES = ("bert", "roberta", "deberta-v2", "deberta-v3", "modernbert")
 LENGTH = 16
 
 
@@ -190,7 +190,7 @@ def test_the_loss_is_the_librarys(family: str) -> None:
 def test_many_at_once_are_as_one_by_one(family: str) -> None:
     """Training, scores and predictions of several devices in one pass."""
     made = model(family)
-    assert made.together_by == ("padded rows" if family == "deberta-v2" else "packed, whole last layer")
+    assert made.together_by == {"deberta-v2": "padded rows", "deberta-v3": "vmap"}.get(family, "packed, whole last layer")
     items: list[WorkItem] = []
     for k, size in enumerate((3, 5, 2)):
         generator = torch.Generator().manual_seed(k)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForSequenceClassification
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from fedloom.model.adapters import Adapter, AdapterError, attach, is_factor, merged, partner, trainable_names, write_adapter
-from fedloom.model.base import as_batch
+from fedloom.model.adapters import Adapter, AdapterError, Kind, attach, is_factor, merged, partner, trainable_names, write_adapter
+from fedloom.model.base import Batch, ModelError, as_batch
 from fedloom.model.blocks import layer_of, layers
 from fedloom.model.loading import load
 from tests import families, tiny
@@ -95,6 +96,60 @@ def test_layers_are_whole_numbers_not_prefixes() -> None:
     names = ["m.layers.10.q", "m.layers.1.q", "m.layers.1.a", "head.weight", "m.layers.2x.q"]
     assert layers(names) == {1: ["m.layers.1.a", "m.layers.1.q"], 10: ["m.layers.10.q"]}
     assert layer_of("head.weight") is None
+
+
+KINDS: dict[str, tuple[Kind, ...]] = {"deberta-v3": ("bitfit", "full"), "modernbert": ("houlsby", "full")}
+BEFORE_THE_HEAD = {
+    "deberta-v2": ["pooler.dense.weight", "pooler.dense.bias"],
+    "deberta-v3": ["pooler.dense.weight", "pooler.dense.bias"],
+    "modernbert": ["head.dense.weight", "head.norm.weight"],
+}
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_what_a_checkpoint_does_not_bring_is_head(family: str, tmp_path: Path) -> None:
+    """A body without a head, loaded to classify: all that is new is trained and counted as head, and what comes after the body is its own
+    again in a folder that PEFT loads. BERT's own pooler is of its body; where the files lack it, it is head too."""
+    torch.manual_seed(5)
+    body = AutoModel.from_config(families.CONFIGS[family]())
+    body.save_pretrained(tmp_path / "body")
+    tiny.tokenizer().save_pretrained(tmp_path / "body")
+    _, found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "body", num_labels=3, output_loading_info=True)
+    assert set(BEFORE_THE_HEAD.get(family, ())) <= found["missing_keys"]
+    adapter = Adapter(rank=2, targets=families.TARGETS.get(family, ()))
+    of = load(str(tmp_path / "body"), num_labels=3, adapter=adapter, max_length=16)
+    assert {n.removeprefix("base_model.model.") for n in of.head} == found["missing_keys"]
+    assert all(is_factor(n) for n in set(of.initial) - of.head)
+    moved = families.moved(of)
+    write_adapter(of.module, of.initial, moved, tmp_path / "adapter", str(tmp_path / "body"))
+    torch.manual_seed(6)
+    other = AutoModelForSequenceClassification.from_pretrained(tmp_path / "body", num_labels=3, attn_implementation="eager")
+    other.config.pad_token_id = -1
+    loaded = PeftModel.from_pretrained(other, tmp_path / "adapter").eval()
+    ids = torch.tensor([[2, 9, 17, 33, 3]])
+    batch = Batch(ids, ids > 0, torch.zeros_like(ids), ids[:, 0] * 0, torch.ones(1))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, of.forward(moved, batch, torch.float32)[0], atol=1e-5, rtol=1e-5)
+    if family in ("deberta-v3", "modernbert"):
+        for kind in KINDS[family]:
+            assert (
+                load(str(tmp_path / "body"), num_labels=3, adapter=Adapter(rank=2, kind=kind), max_length=16).head == found["missing_keys"]
+            )
+
+
+def test_a_pooler_that_the_files_lack_is_head_and_a_layer_that_they_lack_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    AutoModelForMaskedLM.from_config(families.CONFIGS["bert"]()).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    of = load(str(tmp_path), num_labels=3, adapter=Adapter(rank=2), max_length=16)
+    new = {f"base_model.model.{n}.{end}" for n in ("classifier", "bert.pooler.dense") for end in ("weight", "bias")}
+    assert of.head == new and all(is_factor(n) for n in set(of.initial) - new)
+    held = load_file(tmp_path / "model.safetensors")
+    save_file({n: t for n, t in held.items() if "layer.1.attention" not in n}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"brings no bert\.encoder\.layer\.1\.attention.* …: of a model that is adapted only the head may be new"
+    ):
+        load(str(tmp_path), num_labels=3, adapter=Adapter(rank=2), max_length=16)
 
 
 @pytest.mark.parametrize("family", ["bert", "deberta-v2", "llama", "gpt2"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,15 +11,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BloomConfig, BloomForSequenceClassification, T5Config
+from transformers import AutoModelForSequenceClassification, T5Config
+from transformers.utils import import_utils
 
 from fedloom.data.examples import Examples
 from fedloom.model import loading
 from fedloom.model.adapters import Adapter
 from fedloom.model.base import Batch, Model, ModelError, as_batch
+from fedloom.model.calls import CALLS, _token_mask
 from fedloom.model.loading import folder_of, load
 from tests import families, tiny
 
+SPECIAL = {"pad": "[PAD]", "bos": "[CLS]", "eos": "[SEP]", "unk": "[UNK]"}
 MIXED = tiny.examples(5, seed=4)
 
 
@@ -165,14 +169,12 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
         load(str(tmp_path), num_labels=2)
 
 
-def test_a_model_that_cannot_take_ready_masks_is_refused_and_says_what_was_tried(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=2, pad_token_id=0, bos_token_id=2, eos_token_id=3)
-    path = saved(tmp_path / "bloom", BloomForSequenceClassification(config))
-    with pytest.raises(
-        ModelError, match=r"\(bloom\) cannot be called on ready masks; tried _one_mask/from_zero: .*_key_mask/_no_positions"
-    ):
-        load(path, num_labels=2, max_length=16, adapter=Adapter(targets=("query_key_value",)))
+def test_a_model_that_cannot_be_called_is_refused_and_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BLOOM, which counts its distances in the token mask, without the ways that hand it one."""
+    assert families.model("bloom").call[0] is _token_mask
+    monkeypatch.setattr(loading, "CALLS", [call for call in CALLS if call[0] is not _token_mask])
+    with pytest.raises(ModelError, match=r"\(bloom\) cannot be called; tried _one_mask/from_zero: .*_key_mask/_no_positions: ValueError"):
+        load(str(families.folder("bloom")), num_labels=2, max_length=16)
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:
@@ -228,6 +230,43 @@ def test_a_tokenizer_without_padding_pads_with_the_end_of_text(tmp_path: Path) -
     tokenizer = json.loads((Path(path) / "tokenizer.json").read_text())
     (Path(path) / "tokenizer.json").write_text(json.dumps({**tokenizer, "padding": None}))
     assert load(path, num_labels=2, max_length=16).pad_id == 3
+
+
+DEBERTA_V3 = {"do_lower_case": False, "vocab_type": "spm"}
+"""microsoft/deberta-v3-base's tokenizer_config.json; beside it lies spm.model and no tokenizer.json."""
+
+
+def test_a_sentencepiece_tokenizer_without_the_extra_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    families.CONFIGS["deberta-v3"]().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(DEBERTA_V3))
+    (tmp_path / "spm.model").write_bytes(b"pieces")
+    monkeypatch.setattr(import_utils, "is_sentencepiece_available", lambda: False)
+    with pytest.raises(ModelError, match=r"comes as a sentencepiece model alone.*pip install 'fedloom\[spm\]'"):
+        load(str(tmp_path), num_labels=2)
+
+
+def test_deberta_v3_with_a_sentencepiece_tokenizer_alone(tmp_path: Path) -> None:
+    """Pieces are sentencepiece's own, and characters and words are told, as tagging and finding answers need them."""
+    spm = pytest.importorskip("sentencepiece", reason="needs the extra 'spm'")
+    rng, made = np.random.default_rng(0), io.BytesIO()
+    texts = [" ".join(f"w{i}" for i in rng.integers(0, 60, 8)) for _ in range(200)]
+    special = {f"{of}_{what}": value for i, (of, piece) in enumerate(SPECIAL.items()) for what, value in (("id", i), ("piece", piece))}
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=made, vocab_size=69, hard_vocab_limit=False, minloglevel=2, **special
+    )
+    torch.manual_seed(2)
+    AutoModelForSequenceClassification.from_config(families.CONFIGS["deberta-v3"]()).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(DEBERTA_V3))
+    (tmp_path / "spm.model").write_bytes(made.getvalue())
+    model = load(str(tmp_path), num_labels=2, max_length=16)
+    pieces = spm.SentencePieceProcessor(model_proto=made.getvalue())
+    for text in texts[:5]:
+        assert model.encode([text], None)[0][0][:16] == [1, *pieces.encode(text)[:14], 2][:16]
+    assert model.tokenizer.is_fast and model.pad_id == 0
+    told = model.tokenizer(["w12", "w3"], is_split_into_words=True)
+    first, second = (pieces.encode(word) for word in ("w12", "w3"))
+    assert told["input_ids"] == [1, *first, *second, 2]
+    assert told.word_ids() == [None, *[0] * len(first), *[1] * len(second), None]
 
 
 def test_what_encoding_depends_on_is_in_its_digest() -> None:

@@ -10,7 +10,7 @@ from fedloom.model.adapters import is_head
 from fedloom.model.blocks import cover, in_attention
 from tests import families
 
-FAMILIES = ("bert", "roberta", "deberta-v2", "modernbert", "gpt2", "llama", "qwen2")
+FAMILIES = ("bert", "roberta", "deberta-v2", "modernbert", "gpt2", "llama", "qwen2", "bloom")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

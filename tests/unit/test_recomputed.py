@@ -119,7 +119,7 @@ def insist_equal(compute: type[Serial] | type[Stacked], of: Model, items: list[W
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("family", families.CONFIGS)
+@pytest.mark.parametrize("family", families.APART)
 def test_what_is_trained_is_the_same_to_the_bit(family: str, kind: Kind) -> None:
     """Tensors that are not the module's own, dropout on; everything is trained, the last layer, the first one."""
     of = model(family, kind)

@@ -17,7 +17,9 @@ import pytest
 from datasets import config
 
 from fedloom import hub as online
+from fedloom.data import numbers
 from fedloom.data.sources import load, tokenise
+from fedloom.data.tagging import BETWEEN
 from fedloom.data.tasks import DataError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -566,3 +568,58 @@ def test_public_sets_load_without_a_flag(name, texts, metric, expected, no_netwo
     source = load(str(SHARED / name), seed=42)
     assert (len(source.task.texts), source.task.metric, tuple(sizes(source).values())) == (texts, metric, expected)
     assert no_network == []
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the data sets in {SHARED}")
+@pytest.mark.parametrize(
+    ("name", "task", "metric", "rows", "classes"),
+    [
+        ("wnut17", "Tagging", "entity_f1", (3394, 1009, 1287), 7),
+        ("squad_v1", "Questions", "answer_f1", (20000, None, 10570), 443),
+        ("20newsgroups", "Classification", "accuracy", (11314, None, 7532), 20),
+        ("alpaca", "Instructions", "token_accuracy", (52002, None, None), 1),
+        ("dolly15k", "Instructions", "token_accuracy", (14931, None, 80), 8),
+        ("gsm8k", "Instructions", "token_accuracy", (7473, None, 1319), 1),
+    ],
+)
+def test_public_sets_of_every_task_load_without_a_flag(name, task, metric, rows, classes, no_network):
+    """Every row of the README's counts is in a split; what a set lacks is cut from its training rows, a tenth each."""
+    source = load(str(SHARED / name), seed=42)
+    assert (type(source.task).__name__, source.task.metric, len(source.task.classes)) == (task, metric, classes)
+    made = tuple(sizes(source).values())
+    train, *held = rows
+    lacking = sum(count is None for count in held)
+    assert sum(made) == train + sum(count or 0 for count in held)
+    assert [count for count, due in zip(made[1:], held, strict=True) if due is not None] == [count for count in held if count is not None]
+    assert made[0] == train - lacking * (train // 10)
+    assert no_network == []
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the data sets in {SHARED}")
+def test_rows_of_public_sets_are_what_their_files_hold(no_network):
+    """A sentence's entities, an answer's place in its context, Dolly's shards and first prompt, a number at an answer's end."""
+    tagged = load(str(SHARED / "wnut17"), seed=42)
+    words, due = tagged.task.written(tagged.splits["train"])
+    tags = [tagged.task.tags[int(tag)] for tag in due[0].split()]
+    kinds = {word: tag for word, tag in zip(words[0].split(BETWEEN), tags, strict=True) if tag != "O"}
+    assert kinds == {"ESB": "B-location", "Empire": "B-location", "State": "I-location", "Building": "I-location"}
+    assert len(tagged.task.tags) == 13
+
+    asked = load(str(SHARED / "squad_v1"), seed=42, max_train=50, max_validation=20, max_test=50)
+    _, contexts = asked.task.written(asked.splits["train"])
+    for context, answers in zip(contexts, asked.splits["train"]["answers"], strict=True):
+        begin, end, text = context.split(" ", 2)
+        assert text[int(begin) : int(end)] in {said.strip() for said, _ in json.loads(answers)}
+
+    dolly = load(str(SHARED / "dolly15k"), seed=42)
+    shards = np.asarray([int(of) for of in [*dolly.splits["train"]["client"], *dolly.splits["validation"]["client"]]])
+    table = pq.read_table(SHARED / "dolly15k" / "train.parquet")
+    assert np.bincount(shards).tolist() == np.bincount(np.asarray(table["client"].to_pylist(), int)).tolist()
+    assert len(np.unique(shards)) == 10
+    prompt, answer = (column[0] for column in dolly.task.written(dolly.splits["test"]))
+    assert prompt == "What are some common mushrooms used in cooking?" and answer.startswith(
+        "Common mushrooms used in cooking include white"
+    )
+
+    maths = load(str(SHARED / "gsm8k"), seed=42)
+    assert all(numbers.due(answer) is not None for answer in maths.task.written(maths.splits["test"])[1])

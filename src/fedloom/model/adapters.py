@@ -29,8 +29,12 @@ from fedloom.model.principal import principal_factors
 from fedloom.tensors import fingerprint
 
 ADAPTER = "default"
+PEFT = "base_model.model."
+"""What PEFT puts before the names of a model's tensors."""
 HEADS = frozenset({"classifier", "score", "qa_outputs"})
 """What the libraries call the head of a classifier, and of what finds answers."""
+BESIDE = frozenset({"pooler", "head", "pre_classifier", "sequence_summary", "logits_proj"})
+"""What they call that stands between the body and such a head."""
 
 Kind = Literal["auto", "lora", "ia3", "houlsby", "pfeiffer", "bitfit", "full", "mixed"]
 Start = Literal["auto", "zero", "svd"]
@@ -66,10 +70,18 @@ class AdapterError(ValueError):
     """An adapter that cannot be put on this model; the message lists what could."""
 
 
-def attach(base: nn.Module, adapter: Adapter, classifier: bool = True, tags: bool = False, finds: bool = False) -> nn.Module:
+def attach(
+    base: nn.Module,
+    adapter: Adapter,
+    classifier: bool = True,
+    tags: bool = False,
+    finds: bool = False,
+    new: Collection[str] = (),
+) -> nn.Module:
     """``base`` with the adapter and, of a ``classifier`` (of whole texts, of their words: ``tags``, or of where an
-    answer is: ``finds``), a trainable task head; everything else is frozen (``requires_grad`` says which is which). LoRA's pairs are at
-    zero after this, whatever the adapter's start: see :func:`take_principal_parts`.
+    answer is: ``finds``), a trainable task head; everything else is frozen (``requires_grad`` says which is which). ``new``: names of
+    parameters that no checkpoint brought, which are of the head too. LoRA's pairs are at zero after this, whatever the adapter's start:
+    see :func:`take_principal_parts`.
 
     Raises:
         AdapterError: the rank is not positive, no target exists in this architecture, or it lacks what the kind trains.
@@ -81,7 +93,9 @@ def attach(base: nn.Module, adapter: Adapter, classifier: bool = True, tags: boo
     targets = list(adapter.targets) or None
     task = None if finds or not classifier else TaskType.TOKEN_CLS if tags else TaskType.SEQ_CLS
     # PEFT's own class for finding answers (QUESTION_ANS, as of 0.21) passes neither token types nor positions on to the model
-    head: dict[str, Any] = {"modules_to_save": [name for name, _ in base.named_children() if name in HEADS]} if finds else {}
+    heads = [name for name, _ in base.named_children() if name in HEADS] if finds else []
+    heads += sorted({name.rpartition(".")[0] for name in new if HEADS.isdisjoint(name.split("."))})
+    head: dict[str, Any] = {"modules_to_save": heads} if heads else {}
     match adapter.kind:
         case "auto" | "lora":
             scaling: dict[str, Any] = {"lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout}
@@ -98,7 +112,7 @@ def attach(base: nn.Module, adapter: Adapter, classifier: bool = True, tags: boo
                 raise AdapterError(f"{adapter.kind} has no place: {error}. Other kinds: {_other(adapter.kind)}") from error
             train = {name for name, p in base.named_parameters() if id(p) not in before}
         case "bitfit":
-            train = {name for name, _ in base.named_parameters() if name.endswith(".bias") and not is_head(name)}
+            train = {name for name, _ in base.named_parameters() if name.endswith(".bias") and HEADS.isdisjoint(name.split("."))}
             if not train:
                 raise AdapterError(f"bitfit trains biases, and {type(base).__name__} has none. Other kinds: {_other('bitfit')}")
         case "mixed":
@@ -109,7 +123,7 @@ def attach(base: nn.Module, adapter: Adapter, classifier: bool = True, tags: boo
         case _:
             raise AdapterError(f"there is no kind '{adapter.kind}'; there are {', '.join(get_args(Kind)[1:])}")
     for name, parameter in base.named_parameters():
-        parameter.requires_grad_(name in train or is_head(name))
+        parameter.requires_grad_(name in train or name in new or not HEADS.isdisjoint(name.split(".")))
     return base
 
 
@@ -232,8 +246,12 @@ def is_beneath(name: str) -> bool:
 
 
 def is_head(name: str) -> bool:
-    """Whether a saved name is a tensor of the task head."""
-    return not HEADS.isdisjoint(name.split("."))
+    """Whether a saved name of what is trained is a tensor of the task head: of the head itself, or of what stands beside the body before
+    it; a pooler within the body, where the body's own is frozen (of PEFT's kinds), so that one that is trained came with the head."""
+    parts = name.removeprefix(PEFT).split(".")
+    if not HEADS.isdisjoint(parts):
+        return True
+    return (parts[0] in BESIDE or (name.startswith(PEFT) and "pooler" in parts)) and not is_factor(name) and not is_beneath(name)
 
 
 def need_head(names: Collection[str], who: str) -> None:

