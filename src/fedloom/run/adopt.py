@@ -57,7 +57,7 @@ def adopt(experiment: Experiment, folder: Path, trained: Path, show: Show, track
         if prepared.shared.keys() != saved.state.shared.keys():
             raise ExperimentError(f"'{experiment.method_name}' shares other tensors than '{method.inner.name}' did; it must be trained")
         ledger.set_up(section)
-        state = State(saved.state.round, saved.state.shared, prepared.server, prepared.facts)
+        state = State(saved.state.round, saved.state.shared, prepared.server, prepared.facts, saved.state.moments)
         show.phase(f"evaluating what {trained.name} trained")
         found = evaluate(world, state, engine, store=store)
         write_atomically(ledger.path, "".join(json.dumps(row) + "\n" for row in _rows(trained, found.scores, nothing(world))))
