@@ -61,7 +61,7 @@ METHODS |= {
 REFUSING = {"fedcybgd", "handover", "flora", "fedex", "flexlora", "hetlora", "deltalora", "fedalt", "local", "centralised", "embracingfl"}
 REFUSING |= {"adalora", "fedopt"}
 FOLLOWING = [name for name in METHODS if name not in REFUSING]
-COVER = list(zip(FOLLOWING, cycle(RULES), strict=False)) + [("lora", rule) for rule in RULES] + [("ffa", "momentum"), ("ffa", "yogi")]
+COVER = sorted({*zip(FOLLOWING, cycle(RULES), strict=False), *[("lora", rule) for rule in RULES], ("ffa", "momentum"), ("ffa", "yogi")})
 """Every method with one rule, every rule with several methods."""
 
 
@@ -117,7 +117,7 @@ def test_every_round_is_one_step_towards_what_the_method_averages(name: str, rul
     m: dict[str, np.ndarray] = {}
     v: dict[str, np.ndarray] = {}
     moved = set()
-    for _ in range(ROUNDS):
+    for _ in range(3 if name == "rolora" else ROUNDS):  # where the third round trains what the second did not
         before, plain = arrays(here.state.shared), arrays(here.without_a_step().shared)
         here.round()
         after = arrays(here.state.shared)
