@@ -15,10 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 from fedloom.client.neurons import KEPT, unpacked
 from fedloom.client.store import ClientStore
+from fedloom.compute.work import Predict
+from fedloom.data.examples import Examples
 from fedloom.engines.engine import Engine
 from fedloom.engines.wrap import Faulty, Lossy
 from fedloom.messages import CohortFailed, Task
@@ -31,14 +36,14 @@ from fedloom.run.adopt import adopt
 from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.console import Progress
 from fedloom.run.evaluation import evaluate
-from fedloom.run.experiment import from_json
-from fedloom.run.export import ExportError, export
+from fedloom.run.experiment import Experiment, from_json
+from fedloom.run.export import ExportError, export, predictor_of
 from fedloom.run.loop import run
 from fedloom.run.plan import trains_as
 from fedloom.run.world import World, build, store_in
 from fedloom.server.participation import uniform
 from fedloom.tensors import fingerprint
-from tests import small
+from tests import small, tiny
 
 pytestmark = pytest.mark.no_cover
 """The same lines again for every method, kind or size: which lines are reached at all, other tests tell (conftest.py)."""
@@ -240,6 +245,53 @@ def test_an_export_holds_what_the_server_shares_and_the_device_keeps(name: str, 
     written = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert fingerprint(written) == fingerprint(due)
     assert fingerprint(written) != fingerprint(start)
+
+
+def said_elsewhere(folder: Path, examples: Examples) -> torch.Tensor:
+    """(n, C): what transformers, or PEFT on the base, says of the texts, one by one."""
+    if (folder / "adapter_config.json").exists():
+        base = AutoModelForSequenceClassification.from_pretrained(tiny.folder(), num_labels=3, ignore_mismatched_sizes=True)
+        loaded: Any = PeftModel.from_pretrained(base, folder).eval()
+    else:
+        loaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    texts = [torch.from_numpy(examples.pad(np.array([i]), pad_id=0).ids) for i in range(len(examples))]
+    with torch.no_grad():
+        return torch.cat([loaded(input_ids=text).logits for text in texts])
+
+
+@cache
+def from_singular_vectors(name: str) -> tuple[Path, dict[str, Any]]:
+    folder = Path(mkdtemp(prefix="svd-")) / "run"
+    return folder, run(svd_experiment(name), folder, plain=True)
+
+
+def svd_experiment(name: str) -> Experiment:
+    e = small.experiment(name, rounds=ROUNDS, evaluate_every=0)
+    return replace(e, adapter=replace(e.adapter, start="svd"))
+
+
+EXPORTED = [(name, None) for name in METHODS if name not in NO_GLOBAL | NOT_LOADABLE]
+EXPORTED += [(name, 2) for name in METHODS if name not in NO_PERSONAL_PART | NOT_LOADABLE | {"fedalt"}]
+EXPORTED += [(f"{name} from singular vectors", 2) for name in ("fibecfed", "ffa", "hetlora")]
+
+
+@pytest.mark.parametrize(("which", "client"), EXPORTED)
+def test_an_export_says_elsewhere_what_the_run_says(
+    which: str, client: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The global model as the run left it in its folder, and a device's own where it has one: logits to 1e-4 of the run's own."""
+    monkeypatch.setattr("fedloom.run.export.build", small.BUILT)
+    name, svd = which.split(" ")[0], " " in which
+    experiment = svd_experiment(name) if svd else small.experiment(name, rounds=ROUNDS)
+    world, folder = small.BUILT(experiment), (from_singular_vectors(name) if svd else whole(name))[0]
+    out = folder / ("model" if name in WHOLE_MODEL else "adapter")
+    if client is not None:
+        export(experiment, folder, out := tmp_path / "out", client)
+    examples, found = world.splits["test"], predictor_of(world, folder, client)
+    mine, start = (one.result for one in world.compute.run([Predict(found.tensors, examples), Predict(world.model.initial, examples)]))
+    mine = mine if found.bias is None else mine + found.bias
+    assert float((mine - start).abs().max()) > 1e-2, "it learnt something that an export could lose"
+    torch.testing.assert_close(said_elsewhere(out, examples), mine, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", sorted(NO_GLOBAL))

@@ -38,7 +38,8 @@ EXPERIMENT = names("""
 --aggregation --alpha --beta --clients --cohort --data --device --engine.kind --engine.overcommit
 --engine.recompute --engine.stack --engine.threads --engine.workers --evaluate-every --exact-match --head --label --label-words
 --max-length --max-test --max-train --max-validation --metric
---min-examples --model --partition --precision --quorum --rounds --seed --task --template --text --wire
+--min-examples --model --partition --precision --quorum --rounds --seed
+--server.beta1 --server.beta2 --server.lr --server.rule --server.tau --task --template --text --wire
 """)
 
 FIBECFED = names("""

@@ -19,6 +19,7 @@ from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
 from fedloom.methods.finetuned import FineTuned
 from fedloom.model.adapters import Adapter
 from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError, as_json, as_meant, completed, first_difference, from_json
+from fedloom.server.optimizers import ServerStep
 
 RICH = Experiment(
     FibecFed(
@@ -111,7 +112,9 @@ def other(value: Any) -> Any:
         case float():
             return value * 0.75 or 0.5
         case str():
-            return {"float32": "bf16", "auto": "mcc", "jetson": "phone", "mean": "median", "exact": "int8"}.get(value, value + "x")
+            return {"float32": "bf16", "auto": "mcc", "jetson": "phone", "mean": "median", "exact": "int8", "adam": "yogi"}.get(
+                value, value + "x"
+            )
         case tuple():
             return (*value, "z")
     raise AssertionError(value)
@@ -130,7 +133,7 @@ def variants(value: Any) -> list[tuple[str, Any]]:
 
 
 def test_the_digest_ignores_the_engine_and_changes_with_any_other_field() -> None:
-    base = Experiment(FibecFed(), head="cloze")
+    base = Experiment(FibecFed(), head="cloze", server=ServerStep("adam"))
     digests = {"": base.digest()}
     for name, changed in variants(base):
         if name.startswith("engine."):
@@ -146,6 +149,20 @@ def test_the_digest_is_the_same_in_every_process_and_release() -> None:
     assert len(base := Experiment(FedAvg()).digest()) == 16
     assert base == Experiment(FedAvg(), engine=EngineSettings("flower", 4, 1)).digest()
     assert base == Experiment(FedAvg(), engine=EngineSettings(workers=4, recompute=True)).digest()
+
+
+def test_an_experiment_of_before_takes_the_aggregate_over() -> None:
+    before = {name: value for name, value in as_json(RICH).items() if name != "server"}
+    assert from_json(before).server == ServerStep() and ServerStep().optimizer is None
+    stepping = Experiment(FedAvg(), server=ServerStep("yogi", 0.1))
+    assert from_json(json.loads(json.dumps(as_json(stepping)))) == stepping
+    wrongs: list[tuple[dict[str, Any], str]] = [
+        ({"lr": 0.1}, "lr 0.1 is a server optimiser's, and the rule is none; give one of"),
+        ({"rule": "sgd"}, "no server optimiser 'sgd'; there are momentum"),
+    ]
+    for wrong, said in wrongs:
+        with pytest.raises(ValueError, match=said):
+            ServerStep(**wrong)
 
 
 def test_first_difference_names_the_field_and_both_values() -> None:

@@ -10,7 +10,7 @@ FedCyBGD does: compare at equal examples or bytes, not at equal rounds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from fedloom.client.client import Client
@@ -20,7 +20,6 @@ from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
 from fedloom.server.cycle import block_at
 from fedloom.server.participation import Pool, uniform
-from fedloom.server.robust import Rule
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class FedBAvg:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """As inner, which need not know by what rule the blocks will be averaged."""
-        return self.inner.setup(state, replace(pool, rule=Rule()))
+        return self.inner.setup(state, pool.plain())
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """S_t trains the round's block; the server takes the mean by numbers of examples."""

@@ -6,7 +6,7 @@ Devices do what they do in FedAvg. The server does not take their mean over; it 
     w_t+1   = one step of the rule from w_t along Δ_t                      the rules: ``server/optimizers.py``
 
 ``rule="adam"`` is FedAdam, ``"yogi"`` FedYogi, ``"adagrad"`` FedAdagrad, ``"momentum"`` FedAvgM. The moments are the server's and are saved
-with its state; nothing of them travels.
+with its state; nothing of them travels. Over other methods the same rules are a setting of the experiment (``--server.rule``).
 
 Deviations: devices train with AdamW instead of SGD, fresh at each participation. The paper tunes η and τ for each task; the defaults here
 are a place to start, no more.
@@ -51,6 +51,11 @@ class FedOpt:
     tau: float = 0.001
 
     def __post_init__(self) -> None:
+        if not isinstance(self.inner, FedAvg):
+            raise ValueError(
+                f"FedOpt is a server optimiser over plain federated LoRA, and inner is {type(self.inner).__name__}; over other methods "
+                "it is a setting of the experiment: --server.rule adam, or ServerStep('adam') as server="
+            )
         _ = self.optimizer
 
     def init(self, model: Model) -> State:
@@ -60,6 +65,7 @@ class FedOpt:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """As inner."""
+        pool.insist_on_no_optimizer(self.name, "it has one of its own (--method.rule)")
         return self.inner.setup(state, pool)
 
     def round(self, state: State, pool: Pool) -> Flow[State]:

@@ -10,8 +10,8 @@ Devices train whole pairs; what travels is sparse, each way by itself:
 The entries of all factors are ranked together. They travel as values (float32) and places (int32): eight bytes each, so that a share of one
 half costs what sending all costs. The task head is not among them; it travels whole and is averaged.
 
-Deviations: the server adds the mean, where the paper takes a step of FedAdam along it; AdamW, fresh at each participation. Devices are
-evaluated at the server's P_t, none of it cut.
+Deviations: the server adds the mean; the paper's step of FedAdam along it is ``--server.rule adam``, here over the head as well. AdamW,
+fresh at each participation. Devices are evaluated at the server's P_t, none of it cut.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class Flasc:
         sent = {**without(state.shared, pairs), **largest(joined(pairs), self.down)}
         names = sorted(pairs)
         shapes = {"names": names, "rows": [pairs[n].shape[0] for n in names], "columns": [pairs[n].shape[1] for n in names]}
-        mean, length = pool.average(without(state.shared, pairs)), sum(t.numel() for t in pairs.values())
+        length = sum(t.numel() for t in pairs.values())
+        mean = pool.average({**without(state.shared, pairs), VALUES: torch.zeros(length)})
 
         def take(update: Update) -> Update:
             sparse = {n.removeprefix(CHANGE): t for n, t in update.tensors.items() if n.startswith(CHANGE)}

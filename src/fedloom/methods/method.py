@@ -16,6 +16,7 @@ from fedloom.client.client import Client
 from fedloom.compute.work import Predict
 from fedloom.messages import Flow, Task, Tensors, Update, Work, on_client
 from fedloom.model.base import Model
+from fedloom.server.optimizers import Steps
 from fedloom.server.participation import Pool
 
 
@@ -24,13 +25,15 @@ class State:
     """The server's state between rounds, saved after each.
 
     ``round`` counts completed rounds. ``shared`` is what clients receive and the server aggregates. ``server`` holds tensors that only the
-    server needs. ``facts`` are plain JSON values worth telling (chosen layers, scores); they land in ``results.json``.
+    server needs. ``facts`` are plain JSON values worth telling (chosen layers, scores); they land in ``results.json``. ``moments`` are the
+    server optimiser's, where the experiment has one; methods have no use for them.
     """
 
     round: int
     shared: Tensors
     server: Tensors = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    moments: Tensors = field(default_factory=dict)
 
     def after_round(self, shared: Tensors) -> State:
         """The state one completed round later."""
@@ -83,6 +86,15 @@ class Method(Protocol):
     def predict(self, client: Client, task: Task) -> Work[Update]:
         """The client operation behind personalised evaluation; every method says ``predict = predict``."""
         ...
+
+
+def one_round(method: Method, state: State, pool: Pool) -> Flow[State]:
+    """A round of the method, in which the pool's server optimiser, if it has one, goes over what is averaged."""
+    if pool.optimizer is None:
+        return (yield from method.round(state, pool))
+    steps = Steps(pool.optimizer, state.moments)
+    after = yield from method.round(state, replace(pool, steps=steps))
+    return replace(after, moments=steps.moments())
 
 
 @on_client

@@ -43,6 +43,13 @@ class Scaffold:
 
     inner: FedAvg = field(default_factory=FedAvg)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, FedAvg):
+            raise ValueError(
+                f"SCAFFOLD corrects the gradients of plain federated LoRA, and inner is {type(self.inner).__name__}; it takes FedAvg or "
+                "FedProx, with any curriculum, start (--adapter.start svd is FeDeRA's), kind of adapter and server step (--server.rule)"
+            )
+
     def init(self, model: Model) -> State:
         """Every trainable tensor is shared; c = 0."""
         started = self.inner.init(model)

@@ -69,6 +69,7 @@ def describe(experiment: Experiment) -> Description:
     counts = world.partition.counts(world.labels("train"), len(world.classes))
     head = [
         ("method", f"{experiment.method_name}: {type(experiment.method).paper}"),
+        *([("server", f"{step.rule}, a step of {step.lr:g} towards the aggregate")] if (step := experiment.server).optimizer else []),
         ("digest", experiment.digest()),
     ]
     return Description([*head, *_data(world), *_model(world), *_costs(world)], counts, world.classes)

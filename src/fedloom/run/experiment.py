@@ -23,6 +23,7 @@ from fedloom.model.adapters import Adapter
 from fedloom.model.base import Precision
 from fedloom.run.devices import insist as insist_on_devices
 from fedloom.run.reading import full_name
+from fedloom.server.optimizers import ServerStep
 from fedloom.server.robust import Rule
 
 FAR = 10**300
@@ -96,6 +97,7 @@ class Experiment:
         quorum: share of a cohort that must answer for a round to count.
         aggregation: what the server makes of a round's updates: mean, or a rule that a share of hostile devices cannot sway, as NAME or
             NAME:SHARE (0.25): median, trimmed, krum, multi-krum, geometric-median, clip.
+        server: what the server does with the aggregate: takes it over, or a step of FedAvgM, FedAdagrad, FedYogi or FedAdam towards it.
         wire: how numbers travel: exact, or with a loss bf16, fp16, int8, nf4, or top-k:SHARE (0.05) of a device's changes, the rest later.
         device: what devices are like, for simulated device time and for methods that ask less of the weaker: jetson, laptop or phone, all
             alike; mixed, a third of each; or a .csv or .json file of profiles (docs/devices.md).
@@ -130,6 +132,7 @@ class Experiment:
     metric: Literal["auto", "accuracy", "mcc", "f1"] = "auto"
     quorum: float = 1.0
     aggregation: str = "mean"
+    server: ServerStep = field(default_factory=ServerStep)
     wire: str = "exact"
     device: str = "jetson"
     engine: EngineSettings = field(default_factory=EngineSettings)

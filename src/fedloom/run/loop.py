@@ -21,7 +21,7 @@ from fedloom.engines.engine import Engine, drive
 from fedloom.engines.heap import give_memory_back
 from fedloom.messages import CENTRE, CohortFailed, Replies, Take, Task, whole
 from fedloom.methods.centralised import Centralised
-from fedloom.methods.method import State
+from fedloom.methods.method import State, one_round
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import CheckpointError, Saved, write_atomically
 from fedloom.run.console import Progress, Show
@@ -158,7 +158,7 @@ def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str
             )  # whatever becomes of the round, they are in
         section, pool = ledger.section(), world.pool if late is None else late.pool(world.pool)
         try:
-            state, missed = drive(method.round(state, pool), hurried, e.quorum, section.hear), 0
+            state, missed = drive(one_round(method, state, pool), hurried, e.quorum, section.hear), 0
         except CohortFailed as failed:
             state, missed = _missed(world, state, store, section, missed + 1, failed, show), missed + 1
         trained, found = section.seconds, _evaluated(world, state, engine, show, late, store)

@@ -67,9 +67,10 @@ def played(world: World, plain: FedAvg, fleet: Fleet) -> list[dict[str, float]]:
     e = world.experiment
     there = replace(world, experiment=replace(e, method=plain), compute=Pretended(world.model))
     engine, made = Local(there.host(ClientStore(None)), world.wave), []
-    state = drive(plain.setup(plain.init(world.model), world.pool), engine)
+    pool = world.pool.plain()
+    state = drive(plain.setup(plain.init(world.model), pool), engine)
     for _ in range(e.rounds):
         section = Section(fleet)
-        state = drive(plain.round(state, world.pool), engine, seen=section.hear)
+        state = drive(plain.round(state, pool), engine, seen=section.hear)
         made.append({key: getattr(section, key) for key in KEYS})
     return made

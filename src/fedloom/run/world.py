@@ -86,9 +86,9 @@ class World:
 
     @property
     def pool(self) -> Pool:
-        """The clients, cohort size, rounds and seed."""
+        """The clients, cohort size, rounds and seed, and how the server aggregates."""
         e = self.experiment
-        return Pool(tuple(range(e.clients)), e.cohort, e.rounds, e.seed, e.rule, self.fleet)
+        return Pool(tuple(range(e.clients)), e.cohort, e.rounds, e.seed, e.rule, self.fleet, e.server.optimizer)
 
     @cached_property
     def fleet(self) -> Fleet:

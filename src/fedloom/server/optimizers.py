@@ -11,17 +11,24 @@ Adaptive Federated Optimization (2003.00295, ICLR 2021) treats Δ_t = Σ_k p_k (
 FedAvgM (1909.06335) accumulates instead, and divides by nothing:
 
     momentum  m_t = β₁ m_{t−1} + Δ_t,    w_{t+1} = w_t + η m_t
+
+:class:`ServerStep` is a rule as an experiment chooses it, over any method whose server aggregates tensor by tensor (``Pool.average``): w_t
+is what the method says that the devices started from, the mean is whatever the rule of aggregation makes of the round. Moments go by a
+tensor's name. A tensor that was not aggregated in a round keeps its value and its moments; one that is no longer sent loses them, and one
+that is new begins with those of the start.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 
-from fedloom.messages import Tensors
-from fedloom.tensors import same_names
+from fedloom.messages import Tensors, Update
+from fedloom.server.robust import Averaging
+from fedloom.tensors import only, same_names
 
 Rule = Literal["momentum", "adagrad", "yogi", "adam"]
 
@@ -84,3 +91,71 @@ class ServerOptimizer:
             kept[f"m/{name}"] = m.to(tensor.dtype)
             now[name] = (tensor.double() + self.lr * move).to(tensor.dtype)
         return now, kept
+
+
+@dataclass(frozen=True)
+class ServerStep:
+    """What the server does with a round's aggregate.
+
+    Attributes:
+        rule: none, the aggregate is the new model; or a step towards it: momentum (FedAvgM), adagrad, yogi, adam.
+        lr: η of the step.
+        beta1: momentum β₁.
+        beta2: memory β₂ of the squares (yogi, adam).
+        tau: τ, which bounds how adaptive the step is (adagrad, yogi, adam).
+    """
+
+    rule: Literal["none", "momentum", "adagrad", "yogi", "adam"] = "none"
+    lr: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 0.001
+
+    def __post_init__(self) -> None:
+        given = [f"{f.name} {getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
+        if self.rule == "none" and given:
+            raise ValueError(f"{given[0]} is a server optimiser's, and the rule is none; give one of {', '.join(Rule.__args__)} too")  # type: ignore[attr-defined]
+        _ = self.optimizer
+
+    @property
+    def optimizer(self) -> ServerOptimizer | None:
+        """The rule with its numbers; None: no step."""
+        return None if self.rule == "none" else ServerOptimizer(self.rule, self.lr, (self.beta1, self.beta2), self.tau)
+
+
+class Steps:
+    """The steps of one round, and the moments after it."""
+
+    def __init__(self, optimizer: ServerOptimizer, moments: Tensors) -> None:
+        self.optimizer, self._before = optimizer, moments
+        self._after = dict[str, torch.Tensor]()
+
+    def towards(self, mean: Averaging, sent: Tensors) -> Averaging:
+        """The step from ``sent`` towards what ``mean`` comes to."""
+        return _Stepping(self, mean, sent)
+
+    def take(self, sent: Tensors, mean: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """``mean`` with the tensors that are of ``sent`` replaced by the step there. Moments of what is not in ``mean`` stay."""
+        there = [name for name in mean if name in sent]
+        start, came = only(sent, there), only(mean, there)
+        moments = {**self.optimizer.start(sent), **{n: t for n, t in self._before.items() if n.split("/", 1)[1] in sent}}
+        now, kept = self.optimizer.step(start, came, moments)
+        self._after |= {**moments, **kept}
+        return {**mean, **now}
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        """By ``m/NAME`` and ``v/NAME``; those from before the round if nothing was aggregated."""
+        return dict(sorted((self._after or dict(self._before)).items()))
+
+
+class _Stepping:
+    def __init__(self, steps: Steps, mean: Averaging, sent: Tensors) -> None:
+        self.steps, self.mean, self.sent = steps, mean, sent
+
+    def take(self, update: Update) -> Update:
+        """Take an update in."""
+        return self.mean.take(update)
+
+    def value(self) -> dict[str, torch.Tensor]:
+        """Where the step leads."""
+        return self.steps.take(self.sent, self.mean.value())

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from fedloom.fleet import Fleet
 from fedloom.messages import Tensors, Update
 from fedloom.seeds import derive
+from fedloom.server.optimizers import ServerOptimizer, Steps
 from fedloom.server.robust import Averaging, Rule
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The clients that exist (by id), how many are drawn a round, the experiment's seed, number of rounds T and rule of aggregation, and
-    what the devices are like (None: nothing is said of them)."""
+    """The clients that exist (by id), how many are drawn a round, the experiment's seed, number of rounds T and rule of aggregation, what
+    the devices are like (None: nothing is said of them), and the server's optimiser (None: an aggregate is taken over). ``steps``: that of
+    the round that is under way; outside of rounds there is none, so what a set-up averages is the mean."""
 
     clients: tuple[int, ...]
     cohort: int
@@ -24,6 +26,8 @@ class Pool:
     seed: int
     rule: Rule = field(default_factory=Rule)
     fleet: Fleet | None = None
+    optimizer: ServerOptimizer | None = None
+    steps: Steps | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.cohort <= len(self.clients):
@@ -34,8 +38,10 @@ class Pool:
         return None if self.fleet is None else self.fleet.strength(client)
 
     def average(self, sent: Tensors | None = None) -> Averaging:
-        """What a round's updates are aggregated with, by the experiment's rule. ``sent``: the tensors that the devices started from."""
-        return self.rule.averaging(sent or {}, self.cohort)
+        """What a round's updates are aggregated with, by the experiment's rule. ``sent``: the tensors that the devices started from, from
+        which the server's optimiser takes its step."""
+        mean = self.rule.averaging(sent or {}, self.cohort)
+        return mean if self.steps is None or not sent else self.steps.towards(mean, sent)
 
     def mean(self, updates: Sequence[Update], sent: Tensors | None = None) -> dict[str, torch.Tensor]:
         """The same of updates that are all here."""
@@ -48,13 +54,30 @@ class Pool:
         """For methods whose server does something else with updates than to aggregate them by name.
 
         Raises:
-            ValueError: another rule was asked for.
+            ValueError: another rule was asked for, or a server optimiser.
         """
+        self.insist_on_no_optimizer(method, because)
         if self.rule != Rule():
             raise ValueError(
                 f"'{method}' cannot follow aggregation '{self.rule.name}': {because}. Leave --aggregation out, or choose a method that "
                 "averages tensor by tensor (lora, fibecfed, federa, fedopt, ...)"
             )
+
+    def insist_on_no_optimizer(self, method: str, because: str) -> None:
+        """For methods whose next model is no step from the last one, tensor by tensor.
+
+        Raises:
+            ValueError: there is a server optimiser.
+        """
+        if self.optimizer is not None:
+            raise ValueError(
+                f"'{method}' cannot follow server optimiser '{self.optimizer.rule}': {because}. Leave --server.rule out, or choose a "
+                "method that averages tensor by tensor (lora, ffa, rolora, fedsa, federa, fibecfed, flasc, ...)"
+            )
+
+    def plain(self) -> Pool:
+        """The same, by the mean and without an optimiser."""
+        return replace(self, rule=Rule(), optimizer=None, steps=None)
 
 
 def uniform(pool: Pool, round: int) -> tuple[int, ...]:
