@@ -43,7 +43,7 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict, receive
 from fedloom.model.adapters import is_factor, is_up, need_pairs, partner, under
 from fedloom.model.base import Model
-from fedloom.model.factors import need_zero_start
+from fedloom.model.factors import need_room, need_zero_start
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import only, without
 
@@ -74,9 +74,10 @@ class FedSb:
         """The head is shared; the server keeps the pairs, whose shapes it needs.
 
         Raises:
-            ValueError: no LoRA is trained, or one that does not start at zero.
+            ValueError: no LoRA is trained, one that does not start at zero, or one of a higher rank than a weight has.
         """
         need_pairs(model.initial, self.name)
+        need_room(model.initial, self.name)
         need_zero_start(model.initial, self.name)
         pairs = only(model.initial, list(filter(is_factor, model.initial)))
         return State(0, without(model.initial, pairs), pairs, {"scaling": model.beneath.scaling})
@@ -94,8 +95,6 @@ class FedSb:
         frozen, cores = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
         for b in filter(is_up, pairs):
             rank, step = pairs[b].shape[1], -self.inner.lr * gradients[under(b)].double().sign()
-            if rank > min(step.shape):
-                raise ValueError(f"'{self.name}' needs r ≤ {min(step.shape)} in '{b}', and r is {rank}; give a lower --adapter.rank")
             u, s, v = torch.linalg.svd(step, full_matrices=False)
             frozen[b], frozen[partner(b)] = u[:, :rank].float().contiguous(), v[:rank].float().contiguous()
             cores[f"{CORE}{b}"] = torch.diag(s[:rank] / scaling).float()

@@ -28,7 +28,7 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.adapters import is_beneath, is_factor, need_pairs
 from fedloom.model.base import Model
-from fedloom.model.factors import need_zero_start, refactored
+from fedloom.model.factors import need_room, need_zero_start, refactored
 from fedloom.seeds import derive_int
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import only, without
@@ -67,9 +67,10 @@ class SLora:
         """What moved, nothing yet, and the head are shared; the server keeps W_0 and the pairs' start.
 
         Raises:
-            ValueError: no LoRA is trained, or one that does not start at zero.
+            ValueError: no LoRA is trained, one that does not start at zero, or one of a higher rank than a weight has.
         """
         need_pairs(model.initial, self.name)
+        need_room(model.initial, self.name)
         need_zero_start(model.initial, self.name)
         pairs = only(model.initial, list(filter(is_factor, model.initial)))
         none = {f"{MOVED}{n}": torch.zeros(self.count(w)) for n, w in model.weights.items()}

@@ -32,7 +32,8 @@ def _seen(mask: torch.Tensor, causal: bool, window: int = 0) -> torch.Tensor:
 
 
 def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)
+    nothing, lowest = (torch.full((), value, dtype=dtype, device=seen.device) for value in (0.0, torch.finfo(dtype).min))
+    return torch.where(seen, nothing, lowest)
 
 
 def _one_mask(shape: Shape, mask: torch.Tensor, dtype: torch.dtype) -> object:

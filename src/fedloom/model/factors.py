@@ -48,7 +48,8 @@ def products(tensors: Tensors) -> dict[str, torch.Tensor]:
 
 def refactored(deltas: Mapping[str, torch.Tensor], like: Tensors, scaling: float) -> dict[str, torch.Tensor]:
     """Pairs shaped as those of ``like`` whose s·B·A is the best approximation of each delta (d_out, d_in), by its singular vectors: B =
-    U_r (S_r/s)^(1/2), A = (S_r/s)^(1/2) V_rᵀ. The pair of a delta that is zero is left as it was: from zeros nothing could be learnt."""
+    U_r (S_r/s)^(1/2), A = (S_r/s)^(1/2) V_rᵀ. The pair of a delta that is zero is left as it was: from zeros nothing could be learnt; the
+    directions that a delta of a lower rank has not start as ``principal.py`` says."""
     made = {}
     for name in filter(is_down, like):
         delta, rank = deltas[under(name)], like[name].shape[0]
@@ -89,6 +90,22 @@ def need_ranks(ranks: Sequence[int], tensors: Tensors, who: str) -> None:
         raise ValueError(
             f"'{who}' has devices of rank {bad}, and the adapter's rank is {most}: 1 to {most} are possible; see --adapter.rank"
         )
+
+
+def need_room(tensors: Tensors, who: str) -> None:
+    """For methods that make pairs by decomposing what stands where they stand.
+
+    Raises:
+        ValueError: a pair of a higher rank than its weight can have.
+    """
+    for name in filter(is_down, tensors):
+        rank, d_in = tensors[name].shape
+        d_out, most = tensors[partner(name)].shape[0], min(tensors[partner(name)].shape[0], d_in)
+        if rank > most:
+            raise ValueError(
+                f"'{who}' makes pairs by SVD, and '{under(name)}' is {d_out} × {d_in}: it has {most} directions at most, and the adapter's "
+                f"rank is {rank}; give --adapter.rank {most} or less"
+            )
 
 
 def rank_of(client: int, ranks: Sequence[int], seed: int, strength: float | None = None) -> int:

@@ -18,6 +18,10 @@ def principal_factors(weight: torch.Tensor, rank: int, scaling: float) -> tuple[
 
     The r highest eigenvectors of W0·W0ᵀ or W0ᵀ·W0, whichever is smaller, are found alone; the other side's directions follow from them.
 
+    A weight of a lower rank than r has no more directions, only what rounding left, which differs from one machine to another. What is not
+    above :func:`noise` is therefore missing, and starts as LoRA's own pairs do: B0's column is zero, and A0's row, at right angles to all
+    others, is as long as a row that PEFT draws (1/√3), so that training can use it. It is no part of s·B0·A0.
+
     Raises:
         ValueError: the rank is higher than that of any such matrix.
     """
@@ -29,11 +33,28 @@ def principal_factors(weight: torch.Tensor, rank: int, scaling: float) -> tuple[
     w = weight.detach().double().cpu().numpy()
     wide = w.shape[0] <= w.shape[1]
     squares, found = eigh(w @ w.T if wide else w.T @ w, subset_by_index=(highest - rank, highest - 1))
-    s, found = np.sqrt(np.maximum(squares[::-1], 0.0)), found[:, ::-1]
-    safe = np.where(s > 0, s, 1.0)
-    u, v = (found, w.T @ found / safe) if wide else (w @ found / safe, found)
-    root = np.sqrt(s / scaling) * np.where(u[np.abs(u).argmax(0), np.arange(rank)] < 0, -1.0, 1.0)
-    return torch.from_numpy((root * v).T.copy()).float(), torch.from_numpy(root * u).float()
+    s = np.sqrt(np.maximum(squares[::-1], 0.0))
+    kept = int((s > noise(w, float(s[0]), torch.finfo(weight.dtype).eps)).sum())
+    s, found = s[:kept], found[:, ::-1][:, :kept]
+    u, v = (found, w.T @ found / s) if wide else (w @ found / s, found)
+    root = np.sqrt(s / scaling) * np.where(u[np.abs(u).argmax(0), np.arange(kept)] < 0, -1.0, 1.0)
+    a, b = root * v, root * u
+    if kept < rank:
+        beside = np.linalg.qr(v, mode="complete")[0][:, kept:rank] / np.sqrt(3)
+        a, b = np.hstack([a, beside]), np.hstack([b, np.zeros((len(b), rank - kept))])
+    return torch.from_numpy(a.T.copy()).float(), torch.from_numpy(b.copy()).float()
+
+
+def noise(weight: np.ndarray, highest: float, eps: float) -> float:
+    """The singular value up to which a direction of a weight (m, n) is what rounding left, the larger of two:
+
+    ε·‖W‖_F·(1/√m + 1/√n)   numbers of relative precision ε, rounded: the largest singular value of a matrix of independent errors of
+                            size ε·‖W‖_F/√(mn) is about √m + √n times that
+    √(ε₆₄·max(m, n))·σ₁     the squares that are decomposed, to float64's ε₆₄
+    """
+    m, n = weight.shape
+    rounded = eps * float(np.linalg.norm(weight)) * (1 / np.sqrt(m) + 1 / np.sqrt(n))
+    return max(rounded, float(np.sqrt(np.finfo(np.float64).eps * max(m, n))) * highest)
 
 
 def operations(d_out: int, d_in: int, rank: int) -> float:
