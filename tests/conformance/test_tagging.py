@@ -14,13 +14,15 @@ import pytest
 import torch
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
+from fedloom.data.tagging import TYPE
 from fedloom.methods import all_methods
+from fedloom.run.console import Progress
 from fedloom.run.experiment import Experiment, ExperimentError
-from fedloom.run.export import export
+from fedloom.run.export import export, predictor_of
 from fedloom.run.loop import run
 from fedloom.run.recipes import resolve
 from fedloom.run.report import write_report
-from fedloom.run.world import build
+from fedloom.run.world import build, read_data
 from tests import small
 from tests.conformance.test_instructions import COUNTS_LABELS
 from tests.conformance.test_methods import rows, without_clock
@@ -65,13 +67,70 @@ def test_methods_that_count_labels_say_so(name: str, tmp_path: Path) -> None:
         run(experiment(name), tmp_path / "run", plain=True)
 
 
-def test_it_learns_and_a_stopped_run_ends_the_same(tmp_path: Path) -> None:
+def test_stacked_is_one_by_one(tmp_path: Path) -> None:
+    one, many = (run(replace(small.experiment(stack=s), data=str(data())), tmp_path / str(s), plain=True) for s in (1, 0))
+    assert one["final"] == pytest.approx(many["final"], rel=1e-4)
+    world = build(experiment())
+    a, b = (predictor_of(world, tmp_path / str(s), None).tensors for s in (1, 0))
+    assert set(a) == set(b)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=0)
+
+
+def test_interrupted_it_ends_at_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(experiment("fibecfed"), tmp_path / "whole", plain=True)
+    with monkeypatch.context() as patch:
+
+        def dying(self: Progress, row: dict[str, Any]) -> None:
+            if row["round"] == 1:
+                raise KeyboardInterrupt
+
+        patch.setattr(Progress, "round", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(experiment("fibecfed"), tmp_path / "parts", plain=True)
+    assert not (tmp_path / "parts" / "results.json").exists()
+    again = run(experiment("fibecfed"), tmp_path / "parts", plain=True)
+    assert without_clock(again) == without_clock(whole)
+
+
+def test_skew_by_entity_type_and_by_size() -> None:
+    source, made = read_data(experiment(partition="label", alpha=0.05, clients=4))
+    assert sorted(row for shard in made.train for row in shard) == list(range(40))
+    counts = made.counts(np.asarray(source.splits["train"][TYPE], np.int64), 3)
+    even = read_data(experiment(partition="iid", clients=4))[1].counts(np.asarray(source.splits["train"][TYPE], np.int64), 3)
+    share = [float((of.max(1) / of.sum(1)).mean()) for of in (counts[counts.sum(1) > 0], even)]
+    assert share[0] > share[1] + 0.15, "devices have sentences of one type above all"
+    sizes = sorted(len(shard) for shard in read_data(experiment(alpha=1e6, beta=0.3))[1].train)
+    assert sizes[-1] > 3 * sizes[0], "devices that differ in nothing but how much they have"
+
+
+@pytest.mark.parametrize("name", ["lora", "fibecfed"])
+def test_a_device_without_any_entity_trains_and_is_scored(name: str, tmp_path: Path) -> None:
+    """All its words are O: its loss counts like any other's, and nothing is found, wrong or missed where nothing is said to be there."""
+    rng = np.random.default_rng(4)
+    for split, count in {"train": 36, "validation": 12, "test": 12}.items():
+        told = []
+        for i in range(count):
+            words = rng.integers(6 if i % 3 == 0 else 0, 20, size=4)
+            told.append({"tokens": [f"w{w}" for w in words], "ner_tags": ["B-low" if w < 6 else "O" for w in words], "device": str(i % 3)})
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    few = replace(experiment(name, partition="column:device", clients=3, cohort=3), data=str(tmp_path))
+    results = run(few, tmp_path / "run", plain=True)
+    made = rows(tmp_path / "run")
+    assert all(row["answered"] == [0, 1, 2] and not row["failed"] and np.isfinite(row["loss"]) for row in made[1:])
+    device = results["per_device"][0]
+    assert device["labels"] == [0, 12] == [0, device["train"]], "twelve training sentences, none with an entity"
+    cells = {(t, p): n for t, p, n in device["confusion"]["personalised"]}
+    assert cells.get((1, 1), 0) == cells.get((1, 0), 0) == 0, "no entity is there to be found or missed"
+    assert device["score"] == (0 if device["test"] else None), "nothing to find: without a score, unless something was said to be there"
+    assert 0 <= results["final"]["personalised"] <= 1
+
+
+def test_it_learns(tmp_path: Path) -> None:
     method = replace(small.method("fedfft"), lr=5e-3, local_epochs=4)
     long = replace(experiment(), method=method, rounds=14, evaluate_every=14)
     whole = run(long, tmp_path / "whole", plain=True)
     assert whole["final"]["personalised"] > 0.5, "nothing is found at the start, and three of four or more in the end"
-    again = run(long, tmp_path / "whole", plain=True)
-    assert without_clock(again) == without_clock(whole)
     write_report([tmp_path / "whole"], tmp_path / "report.html")
     assert "entity_f1" in (tmp_path / "report.html").read_text()
 
