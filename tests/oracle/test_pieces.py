@@ -1,6 +1,6 @@
 """Words and answers in pieces of real tokenizers, trained here: WordPiece, byte-level BPE and Unigram, against a walk over the pieces.
 
-The walk reads the pieces' own spelling ("##ing", "Ġnew", "▁new") and the text, and knows nothing of what tokenizers tell of words and places.
+The walk reads the spelling of the pieces ("##ing", "Ġnew", "▁new") and the text, and knows nothing of what tokenizers tell of places.
 """
 
 from __future__ import annotations
