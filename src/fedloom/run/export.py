@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from fedloom.model.loading import folder_of
 from fedloom.run import checkpoint
 from fedloom.run.experiment import Experiment
 from fedloom.run.personal import personal
-from fedloom.run.world import World, build, store_in
+from fedloom.run.world import World, build, model_of, store_in
 from fedloom.tensors import without
 
 
@@ -115,7 +116,9 @@ def export(experiment: Experiment, folder: Path, out: Path, client: int | None =
             raise ExportError("this device's model adds a label prior to the logits, and the head has no bias that could hold it")
         tensors[sorted(last)[-1]] = tensors[sorted(last)[-1]] + found.bias
     if merge:
-        write_merged(world.model, tensors, world.classes, out)
+        low = world.model.dtype is not torch.float32  # what was frozen is then read again, all of its bits
+        model = model_of(replace(experiment, precision="float32"), world.source) if low else world.model
+        write_merged(model, tensors, world.classes, out)
         kind = f"AutoModelFor{_use(world.model)}"
         return f'{kind}.from_pretrained("{out}")'
     write_folder(world.model, tensors, out)
