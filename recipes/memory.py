@@ -24,6 +24,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -72,9 +73,9 @@ def written(folder: Path, hidden: int, layers: int, words: int, length: int) -> 
         num_hidden_layers=layers,
         num_attention_heads=max(1, hidden // 64),
         max_position_embeddings=length,
-        num_labels=4,
         pad_token_id=0,
     )
+    config.num_labels = 4
     torch.set_default_dtype(torch.bfloat16)
     LlamaForSequenceClassification(config).save_pretrained(folder)
     torch.set_default_dtype(torch.float32)
@@ -92,9 +93,9 @@ def written(folder: Path, hidden: int, layers: int, words: int, length: int) -> 
 def played(folder: Path, before: int | None, length: int, recompute: bool) -> dict[str, Any]:
     """Turns of one device, by the bytes that are resident beside ``before``; nothing is measured without."""
     method = FedCyBGD(FedAvg(lr=1e-4, batch_size=BATCH, local_epochs=1))
-    shape: dict[str, Any] = {"clients": 1, "cohort": 1, "max_length": length, "precision": "bf16", "min_examples": 1}
-    e = Experiment(method, str(folder / "data"), str(folder), engine=EngineSettings(recompute=recompute), **shape)
-    world = build(replace(e, partition="iid"))
+    shape: dict[str, Any] = {"clients": 1, "cohort": 1, "max_length": length, "precision": "bf16", "task": "classification"}
+    how = EngineSettings(recompute=recompute)
+    world = build(Experiment(method, data=str(folder / "data"), model=str(folder), partition="iid", engine=how, **shape))
     loading, before = resident("VmHWM"), before or settled()
     engine, sizes = world.engine(store_in(folder / "run")), sizes_of(world.model, method)
     state = drive(method.setup(method.init(world.model), world.pool), engine, quorum=0)
@@ -108,7 +109,7 @@ def played(folder: Path, before: int | None, length: int, recompute: bool) -> di
     for turn in ("everything comes down", "a block comes down, the rest is there"):
         came: list[int] = []
 
-        def heard(tasks: list[Task], replies: Replies, came: list[int] = came) -> None:
+        def heard(tasks: Sequence[Task], replies: Replies, came: list[int] = came) -> None:
             assert not replies.failures, replies.failures
             came += [nbytes(task.tensors) for task in tasks]
 
