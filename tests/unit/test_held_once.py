@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fedloom.client.client import Client
 from fedloom.client.host import Host
@@ -24,8 +26,10 @@ from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.model.adapters import Adapter, is_head, merged
 from fedloom.model.base import Model
 from fedloom.model.loading import load
+from fedloom.run.export import export
+from fedloom.run.loop import run
 from fedloom.wire import pack, unpack
-from tests import families, tiny
+from tests import families, small, tiny
 
 LOW = torch.bfloat16
 
@@ -216,3 +220,21 @@ def test_a_merged_model_is_no_second_one() -> None:
     low = tiny.model("bf16")
     made = merged(low.module, low.parameters, low.initial)
     assert {p.dtype for p in made.parameters()} == {torch.float32} and {p.dtype for p in low.module.parameters()} == {LOW}
+
+
+@pytest.mark.parametrize("name", ["lora", "fedcybgd"])
+def test_an_exported_model_has_all_of_its_bits(name: str, tmp_path: Path) -> None:
+    """What a bf16 run did not train is, in what is exported, the pre-trained model in float32; what it trained is the run's float32."""
+    of = replace(small.experiment(name, rounds=2, evaluate_every=0), precision="bf16", clients=2, cohort=2)
+    run(of, tmp_path / "run", plain=True)
+    export(of, tmp_path / "run", tmp_path / "out", merge=True)
+    trained = load_file(tiny.folder() / "model.safetensors")
+    folders = [tmp_path / "out", *([tmp_path / "run" / "model"] if name == "fedcybgd" else [])]
+    for folder in folders:
+        found = load_file(folder / "model.safetensors")
+        assert {t.dtype for t in found.values()} == {torch.float32}
+        words = "bert.embeddings.word_embeddings.weight"
+        assert torch.equal(found[words], trained[words]) and not torch.equal(found[words], trained[words].to(LOW).float())
+        query = "bert.encoder.layer.0.attention.self.query.weight"
+        assert not torch.equal(found[query], trained[query]) and not torch.equal(found[query], found[query].to(LOW).float())
+        assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
