@@ -529,7 +529,7 @@ class Model:
 
 def kept_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The module with what a file would hold of it in ``dtype``, one tensor after another. What it computes for itself (the angles by which
-    positions turn, say) stays as it is: in 16 bits an angle at place 500 is off by a radian."""
+    positions turn, say) stays as it is: in 16 bits an angle at place 500 can be off by most of a radian."""
     for tensor in module.state_dict(keep_vars=True).values():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
