@@ -1,38 +1,51 @@
-"""What one FedCyBGD turn takes of memory, against 2·M + 16·|block|: peak resident set of a device, measured and predicted.
+"""What FedCyBGD turns take of memory, against 2·M + 16·|block|: peak resident set of a real run's turns, measured and predicted.
 
     python recipes/memory.py                        about 100 million numbers, Llama-shaped, random; a few minutes, 2 GB
+    python recipes/memory.py --hidden 1024 --layers 22 --words 32000     about 350 million, 6 GB
     python recipes/memory.py --hidden 256           smaller
     python recipes/memory.py --length 512 --recompute    with layers that are computed again in the backward pass, and without, one after
                                                          the other; at lengths where what layers keep counts
 
-A process of its own builds the model in bfloat16 and no other precision, is given the block in float32 (as it would come) and trains it
-for a few steps as a device does (``compute/serial.py``). What it had before the model was there (interpreter, libraries, which a first
-small turn has set up) is subtracted; its peak is the operating system's, reset before the turn. Writes OUT: one JSON object. Linux only.
+A process of its own writes such a model in bfloat16 and data for one device to a folder, builds the world that ``fedloom run fedcybgd
+--precision bf16`` builds of them, and plays turns as the loop does: server, message, host, store on the disk, message back. Two are
+measured. In the first everything has changed since the device was last there, so the whole model comes down; in the second what changed
+is the block before, and the device holds the rest. The process is server and device at once, so beside the device's 2·M + 16·|block|
+stand the start that the server's state begins as (4 bytes a number), the message (once: its tensors are its bytes) and the blocks as the
+device keeps them, which lie in a file that is mapped. What the process had before the model was there (interpreter, libraries, which a
+first small run has set up) is subtracted; peaks are the operating system's, reset before each turn. Writes OUT: one JSON object. Linux
+only.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from fedloom.compute.serial import Serial
-from fedloom.compute.work import AdamW, Fit
-from fedloom.data.examples import Examples
-from fedloom.model.adapters import is_head
-from fedloom.model.base import Model
-from fedloom.model.blocks import cover
+from fedloom.engines.engine import drive
+from fedloom.engines.heap import give_memory_back
+from fedloom.messages import Replies, Task
+from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.model.memory import kept
 from fedloom.run.checkpoint import write_atomically
-from fedloom.run.memory import Sizes, on_a_device
+from fedloom.run.experiment import EngineSettings, Experiment
+from fedloom.run.memory import needed, on_a_device, sizes_of
+from fedloom.run.world import build, store_in
+from fedloom.tensors import nbytes
 
 STEPS, BATCH = 3, 4
 
@@ -43,8 +56,16 @@ def resident(which: str) -> int:
     return next(int(line.split()[1]) for line in said if line.startswith(which)) * 1024
 
 
-def device(hidden: int, layers: int, words: int, length: int, recompute: bool = False) -> Model:
-    """A Llama in bfloat16 as a device holds it: once. Its blocks are not named as trained tensors of a copy of their own."""
+def settled() -> int:
+    """Bytes that are resident once what was freed is given back; the peak begins anew from there."""
+    gc.collect()
+    give_memory_back()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return resident("VmRSS")
+
+
+def written(folder: Path, hidden: int, layers: int, words: int, length: int) -> None:
+    """A random Llama in bfloat16 with a tokenizer of one token a word, and texts for one device."""
     config = LlamaConfig(
         vocab_size=words,
         hidden_size=hidden,
@@ -52,51 +73,64 @@ def device(hidden: int, layers: int, words: int, length: int, recompute: bool = 
         num_hidden_layers=layers,
         num_attention_heads=max(1, hidden // 64),
         max_position_embeddings=length,
-        num_labels=4,
         pad_token_id=0,
-        attn_implementation="eager",
     )
+    config.num_labels = 4
     torch.set_default_dtype(torch.bfloat16)
-    module = LlamaForSequenceClassification(config).eval().requires_grad_(False)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
     torch.set_default_dtype(torch.float32)
-    config.pad_token_id = -1  # no token is padding: the head reads the last
-    tokenizer: Any = PreTrainedTokenizerFast.__new__(PreTrainedTokenizerFast)
-    model = Model("llama", module, config, tokenizer, 4, length, "bf16", 0.0, torch.device("cpu"), causal=True)
-    model.parameters = {name: name for name, _ in module.named_parameters()}
-    model._copies[torch.bfloat16] = module
-    model.recomputes = recompute
-    return model
+    vocabulary = Tokenizer(models.WordLevel({f"w{i}": i for i in range(words)}, unk_token="w1"))
+    vocabulary.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="w0", unk_token="w1").save_pretrained(folder)
+    rng, rows = np.random.default_rng(0), []
+    for i in range(STEPS * BATCH + 8):
+        rows.append(json.dumps({"text": " ".join(f"w{w}" for w in rng.integers(5, words, length)), "label": "abcd"[i % 4]}))
+    (folder / "data").mkdir()
+    for split, some in (("train", rows[:-8]), ("validation", rows[-8:-4]), ("test", rows[-4:])):
+        (folder / "data" / f"{split}.jsonl").write_text("\n".join(some), encoding="utf-8")
 
 
-def turn(model: Model, block: int, length: int) -> tuple[int, int]:
-    """Train one block and the head; (M, numbers trained)."""
-    own = dict(model.module.named_parameters())
-    names = [*cover(own)[block].names, *filter(is_head, own)]
-    start = {n: own[n].detach().float() for n in names}
-    rng = np.random.default_rng(0)
-    texts = Examples.of([rng.integers(5, model.config.vocab_size, size=length).tolist() for _ in range(BATCH)], [0, 1, 2, 3])
-    item = Fit(start, texts, [np.arange(BATCH)] * STEPS, AdamW(1e-4))
-    fitted = Serial(model)._fit(item)
-    assert np.isfinite(fitted.losses).all() and set(fitted.tensors) == set(names)
-    return sum(p.numel() for p in own.values()), sum(t.numel() for t in start.values())
+def played(folder: Path, before: int | None, length: int, recompute: bool) -> dict[str, Any]:
+    """Turns of one device, by the bytes that are resident beside ``before``; nothing is measured without."""
+    method = FedCyBGD(FedAvg(lr=1e-4, batch_size=BATCH, local_epochs=1))
+    shape: dict[str, Any] = {"clients": 1, "cohort": 1, "max_length": length, "precision": "bf16", "task": "classification"}
+    how = EngineSettings(recompute=recompute)
+    world = build(Experiment(method, data=str(folder / "data"), model=str(folder), partition="iid", engine=how, **shape))
+    loading, before = resident("VmHWM"), before or settled()
+    engine, sizes = world.engine(store_in(folder / "run")), sizes_of(world.model, method)
+    state = drive(method.setup(method.init(world.model), world.pool), engine, quorum=0)
+    state = replace(state, server={**state.server, "changed": torch.ones_like(state.server["changed"])}, round=world.model.depth // 2)
+    books, start = on_a_device(sizes, low=True), 4 * sizes.trained
+    found: dict[str, Any] = {"numbers": sizes.model, "block": sizes.at_once, "predicted on a device": books}
+    found |= {"a device's full Adam, predicted": on_a_device(replace(sizes, at_once=sizes.model), low=True), "the start": start}
+    found |= {"this machine, predicted": needed(sizes, world.experiment).total, "loading, measured": loading - before}
+    layers = world.model.depth - world.model.depth // 2
+    activations = BATCH * length * kept(world.model, layers, recompute)
+    for turn in ("everything comes down", "a block comes down, the rest is there"):
+        came: list[int] = []
+
+        def heard(tasks: Sequence[Task], replies: Replies, came: list[int] = came) -> None:
+            assert not replies.failures, replies.failures
+            came += [nbytes(task.tensors) for task in tasks]
+
+        held, began = settled() - before, time.perf_counter()
+        state = drive(method.round(state, world.pool), engine, seen=heard)
+        seconds, measured = time.perf_counter() - began, resident("VmHWM") - before
+        keeps = 2 * (nbytes(state.shared) // 4)
+        predicted = books + start + came[0] + keeps + activations
+        more = {"of that activations, estimated": activations, "of that the message": came[0], "of that what the device keeps": keeps}
+        mine = {"measured": measured, "predicted": predicted, "ratio": measured / predicted, **more}
+        found[turn] = {**mine, "without start and message, measured": measured - start - came[0], "between turns": held, "seconds": seconds}
+    return found
 
 
-def measure(given: argparse.Namespace) -> dict[str, float]:
-    """Measured and predicted bytes of one turn, in this process."""
-    turn(device(64, 2, 500, given.length, given.recompute), 0, given.length)
-    before = resident("VmRSS")
-    model = device(given.hidden, given.layers, given.words, given.length, given.recompute)
-    held = resident("VmRSS") - before
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    began = time.perf_counter()
-    numbers, trained = turn(model, given.layers // 2, given.length)
-    seconds = time.perf_counter() - began
-    measured, predicted = resident("VmHWM") - before, on_a_device(Sizes(numbers, numbers, trained), low=True)
-    whole = on_a_device(Sizes(numbers, numbers, numbers), low=True)
-    found = {"numbers": numbers, "block": trained, "measured": measured, "predicted": predicted, "ratio": measured / predicted}
-    activations = BATCH * given.length * kept(model, given.layers - given.layers // 2, given.recompute)
-    more = {"activations, estimated": activations, "the model alone, measured": held, "before the model": before, "seconds": seconds}
-    return {**found, "full Adam, predicted": whole, **more}
+def measure(given: argparse.Namespace) -> dict[str, Any]:
+    """Measured and predicted bytes of turns, in this process."""
+    with TemporaryDirectory() as small, TemporaryDirectory() as large:
+        written(Path(small), 64, 2, 500, given.length)
+        played(Path(small), None, given.length, given.recompute)
+        written(Path(large), given.hidden, given.layers, given.words, given.length)
+        return played(Path(large), settled(), given.length, given.recompute)
 
 
 def main() -> int:
@@ -118,11 +152,7 @@ def main() -> int:
         found["layers computed again"] = measured_apart(sys.argv[1:])
     given.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(given.out, json.dumps(found, indent=1))
-    for name, value in found.items():
-        if isinstance(value, dict):
-            print(f"{name}:", *(f"  {line}" for line in lines(value)), sep="\n")
-        else:
-            print(*lines({name: value}))
+    print(*lines(found), sep="\n")
     return 0
 
 
@@ -136,9 +166,15 @@ def measured_apart(words: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def lines(found: dict[str, float]) -> list[str]:
+def lines(found: dict[str, Any], indent: str = "") -> list[str]:
     """One a figure, for a person."""
-    return [f"{n}: {v:.2f}" if n in ("ratio", "seconds") else f"{n}: {v / 1e6:.1f} million" for n, v in found.items()]
+    made: list[str] = []
+    for name, value in found.items():
+        if isinstance(value, dict):
+            made += [f"{indent}{name}:", *lines(value, indent + "  ")]
+        else:
+            made.append(f"{indent}{name}: " + (f"{value:.2f}" if name in ("ratio", "seconds") else f"{value / 1e6:.1f} million"))
+    return made
 
 
 if __name__ == "__main__":

@@ -114,12 +114,15 @@ def test_segments_are_read_where_the_model_has_them() -> None:
 
 def test_one_copy_a_precision() -> None:
     model = families.model("bert", precision="bf16")
-    assert model.base(torch.float32) is model.module
-    assert model.base(torch.bfloat16) is model.base(torch.bfloat16)
-    assert {p.dtype for p in model.base(torch.bfloat16).parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in model.module.parameters()} == {torch.float32}
-    assert {t.dtype for t in model.initial.values()} == {torch.float32}
     assert model.dtype == torch.bfloat16
+    assert model.base(torch.bfloat16) is model.module
+    assert {p.dtype for p in model.module.parameters()} == {torch.bfloat16}
+    assert model.base(torch.float32) is model.base(torch.float32) is not model.module
+    assert {p.dtype for p in model.base(torch.float32).parameters()} == {torch.float32}
+    assert {t.dtype for t in model.initial.values()} == {torch.float32}
+    plain = families.model("bert")
+    assert plain.base(torch.float32) is plain.module
+    assert all(torch.equal(t, plain.initial[n]) for n, t in model.initial.items()), "what is trained starts with all of its bits"
 
 
 def test_loading_is_decided_by_the_seed_and_draws_nothing_from_the_global_stream() -> None:

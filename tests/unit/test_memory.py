@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,12 +13,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fedloom.client.curricula.fisher import ByFisher
+from fedloom.data.tasks import DataError
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fedbavg import FedBAvg
 from fedloom.methods.fedcybgd import FedCyBGD
+from fedloom.methods.fibecfed import FibecFed
 from fedloom.methods.kinds import FedFFT
+from fedloom.run import memory
+from fedloom.run.describe import describe
 from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError
-from fedloom.run.memory import Sizes, insist_on_room, needed, on_a_device, sizes_before, sizes_of, told
+from fedloom.run.memory import Sizes, insist_on_room, needed, needed_there, on_a_device, sizes_before, sizes_of, told, weights_in
 from tests import tiny
 
 SEVEN = Sizes(7_000_000_000, 7_000_000_000, 200_000_000)
@@ -44,6 +51,7 @@ def test_this_machine_by_hand() -> None:
     assert by["passing a batch through"] == 3 * 8 * 20
     low = dict(needed(Sizes(100, 100, 10), replace(FULL, precision="bf16")).lines)
     assert (low["the model in bf16"], low["training a device"]) == (200, 4 * 8 * 10 + 2 * 90)
+    assert "the model in float32" not in low and low["the start and the server's state"] == 2 * 400, "the start has all of its bits"
     lora = dict(needed(Sizes(100, 6, 6), Experiment(FedAvg(), clients=50, cohort=5)).lines)
     assert lora["the start and the server's state"] == 4 * 6 * 2
     assert lora["messages of the devices that are asked together"] == 4 * 32 * 2 * 6, "evaluating asks a wave of 32"
@@ -75,12 +83,100 @@ def test_what_cannot_fit_is_refused_with_the_mend_and_can_be_overridden() -> Non
         insist_on_room(Sizes(20_000_000, 20_000_000, 20_000_000), many, free=10**9)
     with pytest.raises(ExperimentError, match=r"fedcybgd a block.*--engine\.overcommit runs it all the same"):
         insist_on_room(SEVEN, many, free=64 * 10**9)
-    need = needed(SEVEN, FULL).total
+    need, there = needed(SEVEN, FULL).total, 4 * SEVEN.model
     with pytest.raises(ExperimentError, match="needs about"):
-        insist_on_room(SEVEN, FULL, there=10, free=need - 11)
-    assert insist_on_room(SEVEN, FULL, there=10, free=need - 10).total == need
+        insist_on_room(SEVEN, FULL, loaded=True, free=need - there - 1)
+    assert insist_on_room(SEVEN, FULL, loaded=True, free=need - there).total == need
+    half = replace(FULL, precision="bf16")
+    low, there = needed(SEVEN, half).total, 2 * SEVEN.model + 4 * SEVEN.trained
+    with pytest.raises(ExperimentError, match="needs about"):
+        insist_on_room(SEVEN, half, loaded=True, free=low - there - 1)
+    assert insist_on_room(SEVEN, half, loaded=True, free=low - there).total == low
     assert insist_on_room(SEVEN, replace(FULL, engine=EngineSettings(stack=1, overcommit=True)), free=0).total == need
     assert "16·|θ|, |θ| = 200,000,000" in dict(told(needed(SEVEN, FULL), SEVEN))["memory on a device"]
+
+
+def test_a_run_in_16_bits_holds_one_model_after_it_was_loaded_in_float32() -> None:
+    """Of an adapter: two bytes a number and little else, but loading takes four; scores are taken by a copy in float32."""
+    lora = Experiment(FedAvg(), clients=4, cohort=2, precision="bf16", max_length=20)
+    sizes = Sizes(1_000_000, 10, 10)
+    lines = dict(needed(sizes, lora).lines)
+    assert lines["the model in bf16"] == 2_000_000 and "the model in float32, to score in" not in lines
+    assert needed(sizes, lora).total == 4_000_000, "nothing comes to what loading takes"
+    for method in (FibecFed(), FedAvg(curriculum=ByFisher())):
+        scored = needed(sizes, replace(lora, method=method))
+        assert dict(scored.lines)["the model in float32, to score in"] == 4_000_000 and scored.total > 6_000_000
+        assert "the model in float32, to score in" not in dict(needed(sizes, replace(lora, method=method, precision="float32")).lines)
+    with pytest.raises(ExperimentError, match=r"--precision bf16 \(about 9\.2 MB\)"):
+        insist_on_room(replace(sizes, trained=100_000, at_once=100_000), replace(lora, precision="float32"), free=10)
+
+
+def test_what_cannot_fit_a_gpu_is_refused() -> None:
+    """There lie the model and what computes with it; here the start, messages and what devices keep. Both must fit, and loading too."""
+    block = replace(FULL, precision="bf16", max_length=20)
+    sizes = Sizes(1000, 1000, 100, per_token=1)
+    there, here = needed_there(sizes, block, 1), needed(sizes, block, gpu=True)
+    assert dict(there.lines) == {
+        "the model in bf16": 2000,
+        "training a device": 4 * 8 * 100,
+        "passing a batch through": 160,
+    }, "what a device does not train lies in the model's own places"
+    assert dict(here.lines) == {
+        "the start and the server's state": 8000,
+        "messages of the devices that are asked together": 4 * (2 * 1000 + 2 * 100),
+        "what a device does not train": 2 * 900,
+    }
+    plain = dict(needed_there(sizes, replace(block, precision="float32"), 1).lines)
+    assert (plain["the model in float32"], plain["training a device"]) == (4000, 4 * 8 * 100 + 4 * 900)
+    assert needed_there(sizes, replace(block, engine=EngineSettings(workers=3)), 2).total == 2 * there.total, "two of three share one"
+    few = Sizes(1000, 10, 10)
+    assert needed_there(few, block, 1).total == 4000, "it is loaded in float32"
+    with pytest.raises(ExperimentError, match=r"needs about .* of a GPU's memory, and .* are there: .*for training a device"):
+        insist_on_room(sizes, block, free=10**9, gpus=[10**9, there.total - 1])
+    assert insist_on_room(sizes, block, free=here.total, gpus=[there.total]).total == here.total
+    assert insist_on_room(sizes, block, loaded=True, free=here.total, gpus=[there.total - 2000]).total == here.total
+    with pytest.raises(ExperimentError, match="of memory beside the program itself"):
+        insist_on_room(sizes, block, free=here.total - 1, gpus=[10**9])
+    told_of = dict(told(here, sizes, there))
+    assert "training a device" in told_of["memory on a GPU here"] and "memory on a GPU here" not in dict(told(here, sizes))
+
+
+def test_a_description_of_what_cannot_fit_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the machine's memory nor a GPU's is filled to find out that it is too small."""
+    block = Experiment(FedCyBGD(), data="nowhere", model=str(tiny.folder()), clients=4, cohort=2)
+    room = {"cpu": 10**5, "cuda": 10**12}
+    monkeypatch.setattr(memory, "free_bytes", lambda device: room[device.type])
+    with pytest.raises(ExperimentError, match=r"needs about .* of memory beside the program"):
+        describe(block)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    room |= {"cpu": 10**12, "cuda": 10**4}
+    with pytest.raises(ExperimentError, match=r"needs about .* of a GPU's memory, and 10\.0 kB are there"):
+        describe(block)
+    room |= {"cuda": 10**12}
+    with pytest.raises(DataError, match="nowhere"):
+        describe(block)
+
+
+def test_a_name_that_was_downloaded_is_sized_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of a folder that holds a model twice, as some on the Hub do, what is loaded of it counts."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit = "0" * 40
+    kept = tmp_path / "models--some--hub-name"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text(commit)
+    shutil.copytree(tiny.folder(), kept / "snapshots" / commit)
+    method = FedCyBGD()
+    wanted = sizes_before(Experiment(method, model=str(tiny.folder())))
+    assert wanted is not None and sizes_before(Experiment(method, model="some/hub-name")) == wanted
+    assert sizes_before(Experiment(method, model="some/other-name")) is None
+    folder = kept / "snapshots" / commit
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert weights_in(folder) == [folder / "model.safetensors"]
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    named = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
+    assert weights_in(folder) == [folder / named["a"]], "as far as they are there"
+    assert sizes_before(Experiment(method, model="some/hub-name")) == wanted
 
 
 PROBE = """

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load_file, save_file
 
 from fedloom.tensors import clone, fingerprint
 from fedloom.wire import SHORT
@@ -149,7 +149,7 @@ class ClientStore:
     def _read(self, name: str) -> State:
         path = self._path(name)
         try:
-            tensors = dict(sorted(load(path.read_bytes()).items()))
+            tensors = dict(sorted(load_file(path).items()))  # of which bytes are read as they are wanted
         except (OSError, SafetensorError) as error:
             raise StoreError(f"client state {path} cannot be read ({error}); delete the run folder to start anew") from error
         found = FILE.fullmatch(name)

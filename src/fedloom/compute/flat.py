@@ -31,12 +31,12 @@ class Flat:
         self.tall = {n: (whole or {})[n].shape[0] for n in self.some}
         self.wide = {n: one[n].shape[1:] for n in self.some}
 
-    def join(self, clients: Sequence[Tensors], device: torch.device) -> torch.Tensor:
-        """float32 (S, P), a copy."""
-        matrix = torch.empty(len(clients), self.size)
+    def join(self, clients: Sequence[Tensors], device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """(S, P) in ``dtype``, a copy."""
+        matrix = torch.empty(len(clients), self.size, dtype=dtype)
         for row, tensors in zip(matrix, clients, strict=True):
             if self.size:
-                torch.cat([tensors[n].detach().reshape(-1).float().cpu() for n in (*self.shapes, *self.some)], out=row)
+                torch.cat([tensors[n].detach().reshape(-1).to("cpu", dtype) for n in (*self.shapes, *self.some)], out=row)
         return matrix.to(device)
 
     def split(self, matrix: torch.Tensor, first: int = 0) -> dict[str, torch.Tensor]:

@@ -89,7 +89,7 @@ class Flops:
     ) -> float | np.ndarray:
         key = (names, single, skips, twice)
         if key not in self._fits:
-            with self.model.skipping(skips, torch.float32):
+            with self.model.skipping(skips, self.model.dtype):
                 counts = [self._count(names, n, dict.fromkeys(single, 1), twice) for n in LENGTHS]
             self._fits[key] = np.polyfit(np.array(LENGTHS, float), np.array(counts, float), 2)
         return np.polyval(self._fits[key], length)
@@ -109,11 +109,11 @@ class Flops:
         with counter:
             if given:
                 with SomeRows(given, some, self.model.initial) if some else nullcontext():
-                    loss = self.model.loss(given, batch, torch.float32, twice)
+                    loss = self.model.loss(given, batch, self.model.dtype, twice)
                 torch.autograd.grad(loss, list(given.values()), allow_unused=True)
             else:
                 with torch.no_grad():
-                    self.model.forward({}, batch, torch.float32)
+                    self.model.forward({}, batch, self.model.dtype)
         for tensor in given.values():
             tensor.requires_grad_(False)
         return int(counter.get_total_flops())

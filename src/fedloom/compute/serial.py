@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,12 @@ class Serial:
         return as_batch(vars(examples.pad(indices, pad_id=self.model.pad_id, side=self.model.side)), self.model.device)
 
     def _fit(self, item: Fit) -> Fitted:
+        if not brings_a_model(item, self.model):
+            return self._trained(item)
+        with self.model.lent(item.fixed, self.model.dtype):
+            return self._trained(replace(item, fixed={}))
+
+    def _trained(self, item: Fit) -> Fitted:
         model, o = self.model, item.optimizer
         start = {n: t.detach().float().to(model.device) for n, t in sorted(item.start.items())}
         now = {n: t.clone().requires_grad_(True) for n, t in start.items()}
@@ -176,12 +183,20 @@ class Serial:
         return found
 
     def _predict(self, item: Predict) -> torch.Tensor:
-        at = {n: t.detach().float().to(self.model.device) for n, t in item.at.items()}
+        at = {n: t.detach().to(self.model.device, self.model.dtype) for n, t in item.at.items()}
         rows = np.arange(len(item.examples))
         with torch.no_grad():
             batches = [self.batch(item.examples, rows[i : i + PREDICT_ROWS]) for i in range(0, len(rows), PREDICT_ROWS)]
             parts = [self.model.told(self.model.forward(at, batch, self.model.dtype)[0], batch) for batch in batches]
         return torch.cat(parts).cpu() if parts else torch.zeros(0, self.model.width)
+
+
+def brings_a_model(item: Fit, model: Model) -> bool:
+    """Whether a run computes in fewer bits than float32 and most of the model's numbers come with the item, to stay as they are. They then
+    take the places of the model's own (:meth:`Model.lent`): beside these they would be a second model."""
+    if model.dtype is torch.float32 or item.through is not None or not item.fixed.keys() <= model.initial.keys():
+        return False
+    return 2 * sum(t.numel() for t in item.fixed.values()) > sum(p.numel() for p in model.module.parameters())
 
 
 def twice_differentiated(

@@ -25,7 +25,7 @@ from fedloom.compute.compute import Done
 from fedloom.compute.flat import Flat
 from fedloom.compute.flops import Flops
 from fedloom.compute.lowrank import directions, down, projected, up
-from fedloom.compute.serial import Serial, cost, dropout_key, scored_names, twice_differentiated, watch
+from fedloom.compute.serial import Serial, brings_a_model, cost, dropout_key, scored_names, twice_differentiated, watch
 from fedloom.compute.spectrum import spectra
 from fedloom.compute.work import (
     Fisher,
@@ -103,6 +103,8 @@ class Stacked:
 
     def _together(self, items: Sequence[Any]) -> list[Any]:
         match items[0]:
+            case Fit() if brings_a_model(items[0], self.model):
+                return [done.result for done in Serial(self.model).run(items)]
             case Fit():
                 return self._fit(items)
             case Score():
@@ -195,10 +197,12 @@ class Stacked:
             self.model.asking(ids, segments, lengths),
         )
 
-    def _flat(self, tensors: Sequence[Tensors], rows: Sequence[Tensors] = ()) -> tuple[Flat, torch.Tensor]:
+    def _flat(
+        self, tensors: Sequence[Tensors], rows: Sequence[Tensors] = (), dtype: torch.dtype = torch.float32
+    ) -> tuple[Flat, torch.Tensor]:
         """The clients' tensors as one matrix (S, P). ``rows``: of some tensors, which rows each client has."""
         flat = Flat(tensors[0], rows, self.model.initial)
-        return flat, flat.join(tensors, self.model.device)
+        return flat, flat.join(tensors, self.model.device, dtype)
 
     # ---- training -----------------------------------------------------------------------------------------------------------
 
@@ -206,7 +210,7 @@ class Stacked:
         """Items come with the most steps first, so those still active are always the first ones."""
         model, o, penalty, through = self.model, items[0].optimizer, items[0].penalty, items[0].through
         flat, begin = self._flat([i.start for i in items], [i.rows for i in items])
-        rest, fixed = self._flat([i.fixed for i in items])
+        rest, fixed = self._flat([i.fixed for i in items], dtype=model.dtype if through is None else torch.float32)
         anchor = begin if items[0].anchor is None else flat.join([i.anchor or {} for i in items], model.device)
         mask, correction = self._mask(items, flat), self._correction(items, flat)
         bias = None if items[0].bias is None else torch.stack([i.bias.float() for i in items if i.bias is not None]).to(model.device)
@@ -415,7 +419,7 @@ class Stacked:
         of a whole model there would be a copy for each."""
         logits = [torch.zeros(len(i.examples), self.model.width) for i in items]
         alike = not self.model.together_by.startswith("packed") and all(_equal(i.at, items[0].at) for i in items[1:])
-        flat, at = self._flat([i.at for i in (items[:1] if alike else items)])
+        flat, at = self._flat([i.at for i in (items[:1] if alike else items)], dtype=self.model.dtype)
 
         def forward(parts: list[Part]) -> None:
             low, high = (0, 1) if alike else (parts[0].item, parts[-1].item + 1)

@@ -22,7 +22,8 @@ What goes down besides w_b and the head can be made smaller still, and then C(w_
 A block that was left out is still due, as far as it changed; one that was sent so lies on the device as it came until it changes again,
 or is the device's own to train, and then it comes exact.
 
-Devices keep what they are sent between their turns: a copy of the model each, in the run's folder.
+Devices keep what they are sent between their turns: a copy of the model each, in the run's folder. What a device does not train it has, and
+keeps, in the run's precision; what it trains always comes to it again, in float32.
 """
 
 from __future__ import annotations
@@ -157,12 +158,12 @@ class FedCyBGD:
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:
         """Train the block and the head on top of the model as this client has it."""
-        has = {**c.private, **restored(task, self.encoding)}
+        came = restored(task, self.encoding)
         skips = frozenset(int(layer) for layer in task.settings.get("skips", ()))  # type: ignore[union-attr]
-        start = only(has, [*task.settings["block"], *filter(is_head, has)])  # type: ignore[misc]
-        fixed = {n: t for n, t in without(has, start).items() if layer_of(n) not in skips}
+        start = only(came, [*task.settings["block"], *filter(is_head, came)])  # type: ignore[misc]
+        c.private |= {n: t.to(c.frozen) for n, t in came.items() if not is_head(n)}
+        fixed = {n: t for n, t in without(c.private, start).items() if layer_of(n) not in skips}
         fitted = yield from self.inner.learn(c, start, task, fixed=fixed, skips=skips)
-        c.private = {n: t for n, t in has.items() if not is_head(n)}
         return Update(c.id, len(c.train), fitted.tensors, {"loss": float(fitted.losses.mean())})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:

@@ -318,7 +318,8 @@ def partner(name: str) -> str:
 
 
 def merged(model: nn.Module, names: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> Any:
-    """A copy of the base with ``tensors`` in their places and PEFT's adapters merged into the weights (W0 + s·B·A): a plain model.
+    """The base with ``tensors`` in their places and PEFT's adapters merged into the weights (W0 + s·B·A): a plain model, in float32 and on
+    the processor. What is so already and nothing is merged into is not copied: neither the base nor ``tensors`` may change meanwhile.
 
     ``names``: saved name -> parameter name of all trained tensors (:func:`trainable_names`).
 
@@ -329,13 +330,12 @@ def merged(model: nn.Module, names: Mapping[str, str], tensors: Mapping[str, tor
         raise AdapterError(f"{what} cannot be exported: no library loads them. Of other kinds there are {', '.join(LOADABLE)}")
     if set(tensors) != set(names):
         raise AdapterError(f"the adapter needs exactly the trained tensors; these differ: {sorted(set(tensors) ^ set(names))[:6]}")
-    copied: Any = copy.deepcopy(model)
-    own = dict(copied.named_parameters())
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            place = own[names[name]]
-            place.data = place.new_empty(tensor.shape if is_factor(name) else place.shape)  # a pair has the rank that it comes with
-            place.copy_(tensor)
+    placed = {names[name]: tensor for name, tensor in tensors.items()}
+    shared: dict[int, nn.Parameter] = {}
+    for name, own in model.named_parameters():
+        tensor = placed.get(name, own).detach().to("cpu", torch.float32)
+        shared[id(own)] = nn.Parameter(tensor.clone() if is_beneath(name) else tensor, False)
+    copied: Any = copy.deepcopy(model, shared).cpu()
     if not isinstance(copied, PeftModel):
         return copied
     try:

@@ -99,6 +99,7 @@ class Model:
     _ways: dict[torch.dtype, Way] = field(default_factory=dict)
     _recomputed: dict[int, Recomputed] = field(default_factory=dict)
     _stands_on: str = ""
+    _beneath_now: Tensors = field(default_factory=dict)
     _answers: int | None = None
     _own: dict[str, torch.Tensor] = field(default_factory=dict)
     _make_way: Callable[[torch.dtype], Way] = field(init=False)
@@ -112,6 +113,11 @@ class Model:
     def depth(self) -> int:
         """Number of transformer layers D."""
         return int(self.config.num_hidden_layers)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether most of the model's own numbers are trained."""
+        return 2 * sum(t.numel() for t in self.initial.values()) > sum(p.numel() for p in self.module.parameters())
 
     @property
     def side(self) -> Literal["left", "right"]:
@@ -185,10 +191,33 @@ class Model:
         return DTYPES[self.precision]
 
     def base(self, dtype: torch.dtype) -> nn.Module:
-        """The module in ``dtype``. One copy a precision a process, never one a client."""
+        """The module in ``dtype``. One copy a precision a process, never one a client; in the precision that training computes in it is the
+        module itself."""
         if dtype not in self._copies:
-            self._copies[dtype] = copy.deepcopy(self.module).to(dtype)
+            self._copies[dtype] = kept_in(copy.deepcopy(self.module), dtype)
+            if self._stands_on:  # in its own precision
+                self._put_under(self._copies[dtype], self._beneath_now)
         return self._copies[dtype]
+
+    def settle(self) -> None:
+        """From here on the model is held once, in the precision that training computes in, and what was made of it in another is gone. The
+        start of what is trained stays float32; it lies with the server's state then and not where the model computes."""
+        kept_in(self.module, self.dtype)
+        self._copies, self._ways = {self.dtype: self.module}, {}
+        self.initial, self.still = ({n: t.cpu() for n, t in of.items()} for of in (self.initial, self.still))
+
+    @contextmanager
+    def lent(self, tensors: Tensors, dtype: torch.dtype) -> Iterator[None]:
+        """Inside, trained tensors that stay still for a while lie in the places of those of :meth:`base`, whose memory is free meanwhile;
+        then the start's are there again. ``tensors``: by saved name, of any precision; one that is in ``dtype`` already is not copied."""
+        own = dict(self.base(dtype).named_parameters())
+        try:
+            for name, tensor in tensors.items():
+                own[self.parameters[name]].data = tensor.detach().to(self.device, dtype)
+            yield
+        finally:
+            for name in tensors:
+                own[self.parameters[name]].data = self.initial[name].to(self.device, dtype)
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -210,12 +239,15 @@ class Model:
         if wanted == self._stands_on:
             return
         _ = self.weights  # its own are remembered before they are written over
-        with torch.no_grad():
-            for module in {id(m): m for m in (self.module, *self._copies.values())}.values():
-                own = dict(module.named_parameters())
-                for n, original in self._own.items():
-                    own[n].copy_(self._turned(n, weights[n]) if n in weights else original)
-        self._stands_on = wanted
+        for module in {id(m): m for m in (self.module, *self._copies.values())}.values():
+            self._put_under(module, weights)
+        self._stands_on, self._beneath_now = wanted, weights
+
+    @torch.no_grad()
+    def _put_under(self, module: nn.Module, weights: Tensors) -> None:
+        own = dict(module.named_parameters())
+        for n, original in self._own.items():
+            own[n].copy_(self._turned(n, weights[n]) if n in weights else original)
 
     def start_at(self, pairs: Tensors) -> None:
         """Take these A0 and B0 for the start in place of its own, and W_res = W0 − s·B0·A0 for what lies under them; W0 is what the old
@@ -436,7 +468,10 @@ class Model:
         return None if made is None else made[0]
 
     def _weights(self, dtype: torch.dtype) -> Weights | None:
-        """Where packed weights are kept; None if two more copies of the base would take more than a quarter of the free memory."""
+        """Where packed weights are kept; None if two more copies of the base would take more than a quarter of the free memory, and of a
+        model held in 16 bits of which everything is trained: devices bring their own weights to it."""
+        if self.dtype is not torch.float32 and self.is_whole:
+            return None
         wide = 4 if dtype is torch.bfloat16 and not computes_bf16() else torch.empty(0, dtype=dtype).element_size()
         copies = 2 * wide * sum(p.numel() for p in self.module.parameters())
         return {} if copies < free_bytes(self.device) / 4 else None
@@ -463,9 +498,9 @@ class Model:
 
     def continued(self, tensors: Tensors, prompts: Sequence[Sequence[int]], most: int, together: int = 1) -> list[str]:
         """What a speaker writes after each prompt's token ids, the likeliest token every time, ``most`` at most, and no more than the model
-        reads. ``tensors`` override the model's own by saved name while it writes; ``together`` prompts are answered at once, padded on
-        the left."""
-        module: Any = self.base(torch.float32)
+        reads; in the precision that training computes in. ``tensors`` override the model's own by saved name while it writes;
+        ``together`` prompts are answered at once, padded on the left."""
+        module: Any = self.base(self.dtype)
         self.stand_on(only(tensors, [n for n in tensors if is_beneath(n)]))
         own = dict(module.named_parameters())
         given = without({**self.initial, **tensors}, self.beneath.names)
@@ -507,6 +542,15 @@ class Model:
     def kinds(self) -> int:
         """How many kinds of segments the base knows (0: it takes none)."""
         return 0 if self.causal else int(self.config.to_dict().get("type_vocab_size") or 0)
+
+
+def kept_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module with what a file would hold of it in ``dtype``, one tensor after another. What it computes for itself (the angles by which
+    positions turn, say) stays as it is: in 16 bits an angle at place 500 can be off by most of a radian."""
+    for tensor in module.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return module
 
 
 def free_bytes(device: torch.device) -> int:

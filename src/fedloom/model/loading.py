@@ -34,6 +34,7 @@ from transformers import (
     AutoTokenizer,
 )
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from fedloom.hub import reachable
 from fedloom.model.adapters import BESIDE, HEADS, Adapter, attach, beneath, is_head, take_principal_parts, trainable_names
@@ -86,6 +87,23 @@ def folder_of(name: str) -> str:
     return str(path) if path.is_dir() else name
 
 
+def folder_here(name: str) -> Path | None:
+    """Where a model's files lie on this machine: in its folder or, of a Hub name, where they were downloaded to; None if they are not here.
+    Nobody is asked over the network.
+
+    Raises:
+        ModelError: as :func:`folder_of`.
+    """
+    folder = folder_of(name)
+    if Path(folder).is_dir():
+        return Path(folder)
+    try:
+        found = cached_file(folder, "config.json", local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return None if found is None else Path(found).parent
+
+
 def load(
     name: str,
     *,
@@ -109,6 +127,8 @@ def load(
     template, "" for the tokenizer's own or a plain one) it is a causal language model that answers prompts, and has no labels;
     ``form``: to what it answers. With ``tags`` it tells one of them for every word of a text; ``between`` stands between those. One that
     ``finds`` tells where in a context the answer to a question is. To ``recompute`` is to compute layers again in backward passes.
+
+    It is loaded and tried in float32; where ``precision`` is less, it is then held in that and in no other.
 
     Raises:
         ModelError: no such model, not a classifier, an encoder-decoder, or one that no way of calling fits.
@@ -153,6 +173,8 @@ def load(
     _learn_to_call(model, base)
     _leave_unreached_out(model)
     _learn_to_pack(model)
+    if model.dtype is not torch.float32:
+        model.settle()
     return model
 
 

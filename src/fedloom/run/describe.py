@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from fedloom.client.store import ClientStore
 from fedloom.data.partition import Partition
@@ -29,7 +30,7 @@ from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.run.figures import Kind, partition_picture
 from fedloom.run.ledger import Section
 from fedloom.run.loop import begin
-from fedloom.run.memory import needed, sizes_of, told
+from fedloom.run.memory import insist_on_room, needed, needed_there, sizes_before, sizes_of, told
 from fedloom.run.numbers import drawn, most
 from fedloom.run.payback import plain_of
 from fedloom.run.pretended import Pretended
@@ -61,8 +62,11 @@ def describe(experiment: Experiment) -> Description:
     """Load data and model, play the set-up and two rounds, or all of them, without computing.
 
     Raises:
+        ExperimentError: a model whose files say that it cannot fit; nothing of it is loaded then.
         DataError, ModelError, AdapterError: as for a run.
     """
+    if (before := sizes_before(experiment)) is not None:
+        insist_on_room(before, experiment)
     local = replace(experiment, engine=replace(experiment.engine, kind=EngineSettings().kind, workers=0))
     world = build(local)
     world = replace(world, compute=Pretended(world.model))
@@ -124,13 +128,14 @@ def _model(world: World) -> Lines:
     total = sum(p.numel() for p in model.module.parameters())
     trained = sum(t.numel() for t in model.initial.values())
     pairs = sorted({name.split(".lora_A.")[0].rsplit(".", 1)[-1] for name in model.initial if ".lora_A." in name})
-    trains = adapter_of(world.experiment).kind
+    e, sizes, gpus = world.experiment, sizes_of(model, world.experiment.method), torch.cuda.device_count()
+    trains = adapter_of(e).kind
     kind = {"lora": "LoRA", "ia3": "(IA)³"}.get(trains, trains)
     head = sum(model.initial[name].numel() for name in model.head)
     return [
         ("model", f"{model.name} ({model.config.model_type}, {model.depth} layers, {'causal' if model.causal else 'bidirectional'})"),
         ("parameters", f"{total:,}, of which {trained:,} are trained ({trained / total:.2%}): {trained - head:,} {kind}, {head:,} head"),
-        *told(needed(sizes := sizes_of(model, world.experiment.method), world.experiment), sizes),
+        *told(needed(sizes, e, bool(gpus)), sizes, needed_there(sizes, e, gpus) if gpus else None),
         *([("LoRA targets", ", ".join(pairs))] if pairs else []),
         *([("template", model.speaker.written("{text}"))] if model.speaker and model.speaker.form != "text" else []),
         *([("cloze", f"{model.filler.cloze.template!r}: {', '.join(model.filler.cloze.words)}")] if model.filler else []),

@@ -184,9 +184,10 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
             f"{greeting['model']} at the server; give the same one, --model NAME or FOLDER"
         )
     shards = tokens_of(source, model)
+    train, validation, test = (shards[split] for split in SPLITS)
     host = Host(
         e.method,
-        lambda k: Client(k, shards["train"], shards["validation"], shards["test"], e.seed, fleet.strength(k)),
+        lambda k: Client(k, train, validation, test, e.seed, fleet.strength(k), model.dtype),
         Stacked(model, 1),
         ClientStore(None),
         e.digest(),

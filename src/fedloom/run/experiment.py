@@ -77,7 +77,7 @@ class Experiment:
         beta: Dirichlet concentration of the devices' sizes.
         min_examples: the fewest training examples of a device.
         seed: every random choice derives from it.
-        precision: what training computes in; trained tensors stay float32.
+        precision: what training and evaluation compute in, and what the model is held in; trained tensors stay float32.
         evaluate_every: rounds between evaluations (0: only at the end).
         max_train: keep that many training rows (0: all).
         max_validation: keep that many validation rows (0: all).

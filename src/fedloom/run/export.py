@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from fedloom.run import checkpoint
 from fedloom.run.experiment import Experiment
 from fedloom.run.personal import personal
 from fedloom.run.starting import stand_at
-from fedloom.run.world import World, build, store_in
+from fedloom.run.world import World, build, model_of, store_in
 from fedloom.tensors import without
 
 log = logging.getLogger("fedloom")
@@ -122,7 +123,9 @@ def export(experiment: Experiment, folder: Path, out: Path, client: int | None =
             raise ExportError("this device's model adds a label prior to the logits, and the head has no bias that could hold it")
         tensors[sorted(last)[-1]] = tensors[sorted(last)[-1]] + found.bias
     if merge:
-        write_merged(world.model, tensors, world.classes, out)
+        low = world.model.dtype is not torch.float32  # what was frozen is then read again, all of its bits
+        model = model_of(replace(experiment, precision="float32"), world.source) if low else world.model
+        write_merged(model, tensors, world.classes, out)
         kind = f"AutoModelFor{_use(world.model)}"
         return f'{kind}.from_pretrained("{out}")'
     write_folder(world.model, tensors, out)

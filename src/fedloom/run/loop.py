@@ -107,7 +107,7 @@ def _loaded(
         insist_on_room(before, experiment)
     world = (built or build)(experiment)
     sizes = sizes_of(world.model, experiment.method)
-    need = insist_on_room(sizes, experiment, there=4 * sizes.model)
+    need = insist_on_room(sizes, experiment, loaded=True)
     claim(folder, experiment)
     notes = [f"{what}: {text}" for what, text in told(need, sizes)]
     for note in (*world.source.notes, *_idle(world), *(notes if need.total > LARGE else [])):

@@ -8,29 +8,35 @@
 and what passing a batch through it keeps alive. θ is a block of ``fedcybgd``, else whatever is trained.
 
 **This machine** plays all parts, so it holds more; the lines of :class:`Need` say what. They are an estimate from above of what this code
-keeps at its fullest moment, library and interpreter left out. It does not know how many bytes an allocator never gives back.
+keeps at its fullest moment, library and interpreter left out. It does not know how many bytes an allocator never gives back. Of a run in 16
+bits the model is held once, in these, and so is what a device does not train; the start and the server's state are float32. Where there is
+a GPU, the model and what computes with it lie there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import safe_open
 
+from fedloom.client.curricula.fisher import ByFisher
 from fedloom.compute.stacked import TOKENS, token_bytes
 from fedloom.engines.local import HEAVY, WAVE
 from fedloom.methods.fedcybgd import FedCyBGD
+from fedloom.methods.fibecfed import FibecFed
 from fedloom.model.adapters import is_head
-from fedloom.model.base import Model, free_bytes
+from fedloom.model.base import Model, Precision, free_bytes
 from fedloom.model.blocks import Block, cover
-from fedloom.model.loading import folder_of
+from fedloom.model.loading import folder_here
 from fedloom.model.memory import resident
 from fedloom.run.console import human_bytes
 from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.world import curriculum_of
 
 STATES = 8
 """Float32 numbers that training keeps for each number trained: where it began, where it is, its gradient, two moments, and what a step
@@ -61,28 +67,59 @@ class Need:
         return sum(count for _, count in self.lines)
 
 
-def needed(sizes: Sizes, experiment: Experiment) -> Need:
-    """What this machine holds at its fullest moment, by the experiment's precision, cohort, stack and workers."""
-    e = experiment
+def needed(sizes: Sizes, experiment: Experiment, gpu: bool = False) -> Need:
+    """What this machine holds at its fullest moment, by the experiment's precision, cohort, stack and workers. ``gpu``: it has one, and
+    what lies there (:func:`needed_there`) does not lie here."""
+    e, low = experiment, experiment.precision != "float32"
     processes, wave = max(1, e.engine.workers), min(e.engine.stack or WAVE, max(1, HEAVY // max(1, 4 * sizes.trained)))
     asked = 1 if vars(type(e.method)).get("one_at_a_time") else e.cohort
     training, evaluating = (min(wave, -(-devices // processes)) for devices in (asked, e.clients))
     messages = max(training * (2 * sizes.trained + 2 * sizes.at_once), evaluating * 2 * sizes.trained)
-    low = 2 * sizes.model if e.precision == "bf16" else 0
-    shares = sizes.model == sizes.trained  # then the start is the model's own weights
-    frozen = (2 if low else 4) * (sizes.trained - sizes.at_once)
-    lines = [
-        ("the model in float32", 4 * sizes.model * processes),
-        ("the model in bf16", low * processes),
+    shares = sizes.model == sizes.trained and not low  # then the start is the model's own weights
+    around = [
         ("the start and the server's state", 4 * sizes.trained * (1 if shares else 2)),
         ("messages of the devices that are asked together", 4 * processes * messages),
-        ("training a device", processes * (4 * STATES * sizes.at_once + frozen)),
-        (
-            "passing a batch through, layers computed again" if e.engine.recompute else "passing a batch through",
-            processes * sizes.per_token * min(TOKENS["cpu"], 8 * e.max_length),
-        ),
     ]
+    if gpu:
+        lines = [*around, ("what a device does not train", processes * _rest(sizes, low))]
+    else:
+        model, *work = _computing(sizes, e, processes, _rest(sizes, low))
+        lines = [model, *around, *work]
+    return _with_loading(sizes, processes if low or gpu else 0, lines)
+
+
+def needed_there(sizes: Sizes, experiment: Experiment, gpus: int) -> Need:
+    """What each of so many GPUs holds at its fullest moment: the model, and what computes with it. The rest of a block's model takes the
+    places of the model's own in 16 bits (:meth:`Model.lent`), and lies beside it in 32."""
+    low = experiment.precision != "float32"
+    processes = -(-max(1, experiment.engine.workers) // gpus)
+    return _with_loading(sizes, processes, list(_computing(sizes, experiment, processes, 0 if low else _rest(sizes, low))))
+
+
+def _rest(sizes: Sizes, low: bool) -> int:
+    """Bytes of what a device has of a model and does not train."""
+    return (2 if low else 4) * (sizes.trained - sizes.at_once)
+
+
+def _computing(sizes: Sizes, e: Experiment, processes: int, rest: int) -> Iterator[tuple[str, int]]:
+    """What lies where the model computes. ``rest``: bytes of what is there of a device's model beside."""
+    low = e.precision != "float32"
+    yield "the model in " + e.precision, (2 if low else 4) * sizes.model * processes
+    yield "the model in float32, to score in", 4 * sizes.model * processes if low and scores(e.method) else 0
+    yield "training a device", processes * (4 * STATES * sizes.at_once + rest)
+    through = "passing a batch through, layers computed again" if e.engine.recompute else "passing a batch through"
+    yield through, processes * sizes.per_token * min(TOKENS["cpu"], 8 * e.max_length)
+
+
+def _with_loading(sizes: Sizes, loads: int, lines: list[tuple[str, int]]) -> Need:
+    """With what it takes besides that so many processes load the model in float32, if that is the fullest moment."""
+    lines.append(("loading the model, in float32", max(0, 4 * sizes.model * loads - sum(count for _, count in lines))))
     return Need(tuple((what, count) for what, count in lines if count))
+
+
+def scores(method: Any) -> bool:
+    """Whether a method takes gradients or outputs to choose by, which is done in float32 whatever a run computes in."""
+    return isinstance(method, FibecFed) or isinstance(curriculum_of(method), ByFisher)
 
 
 def on_a_device(sizes: Sizes, low: bool) -> int:
@@ -120,14 +157,14 @@ def of_blocks(method: Any) -> FedCyBGD | None:
 
 
 def sizes_before(experiment: Experiment) -> Sizes | None:
-    """Those of a model whose folder lies here, from the names and shapes in its files; nothing is loaded. None of any other.
+    """Those of a model whose files lie here, in a folder or where a Hub name was downloaded to, from the names and shapes in them; nothing
+    is loaded. None of any other.
 
     Of an adapter only what lies under it counts: this is less than will be needed, never more.
     """
-    folder = Path(folder_of(experiment.model))
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    folder = folder_here(experiment.model)
     tensors: dict[str, torch.Tensor] = {}
-    for file in files:
+    for file in [] if folder is None else weights_in(folder):
         with safe_open(str(file), framework="pt") as stored:
             tensors |= {name: torch.empty(stored.get_slice(name).get_shape(), device="meta") for name in stored.keys()}  # noqa: SIM118
     if not tensors:
@@ -138,41 +175,74 @@ def sizes_before(experiment: Experiment) -> Sizes | None:
     return Sizes(sum(counts.values()), sum(counts.values()), at_once(counts, tensors, experiment.method))
 
 
-def insist_on_room(sizes: Sizes, experiment: Experiment, there: int = 0, free: int | None = None) -> Need:
-    """What is needed, or an error where it cannot fit. ``there``: bytes of it that are in memory already; ``free``: bytes, as this machine
-    tells them if not given. On a GPU nothing is refused: it is not this memory that the model lies in.
+def weights_in(folder: Path) -> list[Path]:
+    """The files of a folder that a model is loaded from, as far as they are there: others may hold it once more."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if whole.exists():
+        return [whole]
+    if index.exists():
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(folder / name for name in named if (folder / name).exists())
+    return sorted(folder.glob("*.safetensors"))
+
+
+def insist_on_room(
+    sizes: Sizes, experiment: Experiment, loaded: bool = False, free: int | None = None, gpus: Sequence[int] | None = None
+) -> Need:
+    """What this machine is needed for, or an error where it cannot fit into its memory, or into that of its GPUs. ``loaded``: whether the
+    model is in memory already. ``free``: bytes, and those of each GPU, as the machine tells them if not given.
 
     Raises:
         ExperimentError: it cannot; with what is needed, what is there and what would make it fit.
     """
-    need = needed(sizes, experiment)
+    e, low = experiment, experiment.precision != "float32"
     free = free_bytes(torch.device("cpu")) if free is None else free
-    if experiment.engine.overcommit or torch.cuda.is_available() or need.total - there <= free:
+    gpus = [free_bytes(torch.device("cuda", i)) for i in range(torch.cuda.device_count())] if gpus is None else gpus
+    held = (2 if low else 4) * sizes.model if loaded else 0
+    start = 4 * sizes.trained if loaded and low else 0
+    need = needed(sizes, e, bool(gpus))
+    if e.engine.overcommit:
         return need
+    if gpus:
+        there = needed_there(sizes, e, len(gpus))
+        if there.total - held > min(gpus):
+            raise _no_room("of a GPU's memory", there, min(gpus) + held, lambda other: needed_there(sizes, other, len(gpus)), sizes, e)
+    if need.total - start - (0 if gpus else held) > free:
+        here = free + start + (0 if gpus else held)
+        raise _no_room("of memory beside the program itself", need, here, lambda other: needed(sizes, other, bool(gpus)), sizes, e)
+    return need
+
+
+def _no_room(
+    of: str, need: Need, there: int, told_of: Callable[[Experiment], Need], sizes: Sizes, experiment: Experiment
+) -> ExperimentError:
+    """The error that says what is needed, what is there and what would need less."""
     largest = ", ".join(f"{human_bytes(count)} for {what}" for what, count in sorted(need.lines, key=lambda line: -line[1])[:3])
     e, mends = experiment, []
-    alone = needed(sizes, replace(e, engine=replace(e.engine, stack=1, workers=0))).total
+    alone = told_of(replace(e, engine=replace(e.engine, stack=1, workers=0))).total
     if alone < need.total:
         mends.append(f"--engine.stack 1 and no --engine.workers (about {human_bytes(alone)}: one device's messages at a time)")
     if e.trained.kind == "full" and of_blocks(e.method) is None:
         mends.append("a method that trains less at a time (fedcybgd a block, lora an adapter)")
-    if e.precision == "bf16":
-        mends.append("--precision float32 (no second copy)")
+    for precision in get_args(Precision):
+        if (other := told_of(replace(e, precision=precision)).total) < need.total:
+            mends.append(f"--precision {precision} (about {human_bytes(other)})")
     if sizes.per_token and not e.engine.recompute:
         mends.append("--engine.recompute (less for passing a batch through, at the price of another forward pass)")
     mends += ["a shorter --max-length", "a smaller model", "more memory"]
-    raise ExperimentError(
-        f"this run needs about {human_bytes(need.total)} of memory beside the program itself, and {human_bytes(free + there)} are there: "
+    return ExperimentError(
+        f"this run needs about {human_bytes(need.total)} {of}, and {human_bytes(there)} are there: "
         f"{largest}. It would fit with {', '.join(mends[:-1])} or {mends[-1]}; {OVERCOMMIT} runs it all the same"
     )
 
 
-def told(need: Need, sizes: Sizes) -> list[tuple[str, str]]:
-    """(what, its value) for a person: this machine and a real device."""
-    parts = ", ".join(f"{human_bytes(count)} {what}" for what, count in need.lines)
+def told(need: Need, sizes: Sizes, there: Need | None = None) -> list[tuple[str, str]]:
+    """(what, its value) for a person: this machine, each GPU of it (``there``) and a real device."""
+    parts, on_it = (", ".join(f"{human_bytes(n)} {what}" for what, n in of.lines) if of else "" for of in (need, there))
     low, plain = on_a_device(sizes, True), on_a_device(sizes, False)
     return [
         ("memory here", f"{human_bytes(need.total)} at the most: {parts}; {human_bytes(free_bytes(torch.device('cpu')))} are free"),
+        *([("memory on a GPU here", f"{human_bytes(there.total)} at the most: {on_it}")] if there else []),
         (
             "memory on a device",
             f"{human_bytes(low)} in 16 bits (2·M + 16·|θ|, |θ| = {sizes.at_once:,}), {human_bytes(plain)} in float32 (4·M + 12·|θ|)",

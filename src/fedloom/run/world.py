@@ -29,7 +29,7 @@ from fedloom.data.partition import Partition, partition
 from fedloom.data.questions import Questions
 from fedloom.data.sources import Encode, Source, load, tokenise
 from fedloom.data.tagging import BETWEEN, Tagging
-from fedloom.data.tasks import Classification, DataError, Split
+from fedloom.data.tasks import SPLITS, Classification, DataError, Split
 from fedloom.data.templates import template_for
 from fedloom.engines.engine import Engine
 from fedloom.engines.local import WAVE, Local
@@ -37,7 +37,7 @@ from fedloom.engines.workers import Start, Workers
 from fedloom.fleet import Fleet
 from fedloom.messages import CENTRE
 from fedloom.model.adapters import Adapter
-from fedloom.model.base import Model
+from fedloom.model.base import DTYPES, Model
 from fedloom.model.cloze import Cloze
 from fedloom.model.loading import load as load_model
 from fedloom.run.devices import fleet_of, is_file
@@ -113,7 +113,9 @@ class World:
     def device(self, client: int) -> Client:
         """Device k with its shards and no private state; ``CENTRE`` holds everything."""
         shards = {s: of if client == CENTRE else of.subset(self._held(s, client)) for s, of in self.splits.items()}
-        return Client(client, shards["train"], shards["validation"], shards["test"], self.experiment.seed, self.fleet.strength(client))
+        train, validation, test = (shards[s] for s in SPLITS)
+        e = self.experiment
+        return Client(client, train, validation, test, e.seed, self.fleet.strength(client), DTYPES[e.precision])
 
     def _held(self, split: Split, client: int) -> np.ndarray:
         return self.judge.examples(split, self.partition.shards(split)[client])
