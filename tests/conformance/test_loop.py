@@ -145,7 +145,7 @@ def test_data_that_changed_under_a_run_is_refused(tmp_path: Path, monkeypatch: p
 def test_beside_f1_accuracy_is_told_by_both_protocols_on_both_splits(tmp_path: Path) -> None:
     """Of three classes F1 is the macro mean; accuracy is counted in the confusions that results hold. Again it comes out the same, also for
     a run of a version that did not tell it."""
-    asked = small.experiment(rounds=3, evaluate_every=2, metric="f1")
+    asked = small.experiment("ditto", rounds=3, evaluate_every=2, metric="f1")
     results, told = run(asked, tmp_path / "run", plain=True), rows(tmp_path / "run")
     assert [row["further"] is None for row in told] == [row["validation"]["further"] is None for row in told] == [False, True, False, False]
     for protocol in ("personalised", "global"):
@@ -154,6 +154,7 @@ def test_beside_f1_accuracy_is_told_by_both_protocols_on_both_splits(tmp_path: P
         assert results["final"]["further"] == told[-1]["further"]
         assert told[-1]["further"]["accuracy"][protocol] == pytest.approx(accuracy)
         assert told[-1]["further"]["accuracy"][protocol] != told[-1][protocol]
+    assert len(set(told[-1]["further"]["accuracy"].values())) == 2, "devices have models of their own here"
     assert told[-1]["validation"]["further"]["accuracy"]["personalised"] == told[-1]["validation"]["accuracy"]
     assert 0 <= told[-1]["validation"]["further"]["accuracy"]["global"] <= 1
     again = evaluate_again(asked, tmp_path / "run")
