@@ -113,8 +113,8 @@ def combine(scores: Sequence[np.ndarray], sizes: Sequence[int]) -> np.ndarray:
 
 
 def gal_count(share: float, layers: int) -> int:
-    # "How many: ... a fraction (default 0.75 of the layers)". Read as: no more than that share, at least one layer.
-    return max(1, int(share * layers + 1e-9))
+    # "How many: ... a fraction (default 0.75 of the layers)". Read as: rounded up, at least one, at most all.
+    return min(layers, max(1, ceil(share * layers)))
 
 
 def choose_gal(scores: np.ndarray, count: int, which: str = "least") -> tuple[int, ...]:

@@ -137,8 +137,8 @@ def test_equal_scores_prefer_the_lower_layer_at_both_ends() -> None:
     assert choose_gal(np.ones(4), [0, 1, 2, 3], Gal(count=2, which="most"), 0) == [0, 1]
 
 
-@pytest.mark.parametrize(("fraction", "layers", "count"), [(0.75, 4, 3), (0.75, 6, 4), (0.5, 3, 1), (1.0, 5, 5), (0.01, 5, 1), (0.6, 5, 3)])
-def test_the_fraction_of_layers_is_rounded_down_to_one_at_least(fraction: float, layers: int, count: int) -> None:
+@pytest.mark.parametrize(("fraction", "layers", "count"), [(0.75, 4, 3), (0.75, 6, 5), (0.5, 3, 2), (1.0, 5, 5), (0.01, 5, 1), (0.6, 5, 3)])
+def test_the_fraction_of_layers_is_rounded_up(fraction: float, layers: int, count: int) -> None:
     assert len(choose_gal(np.arange(layers, dtype=float), list(range(layers)), Gal(fraction=fraction), 0)) == count
 
 

@@ -108,7 +108,7 @@ class Gal:
     """Which layers are global.
 
     Attributes:
-        fraction: share of the adapted layers that are global at most: rounded down, but one at least.
+        fraction: share of the adapted layers that are global at least: rounded up.
         count: number of global layers; overrides the fraction when above 0.
         which: those with the least or the most sensitive output, or random ones.
         rho: size of the perturbation; see the work item Sensitivity.
@@ -366,7 +366,7 @@ def choose_gal(scores: np.ndarray, adapted: list[int], gal: Gal, seed: int, *pat
     Raises:
         ValueError: a count or fraction that is not between 1 layer and all of them.
     """
-    count = gal.count or (max(1, math.floor(gal.fraction * len(adapted) + 1e-9)) if gal.fraction > 0 else 0)
+    count = gal.count or math.ceil(gal.fraction * len(adapted) - 1e-9)
     if not 1 <= count <= len(adapted):
         raise ValueError(f"the GAL must hold 1 to {len(adapted)} layers; fraction {gal.fraction}, count {gal.count} give {count}")
     match gal.which:
