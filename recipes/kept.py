@@ -24,6 +24,7 @@ from fedloom.cli import main
 from fedloom.run.checkpoint import write_atomically
 from fedloom.run.statistics import mean_rank
 from fedloom.run.summary import PROTOCOLS
+from fedloom.run.tables import UNCOUNTED, remark
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = DOCS / "results.md"
@@ -159,7 +160,7 @@ def board(cases: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
             cells.append("-" if rank is None else f"{rank:.1f}")
         sent, most = (sum(row["costs"]["bytes_up"] for row in of) for of in (mine, rows[methods[0]]))
         told.append(f"| {' | '.join([*cells, f'{sent / most:.0%}'])} |")
-    told += ["", "| method | furthest above another, personalised | most device time saved to where another ends |", "| --- | --- | --- |"]
+    lines = []
     for method, mine in rows.items():
         leads = [
             (found, other, case["label"])
@@ -168,10 +169,15 @@ def board(cases: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
             if (found := by["personalised"])
         ]
         above = max(((found["margin"], other, where) for found, other, where in leads), default=None)
-        saved = max(((s, other, where) for found, other, where in leads if (s := found["time_saved"]) is not None), default=None)
+        times = [(s, other, where, found) for found, other, where in leads if (s := found["time_saved"]) is not None]
+        saved = max(times, key=lambda one: one[:3], default=None)
+        mark = "" if saved is None or saved[3].get("personalising_counted") else UNCOUNTED
         margin = f"{above[0]:+.4f} ({above[1]}; {above[2]})" if above and above[0] > 0 else "-"
-        saving = f"{saved[0]:.0%} ({saved[1]}; {saved[2]})" if saved and saved[0] > 0 else "-"
-        told.append(f"| {method} | {margin} | {saving} |")
+        saving = f"{saved[0]:.0%}{mark} ({saved[1]}; {saved[2]})" if saved and saved[0] > 0 else "-"
+        lines.append([method, margin, saving])
+    told += ["", f"**Furthest ahead of another method{remark(lines)}**", ""]
+    told += ["| method | above it, personalised | device time saved to where it ends |", "| --- | --- | --- |"]
+    told += [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join(told) + "\n"
 
 
