@@ -145,7 +145,8 @@ def test_the_board_counts_firsts_and_what_is_level_and_finds_the_furthest_leads(
         told = {"mean": personalised, "deviation": spread, "count": 3}
         none = {"mean": None, "deviation": None, "count": 0}
         scores = {"personalised": told, "global": none if method == "local" else told}
-        by = {other: {"personalised": {"margin": margin, "time_saved": saved}, "global": None} for other, (margin, saved) in over.items()}
+        told_of = {"personalising_counted": method != "ours"}
+        by = {o: {"personalised": {"margin": margin, "time_saved": s, **told_of}, "global": None} for o, (margin, s) in over.items()}
         ranks = {"personalised": rank, "global": None if method == "local" else rank}
         return {"method": method, "scores": {"final": scores}, "rank": ranks, "costs": {"bytes_up": up}, "over": by}
 
@@ -171,8 +172,9 @@ def test_the_board_counts_firsts_and_what_is_level_and_finds_the_furthest_leads(
     assert lines[-3:] == [
         "| lora | - | - |",
         "| local | +0.2000 (lora; a) | 25% (lora; a) |",
-        "| ours | +0.1000 (lora; a) | 75% (lora; b) |",
+        "| ours | +0.1000 (lora; a) | 75%† (lora; b) |",
     ]
+    assert "†: without what devices train" in lines[8]
 
 
 def test_there_is_one_slice_at_least() -> None:
