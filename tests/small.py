@@ -13,7 +13,9 @@ import pytest
 
 from fedloom.methods import named
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
+from fedloom.run.console import Progress
 from fedloom.run.experiment import EngineSettings, Experiment
+from fedloom.run.loop import run
 from fedloom.run.world import build
 from tests import tiny
 
@@ -55,3 +57,19 @@ def build_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the test ends, runs and descriptions of equal experiments share a world."""
     for where in ("loop", "describe"):
         monkeypatch.setattr(f"fedloom.run.{where}.build", BUILT)
+
+
+def stopped(of: Experiment, folder: Path, last: int) -> None:
+    """Run ``of`` in ``folder`` until Ctrl-C, which comes when round ``last`` has its row and before it is in the checkpoint."""
+    show = Progress.round
+
+    def dying(self: Progress, row: dict[str, Any]) -> None:
+        show(self, row)
+        if row["round"] == last:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "round", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(of, folder, plain=True)
+    assert not (folder / "results.json").exists()

@@ -94,19 +94,9 @@ def test_sorting_by_the_loss_of_one_label_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["lora", "fibecfed", "fedcybgd"])
-def test_interrupted_it_ends_at_the_same_bits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_it_ends_at_the_same_bits(name: str, tmp_path: Path) -> None:
     whole = run(experiment(name), tmp_path / "whole", plain=True)
-    show = Progress.round
-
-    def dying(self: Progress, row: dict[str, Any]) -> None:
-        show(self, row)
-        if row["round"] == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Progress, "round", dying)
-    with pytest.raises(KeyboardInterrupt):
-        run(experiment(name), tmp_path / "run", plain=True)
-    monkeypatch.setattr(Progress, "round", show)
+    small.stopped(experiment(name), tmp_path / "run", 2)
     saved = checkpoint.load(tmp_path / "run", store_in(tmp_path / "run"))
     assert saved is not None and saved.state.round == 1
     again = run(experiment(name), tmp_path / "run", plain=True)
@@ -144,7 +134,7 @@ def numbers(tmp_path: Path) -> str:
     return str(folder)
 
 
-def test_exact_match_is_told_at_every_evaluation_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_match_is_told_at_every_evaluation_and_again(tmp_path: Path) -> None:
     """Of every evaluated round, and of no other; a run that was stopped tells the same rows; another evaluation finds the same."""
     asked = experiment(data=numbers(tmp_path), exact_match=3, max_length=30, rounds=3, evaluate_every=2)
     results = run(asked, tmp_path / "run", plain=True)
@@ -163,17 +153,7 @@ def test_exact_match_is_told_at_every_evaluation_and_again(tmp_path: Path, monke
     page = write_report([tmp_path / "run"], tmp_path / "page.html").read_text(encoding="utf-8")
     assert "3 of 16" in page and "exact match, before" in page and "exact match against rounds" in page
 
-    show = Progress.round
-
-    def dying(self: Progress, row: dict[str, Any]) -> None:
-        show(self, row)
-        if row["round"] == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Progress, "round", dying)
-    with pytest.raises(KeyboardInterrupt):
-        run(asked, tmp_path / "stopped", plain=True)
-    monkeypatch.setattr(Progress, "round", show)
+    small.stopped(asked, tmp_path / "stopped", 2)
     assert without_clock(run(asked, tmp_path / "stopped", plain=True)) == without_clock(results)
     assert [without_clock(row) for row in rows(tmp_path / "stopped")] == [without_clock(row) for row in lines]
 
