@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -186,15 +186,8 @@ class Encoding:
                 return {CODES: vector.to(torch.bfloat16)}
             case "fp16":
                 return {CODES: vector.clamp(-FP16_MOST, FP16_MOST).to(torch.float16)}
-            case "int8":
-                scaled, scales = _scaled(vector, BLOCK["int8"])
-                return {CODES: (127 * scaled).round().to(torch.int8), SCALES: scales}
-            case "nf4":
-                scaled, scales = _scaled(vector, BLOCK["nf4"])
-                levels = torch.tensor(NF4)
-                nearest = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
-                even = torch.cat([nearest, nearest.new_zeros(len(nearest) % 2)]).view(-1, 2)
-                return {CODES: even[:, 0] * 16 + even[:, 1], SCALES: scales}
+            case "int8" | "nf4":
+                return dict(zip((CODES, SCALES), coded(vector, self.name), strict=True))
             case _:
                 places = vector.abs().topk(math.ceil(self.share * len(vector) - 1e-9)).indices.sort().values
                 return {CODES: vector[places], PLACES: places.to(torch.int32)}
@@ -221,11 +214,8 @@ class Encoding:
         if found != wanted:
             raise WireError(f"'{self.name}' of {length} numbers is {wanted}; {found} came")
         match self.name:
-            case "int8":
-                return _unscaled(codes.float() / 127, pieces[SCALES], BLOCK["int8"])
-            case "nf4":
-                both = torch.stack([codes // 16, codes % 16], dim=1).reshape(-1)[:length]
-                return _unscaled(torch.tensor(NF4)[both.long()], pieces[SCALES], BLOCK["nf4"])
+            case "int8" | "nf4":
+                return decoded(codes, pieces[SCALES], self.name, length)
             case "top-k":
                 places = pieces[PLACES].long()
                 if len(places) and not (int(places[0]) >= 0 and int(places[-1]) < length and bool((places.diff() > 0).all())):
@@ -236,6 +226,28 @@ class Encoding:
 
 
 EXACT = Encoding()
+
+
+Few = Literal["int8", "nf4"]
+
+
+def coded(vector: torch.Tensor, name: Few) -> tuple[torch.Tensor, torch.Tensor]:
+    """(P,) in float32 as int8 (P,), or as two of nf4's codes a byte (⌈P/2⌉,), and each block's scale in float32."""
+    scaled, scales = _scaled(vector, BLOCK[name])
+    if name == "int8":
+        return (127 * scaled).round().to(torch.int8), scales
+    levels = torch.tensor(NF4, device=vector.device)
+    nearest = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    even = torch.cat([nearest, nearest.new_zeros(len(nearest) % 2)]).view(-1, 2)
+    return even[:, 0] * 16 + even[:, 1], scales
+
+
+def decoded(codes: torch.Tensor, scales: torch.Tensor, name: Few, length: int) -> torch.Tensor:
+    """(``length``,) in float32 from what :func:`coded` made."""
+    if name == "int8":
+        return _unscaled(codes.float() / 127, scales, BLOCK[name])
+    levels = torch.tensor(NF4, device=codes.device)
+    return _unscaled(torch.cartesian_prod(levels, levels)[codes.int()].reshape(-1)[:length], scales, BLOCK[name])
 
 
 class Sender:
@@ -285,6 +297,8 @@ def _scaled(vector: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _unscaled(scaled: torch.Tensor, scales: torch.Tensor, block: int) -> torch.Tensor:
+    if len(scaled) % block == 0:
+        return (scaled.view(-1, block) * scales[:, None]).view(-1)
     return scaled * scales.repeat_interleave(block)[: len(scaled)]
 
 

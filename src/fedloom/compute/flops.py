@@ -9,7 +9,7 @@ Of a linear layer with some rows only, the operations are linear in the number o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedloom.model.adapters import is_beneath
 from fedloom.model.base import Batch, Model
 from fedloom.model.factors import rank_in
 from fedloom.model.principal import operations
@@ -33,9 +34,13 @@ def start_operations(model: Model) -> float:
     vectors (``principal.py``), 0 for any other start, which only draws numbers."""
     if not model.split:
         return 0.0
-    rank, own = rank_in(model.initial), dict(model.module.named_parameters())
-    shapes = (own[name].shape for name in model.beneath.names)
+    rank, shapes = rank_in(model.initial), (weight.shape for weight in model.weights.values())
     return sum(operations(d_out, d_in, rank) for d_out, d_in in shapes)
+
+
+def _packed_product(rows: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+    """Operations of a product with a packed weight, which PyTorch's counter does not know."""
+    return 2 * int(np.prod(out_shape)) * rows[-1]
 
 
 class _NoModules:
@@ -101,10 +106,10 @@ class Flops:
         segments = torch.full_like(ids, self.model.trial_segment)
         batch = Batch(ids, ids > 0, segments, torch.zeros_like(ids[:, 0]), one)
         some = {n: torch.arange(k) for n, k in (rows or {}).items()}
-        own = {**self.model.initial, **self.model.weights}
+        own = {**self.model.initial, **(self.model.weights if any(map(is_beneath, names)) else {})}
         given = {n: own[n].to(self.model.device) for n in names}
         given = {n: (t[: len(some[n])].clone() if n in some else t).requires_grad_(True) for n, t in given.items()}
-        counter = FlopCounterMode(display=False)
+        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: _packed_product})
         counter.mod_tracker = _NoModules()  # type: ignore[assignment]
         with counter:
             if given:

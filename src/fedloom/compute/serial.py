@@ -36,6 +36,7 @@ from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
 from fedloom.model.base import Batch, Model, as_batch
 from fedloom.model.dropout import SeededDropout
+from fedloom.model.quantised import numbers
 from fedloom.model.some_rows import SomeRows
 from fedloom.seeds import derive_int
 
@@ -196,7 +197,7 @@ def brings_a_model(item: Fit, model: Model) -> bool:
     take the places of the model's own (:meth:`Model.lent`): beside these they would be a second model."""
     if model.dtype is torch.float32 or item.through is not None or not item.fixed.keys() <= model.initial.keys():
         return False
-    return 2 * sum(t.numel() for t in item.fixed.values()) > sum(p.numel() for p in model.module.parameters())
+    return 2 * sum(t.numel() for t in item.fixed.values()) > numbers(model.module)
 
 
 def twice_differentiated(

@@ -73,9 +73,10 @@ class DeltaLora:
         """Every trainable tensor is shared; the server keeps the pre-trained weights until they move.
 
         Raises:
-            ValueError: no LoRA is trained, or one with dropout.
+            ValueError: no LoRA is trained, or one with dropout; or a base in few bits.
         """
         need_pairs(model.initial, self.name)
+        model.need_own_weights(self.name)
         if model.dropout:
             raise ValueError(
                 f"'{self.name}' moves W by what moves the pair, so that both must see the same input; dropout {model.dropout} thins out "

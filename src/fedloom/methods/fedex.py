@@ -43,9 +43,10 @@ class FedExLora:
         """Every trainable tensor is shared, and the weights under the pairs.
 
         Raises:
-            ValueError: no LoRA is trained.
+            ValueError: no LoRA is trained; or a base in few bits.
         """
         need_pairs(model.initial, self.name)
+        model.need_own_weights(self.name)
         return State(0, {**model.initial, **model.weights}, facts={"scaling": model.beneath.scaling})
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:

@@ -74,9 +74,10 @@ class FedSb:
         """The head is shared; the server keeps the pairs, whose shapes it needs.
 
         Raises:
-            ValueError: no LoRA is trained, one that does not start at zero, or one of a higher rank than a weight has.
+            ValueError: no LoRA is trained, one that does not start at zero, or one of a higher rank than a weight has; or a base in few bits.
         """
         need_pairs(model.initial, self.name)
+        model.need_own_weights(self.name)
         need_room(model.initial, self.name)
         need_zero_start(model.initial, self.name)
         pairs = only(model.initial, list(filter(is_factor, model.initial)))

@@ -51,9 +51,10 @@ class FLoRA:
         """W_0 and the head are shared; the server keeps the shapes of the pairs.
 
         Raises:
-            ValueError: no LoRA is trained, one that does not start at zero, or ranks that it has not.
+            ValueError: no LoRA is trained, one that does not start at zero, or ranks that it has not; or a base in few bits.
         """
         need_pairs(model.initial, self.name)
+        model.need_own_weights(self.name)
         need_zero_start(model.initial, self.name)
         need_ranks(self.ranks, model.initial, self.name)
         pairs = only(model.initial, list(filter(is_factor, model.initial)))

@@ -26,6 +26,7 @@ from torch import nn
 
 from fedloom.model import bottleneck, mixing
 from fedloom.model.principal import principal_factors
+from fedloom.model.quantised import Base, Quantised, quantise, restore
 from fedloom.tensors import fingerprint
 
 ADAPTER = "default"
@@ -56,6 +57,8 @@ class Adapter:
             (``mixing.py``); auto: as the method has it, else lora.
         start: where LoRA starts: at zero, from the weights' singular vectors (svd; ``principal.py``), or auto: as the method has it, else
             at zero.
+        base: what the frozen linear layers of the transformer's layers are held in: exact, as ``precision`` says, or int8 or nf4, 8 or 4
+            bits a number and a scale for some (``quantised.py``); for kinds that train none of them.
     """
 
     rank: int = 8
@@ -64,6 +67,7 @@ class Adapter:
     dropout: float = 0.0
     kind: Kind = "auto"
     start: Start = "auto"
+    base: Base = "exact"
 
 
 class AdapterError(ValueError):
@@ -90,6 +94,11 @@ def attach(
         raise AdapterError(f"an adapter needs rank >= 1 and 0 <= dropout < 1; got rank {adapter.rank}, dropout {adapter.dropout}")
     if adapter.start == "svd" and adapter.kind not in ("auto", "lora"):
         raise AdapterError(f"start svd is one of LoRA's pairs, and kind {adapter.kind} has none; give --adapter.kind lora")
+    if adapter.base != "exact" and adapter.kind in ("full", "bitfit"):
+        raise AdapterError(
+            f"kind {adapter.kind} trains numbers of the base itself, and --adapter.base {adapter.base} holds those frozen in few bits; leave "
+            "--adapter.base out, or give --adapter.kind lora, ia3, houlsby, pfeiffer or mixed"
+        )
     targets = list(adapter.targets) or None
     task = None if finds or not classifier else TaskType.TOKEN_CLS if tags else TaskType.SEQ_CLS
     # PEFT's own class for finding answers (QUESTION_ANS, as of 0.21) passes neither token types nor positions on to the model
@@ -161,8 +170,23 @@ def _by_peft(base: nn.Module, adapter: Adapter, config: PeftConfig) -> nn.Module
         ) from error
 
 
+def in_few_bits(model: nn.Module, base: Base) -> dict[str, Quantised]:
+    """Hold the frozen base of a model with its adapter as ``base`` says: what is held in few bits, by the names of the weights.
+
+    Raises:
+        AdapterError: nothing of it can be.
+    """
+    if base == "exact":
+        return {}
+    try:
+        return quantise(model, base)
+    except LookupError as error:
+        raise AdapterError(f"--adapter.base {base}: {error}; leave it out") from error
+
+
 def take_principal_parts(model: nn.Module) -> str:
-    """Put A0 and B0 into every pair and W_res under it. The model's copy in memory is changed, never a file. Returns the fingerprint of
+    """Put A0 and B0 into every pair and W_res under it; where the base is held in few bits, W0 is what these are, and s·B0·A0 is taken out
+    beside it. The model's copy in memory is changed, never a file. Returns the fingerprint of
     the weights W0 as they were, by which models are compared: what is left of them differs in its last digits from one machine to another.
 
     Raises:
@@ -174,7 +198,10 @@ def take_principal_parts(model: nn.Module) -> str:
             pair: Any = module
             layer = pair.get_base_layer()
             transposed = "Conv1D" in type(layer).__name__
-            weight = layer.weight.detach().T if transposed else layer.weight.detach()
+            if isinstance(layer, Quantised):
+                weight = layer.weight()
+            else:
+                weight = layer.weight.detach().T if transposed else layer.weight.detach()
             were[name] = fingerprint({"weight": weight})
             scaling = float(pair.scaling[ADAPTER])
             try:
@@ -184,6 +211,9 @@ def take_principal_parts(model: nn.Module) -> str:
             with torch.no_grad():
                 pair.lora_A[ADAPTER].weight.copy_(a)
                 pair.lora_B[ADAPTER].weight.copy_(b)
+                if isinstance(layer, Quantised):
+                    layer.take_out(a, b, scaling)
+                    continue
                 rest = weight.double() - scaling * b.double() @ a.double()
                 layer.weight.copy_(rest.T if transposed else rest)
     return hashlib.sha256(json.dumps(were, sort_keys=True).encode()).hexdigest()
@@ -319,7 +349,7 @@ def partner(name: str) -> str:
 
 def merged(model: nn.Module, names: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> Any:
     """The base with ``tensors`` in their places and PEFT's adapters merged into the weights (W0 + s·B·A): a plain model, in float32 and on
-    the processor. What is so already and nothing is merged into is not copied: neither the base nor ``tensors`` may change meanwhile.
+    the processor; of a base in few bits W0 is what these are. What is so already and nothing is merged into is not copied: neither the base nor ``tensors`` may change meanwhile.
 
     ``names``: saved name -> parameter name of all trained tensors (:func:`trainable_names`).
 
@@ -336,6 +366,7 @@ def merged(model: nn.Module, names: Mapping[str, str], tensors: Mapping[str, tor
         tensor = placed.get(name, own).detach().to("cpu", torch.float32)
         shared[id(own)] = nn.Parameter(tensor.clone() if is_beneath(name) else tensor, False)
     copied: Any = copy.deepcopy(model, shared).cpu()
+    restore(copied)
     if not isinstance(copied, PeftModel):
         return copied
     try:

@@ -34,6 +34,7 @@ from fedloom.model.calls import CALLS, Call, Shape
 from fedloom.model.cloze import Filler
 from fedloom.model.kernels import computes_bf16
 from fedloom.model.packed import Mapped, Packed, Rows, Unpackable, Way, Weights, logits_of
+from fedloom.model.quantised import Quantised, numbers
 from fedloom.model.recomputed import Recomputed
 from fedloom.model.skipped import left_out, stack_of
 from fedloom.model.spans import CONTEXT, SECOND, Finder, Spans, overlap
@@ -69,7 +70,8 @@ class Model:
     under LoRA's pairs, which a method may change as well (:meth:`stand_on`). ``alone``: why it cannot run for many owners at once, or
     nothing; ``together_by``: how it does. ``still``: what of the head no loss depends on, which is not trained. ``recomputes``: whether
     its layers are computed again in backward passes, and what is inside them not kept (``recomputed.py``). ``split``: the fingerprint of
-    the weights under the pairs before their principal parts were taken out, or nothing where none were."""
+    the weights under the pairs before their principal parts were taken out, or nothing where none were. ``quantised``: what of the module is
+    held in 8 or 4 bits, by the names of the weights."""
 
     name: str
     module: Any
@@ -95,6 +97,7 @@ class Model:
     still: dict[str, torch.Tensor] = field(default_factory=dict)
     recomputes: bool = False
     split: str = ""
+    quantised: dict[str, Quantised] = field(default_factory=dict)
     _copies: dict[torch.dtype, nn.Module] = field(default_factory=dict)
     _ways: dict[torch.dtype, Way] = field(default_factory=dict)
     _recomputed: dict[int, Recomputed] = field(default_factory=dict)
@@ -117,7 +120,7 @@ class Model:
     @property
     def is_whole(self) -> bool:
         """Whether most of the model's own numbers are trained."""
-        return 2 * sum(t.numel() for t in self.initial.values()) > sum(p.numel() for p in self.module.parameters())
+        return 2 * sum(t.numel() for t in self.initial.values()) > numbers(self.module)
 
     @property
     def side(self) -> Literal["left", "right"]:
@@ -192,9 +195,10 @@ class Model:
 
     def base(self, dtype: torch.dtype) -> nn.Module:
         """The module in ``dtype``. One copy a precision a process, never one a client; in the precision that training computes in it is the
-        module itself."""
+        module itself. What is held in few bits is shared by all."""
         if dtype not in self._copies:
-            self._copies[dtype] = kept_in(copy.deepcopy(self.module), dtype)
+            shared = {id(tensor): tensor for q in self.quantised.values() for tensor in q.held}
+            self._copies[dtype] = kept_in(copy.deepcopy(self.module, shared), dtype)
             if self._stands_on:  # in its own precision
                 self._put_under(self._copies[dtype], self._beneath_now)
         return self._copies[dtype]
@@ -222,6 +226,8 @@ class Model:
     @property
     def weights(self) -> dict[str, torch.Tensor]:
         """The pre-trained weights under the pairs, float32 (d_out, d_in), by saved name; copies."""
+        if self.quantised:
+            return {n: self.quantised[n].rest().cpu() for n in self.beneath.names}
         if not self._own:
             own = dict(self.module.named_parameters())
             self._own = {n: own[n].detach().float().cpu().clone() for n in self.beneath.names}
@@ -231,8 +237,10 @@ class Model:
         """Put these under the pairs, for every call from now on; where there are none, the model's own again. (d_out, d_in), by saved name.
 
         Raises:
-            ModelError: a name that no pair stands on.
+            ModelError: a name that no pair stands on, or a base in few bits, which stays as it is.
         """
+        if weights and self.quantised:
+            raise ModelError(f"the base of '{self.name}' is held in few bits and stays as it is; leave --adapter.base out")
         if unknown := sorted(set(weights) - set(self.beneath.names)):
             raise ModelError(f"no LoRA pair of '{self.name}' stands on {unknown[:2]}; they stand on {list(self.beneath.names)[:2]} …")
         wanted = fingerprint(weights) if weights else ""
@@ -256,13 +264,16 @@ class Model:
         with torch.no_grad():
             for a in filter(is_down, pairs):
                 b, name = partner(a), under(a)
-                old, new = (at[b].double() @ at[a].double() for at in (self.initial, pairs))
-                change = (self.beneath.scaling * (old - new)).to(own[name].device)
-                own[name].copy_(own[name].double() + self._turned(name, change))
+                if name in self.quantised:
+                    self.quantised[name].take_out(pairs[a], pairs[b], self.beneath.scaling)
+                else:
+                    old, new = (at[b].double() @ at[a].double() for at in (self.initial, pairs))
+                    change = (self.beneath.scaling * (old - new)).to(own[name].device)
+                    own[name].copy_(own[name].double() + self._turned(name, change))
                 for factor in (a, b):
                     own[self.parameters[factor]].copy_(pairs[factor])
                     self.initial[factor] = pairs[factor].clone()
-        self._copies, self._ways, self._own = {torch.float32: self.module}, {}, {}
+        self._copies, self._ways, self._own = {self.dtype: self.module}, {}, {}
 
     def _turned(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """From (d_out, d_in) to as the module keeps it, and back."""
@@ -318,7 +329,7 @@ class Model:
             stacks = [stack_of(module, self.depth) for module in modules]
         except LookupError as error:
             raise ModelError(f"no layer of '{self.name}' can be left out: {error}") from error
-        if not self._own:
+        if not self._own and not self.quantised:
             _ = self.weights  # all of its own are remembered while they are there
         with left_out(stacks, layers, self._answers_of(stacks[0], dtype)):
             yield
@@ -473,7 +484,7 @@ class Model:
         if self.dtype is not torch.float32 and self.is_whole:
             return None
         wide = 4 if dtype is torch.bfloat16 and not computes_bf16() else torch.empty(0, dtype=dtype).element_size()
-        copies = 2 * wide * sum(p.numel() for p in self.module.parameters())
+        copies = 2 * wide * sum(p.numel() for p in self.module.parameters())  # of what is held in few bits none is kept
         return {} if copies < free_bytes(self.device) / 4 else None
 
     def loss(self, tensors: Tensors, batch: Batch, dtype: torch.dtype, twice: bool = False) -> torch.Tensor:
@@ -532,6 +543,18 @@ class Model:
         """
         if self.reads_many:
             raise ValueError(f"'{who}' counts each device's labels, and the texts of this task have none of their own; take another method")
+
+    def need_own_weights(self, who: str) -> None:
+        """For methods that change the weights under the pairs, or take gradients by them.
+
+        Raises:
+            ValueError: they are held in few bits, in which small changes cannot be held.
+        """
+        if self.quantised:
+            raise ValueError(
+                f"'{who}' works on the weights under the pairs, and these are held in few bits, where a small change is lost; leave "
+                "--adapter.base out"
+            )
 
     @property
     def segmented(self) -> bool:

@@ -90,23 +90,36 @@ class Frozen:
     what processors that do compute in it make of the same numbers."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        pack = torch.ops.mkldnn._reorder_linear_weight
-        self.widens = weight.dtype is torch.bfloat16 and not computes_bf16()
-        weight = weight.float() if self.widens else weight
-        self.forth, self.back = pack(weight.contiguous(), HINT), pack(weight.t().contiguous(), HINT)
+        self.forth, self.back = _packed(weight), _packed(weight.t())
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x Wᵀ + bias for rows x (N, d_in)."""
         return _FrozenLinear.apply(x, self, bias)  # type: ignore[return-value]
 
-    def rows_times(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x (N, …) times one of the two."""
-        if len(x) == 1:  # a lone row would take another kernel, with other last bits
-            return self.rows_times(x.expand(2, -1), packed, bias)[:1]
-        if self.widens:
-            wide = torch.ops.mkldnn._linear_pointwise(x.float(), packed, None if bias is None else bias.float(), "none", [], "")
-            return wide.to(x.dtype)
-        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
+
+def times(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x Wᵀ for rows x (N, d_in) and a weight (d_out, d_in) that is there for this product alone: what :class:`Frozen` makes of them, where
+    it can be made. No gradient."""
+    return _rows_times(x, _packed(weight), None) if packable(weight) else functional.linear(x, weight)
+
+
+def _packed(weight: torch.Tensor) -> torch.Tensor:
+    weight = weight.float() if _widened(weight) else weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), HINT)
+
+
+def _widened(of: torch.Tensor) -> bool:
+    return of.dtype is torch.bfloat16 and not computes_bf16()
+
+
+def _rows_times(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x (N, …) times a packed weight."""
+    if len(x) == 1:  # a lone row would take another kernel, with other last bits
+        return _rows_times(x.expand(2, -1), packed, bias)[:1]
+    if _widened(x):
+        wide = torch.ops.mkldnn._linear_pointwise(x.float(), packed, None if bias is None else bias.float(), "none", [], "")
+        return wide.to(x.dtype)
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
 
 
 class _FrozenLinear(Function):
@@ -115,9 +128,9 @@ class _FrozenLinear(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: Frozen, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.weight = weight
-        return weight.rows_times(x, weight.forth, bias)
+        return _rows_times(x, weight.forth, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return ctx.weight.rows_times(gradient, ctx.weight.back, None), None, None
+        return _rows_times(gradient, ctx.weight.back, None), None, None

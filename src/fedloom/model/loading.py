@@ -37,7 +37,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from fedloom.hub import reachable
-from fedloom.model.adapters import BESIDE, HEADS, Adapter, attach, beneath, is_head, take_principal_parts, trainable_names
+from fedloom.model.adapters import BESIDE, HEADS, Adapter, attach, beneath, in_few_bits, is_head, take_principal_parts, trainable_names
 from fedloom.model.answers import Form, Speaker
 from fedloom.model.base import Batch, Model, ModelError, Precision, free_bytes
 from fedloom.model.calls import CALLS, from_zero
@@ -128,7 +128,8 @@ def load(
     ``form``: to what it answers. With ``tags`` it tells one of them for every word of a text; ``between`` stands between those. One that
     ``finds`` tells where in a context the answer to a question is. To ``recompute`` is to compute layers again in backward passes.
 
-    It is loaded and tried in float32; where ``precision`` is less, it is then held in that and in no other.
+    It is loaded in float32; what the adapter's ``base`` holds in few bits is so before anything is computed. It is tried in float32; where
+    ``precision`` is less, the rest is then held in that and in no other.
 
     Raises:
         ModelError: no such model, not a classifier, an encoder-decoder, or one that no way of calling fits.
@@ -158,12 +159,13 @@ def load(
         tagger = Tagger(tokenizer, tags, between, length) if tags else None
         finder = Finder(tokenizer, length) if finds else None
         module = attach(base, adapter, cloze is None and answers is None, bool(tags), finds, new)
+        quantised = in_few_bits(module, adapter.base)
         split = take_principal_parts(module) if adapter.start == "svd" else ""
     parameters = trainable_names(module)
     module.eval().requires_grad_(False).to(device)
     model = Model(name, module, config, tokenizer, num_labels, length, precision, adapter.dropout, torch.device(device))
     model.filler, model.speaker, model.tagger, model.finder = filler, speaker, tagger, finder
-    model.parameters, model.beneath, model.split = parameters, beneath(module), split
+    model.parameters, model.beneath, model.split, model.quantised = parameters, beneath(module), split, quantised
     own = dict(module.named_parameters())
     # of a model all of which is trained, the start is the module's own weights: a copy would be a second model
     kept = (lambda t: t) if adapter.kind == "full" else torch.clone
