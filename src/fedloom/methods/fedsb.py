@@ -74,7 +74,8 @@ class FedSb:
         """The head is shared; the server keeps the pairs, whose shapes it needs.
 
         Raises:
-            ValueError: no LoRA is trained, one that does not start at zero, or one of a higher rank than a weight has; or a base in few bits.
+            ValueError: no LoRA is trained, one that does not start at zero, or one of a higher rank than a weight has; a base in few
+                bits.
         """
         need_pairs(model.initial, self.name)
         model.need_own_weights(self.name)

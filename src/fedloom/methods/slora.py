@@ -67,7 +67,8 @@ class SLora:
         """What moved, nothing yet, and the head are shared; the server keeps W_0 and the pairs' start.
 
         Raises:
-            ValueError: no LoRA is trained, one that does not start at zero, or one of a higher rank than a weight has; or a base in few bits.
+            ValueError: no LoRA is trained, one that does not start at zero, or one of a higher rank than a weight has; a base in few
+                bits.
         """
         need_pairs(model.initial, self.name)
         model.need_own_weights(self.name)

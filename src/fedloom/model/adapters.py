@@ -96,8 +96,8 @@ def attach(
         raise AdapterError(f"start svd is one of LoRA's pairs, and kind {adapter.kind} has none; give --adapter.kind lora")
     if adapter.base != "exact" and adapter.kind in ("full", "bitfit"):
         raise AdapterError(
-            f"kind {adapter.kind} trains numbers of the base itself, and --adapter.base {adapter.base} holds those frozen in few bits; leave "
-            "--adapter.base out, or give --adapter.kind lora, ia3, houlsby, pfeiffer or mixed"
+            f"kind {adapter.kind} trains numbers of the base itself, and --adapter.base {adapter.base} holds those in few bits, frozen; "
+            "leave it out, or give --adapter.kind lora, ia3, houlsby, pfeiffer or mixed"
         )
     targets = list(adapter.targets) or None
     task = None if finds or not classifier else TaskType.TOKEN_CLS if tags else TaskType.SEQ_CLS
@@ -198,10 +198,7 @@ def take_principal_parts(model: nn.Module) -> str:
             pair: Any = module
             layer = pair.get_base_layer()
             transposed = "Conv1D" in type(layer).__name__
-            if isinstance(layer, Quantised):
-                weight = layer.weight()
-            else:
-                weight = layer.weight.detach().T if transposed else layer.weight.detach()
+            weight = layer.weight() if isinstance(layer, Quantised) else _upright(layer.weight.detach(), transposed)
             were[name] = fingerprint({"weight": weight})
             scaling = float(pair.scaling[ADAPTER])
             try:
@@ -215,8 +212,12 @@ def take_principal_parts(model: nn.Module) -> str:
                     layer.take_out(a, b, scaling)
                     continue
                 rest = weight.double() - scaling * b.double() @ a.double()
-                layer.weight.copy_(rest.T if transposed else rest)
+                layer.weight.copy_(_upright(rest, transposed))
     return hashlib.sha256(json.dumps(were, sort_keys=True).encode()).hexdigest()
+
+
+def _upright(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+    return weight.T if transposed else weight
 
 
 def trainable_names(model: nn.Module) -> dict[str, str]:
@@ -349,7 +350,8 @@ def partner(name: str) -> str:
 
 def merged(model: nn.Module, names: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> Any:
     """The base with ``tensors`` in their places and PEFT's adapters merged into the weights (W0 + s·B·A): a plain model, in float32 and on
-    the processor; of a base in few bits W0 is what these are. What is so already and nothing is merged into is not copied: neither the base nor ``tensors`` may change meanwhile.
+    the processor; of a base in few bits W0 is what these are. What is so already and nothing is merged into is not copied: neither the base
+    nor ``tensors`` may change meanwhile.
 
     ``names``: saved name -> parameter name of all trained tensors (:func:`trainable_names`).
 

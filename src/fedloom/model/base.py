@@ -34,7 +34,7 @@ from fedloom.model.calls import CALLS, Call, Shape
 from fedloom.model.cloze import Filler
 from fedloom.model.kernels import computes_bf16
 from fedloom.model.packed import Mapped, Packed, Rows, Unpackable, Way, Weights, logits_of
-from fedloom.model.quantised import Quantised, numbers
+from fedloom.model.quantised import Base, Quantised, numbers, numbers_in_few
 from fedloom.model.recomputed import Recomputed
 from fedloom.model.skipped import left_out, stack_of
 from fedloom.model.spans import CONTEXT, SECOND, Finder, Spans, overlap
@@ -70,8 +70,8 @@ class Model:
     under LoRA's pairs, which a method may change as well (:meth:`stand_on`). ``alone``: why it cannot run for many owners at once, or
     nothing; ``together_by``: how it does. ``still``: what of the head no loss depends on, which is not trained. ``recomputes``: whether
     its layers are computed again in backward passes, and what is inside them not kept (``recomputed.py``). ``split``: the fingerprint of
-    the weights under the pairs before their principal parts were taken out, or nothing where none were. ``quantised``: what of the module is
-    held in 8 or 4 bits, by the names of the weights."""
+    the weights under the pairs before their principal parts were taken out, or nothing where none were. ``quantised``: what of the module
+    is held in 8 or 4 bits, by the names of the weights."""
 
     name: str
     module: Any
@@ -116,6 +116,16 @@ class Model:
     def depth(self) -> int:
         """Number of transformer layers D."""
         return int(self.config.num_hidden_layers)
+
+    @property
+    def few(self) -> int:
+        """How many numbers of the base are held in few bits."""
+        return numbers_in_few(self.module)
+
+    @property
+    def base_in(self) -> Base:
+        """What its frozen layers are held in."""
+        return next(iter(self.quantised.values())).name if self.quantised else "exact"
 
     @property
     def is_whole(self) -> bool:

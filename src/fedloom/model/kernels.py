@@ -90,6 +90,7 @@ class Frozen:
     what processors that do compute in it make of the same numbers."""
 
     def __init__(self, weight: torch.Tensor) -> None:
+        self.widens = _widened(weight)
         self.forth, self.back = _packed(weight), _packed(weight.t())
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -100,7 +101,7 @@ class Frozen:
 def times(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x Wᵀ for rows x (N, d_in) and a weight (d_out, d_in) that is there for this product alone: what :class:`Frozen` makes of them, where
     it can be made. No gradient."""
-    return _rows_times(x, _packed(weight), None) if packable(weight) else functional.linear(x, weight)
+    return _rows_times(x, _packed(weight), None, _widened(weight)) if packable(weight) else functional.linear(x, weight)
 
 
 def _packed(weight: torch.Tensor) -> torch.Tensor:
@@ -112,11 +113,11 @@ def _widened(of: torch.Tensor) -> bool:
     return of.dtype is torch.bfloat16 and not computes_bf16()
 
 
-def _rows_times(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x (N, …) times a packed weight."""
+def _rows_times(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, widens: bool) -> torch.Tensor:
+    """x (N, …) times a packed weight, which was widened to float32 if ``widens``."""
     if len(x) == 1:  # a lone row would take another kernel, with other last bits
-        return _rows_times(x.expand(2, -1), packed, bias)[:1]
-    if _widened(x):
+        return _rows_times(x.expand(2, -1), packed, bias, widens)[:1]
+    if widens:
         wide = torch.ops.mkldnn._linear_pointwise(x.float(), packed, None if bias is None else bias.float(), "none", [], "")
         return wide.to(x.dtype)
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
@@ -128,9 +129,9 @@ class _FrozenLinear(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: Frozen, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.weight = weight
-        return _rows_times(x, weight.forth, bias)
+        return _rows_times(x, weight.forth, bias, weight.widens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _rows_times(gradient, ctx.weight.back, None), None, None
+        return _rows_times(gradient, ctx.weight.back, None, ctx.weight.widens), None, None

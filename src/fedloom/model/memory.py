@@ -4,7 +4,8 @@ A model is cut into parts from the input to the output: what lies before the lay
 behind the layers, and the head. Of these the end and the last ℓ others are trained, and everything before is frozen. With P the model's
 parameters, b the bytes of a number in training's precision, T_ℓ the numbers trained, B examples a step and L tokens a text:
 
-    weights      b·P, and 4·T_ℓ for the float32 that is trained where b < 4
+    weights      b·P, and 4·T_ℓ for the float32 that is trained where b < 4; of what is held in few bits (``quantised.py``) 65/64
+                 bytes a number (int8) or 9/16 (nf4) instead of b
     gradients    4·T_ℓ
     optimiser    8·T_ℓ                                        AdamW's two moments
     activations  B·L·(a·max(1, min(ℓ, D)) + w)                a, w: of one token, for a layer and for a language model's words
@@ -26,6 +27,7 @@ from typing import NamedTuple
 from fedloom.model.adapters import is_head
 from fedloom.model.base import Model
 from fedloom.model.blocks import cover, layer_of
+from fedloom.model.quantised import Base, numbers, size_of
 
 MOMENTS = 2
 """Numbers that AdamW keeps of each that it trains."""
@@ -71,18 +73,23 @@ def needs(model: Model, batch_size: int, recomputed: bool = False) -> list[Needs
     texts of the model's greatest length. ``recomputed``: where layers are computed again. A method that chooses by it leaves that out,
     whatever the model does: it says how, and what is chosen is part of what."""
     before, _ = parts(model.initial)
-    own, number = sum(parameter.numel() for parameter in model.module.parameters()), model.dtype.itemsize
+    own, number = numbers(model.module), model.dtype.itemsize
     tokens, made = batch_size * model.max_length, []
     for layers in range(len(before) + 1):
         trained = sum(model.initial[n].numel() for n in output_side(model.initial, layers))
-        made.append(Needs(layers, *resident(own, trained, number), tokens * kept(model, layers, recomputed)))
+        made.append(Needs(layers, *resident(own, trained, number, model.few, model.base_in), tokens * kept(model, layers, recomputed)))
     return made
 
 
-def resident(parameters: int, trained: int, number: int) -> tuple[int, int, int]:
+def resident(parameters: int, trained: int, number: int, few: int = 0, base: Base = "exact") -> tuple[int, int, int]:
     """Bytes of the weights, of their gradients and of AdamW's moments, where so many of the ``parameters`` are trained at a time and
-    ``number`` is what one of the others takes: b·P (and 4·T where b < 4), 4·T, 8·T."""
-    return number * parameters + (4 * trained if number < 4 else 0), 4 * trained, 4 * MOMENTS * trained
+    ``number`` is what one of the others takes: b·P (and 4·T where b < 4), 4·T, 8·T. ``few`` of them are held as ``base`` says."""
+    return held(parameters, number, few, base) + (4 * trained if number < 4 else 0), 4 * trained, 4 * MOMENTS * trained
+
+
+def held(parameters: int, number: int, few: int = 0, base: Base = "exact") -> int:
+    """Bytes of so many parameters, ``few`` of them held as ``base`` says and ``number`` what one of the others takes."""
+    return number * (parameters - few) + size_of(few, base)
 
 
 def fitting(totals: Collection[int], memory: float) -> int | None:

@@ -1,6 +1,6 @@
 """Frozen linear layers in 8 or 4 bits: the base of QLoRA (2305.14314, eq. 5), by PyTorch's own operations and the wire's own codes.
 
-    y = Q(W)·x + b − s·B0·(A0·x)        Q(W) = scale · code: int8 with a float32 scale for each 256 numbers, nf4 for each 64 (``encodings.py``)
+    y = Q(W)·x + b − s·B0·(A0·x)        Q(W) = scale · code, a float32 scale for each 256 numbers of int8 and 64 of nf4 (``encodings.py``)
 
 The last term is there where LoRA starts from singular vectors (``principal.py``): a frozen pair that takes out of the layer what the pair
 that is trained brings at its start. So Q(W) is untouched, and the start is the function of the quantised model.
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.autograd import Function
 
-from fedloom.encodings import BLOCK, Encoding, Few, coded, decoded
+from fedloom.encodings import Encoding, Few, coded, decoded
 from fedloom.model.blocks import layer_of
 from fedloom.model.kernels import times
 
@@ -37,7 +37,8 @@ class Quantised(nn.Module):
         """``layer`` loses its weight."""
         nn.Module.__init__(self)
         own: Any = layer
-        self.turned, self.name = "nf" in vars(layer), name
+        self.turned = "nf" in vars(layer)
+        self.name: Few = name
         weight = own.weight.detach().T if self.turned else own.weight.detach()
         self.shape = weight.shape
         codes, scales = coded(weight.float().reshape(-1), name)
@@ -127,7 +128,9 @@ def quantise(module: nn.Module, name: Few) -> dict[str, Quantised]:
     found = {n: part for n, part in module.named_modules() if _is_linear(part) and layer_of(f"{n}.") is not None}
     frozen = {n: part for n, part in found.items() if not any(p.requires_grad for p in part.parameters())}
     if not frozen:
-        raise LookupError(f"no frozen linear layer within the transformer layers of {type(module).__name__}; of {len(found)} all are trained")
+        raise LookupError(
+            f"no frozen linear layer within the transformer layers of {type(module).__name__}; of {len(found)} all are trained"
+        )
     made = {}
     for n, layer in frozen.items():
         parent, _, last = n.rpartition(".")
@@ -169,4 +172,8 @@ def size_of(count: int, base: Base) -> int:
 
 def as_common(quantised: Mapping[str, Quantised]) -> dict[str, torch.Tensor]:
     """Codes and scales by name, by which two bases are compared; not what was taken out of them."""
-    return {f"{n}.{what}": cast(torch.Tensor, tensor) for n, q in quantised.items() for what, tensor in (("codes", q.codes), ("scales", q.scales))}
+    return {
+        f"{n}.{what}": cast(torch.Tensor, tensor)
+        for n, q in quantised.items()
+        for what, tensor in (("codes", q.codes), ("scales", q.scales))
+    }

@@ -23,7 +23,9 @@ from fedloom.data.sources import Source
 from fedloom.engines.engine import drive
 from fedloom.messages import Replies, Task
 from fedloom.methods.embracingfl import EmbracingFL
+from fedloom.model.base import Model
 from fedloom.model.memory import Needs, fitting, needs, resident
+from fedloom.model.quantised import numbers
 from fedloom.run.console import human_bytes, human_seconds
 from fedloom.run.counting import Counting
 from fedloom.run.experiment import EngineSettings, Experiment
@@ -125,7 +127,7 @@ def _written(world: World) -> str:
 
 def _model(world: World) -> Lines:
     model = world.model
-    total = sum(p.numel() for p in model.module.parameters())
+    total = numbers(model.module)
     trained = sum(t.numel() for t in model.initial.values())
     pairs = sorted({name.split(".lora_A.")[0].rsplit(".", 1)[-1] for name in model.initial if ".lora_A." in name})
     e, sizes, gpus = world.experiment, sizes_of(model, world.experiment.method), torch.cuda.device_count()
@@ -135,12 +137,22 @@ def _model(world: World) -> Lines:
     return [
         ("model", f"{model.name} ({model.config.model_type}, {model.depth} layers, {'causal' if model.causal else 'bidirectional'})"),
         ("parameters", f"{total:,}, of which {trained:,} are trained ({trained / total:.2%}): {trained - head:,} {kind}, {head:,} head"),
+        *([("base", _base(model))] if model.quantised else []),
         *told(needed(sizes, e, bool(gpus)), sizes, needed_there(sizes, e, gpus) if gpus else None),
         *([("LoRA targets", ", ".join(pairs))] if pairs else []),
         *([("template", model.speaker.written("{text}"))] if model.speaker and model.speaker.form != "text" else []),
         *([("cloze", f"{model.filler.cloze.template!r}: {', '.join(model.filler.cloze.words)}")] if model.filler else []),
         ("devices together", f"one by one: {model.alone}" if model.alone else WAYS[model.together_by]),
     ]
+
+
+def _base(model: Model) -> str:
+    """What of the model is held in few bits."""
+    size = sum(tensor.nbytes for q in model.quantised.values() for tensor in q.held)
+    return (
+        f"{len(model.quantised)} frozen linear layers of {model.few:,} numbers in {model.base_in}: {human_bytes(size)}, "
+        f"{size / model.few:.3g} bytes a number; the rest in {model.precision}"
+    )
 
 
 @dataclass(frozen=True)
@@ -216,7 +228,7 @@ def _memory(world: World) -> Lines:
     each, sizes = needs(world.model, plain.batch_size, again), sizes_of(world.model, world.experiment.method)
     most, texts = len(each) - 1, f"{plain.batch_size} texts of {world.model.max_length} tokens"
     if sizes.at_once < sizes.trained:  # one block after another, wherever it lies
-        each = [Needs(most, *resident(sizes.model, sizes.at_once, world.model.dtype.itemsize), each[-1].activations)]
+        each = [Needs(most, *resident(sizes.model, sizes.at_once, world.model.dtype.itemsize, sizes.few, sizes.base), each[-1].activations)]
     whole, totals = each[-1], [one.total for one in each]
     of = {"weights": whole.weights, "gradients": whole.gradients, "the optimiser": whole.optimizer, "activations": whole.activations}
     made = ", ".join(f"{human_bytes(count)} {what}" for what, count in of.items())

@@ -122,6 +122,8 @@ def export(experiment: Experiment, folder: Path, out: Path, client: int | None =
         if not last:
             raise ExportError("this device's model adds a label prior to the logits, and the head has no bias that could hold it")
         tensors[sorted(last)[-1]] = tensors[sorted(last)[-1]] + found.bias
+    if said := of_few_bits(world.model, merge):
+        log.warning(said)
     if merge:
         low = world.model.dtype is not torch.float32  # what was frozen is then read again, all of its bits
         model = model_of(replace(experiment, precision="float32"), world.source) if low else world.model
@@ -139,6 +141,26 @@ def export(experiment: Experiment, folder: Path, out: Path, client: int | None =
         return f'PeftModel.from_pretrained(AutoModelForQuestionAnswering.from_pretrained("{folder_of(experiment.model)}"), "{out}")'
     base = f'"{folder_of(experiment.model)}", num_labels={world.model.num_labels}, ignore_mismatched_sizes=True'
     return f'PeftModel.from_pretrained(AutoModelFor{_use(world.model)}.from_pretrained({base}), "{out}")'
+
+
+def of_few_bits(model: Model, merge: bool) -> str:
+    """What to say of a model whose base was held in few bits, or nothing."""
+    if not model.quantised:
+        return ""
+    if merge:
+        return (
+            f"this run's base was held in {model.base_in}: the model is made of these weights, as the run had them, and not of the file's; "
+            "export the adapter, without --merge, to put it on others"
+        )
+    library = (
+        "bitsandbytes makes the same numbers of those layers (nf4, blocks of 64, no double quantisation)"
+        if model.base_in == "nf4"
+        else "what other libraries call int8 has other scales"
+    )
+    return (
+        f"this adapter was trained on a base held in {model.base_in}; on the file's own weights it predicts a little otherwise. To load "
+        f"that base: {library}"
+    )
 
 
 def _use(model: Model) -> str:

@@ -5,7 +5,8 @@
     2·M + 16·|θ|    bytes, the model in 16 bits; of what is trained a float32 copy, its gradient and AdamW's two moments
     4·M + 12·|θ|    bytes, everything in float32
 
-and what passing a batch through it keeps alive. θ is a block of ``fedcybgd``, else whatever is trained.
+with less for what of M is frozen in few bits (``--adapter.base``: 65/64 or 9/16 bytes a number in place of 2 or 4), and what passing a
+batch through it keeps alive. θ is a block of ``fedcybgd``, else whatever is trained.
 
 **This machine** plays all parts, so it holds more; the lines of :class:`Need` say what. They are an estimate from above of what this code
 keeps at its fullest moment, library and interpreter left out. It does not know how many bytes an allocator never gives back. Of a run in 16
@@ -31,9 +32,10 @@ from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.methods.fibecfed import FibecFed
 from fedloom.model.adapters import is_head
 from fedloom.model.base import Model, Precision, free_bytes
-from fedloom.model.blocks import Block, cover
+from fedloom.model.blocks import Block, cover, layer_of
 from fedloom.model.loading import folder_here
-from fedloom.model.memory import resident
+from fedloom.model.memory import held, resident
+from fedloom.model.quantised import Base, numbers, size_of
 from fedloom.run.console import human_bytes
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.world import curriculum_of
@@ -47,12 +49,19 @@ OVERCOMMIT = "--engine.overcommit"
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of the model, of what is trained in all, of what one device trains at a time; bytes that one token of a batch keeps alive."""
+    """Numbers of the model, of what is trained in all, of what one device trains at a time; bytes that one token of a batch keeps alive;
+    numbers of the frozen base that are held as ``base`` says."""
 
     model: int
     trained: int
     at_once: int
     per_token: int = 0
+    few: int = 0
+    base: Base = "exact"
+
+    def held(self, number: int) -> int:
+        """Bytes of the model where a number that is not in few bits takes so many."""
+        return held(self.model, number, self.few, self.base)
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ def needed(sizes: Sizes, experiment: Experiment, gpu: bool = False) -> Need:
     else:
         model, *work = _computing(sizes, e, processes, _rest(sizes, low))
         lines = [model, *around, *work]
-    return _with_loading(sizes, processes if low or gpu else 0, lines)
+    return _with_loading(4 * sizes.model * (processes if low or gpu or sizes.few else 0), lines)
 
 
 def needed_there(sizes: Sizes, experiment: Experiment, gpus: int) -> Need:
@@ -93,7 +102,7 @@ def needed_there(sizes: Sizes, experiment: Experiment, gpus: int) -> Need:
     places of the model's own in 16 bits (:meth:`Model.lent`), and lies beside it in 32."""
     low = experiment.precision != "float32"
     processes = -(-max(1, experiment.engine.workers) // gpus)
-    return _with_loading(sizes, processes, list(_computing(sizes, experiment, processes, 0 if low else _rest(sizes, low))))
+    return _with_loading(sizes.held(4) * processes, list(_computing(sizes, experiment, processes, 0 if low else _rest(sizes, low))))
 
 
 def _rest(sizes: Sizes, low: bool) -> int:
@@ -104,16 +113,17 @@ def _rest(sizes: Sizes, low: bool) -> int:
 def _computing(sizes: Sizes, e: Experiment, processes: int, rest: int) -> Iterator[tuple[str, int]]:
     """What lies where the model computes. ``rest``: bytes of what is there of a device's model beside."""
     low = e.precision != "float32"
-    yield "the model in " + e.precision, (2 if low else 4) * sizes.model * processes
-    yield "the model in float32, to score in", 4 * sizes.model * processes if low and scores(e.method) else 0
+    frozen = f", its frozen layers in {sizes.base}" if sizes.few else ""
+    yield f"the model in {e.precision}{frozen}", sizes.held(2 if low else 4) * processes
+    yield "the model in float32, to score in", 4 * (sizes.model - sizes.few) * processes if low and scores(e.method) else 0
     yield "training a device", processes * (4 * STATES * sizes.at_once + rest)
     through = "passing a batch through, layers computed again" if e.engine.recompute else "passing a batch through"
     yield through, processes * sizes.per_token * min(TOKENS["cpu"], 8 * e.max_length)
 
 
-def _with_loading(sizes: Sizes, loads: int, lines: list[tuple[str, int]]) -> Need:
-    """With what it takes besides that so many processes load the model in float32, if that is the fullest moment."""
-    lines.append(("loading the model, in float32", max(0, 4 * sizes.model * loads - sum(count for _, count in lines))))
+def _with_loading(loading: int, lines: list[tuple[str, int]]) -> Need:
+    """With what it takes besides to load the model in float32, in all processes, if that is the fullest moment."""
+    lines.append(("loading the model, in float32", max(0, loading - sum(count for _, count in lines))))
     return Need(tuple((what, count) for what, count in lines if count))
 
 
@@ -124,17 +134,19 @@ def scores(method: Any) -> bool:
 
 def on_a_device(sizes: Sizes, low: bool) -> int:
     """Bytes that a real device needs for model and training, by the formulas above; without what a batch keeps alive."""
-    return sum(resident(sizes.model, sizes.at_once, 2 if low else 4))
+    return sum(resident(sizes.model, sizes.at_once, 2 if low else 4, sizes.few, sizes.base))
 
 
 def sizes_of(model: Model, method: Any) -> Sizes:
     """Those of a model that is loaded."""
     trained = {n: t.numel() for n, t in model.initial.items()}
     return Sizes(
-        sum(p.numel() for p in model.module.parameters()),
+        numbers(model.module),
         sum(trained.values()),
         at_once(trained, model.initial, method),
         token_bytes(model),
+        model.few,
+        model.base_in,
     )
 
 
@@ -171,7 +183,9 @@ def sizes_before(experiment: Experiment) -> Sizes | None:
         return None
     counts = {name: tensor.numel() for name, tensor in tensors.items()}
     if experiment.trained.kind != "full":
-        return Sizes(sum(counts.values()), 0, 0)
+        base = experiment.adapter.base
+        matrices = sum(t.numel() for n, t in tensors.items() if t.dim() == 2 and layer_of(n) is not None)
+        return Sizes(sum(counts.values()), 0, 0, few=0 if base == "exact" else matrices, base=base)
     return Sizes(sum(counts.values()), sum(counts.values()), at_once(counts, tensors, experiment.method))
 
 
@@ -198,17 +212,19 @@ def insist_on_room(
     e, low = experiment, experiment.precision != "float32"
     free = free_bytes(torch.device("cpu")) if free is None else free
     gpus = [free_bytes(torch.device("cuda", i)) for i in range(torch.cuda.device_count())] if gpus is None else gpus
-    held = (2 if low else 4) * sizes.model if loaded else 0
+    there_already = sizes.held(2 if low else 4) if loaded else 0
     start = 4 * sizes.trained if loaded and low else 0
     need = needed(sizes, e, bool(gpus))
     if e.engine.overcommit:
         return need
     if gpus:
         there = needed_there(sizes, e, len(gpus))
-        if there.total - held > min(gpus):
-            raise _no_room("of a GPU's memory", there, min(gpus) + held, lambda other: needed_there(sizes, other, len(gpus)), sizes, e)
-    if need.total - start - (0 if gpus else held) > free:
-        here = free + start + (0 if gpus else held)
+        if there.total - there_already > min(gpus):
+            raise _no_room(
+                "of a GPU's memory", there, min(gpus) + there_already, lambda other: needed_there(sizes, other, len(gpus)), sizes, e
+            )
+    if need.total - start - (0 if gpus else there_already) > free:
+        here = free + start + (0 if gpus else there_already)
         raise _no_room("of memory beside the program itself", need, here, lambda other: needed(sizes, other, bool(gpus)), sizes, e)
     return need
 
@@ -245,6 +261,7 @@ def told(need: Need, sizes: Sizes, there: Need | None = None) -> list[tuple[str,
         *([("memory on a GPU here", f"{human_bytes(there.total)} at the most: {on_it}")] if there else []),
         (
             "memory on a device",
-            f"{human_bytes(low)} in 16 bits (2·M + 16·|θ|, |θ| = {sizes.at_once:,}), {human_bytes(plain)} in float32 (4·M + 12·|θ|)",
+            f"{human_bytes(low)} in 16 bits (2·M + 16·|θ|, |θ| = {sizes.at_once:,}), {human_bytes(plain)} in float32 (4·M + 12·|θ|)"
+            + (f"; {sizes.few:,} of M in {sizes.base} instead, {human_bytes(size_of(sizes.few, sizes.base))}" if sizes.few else ""),
         ),
     ]
