@@ -1,4 +1,4 @@
-"""A frozen base in 8 or 4 bits (QLoRA 2305.14314): its numbers by NumPy, its products beside dense ones, what is held, and what trains on it.
+"""A frozen base in 8 or 4 bits (QLoRA 2305.14314): its numbers by NumPy, its products beside dense ones, what is held, what trains on it.
 
 The base of every comparison is made here: a model's folder whose frozen layers hold what int8 or nf4 makes of them, written in float32.
 """
@@ -242,6 +242,15 @@ def test_training_on_it_is_training_on_its_numbers(what: str) -> None:
         assert float((mine.result - Serial(model("exact")).run([look])[0].result).abs().max()) > 1e-3, "it is no other base"
 
 
+def test_layers_on_it_can_be_computed_again() -> None:
+    adapter = Adapter(rank=2, alpha=3.0, start="svd", base="nf4")
+    again = load(str(families.folder("bert")), num_labels=3, adapter=adapter, seed=1, max_length=16, recompute=True)
+    of = model("nf4", "bert", "lora", "svd")
+    for compute in (Serial, Stacked):
+        (wanted,), (made,) = compute(of).run([fit(of, 1)]), compute(again).run([fit(again, 1)])
+        assert apart(made.result.tensors, wanted.result.tensors) <= 1e-6
+
+
 def test_it_is_differentiated_twice() -> None:
     """Hessian-vector products, alone and under vmap, as on the dense folder."""
     item = Spectrum(model("nf4").initial, tiny.examples(6, seed=2), np.arange(6), probes=1, steps=3)
@@ -345,11 +354,11 @@ def test_another_machines_start_is_taken_over() -> None:
     of = on(tiny.folder(), "nf4", start="svd")
     look, generator = tiny.examples(6, seed=8), torch.Generator().manual_seed(3)
     (before,) = Serial(of).run([Predict(of.initial, look)])
-    near = {n: t * (1 + 1e-5 * torch.randn(t.shape, generator=generator)) for n, t in start_of(of).items()}
+    near = {n: t * (1 + 3e-5 * torch.randn(t.shape, generator=generator)) for n, t in start_of(of).items()}
     assert "checkpoint's (A0, B0) are used" in stand_at(of, near, Path("there"))
     assert all(torch.equal(of.initial[n], t) for n, t in near.items())
     (now,) = Serial(of).run([Predict(of.initial, look)])
-    torch.testing.assert_close(now.result, before.result, atol=1e-5, rtol=0)
+    torch.testing.assert_close(now.result, before.result, atol=4e-6, rtol=0)
 
 
 def test_what_is_exported_says_what_the_run_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -153,7 +153,7 @@ def of_few_bits(model: Model, merge: bool) -> str:
             "export the adapter, without --merge, to put it on others"
         )
     library = (
-        "bitsandbytes makes the same numbers of those layers (nf4, blocks of 64, no double quantisation)"
+        "bitsandbytes' nf4 (blocks of 64, no double quantisation) has the same numbers, but for one in millions"
         if model.base_in == "nf4"
         else "what other libraries call int8 has other scales"
     )
