@@ -3,6 +3,7 @@
     python recipes/cycles.py --data PATH/TO/dolly15k --model PATH/TO/stories260K --jobs 2          answers, skewed by category
     python recipes/cycles.py --data PATH/TO/dolly15k --model PATH/TO/stories260K --skew iid        the same, dealt at random
     python recipes/cycles.py                                                                       the packaged questions, MiniLM
+    python recipes/cycles.py --skip thinner centre one-client                                      without some groups of methods
 
 24 devices, 4 cycles: every device trains 4 times for 2 epochs, whoever else does so at once. Every method is given the same three learning
 rates, chosen on validation with the first seed, LoRA four times as high ones. Beside the federations two hold all data in one place: the
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -91,12 +92,13 @@ def base_of(given: argparse.Namespace) -> Experiment:
     return Experiment(FedCyBGD(), data=given.data, model=given.model, clients=CLIENTS, min_examples=4, beta=50.0, **size, **skew)
 
 
-def table(folder: Path) -> str:
+def table(folder: Path, groups: Collection[str]) -> str:
     """Mean and deviation over seeds of the validation loss, and what travelled in all, from the comparisons' folders."""
     lines = ["| method | lr | " + " | ".join(f"{t / CLIENTS:.2g} cycles" for t in TOLD) + " | up, MB | down, MB | at FedCyBGD's bytes |"]
     lines += ["|" + " --- |" * (5 + len(TOLD))]
     budgets: list[float] = []
-    for group, (_, _, worth) in GROUPS.items():
+    for group in groups:
+        worth = GROUPS[group][2]
         (case,) = json.loads((folder / group / "summary.json").read_text(encoding="utf-8"))["cases"]
         for row in case["rows"]:
             runs = [read(folder / group / name).rows for name in row["runs"].values()]
@@ -143,10 +145,13 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=96, help="tokens of an example at most (default: 96)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    first, *others = GROUPS  # the first is FedCyBGD, by whose bytes the others are told
+    parser.add_argument("--skip", nargs="+", choices=others, default=[], help="groups of methods to leave out: " + ", ".join(others))
     parser.add_argument("--out", type=Path, default=Path("runs/cycles"))
     given = parser.parse_args()
-    base, failed = base_of(given), 0
-    for group, (methods, change, _) in GROUPS.items():
+    base, groups, failed = base_of(given), [first, *(group for group in others if group not in given.skip)], 0
+    for group in groups:
+        methods, change, _ = GROUPS[group]
         rates = tuple(4 * rate for rate in RATES) if group == "lora" else RATES
         plan = Plan(replace(base, **change), methods, (base.data,), (base.alpha,), tuple(given.seeds), rates)
         ended = compare(plan, given.out / group, given.jobs)
@@ -154,7 +159,7 @@ def main() -> int:
         for run, why in ended.failed.items():
             print(f"{run} failed: {why}")
     if not failed:
-        write_atomically(given.out / "cycles.md", table(given.out))
+        write_atomically(given.out / "cycles.md", table(given.out, groups))
         print(given.out / "cycles.md")
     return 1 if failed else 0
 

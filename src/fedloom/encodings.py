@@ -11,6 +11,8 @@
 received; the server adds what it decodes to its exact w. So what the server learns is not rounded to the grid on which devices see it, and
 a step that is smaller than the grid is not lost.
 
+``up:NAME`` (``up:bf16``) encodes what goes up and sends down every bit.
+
 Encoded are the float32 tensors of a task, and of an update those whose name and shape its task had. Everything else crosses exactly.
 All of a message's encoded tensors are one vector, in order of names.
 
@@ -63,21 +65,23 @@ NF4 = (
 
 @dataclass(frozen=True)
 class Encoding:
-    """One of :data:`NAMES`; ``share`` is top-k's."""
+    """One of :data:`NAMES`; ``share`` is top-k's. ``up_only``: what goes down is exact."""
 
     name: str = "exact"
     share: float = SHARE
+    up_only: bool = False
 
     @staticmethod
     def of(text: str) -> Encoding:
-        """``NAME``, or ``top-k:SHARE``.
+        """``NAME``, ``top-k:SHARE``, or ``up:`` and one of these.
 
         Raises:
             ValueError: no such encoding, or a share that is none.
         """
-        name, colon, share = text.partition(":")
+        up_only = text.startswith("up:")
+        name, colon, share = text.removeprefix("up:").partition(":")
         if name not in NAMES:
-            raise ValueError(f"no wire '{name}'; there are {', '.join(NAMES)}")
+            raise ValueError(f"no wire '{name}'; there are {', '.join(NAMES)}, each also up alone, as up:bf16")
         if colon and name != "top-k":
             raise ValueError(f"'{text}': only top-k takes a share, as top-k:{SHARE}")
         try:
@@ -86,7 +90,7 @@ class Encoding:
             given = math.nan
         if not 0 < given <= 1:
             raise ValueError(f"'{text}': the share of the changes that is sent must be a number above 0 and at most 1, as top-k:{SHARE}")
-        return Encoding(name, given)
+        return Encoding(name, given, up_only or name == "top-k")
 
     @property
     def exact(self) -> bool:
@@ -95,7 +99,7 @@ class Encoding:
 
     def size(self, numbers: int) -> int:
         """Bytes of tensors that so many float32 numbers come to, going down."""
-        match self.name:
+        match "exact" if self.up_only else self.name:
             case "bf16" | "fp16":
                 return 2 * numbers
             case "int8":
@@ -109,7 +113,7 @@ class Encoding:
 
     def down(self, task: Task) -> Task:
         """The task as it travels."""
-        if self.exact or self.name == "top-k":
+        if self.exact or self.up_only:
             return task
         names = sorted(n for n, t in task.tensors.items() if t.dtype == torch.float32)
         if not names:
@@ -124,7 +128,7 @@ class Encoding:
         Raises:
             WireError: it was not encoded so.
         """
-        if self.exact or WHICH not in task.settings:
+        if self.exact or self.up_only or WHICH not in task.settings:
             return task
         names, shapes = _told(task.settings)
         vector = self._decoded(task.tensors, sum(map(math.prod, shapes)))

@@ -160,7 +160,13 @@ def test_determinism_what_goes_down_smaller_is_the_same_on_every_engine() -> Non
 
 
 LOSSY = [wire for wire in NAMES if wire != "exact"]
-OVER = [("fibecfed", wire) for wire in LOSSY] + [("lora", "int8"), ("scaffold", "nf4"), ("flasc", "top-k"), ("fedcybgd", "fp16")]
+OVER = [("fibecfed", wire) for wire in LOSSY] + [
+    ("lora", "int8"),
+    ("scaffold", "nf4"),
+    ("flasc", "top-k"),
+    ("fedcybgd", "fp16"),
+    ("fedcybgd", "up:bf16"),
+]
 """Every wire with what has states of its own on both sides; methods that send other things over one each. A wire knows no method."""
 
 

@@ -102,6 +102,20 @@ def test_up_is_the_change_from_what_the_device_saw_added_to_what_the_server_has(
     assert (told.client, told.num_examples) == (3, 9)
 
 
+@pytest.mark.parametrize("name", BOTH_WAYS)
+def test_up_alone_sends_down_every_bit_and_up_what_the_encoding_makes_of_the_change(name: str) -> None:
+    sent, both, up = tensors(1), Encoding.of(name), Encoding.of(f"up:{name}")
+    task = Task("train", 3, sent)
+    assert up.down(task) is task and up.arrived(task) is task and up.size(100) == 400 > both.size(100)
+    update = Update(3, 9, {n: t + 0.01 * tensors(2)[n] if t.dtype == torch.float32 else t for n, t in sent.items()})
+    travelled, unsent = up.up(update, task, {})
+    expected, _ = both.up(update, task, {})
+    assert not unsent and pack(travelled, "d") == pack(expected, "d"), "the encoding's own bits"
+    told = up.received(unpack(pack(travelled, "d"), "d"), task)  # type: ignore[arg-type]
+    due = [w + d for w, d in zip(vector(sent), as_sent([0.01 * x for x in vector(tensors(2))], name), strict=True)]
+    assert vector(dict(told.tensors)) == pytest.approx(due, rel=1e-4, abs=1e-6)
+
+
 def test_steps_smaller_than_the_grid_are_not_lost() -> None:
     """A server that took the devices' rounded model over would stand still: 4 bits do not see a step of a thousandth."""
     encoding, w = Encoding.of("nf4"), {"x": torch.linspace(-1, 1, 64)}

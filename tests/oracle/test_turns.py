@@ -55,7 +55,8 @@ def device(client: int, of: Model) -> Client:
 
 
 def expected(name: str, cut: str) -> int | None:
-    """Which block a weight of the library's is in: counted from the input to the output. Two layers, of two halves; two ends."""
+    """Which block a weight of the library's is in: counted from the input to the output. Two layers, of two halves; of the ends the
+    embeddings and the output, and the last norm in none."""
     layer = next((i for i in (0, 1) if name.startswith(f"model.layers.{i}.")), None)
     match cut:
         case "layers":
@@ -63,7 +64,7 @@ def expected(name: str, cut: str) -> int | None:
         case "halves":
             return None if layer is None else 2 * layer + (".self_attn." not in name)
         case _:
-            return layer + 1 if layer is not None else 0 if name == "model.embed_tokens.weight" else 3
+            return layer + 1 if layer is not None else {"model.embed_tokens.weight": 0, "lm_head.weight": 3}.get(name)
 
 
 def blocks(cut: str) -> list[set[str]]:
@@ -119,7 +120,7 @@ def turns(method: FedCyBGD, compute: Compute, of: Model, devices: Any, pool: Poo
     return states, [(tasks[0], replies.updates[0]) for tasks, replies in recording.calls]
 
 
-CUTS = {"layers": FedCyBGD(INNER), "halves": FedCyBGD(INNER, parts="halves"), "ends": FedCyBGD(INNER, ends=True)}
+CUTS = {"layers": FedCyBGD(INNER), "halves": FedCyBGD(INNER, parts="halves"), "ends": FedCyBGD(INNER, ends=("embeddings", "output"))}
 
 
 @pytest.mark.parametrize(
@@ -139,11 +140,13 @@ def test_a_cycle_is_block_after_block_of_the_librarys_model(cut: str, kind: Any)
         for n, tensor in now.items():
             assert torch.equal(tensor, before[n]) == (n not in names), n
             torch.testing.assert_close(tensor, due[t + 1][n], atol=5e-5, rtol=0, msg=n)
-    assert set().union(*parts) == (set(due[0]) if cut == "ends" else {n for n in due[0] if ".layers." in n})
+    assert set().union(*parts) == (set(due[0]) - {"model.norm.weight"} if cut == "ends" else {n for n in due[0] if ".layers." in n})
     assert sum(map(len, parts)) == len(set().union(*parts))
 
 
-@pytest.mark.parametrize("method", [FedCyBGD(INNER, ends=True), FedCyBGD(INNER, parts="halves")], ids=["ends", "halves"])
+@pytest.mark.parametrize(
+    "method", [FedCyBGD(INNER, ends=("embeddings", "norm", "output")), FedCyBGD(INNER, parts="halves")], ids=["ends", "halves"]
+)
 def test_a_fresh_head_is_trained_in_every_turn_and_is_in_no_block(method: FedCyBGD) -> None:
     """Of a classifier, one whole cycle: up comes the turn's block and the head, and both have moved."""
     of, devices = families.of_kind("llama", "full"), tiny.clients((5, 9))

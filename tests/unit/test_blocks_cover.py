@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from itertools import chain
+from typing import get_args
 
 import pytest
 
 from fedloom.model.adapters import is_head
-from fedloom.model.blocks import cover, in_attention
+from fedloom.model.blocks import End, cover, in_attention
 from tests import families
 
 FAMILIES = ("bert", "roberta", "deberta-v2", "modernbert", "gpt2", "llama", "qwen2", "bloom")
+BEHIND = {"bert": ["output"], "roberta": [], "deberta-v2": []}
+"""What lies behind the layers and is no head, where it is not a norm alone. BERT's pooler is of the encoder."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_cover_the_model_once(family: str) -> None:
     of = families.of_kind(family, "full")
     head = [n for n in of.initial if is_head(n)]
-    whole = cover(of.initial, ends=True, head=head)
+    whole = cover(of.initial, ends=get_args(End), head=head)
     names = list(chain.from_iterable(block.names for block in whole))
     assert len(names) == len(set(names)) and {*names, *head} == set(of.initial)
     layers = cover(of.initial, head=head)
     assert [block.label for block in layers] == [f"layer {i}" for i in range(of.depth)]
     assert [block.label for block in whole if block.label.startswith("layer")] == [block.label for block in layers]
     assert whole[0].label == "embeddings" and all("embed" in n or "wte" in n or "wpe" in n for n in whole[0].names)
+    behind = {block.label: block.names for block in whole[1 + of.depth :]}
+    assert list(behind) == BEHIND.get(family, ["norm"])
+    assert len(behind.get("norm", ())) in (0, 1, 2) and all("norm" in n or "ln_f" in n for n in behind.get("norm", ()))
+    for end in get_args(End):
+        assert cover(of.initial, ends=(end,), head=head) == [b for b in whole if b.label == end or b in layers], "one without the others"
     halves = cover(of.initial, "halves", head=head)
     assert [block.label for block in halves] == [f"layer {i}, {half}" for i in range(of.depth) for half in ("attention", "rest")]
     for layer, attention, rest in zip(layers, halves[::2], halves[1::2], strict=True):

@@ -241,6 +241,7 @@ IMPOSSIBLE = [
     ({"cohort": 11, "clients": 10}, "--cohort 11 is more than --clients 10"),
     ({"quorum": 0.0}, "--quorum is 0.0"),
     ({"wire": "int4"}, "--wire int4: no wire 'int4'; there are exact, bf16"),
+    ({"wire": "up:int4"}, "--wire up:int4: no wire 'int4'; there are exact, .*each also up alone, as up:bf16"),
     ({"wire": "top-k:0"}, "--wire top-k:0: .* above 0 and at most 1"),
     ({"aggregation": "krumm"}, "--aggregation krumm: no aggregation 'krumm'; there are mean, median"),
     ({"aggregation": "krum", "cohort": 4}, "--aggregation krum: .* wants a cohort of 5 or more"),

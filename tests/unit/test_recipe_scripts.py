@@ -352,8 +352,14 @@ def test_the_table_of_cycles_tells_losses_by_cycle_and_at_equal_bytes(tmp_path: 
             runs[seed] = folder.name
         told = {"cases": [{"rows": [{"method": f"one-{group}", "lr": 1e-3, "runs": runs}]}]}
         (tmp_path / group / "summary.json").write_text(json.dumps(told))
-    lines = {line.split(" | ")[0].removeprefix("| one-"): line.split(" | ")[2:] for line in cycles.table(tmp_path).splitlines()[2:]}
+    lines = {
+        line.split(" | ")[0].removeprefix("| one-"): line.split(" | ")[2:]
+        for line in cycles.table(tmp_path, cycles.GROUPS).splitlines()[2:]
+    }
     assert list(lines) == list(cycles.GROUPS)
+    assert cycles.table(tmp_path, ["turns", "lora"]).splitlines()[2:] == [
+        line for line in cycles.table(tmp_path, cycles.GROUPS).splitlines() if line.startswith(("| one-turns", "| one-lora"))
+    ]
     every = [f"{8.5 - turns / 96:.4f} ± 0.7071" for turns in cycles.TOLD]
     assert lines["turns"] == [*every, "96.0", "192.0", "7.5000 ± 0.7071 |"]
     assert lines["thinner"] == [*every, "96.0", "96.0", "7.5000 ± 0.7071 |"]

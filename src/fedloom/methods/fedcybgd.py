@@ -41,7 +41,7 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.adapters import is_head
 from fedloom.model.base import Model
-from fedloom.model.blocks import Block, Parts, cover, layer_of
+from fedloom.model.blocks import Block, End, Parts, cover, layer_of
 from fedloom.model.proxies import restored, smaller
 from fedloom.seeds import derive
 from fedloom.server.cycle import Order, block_at, turns
@@ -59,7 +59,7 @@ class FedCyBGD:
         inner: local training and its optimiser.
         order: which block is whose turn.
         parts: what a block is: a transformer layer, or half of one.
-        ends: make the embeddings, and what lies behind the last layer, a block each; otherwise they stay as they are.
+        ends: of what is no layer, what makes a block too: embeddings, norm (the last one), output (what else lies behind the layers).
         subset: share ρ of the other changed blocks that goes down in a turn, 0 to 1.
         drop: share of the other layers that a turn is trained without, 0 to 1.
         prune: share of the numbers of every other matrix that is 0 when it goes down, 0 up to 1.
@@ -75,7 +75,7 @@ class FedCyBGD:
     inner: FedAvg = field(default_factory=lambda: FedAvg(lr=2e-4, schedule="cosine"))
     order: Order = "ascending"
     parts: Parts = "layers"
-    ends: bool = False
+    ends: tuple[End, ...] = ()
     subset: float = 1.0
     drop: float = 0.0
     prune: float = 0.0

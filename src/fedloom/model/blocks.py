@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from itertools import chain
 from typing import Literal, NamedTuple
 
 LAYER = re.compile(r"\.(\d+)\.")
 ATTENTION = re.compile(r"(attn|attention)$")
 EMBEDDING = re.compile(r"(embed|^wte$|^wpe$)")
+NORM = re.compile(r"(norm|^ln_f$)", re.IGNORECASE)
 
 Parts = Literal["layers", "halves"]
 """What a block is: a transformer layer, or the attention of one and the rest of it as two."""
+
+End = Literal["embeddings", "norm", "output"]
+"""What may be a block besides: the embeddings before the layers; behind them the last norm; and what else is there (a language model's
+output, a pooler)."""
 
 
 class Block(NamedTuple):
@@ -50,11 +56,10 @@ def in_attention(name: str) -> bool:
     return any(ATTENTION.search(part) for part in name.split(".")[:-1])
 
 
-def cover(names: Collection[str], parts: Parts = "layers", ends: bool = False, head: Collection[str] = ()) -> list[Block]:
+def cover(names: Collection[str], parts: Parts = "layers", ends: Collection[End] = (), head: Collection[str] = ()) -> list[Block]:
     """The model cut into blocks from the input to the output, no tensor in two of them.
 
-    ``ends``: what lies before the layers (the embeddings) and behind them (norms, a pooler, a language model's output) are a block each;
-    otherwise they are in none. Tensors of the ``head`` are never in one.
+    ``ends``: what of that which is no layer makes a block, each its own; the others are in none. Tensors of the ``head`` are never in one.
     """
     blocks: list[Block] = []
     for number, of_layer in layers([n for n in names if n not in head]).items():
@@ -63,11 +68,20 @@ def cover(names: Collection[str], parts: Parts = "layers", ends: bool = False, h
         else:
             blocks += _some(f"layer {number}, attention", filter(in_attention, of_layer))
             blocks += _some(f"layer {number}, rest", (n for n in of_layer if not in_attention(n)))
-    if not ends:
-        return blocks
-    outside = [n for n in sorted(names) if layer_of(n) is None and n not in head]
-    before = [n for n in outside if any(EMBEDDING.search(part) for part in n.split("."))]
-    return [*_some("embeddings", before), *blocks, *_some("behind the layers", (n for n in outside if n not in before))]
+    outside: dict[End, list[str]] = {"embeddings": [], "norm": [], "output": []}
+    for name in sorted(names):
+        if layer_of(name) is None and name not in head:
+            outside[end_of(name)].append(name)
+    before, *behind = ([] if end not in ends else _some(end, of) for end, of in outside.items())
+    return [*before, *blocks, *chain.from_iterable(behind)]
+
+
+def end_of(name: str) -> End:
+    """Which end of the model a tensor of no layer belongs to."""
+    parts = name.split(".")
+    if any(EMBEDDING.search(part) for part in parts):
+        return "embeddings"  # and so do norms among them
+    return "norm" if NORM.search(parts[-2] if len(parts) > 1 else name) else "output"
 
 
 def _some(label: str, names: Iterable[str]) -> list[Block]:

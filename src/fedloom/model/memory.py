@@ -22,11 +22,11 @@ This module does not know who has how much memory.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from fedloom.model.adapters import is_head
 from fedloom.model.base import Model
-from fedloom.model.blocks import cover, layer_of
+from fedloom.model.blocks import End, cover, layer_of
 from fedloom.model.quantised import Base, numbers, size_of
 
 MOMENTS = 2
@@ -51,7 +51,7 @@ class Needs(NamedTuple):
 def parts(names: Collection[str]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     """Of tensors with these names, the parts from the input to the output that have any, and the end. Every name is in exactly one."""
     head = tuple(sorted(filter(is_head, names)))
-    blocks = [block.names for block in cover(names, "layers", True, head)]
+    blocks = [block.names for block in cover(names, "layers", get_args(End), head)]
     last = max((at for at, block in enumerate(blocks) if layer_of(block[0]) is not None), default=-1)
     return blocks[: last + 1], tuple(n for block in blocks[last + 1 :] for n in block) + head
 
