@@ -103,6 +103,7 @@ class Serial:
         )  # fmt: skip
         _load_moments(adam, now, item.moments)
         seen = {n: (torch.zeros_like(t), torch.zeros_like(t)) for n, t in start.items()} if item.watch else {}
+        sums = {n: torch.zeros_like(t) for n, t in start.items()} if item.means else {}
         losses = []
         for i, indices in enumerate(item.batches):
             batch = self.batch(item.examples, indices)
@@ -118,6 +119,8 @@ class Serial:
             for (name, tensor), gradient in zip(now.items(), gradients, strict=True):
                 if item.watch:
                     watch(*seen[name], tensor.detach(), gradient, item.watch)
+                if item.means:
+                    sums[name] += gradient
                 gradient = gradient + correction[name] if name in correction else gradient
                 tensor.grad = gradient * mask[name] if name in mask else gradient
             if o.clip:
@@ -141,7 +144,8 @@ class Serial:
                     now[name].copy_(torch.where(mask[name] > 0, now[name], start[name]))
             losses.append(float(loss.detach()))
         importance = {n: (mean * apart).cpu() for n, (mean, apart) in seen.items()}
-        return Fitted({n: t.detach().cpu() for n, t in now.items()}, np.array(losses), _moments(adam, {**now, **low}), importance)
+        means = {n: (total / max(1, len(item.batches))).cpu() for n, total in sums.items()}
+        return Fitted({n: t.detach().cpu() for n, t in now.items()}, np.array(losses), _moments(adam, {**now, **low}), importance, means)
 
     def _each_gradient(self, at: Tensors, examples: Examples, names: Sequence[str], i: int) -> list[torch.Tensor]:
         now = {n: t.detach().float().to(self.model.device).requires_grad_(n in names) for n, t in at.items()}

@@ -113,6 +113,7 @@ class Fit:
     ``bias`` (C,) is added to the logits of every example before the loss, and is not trained.
     ``through`` makes the model's tensors of the trained and the fixed ones, where what is trained is no tensor of the model itself.
     ``watch``: with what smoothing each trained number's importance is watched.
+    ``means``: the mean of all steps' gradients is told (:class:`Fitted`).
     ``skips`` are transformer layers, by number, that are left out: what comes into one goes out of it, around it.
     ``dropout_seed`` makes the dropout masks of the run; step i uses ``derive(dropout_seed, "dropout", i)``.
 
@@ -137,6 +138,7 @@ class Fit:
     correction: Tensors = field(default_factory=dict)
     through: Through | None = None
     watch: Smoothing | None = None
+    means: bool = False
     skips: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
@@ -175,13 +177,15 @@ class Fit:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What :class:`Fit` made: the trained tensors, the mean loss of each step (before it), AdamW's state; and of each number its
-    importance, if that was watched (:class:`Smoothing`), named and shaped as the tensors."""
+    """What :class:`Fit` made: the trained tensors, the mean loss of each step (before it), AdamW's state; of each number its importance, if
+    that was watched (:class:`Smoothing`); and the mean over the steps of the gradient of all that is minimised, penalty included, before it
+    is corrected, masked or clipped, if that was asked for (``means``). All named and shaped as the tensors."""
 
     tensors: dict[str, torch.Tensor]
     losses: np.ndarray
     moments: Moments
     importance: dict[str, torch.Tensor] = field(default_factory=dict)
+    gradient: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     import torch
 
     from fedloom.client.client import Client
+    from fedloom.client.controls import corrected
     from fedloom.client.host import Host
     from fedloom.client.store import ClientStore
     from fedloom.compute.stacked import Stacked
@@ -193,6 +194,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
         e.digest(),
         counted(Judge(source, shards, model)),
         e.encoding,
+        corrected,
     )
     return host, {"examples": {split: len(shards[split]) for split in SPLITS}, "notes": list(source.notes)}
 

@@ -98,6 +98,8 @@ class Experiment:
         aggregation: what the server makes of a round's updates: mean, or a rule that a share of hostile devices cannot sway, as NAME or
             NAME:SHARE (0.25): median, trimmed, krum, multi-krum, geometric-median, clip.
         server: what the server does with the aggregate: takes it over, or a step of FedAvgM, FedAdagrad, FedYogi or FedAdam towards it.
+        controls: have every step's gradient on a device corrected by how the device's own differ from everybody's (SCAFFOLD), whatever the
+            method, so far as it averages what is trained. Twice the bytes, both ways.
         wire: how numbers travel: exact, or with a loss bf16, fp16, int8, nf4, or top-k:SHARE (0.05) of a device's changes, the rest later.
         device: what devices are like, for simulated device time and for methods that ask less of the weaker: jetson, laptop or phone, all
             alike; mixed, a third of each; or a .csv or .json file of profiles (docs/devices.md).
@@ -133,6 +135,7 @@ class Experiment:
     quorum: float = 1.0
     aggregation: str = "mean"
     server: ServerStep = field(default_factory=ServerStep)
+    controls: bool = False
     wire: str = "exact"
     device: str = "jetson"
     engine: EngineSettings = field(default_factory=EngineSettings)

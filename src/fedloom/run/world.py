@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from fedloom.client.client import Client
+from fedloom.client.controls import corrected
 from fedloom.client.curricula.loss import ByLoss
 from fedloom.client.curricula.shortformer import Staged
 from fedloom.client.curricula.slw import LengthWarmup
@@ -88,7 +89,7 @@ class World:
     def pool(self) -> Pool:
         """The clients, cohort size, rounds and seed, and how the server aggregates."""
         e = self.experiment
-        return Pool(tuple(range(e.clients)), e.cohort, e.rounds, e.seed, e.rule, self.fleet, e.server.optimizer)
+        return Pool(tuple(range(e.clients)), e.cohort, e.rounds, e.seed, e.rule, self.fleet, e.server.optimizer, controls=e.controls)
 
     @cached_property
     def fleet(self) -> Fleet:
@@ -149,7 +150,7 @@ class World:
     def host(self, store: ClientStore) -> Host:
         """What answers for the devices in this process."""
         e = self.experiment
-        return Host(e.method, self.device, self.compute, store, e.digest(), encoding=e.encoding)
+        return Host(e.method, self.device, self.compute, store, e.digest(), encoding=e.encoding, doing=corrected)
 
     @property
     def alone_or_together(self) -> bool:

@@ -17,8 +17,9 @@ from fedloom.server.robust import Averaging, Rule
 @dataclass(frozen=True)
 class Pool:
     """The clients that exist (by id), how many are drawn a round, the experiment's seed, number of rounds T and rule of aggregation, what
-    the devices are like (None: nothing is said of them), and the server's optimiser (None: an aggregate is taken over). ``steps``: that of
-    the round that is under way; outside of rounds there is none, so what a set-up averages is the mean."""
+    the devices are like (None: nothing is said of them), the server's optimiser (None: an aggregate is taken over), and whether gradients
+    are corrected by SCAFFOLD's controls (``server/controls.py``). ``steps``: the optimiser's in the round that is under way; outside of
+    rounds there are none, so what a set-up averages is the mean."""
 
     clients: tuple[int, ...]
     cohort: int
@@ -28,6 +29,7 @@ class Pool:
     fleet: Fleet | None = None
     optimizer: ServerOptimizer | None = None
     steps: Steps | None = None
+    controls: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.cohort <= len(self.clients):
@@ -54,9 +56,10 @@ class Pool:
         """For methods whose server does something else with updates than to aggregate them by name.
 
         Raises:
-            ValueError: another rule was asked for, or a server optimiser.
+            ValueError: another rule was asked for, a server optimiser, or controls.
         """
         self.insist_on_no_optimizer(method, because)
+        self.insist_on_no_controls(method, because)
         if self.rule != Rule():
             raise ValueError(
                 f"'{method}' cannot follow aggregation '{self.rule.name}': {because}. Leave --aggregation out, or choose a method that "
@@ -75,9 +78,21 @@ class Pool:
                 "method that averages tensor by tensor (lora, ffa, rolora, fedsa, federa, fibecfed, flasc, ...)"
             )
 
+    def insist_on_no_controls(self, method: str, because: str) -> None:
+        """For methods whose devices do not all train what they were sent, as it was sent, and send that back.
+
+        Raises:
+            ValueError: gradients are to be corrected by controls.
+        """
+        if self.controls:
+            raise ValueError(
+                f"'{method}' cannot follow SCAFFOLD's controls: {because}. Leave --controls out, or choose a method whose devices train "
+                "the tensors that they are sent (lora, ffa, rolora, fedsa, fedex, federa, fibecfed, slora, ...)"
+            )
+
     def plain(self) -> Pool:
-        """The same, by the mean and without an optimiser."""
-        return replace(self, rule=Rule(), optimizer=None, steps=None)
+        """The same, by the mean and without an optimiser or controls."""
+        return replace(self, rule=Rule(), optimizer=None, steps=None, controls=False)
 
 
 def uniform(pool: Pool, round: int) -> tuple[int, ...]:
