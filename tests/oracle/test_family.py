@@ -360,7 +360,8 @@ def test_scaffold(kind: real.Kind) -> None:
             steps.add(len(batches))
             moved.append({n: new[n] - own[k][n] for n in shared})
             own[k] = new
-            real.assert_close({n: x for n, x in exchange.up[k].tensors.items() if n not in shared}, control(moved[-1]))
+            would_be = {n: common[n] + moved[-1][n] for n in shared}
+            real.assert_close({n: x for n, x in exchange.up[k].tensors.items() if n not in shared}, control(would_be))
         assert len(steps) > 1
         for k in EVERYBODY:  # whoever was not asked has what it had, or nothing yet
             real.assert_close(made.memory[t + 1][k], control(own[k]) if made.memory[t + 1][k] or own[k] is not zero else {})

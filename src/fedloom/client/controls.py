@@ -8,7 +8,7 @@ what is taken here, whatever the optimiser: AdamW divides a gradient by its size
 over the examples, only the sum.
 
 x is what came: a tensor is corrected where training starts from it as it was sent, and from nowhere else. So a device's own layers, heads
-and models, and tensors that stay fixed, have no controls. c_k lies in the device's memory and never leaves it; what it moved by does.
+and models, and tensors that stay fixed, have no controls. c_k lies in the device's memory and never leaves it; c + c_k+ − c_k does.
 The server's half: ``server/controls.py``.
 """
 
@@ -23,12 +23,12 @@ import torch
 from fedloom.client.client import Client
 from fedloom.compute.work import Fit
 from fedloom.messages import Task, Tensors, Update, Work
-from fedloom.server.controls import CONTROL, CORRECTED, parted
+from fedloom.server.controls import CONTROL, CORRECTED, parted, plain
 
 
 def corrected(operation: Callable[[Client, Task], Work[Update]], c: Client, task: Task) -> Work[Update]:
     """Carry an operation out, which knows nothing of it: its Fits are corrected by the controls, if the task says so (``CORRECTED``),
-    and its update has besides what the device's own moved by, for each tensor that was.
+    and its update has besides c as the device's own would move it, c + c_k+ − c_k, for each tensor that was.
 
     Raises:
         ValueError: the operation trained a tensor from where it was sent and does not send it back, so that the server averages something
@@ -60,7 +60,7 @@ def corrected(operation: Callable[[Client, Task], Work[Update]], c: Client, task
             "trained, and gradients cannot be corrected by controls"
         )
     own = {f"{CONTROL}{n}": total / max(1, steps[n]) for n, total in sums.items()}
-    moved = {n: now - _at(c.memory, n.removeprefix(CONTROL), now) for n, now in own.items()}
+    moved = {n: _at(common, plain(n), now) + now - _at(c.memory, plain(n), now) for n, now in own.items()}
     c.memory |= own
     return replace(update, tensors={**update.tensors, **moved})
 

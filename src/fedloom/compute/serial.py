@@ -38,6 +38,7 @@ from fedloom.model.base import Batch, Model, as_batch
 from fedloom.model.dropout import SeededDropout
 from fedloom.model.some_rows import SomeRows
 from fedloom.seeds import derive_int
+from fedloom.tensors import without
 
 PREDICT_ROWS = 32
 """Examples per forward pass when predicting one by one."""
@@ -81,8 +82,9 @@ class Serial:
     def _fit(self, item: Fit) -> Fitted:
         if not brings_a_model(item, self.model):
             return self._trained(item)
-        with self.model.lent(item.fixed, self.model.dtype):
-            return self._trained(replace(item, fixed={}))
+        stay = {n: t for n, t in item.fixed.items() if n in item.rows}
+        with self.model.lent(without(item.fixed, stay), self.model.dtype):
+            return self._trained(replace(item, fixed=stay))
 
     def _trained(self, item: Fit) -> Fitted:
         model, o = self.model, item.optimizer
@@ -110,8 +112,9 @@ class Serial:
             key = torch.tensor(dropout_key(item.dropout_seed, i), device=model.device)
             given = {**fixed, **now} if item.through is None else item.through({**fixed, **now})
             tensors = {n: t.to(model.dtype) for n, t in given.items()}
+            tensors |= {n: fixed[n].index_copy(0, at.to(model.device), tensors[n]) for n, at in item.rows.items() if n in fixed}
             dropping = SeededDropout(key, model.dropout, model.causal) if model.dropout else nullcontext()
-            few = SomeRows(tensors, item.rows, model.initial) if item.rows else nullcontext()
+            few = SomeRows(tensors, without(item.rows, fixed), model.initial) if item.rows.keys() - fixed.keys() else nullcontext()
             with model.skipping(item.skips, model.dtype), dropping, few:
                 loss = model.weighted(model.forward(tensors, batch, model.dtype)[0] + bias, batch)
             total = loss if item.penalty is None else loss + item.penalty(now, anchor)
@@ -270,7 +273,7 @@ def cost(item: WorkItem, flops: Flops) -> tuple[float, int]:
     lengths = item.examples.lengths
     match item:
         case Fit():
-            names, rows = item.reached, {n: len(at) for n, at in item.rows.items()}
+            names, rows = item.reached, {n: len(at) for n, at in item.rows.items() if n not in item.fixed}
             spent = sum(len(b) * float(flops.step(names, int(lengths[b].max()), rows, item.skips)) for b in item.batches)
             return spent, sum(len(b) for b in item.batches)
         case Score() | Fisher():

@@ -232,10 +232,15 @@ class Stacked:
                 low, high = parts[0].item, parts[-1].item + 1
                 keys = [dropout_key(items[k].dropout_seed, i) for k in range(low, high)] if model.dropout else []
                 weights = [1 / len(items[p.item].batches[i]) for p in parts]
-                texts = self._texts(items, parts, [p.item - low for p in parts], weights, keys, flat.kept(low, high))
+                kept = flat.kept(low, high)
+                beside = {n: t for n, t in rest.split(fixed[low:high]).items() if n in kept}  # what the other rows are
+                texts = self._texts(
+                    items, parts, [p.item - low for p in parts], weights, keys, {n: k for n, k in kept.items() if n not in beside}
+                )
                 leaf = now[low:high].detach().requires_grad_(True)
                 if through is None:
                     tensors = {**rest.split(fixed[low:high]), **flat.split(leaf.to(model.dtype), low)}
+                    tensors |= {n: kept[n].whole(tensors[n], still) for n, still in beside.items()}
                 else:
                     tensors = through({**rest.split(fixed[low:high]), **flat.split(leaf)})
                 with model.skipping(items[0].skips, model.dtype):

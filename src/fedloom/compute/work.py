@@ -107,7 +107,8 @@ class Fit:
 
     ``fixed`` tensors override the model's too and are not trained. ``mask`` holds 0/1 tensors broadcastable to the tensors they name: where
     it is 0 nothing moves. ``rows`` says of B's (d_out, r) of which only some output neurons are trained which these are, int64 (k,)
-    ascending: ``start`` then holds these rows (k, r) and nothing else, the others are zero, and there is no state of theirs and no product.
+    ascending: ``start`` then holds these rows (k, r) and nothing else, and there is no state of the others. These are as in ``fixed``, if
+    that names the tensor too (d_out, r); otherwise they are zero, and there is no product of theirs either.
     ``penalty`` is held against ``anchor``, or against ``start`` where none is given.
     ``correction`` is added to every step's gradient, before it is clipped (SCAFFOLD); tensors that it does not name have none.
     ``bias`` (C,) is added to the logits of every example before the loss, and is not trained.

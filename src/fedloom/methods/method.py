@@ -91,13 +91,16 @@ class Method(Protocol):
 
 
 def one_round(method: Method, state: State, pool: Pool) -> Flow[State]:
-    """A round of the method, in which the pool's server optimiser, if it has one, goes over what is averaged, and gradients are corrected
-    by the controls, if there are any."""
-    if pool.controls:
-        controls = Controls(state.controls, pool)
-        after = yield from controls.over(_stepping(method, state, pool))
-        return replace(after, controls=controls.value())
-    return (yield from _stepping(method, state, pool))
+    """A round of the method, in which the pool's server optimiser, if it has one, goes over what is averaged, gradients are corrected by
+    the controls, if there are any, and devices train the rows of their masks, if they have some."""
+    flow = _corrected(method, state, pool) if pool.controls else _stepping(method, state, pool)
+    return (yield from flow if pool.mask.keep == 1 else pool.mask.over(flow))
+
+
+def _corrected(method: Method, state: State, pool: Pool) -> Flow[State]:
+    controls = Controls(state.controls, pool)
+    after = yield from controls.over(_stepping(method, state, pool))
+    return replace(after, controls=controls.value())
 
 
 def _stepping(method: Method, state: State, pool: Pool) -> Flow[State]:

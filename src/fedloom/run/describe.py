@@ -76,6 +76,7 @@ def describe(experiment: Experiment) -> Description:
         ("method", f"{experiment.method_name}: {type(experiment.method).paper}"),
         *([("server", f"{step.rule}, a step of {step.lr:g} towards the aggregate")] if (step := experiment.server).optimizer else []),
         *([("controls", "SCAFFOLD's: every step's gradient is corrected by c − c_k")] if experiment.controls else []),
+        *([("mask", f"{experiment.mask.keep:g} of the output neurons of each layer's pairs")] if experiment.mask.keep < 1 else []),
         ("digest", experiment.digest()),
     ]
     return Description([*head, *_data(world), *_model(world), *_costs(world)], counts, world.classes)
@@ -160,7 +161,7 @@ def played(world: World) -> Played:
     """Play an experiment whose ``world`` has a compute that counts (``pretended.py``). What a method asks of its devices follows from what
     is chosen in its set-up, and the first and the last round tell it; one that ``rounds_differ`` is played through."""
     e, method, fleet = world.experiment, world.experiment.method, world.fleet
-    through = bool(vars(type(method)).get("rounds_differ")) or e.controls  # there is no c to send in the first round
+    through = bool(vars(type(method)).get("rounds_differ")) or e.controls or e.mask.keep < 1  # the first round is another
     engine = Counting(world) if through else world.engine(ClientStore(None))
     setup, rounds, steps = Section(fleet), list[Section](), Counter[str]()
 

@@ -158,8 +158,8 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     import torch
 
     from fedloom.client.client import Client
-    from fedloom.client.controls import corrected
     from fedloom.client.host import Host
+    from fedloom.client.masks import carried_out
     from fedloom.client.store import ClientStore
     from fedloom.compute.stacked import Stacked
     from fedloom.data.tasks import SPLITS
@@ -194,7 +194,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
         e.digest(),
         counted(Judge(source, shards, model)),
         e.encoding,
-        corrected,
+        carried_out,
     )
     return host, {"examples": {split: len(shards[split]) for split in SPLITS}, "notes": list(source.notes)}
 

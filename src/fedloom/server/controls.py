@@ -3,9 +3,10 @@
     c <- c + (1/K) Σ_{k in S_t} (c_k+ − c_k)                             eq. (5); K devices in all
 
 Each round's tasks that are told the round, which are those that train, bring c for the tensors that they bring (a tensor of which nothing
-is known yet has c = 0, which does not travel), and each update how that device's own control moved. What moved is aggregated by the
-experiment's rule, all devices alike; with the mean, c is the mean of all devices' c_k, 0 of a device that never took part. A tensor that
-was not trained in a round, or is no longer sent, keeps its c, as every device keeps its c_k. The device's half: ``client/controls.py``.
+is known yet has c = 0, which does not travel). Each update brings c + c_k+ − c_k, so that on a wire with a loss, and for a rule, what moved
+is a change like any other. These are aggregated by the experiment's rule, all devices alike; with the mean, c is the mean of all devices'
+c_k, 0 of a device that never took part. A tensor that was not trained in a round, or is no longer sent, keeps its c, as every device keeps
+its c_k. The device's half: ``client/controls.py``.
 
 It does not know methods: their rounds pass through it.
 """
@@ -24,7 +25,7 @@ from fedloom.server.participation import Pool
 T = TypeVar("T")
 
 CONTROL = "control/"
-"""Before a tensor's name: c, c_k, or what c_k moved by, of it."""
+"""Before a tensor's name: c, c_k, or c + c_k+ − c_k, of it."""
 
 CORRECTED = "corrected"
 """The setting that tells a device that its gradients are corrected, though c may be 0."""
@@ -36,7 +37,8 @@ class Controls:
     """c before a round, by the names of tensors, and after it."""
 
     def __init__(self, common: Tensors, pool: Pool) -> None:
-        self.common, self.devices, self._moved, self._answered = common, len(pool.clients), pool.average(), 0
+        self.common, self.devices, self._answered = common, len(pool.clients), 0
+        self._mean = pool.average({f"{CONTROL}{n}": t for n, t in common.items()})
 
     def over(self, flow: Flow[T]) -> Flow[T]:
         """The same round, whose devices correct their gradients."""
@@ -55,9 +57,9 @@ class Controls:
             log.warning("controls correct nothing in this round: no device trains a tensor as it was sent")
             return dict(self.common)
         share, now = self._answered / self.devices, dict(self.common)
-        for name, moved in self._moved.value().items():
-            plain = name.removeprefix(CONTROL)
-            now[plain] = share * moved + now[plain] if plain in now else share * moved
+        for name, mean in self._mean.value().items():
+            before = now[plain(name)] if plain(name) in now else torch.zeros_like(mean)
+            now[plain(name)] = before + share * (mean - before)
         return dict(sorted(now.items()))
 
     def _told(self, task: Task) -> Task:
@@ -68,13 +70,18 @@ class Controls:
 
     def _taking(self, asking: Asking) -> Take:
         def take(update: Update) -> Update:
-            moved, rest = parted(update.tensors)
-            if moved:
+            controls, rest = parted(update.tensors)
+            if controls:
                 self._answered += 1
-                self._moved.take(replace(update, tensors=moved, num_examples=1))
+                self._mean.take(replace(update, tensors=controls, num_examples=1))
             return asking.take(replace(update, tensors=rest))
 
         return take
+
+
+def plain(name: str) -> str:
+    """The name of the tensor that a control is of."""
+    return name.removeprefix(CONTROL)
 
 
 def parted(tensors: Tensors) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
