@@ -18,7 +18,7 @@ from fedloom.client.masks import carried_out
 from fedloom.client.store import ClientStore
 from fedloom.compute.serial import Serial
 from fedloom.compute.stacked import Stacked
-from fedloom.compute.work import Fit
+from fedloom.compute.work import Fit, Predict
 from fedloom.engines.engine import drive
 from fedloom.engines.local import Local
 from fedloom.messages import ask
@@ -139,6 +139,24 @@ def test_a_kind_without_pairs_and_a_term_in_the_loss_are_refused() -> None:
         Mask(0.0)
 
 
+def test_corrections_of_rows_are_those_rows() -> None:
+    here = Played(FedAvg(), replace(POOL, controls=True))
+    here.round()
+    common, own = here.state.controls, {k: here.store.load(k)[1] for k in POOL.clients}
+    here.round()
+    fits = [fit for fit in here.fits if fit.rows and fit.means]
+    assert len(fits) == POOL.cohort
+    for fit in fits:
+        (k,) = [k for k, c in tiny.clients().items() if len(c.train) == len(fit.examples)]
+        for n, at in fit.rows.items():
+            mine = own[k][f"control/{n}"] if f"control/{n}" in own[k] else torch.zeros_like(common[n])
+            torch.testing.assert_close(fit.correction[n], (common[n] - mine)[at], atol=1e-7, rtol=1e-5)
+        assert any(bool(fit.correction[n].any()) for n in fit.rows)
+    for k in POOL.clients:
+        for n, mask in here.masks()[k].items():
+            assert not bool(here.store.load(k)[1][f"control/{n}"][~mask].any()), "no control of what is not trained"
+
+
 @pytest.mark.parametrize("name", ["lora", "fedsa", "rolora"])
 def test_stacked_is_one_by_one(name: str) -> None:
     one, many = (Played(METHODS[name], replace(POOL, controls=True), stacked=stacked) for stacked in (False, True))
@@ -163,6 +181,13 @@ def test_a_devices_own_rows_are_stored_as_rows() -> None:
         for n, mask in of.items():
             assert private[n].shape == (int(mask.sum()), 2) and f"kept/{n}" in memory
     assert all(not set(fit.fixed) & set(fit.rows) for fit in here.fits)
+    (k, of), *_ = [(k, of) for k, of in here.masks().items() if of]
+    private = here.store.load(k)[0]
+    own = {n: torch.zeros(16, 2).masked_scatter(of[n][:, None], t) if n in of else t for n, t in private.items()}
+    (due,) = Serial(model("zero")).run([Predict({**own, **here.state.shared}, tiny.clients()[k].test)])
+    (said,) = here.engine.run([ask(here.method.predict, k, here.state.shared, splits=["test"])]).updates
+    torch.testing.assert_close(said.tensors["test"], due.result, atol=1e-4, rtol=0)
+    assert {n: t.shape for n, t in here.store.load(k)[0].items()} == {n: t.shape for n, t in private.items()}, "they are rows again"
 
 
 def test_what_came_as_rows_is_completed_with_what_was_sent() -> None:
