@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, groupby
 
+import numpy as np
 import torch
 
 from fedloom.messages import Tensors
@@ -175,3 +176,15 @@ def fingerprint(tensors: Tensors) -> str:
 def clone(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Detached copies that share nothing with the originals, in order of names."""
     return {name: tensor.detach().clone() for name, tensor in sorted(tensors.items())}
+
+
+def packed(mask: torch.Tensor) -> torch.Tensor:
+    """A mask's bits, eight a byte, uint8. One more bit that is set says where they end."""
+    bits = np.append(mask.numpy().reshape(-1) > 0, True)
+    return torch.from_numpy(np.packbits(bits))
+
+
+def unpacked(bits: torch.Tensor) -> torch.Tensor:
+    """The mask (d_out,) bool that was packed."""
+    flags = np.unpackbits(bits.numpy())
+    return torch.from_numpy(flags[: np.flatnonzero(flags)[-1]].astype(bool))

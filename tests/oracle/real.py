@@ -17,6 +17,7 @@ import torch
 
 from fedloom.client.client import Client
 from fedloom.client.host import Host
+from fedloom.client.masks import carried_out
 from fedloom.client.neurons import KEPT, unpacked, whole_private
 from fedloom.client.store import ClientStore
 from fedloom.compute.compute import Compute, Done
@@ -29,7 +30,7 @@ from fedloom.engines.engine import drive
 from fedloom.engines.local import Local
 from fedloom.messages import CENTRE, Failure, Task, Tensors, Update, ask
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.method import Method, State
+from fedloom.methods.method import Method, State, one_round
 from fedloom.model.base import Model
 from fedloom.server.participation import Pool
 from fedloom.wire import unpack
@@ -197,14 +198,16 @@ def run(method: Method, kind: Kind, pool: Pool = POOL) -> Run:
 def watch(method: Method, on: Compute, pool: Pool, of: Model | None = None) -> Run:
     """As ``run``, on any compute, which is that of ``of`` if given."""
     store, watched = ClientStore(), Watched(on)
-    line = Overheard(Host(method, lambda k: replace(devices()[k], private={}, memory={}), watched, store, DIGEST), watched)
+    line = Overheard(
+        Host(method, lambda k: replace(devices()[k], private={}, memory={}), watched, store, DIGEST, doing=carried_out), watched
+    )
     engine: Any = Local(line)  # type: ignore[arg-type]
     states, held = [drive(method.setup(method.init(of or model()), pool), engine)], []
     for t in range(pool.rounds + 1):
         kept = {k: deepcopy(store.load(k)) for k in pool.clients}
         held.append({k: replace(devices()[k], private=own, memory=memory) for k, (own, memory) in kept.items()})
         if t < pool.rounds:
-            states.append(drive(method.round(states[-1], pool), engine))
+            states.append(drive(one_round(method, states[-1], pool), engine))
     said = engine.run([ask(method.predict, k, states[-1].shared, splits=["validation", "test"]) for k in pool.clients])
     logits = {update.client: dict(update.tensors) for update in said.updates}
     private = [{k: whole_private(c) for k, c in now.items()} for now in held]

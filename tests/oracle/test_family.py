@@ -342,39 +342,45 @@ def test_slora(kind: real.Kind) -> None:
 
 @kinds
 def test_scaffold(kind: real.Kind) -> None:
-    """Every local step's gradient is g − c_k + c; c_k becomes the gradient at w_t; c moves by 1/K of what the cohort's controls moved."""
+    """Every local step's gradient is g − c_k + c; c_k becomes the mean of its steps' g; c moves by 1/K of what the cohort's moved."""
     made = real.run(Scaffold(real.INNER), kind)
     shared = real.start()
     zero = {n: np.zeros_like(t) for n, t in shared.items()}
     common, own = zero, dict.fromkeys(EVERYBODY, zero)
     control = lambda tensors: {f"control/{n}": t for n, t in tensors.items()}  # noqa: E731
     for t, exchange in enumerate(made.asked("train")):
-        fitted, moved = {}, []
+        fitted, moved, steps = {}, [], set()
         for k in COHORTS[t]:
-            assert set(exchange.down[k].tensors) == set(exchange.up[k].tensors) == {*shared, *control(shared)}
+            assert set(exchange.up[k].tensors) == {*shared, *control(shared)}
+            assert set(exchange.down[k].tensors) == ({*shared, *control(shared)} if t else set(shared)), "zeros need not travel"
+            assert exchange.up[k].examples == 2 * real.SIZES[k], "and no pass is made for it"
             towards = {n: common[n] - own[k][n] for n in shared}
-            fitted[k] = corrected(k, shared, epochs(k, "batches", t), towards)
-            everything = real.encoder().backward(shared, pad(real.questions(k))).tensors
-            new = {n: everything[n].mean(0) for n in shared}
+            batches = epochs(k, "batches", t)
+            fitted[k], new = corrected(k, shared, batches, towards)
+            steps.add(len(batches))
             moved.append({n: new[n] - own[k][n] for n in shared})
             own[k] = new
-            real.assert_close(made.memory[t + 1][k], control(new))
-            real.assert_close({n: x for n, x in exchange.up[k].tensors.items() if n not in shared}, control(moved[-1]))
+            would_be = {n: common[n] + moved[-1][n] for n in shared}
+            real.assert_close({n: x for n, x in exchange.up[k].tensors.items() if n not in shared}, control(would_be))
+        assert len(steps) > 1
+        for k in EVERYBODY:  # whoever was not asked has what it had, or nothing yet
+            real.assert_close(made.memory[t + 1][k], control(own[k]) if made.memory[t + 1][k] or own[k] is not zero else {})
         shared = mean_of(fitted, shared)
         common = {n: common[n] + sum(m[n] for m in moved) / len(EVERYBODY) for n in shared}
         real.assert_close(made.states[t + 1].shared, shared)
-        real.assert_close(made.states[t + 1].server, control(common))
+        real.assert_close(made.states[t + 1].controls, common)
     assert max(float(np.abs(c).max()) for c in common.values()) > 0.01
     assert_predicts(made, dict.fromkeys(EVERYBODY, shared))
 
 
-def corrected(k: int, at: Arrays, batches: Sequence[np.ndarray], added: Tensors) -> Arrays:
-    """Training with ``added`` on every step's mean gradient."""
-    now = dict(at)
+def corrected(k: int, at: Arrays, batches: Sequence[np.ndarray], added: Tensors) -> tuple[Arrays, Arrays]:
+    """Training with ``added`` on every step's mean gradient, and the mean over the steps of these gradients as they were."""
+    now, total = dict(at), {n: np.zeros_like(t) for n, t in at.items()}
     first, second = ({n: np.zeros_like(t) for n, t in at.items()} for _ in range(2))
     for step, batch in enumerate(batches, 1):
         found = real.encoder().backward(now, pad([real.questions(k)[i] for i in batch])).tensors
+        total = {n: total[n] + found[n].mean(0) for n in now}
         gradients = {n: found[n].mean(0) + added[n] for n in now}
         for n, g in clip_to(gradients, real.RULE.clip).items():
             now[n], first[n], second[n] = adamw_step(now[n], g, first[n], second[n], step, real.RULE)
-    return now
+    return now, {n: t / len(batches) for n, t in total.items()}

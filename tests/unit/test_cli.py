@@ -35,9 +35,9 @@ def names(text: str) -> list[str]:
 
 EXPERIMENT = names("""
 --adapter.alpha --adapter.base --adapter.dropout --adapter.kind --adapter.rank --adapter.start --adapter.targets
---aggregation --alpha --beta --clients --cohort --data --device --engine.kind --engine.overcommit
+--aggregation --alpha --beta --clients --cohort --controls --data --device --engine.kind --engine.overcommit
 --engine.recompute --engine.stack --engine.threads --engine.workers --evaluate-every --exact-match --head --label --label-words
---max-length --max-test --max-train --max-validation --metric
+--mask.keep --max-length --max-test --max-train --max-validation --metric
 --min-examples --model --partition --precision --quorum --rounds --seed
 --server.beta1 --server.beta2 --server.lr --server.rule --server.tau --task --template --text --wire
 """)

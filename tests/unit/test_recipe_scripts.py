@@ -24,6 +24,7 @@ from fedloom.run.compare import Comparison
 from fedloom.run.experiment import as_json
 from fedloom.run.plan import Plan
 from fedloom.run.reading import ROW_KEYS
+from fedloom.run.recipes import resolve
 from fedloom.server.cycle import block_at, turns
 from tests.unit.run_folder import write_run
 
@@ -394,3 +395,34 @@ def test_the_table_of_wires_tells_bytes_a_round_and_their_share() -> None:
         "| int8 | lora | 18.8 | 6.2 | 25.0 % | 60.0 | 60.0 |",
     ]
     assert "| - | 60.0 |" in wires.table({"int8": found["int8"]}), "without the exact wire there is nothing to set it against"
+
+
+# the papers' settings
+
+
+def test_fibecfeds_paper() -> None:
+    """100 devices, 10 a round, 100 rounds, 2 local epochs, batch 8, length 128, r 8, α 16 on query and value, no decay, clip 1.0, seed 42;
+    sizes by Dirichlet(5), labels by Dirichlet(1); β₀ 0.6, α 0.8; ρ 0.5, ¾ of the layers; E_w 1, γ 0.5, keep 0.95; rates 1e-4 to 8e-4."""
+    e = resolve(str(RECIPES / "fibecfed_paper.py")).experiment
+    assert e is not None and (e.clients, e.cohort, e.rounds, e.max_length, e.seed, e.beta, e.alpha) == (100, 10, 100, 128, 42, 5.0, 1.0)
+    assert (e.trained.kind, e.adapter.rank, e.adapter.alpha, e.adapter.targets, e.partition) == (
+        "lora",
+        8,
+        16.0,
+        ("query", "value"),
+        "label",
+    )
+    m = e.method
+    assert (m.inner.local_epochs, m.inner.batch_size, m.inner.weight_decay, m.inner.clip, m.inner.schedule) == (2, 8, 0.0, 1.0, "constant")
+    assert 1e-4 <= m.inner.lr <= 8e-4 and (m.curriculum.start, m.curriculum.full_at, m.curriculum.pacing) == (0.6, 0.8, "linear")
+    assert (m.gal.fraction, m.gal.which, m.gal.rho, m.keep, m.warmup_epochs, m.momentum) == (0.75, "least", 0.5, 0.95, 1, 0.5)
+
+
+def test_fedcybgds_paper() -> None:
+    """64 clients, 6 cycles, 3 local epochs, batch 16, 1e-6, cosine within a turn, length 512+512, ascending."""
+    e = resolve(str(RECIPES / "fedcybgd_paper.py")).experiment
+    assert e is not None and (e.clients, e.cohort, e.max_length, e.rounds) == (64, 1, 1024, 6 * turns(64, 32))
+    m = e.method
+    assert (m.inner.local_epochs, m.inner.batch_size, m.inner.lr, m.inner.schedule, m.order) == (3, 16, 1e-6, "cosine", "ascending")
+    given = cli._parse(options.for_run(resolve(str(RECIPES / "fedcybgd_paper.py"))), ["--rounds", "2"], "x")
+    assert options.experiment_of(given) == replace(e, rounds=2), "an option goes over it, and nothing else changes"

@@ -59,6 +59,15 @@ Leaving = Callable[[Client, Task, Update], Update]
 """What of an update leaves the device."""
 
 
+Doing = Callable[[Callable[[Client, Task], Work[Update]], Client, Task], Work[Update]]
+"""How an operation is carried out."""
+
+
+def as_it_is(operation: Callable[[Client, Task], Work[Update]], client: Client, task: Task) -> Work[Update]:
+    """The :data:`Doing` that adds nothing."""
+    return operation(client, task)
+
+
 def everything(client: Client, task: Task, update: Update) -> Update:
     """The :data:`Leaving` that leaves every update as it is."""
     return update
@@ -76,9 +85,11 @@ class Host:
         digest: str,
         leaving: Leaving = everything,
         encoding: Encoding = EXACT,
+        doing: Doing = as_it_is,
     ) -> None:
         self.operations, self.method_name, self.leaving = operations(method), type(method).__name__, leaving
         self.devices, self.compute, self.store, self.digest, self.encoding = devices, compute, store, digest, encoding
+        self.doing = doing
 
     def answer(self, blobs: Sequence[bytes]) -> list[bytes | Failure]:
         """One packed update or one failure for each packed task, in order. Each client at most once a call."""
@@ -121,7 +132,7 @@ class Host:
             client.private, memory = self.store.load(task.client)
             unsent = {n.removeprefix(UNSENT): t for n, t in memory.items() if n.startswith(UNSENT)}
             client.memory = {n: t for n, t in memory.items() if not n.startswith(UNSENT)}
-            return Running(client, task, self.operations[task.op](client, task), unsent)
+            return Running(client, task, self.doing(self.operations[task.op], client, task), unsent)
         except Exception as error:
             return self._failed(task.client, error)
 

@@ -1,4 +1,5 @@
-"""Local tensors of which a device keeps some rows only: how they lie in its ``private`` and ``memory``, and how they are made whole.
+"""Tensors of which a device trains or keeps some rows only: which, how they lie in its ``private`` and ``memory``, and how they are made
+whole.
 
 A B (d_out, r) of which all rows but k are zero for ever lies as these rows (k, r); which they are lies beside it in ``memory`` under
 ``kept/`` and its name, one bit a row. Nothing here knows methods.
@@ -6,13 +7,16 @@ A B (d_out, r) of which all rows but k are zero for ever lies as these rows (k, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 
 from fedloom.client.client import Client
+from fedloom.model.adapters import partner
+from fedloom.model.blocks import layers
 from fedloom.model.some_rows import whole
+from fedloom.tensors import packed, unpacked
 
 KEPT = "kept/"
 
@@ -40,13 +44,24 @@ def whole_private(c: Client) -> dict[str, torch.Tensor]:
     return made
 
 
-def packed(mask: torch.Tensor) -> torch.Tensor:
-    """A mask's bits, eight a byte, uint8. One more bit that is set says where they end."""
-    bits = np.append(mask.numpy().reshape(-1) > 0, True)
-    return torch.from_numpy(np.packbits(bits))
+def neuron_masks(fisher: Mapping[str, torch.Tensor], keep: float) -> dict[str, torch.Tensor]:
+    """0/1 masks (d_out, 1) for every B among the local layers' Fisher: in each layer the ``ceil(keep · neurons)`` highest-scoring output
+    neurons of all its pairs together, one at least (equal scores: the earlier name and row first). A row's score is its own Fisher and, of
+    an A that is trained too, the d_out-th part.
 
-
-def unpacked(bits: torch.Tensor) -> torch.Tensor:
-    """The mask (d_out,) bool that was packed."""
-    flags = np.unpackbits(bits.numpy())
-    return torch.from_numpy(flags[: np.flatnonzero(flags)[-1]].astype(bool))
+    Raises:
+        ValueError: ``keep`` is not in (0, 1].
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be in (0, 1]; got {keep}")
+    masks: dict[str, torch.Tensor] = {}
+    for names in layers(fisher.keys()).values():
+        ups = [name for name in names if ".lora_B." in name]
+        shares = [fisher[partner(b)].double().sum() / len(fisher[b]) if partner(b) in fisher else 0.0 for b in ups]
+        rows = [fisher[b].double().sum(1) + share for b, share in zip(ups, shares, strict=True)]
+        scores = torch.cat(rows)
+        kept = torch.zeros_like(scores)
+        kept[torch.argsort(-scores, stable=True)[: max(1, math.ceil(keep * len(scores) - 1e-9))]] = 1
+        for name, part in zip(ups, kept.split([len(r) for r in rows]), strict=True):
+            masks[name] = part.float()[:, None]
+    return masks

@@ -39,6 +39,7 @@ from fedloom.model.dropout import SeededDropout
 from fedloom.model.quantised import numbers
 from fedloom.model.some_rows import SomeRows
 from fedloom.seeds import derive_int
+from fedloom.tensors import without
 
 PREDICT_ROWS = 32
 """Examples per forward pass when predicting one by one."""
@@ -82,8 +83,9 @@ class Serial:
     def _fit(self, item: Fit) -> Fitted:
         if not brings_a_model(item, self.model):
             return self._trained(item)
-        with self.model.lent(item.fixed, self.model.dtype):
-            return self._trained(replace(item, fixed={}))
+        stay = {n: t for n, t in item.fixed.items() if n in item.rows}
+        with self.model.lent(without(item.fixed, stay), self.model.dtype):
+            return self._trained(replace(item, fixed=stay))
 
     def _trained(self, item: Fit) -> Fitted:
         model, o = self.model, item.optimizer
@@ -104,14 +106,16 @@ class Serial:
         )  # fmt: skip
         _load_moments(adam, now, item.moments)
         seen = {n: (torch.zeros_like(t), torch.zeros_like(t)) for n, t in start.items()} if item.watch else {}
+        sums = {n: torch.zeros_like(t) for n, t in start.items()} if item.means else {}
         losses = []
         for i, indices in enumerate(item.batches):
             batch = self.batch(item.examples, indices)
             key = torch.tensor(dropout_key(item.dropout_seed, i), device=model.device)
             given = {**fixed, **now} if item.through is None else item.through({**fixed, **now})
             tensors = {n: t.to(model.dtype) for n, t in given.items()}
+            tensors |= {n: fixed[n].index_copy(0, at.to(model.device), tensors[n]) for n, at in item.rows.items() if n in fixed}
             dropping = SeededDropout(key, model.dropout, model.causal) if model.dropout else nullcontext()
-            few = SomeRows(tensors, item.rows, model.initial) if item.rows else nullcontext()
+            few = SomeRows(tensors, without(item.rows, fixed), model.initial) if item.rows.keys() - fixed.keys() else nullcontext()
             with model.skipping(item.skips, model.dtype), dropping, few:
                 loss = model.weighted(model.forward(tensors, batch, model.dtype)[0] + bias, batch)
             total = loss if item.penalty is None else loss + item.penalty(now, anchor)
@@ -119,6 +123,8 @@ class Serial:
             for (name, tensor), gradient in zip(now.items(), gradients, strict=True):
                 if item.watch:
                     watch(*seen[name], tensor.detach(), gradient, item.watch)
+                if item.means:
+                    sums[name] += gradient
                 gradient = gradient + correction[name] if name in correction else gradient
                 tensor.grad = gradient * mask[name] if name in mask else gradient
             if o.clip:
@@ -142,7 +148,8 @@ class Serial:
                     now[name].copy_(torch.where(mask[name] > 0, now[name], start[name]))
             losses.append(float(loss.detach()))
         importance = {n: (mean * apart).cpu() for n, (mean, apart) in seen.items()}
-        return Fitted({n: t.detach().cpu() for n, t in now.items()}, np.array(losses), _moments(adam, {**now, **low}), importance)
+        means = {n: (total / max(1, len(item.batches))).cpu() for n, total in sums.items()}
+        return Fitted({n: t.detach().cpu() for n, t in now.items()}, np.array(losses), _moments(adam, {**now, **low}), importance, means)
 
     def _each_gradient(self, at: Tensors, examples: Examples, names: Sequence[str], i: int) -> list[torch.Tensor]:
         now = {n: t.detach().float().to(self.model.device).requires_grad_(n in names) for n, t in at.items()}
@@ -267,7 +274,7 @@ def cost(item: WorkItem, flops: Flops) -> tuple[float, int]:
     lengths = item.examples.lengths
     match item:
         case Fit():
-            names, rows = item.reached, {n: len(at) for n, at in item.rows.items()}
+            names, rows = item.reached, {n: len(at) for n, at in item.rows.items() if n not in item.fixed}
             spent = sum(len(b) * float(flops.step(names, int(lengths[b].max()), rows, item.skips)) for b in item.batches)
             return spent, sum(len(b) for b in item.batches)
         case Score() | Fisher():

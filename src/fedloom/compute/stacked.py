@@ -220,6 +220,7 @@ class Stacked:
         first, second, steps = self._moments(items, remembered)
         losses = [np.zeros(len(item.batches)) for item in items]
         mean, apart = (torch.zeros_like(now) if items[0].watch else now[:, :0] for _ in range(2))
+        sums = torch.zeros_like(now) if items[0].means else now[:, :0]
 
         for i in range(len(items[0].batches)):
             active = sum(len(item.batches) > i for item in items)
@@ -231,10 +232,15 @@ class Stacked:
                 low, high = parts[0].item, parts[-1].item + 1
                 keys = [dropout_key(items[k].dropout_seed, i) for k in range(low, high)] if model.dropout else []
                 weights = [1 / len(items[p.item].batches[i]) for p in parts]
-                texts = self._texts(items, parts, [p.item - low for p in parts], weights, keys, flat.kept(low, high))
+                kept = flat.kept(low, high)
+                beside = {n: t for n, t in rest.split(fixed[low:high]).items() if n in kept}  # what the other rows are
+                texts = self._texts(
+                    items, parts, [p.item - low for p in parts], weights, keys, {n: k for n, k in kept.items() if n not in beside}
+                )
                 leaf = now[low:high].detach().requires_grad_(True)
                 if through is None:
                     tensors = {**rest.split(fixed[low:high]), **flat.split(leaf.to(model.dtype), low)}
+                    tensors |= {n: kept[n].whole(tensors[n], still) for n, still in beside.items()}
                 else:
                     tensors = through({**rest.split(fixed[low:high]), **flat.split(leaf)})
                 with model.skipping(items[0].skips, model.dtype):
@@ -250,6 +256,8 @@ class Stacked:
             self._passes(items, [Part(k, items[k].batches[i]) for k in range(active)], backward)
             if items[0].watch:
                 watch(mean[:active], apart[:active], now[:active], gradient, items[0].watch)
+            if items[0].means:
+                sums[:active] += gradient
             if correction is not None:
                 gradient += correction[:active]
             if mask is not None:
@@ -274,10 +282,14 @@ class Stacked:
             for kept, value in zip(losses, loss.tolist(), strict=False):
                 kept[i] = value
         ends, firsts, seconds = (matrix.cpu() for matrix in (now, first, second))
-        importance = (mean * apart).cpu()
+        importance, sums = (mean * apart).cpu(), sums.cpu()
         moments = [Moments(remembered.one(firsts[c], c), remembered.one(seconds[c], c), int(steps[c])) for c in range(len(items))]
         told = [flat.one(row, c) if items[0].watch else {} for c, row in enumerate(importance)]
-        return [Fitted(flat.one(ends[c], c), losses[c], moments[c], told[c]) for c in range(len(items))]
+        means = [
+            flat.one(row / max(1, len(item.batches)), c) if item.means else {}
+            for c, (row, item) in enumerate(zip(sums, items, strict=True))
+        ]
+        return [Fitted(flat.one(ends[c], c), losses[c], moments[c], told[c], means[c]) for c in range(len(items))]
 
     def _mask(self, items: Sequence[Fit], flat: Flat) -> torch.Tensor | None:
         if not items[0].mask:
@@ -488,7 +500,7 @@ def _kind(item: WorkItem) -> Hashable:
             shapes += (*sorted(some), sum(tensors[n].numel() for n in some))
             masks = tuple((n, tuple(t.shape)) for n, t in item.mask.items())
             fixed = tuple((n, tuple(t.shape)) for n, t in sorted(item.fixed.items()))
-            masks = (*masks, *sorted(item.correction), item.through, item.watch, item.skips)
+            masks = (*masks, *sorted(item.correction), item.through, item.watch, item.means, item.skips)
             return ("fit", shapes, masks, fixed, item.optimizer, item.penalty, item.anchor is None, item.moments is None, item.bias is None)
         case Score() | Fisher():
             return (type(item).__name__, shapes, item.over)
@@ -516,7 +528,7 @@ def _states_that_fit(item: WorkItem, device: torch.device) -> int:
     """How many clients' trainable tensors (and what training keeps beside them) fit into memory at once, at least one."""
     if isinstance(item, Pretrained):
         return 1
-    tensors, copies = (item.start, 8 + 2 * (item.watch is not None)) if isinstance(item, Fit) else (item.at, 4)
+    tensors, copies = (item.start, 8 + 2 * (item.watch is not None) + item.means) if isinstance(item, Fit) else (item.at, 4)
     each = 4 * copies * sum(t.numel() for t in tensors.values())
     return max(1, int(MEMORY_SHARE * free_bytes(device) / max(1, each)))
 

@@ -107,12 +107,14 @@ class Fit:
 
     ``fixed`` tensors override the model's too and are not trained. ``mask`` holds 0/1 tensors broadcastable to the tensors they name: where
     it is 0 nothing moves. ``rows`` says of B's (d_out, r) of which only some output neurons are trained which these are, int64 (k,)
-    ascending: ``start`` then holds these rows (k, r) and nothing else, the others are zero, and there is no state of theirs and no product.
+    ascending: ``start`` then holds these rows (k, r) and nothing else, and there is no state of the others. These are as in ``fixed``, if
+    that names the tensor too (d_out, r); otherwise they are zero, and there is no product of theirs either.
     ``penalty`` is held against ``anchor``, or against ``start`` where none is given.
     ``correction`` is added to every step's gradient, before it is clipped (SCAFFOLD); tensors that it does not name have none.
     ``bias`` (C,) is added to the logits of every example before the loss, and is not trained.
     ``through`` makes the model's tensors of the trained and the fixed ones, where what is trained is no tensor of the model itself.
     ``watch``: with what smoothing each trained number's importance is watched.
+    ``means``: the mean of all steps' gradients is told (:class:`Fitted`).
     ``skips`` are transformer layers, by number, that are left out: what comes into one goes out of it, around it.
     ``dropout_seed`` makes the dropout masks of the run; step i uses ``derive(dropout_seed, "dropout", i)``.
 
@@ -137,6 +139,7 @@ class Fit:
     correction: Tensors = field(default_factory=dict)
     through: Through | None = None
     watch: Smoothing | None = None
+    means: bool = False
     skips: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
@@ -175,13 +178,15 @@ class Fit:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What :class:`Fit` made: the trained tensors, the mean loss of each step (before it), AdamW's state; and of each number its
-    importance, if that was watched (:class:`Smoothing`), named and shaped as the tensors."""
+    """What :class:`Fit` made: the trained tensors, the mean loss of each step (before it), AdamW's state; of each number its importance, if
+    that was watched (:class:`Smoothing`); and the mean over the steps of the gradient of all that is minimised, penalty included, before it
+    is corrected, masked or clipped, if that was asked for (``means``). All named and shaped as the tensors."""
 
     tensors: dict[str, torch.Tensor]
     losses: np.ndarray
     moments: Moments
     importance: dict[str, torch.Tensor] = field(default_factory=dict)
+    gradient: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,7 @@ class DeltaLora:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """As inner."""
+        pool.insist_on_no_mask(self.name, "the weights move by what moves the whole pair")
         pool.insist_on_the_mean(self.name, "its server needs the mean of the products")
         return self.inner.setup(state, pool)
 

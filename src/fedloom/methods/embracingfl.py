@@ -72,6 +72,7 @@ class EmbracingFL:
         Raises:
             ValueError: a device whose memory does not even hold what the end needs, or a layer where nothing of the end is trained.
         """
+        pool.insist_on_no_mask(self.name, "what a device trains is chosen by its memory")
         pool.insist_on_the_mean(self.name, "each of its layers is averaged over the devices that trained it, which may be few")
         state = yield from self.inner.setup(state, pool)
         layers = torch.tensor([self.layers(state, pool, k) for k in pool.clients])

@@ -64,6 +64,7 @@ class FedAlt:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """Every device receives the start of its part once; the server makes room for what each will send."""
+        pool.insist_on_no_mask(self.name, "it trains two pairs and their mixer")
         pool.insist_on_the_mean(self.name, "each device's mean is another one, of what all the others sent last")
         yield from insist([ask(self.receive, k, state.server) for k in pool.clients])
         room = {n: torch.zeros(len(pool.clients), *t.shape) for n, t in state.server.items() if is_own(n)}

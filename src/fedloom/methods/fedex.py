@@ -15,7 +15,7 @@ the factors are. AdamW, fresh at each participation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedloom.client.client import Client
@@ -51,7 +51,8 @@ class FedExLora:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """As inner."""
-        pool.insist_on_the_mean(self.name, "its server needs the mean of the products")
+        uncorrected = replace(pool, controls=False)  # the factors are trained and averaged as in FedIT, so gradients may be corrected
+        uncorrected.insist_on_the_mean(self.name, "its server needs the mean of the products")
         return self.inner.setup(state, pool)
 
     def round(self, state: State, pool: Pool) -> Flow[State]:

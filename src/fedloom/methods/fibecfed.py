@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -37,13 +36,13 @@ from fedloom.client.client import Client
 from fedloom.client.curricula.fisher import ByFisher
 from fedloom.client.curriculum import Curriculum as AnyCurriculum
 from fedloom.client.curriculum import Granularity, Opened, Pacing, Turn
-from fedloom.client.neurons import KEPT, keep, rows_kept, whole_private
+from fedloom.client.neurons import KEPT, keep, neuron_masks, rows_kept, whole_private
 from fedloom.compute.spectrum import first_gap
 from fedloom.compute.work import Fisher, Norm, Sensitivity, Spectrum
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, insist, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
-from fedloom.model.adapters import is_factor, is_head, need_pairs, partner
+from fedloom.model.adapters import is_factor, is_head, need_pairs
 from fedloom.model.base import Model
 from fedloom.model.blocks import layer_of, layers
 from fedloom.seeds import Part, derive, derive_int
@@ -183,6 +182,7 @@ class FibecFed:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """Head, scores, GAL, masks (the four steps above)."""
+        pool.insist_on_no_mask(self.name, "it has one of its own (--method.keep)")
         shared = dict(state.shared)
         head = {name for name in shared if is_head(name)}
         own = self.curriculum if isinstance(self.curriculum, Curriculum) else None
@@ -379,24 +379,3 @@ def choose_gal(scores: np.ndarray, adapted: list[int], gal: Gal, seed: int, *pat
         case unknown:
             raise ValueError(f"no GAL choice '{unknown}'; there are least, most, random")
     return sorted(ranked[:count])
-
-
-def neuron_masks(fisher: Mapping[str, torch.Tensor], keep: float) -> dict[str, torch.Tensor]:
-    """0/1 masks (d_out, 1) for every B among the local layers' Fisher: in each layer the ``ceil(keep · neurons)`` highest-scoring output
-    neurons of all its pairs together, one at least (equal scores: the earlier name and row first).
-
-    Raises:
-        ValueError: ``keep`` is not in (0, 1].
-    """
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be in (0, 1]; got {keep}")
-    masks: dict[str, torch.Tensor] = {}
-    for names in layers(fisher.keys()).values():
-        ups = [name for name in names if ".lora_B." in name]
-        rows = [fisher[b].double().sum(1) + fisher[partner(b)].double().sum() / fisher[b].shape[0] for b in ups]
-        scores = torch.cat(rows)
-        kept = torch.zeros_like(scores)
-        kept[torch.argsort(-scores, stable=True)[: max(1, math.ceil(keep * len(scores) - 1e-9))]] = 1
-        for name, part in zip(ups, kept.split([len(r) for r in rows]), strict=True):
-            masks[name] = part.float()[:, None]
-    return masks

@@ -67,6 +67,7 @@ class Flasc:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """As inner."""
+        pool.insist_on_no_controls(self.name, "what is averaged is the largest changes, and not the factors that were trained")
         return self.inner.setup(state, pool)
 
     def round(self, state: State, pool: Pool) -> Flow[State]:

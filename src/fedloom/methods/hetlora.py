@@ -74,6 +74,7 @@ class HetLora:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """As inner; and every device's rank."""
+        pool.insist_on_no_mask(self.name, "devices are of several ranks, and prune them")
         pool.insist_on_the_mean(self.name, "its server weighs devices by the size of their products")
         state = yield from self.inner.setup(state, pool)
         given = self.ranks or quarters(rank_in(state.shared))

@@ -16,6 +16,7 @@ from fedloom.client.client import Client
 from fedloom.compute.work import Predict
 from fedloom.messages import Flow, Task, Tensors, Update, Work, on_client
 from fedloom.model.base import Model
+from fedloom.server.controls import Controls
 from fedloom.server.optimizers import Steps
 from fedloom.server.participation import Pool
 
@@ -26,7 +27,7 @@ class State:
 
     ``round`` counts completed rounds. ``shared`` is what clients receive and the server aggregates. ``server`` holds tensors that only the
     server needs. ``facts`` are plain JSON values worth telling (chosen layers, scores); they land in ``results.json``. ``moments`` are the
-    server optimiser's, where the experiment has one; methods have no use for them.
+    server optimiser's and ``controls`` SCAFFOLD's c, where the experiment has them; of these methods need to know nothing.
     """
 
     round: int
@@ -34,6 +35,7 @@ class State:
     server: Tensors = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     moments: Tensors = field(default_factory=dict)
+    controls: Tensors = field(default_factory=dict)
 
     def after_round(self, shared: Tensors) -> State:
         """The state one completed round later."""
@@ -89,7 +91,19 @@ class Method(Protocol):
 
 
 def one_round(method: Method, state: State, pool: Pool) -> Flow[State]:
-    """A round of the method, in which the pool's server optimiser, if it has one, goes over what is averaged."""
+    """A round of the method, in which the pool's server optimiser, if it has one, goes over what is averaged, gradients are corrected by
+    the controls, if there are any, and devices train the rows of their masks, if they have some."""
+    flow = _corrected(method, state, pool) if pool.controls else _stepping(method, state, pool)
+    return (yield from flow if pool.mask.keep == 1 else pool.mask.over(flow))
+
+
+def _corrected(method: Method, state: State, pool: Pool) -> Flow[State]:
+    controls = Controls(state.controls, pool)
+    after = yield from controls.over(_stepping(method, state, pool))
+    return replace(after, controls=controls.value())
+
+
+def _stepping(method: Method, state: State, pool: Pool) -> Flow[State]:
     if pool.optimizer is None:
         return (yield from method.round(state, pool))
     steps = Steps(pool.optimizer, state.moments)

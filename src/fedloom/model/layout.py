@@ -23,7 +23,7 @@ ROUND = 8
 
 @dataclass(frozen=True)
 class RowsKept:
-    """Which output rows of a linear layer each owner has; the others of its ``tall`` rows are zero and stay zero.
+    """Which output rows of a linear layer each owner has; the others of its ``tall`` rows are zero, or something else, and stay so.
 
     counts: int64 (S,), how many. index: int64 (S, most), which, ascending; what follows an owner's last one means nothing.
     """
@@ -41,11 +41,11 @@ class RowsKept:
             place[: len(mine)] = mine
         return RowsKept(counts, index, tall)
 
-    def whole(self, weight: torch.Tensor) -> torch.Tensor:
-        """(S, tall, …) of (S, most, …): every row in its place."""
+    def whole(self, weight: torch.Tensor, others: torch.Tensor | None = None) -> torch.Tensor:
+        """(S, tall, …) of (S, most, …): every row in its place, among zeros or ``others`` (S, tall, …)."""
         owner, at = np.nonzero(np.arange(self.index.shape[1]) < self.counts[:, None])
         to = torch.from_numpy(owner * self.tall + self.index[owner, at]).to(weight.device)
-        flat = weight.new_zeros(len(weight) * self.tall, *weight.shape[2:])
+        flat = weight.new_zeros(len(weight) * self.tall, *weight.shape[2:]) if others is None else others.flatten(0, 1)
         return flat.index_copy(0, to, weight[owner, at]).view(len(weight), self.tall, *weight.shape[2:])
 
 

@@ -61,7 +61,7 @@ def adopt(experiment: Experiment, folder: Path, trained: Path, show: Show, track
             raise ExperimentError(f"'{experiment.method_name}' shares other tensors than '{method.inner.name}' did; it must be trained")
         begin(section, world, world.pool.clients)
         ledger.set_up(section)
-        state = State(saved.state.round, saved.state.shared, prepared.server, prepared.facts, saved.state.moments)
+        state = State(saved.state.round, saved.state.shared, prepared.server, prepared.facts, saved.state.moments, saved.state.controls)
         show.phase(f"evaluating what {trained.name} trained")
         found = evaluate(world, state, engine, store=store)
         write_atomically(ledger.path, "".join(json.dumps(row) + "\n" for row in _rows(trained, found, nothing(world))))

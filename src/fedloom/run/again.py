@@ -67,7 +67,7 @@ def evaluate_again(experiment: Experiment, folder: Path, kind: type[Any] | None 
             prepared = drive(other.method.setup(other.method.init(world.model), world.pool), engine, quorum=0)
             if prepared.shared.keys() != state.shared.keys():
                 raise ExperimentError(f"'{other.method_name}' shares other tensors than '{experiment.method_name}' did; it must be trained")
-            state = State(state.round, state.shared, prepared.server, prepared.facts, state.moments)
+            state = State(state.round, state.shared, prepared.server, prepared.facts, state.moments, state.controls)
         recorded = None if other else _recorded(folder, state.round)
         writes = recorded is None or NUMBERS in recorded["test"]  # a run of an earlier version has told no numbers
         found = evaluate(world, state, engine, store=store if writes else None)

@@ -122,8 +122,8 @@ def load(folder: Path, store: Store) -> Saved | None:
             store.load(int(client))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError, StoreError) as error:
         raise CheckpointError(f"the checkpoint {path} is corrupt: {error}. {mend}") from error
-    shared, server, moments = (_named(tensors, f"{part}/") for part in ("shared", "server", "moments"))
-    return Saved(State(round, shared, server, facts, moments), totals, data, late, start)
+    shared, server, moments, controls = (_named(tensors, f"{part}/") for part in ("shared", "server", "moments", "controls"))
+    return Saved(State(round, shared, server, facts, moments, controls), totals, data, late, start)
 
 
 def fingerprint_of(folder: Path) -> str:
@@ -182,7 +182,8 @@ def _read(folder: Path, name: str, kind: re.Pattern[str]) -> dict[str, torch.Ten
 
 
 def _parts(state: State) -> dict[str, Mapping[str, torch.Tensor]]:
-    return {"shared": state.shared, "server": state.server, **({"moments": state.moments} if state.moments else {})}
+    parts = {"shared": state.shared, "server": state.server, "moments": state.moments, "controls": state.controls}
+    return {kind: tensors for kind, tensors in parts.items() if tensors or kind in ("shared", "server")}
 
 
 def _late(saved: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Late:

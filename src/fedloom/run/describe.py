@@ -23,6 +23,7 @@ from fedloom.data.sources import Source
 from fedloom.engines.engine import drive
 from fedloom.messages import Replies, Task
 from fedloom.methods.embracingfl import EmbracingFL
+from fedloom.methods.method import one_round
 from fedloom.model.base import Model
 from fedloom.model.memory import Needs, fitting, needs, resident
 from fedloom.model.quantised import numbers
@@ -76,6 +77,8 @@ def describe(experiment: Experiment) -> Description:
     head = [
         ("method", f"{experiment.method_name}: {type(experiment.method).paper}"),
         *([("server", f"{step.rule}, a step of {step.lr:g} towards the aggregate")] if (step := experiment.server).optimizer else []),
+        *([("controls", "SCAFFOLD's: every step's gradient is corrected by c − c_k")] if experiment.controls else []),
+        *([("mask", f"{experiment.mask.keep:g} of the output neurons of each layer's pairs")] if experiment.mask.keep < 1 else []),
         ("digest", experiment.digest()),
     ]
     return Description([*head, *_data(world), *_model(world), *_costs(world)], counts, world.classes)
@@ -170,7 +173,7 @@ def played(world: World) -> Played:
     """Play an experiment whose ``world`` has a compute that counts (``pretended.py``). What a method asks of its devices follows from what
     is chosen in its set-up, and the first and the last round tell it; one that ``rounds_differ`` is played through."""
     e, method, fleet = world.experiment, world.experiment.method, world.fleet
-    through = bool(vars(type(method)).get("rounds_differ"))
+    through = bool(vars(type(method)).get("rounds_differ")) or e.controls or e.mask.keep < 1  # the first round is another
     engine = Counting(world) if through else world.engine(ClientStore(None))
     setup, rounds, steps = Section(fleet), list[Section](), Counter[str]()
 
@@ -183,7 +186,7 @@ def played(world: World) -> Played:
     begin(setup, world, world.pool.clients)
     for t in range(e.rounds) if through else (0, e.rounds - 1):
         rounds.append(Section(fleet))
-        after = drive(method.round(replace(state, round=t), world.pool), engine, seen=rounds[-1].hear)
+        after = drive(one_round(method, replace(state, round=t), world.pool), engine, seen=rounds[-1].hear)
         state = after if through else state
     return Played(setup, rounds, through, steps)
 

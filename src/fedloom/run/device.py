@@ -161,6 +161,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
 
     from fedloom.client.client import Client
     from fedloom.client.host import Host
+    from fedloom.client.masks import carried_out
     from fedloom.client.store import ClientStore
     from fedloom.compute.stacked import Stacked
     from fedloom.data.tasks import SPLITS
@@ -195,6 +196,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
         e.digest(),
         counted(Judge(source, shards, model)),
         e.encoding,
+        carried_out,
     )
     return host, {"examples": {split: len(shards[split]) for split in SPLITS}, "notes": list(source.notes)}
 

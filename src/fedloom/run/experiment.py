@@ -23,6 +23,7 @@ from fedloom.model.adapters import Adapter
 from fedloom.model.base import Precision
 from fedloom.run.devices import insist as insist_on_devices
 from fedloom.run.reading import full_name
+from fedloom.server.masks import Mask
 from fedloom.server.optimizers import ServerStep
 from fedloom.server.robust import Rule
 
@@ -98,6 +99,9 @@ class Experiment:
         aggregation: what the server makes of a round's updates: mean, or a rule that a share of hostile devices cannot sway, as NAME or
             NAME:SHARE (0.25): median, trimmed, krum, multi-krum, geometric-median, clip.
         server: what the server does with the aggregate: takes it over, or a step of FedAvgM, FedAdagrad, FedYogi or FedAdam towards it.
+        controls: have every step's gradient on a device corrected by how the device's own differ from everybody's (SCAFFOLD), whatever the
+            method, so far as it averages what is trained. Twice the bytes, both ways.
+        mask: which rows of LoRA's pairs a device trains, whatever the method, so far as it trains pairs as they are.
         wire: how numbers travel: exact, or with a loss bf16, fp16, int8, nf4, or top-k:SHARE (0.05) of a device's changes, the rest later;
             up:bf16 loses on the way up alone, and so of the others.
         device: what devices are like, for simulated device time and for methods that ask less of the weaker: jetson, laptop or phone, all
@@ -134,6 +138,8 @@ class Experiment:
     quorum: float = 1.0
     aggregation: str = "mean"
     server: ServerStep = field(default_factory=ServerStep)
+    controls: bool = False
+    mask: Mask = field(default_factory=Mask)
     wire: str = "exact"
     device: str = "jetson"
     engine: EngineSettings = field(default_factory=EngineSettings)
@@ -180,6 +186,8 @@ class Experiment:
                 f"--engine.workers {self.engine.workers} needs --engine.kind local; kind {self.engine.kind} is one process"
             )
         insist_on_devices(self.device)
+        if self.mask.keep < 1:
+            self._insist_on_pairs()
 
     @property
     def method_name(self) -> str:
@@ -195,6 +203,26 @@ class Experiment:
     def encoding(self) -> Encoding:
         """How numbers travel."""
         return Encoding.of(self.wire)
+
+    def _insist_on_pairs(self) -> None:
+        """Insist that there are rows which a mask can keep.
+
+        Raises:
+            ExperimentError: no pairs are trained, or a term in the loss that rows do not have.
+        """
+        if self.trained.kind != "lora":
+            raise ExperimentError(
+                f"--mask.keep is {self.mask.keep} and is of LoRA's pairs, and --adapter.kind {self.trained.kind} has none; leave one of "
+                "the two out"
+            )
+        inner = self.method
+        while "prox" not in vars(inner) and "inner" in vars(inner):
+            inner = inner.inner
+        if vars(inner).get("prox"):
+            raise ExperimentError(
+                f"--mask.keep is {self.mask.keep}, and FedProx's term, which is not defined for some rows of B, has prox {inner.prox}; "
+                "leave one of the two out"
+            )
 
     @property
     def trained(self) -> Adapter:

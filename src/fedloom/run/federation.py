@@ -152,6 +152,11 @@ def insist_may_start(experiment: Experiment, devices: int) -> None:
         raise ExperimentError(
             f"--start-with is {devices}; it must be from --cohort, {experiment.cohort}, to the number of devices, {experiment.clients}"
         )
+    if devices < experiment.clients and experiment.controls:
+        raise ExperimentError(
+            f"--start-with {devices}: with --controls no device can come after the set-up, for the server's control is the mean of as many "
+            "devices' as there were. Leave one of the two out"
+        )
     if devices < experiment.clients and not may_join_late(experiment.method):
         raise ExperimentError(
             f"--start-with {devices}: to '{experiment.method_name}', as it is set, no device can come after the set-up. Leave it out and "

@@ -46,7 +46,8 @@ def held(world: World, store: Store) -> dict[str, Any] | None:
         one["step_flops_whole"] = float(flops.step(names, length))  # type: ignore[arg-type]
         if "optimizer_bytes" in device.memory:
             one["optimizer_bytes"] = int(device.memory["optimizer_bytes"])
-            one["optimizer_bytes_whole"] = one["optimizer_bytes"] + 2 * (whole - own)
+            of_all = device.memory.get("optimizer_bytes_whole")
+            one["optimizer_bytes_whole"] = one["optimizer_bytes"] + 2 * (whole - own) if of_all is None else int(of_all)
         found.append(one)
     keys = ("private_bytes", "private_bytes_whole", "memory_bytes", "file_bytes", "optimizer_bytes", "optimizer_bytes_whole")
     keys += ("step_flops", "step_flops_whole")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedloom.client.masks import make_whole
 from fedloom.client.store import ClientStore
 from fedloom.messages import Task, Tensors
 from fedloom.methods.method import Predictor
@@ -12,6 +13,7 @@ def personal(world: World, store: ClientStore, client: int, shared: Tensors) -> 
     """The model of device ``client``, given the ``shared`` tensors as they reach it. Changes neither the device nor the store."""
     device = world.device(client)
     device.private, device.memory = store.load(client)
+    make_whole(device)
     work, answer = world.experiment.method.personalise(device, shared), None
     try:
         while True:

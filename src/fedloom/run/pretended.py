@@ -29,7 +29,8 @@ class Pretended:
         match item:
             case Fit():
                 still = {name: torch.zeros_like(tensor) for name, tensor in item.start.items()}
-                return Fitted(dict(item.start), np.zeros(len(item.batches)), Moments(still, still, 0), still if item.watch else {})
+                watched, means = (still if asked else {} for asked in (item.watch, item.means))
+                return Fitted(dict(item.start), np.zeros(len(item.batches)), Moments(still, still, 0), watched, means)
             case Score():
                 return np.zeros(len(item.examples))
             case Fisher():

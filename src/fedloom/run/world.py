@@ -20,6 +20,7 @@ from fedloom.client.curricula.shortformer import Staged
 from fedloom.client.curricula.slw import LengthWarmup
 from fedloom.client.elsewhere import Elsewhere, Store
 from fedloom.client.host import Host
+from fedloom.client.masks import carried_out
 from fedloom.client.store import ClientStore
 from fedloom.compute.compute import Compute
 from fedloom.compute.stacked import Stacked
@@ -88,7 +89,8 @@ class World:
     def pool(self) -> Pool:
         """The clients, cohort size, rounds and seed, and how the server aggregates."""
         e = self.experiment
-        return Pool(tuple(range(e.clients)), e.cohort, e.rounds, e.seed, e.rule, self.fleet, e.server.optimizer)
+        around = Pool(tuple(range(e.clients)), e.cohort, e.rounds, e.seed, e.rule, self.fleet, e.server.optimizer)
+        return replace(around, controls=e.controls, mask=e.mask)
 
     @cached_property
     def fleet(self) -> Fleet:
@@ -149,7 +151,7 @@ class World:
     def host(self, store: ClientStore) -> Host:
         """What answers for the devices in this process."""
         e = self.experiment
-        return Host(e.method, self.device, self.compute, store, e.digest(), encoding=e.encoding)
+        return Host(e.method, self.device, self.compute, store, e.digest(), encoding=e.encoding, doing=carried_out)
 
     @property
     def alone_or_together(self) -> bool:

@@ -10,6 +10,7 @@ import torch
 from fedloom.fleet import Fleet
 from fedloom.messages import Tensors, Update
 from fedloom.seeds import derive
+from fedloom.server.masks import Mask
 from fedloom.server.optimizers import ServerOptimizer, Steps
 from fedloom.server.robust import Averaging, Rule
 
@@ -17,8 +18,9 @@ from fedloom.server.robust import Averaging, Rule
 @dataclass(frozen=True)
 class Pool:
     """The clients that exist (by id), how many are drawn a round, the experiment's seed, number of rounds T and rule of aggregation, what
-    the devices are like (None: nothing is said of them), and the server's optimiser (None: an aggregate is taken over). ``steps``: that of
-    the round that is under way; outside of rounds there is none, so what a set-up averages is the mean."""
+    the devices are like (None: nothing is said of them), the server's optimiser (None: an aggregate is taken over), whether gradients
+    are corrected by SCAFFOLD's controls (``server/controls.py``), and which rows devices train (``server/masks.py``). ``steps``: the
+    optimiser's in the round that is under way; outside of rounds there are none, so what a set-up averages is the mean."""
 
     clients: tuple[int, ...]
     cohort: int
@@ -28,6 +30,8 @@ class Pool:
     fleet: Fleet | None = None
     optimizer: ServerOptimizer | None = None
     steps: Steps | None = None
+    controls: bool = False
+    mask: Mask = field(default_factory=Mask)
 
     def __post_init__(self) -> None:
         if not 1 <= self.cohort <= len(self.clients):
@@ -54,9 +58,10 @@ class Pool:
         """For methods whose server does something else with updates than to aggregate them by name.
 
         Raises:
-            ValueError: another rule was asked for, or a server optimiser.
+            ValueError: another rule was asked for, a server optimiser, or controls.
         """
         self.insist_on_no_optimizer(method, because)
+        self.insist_on_no_controls(method, because)
         if self.rule != Rule():
             raise ValueError(
                 f"'{method}' cannot follow aggregation '{self.rule.name}': {because}. Leave --aggregation out, or choose a method that "
@@ -75,9 +80,33 @@ class Pool:
                 "method that averages tensor by tensor (lora, ffa, rolora, fedsa, federa, fibecfed, flasc, ...)"
             )
 
+    def insist_on_no_controls(self, method: str, because: str) -> None:
+        """For methods whose devices do not all train what they were sent, as it was sent, and send that back.
+
+        Raises:
+            ValueError: gradients are to be corrected by controls.
+        """
+        if self.controls:
+            raise ValueError(
+                f"'{method}' cannot follow SCAFFOLD's controls: {because}. Leave --controls out, or choose a method whose devices train "
+                "the tensors that they are sent (lora, ffa, rolora, fedsa, fedex, federa, fibecfed, slora, ...)"
+            )
+
+    def insist_on_no_mask(self, method: str, because: str) -> None:
+        """For methods whose devices do not train B's rows one beside the other.
+
+        Raises:
+            ValueError: devices are to train some rows.
+        """
+        if self.mask.keep < 1:
+            raise ValueError(
+                f"'{method}' cannot follow a mask that keeps {self.mask.keep:g} of the neurons: {because}. Leave --mask.keep out, or "
+                "choose a method that trains LoRA's pairs as they are (lora, ffa, rolora, fedsa, federa, fedopt, flasc, ...)"
+            )
+
     def plain(self) -> Pool:
-        """The same, by the mean and without an optimiser."""
-        return replace(self, rule=Rule(), optimizer=None, steps=None)
+        """The same, by the mean and without an optimiser, controls or a mask."""
+        return replace(self, rule=Rule(), optimizer=None, steps=None, controls=False, mask=Mask())
 
 
 def uniform(pool: Pool, round: int) -> tuple[int, ...]:

@@ -1,0 +1,187 @@
+"""SCAFFOLD's controls over every method: what is corrected, and by what, is the same on both computes, in a run that was stopped, and for a
+method that has them of its own; or the method says that it cannot be corrected."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedloom.client.controls import corrected
+from fedloom.client.curricula.voc import ByRarity
+from fedloom.client.host import Host
+from fedloom.client.store import ClientStore
+from fedloom.compute.serial import Serial
+from fedloom.compute.stacked import Stacked
+from fedloom.compute.work import Fit
+from fedloom.engines.engine import drive
+from fedloom.engines.local import Local
+from fedloom.methods import all_methods
+from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
+from fedloom.methods.method import State, one_round
+from fedloom.methods.slora import SLora
+from fedloom.model.adapters import is_down, is_factor, is_head, is_up
+from fedloom.model.base import Model
+from fedloom.run import checkpoint
+from fedloom.run.checkpoint import fingerprint_of
+from fedloom.run.describe import describe
+from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.federation import insist_may_start
+from fedloom.run.loop import run
+from fedloom.run.recipes import with_curriculum
+from fedloom.run.world import store_in
+from fedloom.server.optimizers import ServerStep
+from fedloom.server.participation import Pool, uniform
+from tests import small, tiny
+
+POOL = Pool((0, 1, 2, 3), 3, 4, 3, controls=True)
+METHODS: dict[str, Any] = {name: kind() for name, kind in all_methods().items()}
+METHODS |= {
+    "fibecfed": FibecFed(curriculum=Curriculum(head_rounds=1), gal=Gal(count=1), keep=0.5),
+    "slora": SLora(first=0.25),
+    "lora+voc": with_curriculum(FedAvg(), ByRarity()),
+    "lora+prox": FedAvg(prox=0.1),
+}
+REFUSING = {"fedcybgd", "handover", "fedbavg", "flora", "flexlora", "hetlora", "deltalora", "adalora", "fedalt", "embracingfl", "flasc"}
+REFUSING |= {"local", "centralised", "lisa", "scaffold"}
+PLAIN = {"fedfft", "fedbf", "fedap", "lora-finetuned", "lora-prior"}
+"""Whose training is ``lora``'s, line by line."""
+FOLLOWING = [name for name in METHODS if name not in REFUSING | PLAIN]
+PARTLY = {"rolora": lambda n, t: is_head(n) or (is_up if t % 2 == 0 else is_down)(n), "slora": lambda n, t: t > 0 or is_head(n)}
+"""By method, whether a tensor that a device is sent has been corrected in a round, where that is not all of them."""
+
+
+@cache
+def model(kind: Any, start: Any) -> Model:
+    return tiny.model(kind=kind, start=start)
+
+
+class Played:
+    """A method over made-up devices, whose Fits and states can be looked at."""
+
+    def __init__(self, method: Any, pool: Pool = POOL, stacked: bool = True) -> None:
+        said = vars(type(method))
+        of = model(said.get("adapter_kind", "lora"), said.get("adapter_start", "zero"))
+        compute, self.fits, self.method, self.pool, self.store = (
+            (Stacked if stacked else Serial)(of),
+            list[Fit](),
+            method,
+            pool,
+            ClientStore(),
+        )
+        ran, devices = compute.run, tiny.clients()
+
+        def seen(items: Any) -> Any:
+            self.fits.extend(item for item in items if isinstance(item, Fit))
+            return ran(items)
+
+        compute.run = seen  # type: ignore[method-assign]
+        fresh = lambda k: replace(devices[k], private={}, memory={})  # noqa: E731
+        self.engine = Local(Host(method, fresh, compute, self.store, "controls", doing=corrected))
+        self.state: State = drive(method.setup(method.init(of), pool), self.engine, quorum=0)
+
+    def round(self) -> State:
+        self.fits.clear()
+        self.state = drive(one_round(self.method, self.state, self.pool), self.engine)
+        return self.state
+
+    def own(self) -> dict[int, dict[str, torch.Tensor]]:
+        """Every device's c_k by the tensors' names."""
+        kept = {k: self.store.load(k)[1] for k in POOL.clients}
+        return {k: {n.removeprefix("control/"): t for n, t in of.items() if n.startswith("control/")} for k, of in kept.items()}
+
+
+@pytest.mark.parametrize("name", FOLLOWING)
+def test_what_is_shared_and_trained_is_corrected_and_c_is_the_devices_mean(name: str) -> None:
+    """In every round g − c_k + c for the tensors that a device trains as it was sent them, and no others; c = (1/K)·Σ_k c_k after it."""
+    here, ever = Played(METHODS[name]), set[str]()
+    for t in range(3 if name in PARTLY else 2):
+        sent, common, before = dict(here.state.shared), here.state.controls, here.own()
+        here.round()
+        names = {n for n in sent if PARTLY.get(name, lambda n, t: True)(n, t) and not n.startswith("moved/") and "base_layer" not in n}
+        fits = [fit for fit in here.fits if fit.means]
+        assert len(fits) == POOL.cohort
+        after = here.own()
+        for fit in fits:
+            (k,) = [k for k, c in tiny.clients().items() if len(c.train) == len(fit.examples)]
+            assert {n for n, start in fit.start.items() if n in sent and torch.equal(start, sent[n])} >= names
+            assert set(fit.correction) == {n for n in names if n in common or n in before[k]}, "the others' difference is zero"
+            for n, added in fit.correction.items():
+                torch.testing.assert_close(added, common[n] - before[k].get(n, torch.zeros_like(added)), atol=1e-6, rtol=1e-5)
+            assert set(after[k]) == set(before[k]) | names and all(bool((after[k][n] != 0).any()) for n in names if not is_factor(n))
+        for k in set(POOL.clients) - set(uniform(POOL, t)):
+            assert {n: t.tolist() for n, t in after[k].items()} == {n: t.tolist() for n, t in before[k].items()}, "it was away"
+        ever |= names
+        assert set(here.state.controls) == ever
+        for n, c in here.state.controls.items():
+            mean = sum(after[k].get(n, torch.zeros_like(c)) for k in POOL.clients) / len(POOL.clients)
+            torch.testing.assert_close(c, mean, atol=1e-6, rtol=1e-4)
+    assert any(map(is_factor, ever)) or name not in ("ffa", "fedsa", "fibecfed", "slora", "lora")
+
+
+@pytest.mark.parametrize("name", sorted(REFUSING))
+def test_a_method_that_cannot_be_corrected_says_so_before_it_trains(name: str) -> None:
+    with pytest.raises(ValueError, match=f"'{name}' cannot follow SCAFFOLD's controls: .*--controls"):
+        Played(METHODS[name])
+
+
+def test_scaffold_is_lora_with_controls() -> None:
+    mine, theirs = Played(METHODS["scaffold"], replace(POOL, controls=False)), Played(FedAvg())
+    for _ in range(3):
+        mine.round()
+        theirs.round()
+    for kind in ("shared", "controls"):
+        a, b = (getattr(here.state, kind) for here in (mine, theirs))
+        assert set(a) == set(b) and a and all(torch.equal(t, b[n]) for n, t in a.items())
+
+
+@pytest.mark.parametrize(("name", "rule"), [("ffa", "none"), ("fibecfed", "none"), ("rolora", "none"), ("fedsa", "adam")])
+def test_stacked_is_one_by_one_and_corrected_is_not_uncorrected(name: str, rule: Any) -> None:
+    pool = replace(POOL, optimizer=ServerStep().optimizer if rule == "none" else ServerStep(rule, lr=0.01).optimizer)
+    one, many = Played(METHODS[name], pool, stacked=False), Played(METHODS[name], pool)
+    plain = Played(METHODS[name], replace(pool, controls=False))
+    for _ in range(3):
+        for here in (one, many, plain):
+            here.round()
+    assert all(torch.allclose(t, one.state.shared[n], atol=5e-4) for n, t in many.state.shared.items())
+    assert all(torch.allclose(t, one.state.controls[n], atol=5e-4) for n, t in many.state.controls.items())
+    assert bool(many.state.moments) == (rule == "adam") and not plain.state.controls
+    assert max(float((t - many.state.shared[n]).abs().max()) for n, t in plain.state.shared.items()) > 2e-3
+
+
+def test_a_run_of_before_does_not_go_on_with_other_controls() -> None:
+    here = Played(METHODS["scaffold"], replace(POOL, controls=False))
+    here.state = replace(here.state, server={"control/x": torch.zeros(1)})
+    with pytest.raises(ValueError, match="was begun when controls were gradients at the start of a round; give another --out"):
+        here.round()
+
+
+def experiment(name: str, kind: str = "local", **fields: Any) -> Experiment:
+    return small.experiment(name, kind=kind, evaluate_every=0, controls=True, **fields)
+
+
+@pytest.mark.parametrize("name", ["ffa", "fibecfed"])
+def test_a_run_resumes_to_the_same_bits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.build_once(monkeypatch)
+    results = run(experiment(name), tmp_path / "whole", plain=True)
+    small.stopped(experiment(name), tmp_path / "stopped", 2)
+    saved = checkpoint.load(tmp_path / "stopped", store_in(tmp_path / "stopped"))
+    assert saved is not None and saved.state.round == 1 and any(bool(t.any()) for t in saved.state.controls.values())
+    assert run(experiment(name), tmp_path / "stopped", plain=True)["final"] == results["final"]
+    assert fingerprint_of(tmp_path / "stopped") == fingerprint_of(tmp_path / "whole")
+    told = dict(describe(experiment(name)).lines)
+    assert told["controls"] == "SCAFFOLD's: every step's gradient is corrected by c − c_k"
+    plain = run(replace(experiment(name), controls=False), tmp_path / "plain", plain=True)
+    assert 1.6 * plain["bytes_up"] < results["bytes_up"] < 2.2 * plain["bytes_up"] and results["flops"] == plain["flops"]
+    assert fingerprint_of(tmp_path / "plain") != fingerprint_of(tmp_path / "whole")
+
+
+def test_nobody_comes_late_to_controls() -> None:
+    with pytest.raises(ExperimentError, match="with --controls no device can come after the set-up"):
+        insist_may_start(replace(experiment("lora"), cohort=2), 3)
+    insist_may_start(replace(experiment("lora"), cohort=2, controls=False), 3)

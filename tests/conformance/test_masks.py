@@ -1,0 +1,231 @@
+"""Masks over every method, and what may be combined at all: each method under a mask with a curriculum and a start, each of these with
+several methods; or the method says that it takes no mask."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedloom.client.curricula import all_curricula
+from fedloom.client.host import Host
+from fedloom.client.masks import carried_out
+from fedloom.client.store import ClientStore
+from fedloom.compute.serial import Serial
+from fedloom.compute.stacked import Stacked
+from fedloom.compute.work import Fit, Predict
+from fedloom.engines.engine import drive
+from fedloom.engines.local import Local
+from fedloom.messages import ask
+from fedloom.methods import all_methods
+from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.method import State, one_round
+from fedloom.methods.slora import SLora
+from fedloom.model.adapters import Adapter, is_up
+from fedloom.model.base import Model
+from fedloom.run.checkpoint import fingerprint_of
+from fedloom.run.describe import describe
+from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.loop import run
+from fedloom.run.recipes import with_curriculum
+from fedloom.server.masks import Mask, completed
+from fedloom.server.participation import Pool
+from fedloom.tensors import packed, unpacked
+from tests import small, tiny
+
+POOL = Pool((0, 1, 2, 3), 3, 2, 3, mask=Mask(0.4))
+METHODS: dict[str, Any] = {name: kind() for name, kind in all_methods().items()} | {"slora": SLora(first=0.4)}
+REFUSING = {"fibecfed", "hetlora", "adalora", "fedalt", "deltalora", "fedsb", "embracingfl", "ditto"}
+NO_PAIRS = {"fedfft", "fedbf", "fedap", "fedcybgd", "fedbavg", "handover", "galore", "lisa"}
+"""Another kind of adapter, of their own accord."""
+FOLLOWING = [name for name in METHODS if name not in REFUSING | NO_PAIRS | {"centralised", "fedprox"}]
+FROM_ZERO = {"flora", "slora"}
+PAIRS = list(zip(FOLLOWING, cycle(all_curricula()), cycle(["zero", "svd", "svd"]), cycle([False, False, True, False])))
+
+
+@cache
+def model(start: Any) -> Model:
+    return tiny.model(start=start)
+
+
+class Played:
+    """A method over made-up devices under a mask."""
+
+    def __init__(self, method: Any, pool: Pool = POOL, start: str = "zero", stacked: bool = True) -> None:
+        of = model(start)
+        compute, self.fits, self.method, self.pool, self.store = (
+            (Stacked if stacked else Serial)(of),
+            list[Fit](),
+            method,
+            pool,
+            ClientStore(),
+        )
+        ran, devices = compute.run, tiny.clients()
+
+        def seen(items: Any) -> Any:
+            self.fits.extend(item for item in items if isinstance(item, Fit))
+            return ran(items)
+
+        compute.run = seen  # type: ignore[method-assign]
+        fresh = lambda k: replace(devices[k], private={}, memory={})  # noqa: E731
+        self.engine = Local(Host(method, fresh, compute, self.store, "masks", doing=carried_out))
+        self.state: State = drive(method.setup(method.init(of), pool), self.engine, quorum=0)
+
+    def round(self) -> None:
+        self.fits.clear()
+        self.state = drive(one_round(self.method, self.state, self.pool), self.engine)
+
+    def masks(self) -> dict[int, dict[str, torch.Tensor]]:
+        """By device and B, which rows it trains."""
+        kept = {k: self.store.load(k)[1] for k in POOL.clients}
+        return {k: {n.removeprefix("rows/"): unpacked(t) for n, t in of.items() if n.startswith("rows/")} for k, of in kept.items()}
+
+
+def started(name: str, start: str) -> str:
+    return "zero" if name in FROM_ZERO else "svd" if name == "federa" else start
+
+
+def test_every_curriculum_and_start_is_among_the_pairs() -> None:
+    assert {c for _, c, *_ in PAIRS} == set(all_curricula()) and {m for m, *_ in PAIRS} == set(FOLLOWING)
+    assert {started(m, s) for m, _, s, _ in PAIRS} == {"zero", "svd"} and {controls for *_, controls in PAIRS} == {True, False}
+
+
+@pytest.mark.parametrize(("name", "curriculum", "start", "controls"), PAIRS)
+def test_curriculum_start_mask_and_method_go_together(name: str, curriculum: str, start: str, controls: bool) -> None:
+    """Rows that no device keeps stay; the share that is kept is the mask's; a Fit has these rows and no more; predictions are whole."""
+    follows = name not in ("flora", "flexlora", "flasc", "scaffold", "local")
+    method = with_curriculum(METHODS[name], all_curricula()[curriculum]())
+    here = Played(method, replace(POOL, controls=controls and follows), started(name, start))
+    for _ in range(2):
+        before = dict(here.state.shared)
+        here.round()
+        masks, asked = here.masks(), [of for of in here.masks().values() if of]
+        for of in asked:
+            assert 0.4 <= sum(int(m.sum()) for m in of.values()) / sum(len(m) for m in of.values()) < 0.45
+        rows = [fit for fit in here.fits if fit.rows]
+        assert len(rows) == (POOL.cohort if asked and any(map(is_up, here.fits[-1].start)) else 0)
+        assert all(len(fit.start[n]) == len(at) < 16 for fit in rows for n, at in fit.rows.items())
+        if name in ("flora", "flexlora", "flasc", "rolora"):  # a round ends with other factors than were averaged, or has another half
+            continue
+        for n in filter(is_up, here.state.shared):
+            moved = (here.state.shared[n] != before[n]).any(1) if n in before else torch.zeros(16, dtype=torch.bool)
+            ever = torch.stack([of[n] for of in masks.values() if n in of] or [torch.zeros(16, dtype=torch.bool)]).any(0)
+            assert not bool((moved & ~ever).any()), n
+    (said,) = here.engine.run([ask(method.predict, 0, here.state.shared, splits=["test"])]).updates
+    assert said.tensors["test"].shape == (3, 3)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSING))
+def test_a_method_without_rows_to_keep_says_so_before_it_trains(name: str) -> None:
+    with pytest.raises(ValueError, match=f"'{name}' cannot follow a mask that keeps 0.4 of the neurons: .*--mask.keep"):
+        pool, method = POOL, METHODS[name]
+        next(method.setup(State(0, {}), pool))
+
+
+def test_a_kind_without_pairs_and_a_term_in_the_loss_are_refused() -> None:
+    for name in sorted(NO_PAIRS):
+        with pytest.raises(ExperimentError, match="--mask.keep is 0.4 and is of LoRA's pairs, and --adapter.kind"):
+            replace(small.experiment(name), mask=Mask(0.4))
+    with pytest.raises(ExperimentError, match="and --adapter.kind ia3 has none"):
+        replace(small.experiment("lora"), adapter=Adapter(kind="ia3"), mask=Mask(0.4))
+    with pytest.raises(ExperimentError, match="FedProx's term, which is not defined for some rows of B, has prox 0.1"):
+        replace(small.experiment("fedprox"), mask=Mask(0.4))
+    with pytest.raises(ValueError, match="above 0 and at most 1; got keep 0"):
+        Mask(0.0)
+
+
+def test_corrections_of_rows_are_those_rows() -> None:
+    here = Played(FedAvg(), replace(POOL, controls=True))
+    here.round()
+    common, own = here.state.controls, {k: here.store.load(k)[1] for k in POOL.clients}
+    here.round()
+    fits = [fit for fit in here.fits if fit.rows and fit.means]
+    assert len(fits) == POOL.cohort
+    for fit in fits:
+        (k,) = [k for k, c in tiny.clients().items() if len(c.train) == len(fit.examples)]
+        for n, at in fit.rows.items():
+            mine = own[k][f"control/{n}"] if f"control/{n}" in own[k] else torch.zeros_like(common[n])
+            torch.testing.assert_close(fit.correction[n], (common[n] - mine)[at], atol=1e-7, rtol=1e-5)
+        assert any(bool(fit.correction[n].any()) for n in fit.rows)
+    for k in POOL.clients:
+        for n, mask in here.masks()[k].items():
+            assert not bool(here.store.load(k)[1][f"control/{n}"][~mask].any()), "no control of what is not trained"
+
+
+@pytest.mark.parametrize("name", ["lora", "fedsa", "rolora"])
+def test_stacked_is_one_by_one(name: str) -> None:
+    one, many = (Played(METHODS[name], replace(POOL, controls=True), stacked=stacked) for stacked in (False, True))
+    for _ in range(2):
+        one.round()
+        many.round()
+    assert {k: {n: m.tolist() for n, m in of.items()} for k, of in one.masks().items()} == {
+        k: {n: m.tolist() for n, m in of.items()} for k, of in many.masks().items()
+    }
+    for kind in ("shared", "controls"):
+        mine, theirs = getattr(many.state, kind), getattr(one.state, kind)
+        assert set(mine) == set(theirs) and all(torch.allclose(t, theirs[n], atol=5e-4) for n, t in mine.items())
+
+
+def test_a_devices_own_rows_are_stored_as_rows() -> None:
+    """FedSA's B stays on its device: rows that are not kept are zero for ever, take no room, and are no product."""
+    here = Played(METHODS["fedsa"])
+    here.round()
+    here.round()
+    for k, of in here.masks().items():
+        private, memory = here.store.load(k)
+        for n, mask in of.items():
+            assert private[n].shape == (int(mask.sum()), 2) and f"kept/{n}" in memory
+    assert all(not set(fit.fixed) & set(fit.rows) for fit in here.fits)
+    (k, of), *_ = [(k, of) for k, of in here.masks().items() if of]
+    private = here.store.load(k)[0]
+    own = {n: torch.zeros(16, 2).masked_scatter(of[n][:, None], t) if n in of else t for n, t in private.items()}
+    (due,) = Serial(model("zero")).run([Predict({**own, **here.state.shared}, tiny.clients()[k].test)])
+    (said,) = here.engine.run([ask(here.method.predict, k, here.state.shared, splits=["test"])]).updates
+    torch.testing.assert_close(said.tensors["test"], due.result, atol=1e-4, rtol=0)
+    assert {n: t.shape for n, t in here.store.load(k)[0].items()} == {n: t.shape for n, t in private.items()}, "they are rows again"
+
+
+def test_what_came_as_rows_is_completed_with_what_was_sent() -> None:
+    mask = torch.tensor([0, 1, 0, 1.0])
+    came = {"b": torch.ones(2, 3), "control/b": torch.full((2, 3), 2.0), "a": torch.ones(1), "rows/b": packed(mask)}
+    made = completed(came, {"b": torch.full((4, 3), 5.0)})
+    assert set(made) == {"a", "b", "control/b"}
+    assert made["b"][:, 0].tolist() == [5, 1, 5, 1] and made["control/b"][:, 0].tolist() == [0, 2, 0, 2]
+    with pytest.raises(ValueError, match="'b' came with 3 rows, and 2 are said to have come"):
+        completed({"b": torch.ones(3, 3), "rows/b": packed(mask)}, {})
+
+
+# whole runs
+
+
+def experiment(name: str, keep: float = 0.3) -> Experiment:
+    return replace(small.experiment(name, evaluate_every=0), mask=Mask(keep))
+
+
+@pytest.mark.parametrize("name", ["lora", "fedsa"])
+def test_a_run_resumes_to_the_same_bits_and_saves_what_it_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.build_once(monkeypatch)
+    results = run(experiment(name), tmp_path / "whole", plain=True)
+    small.stopped(experiment(name), tmp_path / "stopped", 2)
+    assert run(experiment(name), tmp_path / "stopped", plain=True)["final"] == results["final"]
+    assert fingerprint_of(tmp_path / "stopped") == fingerprint_of(tmp_path / "whole")
+    held, plain = results["device_state"], run(experiment(name, 1.0), tmp_path / "plain", plain=True)
+    assert held["optimizer_bytes"] < 0.8 * held["optimizer_bytes_whole"]
+    assert (
+        (held["private_bytes"] < 0.8 * held["private_bytes_whole"]) == (name == "fedsa") == (held["step_flops"] < held["step_flops_whole"])
+    )
+    assert (results["bytes_up"] < plain["bytes_up"]) == (name == "lora")
+    assert results["examples"] > plain["examples"], "the warm-up is trained on and counted"
+    assert dict(describe(experiment(name)).lines)["mask"] == "0.3 of the output neurons of each layer's pairs"
+
+
+def test_all_kept_is_the_method_as_it_comes() -> None:
+    one, other = Played(FedAvg(), replace(POOL, mask=Mask())), Played(FedAvg(), replace(POOL, mask=Mask(1.0)))
+    assert one.pool == other.pool and not any(one.masks().values())
+    one.round()
+    assert not any(fit.rows for fit in one.fits) and len(one.fits) == POOL.cohort
