@@ -168,10 +168,16 @@ def fingerprint(tensors: Tensors) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()
 
 
 def clone(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Detached copies that share nothing with the originals, in order of names."""
     return {name: tensor.detach().clone() for name, tensor in sorted(tensors.items())}
+
+
+def apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As they are, or copies where some share memory, which a file refuses."""
+    whole = [tensor.untyped_storage().data_ptr() for tensor in tensors.values() if tensor.numel()]
+    return tensors if len(set(whole)) == len(whole) else {name: tensor.clone() for name, tensor in tensors.items()}
