@@ -118,10 +118,11 @@ def test_a_turn_writes_a_block_and_the_state_lies_on_the_disk(precision: str, tm
     run(asked, folder, plain=True)
     blocks, shared = asked.method.blocks(seen[0][1].state.shared), seen[0][1].state.shared
     head = nbytes({n: t for n, t in shared.items() if is_head(n)})
-    for turn, ((before, _, _), (after, made, body)) in enumerate(pairwise(seen)):
+    for turn, ((before, was, _), (after, made, body)) in enumerate(pairwise(seen)):
         block = nbytes(only(shared, blocks[turn % 3].names))
         new = sum(size for name, size in after.items() if name not in before)
         assert block < new <= block + head + nbytes(made.state.server) + HEADER < nbytes(shared) / 2
+        assert sum(all(part is not old for old in was.parts) for part in made.parts) == 2, "nobody looks at what did not change"
         begun = set(body.get("begun", []))
         assert set(after) == {*body["server"], *begun} and bool(begun) == (precision == "bf16" and turn + 1 < TURNS)
     first = {part.name for part in seen[0][1].begun}
