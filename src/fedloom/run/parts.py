@@ -1,8 +1,8 @@
 """Tensors as files of a folder: parts that are named by their content, so that what has not changed is not written again.
 
 A part is a transformer layer, or a tensor that is in none, if that is :data:`PART` bytes or more; what is smaller lies together, layers
-before the rest. What was written is what the file holds from then on: its pages are mapped, read when they are wanted, and the system may take
-them back at any time, which it may not with memory that no file stands behind. A file that is deleted is there as long as it is mapped.
+before the rest. What was written is what the file holds from then on: its pages are mapped, read when they are wanted, and the system
+may take them back at any time, which it may not with memory that no file stands behind. A file that is deleted is there while it is mapped.
 
 State is a value: what has not changed is the same objects, and whoever brings them again need not have their numbers looked at. Of other
 objects they are: the same numbers have the same name, and are there.
