@@ -231,6 +231,22 @@ def test_a_kill_between_parts_leaves_the_round_before(moment: int, tmp_path: Pat
     assert fingerprint_of(tmp_path) != before and lying(tmp_path) == named(tmp_path)
 
 
+def test_a_kill_within_a_part_leaves_no_half_of_it_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, several(1, 1.0), stores(tmp_path))
+    before = fingerprint_of(tmp_path)
+
+    def killed(_: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(parts, "save_file", killed)
+        checkpoint.save(tmp_path, several(2, 2.0), stores(tmp_path))
+    assert fingerprint_of(tmp_path) == before
+    checkpoint.save(tmp_path, several(2, 2.0), stores(tmp_path))
+    assert fingerprint_of(tmp_path) != before and lying(tmp_path) == named(tmp_path)
+
+
 @pytest.mark.parametrize("moment", [0, 1, 2])
 def test_a_kill_while_saving_leaves_the_round_before(moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Saving renames three files into place: the server's, the client's, the index. Killed at any of them, the old round stands."""
