@@ -1,8 +1,9 @@
 """Tensors as files of a folder: parts that are named by their content, so that what has not changed is not written again.
 
 A part is a transformer layer, or a tensor that is in none, if that is :data:`PART` bytes or more; what is smaller lies together, layers
-before the rest. What was written is what the file holds from then on: its pages are mapped, read when they are wanted, and the system
-may take them back at any time, which it may not with memory that no file stands behind. A file that is deleted is there while it is mapped.
+before the rest. What was written in a part of that size is what the file holds from then on: its pages are mapped, read when they are
+wanted, and the system may take them back at any time, which it may not with memory that no file stands behind. A file that is deleted is
+there while it is mapped.
 
 State is a value: what has not changed is the same objects, and whoever brings them again need not have their numbers looked at. Of other
 objects they are: the same numbers have the same name, and are there.
@@ -34,7 +35,7 @@ SERVER = re.compile(r"server-([0-9a-f]{16})\.safetensors")
 
 @dataclass(frozen=True)
 class Part:
-    """A file's name, and the tensors in it, mapped."""
+    """A file's name, and the tensors in it: mapped, or, of a small part, those that were written."""
 
     name: str
     tensors: Tensors
@@ -67,14 +68,14 @@ def cut(tensors: Tensors) -> list[list[str]]:
 
 
 def put(place: Path, tensors: Tensors, there: Sequence[Part] = ()) -> list[Part]:
-    """Have these tensors lie in the folder ``place``, durably. Returns the parts that hold them; what was mapped before is the same
+    """Have these tensors lie in the folder ``place``, durably. Returns the parts that hold them; what was there before is the same
     objects again. ``there``: parts that are in the folder."""
     made: list[Part] = []
     for wanted in ({name: tensors[name] for name in names} for names in cut(tensors)):
         found = next((part for part in there if part.holds(wanted)), None)
         if found is None:
             name = written(place, "server", wanted)
-            found = Part(name, _mapped(place, name))
+            found = Part(name, _mapped(place, name) if nbytes(wanted) >= PART else wanted)
         made.append(found)
     return made
 
