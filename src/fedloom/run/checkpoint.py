@@ -2,7 +2,7 @@
 
 ``checkpoints/latest.json`` is the one source of truth and is replaced in one step. It names the files of the server's tensors
 (``parts.py``) and every client's; those are written before it, and what it no longer names is deleted after it. Of the server's tensors
-only what a round has changed is written, and what is written lies in its file from then on and not in memory.
+only what a round has changed is written, and once written what is large lies in its file and not in memory.
 """
 
 from __future__ import annotations
