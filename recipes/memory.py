@@ -7,13 +7,16 @@
                                                          the other; at lengths where what layers keep counts
 
 A process of its own writes such a model in bfloat16 and data for one device to a folder, builds the world that ``fedloom run fedcybgd
---precision bf16`` builds of them, and plays turns as the loop does: server, message, host, store on the disk, message back. Two are
-measured. In the first everything has changed since the device was last there, so the whole model comes down; in the second what changed
+--precision bf16`` builds of them, and plays turns as the loop does: server, message, host, store on the disk, message back, checkpoint. Two
+are measured. In the first everything has changed since the device was last there, so the whole model comes down; in the second what changed
 is the block before, and the device holds the rest. The process is server and device at once, so beside the device's 2·M + 16·|block|
-stand the start that the server's state begins as (4 bytes a number), the message (once: its tensors are its bytes) and the blocks as the
-device keeps them, which lie in a file that is mapped. What the process had before the model was there (interpreter, libraries, which a
-first small run has set up) is subtracted; peaks are the operating system's, reset before each turn. Writes OUT: one JSON object. Linux
-only.
+stand the message (once: its tensors are its bytes) and what lies in files that are mapped: the server's state (4 bytes a number, read where
+it goes down, and where it is the start that comes back into the model) and the blocks as the device keeps them.
+
+"Measured" is the operating system's peak of resident memory, which was reset before each turn: it counts pages of mapped files, which the
+system may take back when it needs room. "Of that anonymous" is what it may not, by a look every few milliseconds, so a little less than the
+true peak can be told. What the process had before the model was there (interpreter, libraries, which a first small run has set up) is
+subtracted of both. "Written by the checkpoint" are the bytes of its files that the turn made. Writes OUT: one JSON object. Linux only.
 """
 
 from __future__ import annotations
@@ -23,8 +26,10 @@ import gc
 import json
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,9 +46,11 @@ from fedloom.messages import Replies, Task
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.model.memory import kept
-from fedloom.run.checkpoint import write_atomically
+from fedloom.run import checkpoint
+from fedloom.run.checkpoint import Saved, write_atomically
 from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.run.memory import needed, on_a_device, sizes_of
+from fedloom.run.starting import begin_on_disk
 from fedloom.run.world import build, store_in
 from fedloom.tensors import nbytes
 
@@ -51,7 +58,7 @@ STEPS, BATCH = 3, 4
 
 
 def resident(which: str) -> int:
-    """Bytes: VmRSS, now; VmHWM, at the most since it was reset."""
+    """Bytes: VmRSS, now; RssAnon, what no file stands behind; VmHWM, at the most since it was reset."""
     said = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in said if line.startswith(which)) * 1024
 
@@ -62,6 +69,29 @@ def settled() -> int:
     give_memory_back()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return resident("VmRSS")
+
+
+@contextmanager
+def watching() -> Iterator[list[int]]:
+    """Inside, what comes out has the most of RssAnon that was seen."""
+    most, over = [resident("RssAnon")], threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.003):
+            most[0] = max(most[0], resident("RssAnon"))
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        over.set()
+        watcher.join()
+
+
+def files(folder: Path) -> dict[str, int]:
+    """The server's files of a checkpoint: bytes by name."""
+    return {path.name: path.stat().st_size for path in (folder / "checkpoints").glob("server-*")}
 
 
 def written(folder: Path, hidden: int, layers: int, words: int, length: int) -> None:
@@ -90,20 +120,24 @@ def written(folder: Path, hidden: int, layers: int, words: int, length: int) -> 
         (folder / "data" / f"{split}.jsonl").write_text("\n".join(some), encoding="utf-8")
 
 
-def played(folder: Path, before: int | None, length: int, recompute: bool) -> dict[str, Any]:
-    """Turns of one device, by the bytes that are resident beside ``before``; nothing is measured without."""
+def played(folder: Path, before: tuple[int, int], length: int, recompute: bool) -> dict[str, Any]:
+    """Turns of one device, by the bytes that are resident, and of these anonymous, beside ``before``."""
     method = FedCyBGD(FedAvg(lr=1e-4, batch_size=BATCH, local_epochs=1))
     shape: dict[str, Any] = {"clients": 1, "cohort": 1, "max_length": length, "precision": "bf16", "task": "classification"}
     how = EngineSettings(recompute=recompute)
     world = build(Experiment(method, data=str(folder / "data"), model=str(folder), partition="iid", engine=how, **shape))
-    loading, before = resident("VmHWM"), before or settled()
-    engine, sizes = world.engine(store_in(folder / "run")), sizes_of(world.model, method)
+    loading, run = resident("VmHWM"), folder / "run"
+    store, sizes = store_in(run), sizes_of(world.model, method)
+    engine, begun = world.engine(store), begin_on_disk(world.model, run)
     state = drive(method.setup(method.init(world.model), world.pool), engine, quorum=0)
-    state = replace(state, server={**state.server, "changed": torch.ones_like(state.server["changed"])}, round=world.model.depth // 2)
-    books, start = on_a_device(sizes, low=True), 4 * sizes.trained
+    saved = checkpoint.save(run, Saved(state, {}, "", parts=begun, begun=begun), store)
+    state = replace(
+        saved.state, server={**saved.state.server, "changed": torch.ones_like(saved.state.server["changed"])}, round=world.model.depth // 2
+    )
+    books, start = on_a_device(sizes, low=True), nbytes(saved.state.shared)
     found: dict[str, Any] = {"numbers": sizes.model, "block": sizes.at_once, "predicted on a device": books}
-    found |= {"a device's full Adam, predicted": on_a_device(replace(sizes, at_once=sizes.model), low=True), "the start": start}
-    found |= {"this machine, predicted": needed(sizes, world.experiment).total, "loading, measured": loading - before}
+    found |= {"a device's full Adam, predicted": on_a_device(replace(sizes, at_once=sizes.model), low=True), "the server's state": start}
+    found |= {"this machine, predicted": needed(sizes, world.experiment).total, "loading, measured": loading - before[0]}
     layers = world.model.depth - world.model.depth // 2
     activations = BATCH * length * kept(world.model, layers, recompute)
     for turn in ("everything comes down", "a block comes down, the rest is there"):
@@ -113,14 +147,30 @@ def played(folder: Path, before: int | None, length: int, recompute: bool) -> di
             assert not replies.failures, replies.failures
             came += [nbytes(task.tensors) for task in tasks]
 
-        held, began = settled() - before, time.perf_counter()
-        state = drive(method.round(state, world.pool), engine, seen=heard)
-        seconds, measured = time.perf_counter() - began, resident("VmHWM") - before
+        held, there, began = settled() - before[0], files(run), time.perf_counter()
+        alone = resident("RssAnon") - before[1]
+        with watching() as most:
+            saved = checkpoint.save(run, replace(saved, state=drive(method.round(state, world.pool), engine, seen=heard)), store)
+        state, seconds, measured = saved.state, time.perf_counter() - began, resident("VmHWM") - before[0]
         keeps = 2 * (nbytes(state.shared) // 4)
-        predicted = books + start + came[0] + keeps + activations
-        more = {"of that activations, estimated": activations, "of that the message": came[0], "of that what the device keeps": keeps}
-        mine = {"measured": measured, "predicted": predicted, "ratio": measured / predicted, **more}
-        found[turn] = {**mine, "without start and message, measured": measured - start - came[0], "between turns": held, "seconds": seconds}
+        predicted = books + came[0] + start + keeps + activations
+        more = {"of that activations, estimated": activations, "of that the message": came[0], "of that mapped": start + keeps}
+        mine = {
+            "measured": measured,
+            "of that anonymous": most[0] - before[1],
+            "predicted": predicted,
+            "ratio": measured / predicted,
+            **more,
+        }
+        mine["predicted, anonymous"] = predicted - start - keeps
+        new = sum(size for name, size in files(run).items() if name not in there)
+        found[turn] = {
+            **mine,
+            "between turns": held,
+            "of that anonymous, between turns": alone,
+            "written by the checkpoint": new,
+            "seconds": seconds,
+        }
     return found
 
 
@@ -128,9 +178,9 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Measured and predicted bytes of turns, in this process."""
     with TemporaryDirectory() as small, TemporaryDirectory() as large:
         written(Path(small), 64, 2, 500, given.length)
-        played(Path(small), None, given.length, given.recompute)
+        played(Path(small), (0, 0), given.length, given.recompute)
         written(Path(large), given.hidden, given.layers, given.words, given.length)
-        return played(Path(large), settled(), given.length, given.recompute)
+        return played(Path(large), (settled(), resident("RssAnon")), given.length, given.recompute)
 
 
 def main() -> int:

@@ -169,7 +169,7 @@ def fingerprint(tensors: Tensors) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()
 
 
@@ -188,3 +188,9 @@ def unpacked(bits: torch.Tensor) -> torch.Tensor:
     """The mask (d_out,) bool that was packed."""
     flags = np.unpackbits(bits.numpy())
     return torch.from_numpy(flags[: np.flatnonzero(flags)[-1]].astype(bool))
+
+
+def apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As they are, or copies where some share memory, which a file refuses."""
+    whole = [tensor.untyped_storage().data_ptr() for tensor in tensors.values() if tensor.numel()]
+    return tensors if len(set(whole)) == len(whole) else {name: tensor.clone() for name, tensor in tensors.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -15,17 +16,21 @@ import torch
 from fedloom.engines.engine import drive
 from fedloom.methods.fedbavg import FedBAvg
 from fedloom.methods.fedcybgd import FedCyBGD
-from fedloom.run import checkpoint
+from fedloom.model.adapters import is_head
+from fedloom.run import checkpoint, parts
 from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.console import Progress, human_bytes
 from fedloom.run.counting import Counting
 from fedloom.run.describe import describe, played
 from fedloom.run.experiment import Experiment
 from fedloom.run.loop import run
+from fedloom.run.parts import tensors_of
 from fedloom.run.pretended import Pretended
 from fedloom.run.world import store_in
+from fedloom.tensors import nbytes, only
 from tests import small
 from tests.conformance.test_methods import Killed, without_clock
+from tests.unit.test_checkpoint import as_before
 
 pytestmark = pytest.mark.no_cover
 
@@ -83,6 +88,77 @@ def test_stopped_after_the_third_turn_it_ends_at_the_same_bits(stack: int, tmp_p
     assert [without_clock(row) for row in rows(tmp_path / "run")] == [without_clock(row) for row in told]
     assert without_clock(results) == without_clock(expected)
     assert told[4]["answered"] == [0] and told[4]["bytes_down"] < told[5]["bytes_down"], "block 1 was not sent again"
+
+
+HEADER = 4096
+"""Bytes of a file besides its tensors' numbers, at the most."""
+
+
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer of the tiny model counts as a large one's does."""
+    monkeypatch.setattr(parts, "PART", 1024)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_turn_writes_a_block_and_the_state_lies_on_the_disk(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bytes of the files that a turn made: its block, the head, and books of who has seen what. In 16 bits the start lies there while
+    the run goes on, in the same files as the first state."""
+    in_parts(monkeypatch)
+    asked, world = experiment(precision=precision), small.BUILT(experiment(precision=precision))
+    save, seen, folder = checkpoint.save, list[tuple[dict[str, int], checkpoint.Saved, dict[str, Any]]](), tmp_path / "run"
+
+    def watched(*given: Any) -> checkpoint.Saved:
+        made = save(*given)
+        sizes = {path.name: path.stat().st_size for path in (folder / "checkpoints").glob("server-*")}
+        seen.append((sizes, made, json.loads((folder / "checkpoints" / "latest.json").read_text())))
+        return made
+
+    monkeypatch.setattr(checkpoint, "save", watched)
+    monkeypatch.setattr(world.model, "initial", world.model.initial)
+    run(asked, folder, plain=True)
+    blocks, shared = asked.method.blocks(seen[0][1].state.shared), seen[0][1].state.shared
+    head = nbytes({n: t for n, t in shared.items() if is_head(n)})
+    for turn, ((before, was, _), (after, made, body)) in enumerate(pairwise(seen)):
+        block = nbytes(only(shared, blocks[turn % 3].names))
+        new = sum(size for name, size in after.items() if name not in before)
+        assert block < new <= block + head + nbytes(made.state.server) + HEADER < nbytes(shared) / 2
+        assert sum(all(part is not old for old in was.parts) for part in made.parts) == 2, "nobody looks at what did not change"
+        begun = set(body.get("begun", []))
+        assert set(after) == {*body["server"], *begun} and bool(begun) == (precision == "bf16" and turn + 1 < TURNS)
+    first = {part.name for part in seen[0][1].begun}
+    assert len(first & set(seen[0][2]["server"])) == (3 if precision == "bf16" else 0), "a block's file is both until it changes"
+    kept = seen[0][1].begun
+    assert all(tensor is world.model.initial[name.removeprefix("shared/")] for name, tensor in tensors_of(kept).items())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("earlier", [False, True], ids=["", "earlier release"])
+def test_killed_before_the_index_it_ends_at_the_same_bits(
+    earlier: bool, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fourth turn's block is in its file, and nothing names it. Whoever goes on may also find what an earlier release left."""
+    asked, write = experiment(precision=precision), checkpoint.write_atomically
+    folder, expected = whole(asked)
+    in_parts(monkeypatch)
+
+    def dying(path: Path, text: str) -> None:
+        if path.name == checkpoint.LATEST and json.loads(text)["round"] == 4:
+            raise Killed
+        write(path, text)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint, "write_atomically", dying)
+        run(asked, tmp_path / "run", plain=True)
+    place = tmp_path / "run" / "checkpoints"
+    body = json.loads((place / "latest.json").read_text())
+    stray = {path.name for path in place.glob("server-*")} - {*body["server"], *body.get("begun", [])}
+    assert body["round"] == 3 and len(stray) == 2, "a block, and what is small"
+    if earlier:
+        as_before(tmp_path / "run")
+    results = run(asked, tmp_path / "run", plain=True)
+    assert fingerprint_of(tmp_path / "run") == fingerprint_of(folder)
+    assert without_clock(results) == without_clock(expected)
+    assert {path.name for path in place.glob("server-*")} == set(json.loads((place / "latest.json").read_text())["server"])
 
 
 FEDBAVG = experiment(FedBAvg(), clients=3, cohort=2, rounds=5)

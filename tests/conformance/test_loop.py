@@ -62,14 +62,15 @@ def killed_at(count: int, monkeypatch: pytest.MonkeyPatch, where: str, folder: P
     """Run until the ``count``-th saving, and be killed right before (the row is written already) or right after it."""
     save, calls = checkpoint.save, 0
 
-    def dying(*args: Any) -> None:
+    def dying(*args: Any) -> checkpoint.Saved:
         nonlocal calls
         calls += 1
         if where == "before" and calls == count:
             raise Killed
-        save(*args)
+        saved = save(*args)
         if where == "after" and calls == count:
             raise Killed
+        return saved
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", dying)

@@ -566,7 +566,7 @@ def corrupt_checkpoint(here: Standing, which: str) -> Row:
     process.terminate()
     process.wait(20)
     before = here.there.rows()
-    path = place / (which or json.loads((place / "latest.json").read_text())["server"])
+    path = place / (which or json.loads((place / "latest.json").read_text())["server"][0])
     good, said = path.read_bytes(), len(here.there.said("server"))
     bad = bytearray(good)
     bad[good.index(b'"round": ') + len('"round": ') if which else len(good) - 9] ^= 1

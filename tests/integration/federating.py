@@ -201,7 +201,7 @@ def checkpointed(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     while True:
         body = json.loads((place / "latest.json").read_text())
         try:
-            return body, load_file(place / body["server"])
+            return body, {name: tensor for file in body["server"] for name, tensor in load_file(place / file).items()}
         except FileNotFoundError:  # the next round is complete
             time.sleep(0.02)
 

@@ -173,10 +173,10 @@ def test_a_run_killed_between_row_and_checkpoint_goes_on_in_the_same_tracked_run
     """The row of round 2 is written, taken back, and written again with other times: a tracker has only the second."""
     save, rounds = checkpoint.save, small.experiment(rounds=3)
 
-    def dying(folder: Path, saved: Any, store: Any) -> None:
+    def dying(folder: Path, saved: Any, store: Any) -> checkpoint.Saved:
         if saved.state.round == 2:
             raise Killed
-        save(folder, saved, store)
+        return save(folder, saved, store)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(checkpoint, "save", dying)

@@ -120,14 +120,15 @@ def wrap_server(ordered: Ordered) -> None:
             kill(os.getpid())
         return take(average, update)
 
-    def saved(folder: Path, state: checkpoint.Saved, store: Any) -> None:
+    def saved(folder: Path, state: checkpoint.Saved, store: Any) -> checkpoint.Saved:
         if ordered.once("row"):
             kill(os.getpid())
-        save(folder, state, store)
+        made = save(folder, state, store)
         until = ordered.folder / "until"
         while until.exists() and state.state.round >= int(until.read_text() or 0):
             (ordered.folder / "held").write_text(str(state.state.round))
             time.sleep(0.02)
+        return made
 
     def written(path: Path, text: str) -> None:
         if path.name == checkpoint.LATEST and ordered.once("index"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fedloom.client.store import ClientStore
 from fedloom.methods.method import State
-from fedloom.run import checkpoint
+from fedloom.run import checkpoint, parts
 from fedloom.run.checkpoint import CheckpointError, Saved, fingerprint_of, only_one, write_atomically
 from fedloom.tensors import fingerprint
 
@@ -129,6 +130,123 @@ def test_a_corrupt_checkpoint_is_refused_and_nothing_changes(damage: Callable[[P
     assert files(tmp_path) == before
 
 
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on every layer, and every tensor that is in none, has a file of its own."""
+    monkeypatch.setattr(parts, "PART", 1)
+
+
+def several(round: int, second: float) -> Saved:
+    shared = {"m.0.w": torch.ones(3), "m.1.w": torch.full((3,), second), "m.2.w": torch.zeros(3)}
+    return Saved(State(round, shared, {"seen": torch.tensor(1)}), {"bytes_up": round}, "data-1")
+
+
+def named(folder: Path) -> set[str]:
+    return set(json.loads(latest(folder).read_text())["server"])
+
+
+def lying(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "checkpoints").glob("server-*")}
+
+
+def test_what_a_round_did_not_change_stays_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_parts(monkeypatch)
+    first = checkpoint.save(tmp_path, several(1, 1.0), stores(tmp_path))
+    before = {name: (tmp_path / "checkpoints" / name).stat().st_mtime_ns for name in lying(tmp_path)}
+    assert lying(tmp_path) == named(tmp_path) and len(before) == 4
+    changed = {**first.state.shared, "m.1.w": torch.full((3,), 2.0)}
+    second = checkpoint.save(tmp_path, replace(first, state=first.state.after_round(changed)), stores(tmp_path))
+    assert lying(tmp_path) == named(tmp_path) and len(named(tmp_path)) == 4, "what nothing names is deleted"
+    kept = named(tmp_path) & set(before)
+    assert len(kept) == 3 and all((tmp_path / "checkpoints" / name).stat().st_mtime_ns == before[name] for name in kept)
+    assert all(second.state.shared[n] is first.state.shared[n] for n in ("m.0.w", "m.2.w")), "the same objects"
+    found = checkpoint.load(tmp_path, stores(tmp_path))
+    assert found is not None and fingerprint(found.state.shared) == fingerprint(several(2, 2.0).state.shared)
+    assert fingerprint(found.state.shared) == fingerprint(second.state.shared) and found.state.server["seen"].tolist() == 1
+    again = checkpoint.save(tmp_path, replace(found, totals={"bytes_up": 3}), stores(tmp_path))
+    assert [part is old for part, old in zip(again.parts, found.parts, strict=True)] == [True] * 4, "what was loaded is known too"
+
+
+@pytest.mark.parametrize("spoil", ["missing", "altered", "torn"])
+def test_a_part_that_is_missing_or_altered_is_named(spoil: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_parts(monkeypatch)
+    checkpoint.save(tmp_path, several(1, 5.0), stores(tmp_path))
+    for name in sorted(named(tmp_path)):
+        path = tmp_path / "checkpoints" / name
+        whole = path.read_bytes()
+        {"missing": path.unlink, "altered": lambda p=path: tampered(p), "torn": lambda p=path, w=whole: p.write_bytes(w[:-2])}[spoil]()
+        before = files(tmp_path)
+        with pytest.raises(CheckpointError, match=rf"latest.json is corrupt: {name} (.|\n)*Nothing was overwritten"):
+            checkpoint.load(tmp_path, stores(tmp_path))
+        assert files(tmp_path) == before
+        path.write_bytes(whole)
+    assert checkpoint.load(tmp_path, stores(tmp_path)) is not None
+
+
+def as_before(folder: Path) -> None:
+    """The checkpoint as releases wrote it that had one file for all the server's tensors."""
+    place, body = folder / "checkpoints", json.loads(latest(folder).read_text())
+    whole = {name: tensor for file in body["server"] for name, tensor in load_file(place / file).items()}
+    for file in body["server"]:
+        (place / file).unlink()
+    name = f"server-{fingerprint(whole)[:16]}.safetensors"
+    save_file(whole, place / name)
+    resigned(folder, server=name, begun=...)
+
+
+def test_a_checkpoint_of_an_earlier_release_is_read_and_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_parts(monkeypatch)
+    checkpoint.save(tmp_path, several(1, 5.0), stores(tmp_path))
+    print_before = fingerprint_of(tmp_path)
+    as_before(tmp_path)
+    (old,) = lying(tmp_path)
+    assert fingerprint_of(tmp_path) == print_before
+    found = checkpoint.load(tmp_path, stores(tmp_path))
+    assert found is not None
+    checkpoint.save(tmp_path, found, stores(tmp_path))
+    assert fingerprint_of(tmp_path) == print_before and len(named(tmp_path)) == 4
+    assert old not in lying(tmp_path) and lying(tmp_path) == named(tmp_path)
+
+
+@pytest.mark.parametrize("moment", range(5))
+def test_a_kill_between_parts_leaves_the_round_before(moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four parts are renamed into place, one after another, then the index; what lies there of the round that was lost is swept."""
+    in_parts(monkeypatch)
+    checkpoint.save(tmp_path, several(1, 1.0), stores(tmp_path))
+    before, rename, left = fingerprint_of(tmp_path), checkpoint.os.replace, [moment]
+    moved = {n: t + 9 for n, t in several(2, 2.0).state.shared.items()}
+    wanted = Saved(State(2, moved, {"seen": torch.tensor(2)}), {}, "data-1")
+
+    def killed(source: Path, target: Path) -> None:
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, wanted, stores(tmp_path))
+    assert left == [0] and fingerprint_of(tmp_path) == before
+    checkpoint.save(tmp_path, wanted, stores(tmp_path))
+    assert fingerprint_of(tmp_path) != before and lying(tmp_path) == named(tmp_path)
+
+
+def test_a_kill_within_a_part_leaves_no_half_of_it_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, several(1, 1.0), stores(tmp_path))
+    before = fingerprint_of(tmp_path)
+
+    def killed(_: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(parts, "save_file", killed)
+        checkpoint.save(tmp_path, several(2, 2.0), stores(tmp_path))
+    assert fingerprint_of(tmp_path) == before
+    checkpoint.save(tmp_path, several(2, 2.0), stores(tmp_path))
+    assert fingerprint_of(tmp_path) != before and lying(tmp_path) == named(tmp_path)
+
+
 @pytest.mark.parametrize("moment", [0, 1, 2])
 def test_a_kill_while_saving_leaves_the_round_before(moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Saving renames three files into place: the server's, the client's, the index. Killed at any of them, the old round stands."""
@@ -196,6 +314,8 @@ UNUSABLE: dict[str, dict[str, Any]] = {
     "data that is a number": {"data": 1},
     "a server's file elsewhere": {"server": "../../server-0123456789abcdef.safetensors"},
     "a server's file that is no text": {"server": 3},
+    "a server's part elsewhere": {"server": ["../../server-0123456789abcdef.safetensors"]},
+    "a server's part that is no text": {"server": [3]},
     "clients that are a list": {"clients": ["1"]},
     "a client that is none": {"clients": {"x": "client-1-0123456789abcdef.safetensors"}},
 }

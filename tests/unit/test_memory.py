@@ -29,6 +29,7 @@ from tests import tiny
 SEVEN = Sizes(7_000_000_000, 7_000_000_000, 200_000_000)
 """About Llama 2 7B and a layer of it."""
 
+CHANGED = "the start, and what a round changes of the server's state"
 FULL = Experiment(FedCyBGD(), clients=4, cohort=2, engine=EngineSettings(stack=1))
 
 
@@ -41,19 +42,24 @@ def test_a_device_by_the_formulas() -> None:
 
 
 def test_this_machine_by_hand() -> None:
-    """One device at a time: the model, a state of the server's, a message down as bytes and as tensors, a block up, eight numbers for each
-    that is trained and the rest beside it."""
+    """One device at a time: the model, a block that is not on the disk yet, a message down as bytes and as tensors, a block up, eight
+    numbers for each that is trained and the rest beside it."""
     by = dict(needed(Sizes(100, 100, 10, 3), replace(FULL, max_length=20)).lines)
     assert by["the model in float32"] == 400 and "the model in bf16" not in by
-    assert by["the start and the server's state"] == 400, "the start is the model"
+    assert by[CHANGED] == 4 * 10, "the start is the model, the server's state lies in files"
     assert by["messages of the devices that are asked together"] == 4 * (2 * 100 + 2 * 10)
     assert by["training a device"] == 4 * 8 * 10 + 4 * 90
     assert by["passing a batch through"] == 3 * 8 * 20
     low = dict(needed(Sizes(100, 100, 10), replace(FULL, precision="bf16")).lines)
     assert (low["the model in bf16"], low["training a device"]) == (200, 4 * 8 * 10 + 2 * 90)
-    assert "the model in float32" not in low and low["the start and the server's state"] == 2 * 400, "the start has all of its bits"
+    assert "the model in float32" not in low and low[CHANGED] == 4 * 10, "the start lies in files too"
+    shared = replace(FULL, precision="bf16", engine=EngineSettings(stack=1, workers=2))
+    assert dict(needed(Sizes(100, 100, 10), shared).lines)[CHANGED] == 2 * 400 + 4 * 10, "a worker's does not"
+    several = replace(FULL, method=FedBAvg(), cohort=3, engine=EngineSettings())
+    assert dict(needed(Sizes(100, 100, 10), several).lines)[CHANGED] == 3 * 4 * 10, "a block of each device"
+    assert dict(needed(Sizes(100, 100, 40), several).lines)[CHANGED] == 400, "all of it at the most"
     lora = dict(needed(Sizes(100, 6, 6), Experiment(FedAvg(), clients=50, cohort=5)).lines)
-    assert lora["the start and the server's state"] == 4 * 6 * 2
+    assert lora[CHANGED] == 4 * 6 * 2
     assert lora["messages of the devices that are asked together"] == 4 * 32 * 2 * 6, "evaluating asks a wave of 32"
     wide = needed(SEVEN, replace(FULL, method=FedFFT(), engine=EngineSettings(workers=2)))
     assert wide.total > 2 * 4 * SEVEN.model * 2
@@ -122,7 +128,7 @@ def test_what_cannot_fit_a_gpu_is_refused() -> None:
         "passing a batch through": 160,
     }, "what a device does not train lies in the model's own places"
     assert dict(here.lines) == {
-        "the start and the server's state": 8000,
+        CHANGED: 4 * 100,
         "messages of the devices that are asked together": 4 * (2 * 1000 + 2 * 100),
         "what a device does not train": 2 * 900,
     }

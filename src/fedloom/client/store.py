@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fedloom.tensors import clone, fingerprint
+from fedloom.tensors import apart, clone, fingerprint
 from fedloom.wire import SHORT
 
 State = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
@@ -217,6 +217,4 @@ def _flushed(folder: Path) -> bool:
 def _flat(private: Mapping[str, torch.Tensor], memory: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Both under one prefix each, on the CPU, contiguous, none sharing storage with another."""
     named = {**{f"private/{n}": t for n, t in private.items()}, **{f"memory/{n}": t for n, t in memory.items()}}
-    flat = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-    whole = [tensor.untyped_storage().data_ptr() for tensor in flat.values() if tensor.numel()]
-    return flat if len(set(whole)) == len(whole) else {name: tensor.clone() for name, tensor in flat.items()}
+    return apart({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()})

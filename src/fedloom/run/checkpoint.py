@@ -1,7 +1,8 @@
 """Saving a run after every round, so that a kill at any moment loses at most the round in progress.
 
-``checkpoints/latest.json`` is the one source of truth and is replaced in one step. It names the server's tensors (a file named by its
-content) and every client's file; those are written before it, and what it no longer names is deleted after it.
+``checkpoints/latest.json`` is the one source of truth and is replaced in one step. It names the files of the server's tensors
+(``parts.py``) and every client's; those are written before it, and what it no longer names is deleted after it. Of the server's tensors
+only what a round has changed is written, and once written what is large lies in its file and not in memory.
 """
 
 from __future__ import annotations
@@ -12,25 +13,22 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from fedloom.client.elsewhere import Store
 from fedloom.client.store import ClientStore, StoreError, flush
 from fedloom.messages import Tensors
 from fedloom.methods.method import State
 from fedloom.run.late import Late, Step
+from fedloom.run.parts import Part, put, read, tensors_of, written
 from fedloom.tensors import fingerprint
 
 LATEST = "latest.json"
-SERVER = re.compile(r"server-([0-9a-f]{16})\.safetensors")
-"""What the server's tensors are called."""
 START = re.compile(r"start-([0-9a-f]{16})\.safetensors")
 """What A0 and B0 are called, where LoRA started from a decomposition: written once, for they do not change."""
 
@@ -42,13 +40,18 @@ class CheckpointError(RuntimeError):
 @dataclass(frozen=True)
 class Saved:
     """A completed round: the server's state, the ledger's totals, the fingerprint of the data it was made with, who is in where some
-    were not from the start, and (A0, B0) where those are not zero, which the frozen weights are short of (``starting.py``)."""
+    were not from the start, and (A0, B0) where those are not zero, which the frozen weights are short of (``starting.py``).
+
+    ``parts``: where the state lies, or that of the round before. ``begun``: where the start of a whole model does, while the run goes on.
+    """
 
     state: State
     totals: dict[str, Any]
     data: str
     late: Late | None = None
     start: Tensors = field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
+    begun: tuple[Part, ...] = ()
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -62,18 +65,18 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(scratch, path)
 
 
-def save(folder: Path, saved: Saved, store: Store) -> None:
-    """Write the checkpoint of one completed round of the run in ``folder``."""
+def save(folder: Path, saved: Saved, store: Store) -> Saved:
+    """Write the checkpoint of one completed round of the run in ``folder``. Returns it as it lies there: the same numbers, in files."""
     place = folder / "checkpoints"
     place.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{kind}/{n}": t for kind, part in _parts(saved.state).items() for n, t in part.items()}
-    steps = saved.late.steps if saved.late else ()
-    tensors |= {f"late/{i}/{n}": t.clone() for i, step in enumerate(steps) for n, t in step.tensors.items()}  # files share no memory
-    name = _written(place, "server", tensors)
+    state, steps = saved.state, saved.late.steps if saved.late else ()
+    tensors = {f"{kind}/{n}": t for kind, part in _parts(state).items() for n, t in part.items()}
+    tensors |= {f"late/{i}/{n}": t for i, step in enumerate(steps) for n, t in step.tensors.items()}
+    parts = put(place, tensors, (*saved.parts, *saved.begun))
     body = {
-        "round": saved.state.round,
-        "server": name,
-        "facts": dict(saved.state.facts),
+        "round": state.round,
+        "server": [part.name for part in parts],
+        "facts": dict(state.facts),
         "clients": store.commit(),
         "totals": saved.totals,
         "data": saved.data,
@@ -82,13 +85,19 @@ def save(folder: Path, saved: Saved, store: Store) -> None:
         asked = [{"op": step.op, "settings": dict(step.settings)} for step in steps]
         body["late"] = {"since": {str(k): at for k, at in saved.late.since.items()}, "steps": asked}
     if saved.start:
-        body["start"] = _written(place, "start", saved.start)
+        body["start"] = written(place, "start", saved.start)
+    if saved.begun:
+        body["begun"] = [part.name for part in saved.begun]
     write_atomically(place / LATEST, json.dumps({"sha256": _digest(body), **body}, indent=1))
     flush(place)  # the new index is on the disk before what only the old one names is deleted
     store.sweep()
+    named = {part.name for part in (*parts, *saved.begun)}
     for path in place.glob("server-*"):
-        if path.name != name:
+        if path.name not in named:
             path.unlink()
+    tensors = tensors_of(parts)
+    late = saved.late and replace(saved.late, steps=tuple(replace(s, tensors=_named(tensors, f"late/{i}/")) for i, s in enumerate(steps)))
+    return replace(saved, state=_state(state.round, state.facts, tensors), late=late, parts=tuple(parts))
 
 
 def holds_training(folder: Path) -> bool:
@@ -108,11 +117,13 @@ def load(folder: Path, store: Store) -> Saved | None:
     mend = f"Nothing was overwritten. Delete {folder} to start the run anew, or restore the folder from a copy"
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-        written = body.pop("sha256")
-        if _digest(body) != written:
+        signed = body.pop("sha256")
+        if _digest(body) != signed:
             raise ValueError("its content does not match its sha256")
-        tensors = _read(folder, body["server"], SERVER)
-        start = _read(folder, body["start"], START) if "start" in body else {}
+        names = [body["server"]] if isinstance(body["server"], str) else body["server"]  # of an earlier release
+        parts = tuple(read(path.parent, name) for name in names)
+        tensors = tensors_of(parts)
+        start = read(path.parent, body["start"], START).tensors if "start" in body else {}
         round, facts, totals, data = (body[name] for name in ("round", "facts", "totals", "data"))
         if not (type(round) is int and isinstance(facts, dict) and isinstance(totals, dict) and isinstance(data, str)):
             raise ValueError("its round, facts, totals or data are none")
@@ -120,10 +131,9 @@ def load(folder: Path, store: Store) -> Saved | None:
         store.restore(body["clients"])
         for client in body["clients"]:
             store.load(int(client))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError, StoreError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StoreError) as error:
         raise CheckpointError(f"the checkpoint {path} is corrupt: {error}. {mend}") from error
-    shared, server, moments, controls = (_named(tensors, f"{part}/") for part in ("shared", "server", "moments", "controls"))
-    return Saved(State(round, shared, server, facts, moments, controls), totals, data, late, start)
+    return Saved(_state(round, facts, tensors), totals, data, late, start, parts)
 
 
 def fingerprint_of(folder: Path) -> str:
@@ -153,37 +163,14 @@ def only_one(folder: Path) -> Iterator[None]:
         yield
 
 
-def _written(place: Path, kind: str, tensors: Tensors) -> str:
-    """The name, by its content, of the file that holds these tensors, which is written if it is not there."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    name = f"{kind}-{fingerprint(tensors)[:16]}.safetensors"
-    if not (place / name).exists():
-        scratch = place / f"{name}.tmp"
-        save_file(tensors, scratch)
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(scratch, place / name)
-    return name
-
-
-def _read(folder: Path, name: str, kind: re.Pattern[str]) -> dict[str, torch.Tensor]:
-    """The tensors of a file of the checkpoint.
-
-    Raises:
-        ValueError: the name is none of the kind, or the content is not what the name says.
-    """
-    named = kind.fullmatch(name)
-    if named is None:
-        raise ValueError(f"{name!r} is no file of the server's")
-    tensors = dict(sorted(load_file(folder / "checkpoints" / name).items()))
-    if fingerprint(tensors)[:16] != named[1]:
-        raise ValueError(f"{name} was altered after it was written")
-    return tensors
-
-
 def _parts(state: State) -> dict[str, Mapping[str, torch.Tensor]]:
     parts = {"shared": state.shared, "server": state.server, "moments": state.moments, "controls": state.controls}
     return {kind: tensors for kind, tensors in parts.items() if tensors or kind in ("shared", "server")}
+
+
+def _state(round: int, facts: Mapping[str, Any], tensors: Tensors) -> State:
+    shared, server, moments, controls = (_named(tensors, f"{kind}/") for kind in ("shared", "server", "moments", "controls"))
+    return State(round, shared, server, facts, moments, controls)
 
 
 def _late(saved: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Late:

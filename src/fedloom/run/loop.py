@@ -33,9 +33,10 @@ from fedloom.run.late import Late, Remembering, welcome
 from fedloom.run.ledger import Ledger, Section
 from fedloom.run.memory import insist_on_room, sizes_before, sizes_of, told
 from fedloom.run.numbers import as_told
+from fedloom.run.parts import Part
 from fedloom.run.payback import paid_back
 from fedloom.run.samples import samples
-from fedloom.run.starting import stand_at, start_of
+from fedloom.run.starting import begin_on_disk, stand_at, start_of
 from fedloom.run.tracking import Tracking, insist, track_ended
 from fedloom.run.world import World, build
 
@@ -133,7 +134,12 @@ def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str
     saved = checkpoint.load(folder, store)
     if saved is not None and saved.data != data:
         raise CheckpointError(f"the data behind {folder} changed since it began (fingerprint {saved.data}, now {data}); give another --out")
-    ledger = Ledger(folder, world.fleet, saved.totals if saved else None)
+    ledger, begun = Ledger(folder, world.fleet, saved.totals if saved else None), begin_on_disk(world.model, folder)
+
+    def kept(state: State, late: Late | None, parts: tuple[Part, ...]) -> Saved:
+        needed = begun if state.round < e.rounds else ()
+        return checkpoint.save(folder, Saved(state, ledger.totals, data, late, start_of(world.model), parts, needed), store)
+
     if saved is None:
         ledger.rewind(-1)
         section = ledger.section()
@@ -141,21 +147,22 @@ def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str
         ledger.set_up(section)
         section, found = ledger.section(), _evaluated(world, state, engine, show, late, store)
         show.round(row := ledger.write(0, section, 0.0, found.scores if found else unknown, told_of(late, world, found)))
-        checkpoint.save(folder, Saved(state, ledger.totals, data, late, start_of(world.model)), store)
+        saved = kept(state, late, begun)
         tracking.round(row)
     else:
-        state, found, late = saved.state, None, saved.late
+        found = None
         if said := stand_at(world.model, saved.start, folder):
             show.note(said)
-        show.resume(rows := ledger.rewind(state.round))
+        show.resume(rows := ledger.rewind(saved.state.round))
         tracking.resume(rows)
+    state, late = saved.state, saved.late
     while state.round < e.rounds:
         show.phase(f"round {state.round + 1}/{e.rounds}")
         if late is not None and (came := _let_in(world, late, engine, store, ledger, state.round + 1, show)):
-            late = late.with_these(came, state.round + 1, world.pool)
-            checkpoint.save(
-                folder, Saved(state, ledger.totals, data, late, start_of(world.model)), store
+            saved = kept(
+                state, late.with_these(came, state.round + 1, world.pool), saved.parts
             )  # whatever becomes of the round, they are in
+            state, late = saved.state, saved.late
         section, pool = ledger.section(), world.pool if late is None else late.pool(world.pool)
         try:
             state, missed = drive(one_round(method, state, pool), hurried, e.quorum, section.hear), 0
@@ -163,7 +170,8 @@ def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str
             state, missed = _missed(world, state, store, section, missed + 1, failed, show), missed + 1
         trained, found = section.seconds, _evaluated(world, state, engine, show, late, store)
         show.round(row := ledger.write(state.round, section, trained, found.scores if found else unknown, told_of(late, world, found)))
-        checkpoint.save(folder, Saved(state, ledger.totals, data, late, start_of(world.model)), store)
+        saved = kept(state, late, saved.parts)
+        state, late = saved.state, saved.late
         tracking.round(row)
     found = found or evaluate(world, state, engine, None if late is None else [*late.since], store)
     results = finish(world, folder, state, ledger, found, store)

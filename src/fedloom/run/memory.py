@@ -10,7 +10,8 @@ batch through it keeps alive. θ is a block of ``fedcybgd``, else whatever is tr
 
 **This machine** plays all parts, so it holds more; the lines of :class:`Need` say what. They are an estimate from above of what this code
 keeps at its fullest moment, library and interpreter left out. It does not know how many bytes an allocator never gives back. Of a run in 16
-bits the model is held once, in these, and so is what a device does not train; the start and the server's state are float32. Where there is
+bits the model is held once, in these, and so is what a device does not train; the start and the server's state are float32. These two lie
+in files that are mapped (``parts.py``): of them counts what a round has changed until it is written, and an adapter's start. Where there is
 a GPU, the model and what computes with it lie there.
 """
 
@@ -84,9 +85,13 @@ def needed(sizes: Sizes, experiment: Experiment, gpu: bool = False) -> Need:
     asked = 1 if vars(type(e.method)).get("one_at_a_time") else e.cohort
     training, evaluating = (min(wave, -(-devices // processes)) for devices in (asked, e.clients))
     messages = max(training * (2 * sizes.trained + 2 * sizes.at_once), evaluating * 2 * sizes.trained)
-    shares = sizes.model == sizes.trained and not low  # then the start is the model's own weights
+    whole = 2 * sizes.trained > sizes.model  # then the start is the model's own weights; in 16 bits it lies in files, but workers have none
+    starts = 0 if whole and (not low or e.engine.workers < 2) else processes
     around = [
-        ("the start and the server's state", 4 * sizes.trained * (1 if shares else 2)),
+        (
+            "the start, and what a round changes of the server's state",
+            4 * (starts * sizes.trained + min(sizes.trained, asked * sizes.at_once)),
+        ),
         ("messages of the devices that are asked together", 4 * processes * messages),
     ]
     if gpu:

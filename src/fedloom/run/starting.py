@@ -18,6 +18,7 @@ from fedloom.model.adapters import is_factor
 from fedloom.model.base import Model
 from fedloom.model.factors import products
 from fedloom.run.checkpoint import CheckpointError
+from fedloom.run.parts import Part, put, tensors_of
 from fedloom.tensors import same_names
 
 ROUNDING = 1e-4
@@ -28,6 +29,19 @@ together let directions turn, whose product turns far less."""
 def start_of(model: Model) -> dict[str, torch.Tensor]:
     """(A0, B0) of every pair by saved name; nothing where pairs start at zero."""
     return {name: tensor for name, tensor in model.initial.items() if is_factor(name)} if model.split else {}
+
+
+def begin_on_disk(model: Model, folder: Path) -> tuple[Part, ...]:
+    """Have the start of a model in 16 bits that is trained whole lie in files of the run in ``folder``: float32 numbers that nothing
+    computes with. Returns the parts, in which the first state then lies too; none of another model, whose start is small or its weights.
+    """
+    if model.dtype is torch.float32 or not model.is_whole:
+        return ()
+    place = folder / "checkpoints"
+    place.mkdir(parents=True, exist_ok=True)
+    parts = put(place, {f"shared/{name}": tensor for name, tensor in model.initial.items()})
+    model.initial = {name.removeprefix("shared/"): tensor for name, tensor in tensors_of(parts).items()}
+    return tuple(parts)
 
 
 def stand_at(model: Model, start: Tensors, folder: Path) -> str:
