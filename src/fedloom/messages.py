@@ -153,6 +153,18 @@ def ask(operation: Callable[..., Any], client: int, tensors: Tensors | None = No
     return Task(operation.__name__, client, dict(tensors or {}), settings)
 
 
+def through(flow: Flow[T], change: Callable[[Asking], Asking]) -> Flow[T]:
+    """The same flow, whose askings are changed on their way: what is the experiment's and not the method's goes into its tasks, and is
+    taken out of its updates."""
+    answer: Any = None
+    while True:
+        try:
+            asked = flow.send(answer)
+        except StopIteration as ended:
+            return ended.value
+        answer = yield change(asked if isinstance(asked, Asking) else Asking(asked, whole))
+
+
 def insist(tasks: Sequence[Task], attempts: int = 3, take: Take = whole) -> Flow[list[Update]]:
     """Ask, and ask again whoever did not answer; every client must have answered once.
 

@@ -4,29 +4,18 @@ method that has them of its own; or the method says that it cannot be corrected.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fedloom.client.controls import corrected
 from fedloom.client.curricula.voc import ByRarity
-from fedloom.client.host import Host
-from fedloom.client.store import ClientStore
-from fedloom.compute.serial import Serial
-from fedloom.compute.stacked import Stacked
-from fedloom.compute.work import Fit
-from fedloom.engines.engine import drive
-from fedloom.engines.local import Local
 from fedloom.methods import all_methods
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
-from fedloom.methods.method import State, one_round
 from fedloom.methods.slora import SLora
 from fedloom.model.adapters import is_down, is_factor, is_head, is_up
-from fedloom.model.base import Model
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.describe import describe
@@ -38,6 +27,7 @@ from fedloom.run.world import store_in
 from fedloom.server.optimizers import ServerStep
 from fedloom.server.participation import Pool, uniform
 from tests import small, tiny
+from tests.conformance.played import Played
 
 POOL = Pool((0, 1, 2, 3), 3, 4, 3, controls=True)
 METHODS: dict[str, Any] = {name: kind() for name, kind in all_methods().items()}
@@ -56,57 +46,22 @@ PARTLY = {"rolora": lambda n, t: is_head(n) or (is_up if t % 2 == 0 else is_down
 """By method, whether a tensor that a device is sent has been corrected in a round, where that is not all of them."""
 
 
-@cache
-def model(kind: Any, start: Any) -> Model:
-    return tiny.model(kind=kind, start=start)
-
-
-class Played:
-    """A method over made-up devices, whose Fits and states can be looked at."""
-
-    def __init__(self, method: Any, pool: Pool = POOL, stacked: bool = True) -> None:
-        said = vars(type(method))
-        of = model(said.get("adapter_kind", "lora"), said.get("adapter_start", "zero"))
-        compute, self.fits, self.method, self.pool, self.store = (
-            (Stacked if stacked else Serial)(of),
-            list[Fit](),
-            method,
-            pool,
-            ClientStore(),
-        )
-        ran, devices = compute.run, tiny.clients()
-
-        def seen(items: Any) -> Any:
-            self.fits.extend(item for item in items if isinstance(item, Fit))
-            return ran(items)
-
-        compute.run = seen  # type: ignore[method-assign]
-        fresh = lambda k: replace(devices[k], private={}, memory={})  # noqa: E731
-        self.engine = Local(Host(method, fresh, compute, self.store, "controls", doing=corrected))
-        self.state: State = drive(method.setup(method.init(of), pool), self.engine, quorum=0)
-
-    def round(self) -> State:
-        self.fits.clear()
-        self.state = drive(one_round(self.method, self.state, self.pool), self.engine)
-        return self.state
-
-    def own(self) -> dict[int, dict[str, torch.Tensor]]:
-        """Every device's c_k by the tensors' names."""
-        kept = {k: self.store.load(k)[1] for k in POOL.clients}
-        return {k: {n.removeprefix("control/"): t for n, t in of.items() if n.startswith("control/")} for k, of in kept.items()}
+def own(here: Played) -> dict[int, dict[str, torch.Tensor]]:
+    """Every device's c_k by the tensors' names."""
+    return here.kept("control/")
 
 
 @pytest.mark.parametrize("name", FOLLOWING)
 def test_what_is_shared_and_trained_is_corrected_and_c_is_the_devices_mean(name: str) -> None:
     """In every round g − c_k + c for the tensors that a device trains as it was sent them, and no others; c = (1/K)·Σ_k c_k after it."""
-    here, ever = Played(METHODS[name]), set[str]()
+    here, ever = Played(METHODS[name], POOL), set[str]()
     for t in range(3 if name in PARTLY else 2):
-        sent, common, before = dict(here.state.shared), here.state.controls, here.own()
+        sent, common, before = dict(here.state.shared), here.state.controls, own(here)
         here.round()
         names = {n for n in sent if PARTLY.get(name, lambda n, t: True)(n, t) and not n.startswith("moved/") and "base_layer" not in n}
         fits = [fit for fit in here.fits if fit.means]
         assert len(fits) == POOL.cohort
-        after = here.own()
+        after = own(here)
         for fit in fits:
             (k,) = [k for k, c in tiny.clients().items() if len(c.train) == len(fit.examples)]
             assert {n for n, start in fit.start.items() if n in sent and torch.equal(start, sent[n])} >= names
@@ -127,11 +82,11 @@ def test_what_is_shared_and_trained_is_corrected_and_c_is_the_devices_mean(name:
 @pytest.mark.parametrize("name", sorted(REFUSING))
 def test_a_method_that_cannot_be_corrected_says_so_before_it_trains(name: str) -> None:
     with pytest.raises(ValueError, match=f"'{name}' cannot follow SCAFFOLD's controls: .*--controls"):
-        Played(METHODS[name])
+        Played(METHODS[name], POOL)
 
 
 def test_scaffold_is_lora_with_controls() -> None:
-    mine, theirs = Played(METHODS["scaffold"], replace(POOL, controls=False)), Played(FedAvg())
+    mine, theirs = Played(METHODS["scaffold"], replace(POOL, controls=False)), Played(FedAvg(), POOL)
     for _ in range(3):
         mine.round()
         theirs.round()

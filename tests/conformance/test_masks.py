@@ -4,7 +4,6 @@ several methods; or the method says that it takes no mask."""
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,14 @@ import pytest
 import torch
 
 from fedloom.client.curricula import all_curricula
-from fedloom.client.host import Host
-from fedloom.client.masks import carried_out
-from fedloom.client.store import ClientStore
 from fedloom.compute.serial import Serial
-from fedloom.compute.stacked import Stacked
-from fedloom.compute.work import Fit, Predict
-from fedloom.engines.engine import drive
-from fedloom.engines.local import Local
+from fedloom.compute.work import Predict
 from fedloom.messages import ask
 from fedloom.methods import all_methods
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.method import State, one_round
+from fedloom.methods.method import State
 from fedloom.methods.slora import SLora
 from fedloom.model.adapters import Adapter, is_up
-from fedloom.model.base import Model
 from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.describe import describe
 from fedloom.run.experiment import Experiment, ExperimentError
@@ -37,6 +29,7 @@ from fedloom.server.masks import Mask, completed
 from fedloom.server.participation import Pool
 from fedloom.tensors import packed, unpacked
 from tests import small, tiny
+from tests.conformance.played import Played
 
 POOL = Pool((0, 1, 2, 3), 3, 2, 3, mask=Mask(0.4))
 METHODS: dict[str, Any] = {name: kind() for name, kind in all_methods().items()} | {"slora": SLora(first=0.4)}
@@ -48,42 +41,9 @@ FROM_ZERO = {"flora", "slora"}
 PAIRS = list(zip(FOLLOWING, cycle(all_curricula()), cycle(["zero", "svd", "svd"]), cycle([False, False, True, False])))
 
 
-@cache
-def model(start: Any) -> Model:
-    return tiny.model(start=start)
-
-
-class Played:
-    """A method over made-up devices under a mask."""
-
-    def __init__(self, method: Any, pool: Pool = POOL, start: str = "zero", stacked: bool = True) -> None:
-        of = model(start)
-        compute, self.fits, self.method, self.pool, self.store = (
-            (Stacked if stacked else Serial)(of),
-            list[Fit](),
-            method,
-            pool,
-            ClientStore(),
-        )
-        ran, devices = compute.run, tiny.clients()
-
-        def seen(items: Any) -> Any:
-            self.fits.extend(item for item in items if isinstance(item, Fit))
-            return ran(items)
-
-        compute.run = seen  # type: ignore[method-assign]
-        fresh = lambda k: replace(devices[k], private={}, memory={})  # noqa: E731
-        self.engine = Local(Host(method, fresh, compute, self.store, "masks", doing=carried_out))
-        self.state: State = drive(method.setup(method.init(of), pool), self.engine, quorum=0)
-
-    def round(self) -> None:
-        self.fits.clear()
-        self.state = drive(one_round(self.method, self.state, self.pool), self.engine)
-
-    def masks(self) -> dict[int, dict[str, torch.Tensor]]:
-        """By device and B, which rows it trains."""
-        kept = {k: self.store.load(k)[1] for k in POOL.clients}
-        return {k: {n.removeprefix("rows/"): unpacked(t) for n, t in of.items() if n.startswith("rows/")} for k, of in kept.items()}
+def masks(here: Played) -> dict[int, dict[str, torch.Tensor]]:
+    """By device and B, which rows it trains."""
+    return {k: {n: unpacked(t) for n, t in of.items()} for k, of in here.kept("rows/").items()}
 
 
 def started(name: str, start: str) -> str:
@@ -104,7 +64,8 @@ def test_curriculum_start_mask_and_method_go_together(name: str, curriculum: str
     for _ in range(2):
         before = dict(here.state.shared)
         here.round()
-        masks, asked = here.masks(), [of for of in here.masks().values() if of]
+        chosen = masks(here)
+        asked = [of for of in chosen.values() if of]
         for of in asked:
             assert 0.4 <= sum(int(m.sum()) for m in of.values()) / sum(len(m) for m in of.values()) < 0.45
         rows = [fit for fit in here.fits if fit.rows]
@@ -114,7 +75,7 @@ def test_curriculum_start_mask_and_method_go_together(name: str, curriculum: str
             continue
         for n in filter(is_up, here.state.shared):
             moved = (here.state.shared[n] != before[n]).any(1) if n in before else torch.zeros(16, dtype=torch.bool)
-            ever = torch.stack([of[n] for of in masks.values() if n in of] or [torch.zeros(16, dtype=torch.bool)]).any(0)
+            ever = torch.stack([of[n] for of in chosen.values() if n in of] or [torch.zeros(16, dtype=torch.bool)]).any(0)
             assert not bool((moved & ~ever).any()), n
     (said,) = here.engine.run([ask(method.predict, 0, here.state.shared, splits=["test"])]).updates
     assert said.tensors["test"].shape == (3, 3)
@@ -153,7 +114,7 @@ def test_corrections_of_rows_are_those_rows() -> None:
             torch.testing.assert_close(fit.correction[n], (common[n] - mine)[at], atol=1e-7, rtol=1e-5)
         assert any(bool(fit.correction[n].any()) for n in fit.rows)
     for k in POOL.clients:
-        for n, mask in here.masks()[k].items():
+        for n, mask in masks(here)[k].items():
             assert not bool(here.store.load(k)[1][f"control/{n}"][~mask].any()), "no control of what is not trained"
 
 
@@ -163,8 +124,8 @@ def test_stacked_is_one_by_one(name: str) -> None:
     for _ in range(2):
         one.round()
         many.round()
-    assert {k: {n: m.tolist() for n, m in of.items()} for k, of in one.masks().items()} == {
-        k: {n: m.tolist() for n, m in of.items()} for k, of in many.masks().items()
+    assert {k: {n: m.tolist() for n, m in of.items()} for k, of in masks(one).items()} == {
+        k: {n: m.tolist() for n, m in of.items()} for k, of in masks(many).items()
     }
     for kind in ("shared", "controls"):
         mine, theirs = getattr(many.state, kind), getattr(one.state, kind)
@@ -173,18 +134,18 @@ def test_stacked_is_one_by_one(name: str) -> None:
 
 def test_a_devices_own_rows_are_stored_as_rows() -> None:
     """FedSA's B stays on its device: rows that are not kept are zero for ever, take no room, and are no product."""
-    here = Played(METHODS["fedsa"])
+    here = Played(METHODS["fedsa"], POOL)
     here.round()
     here.round()
-    for k, of in here.masks().items():
+    for k, of in masks(here).items():
         private, memory = here.store.load(k)
         for n, mask in of.items():
             assert private[n].shape == (int(mask.sum()), 2) and f"kept/{n}" in memory
     assert all(not set(fit.fixed) & set(fit.rows) for fit in here.fits)
-    (k, of), *_ = [(k, of) for k, of in here.masks().items() if of]
+    (k, of), *_ = [(k, of) for k, of in masks(here).items() if of]
     private = here.store.load(k)[0]
     own = {n: torch.zeros(16, 2).masked_scatter(of[n][:, None], t) if n in of else t for n, t in private.items()}
-    (due,) = Serial(model("zero")).run([Predict({**own, **here.state.shared}, tiny.clients()[k].test)])
+    (due,) = Serial(here.of).run([Predict({**own, **here.state.shared}, tiny.clients()[k].test)])
     (said,) = here.engine.run([ask(here.method.predict, k, here.state.shared, splits=["test"])]).updates
     torch.testing.assert_close(said.tensors["test"], due.result, atol=1e-4, rtol=0)
     assert {n: t.shape for n, t in here.store.load(k)[0].items()} == {n: t.shape for n, t in private.items()}, "they are rows again"
@@ -226,6 +187,6 @@ def test_a_run_resumes_to_the_same_bits_and_saves_what_it_says(name: str, tmp_pa
 
 def test_all_kept_is_the_method_as_it_comes() -> None:
     one, other = Played(FedAvg(), replace(POOL, mask=Mask())), Played(FedAvg(), replace(POOL, mask=Mask(1.0)))
-    assert one.pool == other.pool and not any(one.masks().values())
+    assert one.pool == other.pool and not any(masks(one).values())
     one.round()
     assert not any(fit.rows for fit in one.fits) and len(one.fits) == POOL.cohort

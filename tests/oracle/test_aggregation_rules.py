@@ -56,6 +56,9 @@ class Made:
     weights: dict[str, torch.Tensor]
     beneath: Beneath = field(default_factory=lambda: Beneath(scaling=S))
 
+    def need_own_weights(self, who: str) -> None:
+        """They are its own, in all their bits."""
+
 
 Start = Literal["zero", "random", "svd"]
 

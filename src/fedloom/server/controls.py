@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import torch
 
-from fedloom.messages import Asking, Flow, Take, Task, Tensors, Update, whole
+from fedloom.messages import Flow, Take, Task, Tensors, Update, through
 from fedloom.server.participation import Pool
 
 T = TypeVar("T")
@@ -42,14 +42,7 @@ class Controls:
 
     def over(self, flow: Flow[T]) -> Flow[T]:
         """The same round, whose devices correct their gradients."""
-        answer = None
-        while True:
-            try:
-                asked = flow.send(answer)  # type: ignore[arg-type]
-            except StopIteration as ended:
-                return ended.value
-            asking = asked if isinstance(asked, Asking) else Asking(asked, whole)
-            answer = yield Asking([self._told(task) for task in asking.tasks], self._taking(asking), asking.needed)
+        return through(flow, lambda asking: replace(asking, tasks=[self._told(t) for t in asking.tasks], take=self._taking(asking.take)))
 
     def value(self) -> dict[str, torch.Tensor]:
         """c after the round."""
@@ -68,13 +61,13 @@ class Controls:
         known = {f"{CONTROL}{n}": self.common[n] for n in task.tensors if n in self.common}
         return replace(task, tensors={**task.tensors, **known}, settings={**task.settings, CORRECTED: True})
 
-    def _taking(self, asking: Asking) -> Take:
+    def _taking(self, others: Take) -> Take:
         def take(update: Update) -> Update:
             controls, rest = parted(update.tensors)
             if controls:
                 self._answered += 1
                 self._mean.take(replace(update, tensors=controls, num_examples=1))
-            return asking.take(replace(update, tensors=rest))
+            return others(replace(update, tensors=rest))
 
         return take
 

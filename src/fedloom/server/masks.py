@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import torch
 
-from fedloom.messages import Asking, Flow, Take, Task, Tensors, whole
+from fedloom.messages import Flow, Take, Task, Tensors, through
 from fedloom.tensors import unpacked
 
 T = TypeVar("T")
@@ -44,14 +44,7 @@ class Mask:
 
     def over(self, flow: Flow[T]) -> Flow[T]:
         """The same round, whose devices train some rows."""
-        answer = None
-        while True:
-            try:
-                asked = flow.send(answer)  # type: ignore[arg-type]
-            except StopIteration as ended:
-                return ended.value
-            asking = asked if isinstance(asked, Asking) else Asking(asked, whole)
-            answer = yield Asking([self._told(task) for task in asking.tasks], _completing(asking.tasks, asking.take), asking.needed)
+        return through(flow, lambda a: replace(a, tasks=[self._told(task) for task in a.tasks], take=_completing(a.tasks, a.take)))
 
     def _told(self, task: Task) -> Task:
         return replace(task, settings={**task.settings, KEEP: self.keep}) if "round" in task.settings else task

@@ -1,0 +1,58 @@
+"""A method over made-up devices, a round at a time, whose Fits and whose devices' memory can be looked at."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from fedloom.client.host import Host
+from fedloom.client.masks import carried_out
+from fedloom.client.store import ClientStore
+from fedloom.compute.serial import Serial
+from fedloom.compute.stacked import Stacked
+from fedloom.compute.work import Fit
+from fedloom.engines.engine import drive
+from fedloom.engines.local import Local
+from fedloom.methods.method import State, one_round
+from fedloom.model.base import Model
+from fedloom.server.participation import Pool
+from tests import tiny
+
+
+@cache
+def _model(kind: Any, start: Any) -> Model:
+    return tiny.model(kind=kind, start=start)
+
+
+class Played:
+    """Set up, and then as many rounds as are asked for."""
+
+    def __init__(self, method: Any, pool: Pool, start: str = "", stacked: bool = True) -> None:
+        """``start``: of LoRA, where the method does not say its own."""
+        said = vars(type(method))
+        self.of = _model(said.get("adapter_kind", "lora"), said.get("adapter_start", start or "zero"))
+        self.compute: Any = (Stacked if stacked else Serial)(self.of)
+        self.fits, self.method, self.pool, self.store = list[Fit](), method, pool, ClientStore()
+        ran, devices = self.compute.run, tiny.clients()
+
+        def seen(items: Any) -> Any:
+            self.fits.extend(item for item in items if isinstance(item, Fit))
+            return ran(items)
+
+        self.compute.run = seen
+        fresh = lambda k: replace(devices[k], private={}, memory={})  # noqa: E731
+        self.engine = Local(Host(method, fresh, self.compute, self.store, "played", doing=carried_out))
+        self.state: State = drive(method.setup(method.init(self.of), pool), self.engine, quorum=0)
+
+    def round(self) -> State:
+        """One more, of which alone ``fits`` are."""
+        self.fits.clear()
+        self.state = drive(one_round(self.method, self.state, self.pool), self.engine)
+        return self.state
+
+    def kept(self, prefix: str) -> dict[int, dict[str, torch.Tensor]]:
+        """By device, what is in its memory under a prefix, by the names behind it."""
+        return {k: {n.removeprefix(prefix): t for n, t in self.store.load(k)[1].items() if n.startswith(prefix)} for k in self.pool.clients}
