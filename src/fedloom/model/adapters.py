@@ -402,7 +402,7 @@ def write_adapter(
         AdapterError: a tensor that the model trains is missing, or one is unknown; or a kind that PEFT does not have.
     """
     if not isinstance(model, PeftModel):
-        raise AdapterError("PEFT has no adapter of this kind; bitfit and full are exported as whole models, with --merge")
+        raise AdapterError("PEFT has no adapter of this kind; bitfit and full are written as whole models, bottlenecks not at all")
     if set(tensors) != set(names):
         raise AdapterError(f"the adapter needs exactly the trained tensors; these differ: {sorted(set(tensors) ^ set(names))[:6]}")
     folder.mkdir(parents=True, exist_ok=True)

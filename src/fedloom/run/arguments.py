@@ -30,7 +30,7 @@ class Export:
         folder: the run folder.
         out: the folder to write; it must be new or empty.
         client: that device's own model, instead of the shared one.
-        merge: merge the adapter into the model: a folder that transformers loads by itself.
+        merge: merge the adapter into the model: a folder that transformers loads by itself. What trained no adapter is always such a one.
         recipe: the Python file that defines the run's method, if it is not one of the package.
     """
 

@@ -167,7 +167,10 @@ class Experiment:
         if self.head == "cloze" and self.task in ("instructions", "text", "chat"):
             raise ExperimentError(f"--head cloze is for classification, and the task is {self.task}; leave --head out")
         if self.cohort > self.clients:
-            raise ExperimentError(f"--cohort {self.cohort} is more than --clients {self.clients}; a cohort is drawn from the clients")
+            raise ExperimentError(
+                f"--cohort {self.cohort} is more than --clients {self.clients}; a cohort is drawn from the clients: give --cohort "
+                f"{self.clients} or fewer"
+            )
         if not 0 < self.quorum <= 1:
             raise ExperimentError(f"--quorum is {self.quorum}; it is a share of the cohort, above 0 and at most 1")
         try:

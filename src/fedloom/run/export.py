@@ -107,7 +107,8 @@ def predictor_of(world: World, folder: Path, client: int | None) -> Predictor:
 
 
 def export(experiment: Experiment, folder: Path, out: Path, client: int | None = None, merge: bool = False) -> str:
-    """Write the run's adapter to ``out``, or with ``merge`` the whole model with the adapter merged in. Returns the Python that loads it.
+    """Write the run's adapter to ``out``, or with ``merge``, and where weights of the model itself were trained and no adapter is there
+    (``full``, ``bitfit``), the whole model. Returns the Python that loads it.
 
     Raises:
         ExportError: nothing to export, ``out`` is not empty, or a model that no adapter can hold.
@@ -115,6 +116,7 @@ def export(experiment: Experiment, folder: Path, out: Path, client: int | None =
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} exists and is not an empty folder; nothing was overwritten. Give a new folder")
     world = build(experiment)
+    merge = merge or saved_as(world.model.module) == "model"
     found = predictor_of(world, folder, client)
     tensors = whole(world.model, found.tensors)
     if found.bias is not None:
