@@ -27,6 +27,7 @@ from fedloom.compute.flops import Flops
 from fedloom.compute.lowrank import directions, down, projected, up
 from fedloom.compute.serial import Serial, brings_a_model, cost, dropout_key, scored_names, twice_differentiated, watch
 from fedloom.compute.spectrum import spectra
+from fedloom.compute.steps import advance, direction, move, norms
 from fedloom.compute.work import (
     Fisher,
     Fit,
@@ -263,22 +264,16 @@ class Stacked:
             if mask is not None:
                 gradient *= mask[:active]
             if o.clip:
-                norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True, dtype=torch.float64).float()
-                gradient *= (o.clip / (norms + 1e-6)).clamp(max=1.0)
-            gradient = gradient if few is None else few.down(gradient, i)
+                gradient *= (o.clip / (norms(gradient) + 1e-6)).clamp(max=1.0)
             steps[:active] += 1
-            first[:active].mul_(o.betas[0]).add_(gradient, alpha=1 - o.betas[0])
-            second[:active].mul_(o.betas[1]).addcmul_(gradient, gradient, value=1 - o.betas[1])
-            unbias = [1 - beta ** steps[:active, None] for beta in o.betas]
-            scale = (second[:active] / unbias[1]).sqrt_().add_(o.eps)
-            step = (first[:active] / unbias[0]).div_(scale)
-            step = step if few is None else few.up(step)
-            if o.schedule == "constant":
-                moved = (now[:active] * (1 - o.lr * o.weight_decay)).sub_(step, alpha=o.lr)
-            else:  # each client's rate is its own
+            m, v, t, still = first[:active], second[:active], steps[:active], None if mask is None else mask[:active]
+            rate = None  # the same for all, or each client's own
+            if o.schedule != "constant":
                 rate = now.new_tensor([[o.rate(i, len(item.batches))] for item in items[:active]])
-                moved = (now[:active] * (1 - rate * o.weight_decay)).sub_(step.mul_(rate))
-            now[:active] = moved if mask is None else torch.where(mask[:active] > 0, moved, now[:active])
+            if few is None:
+                advance(now[:active], gradient, m, v, t, o, rate, still)
+            else:
+                move(now[:active], few.up(direction(few.down(gradient, i), m, v, t, o)), o, rate, still)
             for kept, value in zip(losses, loss.tolist(), strict=False):
                 kept[i] = value
         ends, firsts, seconds = (matrix.cpu() for matrix in (now, first, second))
