@@ -97,6 +97,11 @@ class Encoding:
         """Whether nothing is lost."""
         return self.name == "exact"
 
+    @property
+    def exact_down(self) -> bool:
+        """Whether nothing is lost of what goes down."""
+        return self.exact or self.up_only
+
     def size(self, numbers: int) -> int:
         """Bytes of tensors that so many float32 numbers come to, going down."""
         match "exact" if self.up_only else self.name:
@@ -113,7 +118,7 @@ class Encoding:
 
     def down(self, task: Task) -> Task:
         """The task as it travels."""
-        if self.exact or self.up_only:
+        if self.exact_down:
             return task
         names = sorted(n for n, t in task.tensors.items() if t.dtype == torch.float32)
         if not names:
@@ -128,7 +133,7 @@ class Encoding:
         Raises:
             WireError: it was not encoded so.
         """
-        if self.exact or self.up_only or WHICH not in task.settings:
+        if self.exact_down or WHICH not in task.settings:
             return task
         names, shapes = _told(task.settings)
         vector = self._decoded(task.tensors, sum(map(math.prod, shapes)))

@@ -111,6 +111,10 @@ def _stepping(method: Method, state: State, pool: Pool) -> Flow[State]:
     return replace(after, moments=steps.moments())
 
 
+AS_SENT = "as_sent"
+"""Of a prediction, among its metrics: it was made with the tensors that came and nothing else."""
+
+
 @on_client
 def predict(method: Method, c: Client, task: Task) -> Work[Update]:
     """Logits of the device's own shards of the splits in ``task.settings["splits"]``, as tensors (n, C) named by split. They are a
@@ -119,7 +123,8 @@ def predict(method: Method, c: Client, task: Task) -> Work[Update]:
     splits = list(task.settings["splits"])  # type: ignore[arg-type]
     logits = yield [Predict(model.tensors, c.shard(split), measures=True) for split in splits]
     bias = torch.zeros(()) if model.bias is None else model.bias
-    return Update(c.id, len(c.train), {split: made + bias for split, made in zip(splits, logits, strict=True)})
+    tensors = {split: made + bias for split, made in zip(splits, logits, strict=True)}
+    return Update(c.id, len(c.train), tensors, {AS_SENT: model.bias is None and model.tensors is task.tensors})
 
 
 @on_client

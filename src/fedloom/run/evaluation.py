@@ -26,8 +26,8 @@ from fedloom.data.numbers import EXACT as NUMBERS
 from fedloom.data.questions import EXACT
 from fedloom.data.tasks import FURTHER, Classification, Outcomes, Split, Task, headline
 from fedloom.engines.engine import Engine, drive
-from fedloom.messages import Asking, Flow, Update, ask, whole
-from fedloom.methods.method import State
+from fedloom.messages import Asking, Flow, Tensors, Update, ask, whole
+from fedloom.methods.method import AS_SENT, State
 from fedloom.run.ledger import Personalising
 from fedloom.run.numbers import NOT_WRITTEN, Solved, solved, tells
 from fedloom.run.statistics import tallies
@@ -87,7 +87,7 @@ def _evaluated_here(world: World, state: State, engine: Engine) -> Evaluation:
     """From the logits of every device."""
     task, metric = world.source.task, world.source.task.metric
     own = Personalising(world.fleet)
-    logits = drive(_predictions(world, state), engine, seen=own.hear)
+    logits, as_sent = drive(_predictions(world, state), engine, seen=own.hear)
     scores: dict[Split, dict[str, Any]] = {}
     correct, held, owner, order = (np.zeros(0, np.int64) for _ in range(4))
     confusion: dict[str, list[list[list[int]]] | None] = {"personalised": None, "global": None}
@@ -108,10 +108,10 @@ def _evaluated_here(world: World, state: State, engine: Engine) -> Evaluation:
             confusion["personalised"] = cells(owner, found, len(shards))
     assembled = world.experiment.method.assembled(state)
     if assembled is not None:
-        done = world.compute.run([Predict(assembled, world.splits[split]) for split in SPLITS])
-        for split, one in zip(SPLITS, done, strict=True):
+        again = as_sent and assembled is state.shared and world.experiment.encoding.exact_down and _each_row_once(world)
+        for split, found in (_rearranged(world, logits) if again else _of_one_model(world, assembled)).items():
             labels = world.labels(split)
-            made = world.judge.judged(split, np.arange(len(labels)), one.result.numpy())
+            made = world.judge.judged(split, np.arange(len(labels)), found)
             whole_split = task.scores(labels, made)
             scores[split] |= {"global": whole_split[metric], **further(task, others_of(scores[split]), whole_split)}
             if split == "test":
@@ -212,12 +212,32 @@ def cells(owner: np.ndarray, found: Outcomes, devices: int) -> list[list[list[in
     return told
 
 
-def _predictions(world: World, state: State) -> Flow[dict[Split, np.ndarray]]:
-    """Each device's logits of its own rows, float32 (n, C) a split: device 0's rows first, then those of device 1, and so on."""
+def _of_one_model(world: World, tensors: Tensors) -> dict[Split, np.ndarray]:
+    """The logits of a model of all rows, float32 (n, C) a split."""
+    done = world.compute.run([Predict(tensors, world.splits[split]) for split in SPLITS])
+    return {split: one.result.numpy() for split, one in zip(SPLITS, done, strict=True)}
+
+
+def _rearranged(world: World, logits: Mapping[Split, np.ndarray]) -> dict[Split, np.ndarray]:
+    """The same where all devices have predicted with that very model: theirs, in the rows' own order."""
+    return {split: logits[split][np.argsort(np.concatenate(world.partition.shards(split)))] for split in SPLITS}
+
+
+def _each_row_once(world: World) -> bool:
+    """Whether every row that is evaluated is on exactly one device."""
+    held = ((np.concatenate(world.partition.shards(split)), len(world.splits[split])) for split in SPLITS)
+    return all(np.array_equal(np.sort(rows), np.arange(count)) for rows, count in held)
+
+
+def _predictions(world: World, state: State) -> Flow[tuple[dict[Split, np.ndarray], bool]]:
+    """Each device's logits of its own rows, float32 (n, C) a split: device 0's rows first, then those of device 1, and so on; and whether
+    all of them predicted with what they were sent and nothing else."""
     clients, method = world.pool.clients, world.experiment.method
     made: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}
+    as_sent = True
     for at in range(0, len(clients), AT_ONCE):
         updates = yield [ask(method.predict, k, state.shared, splits=list(SPLITS)) for k in clients[at : at + AT_ONCE]]
         for split in SPLITS:
             made[split].append(np.concatenate([update.tensors[split].float().numpy() for update in updates]))
-    return {split: np.concatenate(parts) for split, parts in made.items()}
+        as_sent = as_sent and all(update.metrics.get(AS_SENT) is True for update in updates)
+    return {split: np.concatenate(parts) for split, parts in made.items()}, as_sent
