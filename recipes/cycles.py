@@ -2,7 +2,7 @@
 
     python recipes/cycles.py --data PATH/TO/dolly15k --model PATH/TO/stories260K --jobs 2          answers, skewed by category
     python recipes/cycles.py --data PATH/TO/dolly15k --model PATH/TO/stories260K --skew iid        the same, dealt at random
-    python recipes/cycles.py                                                                       the packaged questions, MiniLM
+    python recipes/cycles.py --rates 4e-5 2e-4 1e-3                                                the packaged questions, MiniLM
     python recipes/cycles.py --skip thinner centre one-client                                      without some groups of methods
 
 24 devices, 4 cycles: every device trains 4 times for 2 epochs, whoever else does so at once. Every method is given the same three learning
@@ -144,6 +144,9 @@ def main() -> int:
     parser.add_argument("--train", type=int, default=480, help="training examples (default: 480)")
     parser.add_argument("--length", type=int, default=96, help="tokens of an example at most (default: 96)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=RATES, help="learning rates to choose from (default: those of the small Llama)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     first, *others = GROUPS  # the first is FedCyBGD, by whose bytes the others are told
     parser.add_argument("--skip", nargs="+", choices=others, default=[], help="groups of methods to leave out: " + ", ".join(others))
@@ -152,7 +155,7 @@ def main() -> int:
     base, groups, failed = base_of(given), [first, *(group for group in others if group not in given.skip)], 0
     for group in groups:
         methods, change, _ = GROUPS[group]
-        rates = tuple(4 * rate for rate in RATES) if group == "lora" else RATES
+        rates = tuple(4 * rate if group == "lora" else rate for rate in given.rates)
         plan = Plan(replace(base, **change), methods, (base.data,), (base.alpha,), tuple(given.seeds), rates)
         ended = compare(plan, given.out / group, given.jobs)
         failed += len(ended.failed)
