@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib.util
+import itertools
 import os
 import shutil
 import signal
@@ -32,6 +33,11 @@ from hypothesis import settings
 
 TESTS = Path(__file__).parent
 TIERS_WITH_MARKER = ("conformance", "oracle", "integration", "gpu")
+
+LOADED_AFTER = (5, 20, 60, 200)
+"""Tests of one process after which what is in memory is taken for libraries."""
+
+_TESTS_DONE = itertools.count(1)
 
 settings.register_profile("house", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("house")
@@ -63,5 +69,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Libraries and collected tests stay to the end: whoever looks for garbage, as a run does at its end, need not look at them again."""
+    _keep_what_is_loaded()
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """So do the libraries that the first tests of a process were the first to need."""
+    if next(_TESTS_DONE) in LOADED_AFTER:
+        _keep_what_is_loaded()
+
+
+def _keep_what_is_loaded() -> None:
     gc.collect()
     gc.freeze()
