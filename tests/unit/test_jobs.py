@@ -130,6 +130,10 @@ def test_each_process_has_one_thread_unless_told() -> None:
     assert environment(0, 3)["OMP_NUM_THREADS"] == "3"
 
 
+def test_each_process_asks_for_large_pages() -> None:
+    assert "hugetlb" in environment(0, 0)["GLIBC_TUNABLES"]
+
+
 def test_a_fault_of_the_program_tells_where_it_is() -> None:
     event = failed(TypeError("ours"))
     assert event["text"] == "a fault of the program: TypeError: ours"

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fedloom.engines.heap import in_large_pages
 from fedloom.run.checkpoint import holds_training
 from fedloom.run.ending import TRACEBACK
 from fedloom.run.experiment import Experiment, ExperimentError, as_json
@@ -242,10 +243,11 @@ class Crew:
 
 
 def environment(slot: int, threads: int) -> dict[str, str]:
-    """What a process's environment has besides: its threads and, where there are several GPUs, one of them."""
+    """What a process's environment has besides: its threads, large pages and, where there are several GPUs, one of them."""
     gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     mine = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if torch.cuda.device_count() > 1 else {}
-    return {**dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads or 1)), "TOKENIZERS_PARALLELISM": "false", **mine}
+    own = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads or 1))
+    return {**own, "TOKENIZERS_PARALLELISM": "false", **in_large_pages(), **mine}
 
 
 def order_of(experiment: Experiment, folder: Path, trained: Path | None, track: Sequence[str] = ()) -> dict[str, object]:
