@@ -63,7 +63,12 @@ GROUPS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
         1,
     ),
     "cohorts": (
-        {"fedbavg": FedBAvg(), "fedfft": FedFFT(), "galore": GaLore(), "lisa": Lisa()},
+        {"fedbavg": FedBAvg(), "fedfft": FedFFT()},
+        {"cohort": COHORT, "rounds": TURNS // COHORT, "evaluate_every": 2},
+        COHORT,
+    ),
+    "sparing": (
+        {"galore": GaLore(), "lisa": Lisa()},
         {"cohort": COHORT, "rounds": TURNS // COHORT, "evaluate_every": 2},
         COHORT,
     ),
