@@ -10,13 +10,14 @@ import torch
 
 from fedloom.client.host import Host
 from fedloom.client.masks import carried_out
+from fedloom.client.sharing import layer_scores
 from fedloom.client.store import ClientStore
 from fedloom.compute.serial import Serial
 from fedloom.compute.stacked import Stacked
 from fedloom.compute.work import Fit
 from fedloom.engines.engine import drive
 from fedloom.engines.local import Local
-from fedloom.methods.method import State, one_round
+from fedloom.methods.method import State, one_round, set_up
 from fedloom.model.base import Model
 from fedloom.server.participation import Pool
 from tests import tiny
@@ -44,8 +45,8 @@ class Played:
 
         self.compute.run = seen
         fresh = lambda k: replace(devices[k], private={}, memory={})  # noqa: E731
-        self.engine = Local(Host(method, fresh, self.compute, self.store, "played", doing=carried_out))
-        self.state: State = drive(method.setup(method.init(self.of), pool), self.engine, quorum=0)
+        self.engine = Local(Host(method, fresh, self.compute, self.store, "played", doing=carried_out, besides=[layer_scores]))
+        self.state: State = drive(set_up(method, self.of, pool), self.engine, quorum=0)
 
     def round(self) -> State:
         """One more, of which alone ``fits`` are."""
