@@ -17,6 +17,7 @@ from fedloom.compute.stacked import Stacked
 from fedloom.compute.work import Fit
 from fedloom.engines.engine import drive
 from fedloom.engines.local import Local
+from fedloom.messages import Flow, Task, Update, ask
 from fedloom.methods.method import State, one_round, set_up
 from fedloom.model.base import Model
 from fedloom.server.participation import Pool
@@ -26,6 +27,10 @@ from tests import tiny
 @cache
 def _model(kind: Any, start: Any) -> Model:
     return tiny.model(kind=kind, start=start)
+
+
+def _asking(task: Task) -> Flow[list[Update]]:
+    return (yield [task])
 
 
 class Played:
@@ -53,6 +58,12 @@ class Played:
         self.fits.clear()
         self.state = drive(one_round(self.method, self.state, self.pool), self.engine)
         return self.state
+
+    def predictions(self, client: int) -> dict[str, torch.Tensor]:
+        """What a device predicts of its test examples, and whatever else it answers, as one tensor a split."""
+        asked = ask(self.method.predict, client, self.state.shared, splits=["test"])
+        (said,) = drive(self.pool.sharing.over(_asking(asked), self.state.facts), self.engine)
+        return dict(said.tensors)
 
     def kept(self, prefix: str) -> dict[int, dict[str, torch.Tensor]]:
         """By device, what is in its memory under a prefix, by the names behind it."""

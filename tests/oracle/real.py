@@ -199,9 +199,8 @@ def run(method: Method, kind: Kind, pool: Pool = POOL) -> Run:
 def watch(method: Method, on: Compute, pool: Pool, of: Model | None = None) -> Run:
     """As ``run``, on any compute, which is that of ``of`` if given."""
     store, watched = ClientStore(), Watched(on)
-    line = Overheard(
-        Host(method, lambda k: replace(devices()[k], private={}, memory={}), watched, store, DIGEST, doing=carried_out, besides=[layer_scores]), watched
-    )
+    fresh = lambda k: replace(devices()[k], private={}, memory={})  # noqa: E731
+    line = Overheard(Host(method, fresh, watched, store, DIGEST, doing=carried_out, besides=[layer_scores]), watched)
     engine: Any = Local(line)  # type: ignore[arg-type]
     states, held = [drive(set_up(method, of or model(), pool), engine)], []
     for t in range(pool.rounds + 1):
