@@ -88,7 +88,7 @@ def describe(experiment: Experiment) -> Description:
 def _sharing(e: Experiment) -> str:
     """Which layers are shared."""
     many = f"{e.share.count}" if e.share.count else f"{e.share.fraction:g}"
-    which = "at random" if e.share.which == "random" else f"of those whose output is {e.share.which} sensitive"
+    which = "at random" if e.share.which == "random" else f"the {e.share.which} sensitive"
     return f"{many} of the layers, {which}; the others stay on each device"
 
 
