@@ -196,7 +196,7 @@ class Experiment:
             self._insist_on_pairs(f"--mask.keep is {self.mask.keep}")
             self._insist_on_no_term()
         if self.share.some:
-            self._insist_on_pairs(f"--share.fraction is {self.share.fraction} and --share.count {self.share.count}")
+            self._insist_on_pairs("--share asks for some of the layers")
 
     @property
     def method_name(self) -> str:
