@@ -137,7 +137,8 @@ class Federated:
 def replayed(world: World, rows: Sequence[dict], store: ClientStore) -> tuple[State, State]:
     """The states after the set-up and after all rounds, of the same participation in one process: devices 0 to 2 are set up, device 3 is
     asked the operations of the method's set-up by name before its first round."""
-    method, engine, at = world.experiment.method, Local(world.host(store)), {}
+    method: Any = world.experiment.method
+    engine, at = Local(world.host(store)), {}
     first, all_four = replace(world.pool, clients=(0, 1, 2)), world.pool
 
     def seen(tasks: Sequence[Task], replies: Replies) -> None:

@@ -61,20 +61,21 @@ def test_kinds_without_pairs_and_shares_of_nothing_are_refused() -> None:
             experiment(name, Sharing(0.4))
     with pytest.raises(ExperimentError, match="and --adapter.kind ia3 has none"):
         replace(small.experiment("lora"), adapter=Adapter(kind="ia3"), share=Sharing(count=1))
-    for of in ({"fraction": 0.0}, {"fraction": 1.5}, {"count": -1}):
+    wrong: Any = ({"fraction": 0.0}, {"fraction": 1.5}, {"count": -1})
+    for of in wrong:
         with pytest.raises(ValueError, match=r"above 0 and at most 1 is shared, or a count of 1 or more .*; got fraction"):
             Sharing(**of)
 
 
 def test_more_layers_than_there_are_is_said_before_anybody_is_asked() -> None:
     with pytest.raises(ValueError, match="the GAL must hold 1 to 3 layers; fraction 1.0, count 4 give 4"):
-        next(set_up(FedAvg(), tiny.model(), replace(POOL, sharing=Sharing(count=4))))
+        next(set_up(METHODS["lora"], tiny.model(), replace(POOL, sharing=Sharing(count=4))))
 
 
 @pytest.mark.parametrize("sharing", [Sharing(count=3), Sharing(0.99, which="most"), Sharing(count=2, which="random")])
 def test_nobody_is_asked_for_scores_that_decide_nothing(sharing: Sharing) -> None:
     with pytest.raises(StopIteration) as ended:
-        next(set_up(FedAvg(), tiny.model(), replace(POOL, sharing=sharing)))
+        next(set_up(METHODS["lora"], tiny.model(), replace(POOL, sharing=sharing)))
     state: State = ended.value.value
     drawn = choose_gal(torch.zeros(3).numpy(), [0, 1, 2], sharing, POOL.seed)
     assert state.facts["gal"] == (drawn if sharing.which == "random" else [0, 1, 2]) and "layer_scores" not in state.facts

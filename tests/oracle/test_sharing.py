@@ -23,6 +23,7 @@ from tests.oracle.test_baselines import epochs, kinds
 from tests.oracle.test_rivals import assert_predicts, assert_travels, is_a, mean_of, part, trained
 
 Arrays = dict[str, np.ndarray]
+METHOD: Any = real.INNER
 POOL = Pool((0, 1, 2, 3), 2, 2, 3, sharing=Sharing(0.5))
 
 
@@ -39,7 +40,7 @@ def derived(which: str) -> tuple[tuple[int, ...], np.ndarray, dict[int, np.ndarr
 
 @cache
 def made(which: Which = "least") -> real.Run:
-    return real.watch(real.INNER, real.compute("stacked"), replace(POOL, sharing=Sharing(0.5, which=which)))
+    return real.watch(METHOD, real.compute("stacked"), replace(POOL, sharing=Sharing(0.5, which=which)))
 
 
 @pytest.mark.parametrize("which", ["least", "most"])
@@ -61,7 +62,7 @@ def test_the_layers_are_those_of_the_devices_scores(which: Which) -> None:
 def test_two_rounds_of_half_of_the_layers(kind: real.Kind) -> None:
     """ "Non-GAL LoRA never leaves the device and persists between its participations"; personalised: "each device with its own local
     tensors + the shared ones"; the global model has them at their start."""
-    run = real.watch(real.INNER, real.compute(kind), POOL)
+    run = real.watch(METHOD, real.compute(kind), POOL)
     start, travels = real.start(), shared_names(real.start(), derived("least")[0])
     shared = part(start, travels)
     own: dict[int, Arrays] = {k: {n: x for n, x in start.items() if n not in travels} for k in POOL.clients}
@@ -103,7 +104,8 @@ def test_fibecfed_with_all_neurons_and_no_curriculum_is_the_same_to_the_bit() ->
 
 def test_what_a_round_does_not_train_of_its_own_layers_a_device_keeps() -> None:
     """RoLoRA's A stays put in round 0 and its B in round 1, of a device's own layers too; nobody is asked for random layers."""
-    run = real.watch(RoLora(real.INNER), real.compute("stacked"), replace(POOL, cohort=4, sharing=Sharing(count=1, which="random")))
+    other: Any = RoLora(real.INNER)
+    run = real.watch(other, real.compute("stacked"), replace(POOL, cohort=4, sharing=Sharing(count=1, which="random")))
     assert [exchange.op for exchange in run.exchanges] == ["train", "train", "predict"] and "layer_scores" not in run.states[0].facts
     travels = shared_names(real.start(), run.states[0].facts["gal"])
     own = {n: x for n, x in real.start().items() if n not in travels}
