@@ -146,7 +146,7 @@ def replayed(world: World, rows: Sequence[dict], store: ClientStore) -> tuple[St
 
     begun = state = drive(set_up(method, world.model, first), engine, seen=seen)
     for row in rows[1:]:
-        if row["round"] == 2 and isinstance(method, FibecFed):
+        if row["round"] == 2 and method.name == "fibecfed":
             drive(insist([ask(method.inspect, LATE, at["inspect"])]), engine)
             drive(insist([ask(method.adopt, LATE, gal=state.facts["gal"])]), engine)
         state = drive(one_round(method, state, first if row["round"] == 1 else all_four), engine)
