@@ -10,13 +10,15 @@ import torch
 
 from fedloom.client.host import Host
 from fedloom.client.masks import carried_out
+from fedloom.client.sharing import layer_scores
 from fedloom.client.store import ClientStore
 from fedloom.compute.serial import Serial
 from fedloom.compute.stacked import Stacked
 from fedloom.compute.work import Fit
 from fedloom.engines.engine import drive
 from fedloom.engines.local import Local
-from fedloom.methods.method import State, one_round
+from fedloom.messages import Flow, Task, Update, ask
+from fedloom.methods.method import State, one_round, set_up
 from fedloom.model.base import Model
 from fedloom.server.participation import Pool
 from tests import tiny
@@ -25,6 +27,10 @@ from tests import tiny
 @cache
 def _model(kind: Any, start: Any) -> Model:
     return tiny.model(kind=kind, start=start)
+
+
+def _asking(task: Task) -> Flow[list[Update]]:
+    return (yield [task])
 
 
 class Played:
@@ -44,14 +50,20 @@ class Played:
 
         self.compute.run = seen
         fresh = lambda k: replace(devices[k], private={}, memory={})  # noqa: E731
-        self.engine = Local(Host(method, fresh, self.compute, self.store, "played", doing=carried_out))
-        self.state: State = drive(method.setup(method.init(self.of), pool), self.engine, quorum=0)
+        self.engine = Local(Host(method, fresh, self.compute, self.store, "played", doing=carried_out, besides=[layer_scores]))
+        self.state: State = drive(set_up(method, self.of, pool), self.engine, quorum=0)
 
     def round(self) -> State:
         """One more, of which alone ``fits`` are."""
         self.fits.clear()
         self.state = drive(one_round(self.method, self.state, self.pool), self.engine)
         return self.state
+
+    def predictions(self, client: int) -> dict[str, torch.Tensor]:
+        """What a device predicts of its test examples, and whatever else it answers, as one tensor a split."""
+        asked = ask(self.method.predict, client, self.state.shared, splits=["test"])
+        (said,) = drive(self.pool.sharing.over(_asking(asked), self.state.facts), self.engine)
+        return dict(said.tensors)
 
     def kept(self, prefix: str) -> dict[int, dict[str, torch.Tensor]]:
         """By device, what is in its memory under a prefix, by the names behind it."""

@@ -9,15 +9,16 @@ import pytest
 from fedloom.client.store import ClientStore
 from fedloom.engines.engine import drive
 from fedloom.messages import Tensors
-from fedloom.methods.method import one_round
+from fedloom.methods.method import one_round, set_up
 from fedloom.run import evaluation
 from fedloom.run.evaluation import evaluate
 from fedloom.run.world import World
+from fedloom.server.sharing import Sharing
 from tests import small
 
 SHARED = ["lora", "federa", "fedex", "scaffold", "fedfft", "fedcybgd", "centralised"]
 """Devices predict with the shared model and nothing else."""
-OWN = {"lora-prior": {}, "fedeven": {}, "ditto": {}, "fibecfed": {}, "lora": {"wire": "bf16"}}
+OWN = {"lora-prior": {}, "fedeven": {}, "ditto": {}, "fibecfed": {}, "lora": {"wire": "bf16"}, "federa": {"share": Sharing(count=1)}}
 """They do not, or not with the server's own numbers."""
 
 
@@ -28,7 +29,7 @@ def evaluated(name: str, monkeypatch: pytest.MonkeyPatch, again: bool, **fields:
     """After a round, and how many times the shared model was asked. ``again``: in any case."""
     world, asked = small.BUILT(small.experiment(name, **fields)), list[int]()
     engine, method = world.engine(ClientStore(None)), world.experiment.method
-    state = drive(method.setup(method.init(world.model), world.pool), engine, quorum=0)
+    state = drive(set_up(method, world.model, world.pool), engine, quorum=0)
     state = drive(one_round(method, state, world.pool), engine, quorum=0)
 
     def counted(of: World, tensors: Tensors) -> Any:

@@ -20,6 +20,8 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip ins
 from fedloom.client.client import Client
 from fedloom.client.elsewhere import Elsewhere
 from fedloom.client.host import Host
+from fedloom.client.masks import carried_out
+from fedloom.client.sharing import layer_scores
 from fedloom.client.store import ClientStore
 from fedloom.compute.flops import start_operations
 from fedloom.engines.engine import drive
@@ -27,7 +29,7 @@ from fedloom.engines.local import Local
 from fedloom.messages import Failure, Replies, Task, Update, ask, insist
 from fedloom.methods import all_methods, named
 from fedloom.methods.fibecfed import FibecFed, Gal
-from fedloom.methods.method import State
+from fedloom.methods.method import State, one_round, set_up
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import Saved
 from fedloom.run.console import Show
@@ -36,6 +38,7 @@ from fedloom.run.late import Late, Remembering, Step, may_join_late, welcome
 from fedloom.run.loop import run
 from fedloom.run.world import World, build, build_far
 from fedloom.server.participation import Pool
+from fedloom.server.sharing import Sharing
 from tests import tiny
 from tests.federated import Here
 from tests.integration.federating import checkpointed, differs, strayed
@@ -60,11 +63,12 @@ class Crash(RuntimeError):
 
 
 def experiment(method: str) -> Experiment:
-    made = named(method)()
+    made = named(method.removesuffix(" in part"))()
     if isinstance(made, FibecFed):  # two layers of three stay on the devices, so that there is something to adopt
         made = replace(made, gal=Gal(count=1))
     shape = {"clients": DEVICES, "cohort": 3, "rounds": ROUNDS, "alpha": 0.5, "evaluate_every": 0, "seed": 5, "quorum": 0.5}
-    return Experiment(made, model=str(tiny.folder()), max_train=60, max_validation=8, max_test=8, max_length=24, **shape)  # type: ignore[arg-type]
+    share = Sharing(count=1) if method.endswith(" in part") else Sharing()
+    return Experiment(made, share=share, model=str(tiny.folder()), max_train=60, max_validation=8, max_test=8, max_length=24, **shape)  # type: ignore[arg-type]
 
 
 def told(client: Client, task: Task, update: Update) -> Update:
@@ -82,7 +86,8 @@ class Federated:
         self.folder, self.world, self.crash = folder, world, crash
         self.keys = {k: generate_key_pairs() for k in range(DEVICES)}
         e = world.experiment
-        self.host = Host(e.method, world.device, world.compute, ClientStore(None), e.digest(), told)
+        how: Any = {"doing": carried_out, "besides": [layer_scores]}
+        self.host = Host(e.method, world.device, world.compute, ClientStore(None), e.digest(), told, **how)
         self.device, self.stop, self.threads, self.notes = Here(self.host, folder / "states"), threading.Event(), [], list[str]()
         self.link = Link({k: public_key_to_bytes(public) for k, (_, public) in self.keys.items()})
 
@@ -132,22 +137,23 @@ class Federated:
 def replayed(world: World, rows: Sequence[dict], store: ClientStore) -> tuple[State, State]:
     """The states after the set-up and after all rounds, of the same participation in one process: devices 0 to 2 are set up, device 3 is
     asked the operations of the method's set-up by name before its first round."""
-    method, engine, at = world.experiment.method, Local(world.host(store)), {}
+    method: Any = world.experiment.method
+    engine, at = Local(world.host(store)), {}
     first, all_four = replace(world.pool, clients=(0, 1, 2)), world.pool
 
     def seen(tasks: Sequence[Task], replies: Replies) -> None:
         at.update({task.op: task.tensors for task in tasks})
 
-    begun = state = drive(method.setup(method.init(world.model), first), engine, seen=seen)
+    begun = state = drive(set_up(method, world.model, first), engine, seen=seen)
     for row in rows[1:]:
-        if row["round"] == 2 and isinstance(method, FibecFed):
+        if row["round"] == 2 and method.name == "fibecfed":
             drive(insist([ask(method.inspect, LATE, at["inspect"])]), engine)
             drive(insist([ask(method.adopt, LATE, gal=state.facts["gal"])]), engine)
-        state = drive(method.round(state, first if row["round"] == 1 else all_four), engine)
+        state = drive(one_round(method, state, first if row["round"] == 1 else all_four), engine)
     return begun, state
 
 
-@pytest.mark.parametrize(("method", "crash"), [("fibecfed", "round 4/"), ("federa", ""), ("lora", "")])
+@pytest.mark.parametrize(("method", "crash"), [("fibecfed", "round 4/"), ("federa", ""), ("lora", ""), ("lora in part", "round 3/")])
 def test_a_late_device_takes_part_and_the_run_is_that_of_the_same_participation(method: str, crash: str, tmp_path: Path) -> None:
     e = experiment(method)
     world = build(e)
@@ -163,13 +169,13 @@ def test_a_late_device_takes_part_and_the_run_is_that_of_the_same_participation(
     assert rows[1]["answered"] == [0, 1, 2] and all(len(row["answered"]) == 3 and not row["failed"] for row in rows[1:])
     assert sum(LATE in row["answered"] for row in rows[2:]) >= 2
     assert there.notes.count("device 3 takes part from round 2 on") == 1
-    if method != "fibecfed":
+    if method in ("federa", "lora"):
         start = start_operations(world.model)
         assert (start > 0) == (method == "federa") and results["setup_flops"] == pytest.approx(DEVICES * start), "the late one's start too"
     store = ClientStore(tmp_path / "replay")
     begun, due = replayed(world, rows, store)
     assert differs(body, found, due) == "" and strayed(body, store, DEVICES) == ""
-    assert body["facts"]["gal"] == begun.facts["gal"] if method == "fibecfed" else "gal" not in body["facts"]
+    assert body["facts"]["gal"] == begun.facts["gal"] if method in ("fibecfed", "lora in part") else "gal" not in body["facts"]
     assert not any(name.startswith("late/") for name in found), "nothing is kept for others when all are in"
     assert dict(shown_of(rows[-1]))["joined late: 3"] == "takes part from round 2 on"
 

@@ -1,10 +1,11 @@
-"""Masks over every method, and what may be combined at all: each method under a mask with a curriculum and a start, each of these with
-several methods; or the method says that it takes no mask."""
+"""Masks over every method, and what may be combined at all: each method under a mask with a curriculum and a start, and with some layers
+that stay on devices if it can; each of these with several methods, and every value of one of the four with every value of another. Or the
+method says that it takes no mask."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import cycle
+from itertools import combinations, cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from fedloom.client.curricula import all_curricula
+from fedloom.client.neurons import whole_private
 from fedloom.compute.serial import Serial
 from fedloom.compute.work import Predict
 from fedloom.messages import ask
@@ -19,14 +21,16 @@ from fedloom.methods import all_methods
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import State
 from fedloom.methods.slora import SLora
-from fedloom.model.adapters import Adapter, is_up
+from fedloom.model.adapters import Adapter, is_down, is_factor, is_up
+from fedloom.model.blocks import layer_of
 from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.describe import describe
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.loop import run
 from fedloom.run.recipes import with_curriculum
 from fedloom.server.masks import Mask, completed
-from fedloom.server.participation import Pool
+from fedloom.server.participation import Pool, uniform
+from fedloom.server.sharing import Sharing
 from fedloom.tensors import packed, unpacked
 from tests import small, tiny
 from tests.conformance.played import Played
@@ -38,7 +42,15 @@ NO_PAIRS = {"fedfft", "fedbf", "fedap", "fedcybgd", "fedbavg", "handover", "galo
 """Another kind of adapter, of their own accord."""
 FOLLOWING = [name for name in METHODS if name not in REFUSING | NO_PAIRS | {"centralised", "fedprox"}]
 FROM_ZERO = {"flora", "slora"}
-PAIRS = list(zip(FOLLOWING, cycle(all_curricula()), cycle(["zero", "svd", "svd"]), cycle([False, False, True, False])))
+ALL, LEAST, RANDOM = Sharing(), Sharing(0.4), Sharing(count=2, which="random")
+SHARING = ["lora", "ffa", "rolora", "fedsa", "federa", "fedopt", "fedeven", "lora-finetuned", "lora-personal-head", "lora-prior"]
+"""Of which layers can stay on devices."""
+_COMBINED = zip(cycle(all_curricula()), cycle(["zero", "svd", "svd"]), cycle([False, False, True, False]), cycle([RANDOM, LEAST, ALL]))
+MASKED = [(m, c, s, x, of if m in SHARING else ALL, 0.4) for m, (c, s, x, of) in zip(FOLLOWING, _COMBINED, strict=False)]
+_WHOLE = zip(
+    cycle(SHARING), cycle(all_curricula()), ["zero", "svd"] * 3 + ["svd", "zero"] * 2 + ["zero", "svd"], [LEAST] * 6 + [RANDOM] * 6
+)
+PAIRS = [*MASKED, *((m, c, s, False, of, 1.0) for m, c, s, of in _WHOLE), ("lora", "none", "zero", False, ALL, 1.0)]
 
 
 def masks(here: Played) -> dict[int, dict[str, torch.Tensor]]:
@@ -50,20 +62,44 @@ def started(name: str, start: str) -> str:
     return "zero" if name in FROM_ZERO else "svd" if name == "federa" else start
 
 
-def test_every_curriculum_and_start_is_among_the_pairs() -> None:
-    assert {c for _, c, *_ in PAIRS} == set(all_curricula()) and {m for m, *_ in PAIRS} == set(FOLLOWING)
-    assert {started(m, s) for m, _, s, _ in PAIRS} == {"zero", "svd"} and {controls for *_, controls in PAIRS} == {True, False}
+def test_every_value_is_with_every_value_of_another_kind_among_the_pairs() -> None:
+    kinds = {"c": [*all_curricula()], "s": ["zero", "svd"], "of": [ALL, LEAST, RANDOM], "keep": [0.4, 1.0]}
+    there = [{"c": c, "s": started(m, s), "of": of, "keep": keep} for m, c, s, _, of, keep in PAIRS]
+    for one, other in combinations(kinds, 2):
+        missing = set(product(kinds[one], kinds[other])) - {(values[one], values[other]) for values in there}
+        assert not missing, (one, other)
+    assert {m for m, *_ in PAIRS} == set(FOLLOWING) and {(controls, of.some) for _, _, _, controls, of, _ in PAIRS} >= {(True, True)}
 
 
-@pytest.mark.parametrize(("name", "curriculum", "start", "controls"), PAIRS)
-def test_curriculum_start_mask_and_method_go_together(name: str, curriculum: str, start: str, controls: bool) -> None:
-    """Rows that no device keeps stay; the share that is kept is the mask's; a Fit has these rows and no more; predictions are whole."""
+@pytest.mark.parametrize(("name", "curriculum", "start", "controls", "sharing", "keep"), PAIRS)
+def test_curriculum_start_mask_sharing_and_method_go_together(
+    name: str, curriculum: str, start: str, controls: bool, sharing: Sharing, keep: float
+) -> None:
+    """Rows that no device keeps stay; the share that is kept is the mask's; a Fit has these rows and no more; predictions are whole. Of
+    layers that are not shared the server has nothing, and a device that took part has its own, which it has trained."""
     follows = name not in ("flora", "flexlora", "flasc", "scaffold", "local")
     method = with_curriculum(METHODS[name], all_curricula()[curriculum]())
-    here = Played(method, replace(POOL, controls=controls and follows), started(name, start))
+    here = Played(method, replace(POOL, controls=controls and follows, sharing=sharing, mask=Mask(keep)), started(name, start))
+    shared = here.state.facts["gal"] if sharing.some else [0, 1, 2]
+    assert len(shared) == (3 if not sharing.some else 2)
+    own = {n for n in here.of.initial if is_factor(n) and layer_of(n) not in shared}
+    mine = own - {n for n in own if (name == "ffa" and not is_up(n)) or (name == "fedsa" and is_up(n))}
+    handed = {n: t for n, t in here.of.initial.items() if n in mine}
     for _ in range(2):
         before = dict(here.state.shared)
         here.round()
+        if sharing.some:
+            assert not own & {*here.state.shared, *(n.removeprefix("control/") for n in here.state.controls)}
+            assert {layer_of(n) for fit in here.fits for n in fit.start if is_factor(n)} == {0, 1, 2}
+            assert name != "ffa" or not any(is_down(n) for fit in here.fits for n in fit.start)
+            trained = {n for fit in here.fits for n in fit.start if n in mine}
+            for k in uniform(POOL, here.state.round - 1):
+                private = whole_private(replace(tiny.clients()[k], private=here.store.load(k)[0], memory=here.store.load(k)[1]))
+                moved = any(not torch.equal(private[n], handed[n]) for n in trained)
+                assert trained and trained <= private.keys() and (moved or (name == "rolora" and k not in uniform(POOL, 0)))
+        if keep == 1:
+            assert not any(fit.rows for fit in here.fits)
+            continue
         chosen = masks(here)
         asked = [of for of in chosen.values() if of]
         for of in asked:
@@ -77,8 +113,7 @@ def test_curriculum_start_mask_and_method_go_together(name: str, curriculum: str
             moved = (here.state.shared[n] != before[n]).any(1) if n in before else torch.zeros(16, dtype=torch.bool)
             ever = torch.stack([of[n] for of in chosen.values() if n in of] or [torch.zeros(16, dtype=torch.bool)]).any(0)
             assert not bool((moved & ~ever).any()), n
-    (said,) = here.engine.run([ask(method.predict, 0, here.state.shared, splits=["test"])]).updates
-    assert said.tensors["test"].shape == (3, 3)
+    assert here.predictions(0)["test"].shape == (3, 3)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSING))

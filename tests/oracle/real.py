@@ -19,18 +19,19 @@ from fedloom.client.client import Client
 from fedloom.client.host import Host
 from fedloom.client.masks import carried_out
 from fedloom.client.neurons import KEPT, unpacked, whole_private
+from fedloom.client.sharing import layer_scores
 from fedloom.client.store import ClientStore
 from fedloom.compute.compute import Compute, Done
 from fedloom.compute.serial import Serial
 from fedloom.compute.stacked import Stacked
-from fedloom.compute.work import Fit, Pretrained, WorkItem
+from fedloom.compute.work import Fit, Initial, Pretrained, WorkItem
 from fedloom.data.examples import Examples
 from fedloom.encodings import Encoding
 from fedloom.engines.engine import drive
 from fedloom.engines.local import Local
-from fedloom.messages import CENTRE, Failure, Task, Tensors, Update, ask
+from fedloom.messages import CENTRE, Failure, Flow, Task, Tensors, Update, ask
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.method import Method, State, one_round
+from fedloom.methods.method import Method, State, one_round, set_up
 from fedloom.model.base import Model
 from fedloom.server.participation import Pool
 from fedloom.wire import unpack
@@ -107,7 +108,7 @@ class Watched:
     def run(self, items: Sequence[WorkItem]) -> list[Done]:
         answers = self.inner.run(items)
         for item, answer in zip(items, answers, strict=True):
-            if isinstance(item, Pretrained):
+            if isinstance(item, Pretrained | Initial):
                 continue
             self.done.setdefault(owner(item.examples), []).append((item, answer.result))
         return answers
@@ -198,22 +199,26 @@ def run(method: Method, kind: Kind, pool: Pool = POOL) -> Run:
 def watch(method: Method, on: Compute, pool: Pool, of: Model | None = None) -> Run:
     """As ``run``, on any compute, which is that of ``of`` if given."""
     store, watched = ClientStore(), Watched(on)
-    line = Overheard(
-        Host(method, lambda k: replace(devices()[k], private={}, memory={}), watched, store, DIGEST, doing=carried_out), watched
-    )
+    fresh = lambda k: replace(devices()[k], private={}, memory={})  # noqa: E731
+    line = Overheard(Host(method, fresh, watched, store, DIGEST, doing=carried_out, besides=[layer_scores]), watched)
     engine: Any = Local(line)  # type: ignore[arg-type]
-    states, held = [drive(method.setup(method.init(of or model()), pool), engine)], []
+    states, held = [drive(set_up(method, of or model(), pool), engine)], []
     for t in range(pool.rounds + 1):
         kept = {k: deepcopy(store.load(k)) for k in pool.clients}
         held.append({k: replace(devices()[k], private=own, memory=memory) for k, (own, memory) in kept.items()})
         if t < pool.rounds:
             states.append(drive(one_round(method, states[-1], pool), engine))
-    said = engine.run([ask(method.predict, k, states[-1].shared, splits=["validation", "test"]) for k in pool.clients])
-    logits = {update.client: dict(update.tensors) for update in said.updates}
+    said = drive(pool.sharing.over(predictions(method, states[-1], pool), states[-1].facts), engine)
+    logits = {update.client: dict(update.tensors) for update in said}
     private = [{k: whole_private(c) for k, c in now.items()} for now in held]
     memory = [{k: c.memory | masks_of(c) for k, c in now.items()} for now in held]
     stored = [{k: c.private for k, c in now.items()} for now in held]
     return Run(line.exchanges, states, private, memory, stored, logits, method.assembled(states[-1]))
+
+
+def predictions(method: Method, state: State, pool: Pool) -> Flow[list[Update]]:
+    """All devices predict."""
+    return (yield [ask(method.predict, k, state.shared, splits=["validation", "test"]) for k in pool.clients])
 
 
 def masks_of(c: Client) -> dict[str, torch.Tensor]:

@@ -39,7 +39,8 @@ EXPERIMENT = names("""
 --engine.recompute --engine.stack --engine.threads --engine.workers --evaluate-every --exact-match --head --label --label-words
 --mask.keep --max-length --max-test --max-train --max-validation --metric
 --min-examples --model --partition --precision --quorum --rounds --seed
---server.beta1 --server.beta2 --server.lr --server.rule --server.tau --task --template --text --wire
+--server.beta1 --server.beta2 --server.lr --server.rule --server.tau --share.count --share.fraction --share.which
+--task --template --text --wire
 """)
 
 FIBECFED = names("""

@@ -112,9 +112,15 @@ def other(value: Any) -> Any:
         case float():
             return value * 0.75 or 0.5
         case str():
-            return {"float32": "bf16", "auto": "mcc", "jetson": "phone", "mean": "median", "exact": "int8", "adam": "yogi"}.get(
-                value, value + "x"
-            )
+            return {
+                "float32": "bf16",
+                "auto": "mcc",
+                "jetson": "phone",
+                "mean": "median",
+                "exact": "int8",
+                "adam": "yogi",
+                "least": "most",
+            }.get(value, value + "x")
         case tuple():
             return (*value, "z")
     raise AssertionError(value)

@@ -86,8 +86,11 @@ class Host:
         leaving: Leaving = everything,
         encoding: Encoding = EXACT,
         doing: Doing = as_it_is,
+        besides: Sequence[Callable[[Client, Task], Work[Update]]] = (),
     ) -> None:
-        self.operations, self.method_name, self.leaving = operations(method), type(method).__name__, leaving
+        """``besides``: client operations that are the experiment's and not the method's."""
+        self.operations = {**operations(method), **{one.__name__: one for one in besides}}
+        self.method_name, self.leaving = type(method).__name__, leaving
         self.devices, self.compute, self.store, self.digest, self.encoding = devices, compute, store, digest, encoding
         self.doing = doing
 

@@ -27,6 +27,7 @@ from fedloom.client.client import Client
 from fedloom.client.controls import corrected
 from fedloom.client.curriculum import shuffled
 from fedloom.client.neurons import KEPT, keep, neuron_masks, whole_private
+from fedloom.client.sharing import beside
 from fedloom.compute.work import Fisher, Fit, Fitted
 from fedloom.messages import Task, Tensors, Update, Work
 from fedloom.model.adapters import is_factor, is_up
@@ -39,8 +40,8 @@ Operation = Callable[[Client, Task], Work[Update]]
 
 
 def carried_out(operation: Operation, c: Client, task: Task) -> Work[Update]:
-    """Carry an operation out as the task says: under a mask, with corrected gradients, or as it is."""
-    return masked(partial(corrected, operation), c, task)
+    """Carry an operation out as the task says: under a mask, with corrected gradients, with the device's own layers, or as it is."""
+    return masked(partial(corrected, partial(beside, operation)), c, task)
 
 
 def masked(operation: Operation, c: Client, task: Task) -> Work[Update]:

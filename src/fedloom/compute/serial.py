@@ -21,6 +21,7 @@ from fedloom.compute.work import (
     Fisher,
     Fit,
     Fitted,
+    Initial,
     Moments,
     Predict,
     Pretrained,
@@ -63,6 +64,8 @@ class Serial:
         match item:
             case Pretrained():
                 return self.model.weights
+            case Initial():
+                return self.model.initial
             case Fit():
                 return self._fit(item)
             case Score():
@@ -269,7 +272,7 @@ def dropout_key(seed: int, step: int) -> int:
 
 def cost(item: WorkItem, flops: Flops) -> tuple[float, int]:
     """(floating-point operations, examples trained on) of one item, each batch at its own longest text; of a measurement nothing."""
-    if isinstance(item, Pretrained) or (isinstance(item, Predict) and item.measures):
+    if isinstance(item, Pretrained | Initial) or (isinstance(item, Predict) and item.measures):
         return 0.0, 0
     lengths = item.examples.lengths
     match item:

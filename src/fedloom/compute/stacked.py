@@ -32,6 +32,7 @@ from fedloom.compute.work import (
     Fisher,
     Fit,
     Fitted,
+    Initial,
     LowRank,
     Moments,
     Predict,
@@ -126,6 +127,8 @@ class Stacked:
                 return self._predict(items)
             case Pretrained():
                 return [self.model.weights for _ in items]
+            case Initial():
+                return [self.model.initial for _ in items]
             case unknown:
                 raise TypeError(f"no compute for {type(unknown).__name__}; work items are {WorkItem}")
 
@@ -484,8 +487,8 @@ def _chunks(item: int, examples: Examples) -> list[Part]:
 
 def _kind(item: WorkItem) -> Hashable:
     """Items of the same kind can share a pass."""
-    if isinstance(item, Pretrained):
-        return "pretrained"
+    if isinstance(item, Pretrained | Initial):
+        return type(item).__name__
     tensors = item.start if isinstance(item, Fit) else item.at
     some = item.rows if isinstance(item, Fit) else {}
     shapes = tuple((n, tuple(t.shape)) for n, t in sorted(tensors.items()) if n not in some)
@@ -513,7 +516,7 @@ def _work(item: WorkItem) -> int:
     match item:
         case Fit():
             return len(item.batches)
-        case Pretrained():
+        case Pretrained() | Initial():
             return 0
         case _:
             return int(item.examples.lengths.sum())
@@ -521,7 +524,7 @@ def _work(item: WorkItem) -> int:
 
 def _states_that_fit(item: WorkItem, device: torch.device) -> int:
     """How many clients' trainable tensors (and what training keeps beside them) fit into memory at once, at least one."""
-    if isinstance(item, Pretrained):
+    if isinstance(item, Pretrained | Initial):
         return 1
     tensors, copies = (item.start, 8 + 2 * (item.watch is not None) + item.means) if isinstance(item, Fit) else (item.at, 4)
     each = 4 * copies * sum(t.numel() for t in tensors.values())

@@ -277,13 +277,18 @@ class Pretrained:
     """The frozen weights under LoRA's pairs as the model came, which every device has. Result: float32 (d_out, d_in), by saved name."""
 
 
-WorkItem = Fit | Score | Fisher | Sensitivity | Spectrum | Predict | Pretrained
+@dataclass(frozen=True)
+class Initial:
+    """The trainable tensors at the model's start, which every device makes for itself. Result: by saved name."""
+
+
+WorkItem = Fit | Score | Fisher | Sensitivity | Spectrum | Predict | Pretrained | Initial
 
 
 def grounded(item: WorkItem) -> tuple[WorkItem, dict[str, torch.Tensor]]:
     """The item without the weights under LoRA's pairs that it names and does not train, and those: what its model stands on. Where they are
     all that a Score, Fisher or Spectrum is over, they are what is trained, and stay."""
-    if isinstance(item, Pretrained):
+    if isinstance(item, Pretrained | Initial):
         return item, {}
     held = item.fixed if isinstance(item, Fit) else item.at
     weights = {name: tensor for name, tensor in held.items() if is_beneath(name)}

@@ -59,6 +59,7 @@ class Ditto:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """v_k = w_0 on every device."""
+        pool.insist_on_every_layer(self.name, "each device has a model of its own already, all of it")
         pool.insist_on_no_mask(self.name, "a personal model is held to the global one by a term that rows do not have")
         yield from insist([ask(self.receive, k, state.shared) for k in pool.clients])
         return (yield from self.inner.setup(state, pool))

@@ -64,6 +64,7 @@ class FedAltPartial:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """Every device receives the start of its local part once; the rest is shared."""
+        pool.insist_on_every_layer(self.name, "which part stays on a device is its own to say (--method.top-layers)")
         local = local_part(state.shared, self.top_layers)
         yield from insist([ask(self.receive, k, local) for k in pool.clients])
         return (yield from self.inner.setup(replace(state, shared=without(state.shared, local)), pool))

@@ -86,6 +86,7 @@ class FedSb:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """The first cohort's gradients become B, A and R_0; every device receives B and A once, and R is shared from then on."""
+        pool.insist_on_every_layer(self.name, "what is shared is no pair's, and A and B are the same on all devices")
         pool.insist_on_no_mask(self.name, "B and A are frozen, and what is trained has no rows of neurons")
         mean = pool.average()
         yield from insist([ask(self.gradient, k, state.shared) for k in uniform(pool, 0)], take=mean.take)

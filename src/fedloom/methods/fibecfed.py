@@ -45,8 +45,9 @@ from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.adapters import is_factor, is_head, need_pairs
 from fedloom.model.base import Model
 from fedloom.model.blocks import layer_of, layers
-from fedloom.seeds import Part, derive, derive_int
+from fedloom.seeds import derive_int
 from fedloom.server.participation import Pool, uniform
+from fedloom.server.sharing import Which, choose_gal
 from fedloom.tensors import nbytes, only, without
 
 WARM_UP = -1000
@@ -118,7 +119,7 @@ class Gal:
 
     fraction: float = 0.75
     count: int = 0
-    which: Literal["least", "most", "random"] = "least"
+    which: Which = "least"
     rho: float = 0.5
     norm: Norm = "difference"
     lossless: bool = False
@@ -183,6 +184,7 @@ class FibecFed:
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """Head, scores, GAL, masks (the four steps above)."""
         pool.insist_on_no_mask(self.name, "it has one of its own (--method.keep)")
+        pool.insist_on_every_layer(self.name, "it chooses them itself (--method.gal.fraction)")
         shared = dict(state.shared)
         head = {name for name in shared if is_head(name)}
         own = self.curriculum if isinstance(self.curriculum, Curriculum) else None
@@ -357,25 +359,3 @@ def lossless_gal(gal: Gal, prunable: np.ndarray, adapted: int) -> tuple[Gal, dic
     share = total / told
     facts = {"prunable": share, "examples_on_devices_with_a_gap": told}
     return replace(gal, count=max(1, math.ceil((1 - share) * adapted - 1e-9))) if gal.lossless else gal, facts
-
-
-def choose_gal(scores: np.ndarray, adapted: list[int], gal: Gal, seed: int, *path: Part) -> list[int]:
-    """The GAL among the ``adapted`` layers, ascending: as many as ``gal`` says, by score (equal scores: the lower layer first). ``path``:
-    that of a random choice, after the seed.
-
-    Raises:
-        ValueError: a count or fraction that is not between 1 layer and all of them.
-    """
-    count = gal.count or math.ceil(gal.fraction * len(adapted) - 1e-9)
-    if not 1 <= count <= len(adapted):
-        raise ValueError(f"the GAL must hold 1 to {len(adapted)} layers; fraction {gal.fraction}, count {gal.count} give {count}")
-    match gal.which:
-        case "least":
-            ranked = sorted(adapted, key=lambda layer: (scores[layer], layer))
-        case "most":
-            ranked = sorted(adapted, key=lambda layer: (-scores[layer], layer))
-        case "random":
-            ranked = [adapted[i] for i in derive(seed, "gal", *path).permutation(len(adapted))]
-        case unknown:
-            raise ValueError(f"no GAL choice '{unknown}'; there are least, most, random")
-    return sorted(ranked[:count])

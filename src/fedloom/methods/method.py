@@ -10,15 +10,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from fedloom.client.client import Client
 from fedloom.compute.work import Predict
-from fedloom.messages import Flow, Task, Tensors, Update, Work, on_client
+from fedloom.messages import Flow, Task, Tensors, Update, Work, insist, on_client
+from fedloom.model.adapters import is_factor
 from fedloom.model.base import Model
+from fedloom.model.blocks import layer_of, layers
 from fedloom.server.controls import Controls
 from fedloom.server.optimizers import Steps
 from fedloom.server.participation import Pool
+from fedloom.server.sharing import GAL, choose_gal, how_many
+from fedloom.tensors import without
 
 
 @dataclass(frozen=True)
@@ -90,10 +95,60 @@ class Method(Protocol):
         ...
 
 
+def set_up(method: Method, model: Model, pool: Pool) -> Flow[State]:
+    """The method's set-up, and then, if layers are to stay on devices, which: they are in no state from then on, and in no message.
+
+    Raises:
+        ValueError: more layers are to be shared than there are, the method shares none, or its set-up leaves them elsewhere than at the
+            start that every device makes for itself.
+    """
+    state = yield from method.setup(method.init(model), pool)
+    if not pool.sharing.some:
+        return state
+    adapted = list(layers([n for n in state.shared if is_factor(n)]))
+    if not adapted:
+        raise ValueError(f"'{method.name}' shares no layer's LoRA, of which some could stay on devices; leave --share out")
+    moved = {n: t for n, t in state.shared.items() if n not in model.initial or not torch.equal(t, model.initial[n])}
+    if elsewhere := sorted(filter(is_factor, moved)):
+        raise ValueError(
+            f"'{method.name}' leaves '{elsewhere[0]}' elsewhere in its set-up than at the model's start, where the layers that stay on "
+            "devices begin; leave --share out"
+        )
+    facts: dict[str, Any] = {"depth": model.depth}
+    if pool.sharing.which == "random" or how_many(pool.sharing, len(adapted)) == len(adapted):
+        scores = np.zeros(model.depth)
+    else:
+        size = batch_size_of(method)
+        answers = yield from insist([Task("layer_scores", k, moved, {"batch_size": size}) for k in pool.clients])
+        scores = pool.mean(answers)["layer_scores"].numpy()
+        facts["layer_scores"] = scores.tolist()
+    chosen = choose_gal(scores, adapted, pool.sharing, pool.seed)
+    own = [n for n in state.shared if is_factor(n) and layer_of(n) not in chosen]
+    return replace(state, shared=without(state.shared, own), facts={**state.facts, **facts, GAL: chosen})
+
+
+def batch_size_of(method: Any) -> int:
+    """Examples a step in the method's local training, which is its own or that of the method that it holds.
+
+    Raises:
+        ValueError: neither says.
+    """
+    inner = method
+    while "batch_size" not in vars(inner):
+        if "inner" not in vars(inner):
+            raise ValueError(
+                f"'{method.name}' has no batch_size, by which layers are scored; give --share.which random, or leave --share out"
+            )
+        inner = inner.inner
+    return int(inner.batch_size)
+
+
 def one_round(method: Method, state: State, pool: Pool) -> Flow[State]:
     """A round of the method, in which the pool's server optimiser, if it has one, goes over what is averaged, gradients are corrected by
-    the controls, if there are any, and devices train the rows of their masks, if they have some."""
+    the controls, if there are any, devices train the rows of their masks, if they have some, and are told which layers they share, if not
+    all."""
     flow = _corrected(method, state, pool) if pool.controls else _stepping(method, state, pool)
+    flow = pool.sharing.over(flow, state.facts)
     return (yield from flow if pool.mask.keep == 1 else pool.mask.over(flow))
 
 

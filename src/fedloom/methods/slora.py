@@ -80,6 +80,7 @@ class SLora:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """As inner; and the seed of the mask."""
+        pool.insist_on_every_layer(self.name, "the pairs begin after its first stage, and then not at the model's start")
         state = yield from self.inner.setup(state, pool)
         return replace(state, facts={**state.facts, "seed": pool.seed})
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from fedloom.data.tasks import Split
 from fedloom.engines.engine import drive
-from fedloom.methods.method import State
+from fedloom.methods.method import State, set_up
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import CheckpointError, Saved, write_atomically
 from fedloom.run.console import Show
@@ -33,9 +33,15 @@ def adopt(experiment: Experiment, folder: Path, trained: Path, show: Show, track
 
     Raises:
         CheckpointError: a folder belongs to another experiment, the training has not ended, or the data changed since.
-        ExperimentError: the method shares other tensors than were trained, or a tracker does not exist or lacks its library.
+        ExperimentError: the method shares other tensors than were trained, layers stay on devices, or a tracker does not exist or lacks
+            its library.
     """
     insist(track)
+    if experiment.share.some:
+        raise ExperimentError(
+            "layers that stay on devices (--share) lie in the folder of the run that trained them and nowhere else; train "
+            f"'{experiment.method_name}' itself, or evaluate that run: fedloom evaluate RUN --method"
+        )
     with checkpoint.only_one(folder):
         if check(folder, experiment) and (folder / "results.json").exists():
             found = json.loads((folder / "results.json").read_text())
@@ -56,7 +62,7 @@ def adopt(experiment: Experiment, folder: Path, trained: Path, show: Show, track
         ledger = Ledger(folder, world.fleet, saved.totals)
         ledger.totals.update({name: 0 for name in ledger.totals if name.startswith("setup_")})
         section, engine = ledger.section(), world.engine(store)
-        prepared = drive(method.setup(method.init(world.model), world.pool), Told(engine, show), quorum=0, seen=section.hear)
+        prepared = drive(set_up(method, world.model, world.pool), Told(engine, show), quorum=0, seen=section.hear)
         if prepared.shared.keys() != saved.state.shared.keys():
             raise ExperimentError(f"'{experiment.method_name}' shares other tensors than '{method.inner.name}' did; it must be trained")
         begin(section, world, world.pool.clients)

@@ -16,7 +16,7 @@ from typing import Any
 from fedloom.data.numbers import EXACT as NUMBERS
 from fedloom.data.tasks import FURTHER
 from fedloom.engines.engine import drive
-from fedloom.methods.method import State
+from fedloom.methods.method import State, set_up
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.evaluation import evaluate
@@ -64,7 +64,7 @@ def evaluate_again(experiment: Experiment, folder: Path, kind: type[Any] | None 
             log.warning(said)
         engine, state = world.engine(store), saved.state
         if other is not None:
-            prepared = drive(other.method.setup(other.method.init(world.model), world.pool), engine, quorum=0)
+            prepared = drive(set_up(other.method, world.model, world.pool), engine, quorum=0)
             if prepared.shared.keys() != state.shared.keys():
                 raise ExperimentError(f"'{other.method_name}' shares other tensors than '{experiment.method_name}' did; it must be trained")
             state = State(state.round, state.shared, prepared.server, prepared.facts, state.moments, state.controls)

@@ -13,6 +13,8 @@ from dataclasses import replace
 import torch
 
 from fedloom.client.host import UNSENT, operations
+from fedloom.client.masks import carried_out
+from fedloom.client.sharing import layer_scores
 from fedloom.compute.compute import Done
 from fedloom.messages import Replies, Take, Task, Tensors, Traffic, Update, whole
 from fedloom.run.world import World
@@ -23,7 +25,8 @@ class Counting:
     """An :class:`~fedloom.engines.engine.Engine`. Everyone answers; what an operation raises ends the count."""
 
     def __init__(self, world: World) -> None:
-        self.world, self.operations, self.digest = world, operations(world.experiment.method), world.experiment.digest()
+        self.world, self.digest = world, world.experiment.digest()
+        self.operations = {**operations(world.experiment.method), layer_scores.__name__: layer_scores}
         self.kept: dict[int, tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = {}
 
     def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
@@ -40,7 +43,7 @@ class Counting:
         private, memory = self.kept.get(task.client, ({}, {}))
         client.private, client.memory = dict(private), {n: t for n, t in memory.items() if not n.startswith(UNSENT)}
         unsent = {n.removeprefix(UNSENT): t for n, t in memory.items() if n.startswith(UNSENT)}
-        work, answer, done = self.operations[task.op](client, task), None, list[Done]()
+        work, answer, done = carried_out(self.operations[task.op], client, task), None, list[Done]()
         while True:
             try:
                 asked = work.send(answer)

@@ -23,7 +23,7 @@ from fedloom.data.sources import Source
 from fedloom.engines.engine import drive
 from fedloom.messages import Replies, Task
 from fedloom.methods.embracingfl import EmbracingFL
-from fedloom.methods.method import one_round
+from fedloom.methods.method import one_round, set_up
 from fedloom.model.base import Model
 from fedloom.model.memory import Needs, fitting, needs, resident
 from fedloom.model.quantised import numbers
@@ -79,9 +79,17 @@ def describe(experiment: Experiment) -> Description:
         *([("server", f"{step.rule}, a step of {step.lr:g} towards the aggregate")] if (step := experiment.server).optimizer else []),
         *([("controls", "SCAFFOLD's: every step's gradient is corrected by c − c_k")] if experiment.controls else []),
         *([("mask", f"{experiment.mask.keep:g} of the output neurons of each layer's pairs")] if experiment.mask.keep < 1 else []),
+        *([("sharing", _sharing(experiment))] if experiment.share.some else []),
         ("digest", experiment.digest()),
     ]
     return Description([*head, *_data(world), *_model(world), *_costs(world)], counts, world.classes)
+
+
+def _sharing(e: Experiment) -> str:
+    """Which layers are shared."""
+    many = f"{e.share.count}" if e.share.count else f"{e.share.fraction:g}"
+    which = "at random" if e.share.which == "random" else f"the {e.share.which} sensitive"
+    return f"{many} of the layers, {which}; the others stay on each device"
 
 
 def dealt(experiment: Experiment) -> tuple[Source, Partition, np.ndarray]:
@@ -182,7 +190,7 @@ def played(world: World) -> Played:
         steps.update([f"{tasks[0].op.replace('_', ' ')} on {len(tasks)} devices"] if tasks else [])
 
     with silent(logging.getLogger("fedloom.methods")):  # what is only counted finds nothing that is so
-        state = drive(method.setup(method.init(world.model), world.pool), engine, quorum=0, seen=hear)
+        state = drive(set_up(method, world.model, world.pool), engine, quorum=0, seen=hear)
     begin(setup, world, world.pool.clients)
     for t in range(e.rounds) if through else (0, e.rounds - 1):
         rounds.append(Section(fleet))

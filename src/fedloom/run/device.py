@@ -162,6 +162,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     from fedloom.client.client import Client
     from fedloom.client.host import Host
     from fedloom.client.masks import carried_out
+    from fedloom.client.sharing import layer_scores
     from fedloom.client.store import ClientStore
     from fedloom.compute.stacked import Stacked
     from fedloom.data.tasks import SPLITS
@@ -197,6 +198,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
         counted(Judge(source, shards, model)),
         e.encoding,
         carried_out,
+        [layer_scores],
     )
     return host, {"examples": {split: len(shards[split]) for split in SPLITS}, "notes": list(source.notes)}
 

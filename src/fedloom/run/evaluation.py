@@ -87,7 +87,7 @@ def _evaluated_here(world: World, state: State, engine: Engine) -> Evaluation:
     """From the logits of every device."""
     task, metric = world.source.task, world.source.task.metric
     own = Personalising(world.fleet)
-    logits, as_sent = drive(_predictions(world, state), engine, seen=own.hear)
+    logits, as_sent = drive(world.experiment.share.over(_predictions(world, state), state.facts), engine, seen=own.hear)
     scores: dict[Split, dict[str, Any]] = {}
     correct, held, owner, order = (np.zeros(0, np.int64) for _ in range(4))
     confusion: dict[str, list[list[list[int]]] | None] = {"personalised": None, "global": None}
@@ -108,7 +108,13 @@ def _evaluated_here(world: World, state: State, engine: Engine) -> Evaluation:
             confusion["personalised"] = cells(owner, found, len(shards))
     assembled = world.experiment.method.assembled(state)
     if assembled is not None:
-        again = as_sent and assembled is state.shared and world.experiment.encoding.exact_down and _each_row_once(world)
+        again = (
+            as_sent
+            and not world.experiment.share.some
+            and assembled is state.shared
+            and world.experiment.encoding.exact_down
+            and _each_row_once(world)
+        )
         for split, found in (_rearranged(world, logits) if again else _of_one_model(world, assembled)).items():
             labels = world.labels(split)
             made = world.judge.judged(split, np.arange(len(labels)), found)
@@ -126,11 +132,8 @@ def _evaluated_there(world: World, state: State, engine: Engine, among: Sequence
     confusion: dict[str, list[list[list[int]]] | None] = {"personalised": [[] for _ in range(devices)], "global": None}
     scores: dict[Split, dict[str, Any]] = {}
     classes, own = max(2, len(world.classes)), Personalising(world.fleet)
-    updates = [
-        update
-        for update in drive(_counts(world, state, world.pool.clients if among is None else among), engine, quorum=0, seen=own.hear)
-        if counts_well(update, classes)
-    ]
+    asking = world.experiment.share.over(_counts(world, state, world.pool.clients if among is None else among), state.facts)
+    updates = [update for update in drive(asking, engine, quorum=0, seen=own.hear) if counts_well(update, classes)]
     for split in SPLITS:
         told = {update.client: update.tensors[split].tolist() for update in updates}
         right, true, predicted = tallies(list(told.values()), classes).sum(0)

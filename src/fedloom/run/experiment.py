@@ -26,6 +26,7 @@ from fedloom.run.reading import full_name
 from fedloom.server.masks import Mask
 from fedloom.server.optimizers import ServerStep
 from fedloom.server.robust import Rule
+from fedloom.server.sharing import Sharing
 
 FAR = 10**300
 """No number of an experiment is as large; beyond, an integer may be no float."""
@@ -102,6 +103,7 @@ class Experiment:
         controls: have every step's gradient on a device corrected by how the device's own differ from everybody's (SCAFFOLD), whatever the
             method, so far as it averages what is trained. Twice the bytes, both ways.
         mask: which rows of LoRA's pairs a device trains, whatever the method, so far as it trains pairs as they are.
+        share: which layers of LoRA's pairs are shared, the others staying on each device, whatever the method, so far as it shares pairs.
         wire: how numbers travel: exact, or with a loss bf16, fp16, int8, nf4, or top-k:SHARE (0.05) of a device's changes, the rest later;
             up:bf16 loses on the way up alone, and so of the others.
         device: what devices are like, for simulated device time and for methods that ask less of the weaker: jetson, laptop or phone, all
@@ -140,6 +142,7 @@ class Experiment:
     server: ServerStep = field(default_factory=ServerStep)
     controls: bool = False
     mask: Mask = field(default_factory=Mask)
+    share: Sharing = field(default_factory=Sharing)
     wire: str = "exact"
     device: str = "jetson"
     engine: EngineSettings = field(default_factory=EngineSettings)
@@ -190,7 +193,10 @@ class Experiment:
             )
         insist_on_devices(self.device)
         if self.mask.keep < 1:
-            self._insist_on_pairs()
+            self._insist_on_pairs(f"--mask.keep is {self.mask.keep}")
+            self._insist_on_no_term()
+        if self.share.some:
+            self._insist_on_pairs("--share asks for some of the layers")
 
     @property
     def method_name(self) -> str:
@@ -207,17 +213,23 @@ class Experiment:
         """How numbers travel."""
         return Encoding.of(self.wire)
 
-    def _insist_on_pairs(self) -> None:
-        """Insist that there are rows which a mask can keep.
+    def _insist_on_pairs(self, asked: str) -> None:
+        """Insist that there are pairs, of which something was ``asked``.
 
         Raises:
-            ExperimentError: no pairs are trained, or a term in the loss that rows do not have.
+            ExperimentError: no pairs are trained.
         """
         if self.trained.kind != "lora":
             raise ExperimentError(
-                f"--mask.keep is {self.mask.keep} and is of LoRA's pairs, and --adapter.kind {self.trained.kind} has none; leave one of "
-                "the two out"
+                f"{asked} and is of LoRA's pairs, and --adapter.kind {self.trained.kind} has none; leave one of the two out"
             )
+
+    def _insist_on_no_term(self) -> None:
+        """Insist that the loss has no term that rows do not have.
+
+        Raises:
+            ExperimentError: it has.
+        """
         inner = self.method
         while "prox" not in vars(inner) and "inner" in vars(inner):
             inner = inner.inner

@@ -103,7 +103,7 @@ def predictor_of(world: World, folder: Path, client: int | None) -> Predictor:
         return Predictor(assembled)
     if not 0 <= client < world.experiment.clients:
         raise ExportError(f"no device {client}; the run has 0 to {world.experiment.clients - 1}")
-    return personal(world, store, client, saved.state.shared)
+    return personal(world, store, client, saved.state.shared, saved.state.facts)
 
 
 def export(experiment: Experiment, folder: Path, out: Path, client: int | None = None, merge: bool = False) -> str:

@@ -21,7 +21,7 @@ from fedloom.engines.engine import Engine, drive
 from fedloom.engines.heap import give_memory_back
 from fedloom.messages import CENTRE, CohortFailed, Replies, Take, Task, whole
 from fedloom.methods.centralised import Centralised
-from fedloom.methods.method import State, one_round
+from fedloom.methods.method import State, one_round, set_up
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import CheckpointError, Saved, write_atomically
 from fedloom.run.console import Progress, Show
@@ -188,7 +188,7 @@ def _set_up(world: World, engine: Engine, store: Store, section: Section, show: 
         heard = Remembering(engine, there) if there != world.pool.clients else None
         pool = replace(world.pool, clients=there)
         try:
-            state = drive(method.setup(method.init(world.model), pool), heard or engine, quorum=0, seen=section.hear)
+            state = drive(set_up(method, world.model, pool), heard or engine, quorum=0, seen=section.hear)
             begin(section, world, there)
             return state, None if heard is None else Late(dict.fromkeys(there, 0), heard.steps)
         except CohortFailed as failed:

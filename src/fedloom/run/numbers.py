@@ -153,7 +153,7 @@ def _personally(
     """What each prompt's device writes (None: nobody holds it), in order of ``of``. ``general``: what the ``assembled`` model writes."""
     asked = [prompt for one in of.values() for prompt in one.prompts]
     written: list[str | None] = [None] * len(asked)
-    for model, places in _alike(world, as_sent(world, state.shared), store, _holders(world, of)):
+    for model, places in _alike(world, state, store, _holders(world, of)):
         known = assembled is not None and general is not None and _same(model, assembled)
         texts = [general[i] for i in places] if known and general else _continued(world, model, [asked[i] for i in places])
         for place, text in zip(places, texts, strict=True):
@@ -161,11 +161,12 @@ def _personally(
     return written
 
 
-def _alike(world: World, shared: Tensors, store: Any, holders: Mapping[int, list[int]]) -> Iterator[tuple[Tensors, list[int]]]:
+def _alike(world: World, state: State, store: Any, holders: Mapping[int, list[int]]) -> Iterator[tuple[Tensors, list[int]]]:
     """The devices' models and the places of the prompts that each answers; devices one after another with the same model are one."""
+    shared = as_sent(world, state.shared)
     model, places = None, []
     for client, mine in holders.items():
-        own = personal(world, store, client, shared).tensors
+        own = personal(world, store, client, shared, state.facts).tensors
         if model is not None and _same(own, model):
             places = places + mine
             continue

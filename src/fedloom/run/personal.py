@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedloom.client.client import Client
 from fedloom.client.masks import make_whole
+from fedloom.client.sharing import own_layers
 from fedloom.client.store import ClientStore
-from fedloom.messages import Task, Tensors
+from fedloom.messages import Task, Tensors, Work
 from fedloom.methods.method import Predictor
 from fedloom.run.world import World
+from fedloom.tensors import without
 
 
-def personal(world: World, store: ClientStore, client: int, shared: Tensors) -> Predictor:
-    """The model of device ``client``, given the ``shared`` tensors as they reach it. Changes neither the device nor the store."""
+def personal(world: World, store: ClientStore, client: int, shared: Tensors, facts: Mapping[str, Any]) -> Predictor:
+    """The model of device ``client``, given the ``shared`` tensors as they reach it, and the state's ``facts``. Changes neither the device
+    nor the store."""
     device = world.device(client)
     device.private, device.memory = store.load(client)
     make_whole(device)
-    work, answer = world.experiment.method.personalise(device, shared), None
+    work, answer = _made(world, device, shared, world.experiment.share.layers(facts)), None
     try:
         while True:
             asked = work.send(answer)
@@ -22,6 +29,12 @@ def personal(world: World, store: ClientStore, client: int, shared: Tensors) -> 
             answer = [d.result for d in done] if isinstance(asked, list) else done[0].result
     except StopIteration as finished:
         return finished.value
+
+
+def _made(world: World, device: Client, shared: Tensors, layers: Sequence[int] | None) -> Work[Predictor]:
+    own = {} if layers is None else (yield from own_layers(device, shared, layers))
+    device.private = without(device.private, own)
+    return (yield from world.experiment.method.personalise(device, {**own, **shared} if own else shared))
 
 
 def as_sent(world: World, shared: Tensors) -> Tensors:

@@ -11,7 +11,20 @@ import torch
 from fedloom.compute.compute import Done
 from fedloom.compute.flops import Flops
 from fedloom.compute.serial import cost, scored_names
-from fedloom.compute.work import Fisher, Fit, Fitted, Moments, Predict, Pretrained, Score, Sensitivity, Spectral, Spectrum, WorkItem
+from fedloom.compute.work import (
+    Fisher,
+    Fit,
+    Fitted,
+    Initial,
+    Moments,
+    Predict,
+    Pretrained,
+    Score,
+    Sensitivity,
+    Spectral,
+    Spectrum,
+    WorkItem,
+)
 from fedloom.model.base import Model
 
 
@@ -41,5 +54,7 @@ class Pretended:
                 return Spectral(np.zeros(1), np.ones(1), 1.0)  # without a gap
             case Pretrained():
                 return self.model.weights
+            case Initial():
+                return self.model.initial
             case Predict():
                 return torch.zeros(len(item.examples), self.model.width)

@@ -39,7 +39,7 @@ def samples(world: World, state: State, store: Store) -> list[dict[str, str]]:
         after = model.continued(assembled, prompts, LONGEST)
     else:
         shared = as_sent(world, state.shared)
-        own = (personal(world, store, whose[row], shared).tensors for row in rows)  # type: ignore[arg-type]
+        own = (personal(world, store, whose[row], shared, state.facts).tensors for row in rows)  # type: ignore[arg-type]
         after = [model.continued(tensors, [prompt], LONGEST)[0] for tensors, prompt in zip(own, prompts, strict=True)]
     shown = [model.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
     return [

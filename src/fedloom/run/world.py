@@ -21,6 +21,7 @@ from fedloom.client.curricula.slw import LengthWarmup
 from fedloom.client.elsewhere import Elsewhere, Store
 from fedloom.client.host import Host
 from fedloom.client.masks import carried_out
+from fedloom.client.sharing import layer_scores
 from fedloom.client.store import ClientStore
 from fedloom.compute.compute import Compute
 from fedloom.compute.stacked import Stacked
@@ -91,7 +92,7 @@ class World:
         """The clients, cohort size, rounds and seed, and how the server aggregates."""
         e = self.experiment
         around = Pool(tuple(range(e.clients)), e.cohort, e.rounds, e.seed, e.rule, self.fleet, e.server.optimizer)
-        return replace(around, controls=e.controls, mask=e.mask)
+        return replace(around, controls=e.controls, mask=e.mask, sharing=e.share)
 
     @cached_property
     def fleet(self) -> Fleet:
@@ -152,7 +153,7 @@ class World:
     def host(self, store: ClientStore) -> Host:
         """What answers for the devices in this process."""
         e = self.experiment
-        return Host(e.method, self.device, self.compute, store, e.digest(), encoding=e.encoding, doing=carried_out)
+        return Host(e.method, self.device, self.compute, store, e.digest(), encoding=e.encoding, doing=carried_out, besides=[layer_scores])
 
     @property
     def alone_or_together(self) -> bool:

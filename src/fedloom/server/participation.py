@@ -13,14 +13,16 @@ from fedloom.seeds import derive
 from fedloom.server.masks import Mask
 from fedloom.server.optimizers import ServerOptimizer, Steps
 from fedloom.server.robust import Averaging, Rule
+from fedloom.server.sharing import Sharing
 
 
 @dataclass(frozen=True)
 class Pool:
     """The clients that exist (by id), how many are drawn a round, the experiment's seed, number of rounds T and rule of aggregation, what
     the devices are like (None: nothing is said of them), the server's optimiser (None: an aggregate is taken over), whether gradients
-    are corrected by SCAFFOLD's controls (``server/controls.py``), and which rows devices train (``server/masks.py``). ``steps``: the
-    optimiser's in the round that is under way; outside of rounds there are none, so what a set-up averages is the mean."""
+    are corrected by SCAFFOLD's controls (``server/controls.py``), which rows devices train (``server/masks.py``), and which layers they
+    share (``server/sharing.py``). ``steps``: the optimiser's in the round that is under way; outside of rounds there are none, so what a
+    set-up averages is the mean."""
 
     clients: tuple[int, ...]
     cohort: int
@@ -32,6 +34,7 @@ class Pool:
     steps: Steps | None = None
     controls: bool = False
     mask: Mask = field(default_factory=Mask)
+    sharing: Sharing = field(default_factory=Sharing)
 
     def __post_init__(self) -> None:
         if not 1 <= self.cohort <= len(self.clients):
@@ -58,7 +61,7 @@ class Pool:
         """For methods whose server does something else with updates than to aggregate them by name.
 
         Raises:
-            ValueError: another rule was asked for, a server optimiser, or controls.
+            ValueError: another rule was asked for, a server optimiser, controls, or that layers stay on devices.
         """
         self.insist_on_no_optimizer(method, because)
         self.insist_on_no_controls(method, because)
@@ -81,11 +84,13 @@ class Pool:
             )
 
     def insist_on_no_controls(self, method: str, because: str) -> None:
-        """For methods whose devices do not all train what they were sent, as it was sent, and send that back.
+        """For methods whose devices do not all train what they were sent, as it was sent, and send that back; of which no layer can stay
+        on a device either.
 
         Raises:
-            ValueError: gradients are to be corrected by controls.
+            ValueError: gradients are to be corrected by controls, or layers to stay on devices.
         """
+        self.insist_on_every_layer(method, because)
         if self.controls:
             raise ValueError(
                 f"'{method}' cannot follow SCAFFOLD's controls: {because}. Leave --controls out, or choose a method whose devices train "
@@ -104,9 +109,22 @@ class Pool:
                 "choose a method that trains LoRA's pairs as they are (lora, ffa, rolora, fedsa, federa, fedopt, flasc, ...)"
             )
 
+    def insist_on_every_layer(self, method: str, because: str) -> None:
+        """For methods whose devices do not take part of a layer's pairs from what they are sent and send that part back.
+
+        Raises:
+            ValueError: some layers are to stay on devices.
+        """
+        if self.sharing.some:
+            asked = f"count {self.sharing.count}" if self.sharing.count else f"fraction {self.sharing.fraction:g}"
+            raise ValueError(
+                f"'{method}' cannot share some of the layers ({asked}): {because}. Leave --share.fraction and --share.count out, or choose "
+                "a method that trains and shares LoRA's pairs as they are (lora, ffa, rolora, fedsa, federa, fedopt, fedprox, ...)"
+            )
+
     def plain(self) -> Pool:
-        """The same, by the mean and without an optimiser, controls or a mask."""
-        return replace(self, rule=Rule(), optimizer=None, steps=None, controls=False, mask=Mask())
+        """The same, by the mean and without an optimiser, controls or a mask, all layers being shared."""
+        return replace(self, rule=Rule(), optimizer=None, steps=None, controls=False, mask=Mask(), sharing=Sharing())
 
 
 def uniform(pool: Pool, round: int) -> tuple[int, ...]:
