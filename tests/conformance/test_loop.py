@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from fedloom.client.store import DiskError
 from fedloom.engines.local import WAVE, Local
 from fedloom.engines.workers import Workers
 from fedloom.messages import Update
@@ -22,6 +25,7 @@ from fedloom.run import checkpoint, evaluation, loop
 from fedloom.run.again import evaluate_again
 from fedloom.run.checkpoint import CheckpointError, fingerprint_of
 from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError
+from fedloom.run.failures import explain
 from fedloom.run.loop import run
 from fedloom.run.world import World, build, store_in
 from tests import small
@@ -104,6 +108,33 @@ def test_a_run_killed_between_row_and_checkpoint_ends_as_if_it_had_not_been(
         "device_seconds",
     )
     assert {k: results[k] for k in same} == {k: expected[k] for k in same}
+
+
+@pytest.mark.parametrize("full_at", ["set-up", "training"])
+def test_a_full_disk_ends_the_run_and_costs_no_device_its_round(full_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is the run's own: devices whose state it does not take have not failed, and the round is done again."""
+    experiment = small.experiment("ditto")
+    whole = run(experiment, tmp_path / "whole", plain=True)
+    written, let = 0, 1 if full_at == "set-up" else experiment.clients + 1
+
+    def filling(tensors: Any, path: Path) -> None:
+        nonlocal written
+        written += 1
+        if written > let:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save_file(tensors, path)
+
+    with monkeypatch.context() as disk:
+        disk.setattr("fedloom.client.store.save_file", filling)
+        with pytest.raises(DiskError, match=r"the state of device \d+ could not be written to .*clients .*No space left") as found:
+            run(experiment, tmp_path / "run", plain=True)
+    assert written > let
+    told = explain(found.value)
+    assert told is not None and told[1] == 1 and "Free some space" in told[0]
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    again = run(experiment, tmp_path / "run", plain=True)
+    assert timeless(rows(tmp_path / "run")) == timeless(rows(tmp_path / "whole"))
+    assert again["final"] == whole["final"] and again["bytes_up"] == whole["bytes_up"]
 
 
 def test_a_resumed_run_does_not_do_the_set_up_or_finished_rounds_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

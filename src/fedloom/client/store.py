@@ -35,6 +35,10 @@ class StoreError(RuntimeError):
     """Stored client state that is missing or not what was written."""
 
 
+class DiskError(StoreError):
+    """A client's state that the disk did not take."""
+
+
 class ClientStore:
     """Client state in ``folder``, or in memory only when ``folder`` is None.
 
@@ -60,7 +64,11 @@ class ClientStore:
         return self._read(name) if name else ({}, {})
 
     def save(self, client: int, private: Mapping[str, torch.Tensor], memory: Mapping[str, torch.Tensor]) -> None:
-        """Replace one client's state."""
+        """Replace one client's state.
+
+        Raises:
+            DiskError: it could not be written; the client has the state that it had.
+        """
         if self.folder is None:
             self._held[client] = (clone(private), clone(memory))
             return
@@ -68,9 +76,13 @@ class ClientStore:
         name = f"client-{client}-{fingerprint(tensors)[:16]}.safetensors" if tensors else ""
         if name not in ("", self._index.get(client), self._fresh.get(client)):
             place = self.aside or self.folder
-            place.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, place / f"{name}.tmp")
-            os.replace(place / f"{name}.tmp", place / name)
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                save_file(tensors, place / f"{name}.tmp")
+                os.replace(place / f"{name}.tmp", place / name)
+            except (OSError, SafetensorError) as error:
+                (place / f"{name}.tmp").unlink(missing_ok=True)
+                raise DiskError(f"the state of device {client} could not be written to {place} ({error})") from error
         self.take(client, name)
 
     def name(self, client: int) -> str:

@@ -21,7 +21,7 @@ from fedloom.run.console import Show
 from fedloom.run.evaluation import Evaluation, evaluate, nothing
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.ledger import Ledger
-from fedloom.run.loop import Told, begin, check, claim, finish
+from fedloom.run.loop import Told, begin, check, claim, engine_of, finish
 from fedloom.run.starting import stand_at, start_of
 from fedloom.run.tracking import insist, track_ended
 from fedloom.run.world import build, store_in
@@ -61,7 +61,7 @@ def adopt(experiment: Experiment, folder: Path, trained: Path, show: Show, track
         store, method = store_in(folder), experiment.method
         ledger = Ledger(folder, world.fleet, saved.totals)
         ledger.totals.update({name: 0 for name in ledger.totals if name.startswith("setup_")})
-        section, engine = ledger.section(), world.engine(store)
+        section, engine = ledger.section(), engine_of(world, store)
         prepared = drive(set_up(method, world.model, world.pool), Told(engine, show), quorum=0, seen=section.hear)
         if prepared.shared.keys() != saved.state.shared.keys():
             raise ExperimentError(f"'{experiment.method_name}' shares other tensors than '{method.inner.name}' did; it must be trained")

@@ -12,7 +12,7 @@ import re
 import torch
 from safetensors import SafetensorError
 
-from fedloom.client.store import StoreError
+from fedloom.client.store import DiskError, StoreError
 from fedloom.data.tasks import DataError
 from fedloom.messages import CohortFailed
 from fedloom.run.checkpoint import CheckpointError
@@ -34,6 +34,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return f"out of memory ({_shortened(said)}). {RESUMES} Give --engine.stack 1, a smaller model or a smaller batch size", 1
     if isinstance(error, SafetensorError):
         return f"tensors could not be written or read: {said}. Free some space or check the permissions. {RESUMES}", 1
+    if isinstance(error, DiskError):
+        return f"{said}. Free some space or check the permissions. {RESUMES}", 1
     if isinstance(error, CheckpointError | StoreError):
         return said, 2
     if isinstance(error, WireError):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedloom.client.elsewhere import Elsewhere, Store
+from fedloom.client.store import DiskError
 from fedloom.compute.flops import start_operations
 from fedloom.data.numbers import EXACT
 from fedloom.data.tasks import FURTHER
@@ -47,6 +48,25 @@ LARGE = 10**9
 
 MISSES = 10
 """Rounds in a row to which too few devices came after which a federation stops."""
+
+
+@dataclass(frozen=True)
+class OneDisk:
+    """An engine over devices that keep their state with the run: what the disk does not take is no device's failure but the run's end."""
+
+    inner: Engine
+
+    def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
+        """As inner.
+
+        Raises:
+            DiskError: a device's state could not be written.
+        """
+        replies = self.inner.run(tasks, take)
+        for failure in replies.failures:
+            if failure.reason.startswith(f"{DiskError.__name__}: "):
+                raise DiskError(failure.reason.removeprefix(f"{DiskError.__name__}: "))
+        return replies
 
 
 @dataclass(frozen=True)
@@ -129,7 +149,7 @@ def _idle(world: World) -> list[str]:
 def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str, Any]:
     """The round loop."""
     e, method, store, missed = world.experiment, world.experiment.method, world.store(folder), 0
-    engine, data, unknown = world.engine(store), world.fingerprint(), nothing(world)
+    engine, data, unknown = engine_of(world, store), world.fingerprint(), nothing(world)
     hurried = engine if world.far is None else world.far.hurried(engine)
     saved = checkpoint.load(folder, store)
     if saved is not None and saved.data != data:
@@ -177,6 +197,12 @@ def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str
     results = finish(world, folder, state, ledger, found, store)
     tracking.end(results)
     return results
+
+
+def engine_of(world: World, store: Store) -> Engine:
+    """The engine that the experiment asks for, over devices whose states are in ``store``."""
+    engine = world.engine(store)
+    return OneDisk(engine) if world.far is None else engine
 
 
 def _set_up(world: World, engine: Engine, store: Store, section: Section, show: Show) -> tuple[State, Late | None]:
