@@ -7,6 +7,8 @@ from typing import get_args
 
 import pytest
 
+from fedloom.methods.fedbavg import FedBAvg
+from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.model.adapters import is_head
 from fedloom.model.blocks import End, cover, in_attention
 from tests import families
@@ -48,3 +50,18 @@ def test_a_norm_beside_the_attention_is_not_in_it() -> None:
     assert not in_attention("model.layers.0.post_attention_layernorm.weight")
     assert in_attention("model.layers.0.self_attn.q_proj.weight")
     assert in_attention("bert.encoder.layer.0.attention.output.dense.weight")
+
+
+@pytest.mark.parametrize(("family", "there"), [("bert", ["embeddings", "output"]), ("llama", ["embeddings", "norm"])])
+def test_an_end_that_the_model_has_not_is_refused_with_those_it_has(family: str, there: list[End]) -> None:
+    of = families.of_kind(family, "full")
+    assert FedCyBGD().init(of).server["changed"].shape == (of.depth,)
+    assert FedCyBGD(ends=tuple(there)).init(of).server["changed"].shape == (of.depth + 2,)
+    (missing,) = {*get_args(End)} - {*there}
+    with pytest.raises(ValueError, match=rf"ends names {missing}, .* it has {' '.join(there)}$"):
+        FedBAvg(inner=FedCyBGD(ends=(there[0], missing))).init(of)
+
+
+def test_an_end_named_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="twice: norm norm"):
+        FedCyBGD(ends=("norm", "norm"))

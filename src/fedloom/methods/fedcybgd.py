@@ -41,7 +41,7 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.adapters import is_head
 from fedloom.model.base import Model
-from fedloom.model.blocks import Block, End, Parts, cover, layer_of
+from fedloom.model.blocks import Block, End, Parts, cover, ends_of, layer_of
 from fedloom.model.proxies import restored, smaller
 from fedloom.seeds import derive
 from fedloom.server.cycle import Order, block_at, turns
@@ -59,7 +59,8 @@ class FedCyBGD:
         inner: local training and its optimiser.
         order: which block is whose turn.
         parts: what a block is: a transformer layer, or half of one.
-        ends: of what is no layer, what makes a block too: embeddings, norm (the last one), output (what else lies behind the layers).
+        ends: of what is no layer, what makes a block too: embeddings, norm (the last one), output (what else lies behind the layers);
+            none unless named, and only what the model has.
         subset: share ρ of the other changed blocks that goes down in a turn, 0 to 1.
         drop: share of the other layers that a turn is trained without, 0 to 1.
         prune: share of the numbers of every other matrix that is 0 when it goes down, 0 up to 1.
@@ -88,13 +89,21 @@ class FedCyBGD:
             raise ValueError(f"prune is {self.prune}; it is the share of a matrix's numbers that becomes 0, from 0 on and below 1")
         if not 0 <= self.subset <= 1:
             raise ValueError(f"subset is {self.subset}; it is the share of the changed blocks that goes down, 0 to 1")
+        if len(set(self.ends)) < len(self.ends):
+            raise ValueError(f"ends names one twice: {' '.join(self.ends)}; each makes one block")
 
     def init(self, model: Model) -> State:
         """w_0: all blocks and the head. What is in neither keeps its pre-trained weights.
 
         Raises:
-            ValueError: what is trained has no layers to make blocks of.
+            ValueError: what is trained has no layers to make blocks of, or not one of the ``ends``.
         """
+        there = ends_of(n for n in model.initial if not is_head(n))
+        if missing := [end for end in self.ends if end not in there]:
+            raise ValueError(
+                f"ends names {' '.join(missing)}, which what is trained of '{model.name}' does not have; it has "
+                f"{' '.join(there) or 'none of them'}"
+            )
         blocks = self.blocks(model.initial)
         if not blocks:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from itertools import chain
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 LAYER = re.compile(r"\.(\d+)\.")
 ATTENTION = re.compile(r"(attn|attention)$")
@@ -74,6 +74,12 @@ def cover(names: Collection[str], parts: Parts = "layers", ends: Collection[End]
             outside[end_of(name)].append(name)
     before, *behind = ([] if end not in ends else _some(end, of) for end, of in outside.items())
     return [*before, *blocks, *chain.from_iterable(behind)]
+
+
+def ends_of(names: Iterable[str]) -> list[End]:
+    """The ends that a model with these tensors (the head's not among them) has, from the input to the output."""
+    found = {end_of(name) for name in names if layer_of(name) is None}
+    return [end for end in get_args(End) if end in found]
 
 
 def end_of(name: str) -> End:
