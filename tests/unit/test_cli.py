@@ -350,3 +350,15 @@ def test_what_a_device_is_told_reaches_it(monkeypatch: pytest.MonkeyPatch) -> No
     for words in ([], ["--recompute", "--threads", "2"]):
         assert cli.main(["join", "127.0.0.1:9", "mine", *words]) == 0
     assert [(own.data, own.recompute, own.threads) for own in seen] == [("mine", False, 0), ("mine", True, 2)]
+
+
+def test_what_to_do_about_a_lost_state_is_said_once() -> None:
+    """By the checkpoint where it is read with one, and otherwise here."""
+    alone, _ = explain(StoreError("client state x cannot be read (y)")) or ("", 0)
+    assert alone.lower().count("delete the run folder") == 1
+    assert explain(CheckpointError("the checkpoint is corrupt. Delete r")) == ("the checkpoint is corrupt. Delete r", 2)
+
+
+@pytest.mark.parametrize(("name", "asked"), [("lora", 3), ("fedbavg", 3), ("fedcybgd", 1), ("handover", 1)])
+def test_a_method_of_turns_asks_one_device_a_round(name: str, asked: int) -> None:
+    assert Experiment(all_methods()[name](), cohort=3).asked == asked

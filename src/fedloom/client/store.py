@@ -163,10 +163,10 @@ class ClientStore:
         try:
             tensors = dict(sorted(load_file(path).items()))  # of which bytes are read as they are wanted
         except (OSError, SafetensorError) as error:
-            raise StoreError(f"client state {path} cannot be read ({error}); delete the run folder to start anew") from error
+            raise StoreError(f"client state {path} cannot be read ({error})") from error
         found = FILE.fullmatch(name)
         if found is None or fingerprint(tensors)[:16] != found[2]:
-            raise StoreError(f"client state {path} was altered after it was written; delete the run folder to start anew")
+            raise StoreError(f"client state {path} was altered after it was written")
         private = {key.removeprefix("private/"): value for key, value in tensors.items() if key.startswith("private/")}
         memory = {key.removeprefix("memory/"): value for key, value in tensors.items() if key.startswith("memory/")}
         return private, memory

@@ -204,6 +204,11 @@ class Experiment:
         return full_name(as_json(self.method))
 
     @property
+    def asked(self) -> int:
+        """Devices that a round asks: the cohort, or one where the method asks one at a time."""
+        return 1 if vars(type(self.method)).get("one_at_a_time") else self.cohort
+
+    @property
     def rule(self) -> Rule:
         """The rule of aggregation."""
         return Rule.of(self.aggregation)

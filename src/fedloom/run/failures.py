@@ -36,8 +36,10 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return f"tensors could not be written or read: {said}. Free some space or check the permissions. {RESUMES}", 1
     if isinstance(error, DiskError):
         return f"{said}. Free some space or check the permissions. {RESUMES}", 1
-    if isinstance(error, CheckpointError | StoreError):
+    if isinstance(error, CheckpointError):
         return said, 2
+    if isinstance(error, StoreError):
+        return f"{said}. Delete the run folder to start anew, or restore it from a copy", 2
     if isinstance(error, WireError):
         return f"{said}. The method sends what may not cross the wire", 1
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):

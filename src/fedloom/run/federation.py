@@ -120,7 +120,7 @@ def serve(
     if experiment.clients != len(keys):
         raise ExperimentError(f"the experiment is for {experiment.clients} devices, and {certs} has the keys of {len(keys)}")
     insist_may_start(experiment, start_with)
-    title = f"{experiment.method_name}, {len(keys)} devices, {experiment.cohort} a round, at {host}:{port} -> {folder}"
+    title = f"{experiment.method_name}, {len(keys)} devices, {experiment.asked} a round, at {host}:{port} -> {folder}"
 
     def running(shown: Show) -> dict[str, Any]:
         with Link(keys, host, port, tls) as link:

@@ -107,7 +107,7 @@ def run(
             found = json.loads(results.read_text())
             track_ended(track, experiment, folder, found)
             return found
-        title = f"{experiment.method_name} on {experiment.data}, {experiment.clients} devices, {experiment.cohort} a round -> {folder}"
+        title = f"{experiment.method_name} on {experiment.data}, {experiment.clients} devices, {experiment.asked} a round -> {folder}"
         try:
             if show is not None:
                 return _loaded(experiment, folder, show, built, track)

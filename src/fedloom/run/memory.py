@@ -82,7 +82,7 @@ def needed(sizes: Sizes, experiment: Experiment, gpu: bool = False) -> Need:
     what lies there (:func:`needed_there`) does not lie here."""
     e, low = experiment, experiment.precision != "float32"
     processes, wave = max(1, e.engine.workers), min(e.engine.stack or WAVE, max(1, HEAVY // max(1, 4 * sizes.trained)))
-    asked = 1 if vars(type(e.method)).get("one_at_a_time") else e.cohort
+    asked = e.asked
     training, evaluating = (min(wave, -(-devices // processes)) for devices in (asked, e.clients))
     messages = max(training * (2 * sizes.trained + 2 * sizes.at_once), evaluating * 2 * sizes.trained)
     whole = 2 * sizes.trained > sizes.model  # then the start is the model's own weights; in 16 bits it lies in files, but workers have none
