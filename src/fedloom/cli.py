@@ -383,6 +383,8 @@ def _parse(kind: type[T], words: Sequence[str], program: str, description: str |
             raise
     _, _, body = said.getvalue().partition("\n")  # without the title of the box
     paragraph = re.sub(r"(?:[\s\u2500-\u257f]|-{2,}(?=\s)|\|)+", " ", body).strip().rstrip(".")
+    paragraph = re.sub(r"^Error parsing ([a-z][\w.-]*):", r"Error parsing --\1.*:", paragraph)  # a group of options, not one
+    paragraph = re.sub(r"\.? For full helptext,", ". For full helptext,", paragraph)
     listed = f" There are: {' '.join(long_options(kind))}" if "Unrecognized" in paragraph else ""
     raise Usage(f"{paragraph}.{listed}")
 

@@ -159,6 +159,7 @@ def test_a_saved_experiment_is_where_options_start() -> None:
         (["run", "lora", "--precision", "fp16"], ["'fp16'", "float32", "bf16"]),
         (["run", "lora", "--track", "tensorbord"], ["--track", "'tensorbord'", "tensorboard", "mlflow", "wandb"]),
         (["run", "lora", "--rounds", "many"], ["--rounds", "'many'"]),
+        (["run", "lora", "--mask.keep", "-0.3"], ["--mask.*: a mask keeps", "got keep -0.3. For full helptext"]),
         (["run", "lora", "--rounds", "-3"], ["--rounds is -3", "at least 1"]),
         (["run", "lora", "--cohort", "11", "--clients", "10"], ["--cohort 11", "--clients 10"]),
         (["run", "lora", "--alpha", "0"], ["--alpha is 0.0", "positive"]),
