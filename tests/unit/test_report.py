@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from html.parser import HTMLParser
 
 import matplotlib
@@ -257,6 +258,13 @@ def test_figures_are_deterministic_leave_settings_alone_and_keep_text():
     assert one == two and b"a&lt;b</text>" in one and b"$x$</text>" in one and b"<dc:date>" not in one
     assert dict(matplotlib.rcParams) == before
     assert figures.loss_curve([figures.Track("a", rows_of(3))], "png").startswith(b"\x89PNG")
+
+
+def test_names_in_a_script_that_the_font_lacks_are_drawn_without_a_warning():
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        drawn = figures.partition_picture(counts_of(4, 2), ["\u65b0\u805e", "b"])
+    assert [str(warning.message) for warning in said] == [] and "\u65b0\u805e</text>".encode() in drawn
 
 
 @pytest.mark.parametrize(("clients", "classes"), [(10, 2), (100, 6), (10_000, 77)])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -321,7 +322,8 @@ def _height(lines: int) -> float:
 
 def render(draw: Callable[[matplotlib.figure.Figure], None], kind: Kind, width: float = 4.8, height: float = 2.9) -> bytes:
     """Draw on a fresh figure and return its bytes; matplotlib's settings are put back as they were."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from font")  # a box in a picture; an SVG keeps the text
         figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
         draw(figure)
         buffer = io.BytesIO()
