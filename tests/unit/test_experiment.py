@@ -19,6 +19,7 @@ from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
 from fedloom.methods.finetuned import FineTuned
 from fedloom.model.adapters import Adapter
 from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError, as_json, as_meant, completed, first_difference, from_json
+from fedloom.server.masks import Mask
 from fedloom.server.optimizers import ServerStep
 
 RICH = Experiment(
@@ -286,3 +287,14 @@ def test_what_is_no_experiment_is_refused_as_one(saved: Any) -> None:
 def test_an_integer_that_no_float_holds_is_refused(alpha: int) -> None:
     with pytest.raises(ExperimentError, match="alpha is"):
         from_json({"method": {"name": "lora"}, "alpha": alpha})
+
+
+def test_a_base_in_few_bits_that_would_be_trained_is_refused_by_whoever_trains_it() -> None:
+    """Before any run of a comparison begins, and naming what was given: nobody gave --adapter.kind where the method has its own."""
+    with pytest.raises(ExperimentError, match=r"base nf4 .* and method 'fedcybgd', which trains kind full, trains numbers of it.*houlsby"):
+        Experiment(FedCyBGD(), adapter=Adapter(base="nf4"))
+    with pytest.raises(ExperimentError, match=r"base int8 .* and --adapter.kind bitfit trains numbers of it; leave one of the two out"):
+        Experiment(FedAvg(), adapter=Adapter(kind="bitfit", base="int8"))
+    with pytest.raises(ExperimentError, match=r"keep is 0.3 .* and method 'fedcybgd', which trains kind full, has none"):
+        Experiment(FedCyBGD(), mask=Mask(0.3))
+    assert Experiment(FedCyBGD(), adapter=Adapter(kind="lora", base="nf4")).trained.kind == "lora"

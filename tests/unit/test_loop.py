@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,14 +22,27 @@ def test_claiming_writes_the_experiment_and_claiming_again_finds_it(tmp_path: Pa
     assert json.loads((tmp_path / "new" / "experiment.json").read_text())["engine"]["stack"] == 0
 
 
-def test_another_experiment_is_refused_naming_the_first_field_and_nothing_is_overwritten(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", ["checkpoints/latest.json", "results.json"])
+def test_another_experiment_is_refused_naming_the_first_field_and_nothing_is_overwritten(kept: str, tmp_path: Path) -> None:
     claim(tmp_path, small.experiment())
+    (tmp_path / kept).parent.mkdir(exist_ok=True)
+    (tmp_path / kept).write_text("{}")
     before = (tmp_path / "experiment.json").read_bytes()
     with pytest.raises(CheckpointError, match=r"another experiment: rounds is 2 there and 3 here. Give another --out"):
         run(small.experiment(rounds=3), tmp_path, plain=True)
     with pytest.raises(CheckpointError, match="method.name is 'lora' there and 'local' here"):
         claim(tmp_path, small.experiment("local"))
     assert (tmp_path / "experiment.json").read_bytes() == before
+
+
+def test_what_was_refused_and_has_kept_nothing_leaves_the_folder_free(tmp_path: Path) -> None:
+    """Whoever follows a refusal's advice and changes an option need not change --out as well."""
+    refused = replace(small.experiment("hetlora"), controls=True)
+    with pytest.raises(ValueError, match="'hetlora' cannot follow SCAFFOLD's controls"):
+        run(refused, tmp_path / "run", plain=True)
+    results = run(small.experiment("hetlora", rounds=1), tmp_path / "run", plain=True)
+    assert results["rounds"] == 1
+    assert json.loads((tmp_path / "run" / "experiment.json").read_text())["controls"] is False
 
 
 def test_a_folder_that_is_no_run_folder_is_left_alone(tmp_path: Path) -> None:

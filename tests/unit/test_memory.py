@@ -20,6 +20,7 @@ from fedloom.methods.fedbavg import FedBAvg
 from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.methods.fibecfed import FibecFed
 from fedloom.methods.kinds import FedFFT
+from fedloom.model import loading
 from fedloom.run import memory
 from fedloom.run.describe import describe
 from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError
@@ -189,6 +190,7 @@ PROBE = """
 import sys
 from pathlib import Path
 from fedloom.model import loading
+from fedloom.model import loading
 from fedloom.model.adapters import Adapter
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
@@ -237,6 +239,16 @@ def test_a_model_in_shards_is_loaded_without_a_second_one(tmp_path: Path) -> Non
     assert before is not None and 4 * before.model == pytest.approx(int(own), rel=0.01) and int(own) > 5 * 10**7
     assert int(peak) < 1.9 * int(own), (own, peak)
     assert "more than a quarter of the free memory" in why
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4)])
+def test_a_trial_has_two_different_owners_in_the_memory_of_one(shape: tuple[int, ...]) -> None:
+    """Never two copies of a whole model beside it: each owner's tensor is near the model's, and another than the other's."""
+    tensor = torch.full(shape, 3.0)
+    made = loading._of_two(tensor, torch.Generator().manual_seed(0))
+    assert made.shape == (2, *shape) and made.untyped_storage().nbytes() == 4 * (tensor.numel() + 1)
+    assert not torch.equal(made[0], made[1]) and float((made - 3).abs().max()) < 3 * 0.1 * 5
+    assert made[0].is_contiguous() and made[1].is_contiguous()
 
 
 def test_the_start_of_a_whole_model_is_the_model() -> None:

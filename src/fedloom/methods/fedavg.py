@@ -10,6 +10,7 @@ n_k stays the number of its examples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -60,6 +61,9 @@ class FedAvg:
     prox: float = 0.0
 
     def __post_init__(self) -> None:
+        for name, least in {"lr": 0, "local_epochs": 0, "batch_size": 1, "weight_decay": 0, "clip": 0}.items():
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a number from {least} on")
         if not self.prox >= 0:
             raise ValueError(f"prox is {self.prox}; it holds a device to the model that it was sent, and must be 0 or more")
 

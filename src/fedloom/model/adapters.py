@@ -38,6 +38,9 @@ BESIDE = frozenset({"pooler", "head", "pre_classifier", "sequence_summary", "log
 """What they call that stands between the body and such a head."""
 
 Kind = Literal["auto", "lora", "ia3", "houlsby", "pfeiffer", "bitfit", "full", "mixed"]
+OF_THE_BASE = ("full", "bitfit")
+"""Kinds that train numbers of the base itself."""
+
 Start = Literal["auto", "zero", "svd"]
 LOADABLE: tuple[Kind, ...] = ("lora", "ia3", "bitfit", "full")
 """Kinds that other libraries load."""
@@ -94,7 +97,7 @@ def attach(
         raise AdapterError(f"an adapter needs rank >= 1 and 0 <= dropout < 1; got rank {adapter.rank}, dropout {adapter.dropout}")
     if adapter.start == "svd" and adapter.kind not in ("auto", "lora"):
         raise AdapterError(f"start svd is one of LoRA's pairs, and kind {adapter.kind} has none; give --adapter.kind lora")
-    if adapter.base != "exact" and adapter.kind in ("full", "bitfit"):
+    if adapter.base != "exact" and adapter.kind in OF_THE_BASE:
         raise AdapterError(
             f"kind {adapter.kind} trains numbers of the base itself, and --adapter.base {adapter.base} holds those in few bits, frozen; "
             "leave it out, or give --adapter.kind lora, ia3, houlsby, pfeiffer or mixed"

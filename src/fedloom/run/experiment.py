@@ -19,7 +19,7 @@ from fedloom.client.curriculum import Curriculum
 from fedloom.data.tasks import TaskKind
 from fedloom.encodings import Encoding
 from fedloom.methods import named
-from fedloom.model.adapters import Adapter
+from fedloom.model.adapters import OF_THE_BASE, Adapter, Kind
 from fedloom.model.base import Precision
 from fedloom.run.devices import insist as insist_on_devices
 from fedloom.run.reading import full_name
@@ -192,6 +192,7 @@ class Experiment:
                 f"--engine.workers {self.engine.workers} needs --engine.kind local; kind {self.engine.kind} is one process"
             )
         insist_on_devices(self.device)
+        self._insist_on_a_frozen_base()
         if self.mask.keep < 1:
             self._insist_on_pairs(f"--mask.keep is {self.mask.keep}")
             self._insist_on_no_term()
@@ -225,9 +226,24 @@ class Experiment:
             ExperimentError: no pairs are trained.
         """
         if self.trained.kind != "lora":
+            raise ExperimentError(f"{asked} and is of LoRA's pairs, and {self._who_trains()} has none; leave one of the two out")
+
+    def _insist_on_a_frozen_base(self) -> None:
+        """Insist that a base in few bits is not what is trained.
+
+        Raises:
+            ExperimentError: it is.
+        """
+        if self.adapter.base != "exact" and self.trained.kind in OF_THE_BASE:
             raise ExperimentError(
-                f"{asked} and is of LoRA's pairs, and --adapter.kind {self.trained.kind} has none; leave one of the two out"
+                f"--adapter.base {self.adapter.base} holds the base in few bits, frozen, and {self._who_trains()} trains numbers of it; "
+                f"leave one of the two out (in few bits: {', '.join(sorted(set(get_args(Kind)) - {'auto', *OF_THE_BASE}))})"
             )
+
+    def _who_trains(self) -> str:
+        """Whose choice it is what is trained: the method's own, or the option's."""
+        kind = self.trained.kind
+        return f"method '{self.method.name}', which trains kind {kind}," if self.adapter.kind == "auto" else f"--adapter.kind {kind}"
 
     def _insist_on_no_term(self) -> None:
         """Insist that the loss has no term that rows do not have.

@@ -24,7 +24,7 @@ from fedloom.messages import CENTRE, CohortFailed, Replies, Take, Task, whole
 from fedloom.methods.centralised import Centralised
 from fedloom.methods.method import State, one_round, set_up
 from fedloom.run import checkpoint
-from fedloom.run.checkpoint import CheckpointError, Saved, write_atomically
+from fedloom.run.checkpoint import CheckpointError, Saved, holds_training, write_atomically
 from fedloom.run.console import Progress, Show
 from fedloom.run.evaluation import Evaluation, evaluate, nothing
 from fedloom.run.experiment import Experiment, as_json, as_meant, completed, first_difference
@@ -305,7 +305,8 @@ def claim(folder: Path, experiment: Experiment) -> None:
 
 
 def check(folder: Path, experiment: Experiment) -> bool:
-    """Whether the folder holds this experiment already (False: it is free). Writes nothing.
+    """Whether the folder holds this experiment already (False: it is free). Writes nothing. What was asked for and has kept nothing, as
+    where a method refused an option, leaves the folder free.
 
     Raises:
         CheckpointError: the folder holds another experiment (naming the first differing field) or something else.
@@ -325,6 +326,8 @@ def check(folder: Path, experiment: Experiment) -> bool:
     there = completed(there, {experiment.method.name: type(experiment.method)})
     hows = Experiment.HOW
     difference = first_difference({k: v for k, v in there.items() if k not in hows}, {k: v for k, v in wanted.items() if k not in hows})
+    if difference and not holds_training(folder) and not (folder / "results.json").exists():
+        return False
     if difference:
         raise CheckpointError(f"{folder} holds another experiment: {difference}. Give another --out, or the same options to resume")
     return True
