@@ -298,3 +298,12 @@ def test_a_base_in_few_bits_that_would_be_trained_is_refused_by_whoever_trains_i
     with pytest.raises(ExperimentError, match=r"keep is 0.3 .* and method 'fedcybgd', which trains kind full, has none"):
         Experiment(FedCyBGD(), mask=Mask(0.3))
     assert Experiment(FedCyBGD(), adapter=Adapter(kind="lora", base="nf4")).trained.kind == "lora"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"lr": -1.0}, "lr is -1.0"), ({"lr": float("nan")}, "lr is nan"), ({"batch_size": 0}, "batch_size is 0; .* from 1 on")],
+)
+def test_rates_and_batches_that_cannot_be_are_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        FedAvg(**wrong)
