@@ -125,7 +125,7 @@ def test_a_method_without_rows_to_keep_says_so_before_it_trains(name: str) -> No
 
 def test_a_kind_without_pairs_and_a_term_in_the_loss_are_refused() -> None:
     for name in sorted(NO_PAIRS):
-        with pytest.raises(ExperimentError, match="--mask.keep is 0.4 and is of LoRA's pairs, and --adapter.kind"):
+        with pytest.raises(ExperimentError, match=f"--mask.keep is 0.4 and is of LoRA's pairs, and method '{name}', which trains kind"):
             replace(small.experiment(name), mask=Mask(0.4))
     with pytest.raises(ExperimentError, match="and --adapter.kind ia3 has none"):
         replace(small.experiment("lora"), adapter=Adapter(kind="ia3"), mask=Mask(0.4))

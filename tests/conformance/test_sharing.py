@@ -57,7 +57,7 @@ def test_a_method_that_cannot_says_so_before_it_trains(name: str) -> None:
 
 def test_kinds_without_pairs_and_shares_of_nothing_are_refused() -> None:
     for name in sorted(NO_PAIRS):
-        with pytest.raises(ExperimentError, match="--share asks for some of the layers and is of LoRA's pairs, and --adapter.kind"):
+        with pytest.raises(ExperimentError, match=f"of the layers and is of LoRA's pairs, and method '{name}', which trains"):
             experiment(name, Sharing(0.4))
     with pytest.raises(ExperimentError, match="and --adapter.kind ia3 has none"):
         replace(small.experiment("lora"), adapter=Adapter(kind="ia3"), share=Sharing(count=1))

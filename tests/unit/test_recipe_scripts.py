@@ -336,7 +336,15 @@ def test_the_table_of_cycles_tells_losses_by_cycle_and_at_equal_bytes(tmp_path: 
     def row(round: int, loss: float | None, up: int, down: int) -> dict[str, Any]:
         return {**dict.fromkeys(ROW_KEYS), "round": round, "validation": {"loss": loss}, "bytes_up": up, "bytes_down": down}
 
-    sent = {"turns": (1, 2), "thinner": (1, 1), "cohorts": (8, 8), "lora": (1, 0), "centre": (5, 5), "one-client": (5, 5)}
+    sent = {
+        "turns": (1, 2),
+        "thinner": (1, 1),
+        "cohorts": (8, 8),
+        "sparing": (8, 8),
+        "lora": (1, 0),
+        "centre": (5, 5),
+        "one-client": (5, 5),
+    }
     for group, (up, down) in sent.items():
         worth = cycles.GROUPS[group][2]
         rounds = [0, *(turns // worth for turns in cycles.TOLD if turns % worth == 0)]
