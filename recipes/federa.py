@@ -1,4 +1,4 @@
-"""FeDeRA's table of docs/results.md: beside FedFFT, FedBF, FedAP and FedLR, as in its paper, and two relatives, on its kinds of task.
+"""FeDeRA's table of docs/results.md: beside FedFFT, FedBF, FedAP and FedLR, as in its paper, and four relatives, on its kinds of task.
 
     python recipes/federa.py ag_news --folder PATH/TO/SETS --jobs 2                         topics of news
     python recipes/federa.py ag_news wnut17 20newsgroups squad_v1 --folder PATH/TO/SETS     and names, long posts, answers in a context
@@ -6,10 +6,11 @@
     python recipes/federa.py ag_news --keep           put its finished runs into docs/results/federa, an archive a task
     python recipes/federa.py --page                   make the tables of docs/results.md anew from those archives (seconds)
 
-It is ``fedloom compare`` with these methods and settings; whatever is added is added to them, and the later one counts. The reference is
-full fine-tuning: costs are those to reach what ``fedfft`` ends with, as the paper measures time. Every method gets the same grid of
-learning rates, wide enough for all weights (the lowest) and for a few (the highest), chosen on validation with the first seed. Stop it and
-run it again: finished runs are used as they are.
+It is ``fedloom compare`` with these methods and settings; whatever is added is added to them, and the later one counts. Passes compute in
+bf16, which halves the time where a processor has instructions for it; what is trained stays float32. The reference is full fine-tuning:
+costs are those to reach what ``fedfft`` ends with, as the paper measures time. Every method gets the same grid of learning rates, wide
+enough for all weights (the lowest) and for a few (the highest), chosen on validation with the first seed. Stop it and run it again:
+finished runs are used as they are.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from kept import Table
 
 TABLE = Table(
     name="federa",
-    methods=("fedfft", "fedbf", "fedap", "lora", "ffa", "slora", "federa"),
+    methods=("fedfft", "fedbf", "fedap", "lora", "ffa", "slora", "fedsa", "fedex", "federa"),
     alphas=("0.1", "1.0", "10.0"),
     seeds=("1", "2", "3"),
     rates=("2e-4", "1e-3", "5e-3"),
-    shape="--clients 30 --cohort 6 --rounds 15 --evaluate-every 3 --max-train 600 --max-validation 100 --max-test 300",
+    shape="--clients 20 --cohort 4 --rounds 15 --evaluate-every 3 --max-train 400 --max-validation 100 --max-test 200 --precision bf16",
     shapes={
         "ag_news": "--max-length 64",
-        "20newsgroups": "--max-length 128",
-        "wnut17": "--max-length 64 --max-train 1200 --max-validation 200",
-        "squad_v1": "--max-length 192 --rounds 12 --max-test 200",
+        "20newsgroups": "--max-length 96",
+        "wnut17": "--max-length 64 --max-train 600",
+        "squad_v1": "--max-length 192",
     },
     mark="federa {task}",
 )
