@@ -384,9 +384,15 @@ def _parse(kind: type[T], words: Sequence[str], program: str, description: str |
     _, _, body = said.getvalue().partition("\n")  # without the title of the box
     paragraph = re.sub(r"(?:[\s\u2500-\u257f]|-{2,}(?=\s)|\|)+", " ", body).strip().rstrip(".")
     paragraph = re.sub(r"^Error parsing ([a-z][\w.-]*):", r"Error parsing --\1.*:", paragraph)  # a group of options, not one
+    paragraph = re.sub(r"(?<=Perhaps you meant: ).*?(?=\.? For full helptext)", _only_names, paragraph)
     paragraph = re.sub(r"\.? For full helptext,", ". For full helptext,", paragraph)
     listed = f" There are: {' '.join(long_options(kind))}" if "Unrecognized" in paragraph else ""
     raise Usage(f"{paragraph}.{listed}")
+
+
+def _only_names(found: re.Match[str]) -> str:
+    """Of what the parser proposes, which comes with the whole help of each."""
+    return " or ".join(dict.fromkeys(re.findall(r"--[a-z][\w.-]*", found[0])))
 
 
 CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalRequiredArgs)

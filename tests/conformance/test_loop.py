@@ -110,12 +110,21 @@ def test_a_run_killed_between_row_and_checkpoint_ends_as_if_it_had_not_been(
     assert {k: results[k] for k in same} == {k: expected[k] for k in same}
 
 
-@pytest.mark.parametrize("full_at", ["set-up", "training"])
-def test_a_full_disk_ends_the_run_and_costs_no_device_its_round(full_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk is the run's own: devices whose state it does not take have not failed, and the round is done again."""
+A_DEVICE = ("client.store", r"the state of device \d+ could not be written to .*clients .*No space left")
+THE_SERVER = ("run.parts", r"the server's state could not be written to .*server-[0-9a-f]{16}.safetensors .*No space left")
+
+
+@pytest.mark.parametrize(
+    ("of", "let"), [(A_DEVICE, 1), (A_DEVICE, 5), (THE_SERVER, 0), (THE_SERVER, 1)], ids=["set-up", "training", "start", "round"]
+)
+def test_a_full_disk_ends_the_run_and_costs_no_device_its_round(
+    of: tuple[str, str], let: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is the run's own: devices whose state it does not take have not failed, and the round is done again. Four devices have
+    written in the set-up, and the server before the first round."""
     experiment = small.experiment("ditto")
     whole = run(experiment, tmp_path / "whole", plain=True)
-    written, let = 0, 1 if full_at == "set-up" else experiment.clients + 1
+    written, (module, says) = 0, of
 
     def filling(tensors: Any, path: Path) -> None:
         nonlocal written
@@ -125,8 +134,8 @@ def test_a_full_disk_ends_the_run_and_costs_no_device_its_round(full_at: str, tm
         save_file(tensors, path)
 
     with monkeypatch.context() as disk:
-        disk.setattr("fedloom.client.store.save_file", filling)
-        with pytest.raises(DiskError, match=r"the state of device \d+ could not be written to .*clients .*No space left") as found:
+        disk.setattr(f"fedloom.{module}.save_file", filling)
+        with pytest.raises(DiskError, match=says) as found:
             run(experiment, tmp_path / "run", plain=True)
     assert written > let
     told = explain(found.value)

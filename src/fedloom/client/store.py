@@ -36,7 +36,7 @@ class StoreError(RuntimeError):
 
 
 class DiskError(StoreError):
-    """A client's state that the disk did not take."""
+    """State that the disk did not take."""
 
 
 class ClientStore:

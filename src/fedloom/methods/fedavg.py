@@ -40,7 +40,7 @@ class FedAvg:
         batch_size: examples a step.
         weight_decay: AdamW's decoupled weight decay.
         clip: limit of the gradient's 2-norm (0: none).
-        reshuffle: cut new batches in every epoch; otherwise one seeded cut per device for ever, as FibecFed has it.
+        reshuffle: cut new batches in every epoch. Without (no-reshuffle) there is one seeded cut per device for ever, as FibecFed has it.
         schedule: how the rate goes within one participation: constant, or falling to 0 along half a cosine.
         curriculum: what is trained on in which round; ``fedloom run METHOD+CURRICULUM`` chooses one.
         prox: FedProx's μ (1812.06127): (μ/2)·‖w − w_t‖² is added to the loss, w_t being where a participation starts (0: nothing).

@@ -258,7 +258,7 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
     metrics = sorted({str(result["metric"]) for result in results})
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), title=f"Test {' / '.join(metrics)}")
     table.title_justify = "left"
-    table.add_column("method", overflow="fold", min_width=8)
+    table.add_column("method", overflow="fold", min_width=len("centralised"))
     places = [(at, protocol) for at in ("final", "best") for protocol in ("personalised", "global")]
     for at, protocol in places:
         broken = {"personalised": "person-\nalised", "global": "global"}[protocol]

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fedloom.client.store import flush
+from fedloom.client.store import DiskError, flush
 from fedloom.messages import Tensors
 from fedloom.model.blocks import layer_of
 from fedloom.tensors import apart, fingerprint, nbytes
@@ -86,14 +86,22 @@ def tensors_of(parts: Iterable[Part]) -> dict[str, torch.Tensor]:
 
 
 def written(place: Path, kind: str, tensors: Tensors) -> str:
-    """The name, by its content, of the file that holds these tensors, which is written if it is not there."""
+    """The name, by its content, of the file that holds these tensors, which is written if it is not there.
+
+    Raises:
+        DiskError: it could not be written; nothing of it is left.
+    """
     tensors = apart({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     name = f"{kind}-{fingerprint(tensors)[:16]}.safetensors"
     if not (place / name).exists():
         scratch = place / f"{name}.tmp"
-        save_file(tensors, scratch)
-        flush(scratch)
-        os.replace(scratch, place / name)
+        try:
+            save_file(tensors, scratch)
+            flush(scratch)
+            os.replace(scratch, place / name)
+        except (OSError, SafetensorError) as error:
+            scratch.unlink(missing_ok=True)
+            raise DiskError(f"the server's state could not be written to {place / name} ({error})") from error
     return name
 
 
