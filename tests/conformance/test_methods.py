@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import warnings
@@ -44,6 +43,7 @@ from fedloom.run.world import World, build, store_in
 from fedloom.server.participation import uniform
 from fedloom.tensors import fingerprint
 from tests import small, tiny
+from tests.conformance.toy import OF_EVERY_TRAFFIC
 
 pytestmark = pytest.mark.no_cover
 """The same lines again for every method, kind or size: which lines are reached at all, other tests tell (conftest.py)."""
@@ -377,9 +377,9 @@ def test_a_stack_of_two_of_three_ends_at_the_same_bits(name: str) -> None:
 
 
 @pytest.mark.flower
-@pytest.mark.skipif(importlib.util.find_spec("fedloom.engines.flower") is None, reason="engines/flower.py is not there")
-@of_each
+@pytest.mark.parametrize("name", OF_EVERY_TRAFFIC)
 def test_local_and_flower_end_at_the_same_bits(name: str) -> None:
+    """Whole runs; that all methods say and hear the same over both engines is in ``test_methods_on_engines.py``."""
     assert_same_end(name, whole(name, 0), whole(name, 0, "flower"))
 
 

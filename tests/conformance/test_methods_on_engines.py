@@ -29,7 +29,7 @@ from fedloom.model.base import Model
 from fedloom.server.participation import Pool
 from fedloom.tensors import fingerprint
 from tests import tiny
-from tests.conformance.toy import same_replies
+from tests.conformance.toy import OF_EVERY_TRAFFIC, same_replies
 
 pytestmark = pytest.mark.no_cover
 """The same lines again for every method, kind or size: which lines are reached at all, other tests tell (conftest.py)."""
@@ -130,12 +130,8 @@ def test_determinism_flower_equals_local(name: str, disturbed: Callable[[Engine]
     assert (one.trained, one.predicted) == (other.trained, other.predicted)
 
 
-FAR = ("lora", "fibecfed", "federa", "fedcybgd", "ditto", "scaffold", "hetlora", "flora", "embracingfl")
-"""Methods of every kind of traffic: private parts, set-up, blocks, two asks a round, ranks that differ, bases that move."""
-
-
 @pytest.mark.flower
-@pytest.mark.parametrize("name", FAR)
+@pytest.mark.parametrize("name", OF_EVERY_TRAFFIC)
 def test_determinism_a_federation_equals_local(name: str) -> None:
     one, other = play(name, over_local, DISTURBANCES["undisturbed"]), play(name, over_federation, DISTURBANCES["undisturbed"])
     assert all(same_replies(mine, theirs) for (_, mine), (_, theirs) in zip(one.said, other.said, strict=True))
