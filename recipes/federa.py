@@ -2,7 +2,7 @@
 
     python recipes/federa.py ag_news --folder PATH/TO/SETS --jobs 2                         topics of news
     python recipes/federa.py ag_news wnut17 20newsgroups squad_v1 --folder PATH/TO/SETS     and names, long posts, answers in a context
-    python recipes/federa.py ag_news --folder PATH/TO/SETS --out runs/all --max-train 0 --max-test 0 --clients 100     the whole set
+    python recipes/federa.py ag_news --folder PATH/TO/SETS --out runs/all --max-train 0 --max-validation 0 --max-test 0     the whole set
     python recipes/federa.py ag_news --keep           put its finished runs into docs/results/federa, an archive a task
     python recipes/federa.py --page                   make the tables of docs/results.md anew from those archives (seconds)
 

@@ -2,7 +2,7 @@
 
 A table is ``fedloom compare`` with stated methods and settings on several data sets, each in its own slice. Finished runs are put into an
 archive a data set (``docs/results/NAME/TASK.zip``), and the page is made anew from these without training. What an archive holds has been
-measured and is not run again: take it away to run everything anew.
+measured and is not run again: take it away to run everything anew. Where other settings are given, nothing is taken from it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = DOCS / "results.md"
 STOPPED = (130, 143)
 """Exit codes of a comparison that was stopped: the tasks after it are not begun then."""
+BESIDE = {"--plain", "--jobs", *map(str, range(1, 65))}
+"""Words of ``fedloom compare`` that change no run."""
 FILES = ("experiment.json", "rounds.jsonl", "results.json")
 """What a finished run is known by, without its checkpoint."""
 
@@ -135,7 +137,8 @@ class Table:
             if given.keep:
                 keep(out, self.kept / f"{task}.zip")
                 continue
-            unpack(self.kept / f"{task}.zip", out)
+            if set(more) <= BESIDE:  # with other settings nothing has been measured yet
+                unpack(self.kept / f"{task}.zip", out)
             if given.folder:
                 os.chdir(given.folder)  # so that an experiment names its data alike wherever the sets are
             code = max(code, self.compare(task, alphas, out, more))

@@ -41,7 +41,7 @@ REFUSING = {"fibecfed", "hetlora", "adalora", "fedalt", "deltalora", "fedsb", "e
 NO_PAIRS = {"fedfft", "fedbf", "fedap", "fedcybgd", "fedbavg", "handover", "galore", "lisa"}
 """Another kind of adapter, of their own accord."""
 FOLLOWING = [name for name in METHODS if name not in REFUSING | NO_PAIRS | {"centralised", "fedprox"}]
-FROM_ZERO = {"flora", "slora"}
+FROM_ZERO = {"flora", "slora", "flexlora", "flasc"}
 ALL, LEAST, RANDOM = Sharing(), Sharing(0.4), Sharing(count=2, which="random")
 SHARING = ["lora", "ffa", "rolora", "fedsa", "federa", "fedopt", "fedeven", "lora-finetuned", "lora-personal-head", "lora-prior"]
 """Of which layers can stay on devices."""

@@ -272,7 +272,7 @@ def svd_experiment(name: str) -> Experiment:
 
 EXPORTED = [(name, None) for name in METHODS if name not in NO_GLOBAL | NOT_LOADABLE]
 EXPORTED += [(name, 2) for name in METHODS if name not in NO_PERSONAL_PART | NOT_LOADABLE | {"fedalt"}]
-EXPORTED += [(f"{name} from singular vectors", 2) for name in ("fibecfed", "ffa", "hetlora")]
+EXPORTED += [(f"{name} from singular vectors", 2) for name in ("fibecfed", "ffa", "rolora")]
 
 
 @pytest.mark.parametrize(("which", "client"), EXPORTED)

@@ -26,7 +26,7 @@ from fedloom.server.participation import Pool
 from tests import tiny
 
 POOL = Pool((0, 1, 2), 2, 2, 8)
-FROM_ZERO = {"flora", "slora", "fedsb", "adalora"}
+FROM_ZERO = {"flora", "slora", "fedsb", "adalora", "hetlora", "flexlora", "flasc"}
 BLOCKS = {"fedcybgd", "fedbavg"}
 """Who trains one layer a round."""
 NO_PAIRS = {"fedalt"}

@@ -27,6 +27,7 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.adapters import is_factor, need_pairs
 from fedloom.model.base import Model
+from fedloom.model.factors import need_zero_start
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import only, without
 
@@ -60,9 +61,10 @@ class Flasc:
         """Every trainable tensor is shared.
 
         Raises:
-            ValueError: no LoRA is trained.
+            ValueError: no LoRA is trained, or one that does not start at zero.
         """
         need_pairs(model.initial, self.name)
+        need_zero_start(model.initial, self.name)
         return self.inner.init(model)
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:

@@ -24,7 +24,7 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.adapters import is_factor, need_pairs, widened
 from fedloom.model.base import Model
-from fedloom.model.factors import Products, cut, need_ranks, need_room, quarters, rank_in, rank_of, refactored
+from fedloom.model.factors import Products, cut, need_ranks, need_room, need_zero_start, quarters, rank_in, rank_of, refactored
 from fedloom.server.aggregation import Average
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import without
@@ -50,9 +50,10 @@ class FlexLora:
         """Every trainable tensor is shared.
 
         Raises:
-            ValueError: no LoRA is trained, ranks that it has not, or a higher rank than a weight has.
+            ValueError: no LoRA is trained, one that does not start at zero, ranks that it has not, or a higher rank than a weight has.
         """
         need_pairs(model.initial, self.name)
+        need_zero_start(model.initial, self.name)
         need_room(model.initial, self.name)
         need_ranks(self.ranks, model.initial, self.name)
         return self.inner.init(model)

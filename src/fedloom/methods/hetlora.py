@@ -28,7 +28,7 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.adapters import is_down, is_factor, need_pairs, partner, widened
 from fedloom.model.base import Model
-from fedloom.model.factors import cut, need_ranks, products, quarters, rank_in, rank_of
+from fedloom.model.factors import cut, need_ranks, need_zero_start, products, quarters, rank_in, rank_of
 from fedloom.server.aggregation import Average
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import Mean, only, without
@@ -66,9 +66,10 @@ class HetLora:
         """Every trainable tensor is shared.
 
         Raises:
-            ValueError: no LoRA is trained, or ranks that it has not.
+            ValueError: no LoRA is trained, one that does not start at zero, or ranks that it has not.
         """
         need_pairs(model.initial, self.name)
+        need_zero_start(model.initial, self.name)
         need_ranks(self.ranks, model.initial, self.name)
         return self.inner.init(model)
 

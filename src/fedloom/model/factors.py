@@ -130,7 +130,8 @@ def drawn(like: Tensors, seed: int, *path: str | int) -> dict[str, torch.Tensor]
 
 
 def need_zero_start(names: Tensors, who: str) -> None:
-    """For methods that begin, or begin anew, at the function that the weights alone are.
+    """For methods that begin, or begin anew, at the function that the weights alone are; and for those that send a device a part of the
+    pairs, where what another start has taken out of the weights would be missing.
 
     Raises:
         ValueError: a B that is not zero.
