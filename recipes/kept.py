@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_LZMA, ZipFile, ZipInfo
@@ -32,6 +31,8 @@ STOPPED = (130, 143)
 """Exit codes of a comparison that was stopped: the tasks after it are not begun then."""
 BESIDE = {"--plain", "--jobs", *map(str, range(1, 65))}
 """Words of ``fedloom compare`` that change no run."""
+LEVEL = "level: the paired bootstrap over devices does not separate it at 95 % from the method with the highest mean"
+"""What the board calls level."""
 FILES = ("experiment.json", "rounds.jsonl", "results.json")
 """What a finished run is known by, without its checkpoint."""
 
@@ -149,55 +150,45 @@ class Table:
 
 def board(cases: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
     """Markdown: over all ``cases`` of summaries, how often each method is first or level with it in either protocol, its mean rank, its
-    upload as a share of the first method's; and where its personalised score and its device time are furthest ahead of another's."""
+    upload as a share of the first method's; and where its personalised score (metric by metric, for what they count is not the same) and
+    its device time are furthest ahead of another's."""
     rows = {method: [next(row for row in case["rows"] if row["method"] == method) for case in cases] for method in methods}
-    told = [f"**Over all {len(cases)} cells**", ""]
+    told = [f"**Over all {len(cases)} cells ({LEVEL})**", ""]
     told += ["| method | first or level, personalised | first or level, global | mean rank | rank, global | uploaded |", "|" + " --- |" * 6]
     for method, mine in rows.items():
         cells = [method]
         for protocol in PROTOCOLS:
             has = [case for case, row in zip(cases, mine, strict=True) if row["scores"]["final"][protocol]["mean"] is not None]
-            cells.append(f"{sum(method in level(case, protocol) for case in has)} of {len(has)}" if has else "-")
+            level = [case for case in has if (first := case["first"][protocol]) and method in first["level"]]
+            cells.append(f"{len(level)} of {len(has)}" if has else "-")
         for protocol in PROTOCOLS:
             rank = mean_rank([row["rank"][protocol] for row in mine])
             cells.append("-" if rank is None else f"{rank:.1f}")
         sent, most = (sum(row["costs"]["bytes_up"] for row in of) for of in (mine, rows[methods[0]]))
         told.append(f"| {' | '.join([*cells, f'{sent / most:.0%}'])} |")
+    metrics = sorted({case["metric"] for case in cases})
     lines = []
     for method, mine in rows.items():
         leads = [
-            (found, other, case["label"])
+            (found, other, case)
             for case, row in zip(cases, mine, strict=True)
             for other, by in row["over"].items()
             if (found := by["personalised"])
         ]
-        above = max(((found["margin"], other, where) for found, other, where in leads), default=None)
-        times = [(s, other, where, found) for found, other, where in leads if (s := found["time_saved"]) is not None]
+        margins = []
+        for metric in metrics:
+            among = [(found["margin"], other, case["label"]) for found, other, case in leads if case["metric"] == metric]
+            above = max(among, default=None)
+            margins.append(f"{above[0]:+.4f} ({above[1]}; {above[2]})" if above and above[0] > 0 else "-")
+        times = [(s, other, case["label"], found) for found, other, case in leads if (s := found["time_saved"]) is not None]
         saved = max(times, key=lambda one: one[:3], default=None)
         mark = "" if saved is None or saved[3].get("personalising_counted") else UNCOUNTED
-        margin = f"{above[0]:+.4f} ({above[1]}; {above[2]})" if above and above[0] > 0 else "-"
-        saving = f"{saved[0]:.0%}{mark} ({saved[1]}; {saved[2]})" if saved and saved[0] > 0 else "-"
-        lines.append([method, margin, saving])
+        lines.append([method, *margins, f"{saved[0]:.0%}{mark} ({saved[1]}; {saved[2]})" if saved and saved[0] > 0 else "-"])
+    headers = ["method", *(f"{metric} above it, personalised" for metric in metrics), "device time saved to where it ends"]
     told += ["", f"**Furthest ahead of another method{remark(lines)}**", ""]
-    told += ["| method | above it, personalised | device time saved to where it ends |", "| --- | --- | --- |"]
+    told += [f"| {' | '.join(headers)} |", "|" + " --- |" * len(headers)]
     told += [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join(told) + "\n"
-
-
-def level(case: Mapping[str, Any], protocol: str) -> set[str]:
-    """The method with the highest mean in a case, and those whose distance to it is no more than that distance's standard error over the
-    seeds, √((s₁² + s₂²)/n)."""
-    scores = {row["method"]: row["scores"]["final"][protocol] for row in case["rows"]}
-    known = {method: of for method, of in scores.items() if of["mean"] is not None}
-    if not known:
-        return set()
-    first = max(known.values(), key=lambda of: of["mean"])
-
-    def near(of: Mapping[str, Any]) -> bool:
-        error = sqrt(((of["deviation"] or 0) ** 2 + (first["deviation"] or 0) ** 2) / first["count"])
-        return first["mean"] - of["mean"] <= error
-
-    return {method for method, of in known.items() if near(of)}
 
 
 def keep(runs: Path, kept: Path) -> None:

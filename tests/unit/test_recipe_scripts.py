@@ -159,12 +159,24 @@ def test_the_board_counts_firsts_and_what_is_level_and_finds_the_furthest_leads(
         row("local", 0.61, 0.00, 2, 0, {"lora": (0.01, None), "ours": (-0.01, None)}),
         row("ours", 0.62, 0.03, 1, 50, {"lora": (0.02, 0.75), "local": (0.01, 0.1)}),
     ]
-    cases = [{"label": "a", "rows": one}, {"label": "b", "rows": other}]
-    assert kept.level(cases[0], "personalised") == {"local"}
-    assert kept.level(cases[1], "personalised") == {"lora", "local", "ours"}, "0.02 <= sqrt(2 * 0.03^2 / 3) = 0.0245"
+    third = [
+        row("lora", 0.00, 0.00, 3, 100, {"local": (-0.8, None), "ours": (-0.7, -0.5)}),
+        row("local", 0.80, 0.01, 1, 0, {"lora": (0.8, 0.2), "ours": (0.1, None)}),
+        row("ours", 0.70, 0.90, 2, 70, {"lora": (0.7, 0.3), "local": (-0.1, None)}),
+    ]
+    both = [
+        {"personalised": {"level": mine}, "global": {"level": all_}} for mine, all_ in ((["local"], ["ours"]), (["local", "ours"],) * 2)
+    ]
+    cases: list[Any] = [
+        {"label": label, "rows": rows, "metric": "accuracy", "first": first}
+        for label, rows, first in zip("ab", (one, other), both, strict=True)
+    ]
     lines = kept.board(cases, ("lora", "local", "ours")).splitlines()
+    assert lines[0] == (
+        "**Over all 2 cells (level: the paired bootstrap over devices does not separate it at 95 % from the method with the highest mean)**"
+    )
     assert lines[4:7] == [
-        "| lora | 1 of 2 | 1 of 2 | 3.0 | 3.0 | 100% |",
+        "| lora | 0 of 2 | 0 of 2 | 3.0 | 3.0 | 100% |",
         "| local | 2 of 2 | - | 1.5 | - | 0% |",
         "| ours | 1 of 2 | 2 of 2 | 1.5 | 1.5 | 60% |",
     ]
@@ -174,6 +186,14 @@ def test_the_board_counts_firsts_and_what_is_level_and_finds_the_furthest_leads(
         "| ours | +0.1000 (lora; a) | 75%† (lora; b) |",
     ]
     assert "†: without what devices train" in lines[8]
+    none = {"personalised": None, "global": {"level": ["lora"]}}
+    lines = kept.board([*cases, {"label": "c", "rows": third, "metric": "mcc", "first": none}], ("lora", "local", "ours")).splitlines()
+    assert lines[-5] == "| method | accuracy above it, personalised | mcc above it, personalised | device time saved to where it ends |"
+    assert lines[-2:] == [
+        "| local | +0.2000 (lora; a) | +0.8000 (lora; c) | 25% (lora; a) |",
+        "| ours | +0.1000 (lora; a) | +0.7000 (lora; c) | 75%† (lora; b) |",
+    ]
+    assert lines[4] == "| lora | 0 of 3 | 1 of 3 | 3.0 | 3.0 | 100% |"
 
 
 def test_there_is_one_slice_at_least() -> None:

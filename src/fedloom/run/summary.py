@@ -1,8 +1,8 @@
 """What a comparison comes to, as plain JSON (``summary.json``): every table and the page are made of it.
 
 One entry a case (a data set at one α), with one row a method: the search for its rate, its runs, scores over the seeds, ranks, the paired
-bootstrap against the reference, what it had cost when it reached the target, its lead over every other method. This module runs nothing
-and draws nothing.
+bootstrap against the reference, what it had cost when it reached the target, its lead over every other method; and who is first, and level
+with it. This module runs nothing and draws nothing.
 """
 
 from __future__ import annotations
@@ -97,7 +97,21 @@ def _case(
         others = [m for m in runs if m != row["method"]]
         row["over"] = {o: {p: _over(plan, row["method"], o, results, told, p) for p in PROTOCOLS} for o in others}
     metrics = sorted({str(r["metric"]) for of in results.values() for r in of.values()})
-    return {"data": case.data, "alpha": case.alpha, "label": plan.label(case), "metric": "/".join(metrics), "target": goals, "rows": rows}
+    told_of = {"data": case.data, "alpha": case.alpha, "label": plan.label(case), "metric": "/".join(metrics), "target": goals}
+    return {**told_of, "first": {p: _first(plan, case, rows, results, p) for p in PROTOCOLS}, "rows": rows}
+
+
+def _first(
+    plan: Plan, case: Case, rows: Sequence[Mapping[str, Any]], results: Mapping[str, Mapping[int, Result]], protocol: str
+) -> dict[str, Any] | None:
+    """The method of rank 1 (of equals the first named), the paired bootstrap of each other one against it, and ``level``: those that this
+    does not separate from it, and itself. Whom it cannot be computed of is not level. None where nothing is ranked."""
+    ranked = {row["method"]: row["rank"][protocol] for row in rows if row["rank"][protocol] is not None}
+    if not ranked:
+        return None
+    first = min(ranked, key=lambda method: ranked[method])
+    found = {m: _against(plan, case, results[m], results[first], protocol) for m in ranked if m != first}
+    return {"method": first, "against": found, "level": [m for m in ranked if m == first or ((of := found[m]) and of["high"] >= 0)]}
 
 
 def _results(ended: Mapping[str, Ended], run: Run) -> Result | None:
