@@ -167,7 +167,7 @@ def test_markdown_has_every_table_with_as_many_cells_in_each_row() -> None:
 
 def test_a_set_up_is_told_with_the_round_after_which_it_has_paid() -> None:
     told = summary(1)
-    costs = {"device_seconds": 90.0, "flops": 1.234e12, "bytes_up": 5_000_000, "bytes_down": 2_000_000}
+    costs = {"device_seconds": 90.0, "flops": 1.234e12, "bytes_up": 5_000_000, "bytes_down": 2_000_000, "seeds": 2}
     rows = told["cases"][0]["rows"]
     rows[1]["setup"] = {**costs, "paid_back": {"bytes_up": {"1": 3, "2": 3}, "device_seconds": {"1": None, "2": None}}}
     rows[2]["setup"] = {**costs, "paid_back": None}
@@ -180,7 +180,11 @@ def test_a_set_up_is_told_with_the_round_after_which_it_has_paid() -> None:
     assert (mine["setup_flops"], mine["setup_paid_back_bytes_up"]) == ("1234000000000.0", "3.0")
     assert mine["setup_paid_back_device_seconds"] == other["setup_paid_back_bytes_up"] == ""
     some = {"paid_back": {"bytes_up": {"1": 7, "2": 4, "3": 5}, "device_seconds": {"1": None, "2": 4, "3": 5}}}
-    assert (paid_text(some, "bytes_up"), paid_text(some, "device_seconds")) == ("rounds 4 to 7", "in 2 of 3 seeds")
+    for seeds, more in ((3, ""), (4, " (told by 3 of 4 seeds)")):
+        texts = [paid_text({**some, "seeds": seeds}, key) for key in ("bytes_up", "device_seconds")]
+        assert texts == [f"rounds 4 to 7{more}", f"in 2 of 3 seeds{more}"]
+    rows[1]["setup"]["seeds"] = 3
+    assert list(csv.DictReader(io.StringIO(as_csv(told))))[1]["setup_paid_back_bytes_up"] == "", "a mean over the seeds that tell is none"
 
 
 def test_a_row_that_lacks_a_seed_says_how_many_it_has() -> None:

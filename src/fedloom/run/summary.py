@@ -194,7 +194,7 @@ def _over(
 
 def _setup(known: Mapping[int, Result]) -> dict[str, Any] | None:
     """What the set-up cost in the mean over seeds (None: not told by a run of an earlier version), and after which round it had paid for
-    itself by seed (None: not within the run). None altogether where no run had a set-up."""
+    itself by seed (None: not within the run), of those of the ``seeds`` that tell it. None altogether where no run had a set-up."""
     costs = {key: [r.get(f"setup_{key}") for r in known.values()] for key in SETUP}
     if not any(any(costs[key]) for key in SETUP):
         return None
@@ -202,6 +202,7 @@ def _setup(known: Mapping[int, Result]) -> dict[str, Any] | None:
     return {
         **{key: mean(each) if None not in each else None for key, each in costs.items()},  # type: ignore[type-var]
         "paid_back": {key: {seed: back[key] for seed, back in paid.items()} for key in PAID} if paid else None,
+        "seeds": len(known),
     }
 
 

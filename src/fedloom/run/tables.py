@@ -84,14 +84,15 @@ def whole_text(row: Mapping[str, Any], key: str) -> str:
 
 
 def paid_text(setup: Mapping[str, Any], key: str) -> str:
-    """After which round the set-up had paid for itself, or in how many of the seeds it had."""
+    """After which round the set-up had paid for itself, or in how many of the seeds it had; and how many tell it, if not all do."""
     if setup["paid_back"] is None:
         return NOTHING
     each = list(setup["paid_back"][key].values())
     known = sorted(t for t in each if t is not None)
+    told = f" (told by {len(each)} of {setup['seeds']} seeds)" if len(each) < setup.get("seeds", 0) else ""
     if len(known) < len(each):
-        return "never in this run" if not known else f"in {len(known)} of {len(each)} seeds"
-    return f"round {known[0]}" if known[0] == known[-1] else f"rounds {known[0]} to {known[-1]}"
+        return ("never in this run" if not known else f"in {len(known)} of {len(each)} seeds") + told
+    return (f"round {known[0]}" if known[0] == known[-1] else f"rounds {known[0]} to {known[-1]}") + told
 
 
 def setup_row(row: Mapping[str, Any]) -> list[str]:
@@ -242,7 +243,7 @@ def as_csv(summary: Summary) -> str:
             line["setup_flops"] = setup.get("flops")
             for key in ("bytes_up", "device_seconds"):
                 paid = list(((setup.get("paid_back") or {}).get(key) or {}).values())
-                line[f"setup_paid_back_{key}"] = sum(paid) / len(paid) if paid and None not in paid else None
+                line[f"setup_paid_back_{key}"] = sum(paid) / len(paid) if len(paid) == setup.get("seeds") and None not in paid else None
             line["grid"] = " ".join(f"{t['lr']!r}:{grid_text(t) if t['diverged'] else t['validation']}" for t in row["grid"] if t["lr"])
             lines.append({key: "" if value is None else value for key, value in line.items()})
     out = io.StringIO()
