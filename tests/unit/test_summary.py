@@ -145,6 +145,33 @@ def test_a_lead_is_over_each_other_method_at_its_own_end(tmp_path: Path) -> None
     uncounted = {"personalising_counted": False}
     assert over == {"margin": pytest.approx(0.3), "time_saved": pytest.approx(1 - (95 + 5 * 20) / (95 + 10 * 20)), **uncounted}
     assert lora["over"]["local"]["personalised"] == {"margin": pytest.approx(-0.3), "time_saved": None, **uncounted}, "it never gets there"
+    saved = {p: (lora["reached"][p]["saved"], local["reached"][p]["saved"]) for p in ("personalised", "global")}
+    assert saved == dict.fromkeys(saved, (None, over["time_saved"])), "to the reference's end it is the same; the reference saves nothing"
+    lower = [row["reached"]["personalised"]["saved"] for row in rows_of(summed(tmp_path / "b", target=0.5, local=1.1))]
+    assert lower == [None, 0.0], "both have a lower target after 5 rounds"
+
+
+def test_what_was_there_before_training_saves_nothing(tmp_path: Path) -> None:
+    """local has lora's end from the start: a matter of the target, not of the method, unless its devices train before they predict."""
+    _, local = rows_of(summed(tmp_path, local=2.0))
+    found = local["reached"]["personalised"]
+    assert (found["untrained"], found["device_seconds"], found["saved"]) == (2, 95.0, None)
+    assert local["over"]["lora"]["personalised"]["time_saved"] is None
+    ended = tell_personalising(tmp_path / "b", local=2.0)
+    _, local = rows_of(summarise(PLAN, ended, lambda run: tmp_path / "b" / run.name, "lora"))
+    found = local["reached"]["personalised"]
+    assert (found["untrained"], found["saved"]) == (0, pytest.approx(1 - (95 + 75) / 295))
+    assert local["over"]["lora"]["personalised"]["time_saved"] == pytest.approx(found["saved"])
+    assert (local["reached"]["global"]["untrained"], local["reached"]["global"]["saved"]) == (2, None)
+
+
+def test_the_share_that_is_trained_is_told_where_every_run_tells_it(tmp_path: Path) -> None:
+    ended = ended_in(tmp_path)
+    for name, how in ended.items():
+        if name != "local-seed2":
+            how.results["numbers"] = {"model": 1000, "trained": 10 * how.results["seed"], "at_once": 5}  # type: ignore[index]
+    lora, local = rows_of(summarise(PLAN, ended, lambda run: tmp_path / run.name, "lora"))
+    assert (lora["trained_share"], local["trained_share"]) == (pytest.approx(0.015), None)
 
 
 def tell_personalising(out: Path, **how: Any) -> dict[str, Ended]:

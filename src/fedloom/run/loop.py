@@ -278,6 +278,8 @@ def finish(
     outcome = results_of(world, state, ledger, found)
     outcome["setup_paid_back"] = paid_back(world, ledger.fleet, ledger.totals, ledger.rows())
     outcome["device_state"] = held(world, store)
+    sizes = sizes_of(world.model, world.experiment.method)
+    outcome["numbers"] = {"model": sizes.model, "trained": sizes.trained, "at_once": sizes.at_once}
     outcome["devices"] = world.fleet.as_json(world.pool.clients)
     outcome["notes"] += notes
     assembled = world.experiment.method.assembled(state)

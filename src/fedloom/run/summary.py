@@ -87,6 +87,7 @@ def _case(
                 "over": {},
                 "setup": _setup(known),
                 "costs": {key: mean(r[key] for r in known.values()) if known else None for key in COSTS} | _personalising(known),
+                "trained_share": _trained(known),
             }
         )
     for p in PROTOCOLS:  # a mean over fewer seeds is not ranked among the others
@@ -94,6 +95,9 @@ def _case(
         for row, rank in zip(rows, statistics.ranks(whole), strict=True):
             row["rank"][p] = rank
     for row in rows:
+        for p, found in row["reached"].items():
+            if found is not None and row["method"] != reference:
+                found["saved"] = _saved_to_target(found, _row({"rows": rows}, reference)["reached"][p])
         others = [m for m in runs if m != row["method"]]
         row["over"] = {o: {p: _over(plan, row["method"], o, results, told, p) for p in PROTOCOLS} for o in others}
     metrics = sorted({str(r["metric"]) for of in results.values() for r in of.values()})
@@ -172,8 +176,8 @@ def _over(
     protocol: str,
 ) -> dict[str, Any] | None:
     """How much higher ``method`` ends than ``other``, and the share of the other's device time to its own end that it saves on the way
-    there (None where a seed does not get there), and whether what devices train before they predict is in both times; None where a seed of
-    either is missing, or either has no such model."""
+    there (None where a seed does not get there, or was there before anything was trained), and whether what devices train before they
+    predict is in both times; None where a seed of either is missing, or either has no such model."""
     mine, theirs = results[method], results[other]
     if not mine.keys() == theirs.keys() == set(plan.seeds):
         return None
@@ -187,9 +191,14 @@ def _over(
     times = [targets.mean_cost(costs) for costs in each]
     return {
         "margin": mean(mine[seed]["final"][protocol] - end for seed, end in ends.items()),
-        "time_saved": 1 - times[0][0] / times[1][0] if times[0] and times[1] and times[1][0] else None,
+        "time_saved": _saved(*(of[0] if of else None for of in times)) if not any(cost.untrained for cost in each[0] if cost) else None,
         "personalising_counted": all(cost is None or cost.personalising is not None for costs in each for cost in costs),
     }
+
+
+def _saved(mine: float | None, theirs: float | None) -> float | None:
+    """The share of another's device time that is saved."""
+    return 1 - mine / theirs if mine is not None and theirs else None
 
 
 def _setup(known: Mapping[int, Result]) -> dict[str, Any] | None:
@@ -212,6 +221,12 @@ def _personalising(known: Mapping[int, Result]) -> dict[str, float | None]:
     return {f"personalising_{key}": _mean_or_none([one.get(key) for one in each]) for key in ("flops", "device_seconds")}
 
 
+def _trained(known: Mapping[int, Result]) -> float | None:
+    """The share of the model's numbers that is trained, the head included; None where a run does not tell it."""
+    told = [r.get("numbers") for r in known.values()]
+    return _mean_or_none([of["trained"] / of["model"] if of else None for of in told])
+
+
 def _goals(plan: Plan, reference: Mapping[int, Result], protocol: str, target: float | None) -> dict[str, float | None]:
     """The target by seed."""
     if target is not None:
@@ -222,7 +237,8 @@ def _goals(plan: Plan, reference: Mapping[int, Result], protocol: str, target: f
 def _reached(
     results: Mapping[int, Result], tells: Mapping[int, Sequence[Mapping[str, Any]]], protocol: str, goals: Mapping[str, float | None]
 ) -> dict[str, Any] | None:
-    """When the target was first reached, by seed and in the mean; None where there is nothing to reach or nothing that could."""
+    """When the target was first reached, by seed and in the mean, and in how many seeds before anything was trained; None where there is
+    nothing to reach or nothing that could."""
     able = [s for s, r in results.items() if r["final"][protocol] is not None and goals[str(s)] is not None]
     if not able:
         return None
@@ -233,9 +249,19 @@ def _reached(
         "bytes_up": together[1] if together else None,
         "personalising": _mean_or_none([cost.personalising for cost in each.values() if cost]) if together else None,
         "reached": sum(cost is not None for cost in each.values()),
+        "untrained": sum(cost is not None and cost.untrained for cost in each.values()),
+        "saved": None,
         "seeds": len(each),
         "each": {seed: asdict(cost) if cost else None for seed, cost in each.items()},
     }
+
+
+def _saved_to_target(mine: Mapping[str, Any], reference: Mapping[str, Any] | None) -> float | None:
+    """The share of the reference's device time to the same target that is saved; None where either has a seed that does not get there, or
+    was there before anything was trained."""
+    if reference is None or mine["untrained"] or reference["untrained"]:
+        return None
+    return _saved(mine["device_seconds"], reference["device_seconds"])
 
 
 def _mean_or_none(each: Sequence[float | None]) -> float | None:
