@@ -21,6 +21,8 @@ from zipfile import ZIP_LZMA, ZipFile, ZipInfo
 
 from fedloom.cli import main
 from fedloom.run.checkpoint import write_atomically
+from fedloom.run.loop import DIVERGED
+from fedloom.run.reading import full_name
 from fedloom.run.statistics import mean_rank
 from fedloom.run.summary import PROTOCOLS
 from fedloom.run.tables import UNCOUNTED, remark
@@ -33,8 +35,8 @@ BESIDE = {"--plain", "--jobs", *map(str, range(1, 65))}
 """Words of ``fedloom compare`` that change no run."""
 LEVEL = "level: the paired bootstrap over devices does not separate it at 95 % from the method with the highest mean"
 """What the board calls level."""
-FILES = ("experiment.json", "rounds.jsonl", "results.json")
-"""What a finished run is known by, without its checkpoint."""
+FILES = ("experiment.json", "rounds.jsonl", "results.json", DIVERGED)
+"""What a run that has ended is known by, without its checkpoint; one that diverged has no results, any other no ``diverged.json``."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,18 @@ class Table:
         return main(["compare", *self.methods, "--data", data, *grid, *self.options(task).split(), "--out", str(out), *more])
 
     def measured(self, runs: Path) -> tuple[str, ...]:
-        """The α with as many finished runs as the grid asks for: those of the search, and one for each further seed."""
-        found = [json.loads(path.read_text(encoding="utf-8"))["experiment"] for path in runs.glob("*/results.json")]
-        due = len(self.methods) * (len(self.rates) + len(self.seeds) - 1)
-        return tuple(a for a in self.alphas if sum(e["alpha"] == float(a) for e in found) >= due)
+        """The α of which every method has all runs that the grid asks for, with results or diverged: those of the search, which is the
+        first seed's, and one for each further seed, if any of the search has results."""
+        found = {place: json.loads((place / "experiment.json").read_text(encoding="utf-8")) for place in ended(runs)}
+        first, *others = map(int, self.seeds)
+
+        def whole(alpha: str, method: str) -> bool:
+            mine = [(place, e) for place, e in found.items() if (e["alpha"], full_name(e["method"])) == (float(alpha), method)]
+            tried, known = [place for place, e in mine if e["seed"] == first], {e["seed"] for _, e in mine}
+            learnt = any((place / "results.json").exists() for place in tried)
+            return len(tried) >= len(self.rates) and (not learnt or known >= set(others))
+
+        return tuple(alpha for alpha in self.alphas if all(whole(alpha, method) for method in self.methods))
 
     def write(self, tables: Mapping[str, str]) -> None:
         """Put each task's tables, and what is told of all (``overall``), between its two marks on the page.
@@ -102,7 +112,7 @@ class Table:
 
     def paged(self) -> int:
         """The tables of every archived task; nothing is trained. The exit code."""
-        tables, cases, code = {}, [], 0
+        tables, cases, seconds, code = {}, [], {}, 0
         with tempfile.TemporaryDirectory() as scratch:
             for kept in sorted(self.kept.glob("*.zip")):
                 out = Path(scratch) / kept.stem
@@ -113,8 +123,12 @@ class Table:
                     continue
                 code = max(code, self.compare(kept.stem, alphas, out, ["--plain"]))
                 tables[kept.stem] = (out / "comparison.md").read_text(encoding="utf-8")
-                cases += json.loads((out / "summary.json").read_text(encoding="utf-8"))["cases"]
-        self.write({**tables, "overall": board(cases, self.methods)} if cases else tables)
+                mine = json.loads((out / "summary.json").read_text(encoding="utf-8"))["cases"]
+                results = [json.loads(path.read_text(encoding="utf-8")) for path in out.glob("*/results.json")]
+                seconds |= {of["label"]: sum(r["host_seconds"] for r in results if r["experiment"]["alpha"] == of["alpha"]) for of in mine}
+                cases += mine
+        whole = f"{board(cases, self.methods)}\n{took(seconds, len(self.shapes) * len(self.alphas))}" if cases else ""
+        self.write({**tables, "overall": whole} if cases else tables)
         print(f"written: {self.page} ({', '.join(tables) or 'nothing'})")
         return code
 
@@ -191,19 +205,36 @@ def board(cases: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
     return "\n".join(told) + "\n"
 
 
+def took(seconds: Mapping[str, float], cells: int) -> str:
+    """Markdown: the host time of all runs of each cell, those of the search included, and together, of so many ``cells`` of the table."""
+    each = ", ".join(f"{label}: {of / 3600:.1f} h" for label, of in seconds.items())
+    all_in_all = sum(seconds.values())
+    return (
+        f"Host time of all runs of a cell, its searches included, with whatever else the machine did meanwhile: {each}. Together "
+        f"{all_in_all / 3600:.1f} h ({all_in_all:,.0f} s) for {len(seconds)} of the table's {cells} cells.\n"
+    )
+
+
+def ended(runs: Path) -> list[Path]:
+    """The folders of the runs that have ended, with results or because they diverged, in order of names."""
+    return sorted({path.parent for file in ("results.json", DIVERGED) for path in runs.glob(f"*/{file}")})
+
+
 def keep(runs: Path, kept: Path) -> None:
-    """Put every finished run's files into the archive ``kept``, those that it has already included, in order of names. A name tells α."""
+    """Put the files of every run that has ended into the archive ``kept``, those that it has already included, in order of names. A name
+    tells α."""
     unpack(kept, runs)
     found = {}
-    for results in sorted(runs.glob("*/results.json")):
-        alpha = f"alpha{json.loads(results.read_text(encoding='utf-8'))['experiment']['alpha']!r}-"
-        found[f"{alpha}{results.parent.name.removeprefix(alpha)}"] = results.parent
+    for run in ended(runs):
+        alpha = f"alpha{json.loads((run / 'experiment.json').read_text(encoding='utf-8'))['alpha']!r}-"
+        found[f"{alpha}{run.name.removeprefix(alpha)}"] = run
     kept.parent.mkdir(parents=True, exist_ok=True)
     scratch = kept.with_suffix(".tmp")
     with ZipFile(scratch, "w", ZIP_LZMA) as archive:
         for name, run in sorted(found.items()):
             for file in FILES:
-                archive.writestr(ZipInfo(f"{name}/{file}"), (run / file).read_bytes(), ZIP_LZMA)
+                if (run / file).exists():
+                    archive.writestr(ZipInfo(f"{name}/{file}"), (run / file).read_bytes(), ZIP_LZMA)
     os.replace(scratch, kept)
 
 
@@ -225,4 +256,5 @@ def unpack(kept: Path, runs: Path) -> None:
             if not (runs / run / "results.json").exists():
                 (runs / run).mkdir(parents=True, exist_ok=True)
                 for file in FILES:
-                    (runs / run / file).write_bytes(archive.read(f"{run}/{file}"))
+                    if f"{run}/{file}" in names:
+                        (runs / run / file).write_bytes(archive.read(f"{run}/{file}"))
