@@ -169,7 +169,7 @@ def test_what_earlier_runs_do_not_tell_of_personalising_is_marked_and_never_a_ze
     mine["over"]["lora"]["personalised"]["personalising_counted"] = False
     title, _, cells = leads(told)
     assert title.endswith("where the other method ends (†: without what devices train before they predict, which these runs do not tell)")
-    assert [line[2:] for line in cells] == [["+0.3000 (local)", "50% (local)"], ["+0.2000 (lora)", "40%† (lora)"], ["-", "-"]]
+    assert [line[2:4] for line in cells] == [["+0.3000 (local)", "50% (local)"], ["+0.2000 (lora)", "40%† (lora)"], ["-", "-"]]
 
 
 def test_the_largest_leads_name_whom() -> None:
@@ -179,11 +179,15 @@ def test_the_largest_leads_name_whom() -> None:
     rows[1]["over"], rows[0]["over"] = over, {"my_method": lead(-0.2, -0.5), "local": {"personalised": None, "global": None}}
     _, headers, cells = leads(told)
     assert cells == [
-        ["r_te, α = 0.1", "lora", "-", "-"],
-        ["r_te, α = 0.1", "my_method", "+0.3000 (local)", "40% (lora)"],
-        ["r_te, α = 0.1", "local", "-", "-"],
+        ["r_te, α = 0.1", "lora", "-", "-", "+9.0000 (my_method)", "90% (my_method)"],
+        ["r_te, α = 0.1", "my_method", "+0.3000 (local)", "40% (lora)", "+9.0000 (lora)", "90% (lora)"],
+        ["r_te, α = 0.1", "local", "-", "-", "-", "-"],
     ]
-    assert len(headers) == 4
+    assert headers[2:] == ("personalised above (whom)", "personalised: device time saved (whom)", *headers[4:]) and len(headers) == 6
+    for row in rows:
+        row["over"] = {other: {**found, "global": None} for other, found in row["over"].items()}
+    _, headers, cells = leads(told)
+    assert len(headers) == 4 and cells[1][2:] == ["+0.3000 (local)", "40% (lora)"], "without global models no column of theirs"
 
 
 def test_markdown_has_every_table_with_as_many_cells_in_each_row() -> None:

@@ -282,20 +282,29 @@ def as_csv(summary: Summary) -> str:
 
 
 def leads(summary: Summary) -> tuple[str, Sequence[str], Cells]:
-    """(title, headers, rows): whom each method leads by most, in score and in device time to where the other ends; personalised."""
-    rows = []
-    for case in summary["cases"]:
-        for row in case["rows"]:
-            over = {other: found["personalised"] for other, found in row["over"].items() if found["personalised"]}
-            cells = []
-            for key, form in (("margin", "+.4f"), ("time_saved", ".0%")):
-                known = {other: found[key] for other, found in over.items() if found[key] is not None and found[key] > 0}
-                best = max(known, key=lambda other: known[other], default=None)
-                mark = "" if best is None or key == "margin" or over[best].get("personalising_counted") else UNCOUNTED
-                cells.append(NOTHING if best is None else f"{known[best]:{form}}{mark} ({best})")
-            rows.append([case["label"], row["method"], *cells])
-    title = f"Largest leads: personalised score, and device time to where the other method ends{remark(rows)}"
-    return title, ("", "method", "score above (whom)", "device time saved (whom)"), rows
+    """(title, headers, rows): whom each method leads by most, in score and in device time to where the other ends; of the global model too
+    where any method has one that another's can be set against."""
+    every = [row for case in summary["cases"] for row in case["rows"]]
+    shown = [p for p in PROTOCOLS if p == "personalised" or any(found[p] for row in every for found in row["over"].values())]
+    rows = [
+        [case["label"], row["method"], *(text for p in shown for text in lead_texts(row, p))]
+        for case in summary["cases"]
+        for row in case["rows"]
+    ]
+    title = f"Largest leads: score, and device time to where the other method ends{remark(rows)}"
+    return title, ("", "method", *(text for p in shown for text in (f"{p} above (whom)", f"{p}: device time saved (whom)"))), rows
+
+
+def lead_texts(row: Mapping[str, Any], protocol: str) -> list[str]:
+    """A method's largest margin and its largest saving, each with over whom."""
+    over = {other: found[protocol] for other, found in row["over"].items() if found[protocol]}
+    cells = []
+    for key, form in (("margin", "+.4f"), ("time_saved", ".0%")):
+        known = {other: found[key] for other, found in over.items() if found[key] is not None and found[key] > 0}
+        best = max(known, key=lambda other: known[other], default=None)
+        mark = "" if best is None or key == "margin" or over[best].get("personalising_counted") else UNCOUNTED
+        cells.append(NOTHING if best is None else f"{known[best]:{form}}{mark} ({best})")
+    return cells
 
 
 def as_markdown(summary: Summary) -> str:
