@@ -140,6 +140,8 @@ def test_what_the_start_had_reached_is_no_achievement_and_marked() -> None:
     title, _, rows = terminal(told)[2]
     assert rows[:2] == [["lora", "before training", "before training", "-"], ["my_method", "1 min 15 s†‡", "2.0 MB‡", "-"]]
     assert title.endswith("which these runs do not tell; ‡: in some seeds before training)")
+    lora["reached"]["personalised"]["personalising"] = None
+    assert terminal(told)[2][2][0][1:3] == ["before training†", "before training"], "devices may have trained before they predicted"
 
 
 def test_what_earlier_runs_do_not_tell_of_personalising_is_marked_and_never_a_zero() -> None:

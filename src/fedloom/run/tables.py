@@ -54,11 +54,10 @@ def reached_text(found: Mapping[str, Any] | None, key: str) -> str:
     if found is None:
         return NOTHING
     if found[key] is not None:
-        at_start = found.get("untrained", 0)
+        at_start, mark = found.get("untrained", 0), UNCOUNTED if key == "device_seconds" and found.get("personalising") is None else ""
         if at_start == found["seeds"]:
-            return "before training"
-        marks = (UNCOUNTED if key == "device_seconds" and found.get("personalising") is None else "") + (AT_START if at_start else "")
-        return (human_seconds if key == "device_seconds" else human_bytes)(found[key]) + marks
+            return f"before training{mark}"
+        return (human_seconds if key == "device_seconds" else human_bytes)(found[key]) + mark + (AT_START if at_start else "")
     return "not reached" if not found["reached"] else f"{found['reached']} of {found['seeds']} seeds"
 
 
