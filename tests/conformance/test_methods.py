@@ -131,6 +131,9 @@ def test_it_runs_and_tells_what_the_run_folder_promises(name: str) -> None:
     folder, results = whole(name)
     assert json.loads((folder / "results.json").read_text()) == results
     assert set(results) == RESULT_KEYS
+    numbers = results["numbers"]
+    assert 0 < numbers["at_once"] <= numbers["trained"] <= numbers["model"]
+    assert (numbers["at_once"] < numbers["trained"]) == (name in {"fedcybgd", "fedbavg"}), "a block and the head, or everything"
     assert (results["method"], results["rounds"], results["seed"], results["metric"]) == (name, ROUNDS, 5, "accuracy")
     for which in ("final", "best"):
         assert set(results[which]) == {"round", "personalised", "global", "loss", "personalising"}
