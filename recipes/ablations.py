@@ -4,11 +4,13 @@
     python recipes/ablations.py pacing layers --jobs 2       several, one after the other
     python recipes/ablations.py devices --seeds 1            from 20 to 1,000 devices
     python recipes/ablations.py model --model FOLDER         MiniLM and another model: a folder or a name, as for fedloom run
+    python recipes/ablations.py head --model FOLDER          a new head and the pre-trained one, of a masked or causal language model
+    python recipes/ablations.py parts --data FOLDER          on another data set than TREC
     python recipes/ablations.py --list                       what there is
 
 Each makes a folder under --out with the tables and the report of a comparison (comparison.md, report.html). The learning rate is the one
-that the core table's search found for FibecFed and MiniLM on TREC (docs/results.md); it is not searched again, so another model may want
-another: --lr. Stop it and run it again: finished runs are used as they are.
+that the core table's search found for FibecFed and MiniLM on TREC (docs/results.md); it is not searched again, so another model or data
+set may want another: --lr. Stop it and run it again: finished runs are used as they are.
 """
 
 from __future__ import annotations
@@ -73,24 +75,29 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "devices": {f"devices-{n}": {"clients": n, "max_train": 0} for n in (20, 50, 100, 200, 500, 1000)},
     "cohort": {f"cohort-{n}": {"cohort": n} for n in (5, 10, 20, 50)},
     "model": {"model-minilm": {"model": "minilm"}},
+    "head": {"head-linear": {"head": "linear"}, "head-cloze": {"head": "cloze"}},
 }
-"""By name, what is changed for all methods, a comparison for each. Of models there is one more, which is given."""
+"""By name, what is changed for all methods, a comparison for each. Of models there is one more, which is given; it has both heads."""
+OF_A_MODEL = ("model", "head")
+"""Settings that need one given."""
 
 
 def settings(model: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """What is changed for all methods where ``model`` (a folder or a name; "": none) is set beside MiniLM."""
-    other = {f"model-{Path(model).name}": {"model": model}} if model else {}
-    return {**SETTINGS, "model": {**SETTINGS["model"], **other}}
+    """What is changed for all methods where ``model`` (a folder or a name; "": none) is set beside MiniLM, and read by either head."""
+    other = {"model": model} if model else {}
+    heads = {value: {**change, **other} for value, change in SETTINGS["head"].items()}
+    return {**SETTINGS, "model": {**SETTINGS["model"], **({f"model-{Path(model).name}": other} if model else {})}, "head": heads}
 
 
 def main() -> int:
     """Run what was asked for; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to vary: {', '.join([*VARIANTS, *SETTINGS])}")
+    parser.add_argument("--data", default=SHAPE.data, help=f"the data set, as for fedloom run (default: {SHAPE.data})")
     parser.add_argument("--alpha", type=float, default=0.1, help="label skew, where it is not varied (default: 0.1)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--lr", type=float, default=8e-3)
-    parser.add_argument("--model", default="", help="the model, a folder or a name, that 'model' sets beside MiniLM")
+    parser.add_argument("--model", default="", help="the model, a folder or a name, of 'model' and 'head'")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--list", action="store_true", help="say what there is")
@@ -99,16 +106,16 @@ def main() -> int:
         for name, make in VARIANTS.items():
             print(f"{name}: {', '.join(make())}")
         for name, values in SETTINGS.items():
-            more = " and that of --model" if name == "model" else ""
+            more = {"model": " and that of --model", "head": " of the model of --model"}.get(name, "")
             print(f"{name}: lora and fibecfed at {', '.join(values)}{more}")
         return 0
     unknown = [name for name in given.names if name not in {*VARIANTS, *SETTINGS}]
     if unknown or not given.names:
         parser.error(f"{f'there is no {unknown[0]}' if unknown else 'nothing is named'}; there are {', '.join([*VARIANTS, *SETTINGS])}")
-    if bool(given.model) != ("model" in given.names):
-        parser.error("'model' compares MiniLM with another model: model --model FOLDER")
+    if bool(given.model) != any(name in given.names for name in OF_A_MODEL):
+        parser.error("'model' compares MiniLM with another model, 'head' that model's own head with a new one: model head --model FOLDER")
     changes, failed = settings(given.model), 0
-    if given.model and len(changes["model"]) < 2:
+    if "model" in given.names and len(changes["model"]) < 2:
         parser.error(f"--model {given.model} is called as the one that it is set beside; give another")
     for name in given.names:
         if name in VARIANTS:
@@ -116,7 +123,7 @@ def main() -> int:
         else:
             todo = {f"{name}/{value}": ({"lora": FedAvg(), "fibecfed": WHOLE}, change) for value, change in changes[name].items()}
         for where, (methods, change) in todo.items():
-            base = replace(SHAPE, **{"alpha": given.alpha, **change})
+            base = replace(SHAPE, **{"data": given.data, "alpha": given.alpha, **change})
             plan = Plan(base, methods, (base.data,), (base.alpha,), tuple(given.seeds), (given.lr,))
             reference = "lora" if "lora" in methods else "fibecfed"
             ended = compare(plan, given.out / where, given.jobs, reference=reference)

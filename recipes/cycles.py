@@ -86,6 +86,8 @@ GROUPS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
 }
 """By name: methods, what differs from the base, and how many turns' worth of examples a round is."""
 
+FEWER = "‡"
+"""Behind a loss at FedCyBGD's bytes of a method that never sent as many."""
 PLACES = ("centre", "one-client")
 """Groups that hold all data in one place: what passes there is no federation's traffic."""
 
@@ -102,6 +104,7 @@ def table(folder: Path, groups: Collection[str]) -> str:
     lines = ["| method | lr | " + " | ".join(f"{t / CLIENTS:.2g} cycles" for t in TOLD) + " | up, MB | down, MB | at FedCyBGD's bytes |"]
     lines += ["|" + " --- |" * (5 + len(TOLD))]
     budgets: list[float] = []
+    ended_before = False
     for group in groups:
         worth = GROUPS[group][2]
         (case,) = json.loads((folder / group / "summary.json").read_text(encoding="utf-8"))["cases"]
@@ -111,8 +114,14 @@ def table(folder: Path, groups: Collection[str]) -> str:
             losses = [_told([_after(rows, turns / worth) for rows in runs]) for turns in TOLD]
             moved = [mean(sum(r[key] for r in rows) for rows in runs) / 1e6 for key in ("bytes_up", "bytes_down")]
             within = [_within(rows, budget) for rows, budget in zip(runs, budgets, strict=True)]
-            travelled = ["-"] * 3 if group in PLACES else [f"{moved[0]:.1f}", f"{moved[1]:.1f}", _told(within)]
+            fewer = group not in PLACES and any(sum(map(_bytes, rows)) < budget for rows, budget in zip(runs, budgets, strict=True))
+            ended_before |= fewer
+            at_bytes = f"{_told(within)}{FEWER if fewer else ''}"
+            travelled = ["-"] * 3 if group in PLACES else [f"{moved[0]:.1f}", f"{moved[1]:.1f}", at_bytes]
             lines.append(f"| {row['method']} | {row['lr']:g} | {' | '.join([*losses, *travelled])} |")
+    lines += (
+        ["", f"{FEWER}: the whole run, or that of some seeds, sent fewer bytes; then it is the loss at its end."] if ended_before else []
+    )
     return "\n".join(lines) + "\n"
 
 

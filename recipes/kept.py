@@ -15,13 +15,14 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
 from typing import Any
 from zipfile import ZIP_LZMA, ZipFile, ZipInfo
 
 from fedloom.cli import main
 from fedloom.run.checkpoint import write_atomically
+from fedloom.run.loop import DIVERGED
+from fedloom.run.reading import full_name
 from fedloom.run.statistics import mean_rank
 from fedloom.run.summary import PROTOCOLS
 from fedloom.run.tables import UNCOUNTED, remark
@@ -32,8 +33,10 @@ STOPPED = (130, 143)
 """Exit codes of a comparison that was stopped: the tasks after it are not begun then."""
 BESIDE = {"--plain", "--jobs", *map(str, range(1, 65))}
 """Words of ``fedloom compare`` that change no run."""
-FILES = ("experiment.json", "rounds.jsonl", "results.json")
-"""What a finished run is known by, without its checkpoint."""
+LEVEL = "level: the paired bootstrap over devices does not separate it at 95 % from the method with the highest mean"
+"""What the board calls level."""
+FILES = ("experiment.json", "rounds.jsonl", "results.json", DIVERGED)
+"""What a run that has ended is known by, without its checkpoint; one that diverged has no results, any other no ``diverged.json``."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,18 @@ class Table:
         return main(["compare", *self.methods, "--data", data, *grid, *self.options(task).split(), "--out", str(out), *more])
 
     def measured(self, runs: Path) -> tuple[str, ...]:
-        """The α with as many finished runs as the grid asks for: those of the search, and one for each further seed."""
-        found = [json.loads(path.read_text(encoding="utf-8"))["experiment"] for path in runs.glob("*/results.json")]
-        due = len(self.methods) * (len(self.rates) + len(self.seeds) - 1)
-        return tuple(a for a in self.alphas if sum(e["alpha"] == float(a) for e in found) >= due)
+        """The α of which every method has all runs that the grid asks for, with results or diverged: those of the search, which is the
+        first seed's, and one for each further seed, if any of the search has results."""
+        found = {place: json.loads((place / "experiment.json").read_text(encoding="utf-8")) for place in ended(runs)}
+        first, *others = map(int, self.seeds)
+
+        def whole(alpha: str, method: str) -> bool:
+            mine = [(place, e) for place, e in found.items() if (e["alpha"], full_name(e["method"])) == (float(alpha), method)]
+            tried, known = [place for place, e in mine if e["seed"] == first], {e["seed"] for _, e in mine}
+            learnt = any((place / "results.json").exists() for place in tried)
+            return len(tried) >= len(self.rates) and (not learnt or known >= set(others))
+
+        return tuple(alpha for alpha in self.alphas if all(whole(alpha, method) for method in self.methods))
 
     def write(self, tables: Mapping[str, str]) -> None:
         """Put each task's tables, and what is told of all (``overall``), between its two marks on the page.
@@ -101,7 +112,7 @@ class Table:
 
     def paged(self) -> int:
         """The tables of every archived task; nothing is trained. The exit code."""
-        tables, cases, code = {}, [], 0
+        tables, cases, seconds, code = {}, [], {}, 0
         with tempfile.TemporaryDirectory() as scratch:
             for kept in sorted(self.kept.glob("*.zip")):
                 out = Path(scratch) / kept.stem
@@ -112,8 +123,12 @@ class Table:
                     continue
                 code = max(code, self.compare(kept.stem, alphas, out, ["--plain"]))
                 tables[kept.stem] = (out / "comparison.md").read_text(encoding="utf-8")
-                cases += json.loads((out / "summary.json").read_text(encoding="utf-8"))["cases"]
-        self.write({**tables, "overall": board(cases, self.methods)} if cases else tables)
+                mine = json.loads((out / "summary.json").read_text(encoding="utf-8"))["cases"]
+                results = [json.loads(path.read_text(encoding="utf-8")) for path in out.glob("*/results.json")]
+                seconds |= {of["label"]: sum(r["host_seconds"] for r in results if r["experiment"]["alpha"] == of["alpha"]) for of in mine}
+                cases += mine
+        whole = f"{board(cases, self.methods)}\n{took(seconds, len(self.shapes) * len(self.alphas))}" if cases else ""
+        self.write({**tables, "overall": whole} if cases else tables)
         print(f"written: {self.page} ({', '.join(tables) or 'nothing'})")
         return code
 
@@ -149,70 +164,77 @@ class Table:
 
 def board(cases: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
     """Markdown: over all ``cases`` of summaries, how often each method is first or level with it in either protocol, its mean rank, its
-    upload as a share of the first method's; and where its personalised score and its device time are furthest ahead of another's."""
+    upload as a share of the first method's; and where its personalised score (metric by metric, for what they count is not the same) and
+    its device time are furthest ahead of another's."""
     rows = {method: [next(row for row in case["rows"] if row["method"] == method) for case in cases] for method in methods}
-    told = [f"**Over all {len(cases)} cells**", ""]
+    told = [f"**Over all {len(cases)} cells ({LEVEL})**", ""]
     told += ["| method | first or level, personalised | first or level, global | mean rank | rank, global | uploaded |", "|" + " --- |" * 6]
     for method, mine in rows.items():
         cells = [method]
         for protocol in PROTOCOLS:
             has = [case for case, row in zip(cases, mine, strict=True) if row["scores"]["final"][protocol]["mean"] is not None]
-            cells.append(f"{sum(method in level(case, protocol) for case in has)} of {len(has)}" if has else "-")
+            level = [case for case in has if (first := case["first"][protocol]) and method in first["level"]]
+            cells.append(f"{len(level)} of {len(has)}" if has else "-")
         for protocol in PROTOCOLS:
             rank = mean_rank([row["rank"][protocol] for row in mine])
             cells.append("-" if rank is None else f"{rank:.1f}")
         sent, most = (sum(row["costs"]["bytes_up"] for row in of) for of in (mine, rows[methods[0]]))
         told.append(f"| {' | '.join([*cells, f'{sent / most:.0%}'])} |")
+    metrics = sorted({case["metric"] for case in cases})
     lines = []
     for method, mine in rows.items():
         leads = [
-            (found, other, case["label"])
+            (found, other, case)
             for case, row in zip(cases, mine, strict=True)
             for other, by in row["over"].items()
             if (found := by["personalised"])
         ]
-        above = max(((found["margin"], other, where) for found, other, where in leads), default=None)
-        times = [(s, other, where, found) for found, other, where in leads if (s := found["time_saved"]) is not None]
+        margins = []
+        for metric in metrics:
+            among = [(found["margin"], other, case["label"]) for found, other, case in leads if case["metric"] == metric]
+            above = max(among, default=None)
+            margins.append(f"{above[0]:+.4f} ({above[1]}; {above[2]})" if above and above[0] > 0 else "-")
+        times = [(s, other, case["label"], found) for found, other, case in leads if (s := found["time_saved"]) is not None]
         saved = max(times, key=lambda one: one[:3], default=None)
         mark = "" if saved is None or saved[3].get("personalising_counted") else UNCOUNTED
-        margin = f"{above[0]:+.4f} ({above[1]}; {above[2]})" if above and above[0] > 0 else "-"
-        saving = f"{saved[0]:.0%}{mark} ({saved[1]}; {saved[2]})" if saved and saved[0] > 0 else "-"
-        lines.append([method, margin, saving])
+        lines.append([method, *margins, f"{saved[0]:.0%}{mark} ({saved[1]}; {saved[2]})" if saved and saved[0] > 0 else "-"])
+    headers = ["method", *(f"{metric} above it, personalised" for metric in metrics), "device time saved to where it ends"]
     told += ["", f"**Furthest ahead of another method{remark(lines)}**", ""]
-    told += ["| method | above it, personalised | device time saved to where it ends |", "| --- | --- | --- |"]
+    told += [f"| {' | '.join(headers)} |", "|" + " --- |" * len(headers)]
     told += [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join(told) + "\n"
 
 
-def level(case: Mapping[str, Any], protocol: str) -> set[str]:
-    """The method with the highest mean in a case, and those whose distance to it is no more than that distance's standard error over the
-    seeds, √((s₁² + s₂²)/n)."""
-    scores = {row["method"]: row["scores"]["final"][protocol] for row in case["rows"]}
-    known = {method: of for method, of in scores.items() if of["mean"] is not None}
-    if not known:
-        return set()
-    first = max(known.values(), key=lambda of: of["mean"])
+def took(seconds: Mapping[str, float], cells: int) -> str:
+    """Markdown: the host time of all runs of each cell, those of the search included, and together, of so many ``cells`` of the table."""
+    each = ", ".join(f"{label}: {of / 3600:.1f} h" for label, of in seconds.items())
+    all_in_all = sum(seconds.values())
+    return (
+        f"Host time of all runs of a cell, its searches included, with whatever else the machine did meanwhile: {each}. Together "
+        f"{all_in_all / 3600:.1f} h ({all_in_all:,.0f} s) for {len(seconds)} of the table's {cells} cells.\n"
+    )
 
-    def near(of: Mapping[str, Any]) -> bool:
-        error = sqrt(((of["deviation"] or 0) ** 2 + (first["deviation"] or 0) ** 2) / first["count"])
-        return first["mean"] - of["mean"] <= error
 
-    return {method for method, of in known.items() if near(of)}
+def ended(runs: Path) -> list[Path]:
+    """The folders of the runs that have ended, with results or because they diverged, in order of names."""
+    return sorted({path.parent for file in ("results.json", DIVERGED) for path in runs.glob(f"*/{file}")})
 
 
 def keep(runs: Path, kept: Path) -> None:
-    """Put every finished run's files into the archive ``kept``, those that it has already included, in order of names. A name tells α."""
+    """Put the files of every run that has ended into the archive ``kept``, those that it has already included, in order of names. A name
+    tells α."""
     unpack(kept, runs)
     found = {}
-    for results in sorted(runs.glob("*/results.json")):
-        alpha = f"alpha{json.loads(results.read_text(encoding='utf-8'))['experiment']['alpha']!r}-"
-        found[f"{alpha}{results.parent.name.removeprefix(alpha)}"] = results.parent
+    for run in ended(runs):
+        alpha = f"alpha{json.loads((run / 'experiment.json').read_text(encoding='utf-8'))['alpha']!r}-"
+        found[f"{alpha}{run.name.removeprefix(alpha)}"] = run
     kept.parent.mkdir(parents=True, exist_ok=True)
     scratch = kept.with_suffix(".tmp")
     with ZipFile(scratch, "w", ZIP_LZMA) as archive:
         for name, run in sorted(found.items()):
             for file in FILES:
-                archive.writestr(ZipInfo(f"{name}/{file}"), (run / file).read_bytes(), ZIP_LZMA)
+                if (run / file).exists():
+                    archive.writestr(ZipInfo(f"{name}/{file}"), (run / file).read_bytes(), ZIP_LZMA)
     os.replace(scratch, kept)
 
 
@@ -234,4 +256,5 @@ def unpack(kept: Path, runs: Path) -> None:
             if not (runs / run / "results.json").exists():
                 (runs / run).mkdir(parents=True, exist_ok=True)
                 for file in FILES:
-                    (runs / run / file).write_bytes(archive.read(f"{run}/{file}"))
+                    if f"{run}/{file}" in names:
+                        (runs / run / file).write_bytes(archive.read(f"{run}/{file}"))

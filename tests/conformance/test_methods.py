@@ -90,7 +90,7 @@ RESULT_KEYS = {
     "method", "metric", "rounds", "seed", "digest", "final", "best", "bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down",
     "examples", "setup_examples", "host_seconds", "device_seconds", "setup_device_seconds", "setup_host_seconds", "peak_rss_bytes",
     "validation", "notes", "per_device", "partition", "facts", "experiment", "flops", "setup_flops", "setup_paid_back", "device_state",
-    "samples", "exact_match", "devices",
+    "numbers", "samples", "exact_match", "devices",
 }  # fmt: skip
 ROW_KEYS = {
     "round", "loss", "personalised", "global", "examples", "train_seconds", "bytes_up", "bytes_down", "host_seconds",
@@ -131,6 +131,9 @@ def test_it_runs_and_tells_what_the_run_folder_promises(name: str) -> None:
     folder, results = whole(name)
     assert json.loads((folder / "results.json").read_text()) == results
     assert set(results) == RESULT_KEYS
+    numbers = results["numbers"]
+    assert 0 < numbers["at_once"] <= numbers["trained"] <= numbers["model"]
+    assert (numbers["at_once"] < numbers["trained"]) == (name in {"fedcybgd", "fedbavg"}), "a block and the head, or everything"
     assert (results["method"], results["rounds"], results["seed"], results["metric"]) == (name, ROUNDS, 5, "accuracy")
     for which in ("final", "best"):
         assert set(results[which]) == {"round", "personalised", "global", "loss", "personalising"}

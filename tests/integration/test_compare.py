@@ -140,6 +140,9 @@ def test_a_rate_that_diverges_is_no_failure_of_a_search(place: Path, tmp_path: P
     row = json.loads((tmp_path / "c" / "summary.json").read_text())["cases"][0]["rows"][0]
     assert row["lr"] == 0.01
     assert row["grid"][0] == {"lr": 1e38, "validation": None, "diverged": True}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c").glob("local*/*")}
+    assert cli.main(words) == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "c").glob("local*/*")} == before, "neither rate is run again"
 
 
 def test_shared_training_is_evaluated_and_not_done_again(place: Path, tmp_path: Path) -> None:

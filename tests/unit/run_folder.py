@@ -47,10 +47,10 @@ def counts_of(clients: int, classes: int, seed: int = 7) -> np.ndarray:
     return np.array([rng.multinomial(n, rng.dirichlet([0.6] * classes)) for n in sizes])
 
 
-def experiment_of(method: str, rounds: int, clients: int = 100, **fields: Any) -> dict:
+def experiment_of(method: str | dict, rounds: int, clients: int = 100, **fields: Any) -> dict:
     """An experiment's JSON."""
     experiment = {
-        "method": {"name": method, "lr": 0.001},
+        "method": {"name": method, "lr": 0.001} if isinstance(method, str) else method,
         "data": "trec",
         "model": "minilm",
         "adapter": {"rank": 8, "alpha": 16.0, "targets": [], "dropout": 0.0},
@@ -101,7 +101,7 @@ def results_of(experiment: dict, rows: list[dict], facts: dict, notes: list[str]
 
 def write_run(
     folder: Path,
-    method: str = "lora",
+    method: str | dict = "lora",
     rounds: int = 30,
     *,
     height: float = 0.9,

@@ -16,6 +16,7 @@ from fedloom.run.compare import homes
 from fedloom.run.experiment import Experiment, as_json
 from fedloom.run.job import Event, failed
 from fedloom.run.jobs import carry_out, environment, order_of
+from fedloom.run.loop import claim
 from fedloom.run.plan import Ended, Run
 from fedloom.run.worker import ordered_experiment
 
@@ -87,6 +88,24 @@ def test_what_had_ended_is_not_run_again_and_may_be_called_otherwise(tmp_path: P
     watch, ended = carried(tmp_path, run("a"), run("b"))
     assert watch.said == [("before", "a"), ("started", "b"), ("ended", "b")]
     assert ended["a"].results == {"name": "old-name", "kept": True}
+
+
+def test_what_diverged_is_not_run_again_until_its_folder_is_another_experiments(tmp_path: Path, pretended: None) -> None:
+    """Also who was to take over such a training; a failure of any other kind is tried again."""
+    runs = run("bad-nan"), run("c", "bad-nan"), run("bad")
+    _, first = carried(tmp_path, *runs)
+    watch, again = carried(tmp_path, *runs)
+    assert watch.said == [("before", "bad-nan"), ("before", "c"), ("started", "bad"), ("failed", "bad")]
+    assert {name: (how.failure, how.diverged) for name, how in again.items()} == {
+        name: (how.failure, how.diverged) for name, how in first.items()
+    }
+    other = Run("bad-nan", replace(BASE, seed=7), "")
+    assert jobs.ended_before(tmp_path / "bad-nan", other.experiment) is None, "it tells of another experiment"
+    claim(tmp_path / "bad-nan", other.experiment)
+    assert jobs.ended_before(tmp_path / "bad-nan", other.experiment) is None
+    write(tmp_path / "new", run("new").experiment)
+    (tmp_path / "new" / "diverged.json").write_text('{"failure": "with an earlier version"}')
+    assert jobs.ended_before(tmp_path / "new", run("new").experiment) == Ended({"name": "new"}), "results count"
 
 
 def test_training_that_is_taken_over_comes_first_and_its_failure_is_passed_on(

@@ -18,11 +18,10 @@ import pytest
 
 from fedloom import cli
 from fedloom.encodings import NAMES
-from fedloom.methods import all_methods
 from fedloom.run import options
 from fedloom.run.compare import Comparison
 from fedloom.run.experiment import as_json
-from fedloom.run.plan import Plan
+from fedloom.run.plan import Plan, named_methods
 from fedloom.run.reading import ROW_KEYS
 from fedloom.run.recipes import resolve
 from fedloom.server.cycle import block_at, turns
@@ -50,7 +49,7 @@ def kept() -> ModuleType:
     return loaded("kept")
 
 
-@pytest.fixture(scope="module", params=["core", "federa"])
+@pytest.fixture(scope="module", params=["core", "federa", "further"])
 def table(request: pytest.FixtureRequest) -> Any:
     return loaded(request.param).TABLE
 
@@ -58,6 +57,12 @@ def table(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(scope="module")
 def ablations() -> ModuleType:
     return loaded("ablations")
+
+
+def named(method: str) -> Any:
+    """As a run's folder holds it: METHOD, or METHOD+CURRICULUM."""
+    name, _, curriculum = method.partition("+")
+    return {"name": name, "lr": 0.001, **({"curriculum": {"name": curriculum}} if curriculum else {})}
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -77,7 +82,7 @@ def test_what_is_kept_comes_back_and_grows(kept: ModuleType, tmp_path: Path) -> 
     own = files(again)
     kept.unpack(archive, again)
     made = files(again)
-    names = [f"alpha{alpha}-lora-seed1/{file}" for alpha in ("0.1", "1.0") for file in kept.FILES]
+    names = [f"alpha{alpha}-lora-seed1/{file}" for alpha in ("0.1", "1.0") for file in kept.FILES if file != "diverged.json"]
     assert sorted(made) == sorted(names), "three files a finished run under a name that tells alpha, nothing of what had not ended"
     assert all(made[f"alpha0.1-{name}"] == files(first)[name] for name in files(first) if name.startswith("lora") and "check" not in name)
     assert {name: made[name] for name in own} == own, "one's own finished run stays as it is"
@@ -97,15 +102,55 @@ def test_an_archive_with_anything_else_is_refused(kept: ModuleType, tmp_path: Pa
 
 
 def test_an_alpha_is_told_when_all_of_its_runs_are_there(table: Any, tmp_path: Path) -> None:
+    """Three rates with the first seed, one with the two others; another method's runs more do not stand for what is missing."""
     *_, last = table.methods
     for method in table.methods:
-        for i in range(5):
-            write_run(tmp_path / f"{method}-{i}", method, 2, alpha=0.1)
+        for i, seed in enumerate((1, 1, 1, 2, 3)):
+            write_run(tmp_path / f"{method}-{i}", named(method), 2, alpha=0.1, seed=seed)
             if i < 4 or method != last:
-                write_run(tmp_path / f"{method}-mild-{i}", method, 2, alpha=1.0)
+                write_run(tmp_path / f"{method}-mild-{i}", named(method), 2, alpha=1.0, seed=seed)
+    write_run(tmp_path / "more", named(table.methods[0]), 2, alpha=1.0, seed=1)
     assert table.measured(tmp_path) == ("0.1",)
-    write_run(tmp_path / f"{last}-mild-4", last, 2, alpha=1.0)
+    write_run(tmp_path / f"{last}-mild-4", named(last), 2, alpha=1.0, seed=3)
     assert table.measured(tmp_path) == ("0.1", "1.0")
+
+
+def test_further_baselines_have_the_settings_of_the_core_table() -> None:
+    """So that what both have (``lora``, ``fedeven``) is the same; but not its kind of adapter, for ``fedalt`` has one of its own."""
+    core, further = loaded("core").TABLE, loaded("further").TABLE
+    assert (further.alphas, further.seeds, further.rates, further.packaged) == (core.alphas, core.seeds, core.rates, core.packaged)
+    for task in ("trec", "rte"):
+        assert core.options(task).replace("--share-training ", "").replace(" --adapter.kind lora", "") == further.options(task)
+    page = further.page.read_text(encoding="utf-8")
+    assert all(
+        page.count(f"<!-- further {task} -->") == page.count(f"<!-- /further {task} -->") == 1 for task in (*further.shapes, "overall")
+    )
+
+
+def test_a_rate_that_diverged_is_settled_and_kept(table: Any, kept: ModuleType, tmp_path: Path) -> None:
+    """Where all of a method's rates did, no further seed is due."""
+    first, second, *others = table.methods
+    for method in others:
+        for i, seed in enumerate((1, 1, 1, 2, 3)):
+            write_run(tmp_path / "a" / f"{method}-{i}", named(method), 2, alpha=0.1, seed=seed)
+    for i, seed in enumerate((1, 1, 1, 2, 3)):
+        write_run(tmp_path / "a" / f"{first}-{i}", named(first), 2, alpha=0.1, seed=seed, ended=i != 2)
+        if i < 3:
+            write_run(tmp_path / "a" / f"{second}-{i}", named(second), 2, alpha=0.1, seed=1, ended=False)
+    assert table.measured(tmp_path / "a") == ()
+    for name in (f"{first}-2", *(f"{second}-{i}" for i in range(3))):
+        (tmp_path / "a" / name / "diverged.json").write_text('{"failure": "not finite"}')
+    assert table.measured(tmp_path / "a") == ("0.1",)
+    kept.keep(tmp_path / "a", tmp_path / "kept.zip")
+    kept.unpack(tmp_path / "kept.zip", tmp_path / "b")
+    assert table.measured(tmp_path / "b") == ("0.1",)
+    lost = tmp_path / "b" / f"alpha0.1-{first}-2"
+    assert sorted(path.name for path in lost.iterdir()) == ["diverged.json", "experiment.json", "rounds.jsonl"]
+
+
+def test_the_hours_of_the_runs_are_told(kept: ModuleType) -> None:
+    told = kept.took({"trec, α = 0.1": 9000.0, "rte, α = 1": 5400.0}, 14)
+    assert "trec, α = 0.1: 2.5 h, rte, α = 1: 1.5 h. Together 4.0 h (14,400 s) for 2 of the table's 14 cells" in told
 
 
 def test_tables_go_between_their_marks(table: Any, tmp_path: Path) -> None:
@@ -121,7 +166,8 @@ def test_tables_go_between_their_marks(table: Any, tmp_path: Path) -> None:
 
 
 def test_what_lies_beside_the_page_are_runs_of_this_recipe(table: Any) -> None:
-    assert set(table.methods) <= set(all_methods())
+    kinds = [resolve(method).method for method in table.methods]
+    assert list(named_methods(kinds)) == list(table.methods), "each word of the command line is the name in the table"
     page = table.page.read_text(encoding="utf-8")
     for archive_path in table.kept.glob("*.zip"):
         assert f"<!-- {table.mark.format(task=archive_path.stem)} -->" in page, "what is kept is told"
@@ -159,12 +205,24 @@ def test_the_board_counts_firsts_and_what_is_level_and_finds_the_furthest_leads(
         row("local", 0.61, 0.00, 2, 0, {"lora": (0.01, None), "ours": (-0.01, None)}),
         row("ours", 0.62, 0.03, 1, 50, {"lora": (0.02, 0.75), "local": (0.01, 0.1)}),
     ]
-    cases = [{"label": "a", "rows": one}, {"label": "b", "rows": other}]
-    assert kept.level(cases[0], "personalised") == {"local"}
-    assert kept.level(cases[1], "personalised") == {"lora", "local", "ours"}, "0.02 <= sqrt(2 * 0.03^2 / 3) = 0.0245"
+    third = [
+        row("lora", 0.00, 0.00, 3, 100, {"local": (-0.8, None), "ours": (-0.7, -0.5)}),
+        row("local", 0.80, 0.01, 1, 0, {"lora": (0.8, 0.2), "ours": (0.1, None)}),
+        row("ours", 0.70, 0.90, 2, 70, {"lora": (0.7, 0.3), "local": (-0.1, None)}),
+    ]
+    both = [
+        {"personalised": {"level": mine}, "global": {"level": all_}} for mine, all_ in ((["local"], ["ours"]), (["local", "ours"],) * 2)
+    ]
+    cases: list[Any] = [
+        {"label": label, "rows": rows, "metric": "accuracy", "first": first}
+        for label, rows, first in zip("ab", (one, other), both, strict=True)
+    ]
     lines = kept.board(cases, ("lora", "local", "ours")).splitlines()
+    assert lines[0] == (
+        "**Over all 2 cells (level: the paired bootstrap over devices does not separate it at 95 % from the method with the highest mean)**"
+    )
     assert lines[4:7] == [
-        "| lora | 1 of 2 | 1 of 2 | 3.0 | 3.0 | 100% |",
+        "| lora | 0 of 2 | 0 of 2 | 3.0 | 3.0 | 100% |",
         "| local | 2 of 2 | - | 1.5 | - | 0% |",
         "| ours | 1 of 2 | 2 of 2 | 1.5 | 1.5 | 60% |",
     ]
@@ -174,6 +232,14 @@ def test_the_board_counts_firsts_and_what_is_level_and_finds_the_furthest_leads(
         "| ours | +0.1000 (lora; a) | 75%† (lora; b) |",
     ]
     assert "†: without what devices train" in lines[8]
+    none = {"personalised": None, "global": {"level": ["lora"]}}
+    lines = kept.board([*cases, {"label": "c", "rows": third, "metric": "mcc", "first": none}], ("lora", "local", "ours")).splitlines()
+    assert lines[-5] == "| method | accuracy above it, personalised | mcc above it, personalised | device time saved to where it ends |"
+    assert lines[-2:] == [
+        "| local | +0.2000 (lora; a) | +0.8000 (lora; c) | 25% (lora; a) |",
+        "| ours | +0.1000 (lora; a) | +0.7000 (lora; c) | 75%† (lora; b) |",
+    ]
+    assert lines[4] == "| lora | 0 of 3 | 1 of 3 | 3.0 | 3.0 | 100% |"
 
 
 def test_there_is_one_slice_at_least() -> None:
@@ -190,7 +256,7 @@ def test_a_task_that_is_not_there_is_told_what_is(
     assert f"there are {', '.join(table.shapes)}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["core", "federa"])
+@pytest.mark.parametrize("name", ["core", "federa", "further"])
 def test_every_task_of_a_table_is_a_comparison_that_its_command_line_takes(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -292,12 +358,26 @@ def test_another_model_is_set_beside_minilm(
     assert [(out.name, plan.base.model, reference) for plan, out, _, reference in asked] == [
         ("model-minilm", "minilm", "lora"), ("model-roberta", "/models/roberta", "lora")
     ]  # fmt: skip
-    another = "'model' compares MiniLM with another model: model --model FOLDER"
+    another = "'model' compares MiniLM with another model, 'head' that model's own head with a new one: model head --model FOLDER"
     same = "--model minilm is called as the one that it is set beside"
-    for words, said in ((["model"], another), (["parts", "--model", "x"], another), (["model", "--model", "minilm"], same)):
+    wrong = ((["model"], another), (["head"], another), (["parts", "--model", "x"], another), (["model", "--model", "minilm"], same))
+    for words, said in wrong:
         with pytest.raises(SystemExit):
             compared(ablations, words, {}, monkeypatch)
         assert said in capsys.readouterr().err
+
+
+def test_a_language_models_own_head_is_set_beside_a_new_one(ablations: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, asked = compared(ablations, ["head", "--model", "/models/roberta", "--out", str(tmp_path)], {}, monkeypatch)
+    assert code == 0
+    assert [(out.name, plan.base.head, plan.base.model) for plan, out, *_ in asked] == [
+        ("head-linear", "linear", "/models/roberta"), ("head-cloze", "cloze", "/models/roberta")
+    ]  # fmt: skip
+
+
+def test_an_ablation_can_be_of_another_data_set(ablations: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, asked = compared(ablations, ["parts", "cohort", "--data", "/sets/sst2", "--out", str(tmp_path)], {}, monkeypatch)
+    assert {(plan.data, plan.base.data) for plan, *_ in asked} == {(("/sets/sst2",), "/sets/sst2")} and len(asked) == 5
 
 
 def test_every_group_of_cycles_sees_every_example_as_often() -> None:
@@ -361,17 +441,20 @@ def test_the_table_of_cycles_tells_losses_by_cycle_and_at_equal_bytes(tmp_path: 
         (tmp_path / group / "summary.json").write_text(json.dumps(told))
     lines = {
         line.split(" | ")[0].removeprefix("| one-"): line.split(" | ")[2:]
-        for line in cycles.table(tmp_path, cycles.GROUPS).splitlines()[2:]
+        for line in cycles.table(tmp_path, cycles.GROUPS).splitlines()[2:-2]
     }
     assert list(lines) == list(cycles.GROUPS)
-    assert cycles.table(tmp_path, ["turns", "lora"]).splitlines()[2:] == [
+    foot = cycles.table(tmp_path, cycles.GROUPS).splitlines()[-2:]
+    assert foot == ["", "‡: the whole run, or that of some seeds, sent fewer bytes; then it is the loss at its end."]
+    assert "‡" not in cycles.table(tmp_path, ["turns", "cohorts", "centre"]), "an equal number of bytes is not fewer; one place sends none"
+    assert cycles.table(tmp_path, ["turns", "lora"]).splitlines()[2:-2] == [
         line for line in cycles.table(tmp_path, cycles.GROUPS).splitlines() if line.startswith(("| one-turns", "| one-lora"))
     ]
     every = [f"{8.5 - turns / 96:.4f} ± 0.7071" for turns in cycles.TOLD]
     assert lines["turns"] == [*every, "96.0", "192.0", "7.5000 ± 0.7071 |"]
-    assert lines["thinner"] == [*every, "96.0", "96.0", "7.5000 ± 0.7071 |"]
+    assert lines["thinner"] == [*every, "96.0", "96.0", "7.5000 ± 0.7071‡ |"]
     assert lines["cohorts"] == [*every, "192.0", "192.0", f"{8.5 - 72 / 96:.4f} ± 0.7071 |"], "18 rounds of 16 MB fit into 288, 24 do not"
-    assert lines["lora"] == [*every, "24.0", "0.0", "7.5000 ± 0.7071 |"]
+    assert lines["lora"] == [*every, "24.0", "0.0", "7.5000 ± 0.7071‡ |"]
     assert lines["centre"] == ["-", *every[1:], "-", "-", "- |"], "a third of a cycle is no round there"
     assert lines["one-client"] == ["-", *every[1:], "-", "-", "- |"]
 

@@ -62,6 +62,28 @@ def test_scores_ranks_and_the_bootstrap_against_the_reference(tmp_path: Path) ->
     assert local["runs"] == {"1": "local-seed1", "2": "local-seed2"}
 
 
+def test_who_is_first_and_whom_the_bootstrap_does_not_separate_from_it(tmp_path: Path) -> None:
+    """local is higher by one more right on every device, which no draw of devices undoes. By one on one of three, which a draw may leave
+    out, the two are level, and so they are with the same predictions. Of the global model there are no confusions: nobody is known to be
+    level with the first."""
+    first = summed(tmp_path)["cases"][0]["first"]
+    assert (first["personalised"]["method"], first["personalised"]["level"]) == ("local", ["local"])
+    assert first["personalised"]["against"]["lora"]["high"] < 0
+    assert first["global"] == {"method": "local", "against": {"lora": None}, "level": ["local"]}
+    ended = ended_in(tmp_path / "b")
+    for fewer in (1, 0):
+        for name, how in ended.items():
+            assert how.results is not None
+            for k, device in enumerate(how.results["per_device"]):
+                right = 3 - fewer * (name.startswith("lora") and k == 0)
+                device["confusion"]["personalised"] = [[0, 0, right], [0, 1, 5 - right]]
+        alike = summarise(PLAN, ended, lambda run: tmp_path / "b" / run.name, "lora")["cases"][0]["first"]["personalised"]
+        assert (alike["method"], alike["level"]) == ("local", ["lora", "local"])
+        assert (alike["against"]["lora"]["low"] < 0) == bool(fewer) and alike["against"]["lora"]["high"] == 0
+    lacking = summed(tmp_path / "c", without=("local-seed2",))["cases"][0]["first"]["personalised"]
+    assert lacking == {"method": "lora", "against": {}, "level": ["lora"]}, "who lacks a seed is neither"
+
+
 def test_a_method_that_lacks_a_seed_is_neither_ranked_nor_set_against_another(tmp_path: Path) -> None:
     summary = summed(tmp_path, without=("local-seed2",))
     lora, local = rows_of(summary)
@@ -94,6 +116,7 @@ def test_what_a_set_up_cost_and_when_it_had_paid(tmp_path: Path) -> None:
         "bytes_up": 5_000_000,
         "bytes_down": 20_000_000,
         "paid_back": {"bytes_up": {"1": 1, "2": 2}, "device_seconds": {"1": None, "2": None}},
+        "seeds": 2,
     }
     earlier = rows_of(summed(tmp_path))[1]["setup"]
     assert (earlier["flops"], earlier["paid_back"], earlier["bytes_up"]) == (None, None, 5_000_000)
@@ -122,6 +145,33 @@ def test_a_lead_is_over_each_other_method_at_its_own_end(tmp_path: Path) -> None
     uncounted = {"personalising_counted": False}
     assert over == {"margin": pytest.approx(0.3), "time_saved": pytest.approx(1 - (95 + 5 * 20) / (95 + 10 * 20)), **uncounted}
     assert lora["over"]["local"]["personalised"] == {"margin": pytest.approx(-0.3), "time_saved": None, **uncounted}, "it never gets there"
+    saved = {p: (lora["reached"][p]["saved"], local["reached"][p]["saved"]) for p in ("personalised", "global")}
+    assert saved == dict.fromkeys(saved, (None, over["time_saved"])), "to the reference's end it is the same; the reference saves nothing"
+    lower = [row["reached"]["personalised"]["saved"] for row in rows_of(summed(tmp_path / "b", target=0.5, local=1.1))]
+    assert lower == [None, 0.0], "both have a lower target after 5 rounds"
+
+
+def test_what_was_there_before_training_saves_nothing(tmp_path: Path) -> None:
+    """local has lora's end from the start: a matter of the target, not of the method, unless its devices train before they predict."""
+    _, local = rows_of(summed(tmp_path, local=2.0))
+    found = local["reached"]["personalised"]
+    assert (found["untrained"], found["device_seconds"], found["saved"]) == (2, 95.0, None)
+    assert local["over"]["lora"]["personalised"]["time_saved"] is None
+    ended = tell_personalising(tmp_path / "b", local=2.0)
+    _, local = rows_of(summarise(PLAN, ended, lambda run: tmp_path / "b" / run.name, "lora"))
+    found = local["reached"]["personalised"]
+    assert (found["untrained"], found["saved"]) == (0, pytest.approx(1 - (95 + 75) / 295))
+    assert local["over"]["lora"]["personalised"]["time_saved"] == pytest.approx(found["saved"])
+    assert (local["reached"]["global"]["untrained"], local["reached"]["global"]["saved"]) == (2, None)
+
+
+def test_the_share_that_is_trained_is_told_where_every_run_tells_it(tmp_path: Path) -> None:
+    ended = ended_in(tmp_path)
+    for name, how in ended.items():
+        if name != "local-seed2":
+            how.results["numbers"] = {"model": 1000, "trained": 10 * how.results["seed"], "at_once": 5}  # type: ignore[index]
+    lora, local = rows_of(summarise(PLAN, ended, lambda run: tmp_path / run.name, "lora"))
+    assert (lora["trained_share"], local["trained_share"]) == (pytest.approx(0.015), None)
 
 
 def tell_personalising(out: Path, **how: Any) -> dict[str, Ended]:

@@ -46,6 +46,7 @@ def row(method: str, personalised: float, shared: float | None, rank: float, aga
         "reached": {**nothing, "personalised": reached},
         "over": {},
         "costs": COSTS,
+        "trained_share": 0.01234 if method == "my_method" else None,
     }
 
 
@@ -61,7 +62,9 @@ def lead(margin: float, time_saved: float | None) -> dict[str, Any]:
 BETTER = {"difference": 0.1, "low": 0.02, "high": 0.2, "p": 0.0123, "better": 2, "seeds": 2}
 WORSE = {**BETTER, "difference": -0.1, "low": -0.2, "high": -0.02, "p": 0.0004}
 REACHED: dict[str, Any] = {"device_seconds": 75.0, "bytes_up": 2_000_000, "personalising": 7.0, "reached": 2, "seeds": 2, "each": {}}
+REACHED |= {"untrained": 0, "saved": 0.25}
 HALF: dict[str, Any] = {"device_seconds": None, "bytes_up": None, "personalising": None, "reached": 1, "seeds": 2, "each": {}}
+HALF |= {"untrained": 0, "saved": None}
 
 
 def summary(cases: int = 2, **more: Any) -> dict[str, Any]:
@@ -87,7 +90,7 @@ def summary(cases: int = 2, **more: Any) -> dict[str, Any]:
 
 def test_the_terminal_has_scores_costs_the_search_and_mean_ranks() -> None:
     tables = terminal(summary())
-    assert [len(rows) for _, _, rows in tables] == [3, 2, 3, 2, 3, 3, 6, 3]
+    assert [len(rows) for _, _, rows in tables] == [3, 2, 3, 2, 3, 3, 3, 3, 6, 3]
     title, headers, rows = tables[0]
     assert title == "r_te, α = 0.1: test mcc after the last round, mean ± standard deviation over 2 seeds"
     assert len(headers) == len(rows[0])
@@ -98,16 +101,47 @@ def test_the_terminal_has_scores_costs_the_search_and_mean_ranks() -> None:
     assert rows[0] == ["my_method", "+0.1000", "[+0.0200, +0.2000]", ".012", "2 of 2"]
     assert rows[1][:4] == ["local", "-0.1000", "[-0.2000, -0.0200]", "< .001"]
     title, _, rows = tables[4]
-    assert title == "r_te, α = 0.1: cost to reach what lora ends with (seed by seed; 0.2000 in the mean), and of the whole run"
-    whole = ["1 min 05 s", "7.0 s", "3.0 MB"]
-    assert [row[:3] for row in rows] == [
-        ["lora", "-", "-"],
-        ["my_method", "1 min 15 s", "2.0 MB"],
-        ["local", "1 of 2 seeds", "1 of 2 seeds"],
+    assert title == "r_te, α = 0.1: cost to reach what lora ends with (personalised; seed by seed; 0.2000 in the mean)"
+    assert rows == [
+        ["lora", "-", "-", "-"],
+        ["my_method", "1 min 15 s", "2.0 MB", "25%"],
+        ["local", "1 of 2 seeds", "1 of 2 seeds", "-"],
     ]
-    assert [row[3:] for row in rows] == [whole, whole, whole]
-    assert tables[6][2][0] == ["r_te, α = 0.1", "lora", "0.7500", "diverged"]
-    assert tables[7][2] == [["lora", "2", "-"], ["my_method", "1.5", "-"], ["local", "-", "-"]]
+    title, _, rows = tables[5]
+    assert title == "r_te, α = 0.1: cost of the whole run, and the share of the model that is trained"
+    whole = ["1 min 05 s", "7.0 s", "3.0 MB"]
+    assert rows == [["lora", *whole, "-"], ["my_method", *whole, "1.23%"], ["local", *whole, "-"]]
+    assert tables[8][2][0] == ["r_te, α = 0.1", "lora", "0.7500", "diverged"]
+    assert tables[9][2] == [["lora", "2", "-"], ["my_method", "1.5", "-"], ["local", "-", "-"]]
+
+
+def test_the_global_model_has_tables_of_its_own_where_there_is_one() -> None:
+    told = summary(1, rates=[])
+    case = told["cases"][0]
+    assert not any("global" in title for title, *_ in terminal(told))
+    lora, mine, _ = case["rows"]
+    mine["against"]["global"], mine["reached"]["global"] = WORSE, {**REACHED, "saved": -0.5}
+    lora["reached"]["global"] = {**REACHED, "saved": None}
+    case["target"]["global"] = {"1": 0.5, "2": None}
+    tables = {title: rows for title, _, rows in terminal(told)}
+    against = tables["r_te, α = 0.1: global score against lora (paired bootstrap over devices)"]
+    assert [row[:2] for row in against] == [["my_method", "-0.1000"]]
+    cost = tables["r_te, α = 0.1: cost to reach what lora ends with (global; 0.5000)"]
+    assert cost == [["lora", "1 min 15 s", "2.0 MB", "-"], ["my_method", "1 min 15 s", "2.0 MB", "-50%"], ["local", "-", "-", "-"]]
+    for protocol in ("personalised", "global"):
+        assert any(title.endswith(f"cost to reach a {protocol} score of 0.8") for title, *_ in terminal({**told, "target": 0.8}))
+
+
+def test_what_the_start_had_reached_is_no_achievement_and_marked() -> None:
+    told = summary(1, rates=[])
+    lora, mine, _ = told["cases"][0]["rows"]
+    lora["reached"]["personalised"] = {**REACHED, "untrained": 2, "saved": None}
+    mine["reached"]["personalised"] = {**REACHED, "untrained": 1, "saved": None, "personalising": None}
+    title, _, rows = terminal(told)[2]
+    assert rows[:2] == [["lora", "before training", "before training", "-"], ["my_method", "1 min 15 s†‡", "2.0 MB‡", "-"]]
+    assert title.endswith("which these runs do not tell; ‡: in some seeds before training)")
+    lora["reached"]["personalised"]["personalising"] = None
+    assert terminal(told)[2][2][0][1:3] == ["before training†", "before training"], "devices may have trained before they predicted"
 
 
 def test_what_earlier_runs_do_not_tell_of_personalising_is_marked_and_never_a_zero() -> None:
@@ -119,11 +153,12 @@ def test_what_earlier_runs_do_not_tell_of_personalising_is_marked_and_never_a_ze
     mine["costs"], local["costs"] = ({**COSTS, "personalising_device_seconds": known} for known in (None, 0.0))
     local["reached"]["personalised"] = {key: value for key, value in REACHED.items() if key != "personalising"}
     title, headers, rows = terminal(told)[2]
-    assert title.endswith(", and of the whole run (†: without what devices train before they predict, which these runs do not tell)")
-    assert list(headers) == ["method", "device time\nto it", "uploaded\nto it", "device\ntime", "before a\nprediction", "uploaded"]
+    assert title.endswith("in the mean) (†: without what devices train before they predict, which these runs do not tell)")
+    assert list(headers) == ["method", "device time", "uploaded", "device time\nsaved"]
     assert [row[1] for row in rows] == ["-", "1 min 15 s†", "1 min 15 s†"]
     assert [row[2] for row in rows] == ["-", "2.0 MB", "2.0 MB"], "nothing is sent for it"
-    assert [row[4] for row in rows] == ["7.0 s", "-", "none"]
+    assert [row[3] for row in rows] == ["-", "25%†", "25%†"]
+    assert [row[2] for row in terminal(told)[3][2]] == ["7.0 s", "-", "none"]
     lines = list(csv.DictReader(io.StringIO(as_csv(told))))
     assert [line["personalising_device_seconds"] for line in lines] == ["7.0", "", "0.0"]
     mine["reached"]["personalised"] = REACHED
@@ -136,7 +171,7 @@ def test_what_earlier_runs_do_not_tell_of_personalising_is_marked_and_never_a_ze
     mine["over"]["lora"]["personalised"]["personalising_counted"] = False
     title, _, cells = leads(told)
     assert title.endswith("where the other method ends (†: without what devices train before they predict, which these runs do not tell)")
-    assert [line[2:] for line in cells] == [["+0.3000 (local)", "50% (local)"], ["+0.2000 (lora)", "40%† (lora)"], ["-", "-"]]
+    assert [line[2:4] for line in cells] == [["+0.3000 (local)", "50% (local)"], ["+0.2000 (lora)", "40%† (lora)"], ["-", "-"]]
 
 
 def test_the_largest_leads_name_whom() -> None:
@@ -146,11 +181,15 @@ def test_the_largest_leads_name_whom() -> None:
     rows[1]["over"], rows[0]["over"] = over, {"my_method": lead(-0.2, -0.5), "local": {"personalised": None, "global": None}}
     _, headers, cells = leads(told)
     assert cells == [
-        ["r_te, α = 0.1", "lora", "-", "-"],
-        ["r_te, α = 0.1", "my_method", "+0.3000 (local)", "40% (lora)"],
-        ["r_te, α = 0.1", "local", "-", "-"],
+        ["r_te, α = 0.1", "lora", "-", "-", "+9.0000 (my_method)", "90% (my_method)"],
+        ["r_te, α = 0.1", "my_method", "+0.3000 (local)", "40% (lora)", "+9.0000 (lora)", "90% (lora)"],
+        ["r_te, α = 0.1", "local", "-", "-", "-", "-"],
     ]
-    assert len(headers) == 4
+    assert headers[2:] == ("personalised above (whom)", "personalised: device time saved (whom)", *headers[4:]) and len(headers) == 6
+    for row in rows:
+        row["over"] = {other: {**found, "global": None} for other, found in row["over"].items()}
+    _, headers, cells = leads(told)
+    assert len(headers) == 4 and cells[1][2:] == ["+0.3000 (local)", "40% (lora)"], "without global models no column of theirs"
 
 
 def test_markdown_has_every_table_with_as_many_cells_in_each_row() -> None:
@@ -167,11 +206,11 @@ def test_markdown_has_every_table_with_as_many_cells_in_each_row() -> None:
 
 def test_a_set_up_is_told_with_the_round_after_which_it_has_paid() -> None:
     told = summary(1)
-    costs = {"device_seconds": 90.0, "flops": 1.234e12, "bytes_up": 5_000_000, "bytes_down": 2_000_000}
+    costs = {"device_seconds": 90.0, "flops": 1.234e12, "bytes_up": 5_000_000, "bytes_down": 2_000_000, "seeds": 2}
     rows = told["cases"][0]["rows"]
     rows[1]["setup"] = {**costs, "paid_back": {"bytes_up": {"1": 3, "2": 3}, "device_seconds": {"1": None, "2": None}}}
     rows[2]["setup"] = {**costs, "paid_back": None}
-    title, headers, lines = terminal(told)[3]
+    title, headers, lines = terminal(told)[4]
     assert title == "r_te, α = 0.1: set-up, and after which round it has paid for itself against plain LoRA"
     first = ["1 min 30 s", "1.23e+12", "5.0 MB", "2.0 MB"]
     assert lines == [["my_method", *first, "round 3", "never in this run"], ["local", *first, "-", "-"]]
@@ -180,7 +219,11 @@ def test_a_set_up_is_told_with_the_round_after_which_it_has_paid() -> None:
     assert (mine["setup_flops"], mine["setup_paid_back_bytes_up"]) == ("1234000000000.0", "3.0")
     assert mine["setup_paid_back_device_seconds"] == other["setup_paid_back_bytes_up"] == ""
     some = {"paid_back": {"bytes_up": {"1": 7, "2": 4, "3": 5}, "device_seconds": {"1": None, "2": 4, "3": 5}}}
-    assert (paid_text(some, "bytes_up"), paid_text(some, "device_seconds")) == ("rounds 4 to 7", "in 2 of 3 seeds")
+    for seeds, more in ((3, ""), (4, " (told by 3 of 4 seeds)")):
+        texts = [paid_text({**some, "seeds": seeds}, key) for key in ("bytes_up", "device_seconds")]
+        assert texts == [f"rounds 4 to 7{more}", f"in 2 of 3 seeds{more}"]
+    rows[1]["setup"]["seeds"] = 3
+    assert list(csv.DictReader(io.StringIO(as_csv(told))))[1]["setup_paid_back_bytes_up"] == "", "a mean over the seeds that tell is none"
 
 
 def test_a_row_that_lacks_a_seed_says_how_many_it_has() -> None:
@@ -195,7 +238,9 @@ def test_no_word_is_broken_in_eighty_columns() -> None:
     told = summary(1)
     for row in told["cases"][0]["rows"]:
         row["method"] = "lora-personal-head"
-    for title, headers, rows in terminal(told)[:3]:
+    for row in told["cases"][0]["rows"][:2]:
+        row["reached"]["personalised"] = {**REACHED, "untrained": 2, "saved": None}
+    for title, headers, rows in terminal(told)[:4]:
         widths = [
             max(len(part) for cell in column for part in cell.removeprefix("-").split("\n")) for column in zip(headers, *rows, strict=True)
         ]
@@ -204,9 +249,9 @@ def test_no_word_is_broken_in_eighty_columns() -> None:
 
 def test_one_case_without_a_search_has_no_table_of_either() -> None:
     tables = terminal(summary(1, rates=[], target=0.8))
-    assert len(tables) == 3
+    assert len(tables) == 4
     assert not {"lr", "seeds"} & set(tables[0][1])
-    assert tables[2][0].endswith("cost to reach a personalised score of 0.8, and of the whole run")
+    assert tables[2][0].endswith("cost to reach a personalised score of 0.8")
 
 
 def test_a_target_that_no_seed_reached_is_said() -> None:
@@ -223,6 +268,12 @@ def test_csv_has_full_numbers_and_nothing_where_nothing_is_known() -> None:
     assert (mine["final_personalised_mean"], mine["final_global_mean"], mine["lr"], mine["seeds"]) == ("0.9", "", "0.002", "2")
     assert (mine["personalised_against_reference_p"], mine["personalised_to_target_device_seconds"]) == ("0.0123", "75.0")
     assert (lines[2]["personalised_to_target_device_seconds"], lines[2]["personalised_to_target_reached"]) == ("", "1")
+    assert (mine["personalised_to_target_saved"], mine["personalised_to_target_untrained"], mine["trained_share"]) == (
+        "0.25",
+        "0",
+        "0.01234",
+    )
+    assert (lines[2]["personalised_to_target_saved"], lines[2]["trained_share"]) == ("", "")
     assert mine["grid"] == "0.002:0.75 0.5:diverged"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from fedloom.run.checkpoint import CheckpointError, only_one, write_atomically
 from fedloom.run.experiment import ExperimentError, as_meant, completed, digest_of
-from fedloom.run.jobs import carry_out, finished, order_of
+from fedloom.run.jobs import carry_out, ended_before, order_of
 from fedloom.run.loop import check
 from fedloom.run.plan import Ended, Plan, Run
 from fedloom.run.summary import summarise
@@ -66,7 +66,7 @@ def compare(
         check(folder(run), run.experiment)
         if jobs > 1:
             order_of(run.experiment, folder(run), None)
-    known = {run.name: Ended(found) for run in runs if (found := finished(folder(run), run.experiment)) is not None}
+    known = {run.name: how for run in runs if (how := ended_before(folder(run), run.experiment)) is not None}
     if plan.wanted(known).keys() - known.keys():  # rates that no search chose need not have been run with every seed
         unread = [run.experiment for run in runs if run.name not in known]
         for experiment in {(e.data, e.alpha, e.seed): e for e in unread}.values():

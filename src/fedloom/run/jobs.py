@@ -24,11 +24,11 @@ from typing import Any, Protocol
 import torch
 
 from fedloom.engines.heap import in_large_pages
-from fedloom.run.checkpoint import holds_training
+from fedloom.run.checkpoint import holds_training, write_atomically
 from fedloom.run.ending import TRACEBACK
 from fedloom.run.experiment import Experiment, ExperimentError, as_json
 from fedloom.run.job import Event, perform
-from fedloom.run.loop import check
+from fedloom.run.loop import DIVERGED, check, claim
 from fedloom.run.plan import Ended, Run
 from fedloom.run.recipes import file_of
 
@@ -91,9 +91,9 @@ def _from_before(
             return waiting
         for run in new:
             looked.add(run.name)
-            found = finished(folder(run), run.experiment)
-            if found is not None:
-                ended[run.name] = Ended(found)
+            before = ended_before(folder(run), run.experiment)
+            if before is not None:
+                ended[run.name] = before
                 watch.ended(run.name, ended[run.name], before=True)
 
 
@@ -129,9 +129,22 @@ def finished(folder: Path, experiment: Experiment) -> Mapping[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() and check(folder, experiment) else None
 
 
+def ended_before(folder: Path, experiment: Experiment) -> Ended | None:
+    """How a run ended there before, if running it again could not change that: with results, or diverged (``diverged.json``)."""
+    found, path = finished(folder, experiment), folder / DIVERGED
+    if found is not None:
+        return Ended(found)
+    if not (path.exists() and check(folder, experiment)):
+        return None
+    return Ended(None, json.loads(path.read_text(encoding="utf-8"))["failure"], diverged=True)
+
+
 def _outcome(event: Event, folder: Path, experiment: Experiment) -> Ended:
-    """What the last event of a run comes to."""
+    """What the last event of a run comes to. That it diverged is kept in its folder, so that it need not be found out again."""
     if event["kind"] == "failed":
+        if event["diverged"]:
+            claim(folder, experiment)
+            write_atomically(folder / DIVERGED, json.dumps({"failure": event["text"]}))
         return Ended(None, event["text"], event["diverged"])
     found = finished(folder, experiment)
     return Ended(found) if found is not None else Ended(None, f"{folder} holds no results although the run ended; was it deleted?")

@@ -46,6 +46,9 @@ log = logging.getLogger("fedloom")
 LARGE = 10**9
 """Bytes from which on a run tells beforehand how much memory it will take; ``fedloom describe`` always does."""
 
+DIVERGED = "diverged.json"
+"""In the folder of a comparison's run that diverged: what was told of it."""
+
 MISSES = 10
 """Rounds in a row to which too few devices came after which a federation stops."""
 
@@ -278,6 +281,8 @@ def finish(
     outcome = results_of(world, state, ledger, found)
     outcome["setup_paid_back"] = paid_back(world, ledger.fleet, ledger.totals, ledger.rows())
     outcome["device_state"] = held(world, store)
+    sizes = sizes_of(world.model, world.experiment.method)
+    outcome["numbers"] = {"model": sizes.model, "trained": sizes.trained, "at_once": sizes.at_once}
     outcome["devices"] = world.fleet.as_json(world.pool.clients)
     outcome["notes"] += notes
     assembled = world.experiment.method.assembled(state)
@@ -301,6 +306,7 @@ def claim(folder: Path, experiment: Experiment) -> None:
     """Write ``experiment.json``, or check that the one there says the same. Called once the data and the model have been found,
     so that a misspelt one leaves the folder free."""
     if not check(folder, experiment):
+        (folder / DIVERGED).unlink(missing_ok=True)  # it was of another experiment, which has kept nothing else
         write_atomically(folder / "experiment.json", json.dumps(as_json(experiment), indent=1))
 
 

@@ -1,8 +1,8 @@
 """What a comparison comes to, as plain JSON (``summary.json``): every table and the page are made of it.
 
 One entry a case (a data set at one α), with one row a method: the search for its rate, its runs, scores over the seeds, ranks, the paired
-bootstrap against the reference, what it had cost when it reached the target, its lead over every other method. This module runs nothing
-and draws nothing.
+bootstrap against the reference, what it had cost when it reached the target, its lead over every other method; and who is first, and level
+with it. This module runs nothing and draws nothing.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ def _case(
                 "over": {},
                 "setup": _setup(known),
                 "costs": {key: mean(r[key] for r in known.values()) if known else None for key in COSTS} | _personalising(known),
+                "trained_share": _trained(known),
             }
         )
     for p in PROTOCOLS:  # a mean over fewer seeds is not ranked among the others
@@ -94,10 +95,27 @@ def _case(
         for row, rank in zip(rows, statistics.ranks(whole), strict=True):
             row["rank"][p] = rank
     for row in rows:
+        for p, found in row["reached"].items():
+            if found is not None and row["method"] != reference:
+                found["saved"] = _saved_to_target(found, _row({"rows": rows}, reference)["reached"][p])
         others = [m for m in runs if m != row["method"]]
         row["over"] = {o: {p: _over(plan, row["method"], o, results, told, p) for p in PROTOCOLS} for o in others}
     metrics = sorted({str(r["metric"]) for of in results.values() for r in of.values()})
-    return {"data": case.data, "alpha": case.alpha, "label": plan.label(case), "metric": "/".join(metrics), "target": goals, "rows": rows}
+    told_of = {"data": case.data, "alpha": case.alpha, "label": plan.label(case), "metric": "/".join(metrics), "target": goals}
+    return {**told_of, "first": {p: _first(plan, case, rows, results, p) for p in PROTOCOLS}, "rows": rows}
+
+
+def _first(
+    plan: Plan, case: Case, rows: Sequence[Mapping[str, Any]], results: Mapping[str, Mapping[int, Result]], protocol: str
+) -> dict[str, Any] | None:
+    """The method of rank 1 (of equals the first named), the paired bootstrap of each other one against it, and ``level``: those that this
+    does not separate from it, and itself. Whom it cannot be computed of is not level. None where nothing is ranked."""
+    ranked = {row["method"]: row["rank"][protocol] for row in rows if row["rank"][protocol] is not None}
+    if not ranked:
+        return None
+    first = min(ranked, key=lambda method: ranked[method])
+    found = {m: _against(plan, case, results[m], results[first], protocol) for m in ranked if m != first}
+    return {"method": first, "against": found, "level": [m for m in ranked if m == first or ((of := found[m]) and of["high"] >= 0)]}
 
 
 def _results(ended: Mapping[str, Ended], run: Run) -> Result | None:
@@ -158,8 +176,8 @@ def _over(
     protocol: str,
 ) -> dict[str, Any] | None:
     """How much higher ``method`` ends than ``other``, and the share of the other's device time to its own end that it saves on the way
-    there (None where a seed does not get there), and whether what devices train before they predict is in both times; None where a seed of
-    either is missing, or either has no such model."""
+    there (None where a seed does not get there, or was there before anything was trained), and whether what devices train before they
+    predict is in both times; None where a seed of either is missing, or either has no such model."""
     mine, theirs = results[method], results[other]
     if not mine.keys() == theirs.keys() == set(plan.seeds):
         return None
@@ -173,14 +191,19 @@ def _over(
     times = [targets.mean_cost(costs) for costs in each]
     return {
         "margin": mean(mine[seed]["final"][protocol] - end for seed, end in ends.items()),
-        "time_saved": 1 - times[0][0] / times[1][0] if times[0] and times[1] and times[1][0] else None,
+        "time_saved": _saved(*(of[0] if of else None for of in times)) if not any(cost.untrained for cost in each[0] if cost) else None,
         "personalising_counted": all(cost is None or cost.personalising is not None for costs in each for cost in costs),
     }
 
 
+def _saved(mine: float | None, theirs: float | None) -> float | None:
+    """The share of another's device time that is saved."""
+    return 1 - mine / theirs if mine is not None and theirs else None
+
+
 def _setup(known: Mapping[int, Result]) -> dict[str, Any] | None:
     """What the set-up cost in the mean over seeds (None: not told by a run of an earlier version), and after which round it had paid for
-    itself by seed (None: not within the run). None altogether where no run had a set-up."""
+    itself by seed (None: not within the run), of those of the ``seeds`` that tell it. None altogether where no run had a set-up."""
     costs = {key: [r.get(f"setup_{key}") for r in known.values()] for key in SETUP}
     if not any(any(costs[key]) for key in SETUP):
         return None
@@ -188,6 +211,7 @@ def _setup(known: Mapping[int, Result]) -> dict[str, Any] | None:
     return {
         **{key: mean(each) if None not in each else None for key, each in costs.items()},  # type: ignore[type-var]
         "paid_back": {key: {seed: back[key] for seed, back in paid.items()} for key in PAID} if paid else None,
+        "seeds": len(known),
     }
 
 
@@ -195,6 +219,12 @@ def _personalising(known: Mapping[int, Result]) -> dict[str, float | None]:
     """What devices trained before they predicted after the last round, in the mean over seeds; None where a run does not tell it."""
     each = [r["final"].get("personalising") or {} for r in known.values()]
     return {f"personalising_{key}": _mean_or_none([one.get(key) for one in each]) for key in ("flops", "device_seconds")}
+
+
+def _trained(known: Mapping[int, Result]) -> float | None:
+    """The share of the model's numbers that is trained, the head included; None where a run does not tell it."""
+    told = [r.get("numbers") for r in known.values()]
+    return _mean_or_none([of["trained"] / of["model"] if of else None for of in told])
 
 
 def _goals(plan: Plan, reference: Mapping[int, Result], protocol: str, target: float | None) -> dict[str, float | None]:
@@ -207,7 +237,8 @@ def _goals(plan: Plan, reference: Mapping[int, Result], protocol: str, target: f
 def _reached(
     results: Mapping[int, Result], tells: Mapping[int, Sequence[Mapping[str, Any]]], protocol: str, goals: Mapping[str, float | None]
 ) -> dict[str, Any] | None:
-    """When the target was first reached, by seed and in the mean; None where there is nothing to reach or nothing that could."""
+    """When the target was first reached, by seed and in the mean, and in how many seeds before anything was trained; None where there is
+    nothing to reach or nothing that could."""
     able = [s for s, r in results.items() if r["final"][protocol] is not None and goals[str(s)] is not None]
     if not able:
         return None
@@ -218,9 +249,19 @@ def _reached(
         "bytes_up": together[1] if together else None,
         "personalising": _mean_or_none([cost.personalising for cost in each.values() if cost]) if together else None,
         "reached": sum(cost is not None for cost in each.values()),
+        "untrained": sum(cost is not None and cost.untrained for cost in each.values()),
+        "saved": None,
         "seeds": len(each),
         "each": {seed: asdict(cost) if cost else None for seed, cost in each.items()},
     }
+
+
+def _saved_to_target(mine: Mapping[str, Any], reference: Mapping[str, Any] | None) -> float | None:
+    """The share of the reference's device time to the same target that is saved; None where either has a seed that does not get there, or
+    was there before anything was trained."""
+    if reference is None or mine["untrained"] or reference["untrained"]:
+        return None
+    return _saved(mine["device_seconds"], reference["device_seconds"])
 
 
 def _mean_or_none(each: Sequence[float | None]) -> float | None:

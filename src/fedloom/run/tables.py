@@ -50,23 +50,44 @@ def p_text(p: float) -> str:
 
 
 def reached_text(found: Mapping[str, Any] | None, key: str) -> str:
-    """A cost, or in how many seeds the target was reached."""
+    """A cost, or in how many seeds the target was reached, or that it was before anything was trained."""
     if found is None:
         return NOTHING
     if found[key] is not None:
-        uncounted = key == "device_seconds" and found.get("personalising") is None
-        return human_seconds(found[key]) + (UNCOUNTED if uncounted else "") if key == "device_seconds" else human_bytes(found[key])
+        at_start, mark = found.get("untrained", 0), UNCOUNTED if key == "device_seconds" and found.get("personalising") is None else ""
+        if at_start == found["seeds"]:
+            return f"before training{mark}"
+        return (human_seconds if key == "device_seconds" else human_bytes)(found[key]) + mark + (AT_START if at_start else "")
     return "not reached" if not found["reached"] else f"{found['reached']} of {found['seeds']} seeds"
 
 
 UNCOUNTED = "†"
 """Behind a device time in which what devices train before they predict is missing: runs of earlier versions do not tell it."""
-UNCOUNTED_TEXT = f" ({UNCOUNTED}: without what devices train before they predict, which these runs do not tell)"
+AT_START = "‡"
+"""Behind a mean cost to a target that some seeds had reached before anything was trained: they are in it with next to nothing."""
+MARKS = {
+    UNCOUNTED: "without what devices train before they predict, which these runs do not tell",
+    AT_START: "in some seeds before training",
+}
 
 
 def remark(cells: Cells) -> str:
-    """What a table's title says of its daggers, if there are any."""
-    return UNCOUNTED_TEXT if any(UNCOUNTED in cell for line in cells for cell in line) else ""
+    """What a table's title says of its marks, if there are any."""
+    told = [f"{mark}: {text}" for mark, text in MARKS.items() if any(mark in cell for line in cells for cell in line)]
+    return f" ({'; '.join(told)})" if told else ""
+
+
+def saved_text(found: Mapping[str, Any] | None) -> str:
+    """The share of the reference's device time that is saved to the target; a dash where there is none to tell."""
+    saved = None if found is None else found.get("saved")
+    mark = UNCOUNTED if found is not None and found.get("personalising") is None else ""
+    return NOTHING if saved is None else f"{saved:.0%}{mark}"
+
+
+def trained_text(row: Mapping[str, Any]) -> str:
+    """The share of the model's numbers that is trained, the head included; a dash where runs do not tell it."""
+    share = row.get("trained_share")
+    return NOTHING if share is None else f"{share:.2%}"
 
 
 def own_text(row: Mapping[str, Any]) -> str:
@@ -84,14 +105,15 @@ def whole_text(row: Mapping[str, Any], key: str) -> str:
 
 
 def paid_text(setup: Mapping[str, Any], key: str) -> str:
-    """After which round the set-up had paid for itself, or in how many of the seeds it had."""
+    """After which round the set-up had paid for itself, or in how many of the seeds it had; and how many tell it, if not all do."""
     if setup["paid_back"] is None:
         return NOTHING
     each = list(setup["paid_back"][key].values())
     known = sorted(t for t in each if t is not None)
+    told = f" (told by {len(each)} of {setup['seeds']} seeds)" if len(each) < setup.get("seeds", 0) else ""
     if len(known) < len(each):
-        return "never in this run" if not known else f"in {len(known)} of {len(each)} seeds"
-    return f"round {known[0]}" if known[0] == known[-1] else f"rounds {known[0]} to {known[-1]}"
+        return ("never in this run" if not known else f"in {len(known)} of {len(each)} seeds") + told
+    return (f"round {known[0]}" if known[0] == known[-1] else f"rounds {known[0]} to {known[-1]}") + told
 
 
 def setup_row(row: Mapping[str, Any]) -> list[str]:
@@ -134,9 +156,10 @@ def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
             ranks = [rank_text(row["rank"][p]) for p in PROTOCOLS]
             rows.append([*cells, *(spread_text(final[p]) for p in PROTOCOLS), spread_text(best["personalised"]), "{} ({})".format(*ranks)])
         shown.append((title, ["method", *lr, *some, *PROTOCOLS, "personalised\nbest", "rank\n(global)"], rows))
-        if rows := [[row["method"], *against_texts(found)] for row in case["rows"] if (found := row["against"]["personalised"])]:
-            title = f"{case['label']}: personalised score against {summary['reference']} (paired bootstrap over devices)"
-            shown.append((title, ["method", "difference", f"{summary['confidence']:.0%} interval", "p", "better in"], rows))
+        for p in PROTOCOLS:
+            if rows := [[row["method"], *against_texts(found)] for row in case["rows"] if (found := row["against"][p])]:
+                title = f"{case['label']}: {p} score against {summary['reference']} (paired bootstrap over devices)"
+                shown.append((title, ["method", "difference", f"{summary['confidence']:.0%} interval", "p", "better in"], rows))
         for name in further_names(case):
             title = f"{case['label']}: test {name}, beside {case['metric']}"
             rows = [further_row(row, name) for row in case["rows"] if name in (row.get(FURTHER) or {})]
@@ -145,15 +168,18 @@ def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
             title = f"{case['label']}: exact match of numbers written to test prompts"
             shown.append((title, ["method", "before\ntraining", *PROTOCOLS, "personalised\nbest"], rows))
     for case in summary["cases"]:
-        rows = []
-        for row in case["rows"]:
-            found = row["reached"]["personalised"]
-            reached = [reached_text(found, "device_seconds"), reached_text(found, "bytes_up")]
-            whole = [whole_text(row, "device_seconds"), own_text(row), whole_text(row, "bytes_up")]
-            rows.append([row["method"], *reached, *whole])
-        title = f"{case['label']}: cost to reach {goal_text(summary, case)}, and of the whole run{remark(rows)}"
-        headers = ("method", "device time\nto it", "uploaded\nto it", "device\ntime", "before a\nprediction", "uploaded")
-        shown.append((title, headers, rows))
+        for p in PROTOCOLS:
+            each = [(row["method"], row["reached"][p]) for row in case["rows"]]
+            rows = [[m, *(reached_text(of, key) for key in ("device_seconds", "bytes_up")), saved_text(of)] for m, of in each]
+            if p == "personalised" or any(of is not None for _, of in each):
+                title = f"{case['label']}: cost to reach {goal_text(summary, case, p)}{remark(rows)}"
+                shown.append((title, ("method", "device time", "uploaded", "device time\nsaved"), rows))
+        rows = [
+            [row["method"], whole_text(row, "device_seconds"), own_text(row), whole_text(row, "bytes_up"), trained_text(row)]
+            for row in case["rows"]
+        ]
+        title = f"{case['label']}: cost of the whole run, and the share of the model that is trained"
+        shown.append((title, ("method", "device time", "before a\nprediction", "uploaded", "trained"), rows))
         if rows := [setup_row(row) for row in case["rows"] if row.get("setup")]:
             title = f"{case['label']}: set-up, and after which round it has paid for itself against plain LoRA"
             headers = ("method", "device\ntime", "FLOPs", "up", "down", "paid in\nuploads", "paid in\ndevice time")
@@ -194,15 +220,16 @@ def tells(summary: Summary) -> bool:
     return any(row.get(EXACT) for case in summary["cases"] for row in case["rows"])
 
 
-def goal_text(summary: Summary, case: Mapping[str, Any]) -> str:
+def goal_text(summary: Summary, case: Mapping[str, Any], protocol: str) -> str:
     """What is to be reached."""
     if summary["target"] is not None:
-        return f"a personalised score of {summary['target']:g}"
-    each = [goal for goal in case["target"]["personalised"].values() if goal is not None]
+        return f"a {protocol} score of {summary['target']:g}"
+    each = [goal for goal in case["target"][protocol].values() if goal is not None]
     if not each:
         return f"what {summary['reference']} ends with, which is not known"
     mean = sum(each) / len(each)
-    return f"what {summary['reference']} ends with ({f'seed by seed; {mean:.4f} in the mean' if len(each) > 1 else f'{mean:.4f}'})"
+    how = "seed by seed; " if len(each) > 1 else ""
+    return f"what {summary['reference']} ends with ({protocol}; {how}{mean:.4f}{' in the mean' if how else ''})"
 
 
 def grid_text(tried: Mapping[str, Any]) -> str:
@@ -236,13 +263,14 @@ def as_csv(summary: Summary) -> str:
             for p in PROTOCOLS:
                 cost: Mapping[str, Any] = row["reached"][p] or dict.fromkeys(("device_seconds", "bytes_up", "reached"))
                 line |= {f"{p}_to_target_{key}": cost[key] for key in ("device_seconds", "bytes_up", "reached")}
+                line |= {f"{p}_to_target_{key}": cost.get(key) for key in ("untrained", "saved")}
                 line |= {f"{p}_to_target_personalising_device_seconds": cost.get("personalising")} if p == "personalised" else {}
-            line |= row["costs"]
+            line |= row["costs"] | {"trained_share": row.get("trained_share")}
             setup = row.get("setup") or {}
             line["setup_flops"] = setup.get("flops")
             for key in ("bytes_up", "device_seconds"):
                 paid = list(((setup.get("paid_back") or {}).get(key) or {}).values())
-                line[f"setup_paid_back_{key}"] = sum(paid) / len(paid) if paid and None not in paid else None
+                line[f"setup_paid_back_{key}"] = sum(paid) / len(paid) if len(paid) == setup.get("seeds") and None not in paid else None
             line["grid"] = " ".join(f"{t['lr']!r}:{grid_text(t) if t['diverged'] else t['validation']}" for t in row["grid"] if t["lr"])
             lines.append({key: "" if value is None else value for key, value in line.items()})
     out = io.StringIO()
@@ -253,20 +281,29 @@ def as_csv(summary: Summary) -> str:
 
 
 def leads(summary: Summary) -> tuple[str, Sequence[str], Cells]:
-    """(title, headers, rows): whom each method leads by most, in score and in device time to where the other ends; personalised."""
-    rows = []
-    for case in summary["cases"]:
-        for row in case["rows"]:
-            over = {other: found["personalised"] for other, found in row["over"].items() if found["personalised"]}
-            cells = []
-            for key, form in (("margin", "+.4f"), ("time_saved", ".0%")):
-                known = {other: found[key] for other, found in over.items() if found[key] is not None and found[key] > 0}
-                best = max(known, key=lambda other: known[other], default=None)
-                mark = "" if best is None or key == "margin" or over[best].get("personalising_counted") else UNCOUNTED
-                cells.append(NOTHING if best is None else f"{known[best]:{form}}{mark} ({best})")
-            rows.append([case["label"], row["method"], *cells])
-    title = f"Largest leads: personalised score, and device time to where the other method ends{remark(rows)}"
-    return title, ("", "method", "score above (whom)", "device time saved (whom)"), rows
+    """(title, headers, rows): whom each method leads by most, in score and in device time to where the other ends; of the global model too
+    where any method has one that another's can be set against."""
+    every = [row for case in summary["cases"] for row in case["rows"]]
+    shown = [p for p in PROTOCOLS if p == "personalised" or any(found[p] for row in every for found in row["over"].values())]
+    rows = [
+        [case["label"], row["method"], *(text for p in shown for text in lead_texts(row, p))]
+        for case in summary["cases"]
+        for row in case["rows"]
+    ]
+    title = f"Largest leads: score, and device time to where the other method ends{remark(rows)}"
+    return title, ("", "method", *(text for p in shown for text in (f"{p} above (whom)", f"{p}: device time saved (whom)"))), rows
+
+
+def lead_texts(row: Mapping[str, Any], protocol: str) -> list[str]:
+    """A method's largest margin and its largest saving, each with over whom."""
+    over = {other: found[protocol] for other, found in row["over"].items() if found[protocol]}
+    cells = []
+    for key, form in (("margin", "+.4f"), ("time_saved", ".0%")):
+        known = {other: found[key] for other, found in over.items() if found[key] is not None and found[key] > 0}
+        best = max(known, key=lambda other: known[other], default=None)
+        mark = "" if best is None or key == "margin" or over[best].get("personalising_counted") else UNCOUNTED
+        cells.append(NOTHING if best is None else f"{known[best]:{form}}{mark} ({best})")
+    return cells
 
 
 def as_markdown(summary: Summary) -> str:

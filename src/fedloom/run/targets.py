@@ -31,6 +31,11 @@ class Cost:
     bytes_up: float
     personalising: float | None = 0.0
 
+    @property
+    def untrained(self) -> bool:
+        """Whether nothing had been trained yet: the start had the score, and no method is to be praised for it."""
+        return self.round == 0 and not self.personalising
+
 
 def costs(rows: Sequence[Row], result: Mapping[str, Any]) -> Iterator[Cost]:
     """The cost so far at each row of ``rounds.jsonl``; ``result`` tells that of set-up."""
