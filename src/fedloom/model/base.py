@@ -514,8 +514,7 @@ class Model:
     @property
     def reads(self) -> int:
         """Tokens of a text, prompt and answer, that the model reads at most: what its positions reach, or, where nothing says so, 2048."""
-        c = self.config.to_dict()
-        return int(c.get("max_position_embeddings") or c.get("n_positions") or 2048)
+        return reach(self.module, self.config) or 2048
 
     def continued(self, tensors: Tensors, prompts: Sequence[Sequence[int]], most: int, together: int = 1) -> list[str]:
         """What a speaker writes after each prompt's token ids, the likeliest token every time, ``most`` at most, and no more than the model
@@ -594,3 +593,15 @@ def free_bytes(device: torch.device) -> int:
 def as_batch(arrays: Mapping[str, np.ndarray], device: torch.device) -> Batch:
     """A batch from arrays named as its fields."""
     return Batch(**{name: torch.from_numpy(arrays[name]).to(device) for name in Batch._fields})
+
+
+def reach(base: nn.Module, config: Any) -> int | None:
+    """Tokens of a text that the positions of a model reach, or None where nothing bounds them. Of as many positions as its config names,
+    one that keeps places for padding (RoBERTa's kin: the table of positions has an entry for it) begins behind that entry.
+    """
+    said = config.to_dict()
+    if not (named := said.get("max_position_embeddings") or said.get("n_positions")):
+        return None
+    tables = (part for part in base.modules() if isinstance(part, nn.Embedding) and part is not base.get_input_embeddings())  # type: ignore[operator]
+    begins = (part.padding_idx + 1 for part in tables if part.padding_idx is not None and part.num_embeddings == named)
+    return int(named) - max(begins, default=0)

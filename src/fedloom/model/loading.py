@@ -40,7 +40,7 @@ from fedloom.hub import reachable
 from fedloom.messages import Tensors
 from fedloom.model.adapters import BESIDE, HEADS, Adapter, attach, beneath, in_few_bits, is_head, take_principal_parts, trainable_names
 from fedloom.model.answers import Form, Speaker
-from fedloom.model.base import Batch, Model, ModelError, Precision, free_bytes
+from fedloom.model.base import Batch, Model, ModelError, Precision, free_bytes, reach
 from fedloom.model.calls import CALLS, from_zero
 from fedloom.model.cloze import Cloze, Filler, keep_rows
 from fedloom.model.dropout import SeededDropout
@@ -149,8 +149,7 @@ def load(
         use: Use = "tags" if tags else "finds" if finds else "writes" if answers is not None else ""
         classes = num_labels if cloze is None and answers is None else 0
         base, tokenizer, config, new = _loaded(folder, name, classes, use)
-        limit = config.to_dict().get("max_position_embeddings") or max_length
-        length = min(max_length, int(limit), int(tokenizer.model_max_length))
+        length = min(max_length, reach(base, config) or max_length, int(tokenizer.model_max_length))
         filler = None
         if cloze is not None:
             answers_last = type(base).__name__.endswith(("ForCausalLM", "LMHeadModel"))
