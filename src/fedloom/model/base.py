@@ -70,7 +70,8 @@ class Model:
     under LoRA's pairs, which a method may change as well (:meth:`stand_on`). ``alone``: why it cannot run for many owners at once, or
     nothing; ``together_by``: how it does. ``still``: what of the head no loss depends on, which is not trained. ``recomputes``: whether
     its layers are computed again in backward passes, and what is inside them not kept (``recomputed.py``). ``split``: the fingerprint of
-    the weights under the pairs before their principal parts were taken out, or nothing where none were. ``quantised``: what of the module
+    the weights under the pairs before their principal parts were taken out, or nothing where none were; ``split_fast``:
+    whether those were found by random subspace iteration (``principal.py``). ``quantised``: what of the module
     is held in 8 or 4 bits, by the names of the weights."""
 
     name: str
@@ -97,6 +98,7 @@ class Model:
     still: dict[str, torch.Tensor] = field(default_factory=dict)
     recomputes: bool = False
     split: str = ""
+    split_fast: bool = False
     quantised: dict[str, Quantised] = field(default_factory=dict)
     _copies: dict[torch.dtype, nn.Module] = field(default_factory=dict)
     _ways: dict[torch.dtype, Way] = field(default_factory=dict)

@@ -201,7 +201,8 @@ def played(world: World) -> Played:
 
 def _costs(world: World) -> Lines:
     found, fleet = played(world), world.fleet
-    own = f"{len(world.model.beneath.names)} weights decomposed on every device, each for itself" if world.model.split else ""
+    way = "decomposed nearly" if world.model.split_fast else "decomposed"
+    own = f"{len(world.model.beneath.names)} weights {way} on every device, each for itself" if world.model.split else ""
     asked = [f"{step}, {count} times" if count > 1 else step for step, count in found.steps.items()]
     steps = "; ".join([*filter(None, [own]), *asked]) or "none"
     rounds = found.rounds
