@@ -11,7 +11,7 @@ n_k stays the number of its examples.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -21,7 +21,7 @@ import torch
 from fedloom.client.client import Client
 from fedloom.client.curricula.everything import Everything
 from fedloom.client.curriculum import Curriculum, Opened, Turn, shuffled, shuffled_epochs
-from fedloom.compute.work import AdamW, Fit, Fitted, Moments, Penalty, Schedule, Smoothing, Through
+from fedloom.compute.work import AdamW, Fit, Fitted, Held, Moments, Penalty, Schedule, Smoothing, Through
 from fedloom.data.examples import Examples
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
 from fedloom.methods.method import Predictor, State, predict
@@ -43,7 +43,8 @@ class FedAvg:
         reshuffle: cut new batches in every epoch. Without (no-reshuffle) there is one seeded cut per device for ever, as FibecFed has it.
         schedule: how the rate goes within one participation: constant, or falling to 0 along half a cosine.
         curriculum: what is trained on in which round; ``fedloom run METHOD+CURRICULUM`` chooses one.
-        prox: FedProx's μ (1812.06127): (μ/2)·‖w − w_t‖² is added to the loss, w_t being where a participation starts (0: nothing).
+        prox: FedProx's μ (1812.06127): (μ/2)·‖w − w_t‖² is added to the loss, w_t being what was sent; a device's own parts are not held
+            (0: nothing).
     """
 
     name: ClassVar[str] = "lora"
@@ -133,8 +134,8 @@ class FedAvg:
         ``optimizer``: another than this method's."""
         given = {**(fixed or {}), **start}
         opened = yield from self.open(c, given if through is None else through(given), task)
-        t = int(task.settings["round"])  # type: ignore[arg-type]
-        fit = self.fit(c, start, opened.batches, t, mask, penalty, fixed=fixed, examples=opened.examples, bias=bias)
+        t, own = int(task.settings["round"]), c.private.keys() - task.tensors.keys()  # type: ignore[arg-type]
+        fit = self.fit(c, start, opened.batches, t, mask, penalty, fixed=fixed, examples=opened.examples, bias=bias, own=own)
         more = {"correction": correction or {}, "through": through, "watch": watch, "skips": skips, "optimizer": optimizer or fit.optimizer}
         return (yield replace(fit, **more))
 
@@ -169,17 +170,27 @@ class FedAvg:
         examples: Examples | None = None,
         bias: torch.Tensor | None = None,
         rows: Tensors | None = None,
+        own: Collection[str] = (),
     ) -> Fit:
-        """The work item of local training with this method's optimiser, on the device's own examples unless others are given."""
+        """The work item of local training with this method's optimiser, on the device's own examples unless others are given. ``own``: what
+        of ``start`` was not sent, which FedProx's term leaves alone."""
         seed = derive_int(c.seed, "fit", round, c.id)
-        own = c.train if examples is None else examples
+        texts = c.train if examples is None else examples
         if self.prox and penalty is None:
-            penalty = self.proximal
-        return Fit(start, own, batches, self.optimizer, mask or {}, penalty, moments, fixed or {}, seed, bias=bias, rows=rows or {})
+            penalty = Held(self.prox, frozenset(start)).without(own)
+        return Fit(start, texts, batches, self.optimizer, mask or {}, penalty, moments, fixed or {}, seed, bias=bias, rows=rows or {})
 
-    def proximal(self, now: Tensors, start: Tensors) -> torch.Tensor:
-        """(μ/2)·‖w − w_t‖²."""
-        return self.prox / 2 * torch.stack([(now[name] - start[name]).square().sum() for name in now]).sum()
+    def insist_on_no_prox(self, who: str) -> None:
+        """For methods whose devices train nothing that they are sent.
+
+        Raises:
+            ValueError: there is a term that would hold them to it.
+        """
+        if self.prox:
+            raise ValueError(
+                f"'{who}' trains a device's own parts and nothing that was sent, so FedProx's term has nothing to hold, and prox is "
+                f"{self.prox}; leave it out"
+            )
 
     @property
     def optimizer(self) -> AdamW:
