@@ -61,7 +61,7 @@ METHODS |= {
     "slora": SLora(first=0.6),
     "lora+robust": FedAvg(),
 }
-REFUSING = {"fedcybgd", "handover", "flora", "fedex", "flexlora", "hetlora", "deltalora", "fedalt", "local", "centralised", "embracingfl"}
+REFUSING = {"fedcybgd", "handover", "fedex", "flexlora", "deltalora", "fedalt", "local", "centralised", "embracingfl"}
 REFUSING |= {"adalora", "fedopt"}
 FOLLOWING = [name for name in METHODS if name not in REFUSING]
 COVER = sorted({*zip(FOLLOWING, cycle(RULES), strict=False), *[("lora", rule) for rule in RULES], ("ffa", "momentum"), ("ffa", "yogi")})
