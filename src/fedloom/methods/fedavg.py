@@ -45,6 +45,8 @@ class FedAvg:
         curriculum: what is trained on in which round; ``fedloom run METHOD+CURRICULUM`` chooses one.
         prox: FedProx's μ (1812.06127): (μ/2)·‖w − w_t‖² is added to the loss, w_t being what was sent; a device's own parts are not held
             (0: nothing).
+        batch_by_memory: a device whose memory does not hold the training on batch_size texts of the greatest length takes as many a step
+            as it holds, 1 at least.
     """
 
     name: ClassVar[str] = "lora"
@@ -60,6 +62,7 @@ class FedAvg:
     schedule: Schedule = "constant"
     curriculum: Curriculum = field(default_factory=Everything)
     prox: float = 0.0
+    batch_by_memory: bool = False
 
     def __post_init__(self) -> None:
         for name, least in {"lr": 0, "local_epochs": 0, "batch_size": 1, "weight_decay": 0, "clip": 0}.items():
@@ -109,7 +112,7 @@ class FedAvg:
 
     def open(self, c: Client, at: Tensors, task: Task) -> Work[Opened]:
         """What the curriculum opens at the time that the task tells (:meth:`clock`). ``at``: all tensors of the device's model now."""
-        turn = self._turn(task)
+        turn = self._turn(c, task)
         yield from self.curriculum.prepare(c, at, turn.round)
         return self.curriculum.open(c, turn)
 
@@ -141,7 +144,7 @@ class FedAvg:
 
     def whole(self, c: Client) -> Opened:
         """One epoch over everything, in the order that the curriculum ends with. It must have been prepared."""
-        return self.curriculum.open(c, Turn(1, 1, 1, self.batch_size, reshuffle=False))
+        return self.curriculum.open(c, Turn(1, 1, 1, self.size_of(c), reshuffle=False))
 
     def batches(self, c: Client, round: int) -> list[np.ndarray]:
         """The batches of all local epochs of one participation without a curriculum, in order.
@@ -151,11 +154,15 @@ class FedAvg:
         """
         if self.has_curriculum:
             raise ValueError(f"this method's local training does not follow a curriculum, and {self.curriculum} was given; it takes none")
-        return shuffled_epochs(c, Turn(round, 0, self.local_epochs, self.batch_size, self.reshuffle))
+        return shuffled_epochs(c, Turn(round, 0, self.local_epochs, self.size_of(c), self.reshuffle))
+
+    def size_of(self, c: Client) -> int:
+        """Examples a step on this device."""
+        return min(self.batch_size, c.texts) if self.batch_by_memory and c.texts is not None else self.batch_size
 
     def cut(self, c: Client, purpose: str, *path: int) -> list[np.ndarray]:
         """One epoch of seeded batches of the device's training data."""
-        return shuffled(len(c.train), self.batch_size, c.seed, purpose, c.id, *path)
+        return shuffled(len(c.train), self.size_of(c), c.seed, purpose, c.id, *path)
 
     def fit(
         self,
@@ -202,11 +209,11 @@ class FedAvg:
         """Whether there is anything to follow."""
         return self.curriculum != Everything()
 
-    def _turn(self, task: Task) -> Turn:
+    def _turn(self, c: Client, task: Task) -> Turn:
         t = int(task.settings["round"])  # type: ignore[arg-type]
         if self.has_curriculum and "rounds" not in task.settings:
             raise ValueError(
                 f"'{task.op}' was asked without the number of rounds, on which {self.curriculum} depends; ask with clock(t, pool)"
             )
         rounds = int(task.settings["rounds"]) if self.has_curriculum else 0  # type: ignore[arg-type]
-        return Turn(t, rounds, self.local_epochs, self.batch_size, self.reshuffle)
+        return Turn(t, rounds, self.local_epochs, self.size_of(c), self.reshuffle)
