@@ -65,8 +65,9 @@ def _own_unheld(work: Work[Update], own: Tensors) -> Work[Update]:
 
 
 def _unheld(item: Any, own: Tensors) -> Any:
-    held = isinstance(item, Fit) and isinstance(item.penalty, Held)
-    return replace(item, penalty=item.penalty.without(own)) if held else item
+    if isinstance(item, Fit) and isinstance(item.penalty, Held):
+        return replace(item, penalty=item.penalty.without(own))
+    return item
 
 
 def own_layers(c: Client, came: Tensors, shared: Sequence[int]) -> Work[dict[str, torch.Tensor]]:
