@@ -41,6 +41,14 @@ def test_a_model_costs_as_many_as_it_has_weights_under_pairs_and_none_from_zero(
     assert start_operations(tiny.model(layers=2)) == 0
 
 
+def test_a_fast_start_is_booked_as_it_is_computed() -> None:
+    """By hand for 40 × 30 and rank 2, so 12 columns: ten products of 2·40·30·12, and 4·40·30·2. Of what is no larger than its columns, as
+    the tiny model is, fast is dearer; of an encoder's weight it is a seventh."""
+    assert operations(40, 30, 2, fast=True) == operations(30, 40, 2, fast=True) == 288000 + 9600
+    assert start_operations(tiny.model(start="fast-svd", layers=2)) == 4 * (20 * 16 * 16 * 12 + 4 * 16 * 16 * 2)
+    assert operations(768, 768, 8, fast=True) < operations(768, 768, 8) / 6
+
+
 def test_the_slowest_device_decides_how_long_it_takes() -> None:
     fast, slow = DeviceProfile("fast", 100.0, 1.0, 1.0, 1.0), DeviceProfile("slow", 20.0, 1.0, 1.0, 1.0)
     section = Section(Fleet((fast, slow), (0, 1, 0)))
@@ -73,6 +81,7 @@ def test_any_method_pays_for_it_and_it_is_told_beforehand(monkeypatch: pytest.Mo
             booked.setdefault(name, []).append(section.flops)
     assert booked == {"lora": [0, pytest.approx(4 * ONE)], "fibecfed": [0, pytest.approx(4 * ONE)], "centralised": [0, pytest.approx(ONE)]}
     small.build_once(monkeypatch)
-    told = {start: dict(describe(started("lora", start)).lines) for start in ("zero", "svd")}  # type: ignore[arg-type]
+    told = {start: dict(describe(started("lora", start)).lines) for start in ("zero", "svd", "fast-svd")}  # type: ignore[arg-type]
+    assert told["fast-svd"]["set-up"] == "6 weights decomposed nearly on every device, each for itself"
     assert told["svd"]["set-up"] == "6 weights decomposed on every device, each for itself" and told["zero"]["set-up"] == "none"
     assert f"{4 * ONE:.3g} FLOPs" in told["svd"]["set-up costs"] and " 0 FLOPs" in told["zero"]["set-up costs"]

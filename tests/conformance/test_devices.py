@@ -8,13 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from fedloom.client.store import ClientStore
 from fedloom.compute.flops import Flops
 from fedloom.fleet import Fleet
 from fedloom.messages import Replies, Task, Traffic
 from fedloom.methods.embracingfl import EmbracingFL
+from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.flexlora import FlexLora
 from fedloom.methods.flora import FLoRA
 from fedloom.methods.hetlora import HetLora
@@ -119,6 +122,33 @@ def test_stacked_equals_one_by_one_and_costs_what_was_done(tmp_path: Path) -> No
             spent += len(batch) * float(flops.step(frozenset(names), int(c.train.lengths[batch].max())))
     assert results[0]["flops"] == results[1]["flops"] == pytest.approx(spent)
     assert up < results[1]["bytes_up"] < up + 3 * 6000, "and a header, which names what is there"
+
+
+def test_a_batch_is_what_memory_holds_and_stacked_is_one_by_one(tmp_path: Path) -> None:
+    """Weights, gradients, moments and so many texts' activations: 2 and a half, 99, 3 exactly, and not even the weights. n_k stays, every
+    text is trained on as before, and whoever has the memory trains as without the option."""
+    plain = replace(small.experiment("lora", rounds=1, evaluate_every=0), method=FedAvg(batch_size=4, local_epochs=1))
+    one = needs(build(plain).model, 1)[-1]
+    held = one.total - one.activations
+    file = devices(tmp_path, [held + texts * one.activations for texts in (2.5, 99, 3)] + [held / 2])
+    e = replace(plain, device=file, method=replace(plain.method, batch_by_memory=True))
+    sizes, states = [2, 4, 3, 1], []
+    for stack in (1, 0):
+        asked = replace(e, engine=replace(e.engine, stack=stack))
+        run(asked, folder := tmp_path / str(stack), plain=True)
+        saved = checkpoint.load(folder, ClientStore(folder / "checkpoints" / "clients"))
+        assert saved is not None
+        states.append(saved.state.shared)
+    assert all(torch.equal(t, states[1][n]) for n, t in states[0].items())
+    world, before = build(e), build(replace(plain, device=file))
+    for k, size in enumerate(sizes):
+        c = world.device(k)
+        batches = world.experiment.method.batches(c, 0)
+        assert max(map(len, batches)) == min(size, len(c.train)) and sorted(np.concatenate(batches)) == [*range(len(c.train))]
+        assert max(map(len, before.experiment.method.batches(before.device(k), 0))) == min(4, len(c.train))
+    assert dict(describe(e).lines)["texts a step"].startswith("slow of ") and ": 2;" in dict(describe(e).lines)["texts a step"]
+    with pytest.raises(ValueError, match="'embracingfl' has devices train as many layers as their memory allows, and not fewer texts"):
+        EmbracingFL(FedAvg(batch_by_memory=True))
 
 
 @pytest.mark.parametrize("kind", [FlexLora, HetLora, FLoRA])

@@ -75,10 +75,11 @@ def test_what_an_adapter_brings_and_the_head_do_not_count() -> None:
         assert identity(of) == before
 
 
-def test_devices_that_split_for_themselves_are_averaged_to_one_weight() -> None:
+@pytest.mark.parametrize("start", ["svd", "fast-svd"])
+def test_devices_that_split_for_themselves_are_averaged_to_one_weight(start: Start) -> None:
     """W_res,k + s·mean(B)·mean(A) with each device's own W_res, to float32's rounding; for lack of another machine, the second device's
     numbers are moved by as much as float32 rounds."""
-    one, other = loaded(tiny.folder(), "svd"), loaded(tiny.folder(), "svd")
+    one, other = loaded(tiny.folder(), start), loaded(tiny.folder(), start)
     plain = load_file(tiny.folder() / "model.safetensors")
     scaling, u = beneath(one.module).scaling, torch.finfo(torch.float32).eps
     assert scaling == 2.5

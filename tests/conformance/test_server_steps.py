@@ -19,16 +19,19 @@ import torch
 from fedloom.client.host import Host
 from fedloom.client.store import ClientStore
 from fedloom.compute.stacked import Stacked
+from fedloom.compute.work import Held
 from fedloom.engines.engine import drive
 from fedloom.engines.local import Local
 from fedloom.messages import CohortFailed, Update
 from fedloom.methods import all_methods
 from fedloom.methods.adalora import AdaLora
+from fedloom.methods.fedalt import FedAlt
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fedopt import FedOpt
 from fedloom.methods.ffa import FfaLora
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
 from fedloom.methods.hetlora import HetLora
+from fedloom.methods.local import Local as Alone
 from fedloom.methods.method import State, one_round
 from fedloom.methods.rolora import RoLora
 from fedloom.methods.scaffold import Scaffold
@@ -58,7 +61,7 @@ METHODS |= {
     "slora": SLora(first=0.6),
     "lora+robust": FedAvg(),
 }
-REFUSING = {"fedcybgd", "handover", "flora", "fedex", "flexlora", "hetlora", "deltalora", "fedalt", "local", "centralised", "embracingfl"}
+REFUSING = {"fedcybgd", "handover", "fedex", "flexlora", "deltalora", "fedalt", "local", "centralised", "embracingfl"}
 REFUSING |= {"adalora", "fedopt"}
 FOLLOWING = [name for name in METHODS if name not in REFUSING]
 COVER = sorted({*zip(FOLLOWING, cycle(RULES), strict=False), *[("lora", rule) for rule in RULES], ("ffa", "momentum"), ("ffa", "yogi")})
@@ -244,7 +247,14 @@ TAKING = [
     "slora",
     "scaffold",
     "fedsb",
+    "fedalt-partial",
+    "ditto",
+    "deltalora",
+    "embracingfl",
+    "fibecfed",
 ]
+KEEPING = {"fedsa", "lora-personal-head", "fedalt-partial", "fibecfed"}
+"""Whose devices train parts that they were not sent: those that are not shared."""
 
 
 @pytest.mark.parametrize("name", TAKING)
@@ -252,9 +262,9 @@ def test_fedproxs_term_holds_a_device_to_what_it_was_sent(name: str) -> None:
     """(μ/2)·‖w − w_t‖²: the stronger, the less every device moves from what came."""
     moved = {}
     for prox in (0.0, PROX):
-        method = METHODS[name]
+        method = METHODS[name] if name != "fibecfed" else replace(METHODS[name], keep=1.0)
         here = Played(replace(method, inner=replace(method.inner, prox=prox)) if name != "lora" else FedAvg(prox=prox), POOL)
-        fits: list[Any] = []
+        fits, before = list[Any](), here.state
         compute = Stacked(here.of)
         ran = compute.run
 
@@ -266,9 +276,21 @@ def test_fedproxs_term_holds_a_device_to_what_it_was_sent(name: str) -> None:
         compute.run = seen  # type: ignore[method-assign]
         host = Host(here.method, lambda k: replace(here.devices[k], private={}, memory={}), compute, here.store, "steps")  # noqa: B023
         drive(here.method.round(here.state, POOL), Local(host))
-        assert len(fits) == POOL.cohort and all((item.penalty is not None) == bool(prox) for item, _ in fits)
-        moved[prox] = sum(float((r.tensors[n] - t).square().sum()) for i, r in fits for n, t in i.start.items())
+        plain = [(item, made) for item, made in fits if item.penalty is None or isinstance(item.penalty, Held)]
+        assert len(fits) == POOL.cohort * (2 if name in ("ditto", "fedalt-partial") else 1)
+        assert len(plain) == (len(fits) // 2 if name == "ditto" else len(fits)), "a personal model has a pull of its own, and no other"
+        moved[prox] = 0.0
+        for item, made in plain:
+            sent = {n for n in item.start if name not in KEEPING or n in before.shared}
+            assert (item.penalty.names if item.penalty else set()) == (sent if prox else set())
+            moved[prox] += sum(float((made.tensors[n] - item.start[n]).square().sum()) for n in sent)
     assert moved[PROX] < 0.9 * moved[0.0]
+
+
+def test_who_is_sent_nothing_that_it_trains_takes_no_term() -> None:
+    for kind in (FedAlt, Alone):
+        with pytest.raises(ValueError, match=f"'{kind.name}' trains a device's own parts .* and prox is 0.1; leave it out"):
+            kind(FedAvg(prox=0.1))
 
 
 def test_who_has_a_term_of_its_own_takes_no_other() -> None:

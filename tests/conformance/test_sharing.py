@@ -126,6 +126,17 @@ def test_stacked_is_one_by_one(name: str) -> None:
         assert mine.keys() == theirs.keys() and all(torch.allclose(t, theirs[n], atol=5e-4) for n, t in mine.items())
 
 
+def test_own_layers_are_not_held_to_what_was_sent() -> None:
+    """FedProx's term is over w - w_t, and of a device's own layers no w_t was sent; with a share of everything it is over all."""
+    for sharing, shares in ((POOL.sharing, True), (Sharing(), False)):
+        here = Played(FedAvg(prox=0.5), replace(POOL, sharing=sharing))
+        before = here.state.shared.keys()
+        here.round()
+        held: Any = [item.penalty for item in here.fits]
+        assert [penalty.names for penalty in held] == [before] * POOL.cohort
+        assert all((item.start.keys() > before) == shares for item in here.fits)
+
+
 def test_controls_are_of_what_is_shared_and_correct_nothing_else() -> None:
     here = Played(FedAvg(), replace(POOL, controls=True))
     here.round()

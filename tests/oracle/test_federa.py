@@ -22,9 +22,12 @@ from transformers import AutoModelForSequenceClassification
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.federa import FeDeRA
 from fedloom.methods.fibecfed import FibecFed
-from fedloom.model.adapters import Adapter, AdapterError, is_down, is_factor, is_head, merged, partner, under, write_adapter
+from fedloom.model import adapters
+from fedloom.model.adapters import Adapter, AdapterError, Start, is_down, is_factor, is_head, merged, partner, under, write_adapter
 from fedloom.model.base import Batch, Model
 from fedloom.model.loading import load
+from fedloom.model.principal import drawn, principal_factors
+from fedloom.run.device import identity
 from tests import families, tiny
 
 RANK, ALPHA = 3, 4.5
@@ -32,8 +35,8 @@ SCALING = ALPHA / RANK
 
 
 @cache
-def model(family: str) -> Model:
-    adapter = Adapter(RANK, ALPHA, families.TARGETS.get(family, ()), start="svd")
+def model(family: str, start: Start = "svd") -> Model:
+    adapter = Adapter(RANK, ALPHA, families.TARGETS.get(family, ()), start=start)
     return load(str(families.folder(family)), num_labels=3, adapter=adapter, seed=1, max_length=16)
 
 
@@ -86,9 +89,9 @@ def test_the_start_is_the_best_approximation_with_balanced_factors(family: str) 
         assert bool((columns > 0).all()), "the sign of every direction is fixed"
 
 
-@pytest.mark.parametrize("family", families.CONFIGS)
-def test_the_start_is_the_pre_trained_function(family: str) -> None:
-    of = model(family)
+@pytest.mark.parametrize(("family", "start"), [*((f, "svd") for f in families.CONFIGS), *((f, "fast-svd") for f in families.APART)])
+def test_the_start_is_the_pre_trained_function(family: str, start: Start) -> None:
+    of = model(family, start)
     torch.testing.assert_close(of.forward(of.initial, batch(), torch.float32)[0], plain_logits(plain(family)), atol=1e-5, rtol=0)
     zero = {n: torch.zeros_like(t) if is_factor(n) else t for n, t in of.initial.items()}
     with torch.no_grad():
@@ -98,8 +101,9 @@ def test_the_start_is_the_pre_trained_function(family: str) -> None:
 
 @pytest.mark.parametrize("family", families.CONFIGS)
 def test_gradients_are_those_of_the_residual_form(family: str) -> None:
-    """At a point away from the start, with W = W_res + s·B·A put into the plain model: ∂/∂B = s·G·Aᵀ and ∂/∂A = s·Bᵀ·G for G = ∂/∂W. Both
-    sides in float64, so that what is left is what float32 rounds of W_res and of the logits: 6e-7 of a gradient at most, as measured."""
+    """At a point away from the start, with W = W_res + s·B·A put into the plain model: ∂/∂B = s·G·Aᵀ and ∂/∂A = s·Bᵀ·G for G = ∂/∂W, in
+    float64. Ours in float64 too, so that what is left is what float32 rounds of W_res and of the logits: 6e-7 of a gradient at most, as
+    measured; and in float32, as it trains: 2e-6."""
     of, module = model(family), deepcopy(plain(family)).double()
     at = {n: t.double() for n, t in families.moved(of, by=0.05).items()}
     own = dict(module.named_parameters())
@@ -111,15 +115,16 @@ def test_gradients_are_those_of_the_residual_form(family: str) -> None:
     heads = {n.removeprefix("base_model.model."): t for n, t in at.items() if is_head(n)}
     loss = functional.cross_entropy(plain_logits(module, {**weights, **heads}), batch().labels)
     slopes = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
-    now = {n: t.clone().requires_grad_() for n, t in at.items()}
-    made_loss = of.loss(now, batch(), torch.float64)
-    assert float(made_loss.detach()) == pytest.approx(float(loss.detach()), abs=1e-6)
-    made = dict(zip(now, torch.autograd.grad(made_loss, list(now.values())), strict=True))
-    for a, b, name in pairs(family):
-        g = slopes[name].T if family == "gpt2" else slopes[name]
-        for wanted, got in ((SCALING * g @ at[a].T, made[b]), (SCALING * at[b].T @ g, made[a])):
-            assert float(wanted.norm()) > 1e-4
-            assert float((got - wanted).norm()) <= 2e-6 * float(wanted.norm())
+    for dtype, off in ((torch.float64, 2e-6), (torch.float32, 1e-5)):
+        now = {n: t.to(dtype, copy=True).requires_grad_() for n, t in at.items()}
+        made_loss = of.loss(now, batch(), dtype)
+        assert float(made_loss.detach()) == pytest.approx(float(loss.detach()), abs=1e-6)
+        made = dict(zip(now, torch.autograd.grad(made_loss, list(now.values())), strict=True))
+        for a, b, name in pairs(family):
+            g = slopes[name].T if family == "gpt2" else slopes[name]
+            for wanted, got in ((SCALING * g @ at[a].T, made[b]), (SCALING * at[b].T @ g, made[a])):
+                assert got.dtype is dtype and float(wanted.norm()) > 1e-4
+                assert float((got - wanted).norm()) <= off * float(wanted.norm())
 
 
 def test_the_start_is_the_same_whenever_it_is_computed() -> None:
@@ -131,8 +136,10 @@ def test_the_start_is_the_same_whenever_it_is_computed() -> None:
 def test_a_rank_that_the_matrix_does_not_have_is_refused() -> None:
     with pytest.raises(AdapterError, match=r"rank 17 .* 16 × 16.*at most 16"):
         load(str(families.folder("bert")), num_labels=3, adapter=Adapter(17, start="svd"), max_length=16)
-    with pytest.raises(AdapterError, match="start svd.*bitfit.*lora"):
-        load(str(families.folder("bert")), num_labels=3, adapter=Adapter(kind="bitfit", start="svd"), max_length=16)
+    starts: tuple[Start, ...] = ("svd", "fast-svd")
+    for start in starts:
+        with pytest.raises(AdapterError, match=f"start {start} .*bitfit.*lora"):
+            load(str(families.folder("bert")), num_labels=3, adapter=Adapter(kind="bitfit", start=start), max_length=16)
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
@@ -170,6 +177,65 @@ def test_tiny_clients_train_from_it_stacked_as_alone() -> None:
     for one, other in zip(Serial(of).run(items), Stacked(of).run(items), strict=True):
         for name, tensor in one.result.tensors.items():
             torch.testing.assert_close(other.result.tensors[name], tensor, atol=2e-4, rtol=0)
+
+
+# found fast
+
+
+def weight_of(spectrum: np.ndarray, d_out: int, d_in: int) -> torch.Tensor:
+    """A weight (d_out, d_in) of these singular values and random directions, float32."""
+    rng = np.random.default_rng(3)
+    u, v = (np.linalg.qr(rng.standard_normal((side, len(spectrum))))[0] for side in (d_out, d_in))
+    return torch.from_numpy((u * spectrum) @ v.T).float()
+
+
+SPECTRA = {"steep": 0.7 ** np.arange(96), "as of a trained weight": np.arange(1, 97) ** -0.5, "flat": np.linspace(1.0, 0.9, 96)}
+LEAST = {"steep": 1 - 1e-6, "as of a trained weight": 0.999, "flat": 0.95}
+"""How much of the exact start's squared norm the fast one has at least. No gap tells a flat one's directions apart, and none matters."""
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (160, 96), (96, 160)])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_a_fast_start_is_near_the_best_and_as_balanced(name: str, shape: tuple[int, int]) -> None:
+    """What holds of random subspace iteration with l columns (0909.4061): Q·Qᵀ projects, so no singular value is above the exact one; and
+    ‖W − QQᵀW‖₂ is, on average, at most what corollary 10.10 says of σ_(r+1), to which cutting to r adds σ_(r+1) at most (section 9.4). The
+    draw is always the same one, so the bound on the average either holds of it or does not."""
+    rank, more, times = 8, 10, 4
+    w = weight_of(SPECTRA[name], *shape)
+    (a, b), (best_a, best_b) = (tuple(t.double().numpy() for t in principal_factors(w, rank, SCALING, fast)) for fast in (True, False))
+    s = SPECTRA[name]
+    found = np.diag(SCALING * b.T @ b)
+    np.testing.assert_allclose(SCALING * b.T @ b, np.diag(found), atol=1e-6)
+    np.testing.assert_allclose(a @ a.T, b.T @ b, atol=1e-6)
+    assert bool((found <= s[:rank] * (1 + 1e-6)).all()) and bool((np.diff(found) <= 0).all())
+    assert bool((b[np.abs(b).argmax(0), range(rank)] > 0).all()), "the sign of every direction is fixed"
+    assert LEAST[name] <= (found**2).sum() / (s[:rank] ** 2).sum() <= 1 + 1e-6
+    factor = 1 + (rank / (more - 1)) ** 0.5 + np.e * ((rank + more) * (96 - rank)) ** 0.5 / more
+    left = np.linalg.norm(w.double().numpy() - SCALING * b @ a, 2)
+    assert s[rank] * (1 - 1e-6) <= left <= (factor ** (1 / (2 * times + 1)) + 1) * s[rank]
+    if name == "steep":
+        np.testing.assert_allclose(b @ a, best_b @ best_a, atol=1e-6)
+
+
+def test_what_a_fast_start_draws_is_the_same_everywhere_and_part_of_who_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Had every device its own draw, the W_res under averages of A and B would not be of one weight."""
+    first = model("bert", "fast-svd")
+    again = load(str(families.folder("bert")), num_labels=3, adapter=Adapter(RANK, ALPHA, start="fast-svd"), seed=9, max_length=16)
+    assert all(torch.equal(first.initial[n], again.initial[n]) for n in first.initial if is_factor(n)), "no seed has a part in it"
+    assert identity(first) == identity(again) != identity(model("bert"))
+    omega = drawn((24, 16), 3)
+    assert omega.shape == (24, 13) and np.array_equal(omega, drawn((16, 24), 3)) and drawn((24, 16), 9).shape == (24, 16)
+    assert np.array_equal(omega * 2**16, np.round(omega * 2**16)) and abs(omega.std() - 1) < 0.2
+    monkeypatch.setattr(adapters, "drawn", lambda shape, rank: drawn(shape, rank) + 2**-16)
+    other = load(str(families.folder("bert")), num_labels=3, adapter=Adapter(RANK, ALPHA, start="fast-svd"), seed=1, max_length=16)
+    assert identity(other) != identity(first), "a device that draws otherwise is not taken in"
+
+
+def test_a_weight_of_a_lower_rank_has_no_more_directions_fast_either() -> None:
+    w = weight_of(np.array([3.0, 2.0]), 40, 30)
+    a, b = principal_factors(w, 5, SCALING, fast=True)
+    torch.testing.assert_close(SCALING * b @ a, w, atol=1e-6, rtol=0)
+    assert not bool(b[:, 2:].any()) and bool(a[2:].any())
 
 
 # half precision

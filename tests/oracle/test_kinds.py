@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
 
+from fedloom.compute.serial import Serial
+from fedloom.compute.work import AdamW, Fit
+from fedloom.data.examples import Examples
 from fedloom.model import loading
 from fedloom.model.adapters import Adapter, AdapterError, Kind, attach, is_head
 from fedloom.model.base import Batch, Model
@@ -152,3 +156,15 @@ def test_what_no_loss_reaches_is_not_trained(monkeypatch: pytest.MonkeyPatch) ->
     of = loading.load(str(families.folder("bert")), num_labels=3, adapter=Adapter(kind="full"), max_length=16)
     assert "idle" in dict(of.module.named_parameters())
     assert set(of.initial) == set(of.parameters) == due
+
+
+@pytest.mark.parametrize("kind", [kind for kind in get_args(Kind) if kind != "auto"])
+def test_what_is_trained_moves_in_one_step(kind: Kind) -> None:
+    """An optimiser that was made before what it is to train would leave it where it is."""
+    of = families.of_kind("bert", kind)
+    at = families.moved(of)
+    ids = torch.randint(5, 60, (4, 9), generator=torch.Generator().manual_seed(5)).tolist()
+    (made,) = Serial(of).run([Fit(at, Examples.of(ids, [0, 1, 2, 0]), [np.arange(4)], AdamW(1e-2))])
+    assert made.result.tensors.keys() == of.initial.keys()
+    still = {n for n, t in made.result.tensors.items() if torch.equal(t, at[n])}
+    assert not still

@@ -214,6 +214,7 @@ def apart(first: Any, second: Any) -> float:
 KINDS = {
     "lora": ("bert", "lora", "zero", "packed"),
     "singular vectors": ("bert", "lora", "svd", "packed"),
+    "singular vectors, fast": ("bert", "lora", "fast-svd", "packed"),
     "gpt2": ("gpt2", "lora", "svd", "packed"),
     "rows": ("bloom", "lora", "zero", "padded rows"),
     "ia3": ("bert", "ia3", "zero", "vmap"),

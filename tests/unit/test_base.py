@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -158,6 +159,21 @@ def test_texts_are_cut_to_the_length_and_never_empty(monkeypatch: pytest.MonkeyP
 
 def test_the_length_is_bounded_by_model_and_tokenizer() -> None:
     assert load(str(tiny.folder()), num_labels=3, max_length=5000).max_length == 32
+
+
+@pytest.mark.parametrize(("family", "reached"), [("bert", 40), ("gpt2", 40), ("deberta-v2", 40), ("roberta", 39), ("bloom", 300)])
+def test_a_model_reads_as_many_tokens_as_its_positions_reach(family: str, reached: int, tmp_path: Path) -> None:
+    """Of RoBERTa's 40 positions the first (padding_idx, here 0) is padding's; with a tokenizer that bounds nothing, one more would be
+    an error within the model. BLOOM's are not bounded."""
+    path = shutil.copytree(families.folder(family), tmp_path / family)
+    told = json.loads((path / "tokenizer_config.json").read_text())
+    del told["model_max_length"]
+    (path / "tokenizer_config.json").write_text(json.dumps(told))
+    model = load(str(path), num_labels=3, max_length=300)
+    assert model.max_length == reached and model.reads == (2048 if family == "bloom" else reached)
+    ids = torch.full((1, reached), 5)
+    batch = Batch(ids, ids > 0, torch.zeros_like(ids), ids[:, 0], torch.ones(1))
+    assert bool(model.forward(model.initial, batch, torch.float32)[0].isfinite().all())
 
 
 def saved(path: Path, model: torch.nn.Module) -> str:

@@ -193,7 +193,7 @@ BAD_JSON = {
     "a nameless method": (changed(method={"lr": 1.0}), "names no method"),
     "an unknown method field": (
         changed(method={"name": "lora", "rate": 1}),
-        r"method lora has no fields \['rate'\]; it has \['batch_size'",
+        r"method lora has no fields \['rate'\]; it has \['batch_by_memory', 'batch_size'",
     ),
     "an unknown nested field": (changed(adapter={"r": 8}), r"adapter has no fields \['r'\]"),
     "text for a number": (changed(rounds="ten"), "rounds is 'ten'; it must be int"),

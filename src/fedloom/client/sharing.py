@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from fedloom.client.client import Client
 from fedloom.client.curriculum import shuffled
-from fedloom.compute.work import Initial, Sensitivity
+from fedloom.compute.work import Fit, Held, Initial, Sensitivity
 from fedloom.messages import Task, Tensors, Update, Work, on_client
 from fedloom.model.adapters import is_factor, is_up
 from fedloom.model.blocks import layer_of
@@ -46,10 +47,27 @@ def beside(operation: Callable[[Client, Task], Work[Update]], c: Client, task: T
     own = yield from own_layers(c, task.tensors, task.settings[LAYERS])  # type: ignore[arg-type]
     held = c.private.keys() & own.keys()
     c.private = without(c.private, own)
-    update = yield from operation(c, replace(task, tensors={**own, **task.tensors}, settings=settings))
+    update = yield from _own_unheld(operation(c, replace(task, tensors={**own, **task.tensors}, settings=settings)), own)
     stay = {n: update.tensors.get(n, t) for n, t in own.items() if n in update.tensors or n in held}
     c.private = dict(sorted({**c.private, **stay}.items()))
     return replace(update, tensors=without(update.tensors, own))
+
+
+def _own_unheld(work: Work[Update], own: Tensors) -> Work[Update]:
+    """Carry on with FedProx's term over what was sent alone."""
+    answer: Any = None
+    while True:
+        try:
+            asked = work.send(answer)
+        except StopIteration as ended:
+            return ended.value
+        answer = yield [_unheld(item, own) for item in asked] if isinstance(asked, list) else _unheld(asked, own)
+
+
+def _unheld(item: Any, own: Tensors) -> Any:
+    if isinstance(item, Fit) and isinstance(item.penalty, Held):
+        return replace(item, penalty=item.penalty.without(own))
+    return item
 
 
 def own_layers(c: Client, came: Tensors, shared: Sequence[int]) -> Work[dict[str, torch.Tensor]]:

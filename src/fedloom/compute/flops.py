@@ -35,7 +35,7 @@ def start_operations(model: Model) -> float:
     if not model.split:
         return 0.0
     rank, shapes = rank_in(model.initial), (weight.shape for weight in model.weights.values())
-    return sum(operations(d_out, d_in, rank) for d_out, d_in in shapes)
+    return sum(operations(d_out, d_in, rank, model.split_fast) for d_out, d_in in shapes)
 
 
 def _packed_product(rows: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:

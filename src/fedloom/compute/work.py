@@ -12,7 +12,7 @@ them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -99,6 +99,23 @@ class Moments:
     first: Tensors
     second: Tensors
     steps: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """A penalty: FedProx's (μ/2)·‖w − w_t‖² (1812.06127, eq. 2) over the ``names`` that were sent; what is a device's own has no w_t."""
+
+    mu: float
+    names: frozenset[str]
+
+    def __call__(self, now: Tensors, anchor: Tensors) -> torch.Tensor:
+        """The scalar that is added to a step's loss."""
+        return self.mu / 2 * torch.stack([(now[name] - anchor[name]).square().sum() for name in now if name in self.names]).sum()
+
+    def without(self, names: Collection[str]) -> Held | None:
+        """The same with fewer names, or None where none is left."""
+        left = self.names.difference(names)
+        return replace(self, names=left) if left else None
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,12 @@ class EmbracingFL:
 
     inner: FedAvg = field(default_factory=lambda: FedAvg(lr=2e-4))
 
+    def __post_init__(self) -> None:
+        if self.inner.batch_by_memory:
+            raise ValueError(
+                f"'{self.name}' has devices train as many layers as their memory allows, and not fewer texts: leave batch_by_memory out"
+            )
+
     def init(self, model: Model) -> State:
         """Everything is shared; the server keeps what each number of layers needs, in bytes.
 

@@ -51,6 +51,9 @@ class FedAlt:
 
     inner: FedAvg = field(default_factory=FedAvg)
 
+    def __post_init__(self) -> None:
+        self.inner.insist_on_no_prox(self.name)
+
     def init(self, model: Model) -> State:
         """The mean of what was sent, of nobody yet, is shared; until the set-up the server keeps the start of the devices' parts.
 

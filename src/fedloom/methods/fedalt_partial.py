@@ -79,7 +79,7 @@ class FedAltPartial:
         t = int(task.settings["round"])  # type: ignore[arg-type]
         first = replace(self.inner, local_epochs=self.epochs)
         examples, batches = yield from first.open(c, {**task.tensors, **c.private}, task)
-        own = self.inner.fit(c, c.private, batches, t, fixed=task.tensors, examples=examples)
+        own = self.inner.fit(c, c.private, batches, t, fixed=task.tensors, examples=examples, own=c.private)
         own = yield replace(own, dropout_seed=derive_int(c.seed, "fit local part", t, c.id))
         common = yield from self.inner.learn(c, task.tensors, task, fixed=own.tensors)
         c.private = own.tensors

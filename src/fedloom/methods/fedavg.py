@@ -11,7 +11,7 @@ n_k stays the number of its examples.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -21,7 +21,7 @@ import torch
 from fedloom.client.client import Client
 from fedloom.client.curricula.everything import Everything
 from fedloom.client.curriculum import Curriculum, Opened, Turn, shuffled, shuffled_epochs
-from fedloom.compute.work import AdamW, Fit, Fitted, Moments, Penalty, Schedule, Smoothing, Through
+from fedloom.compute.work import AdamW, Fit, Fitted, Held, Moments, Penalty, Schedule, Smoothing, Through
 from fedloom.data.examples import Examples
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
 from fedloom.methods.method import Predictor, State, predict
@@ -43,7 +43,10 @@ class FedAvg:
         reshuffle: cut new batches in every epoch. Without (no-reshuffle) there is one seeded cut per device for ever, as FibecFed has it.
         schedule: how the rate goes within one participation: constant, or falling to 0 along half a cosine.
         curriculum: what is trained on in which round; ``fedloom run METHOD+CURRICULUM`` chooses one.
-        prox: FedProx's μ (1812.06127): (μ/2)·‖w − w_t‖² is added to the loss, w_t being where a participation starts (0: nothing).
+        prox: FedProx's μ (1812.06127): (μ/2)·‖w − w_t‖² is added to the loss, w_t being what was sent; a device's own parts are not held
+            (0: nothing).
+        batch_by_memory: a device whose memory does not hold the training on batch_size texts of the greatest length takes as many a step
+            as it holds, 1 at least.
     """
 
     name: ClassVar[str] = "lora"
@@ -59,6 +62,7 @@ class FedAvg:
     schedule: Schedule = "constant"
     curriculum: Curriculum = field(default_factory=Everything)
     prox: float = 0.0
+    batch_by_memory: bool = False
 
     def __post_init__(self) -> None:
         for name, least in {"lr": 0, "local_epochs": 0, "batch_size": 1, "weight_decay": 0, "clip": 0}.items():
@@ -108,7 +112,7 @@ class FedAvg:
 
     def open(self, c: Client, at: Tensors, task: Task) -> Work[Opened]:
         """What the curriculum opens at the time that the task tells (:meth:`clock`). ``at``: all tensors of the device's model now."""
-        turn = self._turn(task)
+        turn = self._turn(c, task)
         yield from self.curriculum.prepare(c, at, turn.round)
         return self.curriculum.open(c, turn)
 
@@ -133,14 +137,14 @@ class FedAvg:
         ``optimizer``: another than this method's."""
         given = {**(fixed or {}), **start}
         opened = yield from self.open(c, given if through is None else through(given), task)
-        t = int(task.settings["round"])  # type: ignore[arg-type]
-        fit = self.fit(c, start, opened.batches, t, mask, penalty, fixed=fixed, examples=opened.examples, bias=bias)
+        t, own = int(task.settings["round"]), c.private.keys() - task.tensors.keys()  # type: ignore[arg-type]
+        fit = self.fit(c, start, opened.batches, t, mask, penalty, fixed=fixed, examples=opened.examples, bias=bias, own=own)
         more = {"correction": correction or {}, "through": through, "watch": watch, "skips": skips, "optimizer": optimizer or fit.optimizer}
         return (yield replace(fit, **more))
 
     def whole(self, c: Client) -> Opened:
         """One epoch over everything, in the order that the curriculum ends with. It must have been prepared."""
-        return self.curriculum.open(c, Turn(1, 1, 1, self.batch_size, reshuffle=False))
+        return self.curriculum.open(c, Turn(1, 1, 1, self.size_of(c), reshuffle=False))
 
     def batches(self, c: Client, round: int) -> list[np.ndarray]:
         """The batches of all local epochs of one participation without a curriculum, in order.
@@ -150,11 +154,15 @@ class FedAvg:
         """
         if self.has_curriculum:
             raise ValueError(f"this method's local training does not follow a curriculum, and {self.curriculum} was given; it takes none")
-        return shuffled_epochs(c, Turn(round, 0, self.local_epochs, self.batch_size, self.reshuffle))
+        return shuffled_epochs(c, Turn(round, 0, self.local_epochs, self.size_of(c), self.reshuffle))
+
+    def size_of(self, c: Client) -> int:
+        """Examples a step on this device."""
+        return min(self.batch_size, c.texts) if self.batch_by_memory and c.texts is not None else self.batch_size
 
     def cut(self, c: Client, purpose: str, *path: int) -> list[np.ndarray]:
         """One epoch of seeded batches of the device's training data."""
-        return shuffled(len(c.train), self.batch_size, c.seed, purpose, c.id, *path)
+        return shuffled(len(c.train), self.size_of(c), c.seed, purpose, c.id, *path)
 
     def fit(
         self,
@@ -169,17 +177,27 @@ class FedAvg:
         examples: Examples | None = None,
         bias: torch.Tensor | None = None,
         rows: Tensors | None = None,
+        own: Collection[str] = (),
     ) -> Fit:
-        """The work item of local training with this method's optimiser, on the device's own examples unless others are given."""
+        """The work item of local training with this method's optimiser, on the device's own examples unless others are given. ``own``: what
+        of ``start`` was not sent, which FedProx's term leaves alone."""
         seed = derive_int(c.seed, "fit", round, c.id)
-        own = c.train if examples is None else examples
+        texts = c.train if examples is None else examples
         if self.prox and penalty is None:
-            penalty = self.proximal
-        return Fit(start, own, batches, self.optimizer, mask or {}, penalty, moments, fixed or {}, seed, bias=bias, rows=rows or {})
+            penalty = Held(self.prox, frozenset(start)).without(own)
+        return Fit(start, texts, batches, self.optimizer, mask or {}, penalty, moments, fixed or {}, seed, bias=bias, rows=rows or {})
 
-    def proximal(self, now: Tensors, start: Tensors) -> torch.Tensor:
-        """(μ/2)·‖w − w_t‖²."""
-        return self.prox / 2 * torch.stack([(now[name] - start[name]).square().sum() for name in now]).sum()
+    def insist_on_no_prox(self, who: str) -> None:
+        """For methods whose devices train nothing that they are sent.
+
+        Raises:
+            ValueError: there is a term that would hold them to it.
+        """
+        if self.prox:
+            raise ValueError(
+                f"'{who}' trains a device's own parts and nothing that was sent, so FedProx's term has nothing to hold, and prox is "
+                f"{self.prox}; leave it out"
+            )
 
     @property
     def optimizer(self) -> AdamW:
@@ -191,11 +209,11 @@ class FedAvg:
         """Whether there is anything to follow."""
         return self.curriculum != Everything()
 
-    def _turn(self, task: Task) -> Turn:
+    def _turn(self, c: Client, task: Task) -> Turn:
         t = int(task.settings["round"])  # type: ignore[arg-type]
         if self.has_curriculum and "rounds" not in task.settings:
             raise ValueError(
                 f"'{task.op}' was asked without the number of rounds, on which {self.curriculum} depends; ask with clock(t, pool)"
             )
         rounds = int(task.settings["rounds"]) if self.has_curriculum else 0  # type: ignore[arg-type]
-        return Turn(t, rounds, self.local_epochs, self.batch_size, self.reshuffle)
+        return Turn(t, rounds, self.local_epochs, self.size_of(c), self.reshuffle)

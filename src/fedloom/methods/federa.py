@@ -8,8 +8,10 @@ The start is the adapter's (``--adapter.start svd``, ``model/principal.py``), so
 on it, and is plain federated LoRA beyond. mean(B)·mean(A) is not mean(B·A) here either. The first step moves both factors, weighted by
 singular values, so a learning rate that suits LoRA's zero start need not suit this one: search it.
 
-Nothing is sent for the start: every device has the weights and decomposes them itself, exactly and with fixed signs, which the paper's
-server does once for all.
+Nothing is sent for the start: every device has the weights and decomposes them itself, with fixed signs, which the paper's server does once
+for all. Exactly, or fast by random subspace iteration (``--adapter.start fast-svd``), in which all draw the same numbers. Either way two
+machines may differ in last digits, and averages are right all the same: what is averaged is A and B, and under them each device has its own
+W_res,k with W_res,k + s·B_0,k·A_0,k = W0, so that W_res,k + s·B·A is one weight on all, to rounding.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class FeDeRA:
         """
         need_pairs(model.initial, self.name)
         if not all(bool(tensor.any()) for name, tensor in model.initial.items() if is_up(name)):
-            raise ValueError("'federa' is LoRA that starts from singular vectors, and this one starts at zero; give it --adapter.start svd")
+            raise ValueError(
+                "'federa' is LoRA that starts from singular vectors, and this one starts at zero; give it --adapter.start svd or fast-svd"
+            )
         return self.inner.init(model)
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:

@@ -33,7 +33,7 @@ class FedOpt:
     Attributes:
         inner: what the devices do, and the mean of it.
         rule: the server's rule; momentum is FedAvgM.
-        server_lr: η. With momentum, 1 and no momentum would be FedAvg.
+        server_lr: η; of momentum usually 1, which with beta1 0 would be FedAvg.
         beta1: momentum β₁.
         beta2: memory β₂ of the squares (yogi, adam).
         tau: τ, which bounds how adaptive the rule is (adagrad, yogi, adam).

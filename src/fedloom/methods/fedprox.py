@@ -4,7 +4,7 @@
     w_t+1 <- Σ_{k in S_t} p_k w^k,   p_k = n_k / Σ_{j in S_t} n_j
 
 The term is local training's (``prox`` in ``fedavg.py``), so every method that trains as FedAvg does takes it: ``--method.inner.prox``. This
-one is ``lora`` with μ > 0.
+one is ``lora`` with μ > 0. Where a device keeps parts to itself (heads, B's, layers) these have no w_t: the term is over what was sent.
 
 Deviations: AdamW, fresh at each participation, where the paper allows any solver; every device does all of its epochs, and the gradient
 that is clipped is the whole sum's.

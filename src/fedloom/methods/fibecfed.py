@@ -298,7 +298,7 @@ class FibecFed:
         mask = {name.removeprefix(MASK): kept for name, kept in c.memory.items() if name.startswith(MASK)}
         opened = yield from self.local.open(c, {**whole_private(c), **task.tensors}, task)
         start, t = {**c.private, **task.tensors}, int(task.settings["round"])  # type: ignore[arg-type]
-        fitted = yield self.inner.fit(c, start, opened.batches, t, mask, examples=opened.examples, rows=rows_kept(c))
+        fitted = yield self.inner.fit(c, start, opened.batches, t, mask, examples=opened.examples, rows=rows_kept(c), own=c.private)
         c.private = without(fitted.tensors, task.tensors.keys())
         c.memory["optimizer_bytes"] = torch.tensor(nbytes(fitted.moments.first) + nbytes(fitted.moments.second))
         return Update(c.id, len(c.train), only(fitted.tensors, task.tensors.keys()), {"loss": float(fitted.losses.mean())})

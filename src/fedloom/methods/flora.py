@@ -63,7 +63,7 @@ class FLoRA:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """As inner."""
-        pool.insist_on_the_mean(self.name, "its server adds the devices' products up")
+        pool.insist_on_the_mean(self.name, "its server adds the devices' products up", steps=True)
         return self.inner.setup(state, pool)
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
@@ -85,7 +85,8 @@ class FLoRA:
             return heads.take(replace(update, tensors=without(update.tensors, list(filter(is_factor, update.tensors)))))
 
         yield Asking(asked, take)
-        return state.after_round({**heads.value(), **moved(state.shared, added.mean(), float(state.facts["scaling"]))})
+        made = {**heads.value(), **moved(state.shared, added.mean(), float(state.facts["scaling"]))}
+        return state.after_round(pool.stepped(state.shared, made))
 
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:

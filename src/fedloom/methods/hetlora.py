@@ -76,7 +76,7 @@ class HetLora:
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """As inner; and every device's rank."""
         pool.insist_on_no_mask(self.name, "devices are of several ranks, and prune them")
-        pool.insist_on_the_mean(self.name, "its server weighs devices by the size of their products")
+        pool.insist_on_the_mean(self.name, "its server weighs devices by the size of their products", steps=True)
         state = yield from self.inner.setup(state, pool)
         given = self.ranks or quarters(rank_in(state.shared))
         ranks = torch.tensor([rank_of(k, given, pool.seed, pool.strength(k)) for k in pool.clients])
@@ -96,7 +96,8 @@ class HetLora:
 
         cohort = uniform(pool, state.round)
         yield Asking([ask(self.train, k, cut(state.shared, int(state.server["ranks"][place[k]])), **clock) for k in cohort], take)
-        return replace(state, server={**state.server, "ranks": ranks}).after_round({**heads.value(), **pairs.value()})
+        made = pool.stepped(state.shared, {**heads.value(), **pairs.value()})
+        return replace(state, server={**state.server, "ranks": ranks}).after_round(made)
 
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:

@@ -26,6 +26,9 @@ class Local:
 
     inner: FedAvg = field(default_factory=FedAvg)
 
+    def __post_init__(self) -> None:
+        self.inner.insist_on_no_prox(self.name)
+
     def init(self, model: Model) -> State:
         """The common start."""
         return State(0, model.initial)

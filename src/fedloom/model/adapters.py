@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fedloom.model import bottleneck, mixing
-from fedloom.model.principal import principal_factors
+from fedloom.model.principal import drawn, principal_factors
 from fedloom.model.quantised import Base, Quantised, quantise, restore
 from fedloom.tensors import fingerprint
 
@@ -41,7 +41,9 @@ Kind = Literal["auto", "lora", "ia3", "houlsby", "pfeiffer", "bitfit", "full", "
 OF_THE_BASE = ("full", "bitfit")
 """Kinds that train numbers of the base itself."""
 
-Start = Literal["auto", "zero", "svd"]
+Start = Literal["auto", "zero", "svd", "fast-svd"]
+SPLITTING: tuple[Start, ...] = ("svd", "fast-svd")
+"""Starts that take a part out of the weights under the pairs."""
 LOADABLE: tuple[Kind, ...] = ("lora", "ia3", "bitfit", "full")
 """Kinds that other libraries load."""
 
@@ -58,8 +60,8 @@ class Adapter:
         kind: lora; ia3: scales of keys, values and the feed-forward part ((IA)³ 2205.05638); houlsby, pfeiffer: bottleneck adapters;
             bitfit: the biases (2106.10199); full: every weight; mixed: two LoRA pairs and a mixer that weighs them by what comes in
             (``mixing.py``); auto: as the method has it, else lora.
-        start: where LoRA starts: at zero, from the weights' singular vectors (svd; ``principal.py``), or auto: as the method has it, else
-            at zero.
+        start: where LoRA starts: at zero, from the weights' singular vectors (svd; ``principal.py``), from what random subspace iteration
+            finds of them in a fraction of the time (fast-svd), or auto: as the method has it, else at zero.
         base: what the frozen linear layers of the transformer's layers are held in: exact, as ``precision`` says, or int8 or nf4, 8 or 4
             bits a number and a scale for some (``quantised.py``); for kinds that train none of them.
     """
@@ -95,8 +97,8 @@ def attach(
     """
     if adapter.rank < 1 or not 0 <= adapter.dropout < 1:
         raise AdapterError(f"an adapter needs rank >= 1 and 0 <= dropout < 1; got rank {adapter.rank}, dropout {adapter.dropout}")
-    if adapter.start == "svd" and adapter.kind not in ("auto", "lora"):
-        raise AdapterError(f"start svd is one of LoRA's pairs, and kind {adapter.kind} has none; give --adapter.kind lora")
+    if adapter.start in SPLITTING and adapter.kind not in ("auto", "lora"):
+        raise AdapterError(f"start {adapter.start} is one of LoRA's pairs, and kind {adapter.kind} has none; give --adapter.kind lora")
     if adapter.base != "exact" and adapter.kind in OF_THE_BASE:
         raise AdapterError(
             f"kind {adapter.kind} trains numbers of the base itself, and --adapter.base {adapter.base} holds those in few bits, frozen; "
@@ -187,10 +189,11 @@ def in_few_bits(model: nn.Module, base: Base) -> dict[str, Quantised]:
         raise AdapterError(f"--adapter.base {base}: {error}; leave it out") from error
 
 
-def take_principal_parts(model: nn.Module) -> str:
-    """Put A0 and B0 into every pair and W_res under it; where the base is held in few bits, W0 is what these are, and s·B0·A0 is taken out
-    beside it. The model's copy in memory is changed, never a file. Returns the fingerprint of
-    the weights W0 as they were, by which models are compared: what is left of them differs in its last digits from one machine to another.
+def take_principal_parts(model: nn.Module, fast: bool = False) -> str:
+    """Put A0 and B0, found exactly or ``fast``, into every pair and W_res under it; where the base is held in few bits, W0 is what these
+    are, and s·B0·A0 is taken out beside it. The model's copy in memory is changed, never a file. Returns the fingerprint of the weights W0
+    as they were, by which models are compared: what is left of them differs in its last digits from one machine to another.
+    What was drawn to find directions fast is in it too: who draws otherwise has other directions, and cannot be averaged with the rest.
 
     Raises:
         AdapterError: the rank is higher than that of a weight.
@@ -202,10 +205,11 @@ def take_principal_parts(model: nn.Module) -> str:
             layer = pair.get_base_layer()
             transposed = "Conv1D" in type(layer).__name__
             weight = layer.weight() if isinstance(layer, Quantised) else _upright(layer.weight.detach(), transposed)
-            were[name] = fingerprint({"weight": weight})
-            scaling = float(pair.scaling[ADAPTER])
+            rank, scaling = int(pair.r[ADAPTER]), float(pair.scaling[ADAPTER])
+            by = {"drawn": torch.from_numpy(drawn(weight.shape, rank))} if fast else {}
+            were[name] = fingerprint({"weight": weight, **by})
             try:
-                a, b = principal_factors(weight, int(pair.r[ADAPTER]), scaling)
+                a, b = principal_factors(weight, rank, scaling, fast)
             except ValueError as error:
                 raise AdapterError(f"LoRA cannot start from singular vectors: {error}") from error
             with torch.no_grad():

@@ -70,7 +70,8 @@ class Model:
     under LoRA's pairs, which a method may change as well (:meth:`stand_on`). ``alone``: why it cannot run for many owners at once, or
     nothing; ``together_by``: how it does. ``still``: what of the head no loss depends on, which is not trained. ``recomputes``: whether
     its layers are computed again in backward passes, and what is inside them not kept (``recomputed.py``). ``split``: the fingerprint of
-    the weights under the pairs before their principal parts were taken out, or nothing where none were. ``quantised``: what of the module
+    the weights under the pairs before their principal parts were taken out, or nothing where none were; ``split_fast``:
+    whether those were found by random subspace iteration (``principal.py``). ``quantised``: what of the module
     is held in 8 or 4 bits, by the names of the weights."""
 
     name: str
@@ -97,6 +98,7 @@ class Model:
     still: dict[str, torch.Tensor] = field(default_factory=dict)
     recomputes: bool = False
     split: str = ""
+    split_fast: bool = False
     quantised: dict[str, Quantised] = field(default_factory=dict)
     _copies: dict[torch.dtype, nn.Module] = field(default_factory=dict)
     _ways: dict[torch.dtype, Way] = field(default_factory=dict)
@@ -514,8 +516,7 @@ class Model:
     @property
     def reads(self) -> int:
         """Tokens of a text, prompt and answer, that the model reads at most: what its positions reach, or, where nothing says so, 2048."""
-        c = self.config.to_dict()
-        return int(c.get("max_position_embeddings") or c.get("n_positions") or 2048)
+        return reach(self.module, self.config) or 2048
 
     def continued(self, tensors: Tensors, prompts: Sequence[Sequence[int]], most: int, together: int = 1) -> list[str]:
         """What a speaker writes after each prompt's token ids, the likeliest token every time, ``most`` at most, and no more than the model
@@ -594,3 +595,15 @@ def free_bytes(device: torch.device) -> int:
 def as_batch(arrays: Mapping[str, np.ndarray], device: torch.device) -> Batch:
     """A batch from arrays named as its fields."""
     return Batch(**{name: torch.from_numpy(arrays[name]).to(device) for name in Batch._fields})
+
+
+def reach(base: nn.Module, config: Any) -> int | None:
+    """Tokens of a text that the positions of a model reach, or None where nothing bounds them. Of as many positions as its config names,
+    one that keeps places for padding (RoBERTa's kin: the table of positions has an entry for it) begins behind that entry.
+    """
+    said = config.to_dict()
+    if not (named := said.get("max_position_embeddings") or said.get("n_positions")):
+        return None
+    tables = (part for part in base.modules() if isinstance(part, nn.Embedding) and part is not base.get_input_embeddings())  # type: ignore[operator]
+    begins = (part.padding_idx + 1 for part in tables if part.padding_idx is not None and part.num_embeddings == named)
+    return int(named) - max(begins, default=0)

@@ -38,9 +38,20 @@ from transformers.utils.hub import cached_file
 
 from fedloom.hub import reachable
 from fedloom.messages import Tensors
-from fedloom.model.adapters import BESIDE, HEADS, Adapter, attach, beneath, in_few_bits, is_head, take_principal_parts, trainable_names
+from fedloom.model.adapters import (
+    BESIDE,
+    HEADS,
+    SPLITTING,
+    Adapter,
+    attach,
+    beneath,
+    in_few_bits,
+    is_head,
+    take_principal_parts,
+    trainable_names,
+)
 from fedloom.model.answers import Form, Speaker
-from fedloom.model.base import Batch, Model, ModelError, Precision, free_bytes
+from fedloom.model.base import Batch, Model, ModelError, Precision, free_bytes, reach
 from fedloom.model.calls import CALLS, from_zero
 from fedloom.model.cloze import Cloze, Filler, keep_rows
 from fedloom.model.dropout import SeededDropout
@@ -149,8 +160,7 @@ def load(
         use: Use = "tags" if tags else "finds" if finds else "writes" if answers is not None else ""
         classes = num_labels if cloze is None and answers is None else 0
         base, tokenizer, config, new = _loaded(folder, name, classes, use)
-        limit = config.to_dict().get("max_position_embeddings") or max_length
-        length = min(max_length, int(limit), int(tokenizer.model_max_length))
+        length = min(max_length, reach(base, config) or max_length, int(tokenizer.model_max_length))
         filler = None
         if cloze is not None:
             answers_last = type(base).__name__.endswith(("ForCausalLM", "LMHeadModel"))
@@ -163,12 +173,14 @@ def load(
         finder = Finder(tokenizer, length) if finds else None
         module = attach(base, adapter, cloze is None and answers is None, bool(tags), finds, new)
         quantised = in_few_bits(module, adapter.base)
-        split = take_principal_parts(module) if adapter.start == "svd" else ""
+        fast = adapter.start == "fast-svd"
+        split = take_principal_parts(module, fast) if adapter.start in SPLITTING else ""
     parameters = trainable_names(module)
     module.eval().requires_grad_(False).to(device)
     model = Model(name, module, config, tokenizer, num_labels, length, precision, adapter.dropout, torch.device(device))
     model.filler, model.speaker, model.tagger, model.finder = filler, speaker, tagger, finder
     model.parameters, model.beneath, model.split, model.quantised = parameters, beneath(module), split, quantised
+    model.split_fast = fast
     own = dict(module.named_parameters())
     # of a model all of which is trained, the start is the module's own weights: a copy would be a second model
     kept = (lambda t: t) if adapter.kind == "full" else torch.clone

@@ -81,6 +81,12 @@ def needs(model: Model, batch_size: int, recomputed: bool = False) -> list[Needs
     return made
 
 
+def texts_that_fit(one: Needs, memory: float) -> int:
+    """How many texts of the greatest length a step can have in ``memory`` bytes: the most whose activations fit beside weights, gradients
+    and moments, and 1 where not even one does. ``one``: what training on one takes."""
+    return max(1, int((memory - (one.total - one.activations)) // one.activations))
+
+
 def resident(parameters: int, trained: int, number: int, few: int = 0, base: Base = "exact") -> tuple[int, int, int]:
     """Bytes of the weights, of their gradients and of AdamW's moments, where so many of the ``parameters`` are trained at a time and
     ``number`` is what one of the others takes: b·P (and 4·T where b < 4), 4·T, 8·T. ``few`` of them are held as ``base`` says."""

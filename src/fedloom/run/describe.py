@@ -25,7 +25,7 @@ from fedloom.messages import Replies, Task
 from fedloom.methods.embracingfl import EmbracingFL
 from fedloom.methods.method import one_round, set_up
 from fedloom.model.base import Model
-from fedloom.model.memory import Needs, fitting, needs, resident
+from fedloom.model.memory import Needs, fitting, needs, resident, texts_that_fit
 from fedloom.model.quantised import numbers
 from fedloom.run.console import human_bytes, human_seconds
 from fedloom.run.counting import Counting
@@ -201,7 +201,8 @@ def played(world: World) -> Played:
 
 def _costs(world: World) -> Lines:
     found, fleet = played(world), world.fleet
-    own = f"{len(world.model.beneath.names)} weights decomposed on every device, each for itself" if world.model.split else ""
+    way = "decomposed nearly" if world.model.split_fast else "decomposed"
+    own = f"{len(world.model.beneath.names)} weights {way} on every device, each for itself" if world.model.split else ""
     asked = [f"{step}, {count} times" if count > 1 else step for step, count in found.steps.items()]
     steps = "; ".join([*filter(None, [own]), *asked]) or "none"
     rounds = found.rounds
@@ -251,10 +252,14 @@ def _memory(world: World) -> Lines:
             "nothing" if layers is None else f"the head and {layers} of {most} parts before it" if layers < len(each) - 1 else "all of it"
         )
         fits.append(f"{profile.name}: {part}")
+    one = needs(world.model, 1)[-1]
+    kinds = [profile for profile, _ in world.fleet.kinds(len(world.pool.clients))]
+    steps = [f"{profile.name}: {min(plain.batch_size, texts_that_fit(one, profile.memory_bytes))}" for profile in kinds]
     noted = "; layers are computed again in backward passes" if again else ""
     return [
         ("training takes", f"{human_bytes(whole.total)} by estimate: {made}, for {texts}{least}{noted}"),
         ("of which fits", "; ".join(fits)),
+        *([("texts a step", "; ".join(steps))] if plain.batch_by_memory else []),
     ]
 
 

@@ -167,6 +167,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     from fedloom.compute.stacked import Stacked
     from fedloom.data.tasks import SPLITS
     from fedloom.model.base import ModelError
+    from fedloom.model.memory import needs, texts_that_fit
     from fedloom.run.devices import by_name
     from fedloom.run.experiment import EngineSettings, ExperimentError, from_json
     from fedloom.run.judging import Judge
@@ -187,11 +188,11 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
             f"the model '{own.model or e.model}' is not the server's: its pre-trained weights come to {identity(model)} here and to "
             f"{greeting['model']} at the server; give the same one, --model NAME or FOLDER"
         )
-    shards = tokens_of(source, model)
+    shards, one = tokens_of(source, model), needs(model, 1)[-1]
     train, validation, test = (shards[split] for split in SPLITS)
     host = Host(
         e.method,
-        lambda k: Client(k, train, validation, test, e.seed, fleet.strength(k), model.dtype),
+        lambda k: Client(k, train, validation, test, e.seed, fleet.strength(k), texts_that_fit(one, fleet.of(k).memory_bytes), model.dtype),
         Stacked(model, 1),
         ClientStore(None),
         e.digest(),

@@ -43,6 +43,7 @@ from fedloom.model.adapters import Adapter
 from fedloom.model.base import DTYPES, Model
 from fedloom.model.cloze import Cloze
 from fedloom.model.loading import load as load_model
+from fedloom.model.memory import Needs, needs, texts_that_fit
 from fedloom.run.devices import fleet_of, is_file
 from fedloom.run.experiment import Experiment, ExperimentError, as_json
 from fedloom.run.judging import Judge
@@ -119,7 +120,15 @@ class World:
         shards = {s: of if client == CENTRE else of.subset(self._held(s, client)) for s, of in self.splits.items()}
         train, validation, test = (shards[s] for s in SPLITS)
         e = self.experiment
-        return Client(client, train, validation, test, e.seed, self.fleet.strength(client), DTYPES[e.precision])
+        return Client(client, train, validation, test, e.seed, self.fleet.strength(client), self.texts_on(client), DTYPES[e.precision])
+
+    def texts_on(self, client: int) -> int:
+        """How many texts a step can have in a device's memory."""
+        return texts_that_fit(self._one_text, self.fleet.of(client).memory_bytes)
+
+    @cached_property
+    def _one_text(self) -> Needs:
+        return needs(self.model, 1)[-1]
 
     def _held(self, split: Split, client: int) -> np.ndarray:
         return self.judge.examples(split, self.partition.shards(split)[client])

@@ -99,7 +99,7 @@ class ServerStep:
 
     Attributes:
         rule: none, the aggregate is the new model; or a step towards it: momentum (FedAvgM), adagrad, yogi, adam.
-        lr: η of the step.
+        lr: η of the step; the default is for the adaptive rules, and FedAvgM's (momentum) is usually 1.
         beta1: momentum β₁.
         beta2: memory β₂ of the squares (yogi, adam).
         tau: τ, which bounds how adaptive the step is (adagrad, yogi, adam).

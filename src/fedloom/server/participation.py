@@ -57,13 +57,19 @@ class Pool:
             mean.take(update)
         return mean.value()
 
-    def insist_on_the_mean(self, method: str, because: str) -> None:
-        """For methods whose server does something else with updates than to aggregate them by name.
+    def stepped(self, sent: Tensors, made: Tensors) -> Tensors:
+        """What the server's optimiser makes of ``made``, a method's own next value of the tensors ``sent``; that itself without one."""
+        return made if self.steps is None else self.steps.take(sent, made)
+
+    def insist_on_the_mean(self, method: str, because: str, steps: bool = False) -> None:
+        """For methods whose server does something else with updates than to aggregate them by name. ``steps``: it takes the optimiser's
+        step towards what that comes to (:meth:`stepped`).
 
         Raises:
-            ValueError: another rule was asked for, a server optimiser, controls, or that layers stay on devices.
+            ValueError: another rule was asked for, a server optimiser that it does not follow, controls, or that layers stay on devices.
         """
-        self.insist_on_no_optimizer(method, because)
+        if not steps:
+            self.insist_on_no_optimizer(method, because)
         self.insist_on_no_controls(method, because)
         if self.rule != Rule():
             raise ValueError(
