@@ -47,7 +47,7 @@ from fedloom.model.base import Model
 from fedloom.model.blocks import layer_of, layers
 from fedloom.seeds import derive_int
 from fedloom.server.participation import Pool, uniform
-from fedloom.server.sharing import Which, choose_gal
+from fedloom.server.sharing import Which, choose_gal, how_many
 from fedloom.tensors import nbytes, only, without
 
 WARM_UP = -1000
@@ -73,7 +73,7 @@ class Curriculum:
         granularity: sort fixed batches, or sort examples and then cut.
         refresh: score anew at the current model when the scores are this many rounds old (0: never).
         head: what keeps a fresh head from drowning the score: warm (train it first), left-out (of the score), as-is (nothing).
-        head_rounds: rounds in which the head alone is trained first, if warm.
+        head_rounds: rounds in which the head alone is trained first, if warm (0: as-is).
     """
 
     start: float = 0.6
@@ -83,6 +83,11 @@ class Curriculum:
     refresh: int = 0
     head: Literal["warm", "left-out", "as-is"] = "warm"
     head_rounds: int = 3
+
+    def __post_init__(self) -> None:
+        _ = self.on_device
+        if self.head_rounds < 0:
+            raise ValueError(f"head_rounds is {self.head_rounds}; it is a number of rounds, 0 or more")
 
     @property
     def on_device(self) -> ByFisher:
@@ -100,7 +105,8 @@ class Curriculum:
 
     def facts(self, rounds: int) -> dict[str, Any]:
         """The share of batches open in each round, and how the head was kept from drowning the score."""
-        return {**self.on_device.facts(rounds), "difficulty_head": self.head}
+        warmed = self.head_rounds > 0 or self.head != "warm"
+        return {**self.on_device.facts(rounds), "difficulty_head": self.head if warmed else "as-is"}
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,17 @@ class Gal:
     norm: Norm = "difference"
     lossless: bool = False
     refresh: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.fraction <= 1 and self.count >= 0):
+            raise ValueError(
+                f"a share of the layers above 0 and at most 1 is global, or a count of 1 or more (0: the fraction says); got fraction "
+                f"{self.fraction}, count {self.count}"
+            )
+        if not 0 < self.rho < math.inf:
+            raise ValueError(f"rho is {self.rho}; embeddings are moved by a positive number, or no layer's output moves")
+        if self.refresh < 0:
+            raise ValueError(f"refresh is {self.refresh}; layers are chosen anew every so many rounds, 1 or more, or never with 0")
 
 
 @dataclass(frozen=True)
@@ -154,6 +171,12 @@ class FibecFed:
     def __post_init__(self) -> None:
         if self.inner.has_curriculum:
             raise ValueError(f"FibecFed follows its own curriculum; give it {self.inner.curriculum} as curriculum=, not within inner=")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep is {self.keep}; a share of the neurons above 0 and at most 1 is trained, and with 1 there is no mask")
+        if self.warmup_epochs < 1:
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs}; the mask comes of one epoch at least (keep 1: no mask, no warm-up)")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}; it must be 0 or more and below 1, where the mask's Fisher would stay at 0")
 
     @property
     def joins_late(self) -> bool:
@@ -171,9 +194,11 @@ class FibecFed:
         """Everything is shared until the GAL is chosen. ``facts["depth"]`` is D.
 
         Raises:
-            ValueError: no LoRA is trained; the mask is one of its pairs. Or a term in the loss that rows of B do not have.
+            ValueError: no LoRA is trained; the mask is one of its pairs. Or a term in the loss that rows of B do not have, or more global
+                layers than there are.
         """
         need_pairs(model.initial, self.name)
+        how_many(self.gal, len(layers(model.initial)))
         if self.inner.prox and (self.keep < 1 or self.keep_lossless):
             raise ValueError(
                 f"'{self.name}' trains some rows of B only, for which FedProx's term is not defined here, and prox is {self.inner.prox}; "
