@@ -191,7 +191,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     train, validation, test = (shards[split] for split in SPLITS)
     host = Host(
         e.method,
-        lambda k: Client(k, train, validation, test, e.seed, fleet.strength(k), model.dtype),
+        lambda k: Client(k, train, validation, test, e.seed, fleet.strength(k), model.dtype, model.num_labels),
         Stacked(model, 1),
         ClientStore(None),
         e.digest(),

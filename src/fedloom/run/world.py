@@ -119,7 +119,7 @@ class World:
         shards = {s: of if client == CENTRE else of.subset(self._held(s, client)) for s, of in self.splits.items()}
         train, validation, test = (shards[s] for s in SPLITS)
         e = self.experiment
-        return Client(client, train, validation, test, e.seed, self.fleet.strength(client), DTYPES[e.precision])
+        return Client(client, train, validation, test, e.seed, self.fleet.strength(client), DTYPES[e.precision], self.model.num_labels)
 
     def _held(self, split: Split, client: int) -> np.ndarray:
         return self.judge.examples(split, self.partition.shards(split)[client])
