@@ -9,7 +9,8 @@ Set-up, once, every device (insisted on):
 3. device k warms all LoRA up for E_w epochs from the common start, keeps F <- γF + (1−γ)F̃ over the epochs, throws the weights away,
    and fixes its mask: of each local layer's output neurons the ``keep`` share of highest Fisher. Neuron μ of a pair scores
    Σ F[row μ of B] + ΣF[A]/d_out. Of a local B the device has the rows of its mask from then on, and nothing of the others: they are zero,
-   take no storage, no optimiser state, and no product (work item ``Fit``, ``rows``).
+   take no storage, no optimiser state, and no product (work item ``Fit``, ``rows``). Where B did not start at zero (``--adapter.start
+   svd``) they are a part of the model: they are stored and multiplied as they began, and have no optimiser state.
 
 Each round t of T: the server sends the GAL and the head; device k trains them (dense) and its other LoRA (masked) on the batches that
 the curriculum opens, easy to hard: batches are cut once and fixed, ordered by mean d_i, the first ceil(fraction(t)·#batches) are used in
@@ -17,7 +18,8 @@ each local epoch. It uploads the GAL and the head; the server averages with p_k.
 
 Before round t, if t % R = 0 (``gal.refresh``; default never): every device scores its layers again, at its own model as it is; the server
 picks as many layers as before by the new s_l. A layer that leaves the GAL goes on from its last shared value, on every device, and is
-trained whole there: its rows are no longer zero. A layer that joins the GAL starts at the devices' mean, Σ_k (n_k/n) of their own.
+trained whole there: its rows are no longer zero. A layer that joins the GAL starts at the devices' mean, Σ_k (n_k/n) of their own,
+of which rows that are not there do not travel and are zero in it.
 
 Deviations from the paper and its code: docs/papers.md.
 """
@@ -46,6 +48,7 @@ from fedloom.model.adapters import is_factor, is_head, need_pairs
 from fedloom.model.base import Model
 from fedloom.model.blocks import layer_of, layers
 from fedloom.seeds import derive_int
+from fedloom.server.masks import ROWS, completed
 from fedloom.server.participation import Pool, uniform
 from fedloom.server.sharing import Which, choose_gal, how_many
 from fedloom.tensors import nbytes, only, without
@@ -59,7 +62,7 @@ LEAST = 1e-12
 log = logging.getLogger("fedloom.methods")
 
 MASK = "mask/"
-"""Before a tensor's name in a device's memory: a mask that some tensor is trained under, where it could not be cut to its rows."""
+"""Before a tensor's name in a device's memory: which of its rows are trained, 0/1 (d_out, 1), where it could not be cut to them."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +270,8 @@ class FibecFed:
         shared = dict(state.shared)
         if chosen != before:
             joining, leaving = sorted(set(chosen) - set(before)), set(before) - set(chosen)
-            copies = yield from insist([ask(self.hand_over, k, layers=joining) for k in pool.clients])
+            handed = yield from insist([ask(self.hand_over, k, layers=joining) for k in pool.clients])
+            copies = [replace(one, tensors=completed(one.tensors, {})) for one in handed]
             left = {n: t for n, t in shared.items() if layer_of(n) in leaving}
             yield from insist([ask(self.regroup, k, left, gal=chosen) for k in pool.clients])
             shared = dict(sorted({**without(shared, left), **pool.mean(copies)}.items()))
@@ -320,12 +324,18 @@ class FibecFed:
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:
         """GAL and head dense, local layers masked, on the easiest open batches; only what came goes back."""
-        mask = {name.removeprefix(MASK): kept for name, kept in c.memory.items() if name.startswith(MASK)}
+        at = {name.removeprefix(MASK): torch.nonzero(kept[:, 0]).flatten() for name, kept in c.memory.items() if name.startswith(MASK)}
+        whole = only(c.private, at)
         opened = yield from self.local.open(c, {**whole_private(c), **task.tensors}, task)
-        start, t = {**c.private, **task.tensors}, int(task.settings["round"])  # type: ignore[arg-type]
-        fitted = yield self.inner.fit(c, start, opened.batches, t, mask, examples=opened.examples, rows=rows_kept(c))
-        c.private = without(fitted.tensors, task.tensors.keys())
-        c.memory["optimizer_bytes"] = torch.tensor(nbytes(fitted.moments.first) + nbytes(fitted.moments.second))
+        few = {n: whole[n][rows] for n, rows in at.items()}
+        start, t = {**c.private, **few, **task.tensors}, int(task.settings["round"])  # type: ignore[arg-type]
+        fit = self.inner.fit(c, start, opened.batches, t, fixed=whole, examples=opened.examples, rows={**rows_kept(c), **at})
+        fitted = yield fit
+        trained = without(fitted.tensors, task.tensors.keys())
+        c.private = {n: whole[n].index_copy(0, at[n], tensor) if n in at else tensor for n, tensor in trained.items()}
+        held = nbytes(fitted.moments.first) + nbytes(fitted.moments.second)
+        all_rows = held + 2 * (nbytes(whole_private(c)) - nbytes(trained))
+        c.memory |= {"optimizer_bytes": torch.tensor(held), "optimizer_bytes_whole": torch.tensor(all_rows)}
         return Update(c.id, len(c.train), only(fitted.tensors, task.tensors.keys()), {"loss": float(fitted.losses.mean())})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
@@ -344,10 +354,12 @@ class FibecFed:
 
     @on_client
     def hand_over(self, c: Client, task: Task) -> Work[Update]:
-        """The device's own of the layers that will be shared. It keeps them until it is told the new GAL."""
+        """The device's own of the layers that will be shared, of a B the rows that there are and which these are. It keeps them until it is
+        told the new GAL."""
         yield from ()
         joining = set(task.settings["layers"])  # type: ignore[arg-type]
-        return Update(c.id, len(c.train), {n: t for n, t in whole_private(c).items() if layer_of(n) in joining})
+        rows = {ROWS + n.removeprefix(KEPT): bits for n, bits in c.memory.items() if n.startswith(KEPT)}
+        return Update(c.id, len(c.train), {n: t for n, t in {**c.private, **rows}.items() if layer_of(n) in joining})
 
     @on_client
     def regroup(self, c: Client, task: Task) -> Work[Update]:
