@@ -163,6 +163,7 @@ def test_only_layers_with_an_adapter_can_be_chosen() -> None:
         (lambda: FibecFed(warmup_epochs=0), "warmup_epochs is 0"),
         (lambda: FibecFed(momentum=2.0), "momentum is 2.0; it must be 0 or more and below 1"),
         (lambda: FibecFed(momentum=1.0), "momentum is 1.0"),
+        (lambda: FibecFed(lossless_probes=0), "lossless_probes is 0; a spectrum takes one random start at least"),
     ],
 )
 def test_impossible_settings_are_refused_when_they_are_given(make: Any, says: str) -> None:

@@ -158,6 +158,8 @@ class FibecFed:
         keep_lossless: the share that a device's own Hessian spectrum allows without loss, where it tells; ``keep`` otherwise.
         warmup_epochs: epochs E_w of the warm-up behind the mask.
         momentum: γ of the mask's Fisher over those epochs.
+        lossless_probes: random starts behind a device's Hessian spectrum, each as costly as the first, and directions behind its ℒ, where
+            one of the two lossless choices asks for them.
     """
 
     name: ClassVar[str] = "fibecfed"
@@ -170,6 +172,7 @@ class FibecFed:
     keep_lossless: bool = False
     warmup_epochs: int = 1
     momentum: float = 0.5
+    lossless_probes: int = 1
 
     def __post_init__(self) -> None:
         if self.inner.has_curriculum:
@@ -180,6 +183,8 @@ class FibecFed:
             raise ValueError(f"warmup_epochs is {self.warmup_epochs}; the mask comes of one epoch at least (keep 1: no mask, no warm-up)")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum is {self.momentum}; it must be 0 or more and below 1, where the mask's Fisher would stay at 0")
+        if self.lossless_probes < 1:
+            raise ValueError(f"lossless_probes is {self.lossless_probes}; a spectrum takes one random start at least")
 
     @property
     def joins_late(self) -> bool:
@@ -292,7 +297,7 @@ class FibecFed:
     def inspect(self, c: Client, task: Task) -> Work[Update]:
         """Step 1: difficulty of every example (kept here) and the layers' sensitivity on one batch (uploaded)."""
         batch = self.inner.cut(c, "batches")[0]
-        spectrum = Spectrum(task.tensors, c.train, batch, seed=derive_int(c.seed, "spectrum", c.id))
+        spectrum = Spectrum(task.tensors, c.train, batch, probes=self.lossless_probes, seed=derive_int(c.seed, "spectrum", c.id))
         c.private, c.memory = dict(task.tensors), {}
         yield from self.curriculum.prepare(c, task.tensors, 0)
         scores, *spectral = yield [
