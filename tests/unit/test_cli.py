@@ -45,11 +45,11 @@ EXPERIMENT = names("""
 
 FIBECFED = names("""
 --method.curriculum.full-at --method.curriculum.granularity --method.curriculum.head --method.curriculum.head-rounds
---method.curriculum.pacing --method.curriculum.refresh --method.curriculum.start --method.gal.count --method.gal.fraction
---method.gal.lossless --method.gal.norm --method.gal.refresh --method.gal.rho --method.gal.which --method.inner.batch-size
---method.inner.clip --method.inner.local-epochs --method.inner.lr --method.inner.no-reshuffle --method.inner.prox
---method.inner.schedule --method.inner.weight-decay --method.keep --method.keep-lossless --method.lossless-probes
---method.momentum --method.warmup-epochs
+--method.curriculum.over --method.curriculum.pacing --method.curriculum.refresh --method.curriculum.start --method.gal.count
+--method.gal.fraction --method.gal.lossless --method.gal.norm --method.gal.refresh --method.gal.rho --method.gal.which
+--method.inner.batch-size --method.inner.clip --method.inner.local-epochs --method.inner.lr --method.inner.no-reshuffle
+--method.inner.prox --method.inner.schedule --method.inner.weight-decay --method.keep --method.keep-lossless
+--method.lossless-probes --method.momentum --method.warmup-epochs
 """)
 
 

@@ -63,9 +63,15 @@ def drive(operation: Work[Update]) -> Update:
 
 
 def test_the_score_is_over_all_or_without_the_head() -> None:
-    for head, over in (("warm", None), ("as-is", None), ("left-out", frozenset(FACTORS))):
-        method = FibecFed(curriculum=Curriculum(head=head))  # type: ignore[arg-type]
-        assert next(method.inspect(client(), ask(method.inspect, 1, start()))).over == over
+    for head in ("warm", "as-is", "left-out"):
+        for over in ("auto", "adapter", "all"):
+            if (head, over) == ("left-out", "all"):
+                with pytest.raises(ValueError, match="left-out of the score, and over all would have it in"):
+                    Curriculum(head=head, over=over)
+                continue
+            method = FibecFed(curriculum=Curriculum(head=head, over=over))
+            due = frozenset(FACTORS) if head == "left-out" or over == "adapter" else None
+            assert next(method.inspect(client(), ask(method.inspect, 1, start()))).over == due
 
 
 def test_adopting_keeps_the_local_layers_from_the_common_start_and_fixes_the_mask() -> None:

@@ -77,6 +77,8 @@ class Curriculum:
         refresh: score anew at the current model when the scores are this many rounds old (0: never).
         head: what keeps a fresh head from drowning the score: warm (train it first), left-out (of the score), as-is (nothing).
         head_rounds: rounds in which the head alone is trained first, if warm (0: as-is).
+        over: whose gradient is the score: the adapter's, or that of all that is trained, the head too, frozen weights never; auto: all,
+            unless the head is left out.
     """
 
     start: float = 0.6
@@ -86,16 +88,19 @@ class Curriculum:
     refresh: int = 0
     head: Literal["warm", "left-out", "as-is"] = "warm"
     head_rounds: int = 3
+    over: Literal["auto", "adapter", "all"] = "auto"
 
     def __post_init__(self) -> None:
         _ = self.on_device
         if self.head_rounds < 0:
             raise ValueError(f"head_rounds is {self.head_rounds}; it is a number of rounds, 0 or more")
+        if self.head == "left-out" and self.over == "all":
+            raise ValueError("the head is left-out of the score, and over all would have it in; give over adapter, or another head")
 
     @property
     def on_device(self) -> ByFisher:
         """What a device follows."""
-        over = "adapter" if self.head == "left-out" else "all"
+        over = "adapter" if self.over == "adapter" or self.head == "left-out" else "all"
         return ByFisher(self.start, self.full_at, self.pacing, self.granularity, self.refresh, over)
 
     def prepare(self, c: Client, at: Tensors, round: int) -> Work[None]:

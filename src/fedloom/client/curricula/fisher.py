@@ -35,7 +35,7 @@ class ByFisher:
         pacing: how the share grows between them.
         granularity: sort fixed batches, or sort examples and then cut.
         refresh: score anew at the current model when the scores are this many rounds old (0: never).
-        over: whose gradient is the score: the adapter's alone, or that of all that is trained, the head too.
+        over: whose gradient is the score: the adapter's alone, or that of all that is trained, the head too (frozen weights never).
     """
 
     name: ClassVar[str] = "fisher"
