@@ -69,4 +69,7 @@ def examples(count: int, seed: int = 0, labels: int = 3) -> Examples:
 
 def clients(sizes: tuple[int, ...] = (5, 9, 12, 7), seed: int = 3) -> dict[int, Client]:
     """Devices with these numbers of training examples, and a few held-out ones."""
-    return {k: Client(k, examples(n, seed=10 + k), examples(2, seed=100 + k), examples(3, seed=200 + k), seed) for k, n in enumerate(sizes)}
+    return {
+        k: Client(k, examples(n, seed=10 + k), examples(2, seed=100 + k), examples(3, seed=200 + k), seed, classes=3)
+        for k, n in enumerate(sizes)
+    }

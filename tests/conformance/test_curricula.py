@@ -33,10 +33,10 @@ CURRICULA = list(all_curricula())
 TAKE_ONE = [name for name in all_methods() if name != "centralised"]
 PLAIN = {"fedfft", "fedbf", "fedap"}
 """FedAvg by other names (methods/kinds.py): what they train follows a curriculum by the same lines as ``lora``."""
+ALONE = {"fedcybgd", "handover"}
+"""Whose rounds are one device, of which the first has no more examples than a batch."""
 PAIRS = [(m, c) for m in TAKE_ONE for c in CURRICULA if m not in PLAIN and (c != "none" or m in ("lora", "fibecfed"))]
 """Without a curriculum a method is what it is anyhow, which ``test_no_curriculum_is_the_method_as_it_comes`` holds."""
-EASY = {"voc": {"start": 0.3}, "slw": {"start": 4}, "shortformer": {"start": 4}, "fisher": {"start": 0.4}, "loss": {"start": 0.4}}
-"""Settings that close something on the tiny devices, whose texts have 3 to 10 tokens."""
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,10 @@ def takes_one(name: str) -> bool:
 
 def experiment(method: str, curriculum: str, stack: int = 0, rounds: int = 2) -> Experiment:
     base = small.experiment(method, stack, rounds=rounds, evaluate_every=0)
-    return replace(base, method=with_curriculum(base.method, all_curricula()[curriculum](**EASY.get(curriculum, {}))))
+    of = base.method
+    if method in ALONE and curriculum != "none":
+        of = replace(of, inner=replace(of.inner, batch_size=2))
+    return replace(base, method=with_curriculum(of, small.curriculum(curriculum)))
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -82,6 +85,17 @@ def test_every_curriculum_runs_with_every_method_that_takes_one(method: str, cur
     assert told is None or (len(told) == 2 and all(0 <= share <= 1 for share in told))
     plain = method if (curriculum, method) != ("none", "fibecfed") else "fibecfed+none"
     assert results["method"] == (plain if curriculum == "none" else f"{method}+{curriculum}")
+
+
+@pytest.mark.parametrize("method", [name for name in TAKE_ONE if name not in PLAIN])
+def test_every_method_trains_on_what_its_curriculum_opens_and_on_nothing_else(method: str) -> None:
+    """One of a method's curricula against another, of the same cohort in the same round. What cuts texts takes all examples, what
+    sorts them fewer; in the first round both cuts are at four tokens, and in the second one is gone."""
+    done = {name: [(row["examples"], row["flops"]) for row in rows(whole(method, name)[0])[1:]] for name in CURRICULA if name != "none"}
+    (examples, begun), (_, grown) = done["slw"]
+    (second, cut), (_, uncut) = done["shortformer"]
+    assert (second, cut) == (examples, pytest.approx(begun, rel=1e-6)) and grown < uncut
+    assert all(done[name][0][0] < examples for name in ("fisher", "loss", "voc"))
 
 
 @pytest.mark.parametrize(("method", "curriculum"), [("lora", "fisher"), ("lora", "slw"), ("lora", "voc"), ("fibecfed", "loss")])

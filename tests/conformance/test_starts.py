@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import cycle
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fedloom.client.host import Host
 from fedloom.client.store import ClientStore
 from fedloom.compute.serial import Serial
 from fedloom.compute.stacked import Stacked
+from fedloom.compute.work import Fit
 from fedloom.engines.engine import drive
 from fedloom.engines.local import Local
 from fedloom.messages import ask
@@ -23,7 +25,7 @@ from fedloom.model.base import Model
 from fedloom.model.blocks import layer_of
 from fedloom.run.recipes import with_curriculum
 from fedloom.server.participation import Pool
-from tests import tiny
+from tests import small, tiny
 
 POOL = Pool((0, 1, 2), 2, 2, 8)
 FROM_ZERO = {"flora", "slora", "fedsb", "adalora", "hetlora", "flexlora", "flasc"}
@@ -43,13 +45,18 @@ def svd() -> Model:
 
 
 def played(name: str, curriculum: str, stacked: bool) -> dict[str, torch.Tensor]:
-    """What is shared after two rounds, and what device 0 says of its test rows."""
-    method, devices, of = with_curriculum(named(name)(), all_curricula()[curriculum]()), tiny.clients((9, 5, 12)), svd()
-    host = Host(method, lambda k: devices[k], Stacked(of) if stacked else Serial(of), ClientStore(None), "starts")
+    """What is shared after two rounds, in the first of which something is closed, and what device 0 says of its test rows."""
+    method, devices, of = with_curriculum(named(name)(), small.curriculum(curriculum)), tiny.clients((9, 5, 12)), svd()
+    compute: Any = (Stacked if stacked else Serial)(of)
+    ran, fits = compute.run, list[Fit]()
+    compute.run = lambda items: (fits.extend(item for item in items if isinstance(item, Fit)), ran(items))[1]
+    host = Host(method, lambda k: devices[k], compute, ClientStore(None), "starts")
     engine = Local(host)
     state = drive(method.setup(method.init(of), POOL), engine)
-    for _ in range(POOL.rounds):
+    for t in range(POOL.rounds):
+        fits.clear()
         state = drive(method.round(state, POOL), engine)
+        assert t > 0 or small.closed(fits) == (curriculum != "none")
     (said,) = engine.run([ask(method.predict, 0, state.shared, splits=["test"])]).updates
     return {**state.shared, "logits": said.tensors["test"]}
 

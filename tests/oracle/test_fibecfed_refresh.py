@@ -11,8 +11,9 @@ import torch
 
 from fedloom.client.neurons import KEPT
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
-from fedloom.model.adapters import is_factor
+from fedloom.model.adapters import is_factor, is_up
 from fedloom.model.blocks import layer_of
+from fedloom.server.masks import ROWS, completed
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import nbytes
 from tests.oracle import numpy_fibecfed as numpy
@@ -123,9 +124,14 @@ def test_a_layer_that_joins_starts_at_the_devices_mean_and_is_whole_again(kind: 
             mean = sum(real.SIZES[k] / EXAMPLES * run.private[t][k][name].double() for k in POOL.clients)
             torch.testing.assert_close(sent[name].double(), mean, rtol=1e-6, atol=1e-8)
         for k, update in exchange.up.items():
-            assert set(update.tensors) == joined, "no other local layer leaves the device"
-            assert not exchange.down[k].tensors and nbytes(update.tensors) == sum(4 * real.start()[n].size for n in joined)
-            assert all(torch.equal(x, run.private[t][k][n]) for n, x in update.tensors.items())
+            came = completed(update.tensors, {})
+            assert set(came) == joined, "no other local layer leaves the device"
+            assert all(torch.equal(x, run.private[t][k][n]) for n, x in came.items())
+            cut = {n for n in joined if f"mask/{n}" in run.memory[t][k]}
+            whole = [update.tensors[n] for n in joined - cut]
+            assert {n.removeprefix(ROWS) for n in update.tensors if n.startswith(ROWS)} == cut and cut == set(filter(is_up, joined))
+            assert sum(x.numel() for x in whole) == sum(real.start()[n].size for n in joined - cut)
+            assert not exchange.down[k].tensors and 0 < sum(len(update.tensors[n]) for n in cut) < 0.5 * sum(len(came[n]) for n in cut)
             assert not [n for n in run.memory[t + 1][k] if n.startswith(KEPT) and layer_of(n) in now]
 
 

@@ -45,10 +45,11 @@ EXPERIMENT = names("""
 
 FIBECFED = names("""
 --method.curriculum.full-at --method.curriculum.granularity --method.curriculum.head --method.curriculum.head-rounds
---method.curriculum.pacing --method.curriculum.refresh --method.curriculum.start --method.gal.count --method.gal.fraction
---method.gal.lossless --method.gal.norm --method.gal.refresh --method.gal.rho --method.gal.which --method.inner.batch-by-memory
---method.inner.batch-size --method.inner.clip --method.inner.local-epochs --method.inner.lr --method.inner.no-reshuffle --method.inner.prox
---method.inner.schedule --method.inner.weight-decay --method.keep --method.keep-lossless --method.momentum --method.warmup-epochs
+--method.curriculum.over --method.curriculum.pacing --method.curriculum.refresh --method.curriculum.start --method.gal.count
+--method.gal.fraction --method.gal.lossless --method.gal.norm --method.gal.refresh --method.gal.rho --method.gal.which
+--method.inner.batch-by-memory --method.inner.batch-size --method.inner.clip --method.inner.local-epochs --method.inner.lr
+--method.inner.no-reshuffle --method.inner.prox --method.inner.schedule --method.inner.weight-decay --method.keep
+--method.keep-lossless --method.lossless-probes --method.momentum --method.warmup-epochs
 """)
 
 
@@ -160,6 +161,10 @@ def test_a_saved_experiment_is_where_options_start() -> None:
         (["run", "lora", "--track", "tensorbord"], ["--track", "'tensorbord'", "tensorboard", "mlflow", "wandb"]),
         (["run", "lora", "--rounds", "many"], ["--rounds", "'many'"]),
         (["run", "lora", "--mask.keep", "-0.3"], ["--mask.*: a mask keeps", "got keep -0.3. For full helptext"]),
+        (["run", "fibecfed", "--method.keep", "1.5"], ["--method.*: keep is 1.5; a share of the neurons"]),
+        (["run", "fibecfed", "--method.gal.rho", "0"], ["--method.gal.*: rho is 0", "positive"]),
+        (["run", "fibecfed", "--method.curriculum.refresh", "-2"], ["--method.curriculum.*: refresh is -2"]),
+        (["run", "lora+slw", "--method.curriculum.full-at", "0"], ["--method.curriculum.*: full_at is 0.0", "0 < full_at <= 1"]),
         (["run", "lora", "--rounds", "-3"], ["--rounds is -3", "at least 1"]),
         (["run", "lora", "--cohort", "11", "--clients", "10"], ["--cohort 11", "--clients 10"]),
         (["run", "lora", "--alpha", "0"], ["--alpha is 0.0", "positive"]),

@@ -203,13 +203,27 @@ def test_float_noise_makes_no_stage_longer() -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: ByRarity(0.0), "0 < start <= 1; got 0.0"),
-        (lambda: ByRarity(1.5), "0 < start <= 1; got 1.5"),
+        (lambda: ByRarity(0.0), "start is 0.0; .* 0 < start <= 1"),
+        (lambda: ByRarity(1.5), "start is 1.5; .* 0 < start <= 1"),
+        (lambda: ByRarity(full_at=0.0), "full_at is 0.0; .* 0 < full_at <= 1"),
         (lambda: LengthWarmup(1), "at least 2 tokens; start is 1"),
+        (lambda: LengthWarmup(full_at=1.5), "full_at is 1.5; .* 0 < full_at <= 1"),
         (lambda: Staged(0), "at least 2 tokens; start is 0"),
-        (lambda: elapsed(0, 10, 0.0), "cannot be whole at 0.0"),
-        (lambda: elapsed(0, 10, 1.5), "cannot be whole at 1.5"),
-        (lambda: elapsed(0, 0, 0.5), "a curriculum of 0 rounds"),
+        (lambda: Staged(full_at=-1.0), "full_at is -1.0; .* 0 < full_at <= 1"),
+        (lambda: elapsed(0, 10, 0.0), "full_at is 0.0; .* 0 < full_at <= 1"),
+        (lambda: elapsed(0, 10, 1.5), "full_at is 1.5; .* 0 < full_at <= 1"),
+        (lambda: elapsed(0, 0, 0.5), "at least one round to be whole; got 0"),
+        *(
+            (lambda kind=kind, given=given: kind(**given), says)
+            for kind in (ByFisher, ByLoss, Own)
+            for given, says in (
+                ({"start": 0.0}, "start is 0.0; .* 0 < start <= 1"),
+                ({"start": math.nan}, "start is nan"),
+                ({"full_at": 1.01}, "full_at is 1.01; .* 0 < full_at <= 1"),
+            )
+        ),
+        *((lambda kind=kind: kind(refresh=-2), "refresh is -2; it is a number of rounds from 1 on, or 0") for kind in (ByFisher, Own)),
+        (lambda: Own(head_rounds=-1), "head_rounds is -1; it is a number of rounds, 0 or more"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make: Any, says: str) -> None:

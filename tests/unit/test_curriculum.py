@@ -45,7 +45,7 @@ def test_pacing_never_falls_starts_at_start_and_ends_whole(pacing, start: float,
 
 @pytest.mark.parametrize(("start", "full_at"), [(0, 0.8), (1.1, 0.8), (-0.1, 0.5), (0.5, 0), (0.5, 1.01)])
 def test_pacing_refuses_impossible_shares(start: float, full_at: float) -> None:
-    with pytest.raises(ValueError, match="0 < start <= 1"):
+    with pytest.raises(ValueError, match="must be a share, 0 < (start|full_at) <= 1"):
         fraction("linear", 0, 10, start, full_at)
 
 

@@ -22,7 +22,7 @@ from fedloom.methods.finetuned import FineTuned
 from fedloom.methods.local import Local
 from fedloom.methods.method import State
 from fedloom.methods.personal_head import PersonalHead
-from fedloom.methods.prior import PriorCorrected
+from fedloom.methods.prior import PriorCorrected, label_prior
 from fedloom.seeds import derive_int
 from fedloom.server.participation import uniform
 from fedloom.tensors import fingerprint
@@ -96,7 +96,7 @@ def test_a_module_has_the_methods_that_it_defines_itself() -> None:
 def test_predicting_asks_for_each_split_in_order(name: str) -> None:
     method, c = named(name)(), client()
     adds = torch.tensor([1.0, 2.0, 3.0])
-    c.private, c.memory = start(), {"bias": adds, "log_prior": adds}
+    c.private, c.memory = start(), {"bias": adds}
     before = fingerprint(c.private), fingerprint(c.memory)
     results: list[Any] = [[torch.zeros(2, 3), torch.ones(3, 3)]]
     operation = method.predict(c, ask(method.predict, 1, start(), splits=["validation", "test"]))
@@ -107,7 +107,7 @@ def test_predicting_asks_for_each_split_in_order(name: str) -> None:
     assert [i.examples for i in item] == [c.validation, c.test]
     with pytest.raises(StopIteration) as done:
         operation.send(results[0])
-    bias = adds if name in ("lora-prior", "fedeven") else torch.zeros(3)
+    bias = {"lora-prior": adds, "fedeven": label_prior(c.train.labels, 3, 1.0).log()}.get(name, torch.zeros(3))
     assert torch.equal(done.value.value.tensors["validation"], bias.expand(2, 3))
     assert torch.equal(done.value.value.tensors["test"], 1 + bias.expand(3, 3))
     assert (fingerprint(c.private), fingerprint(c.memory)) == before

@@ -63,9 +63,15 @@ def drive(operation: Work[Update]) -> Update:
 
 
 def test_the_score_is_over_all_or_without_the_head() -> None:
-    for head, over in (("warm", None), ("as-is", None), ("left-out", frozenset(FACTORS))):
-        method = FibecFed(curriculum=Curriculum(head=head))  # type: ignore[arg-type]
-        assert next(method.inspect(client(), ask(method.inspect, 1, start()))).over == over
+    for head in ("warm", "as-is", "left-out"):
+        for over in ("auto", "adapter", "all"):
+            if (head, over) == ("left-out", "all"):
+                with pytest.raises(ValueError, match="left-out of the score, and over all would have it in"):
+                    Curriculum(head=head, over=over)
+                continue
+            method = FibecFed(curriculum=Curriculum(head=head, over=over))
+            due = frozenset(FACTORS) if head == "left-out" or over == "adapter" else None
+            assert next(method.inspect(client(), ask(method.inspect, 1, start()))).over == due
 
 
 def test_adopting_keeps_the_local_layers_from_the_common_start_and_fixes_the_mask() -> None:
@@ -77,17 +83,24 @@ def test_adopting_keeps_the_local_layers_from_the_common_start_and_fixes_the_mas
     assert all(rows.tolist() == [2, 3] and len(c.private[n]) == 2 for n, rows in rows_kept(c).items())
 
 
-def test_a_row_that_is_left_out_and_is_not_zero_is_kept_and_masked() -> None:
-    """Under another start than B = 0 the rows that are not trained are a part of the model."""
+def test_a_row_that_is_left_out_and_is_not_zero_is_kept_and_fixed() -> None:
+    """Under another start than B = 0 the rows that are not trained are a part of the model: stored, and without state."""
     method = FibecFed(FedAvg(batch_size=4), keep=0.5)
     c = client()
     begun = {n: t + 1 for n, t in start().items()}
     work(method.inspect(c, ask(method.inspect, 1, begun)), np.zeros(9), [np.zeros(4)])
     drive(method.adopt(c, ask(method.adopt, 1, gal=[1, 2, 3])))
     assert not rows_kept(c) and all(torch.equal(c.private[n], begun[n]) for n in of_layers(0))
-    fit, _ = trained(method, c, 0)
-    assert set(fit.mask) == {n for n in of_layers(0) if "lora_B" in n} and not fit.rows
-    assert all(t.flatten().tolist() == [0, 0, 1, 1] for t in fit.mask.values())
+    ups = {n for n in of_layers(0) if "lora_B" in n}
+    for t in (1, 2):
+        fit, update = trained(method, c, t)
+        assert not fit.mask and {n: at.tolist() for n, at in fit.rows.items()} == {n: [2, 3] for n in ups} and set(fit.fixed) == ups
+        assert all(torch.equal(fit.fixed[n][:2], begun[n][:2]) and torch.equal(fit.fixed[n][2:], fit.start[n]) for n in ups)
+        assert all(torch.equal(c.private[n], begun[n] + t * torch.tensor([[0], [0], [1], [1]])) for n in ups)
+        assert all(torch.equal(c.private[n], begun[n] + t) for n in of_layers(0) - ups)
+        numbers = sum(x.numel() for x in (*c.private.values(), *update.tensors.values()))
+        assert int(c.memory["optimizer_bytes_whole"]) == 2 * 4 * numbers
+        assert int(c.memory["optimizer_bytes"]) == 2 * 4 * (numbers - sum(begun[n][:2].numel() for n in ups))
 
 
 def test_the_warm_up_trains_all_factors_on_all_batches_easy_first_under_the_fixed_head() -> None:

@@ -30,7 +30,7 @@ def inspected(method: FibecFed, spectral: Spectral | None):
     return items, update, c
 
 
-@pytest.mark.parametrize("method", [FibecFed(gal=Gal(lossless=True)), FibecFed(keep_lossless=True)])
+@pytest.mark.parametrize("method", [FibecFed(gal=Gal(lossless=True)), FibecFed(keep_lossless=True, lossless_probes=3)])
 @pytest.mark.parametrize(("spectral", "tells"), [(GAP, [0.6, 1.0]), (NO_GAP, [0.0, 0.0])])
 def test_a_device_tells_what_its_spectrum_lets_be_pruned(method: FibecFed, spectral: Spectral, tells: list[float]) -> None:
     items, update, c = inspected(method, spectral)
@@ -38,6 +38,7 @@ def test_a_device_tells_what_its_spectrum_lets_be_pruned(method: FibecFed, spect
     assert isinstance(asked, Spectrum)
     assert asked.batch.tolist() == method.inner.cut(c, "batches")[0].tolist()
     assert asked.over is None
+    assert (asked.probes, asked.steps, asked.radius) == (method.lossless_probes, 32, 0.05)
     assert set(asked.at) == set(start())
     assert update.tensors["prunable"].tolist() == pytest.approx(tells)
     assert ("prunable" in c.memory) == bool(tells[1])

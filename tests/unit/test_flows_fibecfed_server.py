@@ -3,6 +3,7 @@ And every set-up: whoever did not answer is asked again."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedloom.methods.personal_head import PersonalHead
 from fedloom.methods.prior import PriorCorrected
 from fedloom.server.participation import uniform
 from fedloom.tensors import fingerprint
+from tests import tiny
 from tests.flows import (
     HEAD,
     POOL,
@@ -146,10 +148,43 @@ def test_only_layers_with_an_adapter_can_be_chosen() -> None:
     assert choose_gal(np.array([0.0, 5.0, 0.0, 4.0]), [1, 3], Gal(count=1), 0) == [3]
 
 
-@pytest.mark.parametrize("gal", [Gal(count=5), Gal(fraction=0.0), Gal(fraction=1.5), Gal(count=-1)])
-def test_impossible_gal(gal: Gal) -> None:
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Gal(fraction=0.0), "above 0 and at most 1 is global, .* got fraction 0.0, count 0"),
+        (lambda: Gal(fraction=1.5), "got fraction 1.5, count 0"),
+        (lambda: Gal(count=-3), "a count of 1 or more .* got fraction 0.75, count -3"),
+        (lambda: Gal(rho=0.0), "rho is 0.0; embeddings are moved by a positive number"),
+        (lambda: Gal(rho=math.inf), "rho is inf"),
+        (lambda: Gal(refresh=-2), "refresh is -2; layers are chosen anew every so many rounds"),
+        (lambda: FibecFed(keep=0.0), "keep is 0.0; a share of the neurons above 0 and at most 1"),
+        (lambda: FibecFed(keep=1.5), "keep is 1.5"),
+        (lambda: FibecFed(warmup_epochs=-1), "warmup_epochs is -1; the mask comes of one epoch at least"),
+        (lambda: FibecFed(warmup_epochs=0), "warmup_epochs is 0"),
+        (lambda: FibecFed(momentum=2.0), "momentum is 2.0; it must be 0 or more and below 1"),
+        (lambda: FibecFed(momentum=1.0), "momentum is 1.0"),
+        (lambda: FibecFed(lossless_probes=0), "lossless_probes is 0; a spectrum takes one random start at least"),
+    ],
+)
+def test_impossible_settings_are_refused_when_they_are_given(make: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+def test_more_global_layers_than_there_are_are_refused_before_anything_is_asked() -> None:
+    model = tiny.model(layers=2)
+    for gal in (Gal(count=3), Gal(count=3, lossless=True)):
+        with pytest.raises(ValueError, match="must hold 1 to 2 layers; fraction 0.75, count 3 give 3"):
+            FibecFed(gal=gal).init(model)
+    FibecFed(gal=Gal(count=2)).init(model)
     with pytest.raises(ValueError, match="must hold 1 to 4 layers"):
-        choose_gal(np.ones(4), [0, 1, 2, 3], gal, 0)
+        choose_gal(np.ones(4), [0, 1, 2, 3], Gal(count=5), 0)
+
+
+def test_a_head_that_is_warmed_for_no_round_is_told_as_it_is() -> None:
+    askings, state = play(FibecFed(curriculum=Curriculum(head_rounds=0)).setup(State(0, start()), POOL), told)
+    assert [tasks[0].op for tasks in askings] == ["inspect", "adopt"] and state.facts["difficulty_head"] == "as-is"
+    assert Curriculum(head="left-out", head_rounds=0).facts(3)["difficulty_head"] == "left-out"
 
 
 def test_an_unknown_choice_of_gal() -> None:

@@ -19,7 +19,7 @@ class Client:
     returned. ``seed`` is the experiment's; derive with it and the id. ``strength``: the device's memory as a share of the most that any
     device has; None where all are alike, or nothing is said. ``texts``: how many of the greatest length a step can have in its memory
     (``model/memory.py``); None where nothing is said. ``frozen``: the precision in which it computes, and in which it keeps tensors
-    of the model that it does not train.
+    of the model that it does not train. ``classes``: how many labels its examples can have, also those that none has (0: it is not said).
     """
 
     id: int
@@ -30,6 +30,7 @@ class Client:
     strength: float | None = None
     texts: int | None = None
     frozen: torch.dtype = torch.float32
+    classes: int = 0
     private: dict[str, torch.Tensor] = field(default_factory=dict)
     memory: dict[str, torch.Tensor] = field(default_factory=dict)
 

@@ -110,14 +110,26 @@ def easiest_examples_first(difficulty: np.ndarray, size: int) -> list[np.ndarray
 # ---- pacing -----------------------------------------------------------------------------------------------------------------
 
 
+def insist_on_shares(**shares: float) -> None:
+    """See that settings are shares, for a curriculum that is being made.
+
+    Raises:
+        ValueError: one is not in (0, 1].
+    """
+    for name, share in shares.items():
+        if not 0 < share <= 1:
+            raise ValueError(f"{name} is {share}; it must be a share, 0 < {name} <= 1")
+
+
 def elapsed(round: int, rounds: int, full_at: float) -> float:
     """How much of the pacing is over in round t of T: x = min(1, t / (α·T)), α = ``full_at``.
 
     Raises:
         ValueError: α not in (0, 1], or T not positive.
     """
-    if not (0 < full_at <= 1 and rounds > 0):
-        raise ValueError(f"a curriculum of {rounds} rounds cannot be whole at {full_at} of them; it takes 0 < full_at <= 1 of at least one")
+    insist_on_shares(full_at=full_at)
+    if not rounds > 0:
+        raise ValueError(f"a curriculum takes at least one round to be whole; got {rounds}")
     return min(1.0, round / (full_at * rounds))
 
 
@@ -131,8 +143,7 @@ def fraction(pacing: Pacing, round: int, rounds: int, start: float, full_at: flo
     Raises:
         ValueError: β₀ not in (0, 1], α not in (0, 1], or an unknown pacing.
     """
-    if not (0 < start <= 1 and 0 < full_at <= 1):
-        raise ValueError(f"a curriculum starts at 0 < start <= 1 and is whole at 0 < full_at <= 1; got {start} and {full_at}")
+    insist_on_shares(start=start)
     x = elapsed(round, rounds, full_at)
     match pacing:
         case "linear":

@@ -24,7 +24,8 @@ trained; a module without any is the pre-trained one. Scores travel in rounds th
 and averaged as FedAvg does; what predicts and is exported are the pairs (P·Λ, Q), plain LoRA.
 
 Deviations: the schedule counts rounds, where the paper's counts steps (and cuts every ΔT of them); t_i and t_f are shares of all rounds,
-about what they are of all steps in the authors' scripts. The paper sets the λ of what it cuts to zero and goes on training it, so that a
+about what they are of all steps in the authors' scripts. The cubic is PEFT's, which begins at b_0 and ends at b_T without a jump. The
+paper sets the λ of what it cuts to zero and goes on training it, so that a
 triplet whose importance grows again comes back within the budget; here what is cut is gone. Ī and Ū start at 0 at every participation, as
 AdamW does, where the paper's run through the training. The mean of P·Λ·Q is not the product of the means; that error is FedIT's. The
 regulariser is the paper's, squared and summed over modules; PEFT takes the norms' mean, not squared. s is that of the adapter's rank at any

@@ -11,8 +11,8 @@ Under label skew much of what a device learns is which labels it has. Devices pu
 of none of them. Here the prior explains it, so it does not enter w: z tends to log p(x|c), which all devices agree on, and Bayes' rule
 with the device's own prior gives its own best prediction back. What a device learns beyond the others counts as far as its labels are
 uneven (λ_k: 0 where they are even, towards 1 where there is one label only): few and even examples mislead more than they tell. Traffic
-and rounds are those of plain federated LoRA; a set-up asks every device once to count its labels, and nothing comes back. Every
-personalised evaluation pays for u^k, as that of ``lora-finetuned`` does.
+and rounds are those of plain federated LoRA, and there is no set-up: a device counts its labels whenever it needs to. Every personalised
+evaluation pays for u^k, as that of ``lora-finetuned`` does.
 
 The parts: softmax under the prior is logit adjustment (Menon et al., 2007.07314, eq. 10, there for one imbalanced set); a margin by label
 counts on each device is FedLC's (2209.00189), which has another form, n^(−1/4), and no personalised prediction. The prior at prediction
@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 
 from fedloom.client.client import Client
-from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, insist, on_client
+from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.methods.prior import label_prior
@@ -67,8 +67,7 @@ class FedEven:
         return State(0, model.initial, facts={"classes": model.num_labels})
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
-        """Every device counts its labels."""
-        yield from insist([ask(self.count, k, classes=state.facts["classes"]) for k in pool.clients])
+        """As inner."""
         return (yield from self.inner.setup(state, pool))
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
@@ -79,27 +78,24 @@ class FedEven:
         return state.after_round(mean.value())
 
     @on_client
-    def count(self, c: Client, task: Task) -> Work[Update]:
-        """Keep log π_k. Nothing is told."""
-        yield from ()
-        c.memory["log_prior"] = label_prior(c.train.labels, int(task.settings["classes"]), self.smoothing).log()  # type: ignore[arg-type]
-        return Update(c.id, len(c.train))
-
-    @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:
         """ClientUpdate(k, w_t) under log π_k."""
-        fitted = yield from self.inner.learn(c, task.tensors, task, bias=c.memory["log_prior"])
+        fitted = yield from self.inner.learn(c, task.tensors, task, bias=self.log_prior(c))
         return Update(c.id, len(c.train), fitted.tensors, {"loss": float(fitted.losses.mean())})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
         """v^k under log π_k."""
-        log_prior = client.memory["log_prior"]
+        log_prior = self.log_prior(client)
         batches = [b for epoch in range(self.epochs) for b in self.inner.cut(client, "refine", epoch)]
         if not batches:
             return Predictor(shared, log_prior)
         refined = yield self.inner.fit(client, shared, batches, -1, bias=log_prior)
         skew = unevenness(log_prior)
         return Predictor({name: torch.lerp(t, refined.tensors[name], skew) for name, t in shared.items()}, log_prior)
+
+    def log_prior(self, c: Client) -> torch.Tensor:
+        """log π_k (C,)."""
+        return label_prior(c.train.labels, c.classes, self.smoothing).log()
 
     def assembled(self, state: State) -> Tensors | None:
         """The shared model, which favours no label."""

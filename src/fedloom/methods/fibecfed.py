@@ -9,7 +9,8 @@ Set-up, once, every device (insisted on):
 3. device k warms all LoRA up for E_w epochs from the common start, keeps F <- γF + (1−γ)F̃ over the epochs, throws the weights away,
    and fixes its mask: of each local layer's output neurons the ``keep`` share of highest Fisher. Neuron μ of a pair scores
    Σ F[row μ of B] + ΣF[A]/d_out. Of a local B the device has the rows of its mask from then on, and nothing of the others: they are zero,
-   take no storage, no optimiser state, and no product (work item ``Fit``, ``rows``).
+   take no storage, no optimiser state, and no product (work item ``Fit``, ``rows``). Where B did not start at zero (``--adapter.start
+   svd``) they are a part of the model: they are stored and multiplied as they began, and have no optimiser state.
 
 Each round t of T: the server sends the GAL and the head; device k trains them (dense) and its other LoRA (masked) on the batches that
 the curriculum opens, easy to hard: batches are cut once and fixed, ordered by mean d_i, the first ceil(fraction(t)·#batches) are used in
@@ -17,7 +18,8 @@ each local epoch. It uploads the GAL and the head; the server averages with p_k.
 
 Before round t, if t % R = 0 (``gal.refresh``; default never): every device scores its layers again, at its own model as it is; the server
 picks as many layers as before by the new s_l. A layer that leaves the GAL goes on from its last shared value, on every device, and is
-trained whole there: its rows are no longer zero. A layer that joins the GAL starts at the devices' mean, Σ_k (n_k/n) of their own.
+trained whole there: its rows are no longer zero. A layer that joins the GAL starts at the devices' mean, Σ_k (n_k/n) of their own,
+of which rows that are not there do not travel and are zero in it.
 
 Deviations from the paper and its code: docs/papers.md.
 """
@@ -46,8 +48,9 @@ from fedloom.model.adapters import is_factor, is_head, need_pairs
 from fedloom.model.base import Model
 from fedloom.model.blocks import layer_of, layers
 from fedloom.seeds import derive_int
+from fedloom.server.masks import ROWS, completed
 from fedloom.server.participation import Pool, uniform
-from fedloom.server.sharing import Which, choose_gal
+from fedloom.server.sharing import Which, choose_gal, how_many
 from fedloom.tensors import nbytes, only, without
 
 WARM_UP = -1000
@@ -59,7 +62,7 @@ LEAST = 1e-12
 log = logging.getLogger("fedloom.methods")
 
 MASK = "mask/"
-"""Before a tensor's name in a device's memory: a mask that some tensor is trained under, where it could not be cut to its rows."""
+"""Before a tensor's name in a device's memory: which of its rows are trained, 0/1 (d_out, 1), where it could not be cut to them."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,9 @@ class Curriculum:
         granularity: sort fixed batches, or sort examples and then cut.
         refresh: score anew at the current model when the scores are this many rounds old (0: never).
         head: what keeps a fresh head from drowning the score: warm (train it first), left-out (of the score), as-is (nothing).
-        head_rounds: rounds in which the head alone is trained first, if warm.
+        head_rounds: rounds in which the head alone is trained first, if warm (0: as-is).
+        over: whose gradient is the score: the adapter's, or that of all that is trained, the head too, frozen weights never; auto: all,
+            unless the head is left out.
     """
 
     start: float = 0.6
@@ -83,11 +88,19 @@ class Curriculum:
     refresh: int = 0
     head: Literal["warm", "left-out", "as-is"] = "warm"
     head_rounds: int = 3
+    over: Literal["auto", "adapter", "all"] = "auto"
+
+    def __post_init__(self) -> None:
+        _ = self.on_device
+        if self.head_rounds < 0:
+            raise ValueError(f"head_rounds is {self.head_rounds}; it is a number of rounds, 0 or more")
+        if self.head == "left-out" and self.over == "all":
+            raise ValueError("the head is left-out of the score, and over all would have it in; give over adapter, or another head")
 
     @property
     def on_device(self) -> ByFisher:
         """What a device follows."""
-        over = "adapter" if self.head == "left-out" else "all"
+        over = "adapter" if self.over == "adapter" or self.head == "left-out" else "all"
         return ByFisher(self.start, self.full_at, self.pacing, self.granularity, self.refresh, over)
 
     def prepare(self, c: Client, at: Tensors, round: int) -> Work[None]:
@@ -100,7 +113,8 @@ class Curriculum:
 
     def facts(self, rounds: int) -> dict[str, Any]:
         """The share of batches open in each round, and how the head was kept from drowning the score."""
-        return {**self.on_device.facts(rounds), "difficulty_head": self.head}
+        warmed = self.head_rounds > 0 or self.head != "warm"
+        return {**self.on_device.facts(rounds), "difficulty_head": self.head if warmed else "as-is"}
 
 
 @dataclass(frozen=True)
@@ -125,6 +139,17 @@ class Gal:
     lossless: bool = False
     refresh: int = 0
 
+    def __post_init__(self) -> None:
+        if not (0 < self.fraction <= 1 and self.count >= 0):
+            raise ValueError(
+                f"a share of the layers above 0 and at most 1 is global, or a count of 1 or more (0: the fraction says); got fraction "
+                f"{self.fraction}, count {self.count}"
+            )
+        if not 0 < self.rho < math.inf:
+            raise ValueError(f"rho is {self.rho}; embeddings are moved by a positive number, or no layer's output moves")
+        if self.refresh < 0:
+            raise ValueError(f"refresh is {self.refresh}; layers are chosen anew every so many rounds, 1 or more, or never with 0")
+
 
 @dataclass(frozen=True)
 class FibecFed:
@@ -138,6 +163,8 @@ class FibecFed:
         keep_lossless: the share that a device's own Hessian spectrum allows without loss, where it tells; ``keep`` otherwise.
         warmup_epochs: epochs E_w of the warm-up behind the mask.
         momentum: γ of the mask's Fisher over those epochs.
+        lossless_probes: random starts behind a device's Hessian spectrum, each as costly as the first, and directions behind its ℒ, where
+            one of the two lossless choices asks for them.
     """
 
     name: ClassVar[str] = "fibecfed"
@@ -150,10 +177,19 @@ class FibecFed:
     keep_lossless: bool = False
     warmup_epochs: int = 1
     momentum: float = 0.5
+    lossless_probes: int = 1
 
     def __post_init__(self) -> None:
         if self.inner.has_curriculum:
             raise ValueError(f"FibecFed follows its own curriculum; give it {self.inner.curriculum} as curriculum=, not within inner=")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep is {self.keep}; a share of the neurons above 0 and at most 1 is trained, and with 1 there is no mask")
+        if self.warmup_epochs < 1:
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs}; the mask comes of one epoch at least (keep 1: no mask, no warm-up)")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}; it must be 0 or more and below 1, where the mask's Fisher would stay at 0")
+        if self.lossless_probes < 1:
+            raise ValueError(f"lossless_probes is {self.lossless_probes}; a spectrum takes one random start at least")
 
     @property
     def joins_late(self) -> bool:
@@ -171,9 +207,11 @@ class FibecFed:
         """Everything is shared until the GAL is chosen. ``facts["depth"]`` is D.
 
         Raises:
-            ValueError: no LoRA is trained; the mask is one of its pairs. Or a term in the loss that rows of B do not have.
+            ValueError: no LoRA is trained; the mask is one of its pairs. Or a term in the loss that rows of B do not have, or more global
+                layers than there are.
         """
         need_pairs(model.initial, self.name)
+        how_many(self.gal, len(layers(model.initial)))
         if self.inner.prox and (self.keep < 1 or self.keep_lossless):
             raise ValueError(
                 f"'{self.name}' trains some rows of B only, for which FedProx's term is not defined here, and prox is {self.inner.prox}; "
@@ -242,7 +280,8 @@ class FibecFed:
         shared = dict(state.shared)
         if chosen != before:
             joining, leaving = sorted(set(chosen) - set(before)), set(before) - set(chosen)
-            copies = yield from insist([ask(self.hand_over, k, layers=joining) for k in pool.clients])
+            handed = yield from insist([ask(self.hand_over, k, layers=joining) for k in pool.clients])
+            copies = [replace(one, tensors=completed(one.tensors, {})) for one in handed]
             left = {n: t for n, t in shared.items() if layer_of(n) in leaving}
             yield from insist([ask(self.regroup, k, left, gal=chosen) for k in pool.clients])
             shared = dict(sorted({**without(shared, left), **pool.mean(copies)}.items()))
@@ -263,7 +302,7 @@ class FibecFed:
     def inspect(self, c: Client, task: Task) -> Work[Update]:
         """Step 1: difficulty of every example (kept here) and the layers' sensitivity on one batch (uploaded)."""
         batch = self.inner.cut(c, "batches")[0]
-        spectrum = Spectrum(task.tensors, c.train, batch, seed=derive_int(c.seed, "spectrum", c.id))
+        spectrum = Spectrum(task.tensors, c.train, batch, probes=self.lossless_probes, seed=derive_int(c.seed, "spectrum", c.id))
         c.private, c.memory = dict(task.tensors), {}
         yield from self.curriculum.prepare(c, task.tensors, 0)
         scores, *spectral = yield [
@@ -295,12 +334,18 @@ class FibecFed:
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:
         """GAL and head dense, local layers masked, on the easiest open batches; only what came goes back."""
-        mask = {name.removeprefix(MASK): kept for name, kept in c.memory.items() if name.startswith(MASK)}
+        at = {name.removeprefix(MASK): torch.nonzero(kept[:, 0]).flatten() for name, kept in c.memory.items() if name.startswith(MASK)}
+        whole = only(c.private, at)
         opened = yield from self.local.open(c, {**whole_private(c), **task.tensors}, task)
-        start, t = {**c.private, **task.tensors}, int(task.settings["round"])  # type: ignore[arg-type]
-        fitted = yield self.inner.fit(c, start, opened.batches, t, mask, examples=opened.examples, rows=rows_kept(c), own=c.private)
-        c.private = without(fitted.tensors, task.tensors.keys())
-        c.memory["optimizer_bytes"] = torch.tensor(nbytes(fitted.moments.first) + nbytes(fitted.moments.second))
+        few = {n: whole[n][rows] for n, rows in at.items()}
+        start, t = {**c.private, **few, **task.tensors}, int(task.settings["round"])  # type: ignore[arg-type]
+        rows = {**rows_kept(c), **at}
+        fitted = yield self.inner.fit(c, start, opened.batches, t, fixed=whole, examples=opened.examples, rows=rows, own=c.private)
+        trained = without(fitted.tensors, task.tensors.keys())
+        c.private = {n: whole[n].index_copy(0, at[n], tensor) if n in at else tensor for n, tensor in trained.items()}
+        held = nbytes(fitted.moments.first) + nbytes(fitted.moments.second)
+        all_rows = held + 2 * (nbytes(whole_private(c)) - nbytes(trained))
+        c.memory |= {"optimizer_bytes": torch.tensor(held), "optimizer_bytes_whole": torch.tensor(all_rows)}
         return Update(c.id, len(c.train), only(fitted.tensors, task.tensors.keys()), {"loss": float(fitted.losses.mean())})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
@@ -319,10 +364,12 @@ class FibecFed:
 
     @on_client
     def hand_over(self, c: Client, task: Task) -> Work[Update]:
-        """The device's own of the layers that will be shared. It keeps them until it is told the new GAL."""
+        """The device's own of the layers that will be shared, of a B the rows that there are and which these are. It keeps them until it is
+        told the new GAL."""
         yield from ()
         joining = set(task.settings["layers"])  # type: ignore[arg-type]
-        return Update(c.id, len(c.train), {n: t for n, t in whole_private(c).items() if layer_of(n) in joining})
+        rows = {ROWS + n.removeprefix(KEPT): bits for n, bits in c.memory.items() if n.startswith(KEPT)}
+        return Update(c.id, len(c.train), {n: t for n, t in {**c.private, **rows}.items() if layer_of(n) in joining})
 
     @on_client
     def regroup(self, c: Client, task: Task) -> Work[Update]:

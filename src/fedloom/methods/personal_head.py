@@ -2,6 +2,9 @@
 
 A device's head starts from the common start and persists between its participations. A device that never took part predicts with
 the start's head. There is no global head, so there is no global model.
+
+Deviations: the task head alone is personal, where FedPer keeps the last few layers, as many as one chooses; a cohort trains in a round,
+where all of its devices do; AdamW, where it has SGD.
 """
 
 from __future__ import annotations

@@ -192,7 +192,17 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     train, validation, test = (shards[split] for split in SPLITS)
     host = Host(
         e.method,
-        lambda k: Client(k, train, validation, test, e.seed, fleet.strength(k), texts_that_fit(one, fleet.of(k).memory_bytes), model.dtype),
+        lambda k: Client(
+            k,
+            train,
+            validation,
+            test,
+            e.seed,
+            fleet.strength(k),
+            texts_that_fit(one, fleet.of(k).memory_bytes),
+            model.dtype,
+            model.num_labels,
+        ),
         Stacked(model, 1),
         ClientStore(None),
         e.digest(),

@@ -120,7 +120,8 @@ class World:
         shards = {s: of if client == CENTRE else of.subset(self._held(s, client)) for s, of in self.splits.items()}
         train, validation, test = (shards[s] for s in SPLITS)
         e = self.experiment
-        return Client(client, train, validation, test, e.seed, self.fleet.strength(client), self.texts_on(client), DTYPES[e.precision])
+        strength, texts = self.fleet.strength(client), self.texts_on(client)
+        return Client(client, train, validation, test, e.seed, strength, texts, DTYPES[e.precision], self.model.num_labels)
 
     def texts_on(self, client: int) -> int:
         """How many texts a step can have in a device's memory."""

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from fedloom.client.client import Client
-from fedloom.client.curriculum import Granularity, Opened, Pacing, Turn, easy_first, fraction
+from fedloom.client.curriculum import Granularity, Opened, Pacing, Turn, easy_first, fraction, insist_on_shares
 from fedloom.compute.work import Score
 from fedloom.messages import Tensors, Work
 from fedloom.model.adapters import is_head
@@ -35,7 +35,7 @@ class ByFisher:
         pacing: how the share grows between them.
         granularity: sort fixed batches, or sort examples and then cut.
         refresh: score anew at the current model when the scores are this many rounds old (0: never).
-        over: whose gradient is the score: the adapter's alone, or that of all that is trained, the head too.
+        over: whose gradient is the score: the adapter's alone, or that of all that is trained, the head too (frozen weights never).
     """
 
     name: ClassVar[str] = "fisher"
@@ -47,6 +47,11 @@ class ByFisher:
     granularity: Granularity = "batch"
     refresh: int = 0
     over: Literal["adapter", "all"] = "adapter"
+
+    def __post_init__(self) -> None:
+        insist_on_shares(start=self.start, full_at=self.full_at)
+        if self.refresh < 0:
+            raise ValueError(f"refresh is {self.refresh}; it is a number of rounds from 1 on, or 0 for never")
 
     def prepare(self, c: Client, at: Tensors, round: int) -> Work[None]:
         """d_i of every example, at the first participation and whenever the scores are too old."""

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from fedloom.client.client import Client
-from fedloom.client.curriculum import Granularity, Opened, Pacing, Turn, easy_first, fraction
+from fedloom.client.curriculum import Granularity, Opened, Pacing, Turn, easy_first, fraction, insist_on_shares
 from fedloom.compute.work import Predict
 from fedloom.messages import Tensors, Work
 
@@ -37,6 +37,9 @@ class ByLoss:
     full_at: float = 0.8
     pacing: Pacing = "linear"
     granularity: Granularity = "batch"
+
+    def __post_init__(self) -> None:
+        insist_on_shares(start=self.start, full_at=self.full_at)
 
     def prepare(self, c: Client, at: Tensors, round: int) -> Work[None]:
         """The loss of every example, once."""

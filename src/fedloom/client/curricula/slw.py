@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fedloom.client.client import Client
-from fedloom.client.curriculum import Opened, Turn, elapsed, shuffled_epochs
+from fedloom.client.curriculum import Opened, Turn, elapsed, insist_on_shares, shuffled_epochs
 from fedloom.messages import Tensors, Work
 
 
@@ -40,6 +40,7 @@ class LengthWarmup:
     def __post_init__(self) -> None:
         if self.start < 2:
             raise ValueError(f"texts are cut to at least 2 tokens; start is {self.start}")
+        insist_on_shares(full_at=self.full_at)
 
     def prepare(self, c: Client, at: Tensors, round: int) -> Work[None]:
         """Nothing."""

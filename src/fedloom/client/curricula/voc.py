@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fedloom.client.client import Client
-from fedloom.client.curriculum import Opened, Turn, elapsed, shuffled_epochs
+from fedloom.client.curriculum import Opened, Turn, elapsed, insist_on_shares, shuffled_epochs
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors, Work
 
@@ -44,8 +44,7 @@ class ByRarity:
     full_at: float = 0.8
 
     def __post_init__(self) -> None:
-        if not 0 < self.start <= 1:
-            raise ValueError(f"competence starts at 0 < start <= 1; got {self.start}")
+        insist_on_shares(start=self.start, full_at=self.full_at)
 
     def prepare(self, c: Client, at: Tensors, round: int) -> Work[None]:
         """Nothing: difficulty depends on the texts alone."""
