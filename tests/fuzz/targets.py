@@ -34,7 +34,7 @@ from fedloom.run.evaluation import counts_well
 from fedloom.run.experiment import Experiment, as_json, from_json
 from fedloom.run.statistics import tallies
 from fedloom.tensors import fingerprint
-from fedloom.wire import WireError, checked_settings, digest_of, pack, unpack
+from fedloom.wire import Blob, WireError, checked_settings, digest_of, pack, unpack
 from tests.fuzz import mutations
 from tests.fuzz.mutations import NAMES, changed_bytes, changed_json, changed_message, changed_text, config_value, dumped, odd
 
@@ -201,7 +201,7 @@ class Answering(Without):
             Without.greet(self, greeting)
         return {"examples": {"train": 5}}
 
-    def answer(self, client: int, state: str, blob: bytes) -> tuple[bytes | Failure, str]:
+    def answer(self, client: int, state: str, blob: Blob) -> tuple[Blob | Failure, str]:
         failure, after = Without.answer(self, client, state, blob)
         return (PACKED[3], after) if client == 3 else (failure, after)
 
