@@ -79,7 +79,7 @@ UPDATES = [
     Update(3, 7, {"w": torch.arange(3.0), "h": torch.ones(2).bfloat16(), "d": torch.ones(2, dtype=torch.float64)}, {"loss": 0.5}, 12.5, 4),
     Update(0, 0, {"k": torch.ones(4).half(), "u": torch.ones(3, dtype=torch.uint8)}, {"names": ["a", "b"]}),
 ]
-PACKED = [pack(message, DIGEST) for message in (*TASKS, *UPDATES)]
+PACKED = [bytes(pack(message, DIGEST)) for message in (*TASKS, *UPDATES)]
 PACKED_TASKS = PACKED[: len(TASKS)]
 
 
@@ -400,7 +400,7 @@ class OneLiar:
 
 def honest(client: int) -> bytes:
     """The packed answer of a device that does as it is told."""
-    return pack(Update(client, 5, {"w": torch.arange(3.0) + client, "n": torch.arange(4)}, {"loss": 0.5}, 2.0, 5), DIGEST)
+    return bytes(pack(Update(client, 5, {"w": torch.arange(3.0) + client, "n": torch.arange(4)}, {"loss": 0.5}, 2.0, 5), DIGEST))
 
 
 class Server(Target):
@@ -688,7 +688,7 @@ class Counts(Target):
 
         tensors = {split: cells() for split in ("validation", "test") if rng.random() < 0.97}
         metrics = {"validation_loss": rng.choice([0.5, 0.5, 1, "x", True, [0.5], -1e300])} if rng.random() < 0.9 else {}
-        return pack(Update(3, 5, tensors, metrics), DIGEST)
+        return bytes(pack(Update(3, 5, tensors, metrics), DIGEST))
 
     def put(self, case: bytes) -> str:
         update = unpack(case, DIGEST)
