@@ -36,6 +36,7 @@ from fedloom.engines.heap import give_memory_back
 from fedloom.messages import Asking, Failure, Flow, Task, Tensors, Update, Work, ask, on_client
 from fedloom.run.worker import end_with_parent
 from fedloom.server.aggregation import Average
+from fedloom.wire import Blob
 
 DIGEST = "echoes"
 LONGEST, DEADLINE = 600.0, 240.0
@@ -208,7 +209,7 @@ class Light:
         """Nothing to make ready."""
         return {}
 
-    def answer(self, client: int, state: str, blob: bytes) -> tuple[bytes | Failure, str]:
+    def answer(self, client: int, state: str, blob: Blob) -> tuple[Blob | Failure, str]:
         """The echo."""
         with self.lock:
             (answer,) = self.host.answer([blob])

@@ -1,7 +1,7 @@
 """What FedCyBGD turns take of memory, against 2·M + 16·|block|: peak resident set of a real run's turns, measured and predicted.
 
     python recipes/memory.py                        about 100 million numbers, Llama-shaped, random; a few minutes, 2 GB
-    python recipes/memory.py --hidden 1024 --layers 22 --words 32000     about 350 million, 6 GB
+    python recipes/memory.py --hidden 1024 --layers 22 --words 32000     about 307 million, 6 GB
     python recipes/memory.py --hidden 256           smaller
     python recipes/memory.py --length 512 --recompute    with layers that are computed again in the backward pass, and without, one after
                                                          the other; at lengths where what layers keep counts

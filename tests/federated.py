@@ -21,6 +21,7 @@ from fedloom.client.elsewhere import Elsewhere
 from fedloom.client.host import Host
 from fedloom.client.store import ClientStore
 from fedloom.messages import Failure, Replies, Take, Task, whole
+from fedloom.wire import Blob
 
 with warnings.catch_warnings():  # libraries that Flower imports use deprecated names of their own
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -70,12 +71,12 @@ class Here:
         self.greeted += 1
         return {"examples": {"train": 1}}
 
-    def answer(self, client: int, state: str, blob: bytes) -> tuple[bytes | Failure, str]:
+    def answer(self, client: int, state: str, blob: Blob) -> tuple[Blob | Failure, str]:
         with self.lock:
             self.host.store = ClientStore(self.folder)
             self.host.store.restore({str(client): state} if state else {})
             (answer,) = self.host.answer([blob])
-            return answer, self.host.store.name(client) if isinstance(answer, bytes) else state
+            return answer, self.host.store.name(client) if not isinstance(answer, Failure) else state
 
 
 class Whoever:
@@ -86,7 +87,7 @@ class Whoever:
     def greet(self, greeting: str) -> Mapping[str, Any]:
         return self.device.greet(greeting)
 
-    def answer(self, client: int, state: str, blob: bytes) -> tuple[bytes | Failure, str]:
+    def answer(self, client: int, state: str, blob: Blob) -> tuple[Blob | Failure, str]:
         BELL.ring()
         return self.device.answer(client, state, blob)
 

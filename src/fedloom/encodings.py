@@ -268,7 +268,7 @@ class Sender:
         self.encoding, self._packer = encoding, Packer(digest)
         self._last: tuple[Tensors, Task] | None = None
 
-    def pack(self, task: Task) -> bytes:
+    def pack(self, task: Task) -> bytearray:
         """The task as it travels.
 
         Raises:

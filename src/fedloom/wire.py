@@ -56,6 +56,8 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 """What Python takes for a character and no encoding does."""
 DIMENSIONS = 64
 """How many a tensor may have; NumPy has no more."""
+ALIGNED = 8
+"""Bytes of which the address of tensors is a multiple: the largest number that may cross has so many."""
 LONGEST = 1000
 """Characters of an error that are told: what arrives may be of any length, and its faults end in logs and results."""
 COUNTED, WORKED = 2**53, 2.0**200
@@ -63,6 +65,11 @@ COUNTED, WORKED = 2**53, 2.0**200
 SHORT = Repr()
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 200
 """Shows a value of any size and depth in little space."""
+
+
+Blob = bytes | bytearray
+"""A packed message. What is unpacked from a ``bytearray`` lies in it, so that the message stands once; from ``bytes``, which nobody may
+write to, it is copied."""
 
 
 class WireError(ValueError):
@@ -117,8 +124,8 @@ class Packer:
         self._places, self._data = _laid_out({})
         self._entries = _entries(self._places)
 
-    def pack(self, message: Task | Update) -> bytes:
-        """One message as one blob.
+    def pack(self, message: Task | Update) -> bytearray:
+        """One message as one blob, for one to unpack.
 
         Raises:
             WireError: something in the message may not cross.
@@ -128,14 +135,14 @@ class Packer:
             self._places, self._data = _laid_out(message.tensors)
             self._entries, self._last = _entries(self._places), dict(message.tensors)
         header = _header(head, self._entries)
-        blob = b"".join((struct.pack("<Q", len(header)), header, *self._data))
+        blob = bytearray().join((struct.pack("<Q", len(header)), header, *self._data))
         if isinstance(message, Update):
             _insist_finite(memoryview(blob)[8 + len(header) :], self._places)
         return blob
 
 
-def pack(message: Task | Update, digest: str) -> bytes:
-    """One message as one blob. ``digest`` names the experiment it belongs to.
+def pack(message: Task | Update, digest: str) -> bytearray:
+    """One message as one blob, for one to unpack. ``digest`` names the experiment it belongs to.
 
     Raises:
         WireError: something in the message may not cross.
@@ -153,8 +160,9 @@ def size_of(message: Task | Update, digest: str) -> int:
     return 8 + len(_header(_head(message, digest), _entries(places))) + (places[-1].end if places else 0)
 
 
-def unpack(blob: bytes, digest: str) -> Task | Update:
-    """The message in a blob made by :func:`pack` for the same experiment. Its tensors are nobody else's.
+def unpack(blob: Blob, digest: str) -> Task | Update:
+    """The message in a blob made by :func:`pack` for the same experiment. Its tensors are nobody else's, and a blob that can be written is
+    theirs: they lie in it.
 
     Raises:
         WireError: not a message, another version, another experiment, or a value that may not cross.
@@ -179,7 +187,7 @@ def unpack(blob: bytes, digest: str) -> Task | Update:
     return Update(client, count, tensors, checked_settings(_field(header, "metrics", dict)), flops, examples, nonce)
 
 
-def digest_of(blob: bytes) -> str:
+def digest_of(blob: Blob) -> str:
     """The experiment that a message says it belongs to; nothing else of it is looked at.
 
     Raises:
@@ -262,7 +270,7 @@ def _entries(places: Iterable[Place]) -> bytes:
     return b"," + encoded[1:-1] if entries else b""
 
 
-def _opened(blob: bytes) -> tuple[dict[str, Any], dict[str, Any], memoryview]:
+def _opened(blob: Blob) -> tuple[dict[str, Any], dict[str, Any], memoryview]:
     """(the message's header, the entries of its tensors, their bits)."""
     try:
         (length,) = struct.unpack("<Q", blob[:8])
@@ -308,12 +316,14 @@ def _found(entries: Mapping[str, Any], size: int) -> list[Place]:
 
 
 def _tensors(bits: memoryview, places: Iterable[Place]) -> dict[str, torch.Tensor]:
-    """The tensors, in a copy of ``bits``, in order of names: the file format keeps no order, and sums depend on it.
+    """The tensors in order of names: the file format keeps no order, and sums depend on it. They lie in ``bits`` where these can be written
+    and begin where any dtype may, else in a copy.
 
     Raises:
         WireError: a shape that no tensor can have.
     """
-    own = np.frombuffer(bits, np.uint8).copy()
+    there = np.frombuffer(bits, np.uint8)
+    own = there if there.flags.writeable and there.ctypes.data % ALIGNED == 0 else there.copy()
     try:
         arrays = {p.name: np.ndarray(p.shape, IN_NUMPY[p.dtype], own, p.begin) for p in places}
     except ValueError as error:

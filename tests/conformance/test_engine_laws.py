@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from fedloom.client.store import ClientStore
+from fedloom.encodings import Encoding
 from fedloom.engines import local as engines_local
 from fedloom.engines.engine import drive
 from fedloom.engines.local import Local
@@ -358,6 +361,33 @@ def test_a_wave_has_ended_before_the_next_is_packed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("fedloom.client.host.pack", lambda message, digest: pack_one(Packer(digest), message))
     world.run(*(task(k) for k in (0, 1, 2, 3, 4)))
     assert happened == ["pack", "pack", "answer"] * 2 + ["pack", "answer"]
+
+
+class Blob(bytearray):
+    """One whose end can be seen."""
+
+
+def test_a_packed_task_is_gone_before_its_work_begins_unless_its_tensors_lie_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message of a whole model stands once while a device trains on it, as bytes or as what they were decoded to."""
+    pack_one = Packer.pack
+    for name, kept in (("exact", 3), ("bf16", 0)):
+        world, made, alive = local(), list[weakref.ref[Blob]](), list[int]()
+        world.host.encoding, add = Encoding(name), world.adder.run
+
+        def packed(self: Packer, message: Task, made: list[weakref.ref[Blob]] = made) -> Blob:
+            blob = Blob(pack_one(self, message))
+            made.append(weakref.ref(blob))
+            return blob
+
+        def added(items: list, made: list = made, alive: list[int] = alive, add: Callable[[list], list] = add) -> list:
+            alive.append(sum(of() is not None for of in made))
+            return add(items)
+
+        monkeypatch.setattr(world.adder, "run", added)
+        monkeypatch.setattr("fedloom.client.host.pack", lambda message, digest: pack_one(Packer(digest), message))
+        monkeypatch.setattr("fedloom.encodings.Packer.pack", packed)
+        replies = world.run(*(task(k) for k in (0, 1, 2)))
+        assert len(made) == len(replies.updates) == 3 and alive[0] == kept and alive[-1] <= kept
 
 
 def test_a_waves_updates_are_taken_before_the_next_wave_begins() -> None:

@@ -21,7 +21,7 @@ from fedloom.client.host import Host
 from fedloom.client.store import StoreError
 from fedloom.engines.local import Local
 from fedloom.messages import CohortFailed, Failure, Replies, Task, Traffic, Update
-from fedloom.wire import WireError, pack, unpack
+from fedloom.wire import Blob, WireError, pack, unpack
 from tests.conformance.toy import CLIENTS, DIGEST, host_of, same_replies, task
 from tests.federated import QUICK, Here, engine_over, nodes
 
@@ -133,9 +133,9 @@ class Replaying(Here):
 
     def __init__(self, host: Host, folder: Path, instead: dict[tuple[int, int], tuple[int, int]], relabel: bool = False) -> None:
         Here.__init__(self, host, folder)
-        self.instead, self.relabel, self.made = instead, relabel, dict[tuple[int, int], tuple[bytes | Failure, str]]()
+        self.instead, self.relabel, self.made = instead, relabel, dict[tuple[int, int], tuple[Blob | Failure, str]]()
 
-    def answer(self, client: int, state: str, blob: bytes) -> tuple[bytes | Failure, str]:
+    def answer(self, client: int, state: str, blob: Blob) -> tuple[Blob | Failure, str]:
         asked = sum(k == client for k, _ in self.made)
         self.made[client, asked] = Here.answer(self, client, state, blob)
         (one, after), again = self.made[client, asked], self.instead.get((client, asked))
@@ -144,9 +144,9 @@ class Replaying(Here):
         while again not in self.made:
             time.sleep(0.02)
         old, _ = self.made[again]
-        assert isinstance(old, bytes)
+        assert not isinstance(old, Failure)
         if self.relabel:
-            update = unpack(old, DIGEST)
+            update = unpack(bytes(old), DIGEST)
             assert isinstance(update, Update)
             old = pack(replace(update, client=client), DIGEST)
         return old, after
@@ -232,7 +232,7 @@ def test_answers_wait_in_a_file_and_are_taken_in_one_at_a_time() -> None:
 class Hasty(Here):
     """Device 0 answers at once, with what cannot be read; device 2 takes its time."""
 
-    def answer(self, client: int, state: str, blob: bytes) -> tuple[bytes | Failure, str]:
+    def answer(self, client: int, state: str, blob: Blob) -> tuple[Blob | Failure, str]:
         if client == 0:
             return b"rubbish", ""
         time.sleep(1.0 if client == 2 else 0.0)

@@ -16,7 +16,7 @@ import torch
 from fedloom.encodings import EXACT
 from fedloom.messages import Failure, Task, Update
 from fedloom.tensors import fingerprint
-from fedloom.wire import pack, unpack
+from fedloom.wire import Blob, pack, unpack
 from tests.conformance.toy import CLIENTS, DIGEST, ENGINES, flower, host_of, local, payload, same_replies, task
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip install 'fedloom[flower]'")
@@ -41,7 +41,7 @@ class Answers:
 
     digest, encoding = DIGEST, EXACT
 
-    def __init__(self, *answers: bytes | Failure) -> None:
+    def __init__(self, *answers: Blob | Failure) -> None:
         self.answers, self.given = list(answers), []
 
     def answer(self, blobs):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedloom.data.shards import write_shards
+from fedloom.messages import Failure, Task
 from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.fedcybgd import FedCyBGD
+from fedloom.model import base
 from fedloom.model.adapters import Adapter, Kind, Start, beneath, is_down, partner, under
 from fedloom.model.base import Model, ModelError
 from fedloom.model.loading import load
+from fedloom.run import parts, world
 from fedloom.run.device import Own, greeting_of, hosted, identity, order
-from fedloom.run.experiment import Experiment
+from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.world import build, read_data
 from fedloom.tensors import weighted_mean
+from fedloom.wire import pack
 from tests import tiny
 
 QUERY, FIRST = "bert.encoder.layer.1.attention.self.query.weight", "bert.encoder.layer.0.output.dense.weight"
@@ -52,6 +58,41 @@ def test_a_device_with_another_query_weight_is_refused_and_one_with_the_same_is_
     other = altered(tmp_path / "other", QUERY)
     with pytest.raises(ModelError, match=rf"{other}.* is not the server's.*here and to {greeting['model']} at the server.*--model"):
         hosted(order(greeting, Own(data, model=str(other))))
+
+
+def test_a_device_that_cannot_hold_the_model_says_so_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that can has the start of a whole model in 16 bits in a file without a name."""
+    shape: dict[str, Any] = {"clients": 2, "cohort": 1, "rounds": 1, "max_train": 24, "max_validation": 4, "max_test": 4, "max_length": 16}
+    e = Experiment(FedCyBGD(), model=str(tiny.folder()), precision="bf16", seed=5, **shape)
+    write_shards(*read_data(e), tmp_path / "shards")
+    greeting = json.loads(json.dumps({**greeting_of(build(e)), "digest": e.digest()}))
+    own, loaded, mapped = Own(str(tmp_path / "shards" / "0"), folder=str(tmp_path / "device")), list[Model](), list[bool]()
+    load_it, read = world.model_of, parts.load_file
+
+    def seen(*given: Any) -> Model:
+        loaded.append(load_it(*given))
+        return loaded[-1]
+
+    def is_read(path: Path) -> Any:
+        mapped.append(path.is_relative_to(tmp_path / "device"))
+        return read(path)
+
+    monkeypatch.setattr(world, "model_of", seen)
+    monkeypatch.setattr(parts, "load_file", is_read)
+    monkeypatch.setattr(parts, "PART", 1024)
+    with pytest.raises(ExperimentError, match=r"this device needs about .* and 0 B are there"):
+        hosted(order(greeting, replace(own, memory=1, said=True)))
+    assert not loaded
+    with monkeypatch.context() as full, pytest.raises(ExperimentError, match=r"this device needs about .* and 10\.0 kB are there"):
+        full.setattr(base, "free_bytes", lambda device: 10**4)
+        hosted(order(greeting, replace(own, memory=10**12)))
+    assert not loaded
+    host, said = hosted(order(greeting, replace(own, memory=10**12, said=True)))
+    assert said["examples"]["train"] > 0 and len(loaded) == 1 and mapped and all(mapped)
+    assert not (tmp_path / "device" / "start").exists()
+    assert all(torch.equal(t, build(e).model.initial[n]) for n, t in loaded[0].initial.items())
+    (answer,) = host.answer([pack(Task("train", 0, dict(loaded[0].initial), {"block": [], "round": 0}), e.digest())])
+    assert not isinstance(answer, Failure), answer
 
 
 @pytest.mark.parametrize(("kind", "start"), [("lora", "zero"), ("lora", "svd"), ("ia3", "zero"), ("full", "zero")])

@@ -10,7 +10,7 @@ import pytest
 
 from fedloom.client.store import ClientStore
 from fedloom.data.shards import write_shards
-from fedloom.messages import Task, Update
+from fedloom.messages import Failure, Task, Update
 from fedloom.run.device import Own, greeting_of, hosted, kinds_of, order, recipe_digest
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.recipes import digest_of_file, resolve
@@ -94,10 +94,10 @@ def test_the_same_file_on_both_sides_is_the_method(sides: tuple[Path, Path], tmp
     host, _ = hosted(order(told, own))
     assert ran(device) and type(e.method) is not kinds_of(told, own)["halved"], "each side has loaded its own file"
     assert vars(host.compute)["model"].recomputes and not world.model.recomputes, "what a device keeps is its own affair"
-    sent = pack(Task("train", 1, world.model.initial, {"round": 0}), e.digest())
+    sent, sent_again = (pack(Task("train", 1, world.model.initial, {"round": 0}), e.digest()) for _ in range(2))
     (blob,) = host.answer([sent])
-    (due,) = world.host(ClientStore(tmp_path / "states")).answer([sent])
-    assert isinstance(blob, bytes) and isinstance(due, bytes), (blob, due)
+    (due,) = world.host(ClientStore(tmp_path / "states")).answer([sent_again])
+    assert not isinstance(blob, Failure) and not isinstance(due, Failure), (blob, due)
     there, here = unpack(blob, e.digest()), unpack(due, e.digest())
     assert isinstance(there, Update) and isinstance(here, Update) and there.num_examples == here.num_examples
     for name, tensor in here.tensors.items():

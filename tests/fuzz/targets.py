@@ -34,7 +34,7 @@ from fedloom.run.evaluation import counts_well
 from fedloom.run.experiment import Experiment, as_json, from_json
 from fedloom.run.statistics import tallies
 from fedloom.tensors import fingerprint
-from fedloom.wire import WireError, checked_settings, digest_of, pack, unpack
+from fedloom.wire import Blob, WireError, checked_settings, digest_of, pack, unpack
 from tests.fuzz import mutations
 from tests.fuzz.mutations import NAMES, changed_bytes, changed_json, changed_message, changed_text, config_value, dumped, odd
 
@@ -79,7 +79,7 @@ UPDATES = [
     Update(3, 7, {"w": torch.arange(3.0), "h": torch.ones(2).bfloat16(), "d": torch.ones(2, dtype=torch.float64)}, {"loss": 0.5}, 12.5, 4),
     Update(0, 0, {"k": torch.ones(4).half(), "u": torch.ones(3, dtype=torch.uint8)}, {"names": ["a", "b"]}),
 ]
-PACKED = [pack(message, DIGEST) for message in (*TASKS, *UPDATES)]
+PACKED = [bytes(pack(message, DIGEST)) for message in (*TASKS, *UPDATES)]
 PACKED_TASKS = PACKED[: len(TASKS)]
 
 
@@ -201,7 +201,7 @@ class Answering(Without):
             Without.greet(self, greeting)
         return {"examples": {"train": 5}}
 
-    def answer(self, client: int, state: str, blob: bytes) -> tuple[bytes | Failure, str]:
+    def answer(self, client: int, state: str, blob: Blob) -> tuple[Blob | Failure, str]:
         failure, after = Without.answer(self, client, state, blob)
         return (PACKED[3], after) if client == 3 else (failure, after)
 
@@ -400,7 +400,7 @@ class OneLiar:
 
 def honest(client: int) -> bytes:
     """The packed answer of a device that does as it is told."""
-    return pack(Update(client, 5, {"w": torch.arange(3.0) + client, "n": torch.arange(4)}, {"loss": 0.5}, 2.0, 5), DIGEST)
+    return bytes(pack(Update(client, 5, {"w": torch.arange(3.0) + client, "n": torch.arange(4)}, {"loss": 0.5}, 2.0, 5), DIGEST))
 
 
 class Server(Target):
@@ -688,7 +688,7 @@ class Counts(Target):
 
         tensors = {split: cells() for split in ("validation", "test") if rng.random() < 0.97}
         metrics = {"validation_loss": rng.choice([0.5, 0.5, 1, "x", True, [0.5], -1e300])} if rng.random() < 0.9 else {}
-        return pack(Update(3, 5, tensors, metrics), DIGEST)
+        return bytes(pack(Update(3, 5, tensors, metrics), DIGEST))
 
     def put(self, case: bytes) -> str:
         update = unpack(case, DIGEST)

@@ -26,8 +26,16 @@ from tests import tiny
 
 
 def experiment(method: str, stack: int, model: str) -> Experiment:
-    """Six rounds of a small federation on packaged questions."""
-    shape = {"clients": 8, "cohort": 4, "rounds": 6, "max_train": 120, "max_validation": 30, "max_test": 40, "max_length": 32}
+    """Six rounds of a small federation on packaged questions; of a block at a time a cycle of four turns, and half of another."""
+    shape = {
+        "clients": 4 if method == "fedcybgd" else 8,
+        "cohort": 4,
+        "rounds": 6,
+        "max_train": 120,
+        "max_validation": 30,
+        "max_test": 40,
+        "max_length": 32,
+    }
     engine = EngineSettings(stack=stack, threads=1)
     return Experiment(named(method)(), model=model, adapter=Adapter(rank=2), evaluate_every=2, engine=engine, **shape)
 

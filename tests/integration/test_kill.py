@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("method", "stack"), [("fibecfed", 0), ("centralised", 1)])
+@pytest.mark.parametrize(("method", "stack"), [("fibecfed", 0), ("centralised", 1), ("fedcybgd", 0)])
 def test_ten_kills_in_a_row_end_bit_identical(method: str, stack: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.integration.killing", str(tmp_path), method, str(stack), "10"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -86,7 +86,7 @@ class Ordered:
     """The orders in a folder, and what must be remembered to carry them out."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.answers, self.asked = folder, list[bytes](), list[str]()
+        self.folder, self.answers, self.asked = folder, list[wire.Blob](), list[str]()
 
     @property
     def now(self) -> str:
@@ -143,8 +143,8 @@ def wrap_device(ordered: Ordered) -> None:
     wire._insist_finite = wire._insist_countable = lambda *_: None  # whoever lies packs what it likes
     answer, push, push_object, send = Resident.answer, FleetHttpClient.PushMessages, FleetHttpClient.PushObject, httpx.Client.send
 
-    def answered(resident: Resident, client: int, state: str, blob: bytes) -> tuple[bytes | Failure, str]:
-        task, order = wire.unpack(blob, wire.digest_of(blob)), ordered.now
+    def answered(resident: Resident, client: int, state: str, blob: wire.Blob) -> tuple[wire.Blob | Failure, str]:
+        task, order = wire.unpack(bytes(blob), wire.digest_of(blob)), ordered.now
         assert isinstance(task, Task)
         honest = task.op == "predict" or not order
         if not honest and order in ("die", "worker dies"):
@@ -166,13 +166,13 @@ def wrap_device(ordered: Ordered) -> None:
             return made, after
         ordered.answers.append(made)
         if not honest and order in LIES:
-            update = wire.unpack(made, wire.digest_of(made))
+            update = wire.unpack(bytes(made), wire.digest_of(made))
             assert isinstance(update, Update)
             if update.tensors:
                 made = wire.pack(LIES[order](task, update), wire.digest_of(made))
                 ordered.done(order)
         if not honest and order == "another experiment":
-            update = wire.unpack(made, wire.digest_of(made))
+            update = wire.unpack(bytes(made), wire.digest_of(made))
             made = wire.pack(update, "0123456789abcdef")
             ordered.done(order)
         if not honest and order == "no message":

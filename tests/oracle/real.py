@@ -34,7 +34,7 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Method, State, one_round, set_up
 from fedloom.model.base import Model
 from fedloom.server.participation import Pool
-from fedloom.wire import unpack
+from fedloom.wire import Blob, unpack
 from tests import tiny
 from tests.oracle.numpy_encoder import Encoder, Example
 from tests.oracle.numpy_training import AdamW
@@ -125,8 +125,8 @@ class Exchange:
     """One asking: by device, the blobs as they crossed, what they say, and the work done in between."""
 
     op: str
-    sent: Mapping[int, bytes]
-    came: Mapping[int, bytes]
+    sent: Mapping[int, Blob]
+    came: Mapping[int, Blob]
     down: Mapping[int, Task]
     up: Mapping[int, Update]
     work: Mapping[int, list[tuple[WorkItem, Any]]]
@@ -152,14 +152,14 @@ class Overheard:
     def encoding(self) -> Encoding:
         return self.host.encoding
 
-    def answer(self, blobs: Sequence[bytes]) -> list[bytes | Failure]:
+    def answer(self, blobs: Sequence[Blob]) -> Sequence[Blob | Failure]:
         self.watched.done = {}
-        tasks = [unpack(blob, DIGEST) for blob in blobs]
+        tasks = [unpack(bytes(blob), DIGEST) for blob in blobs]
         replies = self.host.answer(blobs)
-        assert all(isinstance(reply, bytes) for reply in replies), replies
+        assert not any(isinstance(reply, Failure) for reply in replies), replies
         sent = {task.client: blob for task, blob in zip(tasks, blobs, strict=True)}
-        came = {task.client: reply for task, reply in zip(tasks, replies, strict=True) if isinstance(reply, bytes)}
-        up: Any = {k: unpack(blob, DIGEST) for k, blob in came.items()}
+        came = {task.client: reply for task, reply in zip(tasks, replies, strict=True) if not isinstance(reply, Failure)}
+        up: Any = {k: unpack(bytes(blob), DIGEST) for k, blob in came.items()}
         down: Any = {task.client: task for task in tasks}
         self.exchanges.append(Exchange(next(iter(down.values())).op, sent, came, down, up, self.watched.done))
         return replies

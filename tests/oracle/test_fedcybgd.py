@@ -29,6 +29,7 @@ from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.methods.handover import Handover
 from fedloom.methods.method import State
 from fedloom.model.proxies import bytes_of
+from fedloom.server.cycle import block_at
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import fingerprint, nbytes, only
 from tests import tiny
@@ -70,7 +71,11 @@ def turn(client: int, block: int, at: dict[str, np.ndarray], t: int) -> tuple[di
 def test_turn_after_turn(kind: real.Kind, order: Any, pool: Pool, who: list[int], which: list[int]) -> None:
     """Client k trains block b on top of the server's model; the server puts w_b and the head in the place of its own. With fewer clients
     than blocks one takes several turns. Only what changed since the client was last sent it goes down, and one block comes up."""
-    made = real.run(FedCyBGD(INNER, order), kind, pool)
+    follow(real.run(FedCyBGD(INNER, order), kind, pool), pool, who, which)
+
+
+def follow(made: real.Run, pool: Pool, who: list[int], which: list[int]) -> None:
+    """Turn after turn of a run, against a derivation in which ``who`` trains ``which`` block."""
     shared, changed = real.start(), [0] * BLOCKS
     seen = {k: [0] * BLOCKS for k in pool.clients}
     for t, (exchange, client, block) in enumerate(zip(made.asked("train"), who, which, strict=True)):
@@ -97,6 +102,51 @@ def test_turn_after_turn(kind: real.Kind, order: Any, pool: Pool, who: list[int]
     real.assert_close(made.assembled, shared)
 
 
+SIX = Pool((0, 1, 2, 3, 4, 5), 1, 12, 8)
+"""More devices than blocks, as in the paper, and two cycles of theirs."""
+
+
+@pytest.fixture
+def six(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two devices more than other oracles have; the first four are these."""
+    sizes = (*real.SIZES, 7, 11)
+    there = tiny.clients(sizes, real.SEED)
+    monkeypatch.setattr(real, "devices", lambda: there)
+    monkeypatch.setattr(real, "SIZES", sizes)
+
+
+@pytest.mark.parametrize(
+    ("order", "which"),
+    [
+        ("ascending", [0, 1, 2, 3, 0, 1] * 2),
+        ("descending", [3, 2, 1, 0, 3, 2] * 2),
+        ("shifted", [0, 1, 2, 3, 0, 1, 1, 2, 3, 0, 1, 2]),
+        ("random", None),
+    ],
+)
+@pytest.mark.usefixtures("six")
+def test_two_cycles_of_more_devices_than_blocks(order: Any, which: list[int] | None) -> None:
+    """A cycle is one turn of each of the six, in order, and device k's block is k mod 4: four blocks, and two of them once more. The same
+    in both cycles; counted from the output; one further in the second; or in an order that is drawn for every pass over the four."""
+    made = real.run(FedCyBGD(INNER, order), "serial", SIX)
+    assert made.states[0].facts["turns_per_cycle"] == 6
+    blocks = [next(b for b in range(BLOCKS) if of_block(b) <= set(e.up[t % 6].tensors)) for t, e in enumerate(made.asked("train"))]
+    cycles = [blocks[:6], blocks[6:]]
+    assert all(sorted(cycle[:4]) == [0, 1, 2, 3] and len(set(cycle[4:])) == 2 for cycle in cycles)
+    assert which is None or blocks == which
+    follow(made, SIX, [0, 1, 2, 3, 4, 5] * 2, blocks)
+    assert all(len(e.down[t % 6].tensors) > len(HEAD) + 2 * len(of_block(0)) for t, e in enumerate(made.asked("train")) if t > 3)
+
+
+def test_every_pass_over_the_blocks_has_an_order_of_its_own() -> None:
+    """With six turns a cycle the fifth and the sixth begin another pass: over many cycles their blocks are the first two's again as often
+    as of orders that have nothing to do with each other, one in twelve."""
+    drawn = [[block_at(turn, 6, BLOCKS, "random", 8) for turn in range(6 * cycle, 6 * cycle + 6)] for cycle in range(240)]
+    assert all(sorted(cycle[:4]) == [0, 1, 2, 3] and cycle[4] != cycle[5] for cycle in drawn)
+    assert 8 <= sum(cycle[4:] == cycle[:2] for cycle in drawn) <= 34
+    assert min(min(Counter(cycle[place] for cycle in drawn).values()) for place in range(6)) > 30
+
+
 def test_a_random_order_sees_every_block_in_every_cycle_and_is_drawn_anew() -> None:
     pool = Pool((0, 1, 2, 3), 1, 12, 8)
     made = real.run(FedCyBGD(replace(INNER, local_epochs=1), "random"), "stacked", pool)
@@ -121,6 +171,8 @@ def test_with_a_subset_a_client_trains_on_top_of_what_it_has(share: float) -> No
         due = [j for j in range(BLOCKS) if j != block and changed[j] > seen[client][j]]
         sent = {j for j in range(BLOCKS) if of_block(j) <= set(task.tensors)}
         assert block in sent and sent - {block} <= set(due) and len(sent) - 1 == round(share * len(due))
+        for n in of_block(block) | HEAD:
+            assert torch.equal(task.tensors[n], made.states[t].shared[n]), "the block in question and the head come exact"
         has[client] |= {n: shared[n] for n in HEAD.union(*map(of_block, sent))}
         for j in sent:
             seen[client][j] = changed[j]

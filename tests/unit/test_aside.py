@@ -30,13 +30,13 @@ def test_what_is_laid_aside_comes_back_and_a_dropped_place_is_used_again() -> No
 
 
 def test_what_is_read_in_several_times_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    blob, read = os.urandom(3 * SLOT + 5), os.pread
+    blob, read = os.urandom(3 * SLOT + 5), os.preadv
     with Aside() as aside:
         aside.keep(b"before")
         kept = aside.keep(blob)
-        monkeypatch.setattr(os, "pread", lambda number, size, begin: read(number, min(size, SLOT), begin))
+        monkeypatch.setattr(os, "preadv", lambda number, into, begin: read(number, [into[0][:SLOT]], begin))
         assert aside.read(kept) == blob
-        monkeypatch.setattr(os, "pread", lambda number, size, begin: b"")
+        monkeypatch.setattr(os, "preadv", lambda number, into, begin: 0)
         with pytest.raises(OSError, match=f"{len(blob)} bytes"):
             aside.read(kept)
 

@@ -13,7 +13,7 @@ from fedloom.model.adapters import is_head
 from fedloom.model.blocks import End, cover, in_attention
 from tests import families
 
-FAMILIES = ("bert", "roberta", "deberta-v2", "modernbert", "gpt2", "llama", "qwen2", "bloom")
+FAMILIES = ("bert", "roberta", "deberta-v2", "modernbert", "gpt2", "llama", "qwen2", "mistral", "bloom")
 BEHIND = {"bert": ["output"], "roberta": [], "deberta-v2": []}
 """What lies behind the layers and is no head, where it is not a norm alone. BERT's pooler is of the encoder."""
 

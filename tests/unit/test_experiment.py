@@ -291,7 +291,10 @@ def test_an_integer_that_no_float_holds_is_refused(alpha: int) -> None:
 
 def test_a_base_in_few_bits_that_would_be_trained_is_refused_by_whoever_trains_it() -> None:
     """Before any run of a comparison begins, and naming what was given: nobody gave --adapter.kind where the method has its own."""
-    with pytest.raises(ExperimentError, match=r"base nf4 .* and method 'fedcybgd', which trains kind full, trains numbers of it.*houlsby"):
+    with pytest.raises(
+        ExperimentError,
+        match=r"base nf4 .* and method 'fedcybgd', which trains kind full, trains numbers of it.*houlsby.*; --method\.rest is what",
+    ):
         Experiment(FedCyBGD(), adapter=Adapter(base="nf4"))
     with pytest.raises(ExperimentError, match=r"base int8 .* and --adapter.kind bitfit trains numbers of it; leave one of the two out"):
         Experiment(FedAvg(), adapter=Adapter(kind="bitfit", base="int8"))

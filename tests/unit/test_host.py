@@ -14,7 +14,7 @@ from fedloom.client.store import ClientStore
 from fedloom.compute.compute import Done
 from fedloom.encodings import CODES, WHICH, Encoding
 from fedloom.messages import Failure, Task, Update, on_client
-from fedloom.wire import pack, unpack
+from fedloom.wire import Blob, pack, unpack
 from tests import tiny
 
 DIGEST = "host-test"
@@ -101,8 +101,8 @@ def task(client: int, op: str = "train", **settings) -> bytes:
     return pack(Task(op, client, {}, settings), DIGEST)
 
 
-def opened(reply: bytes | Failure) -> Update:
-    assert isinstance(reply, bytes), reply
+def opened(reply: Blob | Failure) -> Update:
+    assert not isinstance(reply, Failure), reply
     update = unpack(reply, DIGEST)
     assert isinstance(update, Update)
     return update
@@ -224,7 +224,7 @@ def test_what_an_encoding_owes_is_kept_beside_the_methods_memory() -> None:
     task, got = Task("train", 1, {"x": torch.zeros(10)}), torch.zeros(10)
     for _ in range(100):
         (blob,) = host.answer([pack(task, DIGEST)])
-        assert isinstance(blob, bytes), blob
+        assert not isinstance(blob, Failure), blob
         update = unpack(blob, DIGEST)
         assert isinstance(update, Update) and len(update.tensors[CODES]) == 2
         got += encoding.received(update, task).tensors["x"]

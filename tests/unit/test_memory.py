@@ -26,7 +26,18 @@ from fedloom.model.base import Model
 from fedloom.run import memory
 from fedloom.run.describe import describe
 from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError
-from fedloom.run.memory import Sizes, insist_on_room, needed, needed_there, on_a_device, sizes_before, sizes_of, told, weights_in
+from fedloom.run.memory import (
+    Sizes,
+    insist_on_a_devices_room,
+    insist_on_room,
+    needed,
+    needed_there,
+    on_a_device,
+    sizes_before,
+    sizes_of,
+    told,
+    weights_in,
+)
 from tests import tiny
 
 SEVEN = Sizes(7_000_000_000, 7_000_000_000, 200_000_000)
@@ -45,14 +56,17 @@ def test_a_device_by_the_formulas() -> None:
 
 
 def test_this_machine_by_hand() -> None:
-    """One device at a time: the model, a block that is not on the disk yet, a message down as bytes and as tensors, a block up, eight
-    numbers for each that is trained and the rest beside it."""
+    """One device at a time: the model, a block that is not on the disk yet, a message down, whose tensors are its bytes, a block up as
+    both, eight numbers for each that is trained and the rest beside it."""
     by = dict(needed(Sizes(100, 100, 10, 3), replace(FULL, max_length=20)).lines)
     assert by["the model in float32"] == 400 and "the model in bf16" not in by
     assert by[CHANGED] == 4 * 10, "the start is the model, the server's state lies in files"
-    assert by["messages of the devices that are asked together"] == 4 * (2 * 100 + 2 * 10)
+    assert by["messages of the devices that are asked together"] == 4 * (100 + 2 * 10)
     assert by["training a device"] == 4 * 8 * 10 + 4 * 90
     assert by["passing a batch through"] == 3 * 8 * 20
+    for apart in (replace(FULL, wire="bf16"), replace(FULL, engine=EngineSettings(stack=1, kind="flower"))):
+        named = dict(needed(Sizes(100, 100, 10), apart).lines)
+        assert named["messages of the devices that are asked together"] == 4 * (2 * 100 + 2 * 10), "as bytes and as tensors"
     low = dict(needed(Sizes(100, 100, 10), replace(FULL, precision="bf16")).lines)
     assert (low["the model in bf16"], low["training a device"]) == (200, 4 * 8 * 10 + 2 * 90)
     assert "the model in float32" not in low and low[CHANGED] == 4 * 10, "the start lies in files too"
@@ -63,7 +77,7 @@ def test_this_machine_by_hand() -> None:
     assert dict(needed(Sizes(100, 100, 40), several).lines)[CHANGED] == 400, "all of it at the most"
     lora = dict(needed(Sizes(100, 6, 6), Experiment(FedAvg(), clients=50, cohort=5)).lines)
     assert lora[CHANGED] == 4 * 6 * 2
-    assert lora["messages of the devices that are asked together"] == 4 * 32 * 2 * 6, "evaluating asks a wave of 32"
+    assert lora["messages of the devices that are asked together"] == 4 * 32 * 6, "evaluating asks a wave of 32"
     wide = needed(SEVEN, replace(FULL, method=FedFFT(), engine=EngineSettings(workers=2)))
     assert wide.total > 2 * 4 * SEVEN.model * 2
 
@@ -116,8 +130,33 @@ def test_a_run_in_16_bits_holds_one_model_after_it_was_loaded_in_float32() -> No
         scored = needed(sizes, replace(lora, method=method))
         assert dict(scored.lines)["the model in float32, to score in"] == 4_000_000 and scored.total > 6_000_000
         assert "the model in float32, to score in" not in dict(needed(sizes, replace(lora, method=method, precision="float32")).lines)
-    with pytest.raises(ExperimentError, match=r"--precision bf16 \(about 9\.2 MB\)"):
+    with pytest.raises(ExperimentError, match=r"--precision bf16 \(about 8\.4 MB\)"):
         insist_on_room(replace(sizes, trained=100_000, at_once=100_000), replace(lora, precision="float32"), free=10)
+
+
+def test_a_device_of_a_real_federation_by_hand() -> None:
+    """No server's state; a message as bytes, while it arrives, and as tensors; a start in float32 that is there while it is loaded and goes
+    to the disk."""
+    sizes, block = Sizes(1000, 1000, 100), replace(FULL, precision="bf16", wire="up:bf16")
+    due = {
+        "the model in bf16": 2000,
+        "messages of the devices that are asked together": 4 * (2 * 1000 + 2 * 100),
+        "training a device": 4 * 8 * 100 + 2 * 900,
+    }
+    need = sum(due.values())
+    assert dict(insist_on_a_devices_room(sizes, block, need).lines) == due
+    with pytest.raises(
+        ExperimentError,
+        match=r"^this device needs about 15\.8 kB of memory beside the program itself, and 15\.8 kB are there: .*for messages.* "
+        r"It would fit with a shorter --max-length, a smaller model or more memory; --memory GIB, where more may be had than this,",
+    ):
+        insist_on_a_devices_room(sizes, block, need - 1)
+    assert insist_on_a_devices_room(sizes, block, need - 2000 - 4000, loaded=True).total == need
+    with pytest.raises(ExperimentError, match="this device needs"):
+        insist_on_a_devices_room(sizes, block, need - 2000 - 4000 - 1, loaded=True)
+    assert insist_on_a_devices_room(sizes, block, need - 2000 - 3200, gpu=True).total == need - 2000 - 3200, "those lie on it"
+    with pytest.raises(ExperimentError, match=r"with --precision bf16 \(about [\d.]+ kB\), --recompute \(less"):
+        insist_on_a_devices_room(replace(sizes, per_token=10), replace(block, precision="float32"), 10)
 
 
 def test_what_cannot_fit_a_gpu_is_refused() -> None:
@@ -132,7 +171,7 @@ def test_what_cannot_fit_a_gpu_is_refused() -> None:
     }, "what a device does not train lies in the model's own places"
     assert dict(here.lines) == {
         CHANGED: 4 * 100,
-        "messages of the devices that are asked together": 4 * (2 * 1000 + 2 * 100),
+        "messages of the devices that are asked together": 4 * (1000 + 2 * 100),
         "what a device does not train": 2 * 900,
     }
     plain = dict(needed_there(sizes, replace(block, precision="float32"), 1).lines)

@@ -15,6 +15,7 @@ from typing import Any
 from zipfile import ZipFile
 
 import pytest
+import torch
 
 from fedloom import cli
 from fedloom.encodings import NAMES
@@ -25,6 +26,7 @@ from fedloom.run.plan import Plan, named_methods
 from fedloom.run.reading import ROW_KEYS
 from fedloom.run.recipes import resolve
 from fedloom.server.cycle import block_at, turns
+from fedloom.tensors import nbytes
 from tests.unit.run_folder import write_run
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -508,9 +510,12 @@ def test_fibecfeds_paper() -> None:
 
 
 def test_fedcybgds_paper() -> None:
-    """64 clients, 6 cycles, 3 local epochs, batch 16, 1e-6, cosine within a turn, length 512+512, ascending."""
+    """64 clients, 6 cycles, 3 local epochs, batch 16, 1e-6, cosine within a turn, length 512+512, ascending. Up comes a layer of
+    LLaMA-2-7B (four matrices of 4096², three of 4096 · 11008, two norms) in half precision, 404.8 MB."""
     e = resolve(str(RECIPES / "fedcybgd_paper.py")).experiment
-    assert e is not None and (e.clients, e.cohort, e.max_length, e.rounds) == (64, 1, 1024, 6 * turns(64, 32))
+    assert e is not None and (e.clients, e.cohort, e.max_length, e.rounds) == (64, 1, 1024, 384)
+    layer = torch.zeros(4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096, device="meta")
+    assert e.wire == "up:fp16" and nbytes({"as it travels": layer.to(torch.float16)}) / 1e6 == pytest.approx(404.8, abs=0.05)
     m = e.method
     assert (m.inner.local_epochs, m.inner.batch_size, m.inner.lr, m.inner.schedule, m.order) == (3, 16, 1e-6, "cosine", "ascending")
     given = cli._parse(options.for_run(resolve(str(RECIPES / "fedcybgd_paper.py"))), ["--rounds", "2"], "x")

@@ -9,6 +9,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -125,12 +126,30 @@ def test_blobs_are_what_the_safetensors_library_makes(named: dict[str, tuple[tor
 
 
 def test_tensors_that_arrived_can_be_written_to_and_change_nothing_else() -> None:
-    blob = pack(Task("op", 0, {"a": torch.ones(3), "b": torch.ones(3), "c": torch.ones(3).bfloat16()}), DIGEST)
+    blob = bytes(pack(Task("op", 0, {"a": torch.ones(3), "b": torch.ones(3), "c": torch.ones(3).bfloat16()}), DIGEST))
     before, one, two = bytes(bytearray(blob)), unpack(blob, DIGEST), unpack(blob, DIGEST)
     one.tensors["a"].zero_()
     one.tensors["c"].zero_()
     assert blob == before
     assert one.tensors["b"].tolist() == two.tensors["a"].tolist() == two.tensors["c"].tolist() == [1, 1, 1]
+
+
+def test_what_is_unpacked_lies_in_a_blob_that_can_be_written() -> None:
+    tensors = {"a": torch.ones(3), "b": torch.arange(5), "c": torch.ones(3).bfloat16(), "d": torch.ones(1).double()}
+    for message in (Task("op", 0, tensors), Update(0, 1, tensors)):
+        blob = pack(message, DIGEST)
+        got, begin = unpack(blob, DIGEST).tensors, np.frombuffer(blob, np.uint8).ctypes.data
+        assert fingerprint(got) == fingerprint(tensors)
+        assert all(begin <= tensor.data_ptr() < begin + len(blob) for tensor in got.values()), "the message stands once"
+
+
+def test_what_begins_at_an_odd_address_is_copied() -> None:
+    tensors = {"a": torch.ones(3), "d": torch.arange(5.0).double()}
+    for odd in range(1, 8):
+        blob = bytearray(odd) + pack(Task("op", 0, tensors), DIGEST)
+        del blob[:odd]  # which moves nothing: it begins later
+        got = unpack(blob, DIGEST).tensors
+        assert fingerprint(got) == fingerprint(tensors) and all(tensor.data_ptr() % 8 == 0 for tensor in got.values())
 
 
 def test_a_message_that_changed_after_packing_is_what_it_was() -> None:

@@ -18,7 +18,7 @@ from fedloom.client.client import Client
 from fedloom.client.store import ClientStore
 from fedloom.encodings import EXACT, Encoding
 from fedloom.messages import Failure, Task, Tensors, Update, Work, is_client_operation
-from fedloom.wire import WireError, pack, unpack
+from fedloom.wire import Blob, WireError, pack, unpack
 
 if TYPE_CHECKING:  # it brings the model's libraries, and whoever only carries messages needs none of them
     from fedloom.compute.compute import Compute, Done
@@ -94,16 +94,14 @@ class Host:
         self.devices, self.compute, self.store, self.digest, self.encoding = devices, compute, store, digest, encoding
         self.doing = doing
 
-    def answer(self, blobs: Sequence[bytes]) -> list[bytes | Failure]:
-        """One packed update or one failure for each packed task, in order. Each client at most once a call."""
-        replies: list[bytes | Failure | None] = [None] * len(blobs)
-        running: dict[int, Running] = {}
-        for i, blob in enumerate(blobs):
-            started = self._start(blob)
-            if isinstance(started, Failure):
-                replies[i] = started
-            else:
-                running[i] = started
+    def answer(self, blobs: Sequence[Blob]) -> list[Blob | Failure]:
+        """One packed update or one failure for each packed task, in order. Each client at most once a call. The tasks are let go once they
+        are unpacked: whoever does not hold them has each in memory once."""
+        begun = [self._start(blob) for blob in blobs]
+        del blobs
+        replies: list[Blob | Failure | None] = [one if isinstance(one, Failure) else None for one in begun]
+        running = {i: one for i, one in enumerate(begun) if isinstance(one, Running)}
+        del begun
         while running:
             for i in list(running):
                 finished = self._advance(running[i])
@@ -114,7 +112,7 @@ class Host:
                 self._compute(running, replies)
         return [reply if reply is not None else Failure(-1, "no reply") for reply in replies]
 
-    def _start(self, blob: bytes) -> Running | Failure:
+    def _start(self, blob: Blob) -> Running | Failure:
         try:
             task = unpack(blob, self.digest)
         except WireError as error:
@@ -139,7 +137,7 @@ class Host:
         except Exception as error:
             return self._failed(task.client, error)
 
-    def _advance(self, run: Running) -> bytes | Failure | None:
+    def _advance(self, run: Running) -> Blob | Failure | None:
         """Give the operation its last answer. None while it asks for more work."""
         try:
             run.asked = run.work.send(run.answer)
@@ -149,7 +147,7 @@ class Host:
         except Exception as error:
             return self._failed(run.client.id, error)
 
-    def _finish(self, run: Running, update: object) -> bytes | Failure:
+    def _finish(self, run: Running, update: object) -> Blob | Failure:
         if not isinstance(update, Update) or update.client != run.client.id:
             return Failure(run.client.id, f"TypeError: the operation returned {update!r}; an Update of client {run.client.id} is due")
         try:
@@ -161,7 +159,7 @@ class Host:
         except Exception as error:
             return self._failed(run.client.id, error)
 
-    def _compute(self, running: dict[int, Running], replies: list[bytes | Failure | None]) -> None:
+    def _compute(self, running: dict[int, Running], replies: list[Blob | Failure | None]) -> None:
         """Do the items of all operations in one call; if that fails, one operation at a time, so the one at fault is named."""
         asked = {i: run.asked if isinstance(run.asked, list) else [run.asked] for i, run in running.items()}
         try:

@@ -54,19 +54,20 @@ class Aside:
             raise
         return kept
 
-    def read(self, kept: Kept) -> bytes:
-        """A blob that was laid aside.
+    def read(self, kept: Kept) -> bytearray:
+        """A blob that was laid aside, for one to unpack.
 
         Raises:
             OSError: the file is shorter than it was.
         """
-        parts, missing = list[bytes](), kept.size
-        while missing:  # the system reads 2 GiB at a time
-            parts.append(os.pread(self._number, missing, kept.begin + kept.size - missing))
-            if not parts[-1]:
-                raise OSError(f"{missing} bytes of a blob that was laid aside are gone")
-            missing -= len(parts[-1])
-        return b"".join(parts)
+        blob = bytearray(kept.size)
+        rest = memoryview(blob)
+        while rest:  # the system reads 2 GiB at a time
+            came = os.preadv(self._number, [rest], kept.begin + kept.size - len(rest))
+            if not came:
+                raise OSError(f"{len(rest)} bytes of a blob that was laid aside are gone")
+            rest = rest[came:]
+        return blob
 
     def drop(self, kept: Kept) -> None:
         """Leave a blob's place to others."""

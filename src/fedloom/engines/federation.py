@@ -52,7 +52,7 @@ from fedloom.engines.heap import give_memory_back
 from fedloom.engines.link import PAUSE, Link
 from fedloom.engines.local import gather, joined, may_cross
 from fedloom.messages import CohortFailed, Failure, Replies, Take, Task, Tensors, Update, quorum_of, whole
-from fedloom.wire import LONGEST, SHORT, WireError
+from fedloom.wire import LONGEST, SHORT, Blob, WireError
 
 log = logging.getLogger("fedloom")
 
@@ -235,7 +235,7 @@ class Federation:
         if self._read % BREATH == 0:
             give_memory_back()
         blob = answer if isinstance(answer, Failure) else aside.read(answer)
-        return gather([task], [bytes(0)], [blob], self.digest, self.encoding, self._whose)
+        return gather([task], [0], [blob], self.digest, self.encoding, self._whose)
 
     def _allowed(self, tasks: Sequence[Task], answers: dict[int, Kept | Failure]) -> list[Task]:
         """The tasks of those who can be asked at all."""
@@ -420,7 +420,7 @@ class Device(Protocol):
         """Make ready for the experiment that the greeting tells of; what to say of oneself."""
         ...
 
-    def answer(self, client: int, state: str, blob: bytes) -> tuple[bytes | Failure, str]:
+    def answer(self, client: int, state: str, blob: Blob) -> tuple[Blob | Failure, str]:
         """The packed update, or why there is none, and the name of the state after it."""
         ...
 

@@ -57,7 +57,7 @@ from fedloom.client.host import Host
 from fedloom.encodings import EXACT, Encoding, Sender
 from fedloom.engines.local import gather, taken
 from fedloom.messages import Failure, Replies, Take, Task, whole
-from fedloom.wire import WireError
+from fedloom.wire import Blob, WireError
 
 log = logging.getLogger("fedloom")
 logging.getLogger("flwr").setLevel(logging.WARNING)  # it tells every request
@@ -77,7 +77,7 @@ EXPIRED = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
 class Answering(Protocol):
     """What answers packed tasks on a device: a :class:`~fedloom.client.host.Host`, or a proxy to one in a resident process."""
 
-    def answer(self, blobs: Sequence[bytes]) -> list[bytes | Failure]:
+    def answer(self, blobs: Sequence[Blob]) -> Sequence[Blob | Failure]:
         """One packed update or one failure for each packed task, in order."""
         ...
 
@@ -101,22 +101,25 @@ class FlowerGrid:
             WireError: a task may not cross the wire; that is the method's fault and ends the run. Nothing was sent then.
         """
         tasks, sender = with_nonces(tasks), Sender(self.digest, self.encoding)
-        blobs = [sender.pack(task) for task in tasks]
-        sent = [self._message(task.client, blob) for task, blob in zip(tasks, blobs, strict=True)]
+        sent, sizes = [], []
+        for task in tasks:
+            blob = sender.pack(task)
+            sent.append(self._message(task.client, blob))
+            sizes.append(0 if sent[-1] is None else len(blob))
+            del blob
         messages = [message for message in sent if message is not None]
         replies = self.grid.send_and_receive(messages, timeout=self.timeout) if messages else []
         arrived = {reply.metadata.reply_to_message_id: reply for reply in replies}
         answers = [self._answer(task.client, message, arrived) for task, message in zip(tasks, sent, strict=True)]
-        down = [blob if message is not None else b"" for blob, message in zip(blobs, sent, strict=True)]
-        return taken(gather(tasks, down, answers, self.digest, self.encoding), take)
+        return taken(gather(tasks, sizes, answers, self.digest, self.encoding), take)
 
-    def _message(self, client: int, blob: bytes) -> Message | None:
+    def _message(self, client: int, blob: Blob) -> Message | None:
         if client not in self.nodes:
             return None
         content = RecordDict({BLOB: boxed(blob), TO: ConfigRecord({CLIENT: client})})
         return Message(content, self.nodes[client], MessageType.TRAIN, ttl=self.timeout)
 
-    def _answer(self, client: int, sent: Message | None, arrived: Mapping[str, Message]) -> bytes | Failure:
+    def _answer(self, client: int, sent: Message | None, arrived: Mapping[str, Message]) -> Blob | Failure:
         if sent is None:
             return Failure(client, f"LookupError: no node is known for client {client}; there are nodes for {sorted(self.nodes)}")
         reply = arrived.get(sent.metadata.message_id)
@@ -265,11 +268,12 @@ def _partition(context: Context) -> int:
     return int(context.node_config[PARTITION])
 
 
-def boxed(blob: bytes) -> ArrayRecord:
+def boxed(blob: Blob) -> ArrayRecord:
     """A packed blob as a message carries it: its head, and its tensors, which are the same for all devices of a broadcast. Flower keeps
     equal parts of messages once."""
     cut = min(len(blob), 8 + int.from_bytes(blob[:8], "little"))
-    parts = {BLOB: blob[:cut], REST: blob[cut:]} if cut < len(blob) else {BLOB: blob}
+    ends = {BLOB: (0, cut), REST: (cut, len(blob))} if cut < len(blob) else {BLOB: (0, cut)}
+    parts = {name: bytes(memoryview(blob)[begin:end]) for name, (begin, end) in ends.items()}
     return ArrayRecord({name: Array("uint8", (len(part),), SERIALISATION, part) for name, part in parts.items()})
 
 

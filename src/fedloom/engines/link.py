@@ -284,7 +284,7 @@ class Objects(InMemoryObjectStore):
         """As Flower's."""
         with self.lock_store:
             kept = self._kept.get(object_id)
-            return self._aside.read(kept) if kept else InMemoryObjectStore.get(self, object_id)
+            return bytes(self._aside.read(kept)) if kept else InMemoryObjectStore.get(self, object_id)
 
     def delete(self, object_id: str) -> None:
         """As Flower's, which deletes what only this one had by this method, too."""

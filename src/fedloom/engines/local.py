@@ -16,7 +16,7 @@ from fedloom.encodings import EXACT, Encoding, Sender
 from fedloom.engines.heap import give_memory_back
 from fedloom.messages import Failure, Replies, Take, Task, Traffic, Update, whole
 from fedloom.tensors import nbytes
-from fedloom.wire import WireError, checked_settings, checked_tensors, unpack
+from fedloom.wire import Blob, WireError, checked_settings, checked_tensors, unpack
 
 WAVE = 32
 """Clients in one wave: enough to fill a stacked pass. The number of clients must not change it: the memory that a run takes depends on
@@ -55,8 +55,15 @@ class Local:
     def _wave(self, number: int, tasks: Sequence[Task], sender: Sender) -> Replies:
         if number % BREATH == 0:
             give_memory_back()
-        blobs = [sender.pack(task) for task in tasks]
-        return gather(tasks, blobs, self.host.answer(blobs), self.host.digest, self.host.encoding)
+        sizes: list[int] = []
+
+        def packed(task: Task) -> bytearray:
+            blob = sender.pack(task)
+            sizes.append(len(blob))
+            return blob
+
+        answers = self.host.answer([packed(task) for task in tasks])  # which nobody here holds: a message stands once
+        return gather(tasks, sizes, answers, self.host.digest, self.host.encoding)
 
 
 def waves(tasks: Sequence[Task], size: int) -> list[Sequence[Task]]:
@@ -116,27 +123,27 @@ ANOTHER = "the answer is to another task"
 
 def gather(
     tasks: Sequence[Task],
-    sent: Sequence[bytes],
-    answers: Sequence[bytes | Failure],
+    sent: Sequence[int],
+    answers: Sequence[Blob | Failure],
     digest: str,
     encoding: Encoding = EXACT,
     whose: Callable[[Task, str], str] = lambda task, nonce: ANOTHER,
 ) -> Replies:
-    """Replies from what was sent and what came back for each task, in task order. ``whose``: what an answer to a task is that came with
-    this nonce, which is not the task's."""
+    """Replies from the bytes that were sent and what came back for each task, in task order. ``whose``: what an answer to a task is that
+    came with this nonce, which is not the task's."""
     updates, failures, traffic = [], [], []
     for task, down, answer in zip(tasks, sent, answers, strict=True):
         update = answer if isinstance(answer, Failure) else _opened(answer, task, digest, encoding, whose)
         if isinstance(update, Update):
             updates.append(update)
-            traffic.append(Traffic(task.client, len(down), len(answer), update.flops, update.examples))  # type: ignore[arg-type]
+            traffic.append(Traffic(task.client, down, len(answer), update.flops, update.examples))  # type: ignore[arg-type]
         else:
             failures.append(replace(update, client=task.client))
-            traffic.append(Traffic(task.client, len(down), 0, 0.0, 0))
+            traffic.append(Traffic(task.client, down, 0, 0.0, 0))
     return Replies(tuple(updates), tuple(failures), tuple(traffic))
 
 
-def _opened(blob: bytes, task: Task, digest: str, encoding: Encoding, whose: Callable[[Task, str], str]) -> Update | Failure:
+def _opened(blob: Blob, task: Task, digest: str, encoding: Encoding, whose: Callable[[Task, str], str]) -> Update | Failure:
     client = task.client
     try:
         update = unpack(blob, digest)

@@ -31,7 +31,7 @@ from fedloom.client.store import FILE, ClientStore, flush
 from fedloom.engines.federation import Ungreeted
 from fedloom.engines.workers import ANSWERS, ATTEMPTS, READY, Start, Worker, WorkerError, receive, send
 from fedloom.messages import Failure
-from fedloom.wire import SHORT, WireError, digest_of
+from fedloom.wire import SHORT, Blob, WireError, digest_of
 
 LOOK = 0.5
 """Seconds between two looks at what the worker holds."""
@@ -102,7 +102,7 @@ class Resident:
         self._begin()
         return self.told
 
-    def answer(self, client: int, state: str, blob: bytes) -> tuple[bytes | Failure, str]:
+    def answer(self, client: int, state: str, blob: Blob) -> tuple[Blob | Failure, str]:
         """Have the task done, starting from ``state``.
 
         Raises:
@@ -170,7 +170,7 @@ class Resident:
             self.close()
             raise WorkerError(f"the worker {how} before it could begin ({error})") from error
 
-    def _heard(self, worker: Worker, kind: str) -> tuple[dict[str, Any], list[bytes]]:
+    def _heard(self, worker: Worker, kind: str) -> tuple[dict[str, Any], list[bytearray]]:
         """The next thing of this kind that the worker tells; what it tells meanwhile is passed on.
 
         Raises:

@@ -34,6 +34,7 @@ from fedloom.encodings import EXACT, Encoding, Sender
 from fedloom.engines.heap import give_memory_back
 from fedloom.engines.local import BREATH, gather, joined, may_cross, taken, waves
 from fedloom.messages import Failure, Replies, Take, Task, Traffic, Update, whole
+from fedloom.wire import Blob
 
 log = logging.getLogger("fedloom")
 
@@ -59,7 +60,7 @@ class Answering(Protocol):
 
     store: ClientStore
 
-    def answer(self, blobs: Sequence[bytes]) -> list[bytes | Failure]:
+    def answer(self, blobs: Sequence[Blob]) -> Sequence[Blob | Failure]:
         """One packed update or one failure for each packed task, in order."""
         ...
 
@@ -173,11 +174,11 @@ class Workers:
         expected: dict[Any, Worker] = {w.line: w for w in self.workers if w.sent or not w.ready}
         return [expected[line] for line in wait(list(expected))] if expected else []
 
-    def _taken(self, tasks: Sequence[Task], worker: Worker, told: Sequence[Mapping[str, str]], blobs: Sequence[bytes]) -> Replies:
+    def _taken(self, tasks: Sequence[Task], worker: Worker, told: Sequence[Mapping[str, str]], blobs: Sequence[Blob]) -> Replies:
         """The replies of a wave; from here on the new states are the clients'."""
         sent, arrived = worker.sent, iter(blobs)
         worker.sent = []
-        answers: list[bytes | Failure] = []
+        answers: list[Blob | Failure] = []
         for task, one in zip(tasks, told, strict=True):
             if "reason" in one:
                 answers.append(Failure(task.client, one["reason"]))
@@ -233,10 +234,10 @@ def in_order(replies: Replies, place: Mapping[int, int]) -> Replies:
 
 
 class Worker:
-    """One process, seen from here. ``sent``: the packed tasks that it is busy with; ``wave``: which they are."""
+    """One process, seen from here. ``sent``: the bytes of each packed task that it is busy with; ``wave``: which they are."""
 
     def __init__(self, number: int, start: Start) -> None:
-        self.number, self.ready, self.wave, self.sent = number, False, -1, list[bytes]()
+        self.number, self.ready, self.wave, self.sent = number, False, -1, list[int]()
         ours, theirs = socket.socketpair()
         path = os.pathsep.join(os.path.abspath(place) for place in sys.path)  # it imports what this process would
         with theirs:
@@ -258,9 +259,9 @@ class Worker:
         """What messages call it."""
         return f"worker {self.number} (process {self.process.pid})"
 
-    def give(self, store: ClientStore, tasks: Sequence[Task], blobs: Sequence[bytes]) -> bool:
+    def give(self, store: ClientStore, tasks: Sequence[Task], blobs: Sequence[Blob]) -> bool:
         """Hand over a wave; False if the worker is dead."""
-        self.sent = list(blobs)
+        self.sent = list(map(len, blobs))
         clients = [{"client": task.client, "state": store.name(task.client)} for task in tasks]
         try:
             send(self.line, {"folder": str(store.folder), "aside": str(store.aside or ""), "clients": clients}, blobs)
@@ -302,15 +303,15 @@ def _ended(process: subprocess.Popen[bytes], line: Connection) -> None:
     process.wait()
 
 
-def send(line: Connection, head: Mapping[str, Any], blobs: Sequence[bytes] = ()) -> None:
+def send(line: Connection, head: Mapping[str, Any], blobs: Sequence[Blob] = ()) -> None:
     """One message: a JSON object, and as many blobs as it says."""
     line.send_bytes(json.dumps({**head, "blobs": len(blobs)}).encode())
     for blob in blobs:
         line.send_bytes(blob)
 
 
-def receive(line: Connection) -> tuple[dict[str, Any], list[bytes]]:
-    """What :func:`send` sent.
+def receive(line: Connection) -> tuple[dict[str, Any], list[bytearray]]:
+    """What :func:`send` sent, each blob for one to unpack.
 
     Raises:
         EOFError, OSError: the other side is gone, or says what :func:`send` does not.
@@ -322,7 +323,7 @@ def receive(line: Connection) -> tuple[dict[str, Any], list[bytes]]:
         raise OSError(f"not what a worker says ({type(error).__name__}: {error})") from error
     if type(count) is not int or not isinstance(head, dict):
         raise OSError(f"not what a worker says ({str(head)[:200]})")
-    return head, [line.recv_bytes() for _ in range(count)]
+    return head, [bytearray(line.recv_bytes()) for _ in range(count)]
 
 
 # ---- in the worker ----------------------------------------------------------------------------------------------------------

@@ -170,7 +170,8 @@ class FedCyBGD:
         came = restored(task, self.encoding)
         skips = frozenset(int(layer) for layer in task.settings.get("skips", ()))  # type: ignore[union-attr]
         start = only(came, [*task.settings["block"], *filter(is_head, came)])  # type: ignore[misc]
-        c.private |= {n: t.to(c.frozen) for n, t in came.items() if not is_head(n)}
+        for name in list(filter(lambda name: not is_head(name), came)):  # of what came in few bits nothing stays in 32
+            c.private[name] = came.pop(name).to(c.frozen)
         fixed = {n: t for n, t in without(c.private, start).items() if layer_of(n) not in skips}
         fitted = yield from self.inner.learn(c, start, task, fixed=fixed, skips=skips)
         return Update(c.id, len(c.train), fitted.tensors, {"loss": float(fitted.losses.mean())})

@@ -89,7 +89,8 @@ class Join:
         recompute: keep nothing of what is inside the model's layers for backward passes, and compute it again there: less memory, more
             time.
         memory: GiB that the process may hold that computes here; one that holds more is ended, its task has failed, and another is started
-            for the next (0: nine tenths of what this machine has).
+            for the next (0: nine tenths of what this machine has). A model that by prediction does not fit, into this or, of 0, into what
+            is free, is not loaded.
         deadline: seconds that one task may take here.
         out: where this device keeps its state (default: one named after the data).
     """

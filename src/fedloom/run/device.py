@@ -36,7 +36,8 @@ PREDICTS = "predict"
 @dataclass(frozen=True)
 class Own:
     """What a device brings: its data, where its columns or its model are others than the experiment's, and the Python file of a method that
-    is not the package's."""
+    is not the package's. ``memory``: bytes that its process may hold, and whether its owner has ``said`` so; 0: what is free. ``folder``:
+    where the process may write, if anywhere."""
 
     data: str
     model: str = ""
@@ -45,6 +46,9 @@ class Own:
     threads: int = 0
     recipe: str = ""
     recompute: bool = False
+    memory: int = 0
+    said: bool = False
+    folder: str = ""
 
 
 def order(greeting: Mapping[str, Any], own: Own) -> dict[str, Any]:
@@ -156,6 +160,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
 
     Raises:
         ExperimentError, DataError, ModelError, AdapterError: whatever is wrong, with the mend.
+        DiskError: the start of the model could not be written.
     """
     import torch
 
@@ -171,6 +176,8 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     from fedloom.run.devices import by_name
     from fedloom.run.experiment import EngineSettings, ExperimentError, from_json
     from fedloom.run.judging import Judge
+    from fedloom.run.memory import insist_on_a_devices_room, sizes_before, sizes_of
+    from fedloom.run.starting import begin_aside
     from fedloom.run.world import model_of, tokens_of
 
     greeting, own = told["greeting"], Own(**{**told["own"], "text": tuple(told["own"]["text"])})
@@ -182,12 +189,19 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     fleet = by_name(e.device, e.clients, e.seed)
     torch.set_num_threads(own.threads or torch.get_num_threads())
     source = source_of(greeting, own, e.seed)
-    model = model_of(replace(e, model=own.model or e.model, engine=EngineSettings(recompute=own.recompute)), source)
+    here = replace(e, model=own.model or e.model, engine=EngineSettings(stack=1, recompute=own.recompute))
+    gpu, before = torch.cuda.is_available(), sizes_before(here)
+    if before is not None:
+        insist_on_a_devices_room(before, here, room(own), gpu=gpu)
+    model = model_of(here, source)
     if identity(model) != greeting["model"]:
         raise ModelError(
             f"the model '{own.model or e.model}' is not the server's: its pre-trained weights come to {identity(model)} here and to "
             f"{greeting['model']} at the server; give the same one, --model NAME or FOLDER"
         )
+    insist_on_a_devices_room(sizes_of(model, e.method), here, room(own), loaded=True, gpu=gpu)
+    if own.folder:
+        begin_aside(model, Path(own.folder) / "start")
     shards, one = tokens_of(source, model), needs(model, 1)[-1]
     train, validation, test = (shards[split] for split in SPLITS)
     host = Host(
@@ -212,6 +226,17 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
         [layer_scores],
     )
     return host, {"examples": {split: len(shards[split]) for split in SPLITS}, "notes": list(source.notes)}
+
+
+def room(own: Own) -> int:
+    """Bytes that this process may still take: what is left of those that it may hold, and no more than are free unless its owner said."""
+    import psutil
+    import torch
+
+    from fedloom.model.base import free_bytes
+
+    left, free = own.memory - psutil.Process().memory_info().rss, free_bytes(torch.device("cpu"))
+    return max(0, left) if own.said else max(0, min(left, free)) if own.memory else free
 
 
 def source_of(greeting: Mapping[str, Any], own: Own, seed: int) -> Source:

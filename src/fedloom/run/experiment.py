@@ -235,9 +235,10 @@ class Experiment:
             ExperimentError: it is.
         """
         if self.adapter.base != "exact" and self.trained.kind in OF_THE_BASE:
+            blocks = "; --method.rest is what sends blocks down in few bits" if self.trained.kind == "full" else ""
             raise ExperimentError(
                 f"--adapter.base {self.adapter.base} holds the base in few bits, frozen, and {self._who_trains()} trains numbers of it; "
-                f"leave one of the two out (in few bits: {', '.join(sorted(set(get_args(Kind)) - {'auto', *OF_THE_BASE}))})"
+                f"leave one of the two out (in few bits: {', '.join(sorted(set(get_args(Kind)) - {'auto', *OF_THE_BASE}))}){blocks}"
             )
 
     def _who_trains(self) -> str:

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +201,7 @@ def join(
     if own.recipe:
         digest_of_file(Path(own.recipe))  # that it is there is seen now, and not when the server wants it
     credentials, bound = Credentials.read(insist_secret(certs / "device.key"), certs / "ca.pem"), bytes_of(memory)
+    own = replace(own, memory=bound, said=memory > 0, folder=str(folder.resolve()))
     with only_one(folder):
         resident = Resident(folder / "states", lambda greeting: Start(command(), order(greeting, own), lambda _: {}), deadline, bound)
         try:

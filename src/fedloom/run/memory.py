@@ -77,20 +77,21 @@ class Need:
         return sum(count for _, count in self.lines)
 
 
-def needed(sizes: Sizes, experiment: Experiment, gpu: bool = False) -> Need:
+def needed(sizes: Sizes, experiment: Experiment, gpu: bool = False, serves: bool = True) -> Need:
     """What this machine holds at its fullest moment, by the experiment's precision, cohort, stack and workers. ``gpu``: it has one, and
-    what lies there (:func:`needed_there`) does not lie here."""
+    what lies there (:func:`needed_there`) does not lie here. ``serves``: the server's state is here too."""
     e, low = experiment, experiment.precision != "float32"
     processes, wave = max(1, e.engine.workers), min(e.engine.stack or WAVE, max(1, HEAVY // max(1, 4 * sizes.trained)))
     asked = e.asked
     training, evaluating = (min(wave, -(-devices // processes)) for devices in (asked, e.clients))
-    messages = max(training * (2 * sizes.trained + 2 * sizes.at_once), evaluating * 2 * sizes.trained)
+    down = 1 if serves and e.engine.kind == "local" and processes == 1 and e.encoding.exact_down else 2  # then its tensors are its bytes
+    messages = max(training * (down * sizes.trained + 2 * sizes.at_once), evaluating * down * sizes.trained)
     whole = 2 * sizes.trained > sizes.model  # then the start is the model's own weights; in 16 bits it lies in files, but workers have none
     starts = 0 if whole and (not low or e.engine.workers < 2) else processes
     around = [
         (
             "the start, and what a round changes of the server's state",
-            4 * (starts * sizes.trained + min(sizes.trained, asked * sizes.at_once)),
+            4 * (starts * sizes.trained + (min(sizes.trained, asked * sizes.at_once) if serves else 0)),
         ),
         ("messages of the devices that are asked together", 4 * processes * messages),
     ]
@@ -234,10 +235,41 @@ def insist_on_room(
     return need
 
 
+def insist_on_a_devices_room(sizes: Sizes, experiment: Experiment, room: int, loaded: bool = False, gpu: bool = False) -> Need:
+    """What a device of a real federation is needed for, or an error where that cannot fit into ``room``, bytes that it may still take.
+    ``experiment``: with the device's own engine. ``gpu``: it has one, whose memory is not looked at.
+
+    Raises:
+        ExperimentError: it cannot; with what is needed, what is there and what would make it fit.
+    """
+    low = experiment.precision != "float32"
+    there = room + ((0 if gpu else sizes.held(2 if low else 4)) + (4 * sizes.trained if low else 0) if loaded else 0)
+    need = needed(sizes, experiment, gpu, serves=False)
+    if need.total > there:
+        raise _no_room(
+            "of memory beside the program itself",
+            need,
+            there,
+            lambda other: needed(sizes, other, gpu, serves=False),
+            sizes,
+            experiment,
+            ("this device", "--recompute", "--memory GIB, where more may be had than this, has it try all the same"),
+        )
+    return need
+
+
 def _no_room(
-    of: str, need: Need, there: int, told_of: Callable[[Experiment], Need], sizes: Sizes, experiment: Experiment
+    of: str,
+    need: Need,
+    there: int,
+    told_of: Callable[[Experiment], Need],
+    sizes: Sizes,
+    experiment: Experiment,
+    words: tuple[str, str, str] = ("this run", "--engine.recompute", f"{OVERCOMMIT} runs it all the same"),
 ) -> ExperimentError:
-    """The error that says what is needed, what is there and what would need less."""
+    """The error that says what is needed, what is there and what would need less. ``words``: who needs it, how layers are computed again,
+    and what to do if one does not believe it."""
+    who, recompute, anyway = words
     largest = ", ".join(f"{human_bytes(count)} for {what}" for what, count in sorted(need.lines, key=lambda line: -line[1])[:3])
     e, mends = experiment, []
     alone = told_of(replace(e, engine=replace(e.engine, stack=1, workers=0))).total
@@ -249,11 +281,11 @@ def _no_room(
         if (other := told_of(replace(e, precision=precision)).total) < need.total:
             mends.append(f"--precision {precision} (about {human_bytes(other)})")
     if sizes.per_token and not e.engine.recompute:
-        mends.append("--engine.recompute (less for passing a batch through, at the price of another forward pass)")
+        mends.append(f"{recompute} (less for passing a batch through, at the price of another forward pass)")
     mends += ["a shorter --max-length", "a smaller model", "more memory"]
     return ExperimentError(
-        f"this run needs about {human_bytes(need.total)} {of}, and {human_bytes(there)} are there: "
-        f"{largest}. It would fit with {', '.join(mends[:-1])} or {mends[-1]}; {OVERCOMMIT} runs it all the same"
+        f"{who} needs about {human_bytes(need.total)} {of}, and {human_bytes(there)} are there: "
+        f"{largest}. It would fit with {', '.join(mends[:-1])} or {mends[-1]}; {anyway}"
     )
 
 

@@ -9,6 +9,7 @@ rounding. Numbers that differ by more than rounding are of another model, or wer
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -42,6 +43,20 @@ def begin_on_disk(model: Model, folder: Path) -> tuple[Part, ...]:
     parts = put(place, {f"shared/{name}": tensor for name, tensor in model.initial.items()})
     model.initial = {name.removeprefix("shared/"): tensor for name, tensor in tensors_of(parts).items()}
     return tuple(parts)
+
+
+def begin_aside(model: Model, folder: Path) -> None:
+    """The same for a process that has no run: the files lie in ``folder``, which is nobody else's, have no name by the time this returns,
+    and are gone with the process, however that ends.
+
+    Raises:
+        DiskError: they could not be written.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        begin_on_disk(model, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def stand_at(model: Model, start: Tensors, folder: Path) -> str:
