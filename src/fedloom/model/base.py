@@ -592,6 +592,11 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
+def held_bytes() -> int:
+    """Memory that this process holds."""
+    return psutil.Process().memory_info().rss
+
+
 def as_batch(arrays: Mapping[str, np.ndarray], device: torch.device) -> Batch:
     """A batch from arrays named as its fields."""
     return Batch(**{name: torch.from_numpy(arrays[name]).to(device) for name in Batch._fields})
