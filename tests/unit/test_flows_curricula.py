@@ -148,7 +148,7 @@ def test_fibecfed_prepares_each_in_its_set_up_warms_its_masks_on_all_batches_and
     shared = {n: t for n, t in start().items() if ".0." not in n}
     fit = next(method.train(c, ask(method.train, 1, shared, round=0, rounds=8)))
     assert isinstance(fit, Fit), "nothing is scored twice"
-    opened = method.curriculum.open(c, method.local._turn(ask(method.train, 1, {}, round=0, rounds=8)))
+    opened = method.curriculum.open(c, method.local._turn(c, ask(method.train, 1, {}, round=0, rounds=8)))
     assert same(fit.batches, opened.batches)
     assert fit.examples.lengths.tolist() == opened.examples.lengths.tolist()
 

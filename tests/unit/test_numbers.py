@@ -80,8 +80,12 @@ class Writes:
     reads, first_of = 40, None
 
     def __init__(self, of: World, says: Mapping[tuple[str, int], str]) -> None:
-        self.tokenizer, self.speaker, self.says = of.model.tokenizer, of.model.speaker, says
+        self.model, self.says = of.model, says
         self.asked: list[tuple[int, list[Any]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        """What it is besides writing is the model's."""
+        return getattr(self.model, name)
 
     def continued(self, tensors: Any, prompts: Any, most: int, together: int = 1) -> list[str]:
         who = int(tensors["who"]) if tensors else BEFORE

@@ -17,9 +17,9 @@ class Client:
     ``private``: trainable tensors that stay here (never sent). ``memory``: anything else the device must remember, as tensors
     (difficulty scores, masks, optimiser moments). Both survive restarts; the engine stores them if and only if the operation
     returned. ``seed`` is the experiment's; derive with it and the id. ``strength``: the device's memory as a share of the most that any
-    device has; None where all are alike, or nothing is said. ``texts``: how many of the greatest length a step can have in its memory
-    (``model/memory.py``); None where nothing is said. ``frozen``: the precision in which it computes, and in which it keeps tensors
+    device has; None where all are alike, or nothing is said. ``frozen``: the precision in which it computes, and in which it keeps tensors
     of the model that it does not train. ``classes``: how many labels its examples can have, also those that none has (0: it is not said).
+    ``texts``: how many of the greatest length a step can have in its memory (``model/memory.py``); None where nothing is said.
     """
 
     id: int
@@ -28,9 +28,9 @@ class Client:
     test: Examples
     seed: int
     strength: float | None = None
-    texts: int | None = None
     frozen: torch.dtype = torch.float32
     classes: int = 0
+    texts: int | None = None
     private: dict[str, torch.Tensor] = field(default_factory=dict)
     memory: dict[str, torch.Tensor] = field(default_factory=dict)
 

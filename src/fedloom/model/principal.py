@@ -118,5 +118,5 @@ def operations(d_out: int, d_in: int, rank: int, fast: bool = False) -> float:
     """
     p, q = sorted((d_out, d_in))
     if fast:
-        return 4 * (ITERATIONS + 1) * p * q * min(p, rank + MORE) + 4 * p * q * rank
+        return 4.0 * (ITERATIONS + 1) * p * q * min(p, rank + MORE) + 4 * p * q * rank
     return 2 * p**2 * q + 4 * p**3 / 3 + 2 * p**2 * rank + 4 * p * q * rank

@@ -121,7 +121,7 @@ class World:
         train, validation, test = (shards[s] for s in SPLITS)
         e = self.experiment
         strength, texts = self.fleet.strength(client), self.texts_on(client)
-        return Client(client, train, validation, test, e.seed, strength, texts, DTYPES[e.precision], self.model.num_labels)
+        return Client(client, train, validation, test, e.seed, strength, DTYPES[e.precision], self.model.num_labels, texts)
 
     def texts_on(self, client: int) -> int:
         """How many texts a step can have in a device's memory."""
