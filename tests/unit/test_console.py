@@ -203,6 +203,15 @@ def test_results_table_never_shortens_a_score_or_a_method(width):
     assert ("10 min 00 s" in text) == (width == 120)
 
 
+def test_a_demo_has_one_line_a_run_in_a_narrow_terminal():
+    """Its longest name whole, and the minutes that it takes."""
+    took = {"device_seconds": 21.9, "setup_device_seconds": 0.67, "host_seconds": 103.0, "bytes_up": 46_200_000}
+    lines = text_of(results_table([result("centralised", 0.9, **took), result("lora", 0.8, **took)]), 80).splitlines()
+    for method in ("centralised", "lora"):
+        (line,) = (line for line in lines if line.split()[:1] == [method])
+        assert line.rstrip().endswith(" 1 min 43 s")
+
+
 def test_partition_table_counts_by_label_and_in_all():
     table = partition_table(np.array([[3, 0], [1, 4], [0, 0]]), ["A", "B"])
     rows = list(zip(*cells(table), strict=True))

@@ -256,7 +256,7 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> Table:
     Bytes and times are those of the rounds; ``device time`` is simulated, and ``set-up`` before round 1 is counted apart.
     """
     metrics = sorted({str(result["metric"]) for result in results})
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), title=f"Test {' / '.join(metrics)}")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, title=f"Test {' / '.join(metrics)}")
     table.title_justify = "left"
     table.add_column("method", overflow="fold", min_width=len("centralised"))
     places = [(at, protocol) for at in ("final", "best") for protocol in ("personalised", "global")]
