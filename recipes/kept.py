@@ -167,7 +167,7 @@ def board(cases: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
     upload as a share of the first method's; and where its personalised score (metric by metric, for what they count is not the same) and
     its device time are furthest ahead of another's."""
     rows = {method: [next(row for row in case["rows"] if row["method"] == method) for case in cases] for method in methods}
-    told = [f"**Over all {len(cases)} cells ({LEVEL})**", ""]
+    told = [f"**Over {f'all {len(cases)} cells' if len(cases) > 1 else 'the one cell there is'} ({LEVEL})**", ""]
     told += ["| method | first or level, personalised | first or level, global | mean rank | rank, global | uploaded |", "|" + " --- |" * 6]
     for method, mine in rows.items():
         cells = [method]
@@ -179,7 +179,7 @@ def board(cases: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
             rank = mean_rank([row["rank"][protocol] for row in mine])
             cells.append("-" if rank is None else f"{rank:.1f}")
         sent, most = (sum(row["costs"]["bytes_up"] for row in of) for of in (mine, rows[methods[0]]))
-        told.append(f"| {' | '.join([*cells, f'{sent / most:.0%}'])} |")
+        told.append(f"| {' | '.join([*cells, share_text(sent / most)])} |")
     metrics = sorted({case["metric"] for case in cases})
     lines = []
     for method, mine in rows.items():
@@ -218,6 +218,11 @@ def took(seconds: Mapping[str, float], cells: int) -> str:
 def ended(runs: Path) -> list[Path]:
     """The folders of the runs that have ended, with results or because they diverged, in order of names."""
     return sorted({path.parent for file in ("results.json", DIVERGED) for path in runs.glob(f"*/{file}")})
+
+
+def share_text(share: float) -> str:
+    """In whole per cent, and below one to two digits."""
+    return f"{share:.0%}" if share >= 0.01 or not share else f"{100 * share:.2g}%"
 
 
 def keep(runs: Path, kept: Path) -> None:

@@ -244,6 +244,10 @@ def test_the_board_counts_firsts_and_what_is_level_and_finds_the_furthest_leads(
     assert lines[4] == "| lora | 0 of 3 | 1 of 3 | 3.0 | 3.0 | 100% |"
 
 
+def test_a_small_share_is_not_told_as_none(kept: ModuleType) -> None:
+    assert [kept.share_text(share) for share in (0.0, 0.0034, 0.0081, 0.01, 0.836, 1.0)] == ["0%", "0.34%", "0.81%", "1%", "84%", "100%"]
+
+
 def test_there_is_one_slice_at_least() -> None:
     assert list(loaded("core").TABLE.kept.glob("*.zip"))
 
