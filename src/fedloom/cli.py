@@ -27,7 +27,7 @@ from rich.text import Text
 
 from fedloom.run import arguments
 from fedloom.run.ending import Terminated, quiet, terminable
-from fedloom.run.overview import COMPARE, HELP
+from fedloom.run.overview import COMPARE, HELP, what_it_is
 
 T = TypeVar("T")
 
@@ -232,10 +232,10 @@ def methods(words: Sequence[str]) -> int:
     from fedloom.client.curricula import all_curricula
     from fedloom.methods import all_methods
 
-    rows = [(name, kind.paper, (sys.modules[kind.__module__].__doc__ or "").split("\n")[0]) for name, kind in all_methods().items()]
+    rows = [(name, kind.paper, what_it_is(kind)) for name, kind in all_methods().items()]
     _show("", ("method", "paper", "what it is"), rows)
     print("fedloom run METHOD --help shows a method's settings. A Python file that defines a method is one too.")
-    orders = [(name, kind.paper, (sys.modules[kind.__module__].__doc__ or "").split("\n")[0]) for name, kind in all_curricula().items()]
+    orders = [(name, kind.paper, what_it_is(kind)) for name, kind in all_curricula().items()]
     _show("", ("curriculum", "paper", "what it is"), orders)
     print("fedloom run METHOD+CURRICULUM gives a method a curriculum; with --help it shows the settings of both.")
     return 0

@@ -27,6 +27,7 @@ from fedloom.run import options, recipes
 from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.experiment import Experiment, ExperimentError, as_json
 from fedloom.run.failures import explain
+from fedloom.run.overview import what_it_is
 
 
 def names(text: str) -> list[str]:
@@ -302,6 +303,21 @@ def test_methods_are_listed_with_their_papers(capsys: pytest.CaptureFixture[str]
     assert [name for name, kind in all_methods().items() if name not in out or kind.paper not in out] == []
     assert [name for name, kind in all_curricula().items() if name not in out or kind.paper not in out] == []
     assert "METHOD+CURRICULUM" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("adalora", "AdaLoRA: the rank is spent where it matters, federated."),  # longer than a line, in brackets where it is from
+        ("fedsb", "Fed-SB: one small square matrix a module, which federates LoRA-SB."),  # brackets in brackets
+        ("lora", "Federated LoRA: average the factors."),  # the first of several sentences
+        ("fedbf", "BitFit: the biases alone."),  # of the class: its file has others
+        ("fedcybgd", "FedCyBGD: full-parameter tuning, one client and one block at a time."),
+        ("fibecfed", "FibecFed: Fisher-information-based efficient curriculum federated learning."),  # beside parts that are no methods
+    ],
+)
+def test_the_list_tells_of_each_method_its_first_sentence_without_its_source(name: str, sentence: str) -> None:
+    assert what_it_is(all_methods()[name]) == sentence
 
 
 def test_help_and_version_load_nothing_heavy() -> None:

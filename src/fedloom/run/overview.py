@@ -1,4 +1,24 @@
-"""What ``fedloom --help`` says. Imports nothing, so that it is quick."""
+"""What ``fedloom --help`` says, and what the list of methods says of each. Imports next to nothing, so that it is quick."""
+
+import re
+import sys
+
+SOURCE = re.compile(r" \((?:[^()]|\([^()]*\))*\d{4}\.\d{5}(?:[^()]|\([^()]*\))*\)")
+"""A bracket that cites a paper by its number, of which the list has a column."""
+
+
+def what_it_is(kind: type) -> str:
+    """The first sentence about a method or curriculum, without sources: of its file, or of the class where a file defines several."""
+    module = sys.modules[kind.__module__]
+    alike = [
+        other
+        for other in vars(module).values()
+        if isinstance(other, type) and other.__module__ == module.__name__ and "paper" in vars(other)
+    ]
+    text = (kind.__doc__ if len(alike) > 1 else module.__doc__) or kind.__doc__ or ""
+    first = " ".join(text.split("\n\n")[0].replace("``", "").split())
+    return SOURCE.sub("", first).split(". ")[0].rstrip(".") + "."
+
 
 HELP = """\
 fedloom fine-tunes pre-trained language models across many devices that keep their data, simulated or real.
