@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedloom.methods.fedeven import FedEven, unevenness
+from fedloom.methods.fedeven import FedEven, unevenness, weight
 from tests.oracle import real
 from tests.oracle.numpy_training import aggregate, train
 from tests.oracle.test_baselines import COHORTS, EVERYBODY, epochs, kinds, logits
@@ -20,10 +20,15 @@ def log_prior(client: int) -> np.ndarray:
     return np.log([(labels.count(c) + SMOOTHING) / (len(labels) + 3 * SMOOTHING) for c in range(3)])
 
 
+def mass(client: int) -> float:
+    """m_k = n_k (1 − Σ_c π_k[c]²)."""
+    return real.SIZES[client] * (1 - float((np.exp(log_prior(client)) ** 2).sum()))
+
+
 @kinds
 def test_fedeven(kind: real.Kind) -> None:
-    """Devices minimise −log softmax(z + log π_k)[y]; the server takes the mean; globally z decides. On device k decides z + log π_k at
-    v = w + λ(u − w): u is w after more epochs of the same, λ = 1 − H(π_k)/log C."""
+    """Devices minimise −log softmax(z + log π_k)[y]; the server takes the mean by m_k; globally z decides. On device k decides
+    z + log π_k at v = w + λ(u − w): u is w after more epochs of the same, λ = 1 − H(π_k)/log C."""
     made = real.run(FedEven(real.INNER, SMOOTHING), kind)
     shared = real.start()
     for t, exchange in enumerate(made.asked("train")):
@@ -33,8 +38,9 @@ def test_fedeven(kind: real.Kind) -> None:
             batches = epochs(k, "batches", t)
             fitted[k] = train(real.encoder(), shared, list(shared), real.questions(k), batches, real.RULE, offset=log_prior(k))
             assert exchange.up[k].metrics["loss"] == pytest.approx(np.mean(fitted[k][1]), abs=1e-4)
-        shared = aggregate([fitted[k][0] for k in COHORTS[t]], [real.SIZES[k] for k in COHORTS[t]])
+        shared = aggregate([fitted[k][0] for k in COHORTS[t]], [mass(k) for k in COHORTS[t]])
         real.assert_close(made.states[t + 1].shared, shared)
+    assert len({round(mass(k) / real.SIZES[k], 2) for k in EVERYBODY}) > 1, "devices that are alike would show nothing"
     for k in EVERYBODY:
         prior = np.exp(log_prior(k))
         skew = 1 + (prior * np.log(prior)).sum() / np.log(3)
@@ -68,6 +74,14 @@ def test_unevenness(counts: list[int], due: float) -> None:
     prior = torch.tensor(counts, dtype=torch.float64) / sum(counts)
     assert unevenness(prior.log()) == pytest.approx(due, abs=1e-3)
     assert unevenness(prior.log().flip(0)) == pytest.approx(unevenness(prior.log()))
+
+
+@pytest.mark.parametrize(("counts", "due"), [([8, 8], 8_000), ([4, 4, 4, 4], 12_000), ([16, 0], 0), ([12, 4], 6_000)])
+def test_a_device_counts_as_far_as_its_prior_errs(counts: list[int], due: int) -> None:
+    """n (1 − Σ π²) in thousandths, with a prior that is hardly smoothed; of one label never nothing: a whole cohort may be such devices."""
+    prior = torch.tensor(counts, dtype=torch.float64) + 1e-9
+    found = weight((prior / prior.sum()).log(), sum(counts))
+    assert found == max(due, 1)
 
 
 @pytest.mark.parametrize("settings", [{"smoothing": 0.0}, {"smoothing": float("nan")}, {"epochs": -1}])

@@ -2,17 +2,23 @@
 
     log π_k[c] = log (n_{k,c} + ε) / (n_k + C·ε)                 device k's own label prior; it stays there
     w^k    <- AdamW on  −log softmax(z(x; w) + log π_k)[y]       from w_t; every A, B and the head
-    w_t+1  <- Σ_{k in S_t} p_k w^k,   p_k = n_k / Σ_{j in S_t} n_j
+    w_t+1  <- Σ_{k in S_t} p_k w^k,   p_k = m_k / Σ_{j in S_t} m_j,   m_k = n_k (1 − Σ_c π_k[c]²)
     global: argmax z(x; w_T)
     personalised on device k: argmax z(x; v^k) + log π_k,   v^k = w_T + λ_k (u^k − w_T),   λ_k = 1 − H(π_k) / log C
     u^k    <- AdamW as above from w_T, a few more epochs, thrown away afterwards
 
 Under label skew much of what a device learns is which labels it has. Devices pull the shared model apart with that, and the mean knows it
 of none of them. Here the prior explains it, so it does not enter w: z tends to log p(x|c), which all devices agree on, and Bayes' rule
-with the device's own prior gives its own best prediction back. What a device learns beyond the others counts as far as its labels are
-uneven (λ_k: 0 where they are even, towards 1 where there is one label only): few and even examples mislead more than they tell. Traffic
-and rounds are those of plain federated LoRA, and there is no set-up: a device counts its labels whenever it needs to. Every personalised
-evaluation pays for u^k, as that of ``lora-finetuned`` does.
+with the device's own prior gives its own best prediction back.
+
+1 − Σ_c π_k[c]² is how often the prior alone errs, and so the mean size of the gradient that it leaves: small where there is one label only,
+which says next to nothing about what sets labels apart. AdamW's steps are as long however small the gradient, and with weights n_k such
+devices move the shared model's threshold to and fro by what labels a cohort happens to have. m_k gives the gradient's size back.
+
+What a device learns for itself beyond the others counts as far as its labels are uneven (λ_k: 0 where they are even, towards 1 where there
+is one label only): few and even examples mislead more than they tell. Traffic and rounds are those of plain federated LoRA, and there is no
+set-up: a device counts its labels whenever it needs to. The server learns m_k of them and nothing else. Every personalised evaluation pays
+for u^k, as that of ``lora-finetuned`` does.
 
 The parts: softmax under the prior is logit adjustment (Menon et al., 2007.07314, eq. 10, there for one imbalanced set); a margin by label
 counts on each device is FedLC's (2209.00189), which has another form, n^(−1/4), and no personalised prediction. The prior at prediction
@@ -71,7 +77,7 @@ class FedEven:
         return (yield from self.inner.setup(state, pool))
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
-        """S_t trains evenly; the server takes the mean by numbers of examples."""
+        """S_t trains evenly; the server takes the mean by m_k."""
         cohort = uniform(pool, state.round)
         mean = pool.average(state.shared)
         yield Asking([ask(self.train, k, state.shared, **self.inner.clock(state.round, pool)) for k in cohort], mean.take)
@@ -80,8 +86,9 @@ class FedEven:
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:
         """ClientUpdate(k, w_t) under log π_k."""
-        fitted = yield from self.inner.learn(c, task.tensors, task, bias=self.log_prior(c))
-        return Update(c.id, len(c.train), fitted.tensors, {"loss": float(fitted.losses.mean())})
+        log_prior = self.log_prior(c)
+        fitted = yield from self.inner.learn(c, task.tensors, task, bias=log_prior)
+        return Update(c.id, weight(log_prior, len(c.train)), fitted.tensors, {"loss": float(fitted.losses.mean())})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
         """v^k under log π_k."""
@@ -108,3 +115,8 @@ def unevenness(log_prior: torch.Tensor) -> float:
     """λ = 1 − H(π) / log C of log π (C,): 0 where all labels are alike, towards 1 where there is one only."""
     log_p = log_prior.double()
     return float(1 + (log_p.exp() * log_p).sum() / math.log(len(log_p)))
+
+
+def weight(log_prior: torch.Tensor, examples: int) -> int:
+    """m = n (1 − Σ_c π[c]²) of log π (C,) and n ``examples``, in thousandths of an example and one at least: only ratios matter."""
+    return max(1, round(1000 * examples * (1 - float(log_prior.double().mul(2).exp().sum()))))
