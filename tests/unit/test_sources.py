@@ -375,7 +375,7 @@ def test_a_text_that_is_not_utf8_is_named_with_its_offset_and_the_mend(tmp_path)
         ("a.csv", "text,label\nx,\ny,\n", "training split has no labels in column 'label'"),
         ("a.csv", "text,label\nx,0\ny,\n", "row 1 of the train split has no label in column 'label'"),
         ("a.csv", "text,label\nx,0\ny,0\nz,0\n", "at least two classes; the data has \\['0'\\]"),
-        ("a.csv", "text,label\nx,0\ny,1\n", "2 training rows are too few to cut a validation split"),
+        ("a.csv", "text,label\nx,0\ny,1\n", "2 training rows with 2 different labels are too few to cut a validation split"),
         ("a.jsonl", '{"text": "x", "label": 0.5}', "holds 0.5; a label is one word or one whole number"),
         ("a.jsonl", '{"text": "x", "label": [0]}', r"holds \[0\]; a label is one word"),
         ("a.jsonl", '{"text": "x", "label": 0}\n{"label": 1}', "row 1 of the train split has no text in column 'text'"),

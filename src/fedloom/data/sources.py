@@ -425,7 +425,10 @@ def _cut(table: _Table, size: int, seed: int, split: str) -> tuple[_Table, _Tabl
     _, first = np.unique(table.ids[order], return_index=True)
     drawn = np.delete(order, first)[:size]
     if not len(drawn):
-        raise DataError(f"{len(order)} training rows are too few to cut a {split} split from; add rows, or a {split} file")
+        raise DataError(
+            f"{len(order)} training rows with {len(first)} different labels are too few to cut a {split} split from, for one row of every "
+            f"label stays; add rows, or a {split} file, or name a column of classes with label= (--label)"
+        )
     kept = np.setdiff1d(order, drawn)
     return table.take(kept), table.take(np.sort(drawn))
 
