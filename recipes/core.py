@@ -17,8 +17,7 @@ import sys
 from kept import Table
 
 PAIRS = "--max-train 800 --max-validation 200 --max-test 300 --rounds 20 --evaluate-every 5 --precision bf16"
-"""Pairs of sentences have five times the tokens of the other tasks' texts: half of them, fewer rounds, and passes in bf16 take about as
-long (half an hour of two cores for a task at one skew)."""
+"""Pairs of sentences have five times the tokens of the other tasks' texts: half of them, fewer rounds, and passes in bf16 instead."""
 TABLE = Table(
     name="core",
     methods=("lora", "fibecfed", "fedeven", "lora-personal-head", "lora-finetuned", "lora-prior", "local", "ditto", "fedalt-partial"),
