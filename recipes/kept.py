@@ -20,6 +20,7 @@ from typing import Any
 from zipfile import ZIP_LZMA, ZipFile, ZipInfo
 
 from fedloom.cli import main
+from fedloom.run.adopt import TAKEN_OVER
 from fedloom.run.checkpoint import write_atomically
 from fedloom.run.loop import DIVERGED
 from fedloom.run.reading import full_name
@@ -125,7 +126,7 @@ class Table:
                 tables[kept.stem] = (out / "comparison.md").read_text(encoding="utf-8")
                 mine = json.loads((out / "summary.json").read_text(encoding="utf-8"))["cases"]
                 results = [json.loads(path.read_text(encoding="utf-8")) for path in out.glob("*/results.json")]
-                seconds |= {of["label"]: sum(r["host_seconds"] for r in results if r["experiment"]["alpha"] == of["alpha"]) for of in mine}
+                seconds |= {of["label"]: sum(spent(r) for r in results if r["experiment"]["alpha"] == of["alpha"]) for of in mine}
                 cases += mine
         whole = f"{board(cases, self.methods)}\n{took(seconds, len(self.shapes) * len(self.alphas))}" if cases else ""
         self.write({**tables, "overall": whole} if cases else tables)
@@ -163,22 +164,30 @@ class Table:
 
 
 def board(cases: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
-    """Markdown: over all ``cases`` of summaries, how often each method is first or level with it in either protocol, its mean rank, its
-    upload as a share of the first method's; and where its personalised score (metric by metric, for what they count is not the same) and
-    its device time are furthest ahead of another's."""
+    """Markdown: over all ``cases`` of summaries, how often each method is first or level with it in either protocol, and of the devices
+    alone that took part; its mean rank; its upload, set-up included, as a share of the first method's; and where its personalised score
+    (metric by metric, for what they count is not the same) and its device time are furthest ahead of another's."""
     rows = {method: [next(row for row in case["rows"] if row["method"] == method) for case in cases] for method in methods}
     told = [f"**Over {f'all {len(cases)} cells' if len(cases) > 1 else 'the one cell there is'} ({LEVEL})**", ""]
-    told += ["| method | first or level, personalised | first or level, global | mean rank | rank, global | uploaded |", "|" + " --- |" * 6]
+    headers = (
+        "method",
+        *(f"first or level, {of}" for of in ("personalised", "on devices that took part", "global")),
+        "mean rank",
+        "rank, global",
+    )
+    told += [f"| {' | '.join([*headers, 'uploaded'])} |", "|" + " --- |" * 7]
     for method, mine in rows.items():
         cells = [method]
-        for protocol in PROTOCOLS:
-            has = [case for case, row in zip(cases, mine, strict=True) if row["scores"]["final"][protocol]["mean"] is not None]
-            level = [case for case in has if (first := case["first"][protocol]) and method in first["level"]]
-            cells.append(f"{len(level)} of {len(has)}" if has else "-")
+        has = {p: [case for case, row in zip(cases, mine, strict=True) if row["scores"]["final"][p]["mean"] is not None] for p in PROTOCOLS}
+        whole, shared = ([of for case in has[p] if (of := case["first"][p])] for p in PROTOCOLS)
+        part = [of for case in has["personalised"] if (of := case.get("took_part") or case["first"]["personalised"])]
+        counted = [sum(method in of["level"] for of in each) for each in (whole, part, shared)]
+        among = [len(has[p]) for p in ("personalised", "personalised", "global")]
+        cells += [f"{level} of {count}" if count else "-" for level, count in zip(counted, among, strict=True)]
         for protocol in PROTOCOLS:
             rank = mean_rank([row["rank"][protocol] for row in mine])
             cells.append("-" if rank is None else f"{rank:.1f}")
-        sent, most = (sum(row["costs"]["bytes_up"] for row in of) for of in (mine, rows[methods[0]]))
+        sent, most = (sum(row["costs"]["bytes_up"] + row["costs"]["setup_bytes_up"] for row in of) for of in (mine, rows[methods[0]]))
         told.append(f"| {' | '.join([*cells, share_text(sent / most)])} |")
     metrics = sorted({case["metric"] for case in cases})
     lines = []
@@ -205,12 +214,19 @@ def board(cases: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
     return "\n".join(told) + "\n"
 
 
+def spent(result: Mapping[str, Any]) -> float:
+    """The host seconds of a run with its set-up; of one that took another's training over, what it added is not known, and is little."""
+    taken = any(note.startswith(TAKEN_OVER) for note in result["notes"])
+    return 0.0 if taken else result["host_seconds"] + result["setup_host_seconds"]
+
+
 def took(seconds: Mapping[str, float], cells: int) -> str:
     """Markdown: the host time of all runs of each cell, those of the search included, and together, of so many ``cells`` of the table."""
     each = ", ".join(f"{label}: {of / 3600:.1f} h" for label, of in seconds.items())
     all_in_all = sum(seconds.values())
     return (
-        f"Host time of all runs of a cell, its searches included, with whatever else the machine did meanwhile: {each}. Together "
+        "Host time of all that was trained for a cell, its searches included (what one method took over of another's training counts "
+        f"once), with whatever else the machine did meanwhile: {each}. Together "
         f"{all_in_all / 3600:.1f} h ({all_in_all:,.0f} s) for {len(seconds)} of the table's {cells} cells.\n"
     )
 

@@ -20,6 +20,7 @@ import torch
 from fedloom import cli
 from fedloom.encodings import NAMES
 from fedloom.run import options
+from fedloom.run.adopt import TAKEN_OVER
 from fedloom.run.compare import Comparison
 from fedloom.run.experiment import as_json
 from fedloom.run.plan import Plan, named_methods
@@ -195,7 +196,13 @@ def test_the_board_counts_firsts_and_what_is_level_and_finds_the_furthest_leads(
         told_of = {"personalising_counted": method != "ours"}
         by = {o: {"personalised": {"margin": margin, "time_saved": s, **told_of}, "global": None} for o, (margin, s) in over.items()}
         ranks = {"personalised": rank, "global": None if method == "local" else rank}
-        return {"method": method, "scores": {"final": scores}, "rank": ranks, "costs": {"bytes_up": up}, "over": by}
+        return {
+            "method": method,
+            "scores": {"final": scores},
+            "rank": ranks,
+            "costs": {"bytes_up": up, "setup_bytes_up": 10 * (method == "ours")},
+            "over": by,
+        }
 
     one = [
         row("lora", 0.70, 0.02, 3, 100, {"local": (-0.2, None), "ours": (-0.1, -0.5)}),
@@ -219,14 +226,15 @@ def test_the_board_counts_firsts_and_what_is_level_and_finds_the_furthest_leads(
         {"label": label, "rows": rows, "metric": "accuracy", "first": first}
         for label, rows, first in zip("ab", (one, other), both, strict=True)
     ]
+    cases[1]["took_part"] = {"level": ["lora", "local"]}  # in the other case everybody did
     lines = kept.board(cases, ("lora", "local", "ours")).splitlines()
     assert lines[0] == (
         "**Over all 2 cells (level: the paired bootstrap over devices does not separate it at 95 % from the method with the highest mean)**"
     )
     assert lines[4:7] == [
-        "| lora | 0 of 2 | 0 of 2 | 3.0 | 3.0 | 100% |",
-        "| local | 2 of 2 | - | 1.5 | - | 0% |",
-        "| ours | 1 of 2 | 2 of 2 | 1.5 | 1.5 | 60% |",
+        "| lora | 0 of 2 | 1 of 2 | 0 of 2 | 3.0 | 3.0 | 100% |",
+        "| local | 2 of 2 | 2 of 2 | - | 1.5 | - | 0% |",
+        "| ours | 1 of 2 | 0 of 2 | 2 of 2 | 1.5 | 1.5 | 70% |",
     ]
     assert lines[-3:] == [
         "| lora | - | - |",
@@ -241,7 +249,13 @@ def test_the_board_counts_firsts_and_what_is_level_and_finds_the_furthest_leads(
         "| local | +0.2000 (lora; a) | +0.8000 (lora; c) | 25% (lora; a) |",
         "| ours | +0.1000 (lora; a) | +0.7000 (lora; c) | 75%† (lora; b) |",
     ]
-    assert lines[4] == "| lora | 0 of 3 | 1 of 3 | 3.0 | 3.0 | 100% |"
+    assert lines[4] == "| lora | 0 of 3 | 1 of 3 | 1 of 3 | 3.0 | 3.0 | 100% |"
+
+
+def test_training_that_was_taken_over_is_spent_once_and_set_up_counts(kept: ModuleType) -> None:
+    trained = {"notes": ["800 rows"], "host_seconds": 60.0, "setup_host_seconds": 5.0}
+    assert kept.spent(trained) == 65.0
+    assert kept.spent({**trained, "notes": ["800 rows", f"{TAKEN_OVER}lora-seed1; evaluated after the last round only"]}) == 0.0
 
 
 def test_a_small_share_is_not_told_as_none(kept: ModuleType) -> None:

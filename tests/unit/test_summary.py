@@ -151,18 +151,77 @@ def test_a_lead_is_over_each_other_method_at_its_own_end(tmp_path: Path) -> None
     assert lower == [None, 0.0], "both have a lower target after 5 rounds"
 
 
-def test_what_was_there_before_training_saves_nothing(tmp_path: Path) -> None:
-    """local has lora's end from the start: a matter of the target, not of the method, unless its devices train before they predict."""
+def test_what_was_there_before_the_first_round_saves_nothing(tmp_path: Path) -> None:
+    """local has lora's end from the start: a matter of the target, not of the method's rounds, also where its devices train for 50·s
+    seconds before they predict."""
     _, local = rows_of(summed(tmp_path, local=2.0))
     found = local["reached"]["personalised"]
-    assert (found["untrained"], found["device_seconds"], found["saved"]) == (2, 95.0, None)
+    assert (found["at_start"], found["device_seconds"], found["saved"]) == (2, 95.0, None)
     assert local["over"]["lora"]["personalised"]["time_saved"] is None
     ended = tell_personalising(tmp_path / "b", local=2.0)
     _, local = rows_of(summarise(PLAN, ended, lambda run: tmp_path / "b" / run.name, "lora"))
     found = local["reached"]["personalised"]
-    assert (found["untrained"], found["saved"]) == (0, pytest.approx(1 - (95 + 75) / 295))
-    assert local["over"]["lora"]["personalised"]["time_saved"] == pytest.approx(found["saved"])
-    assert (local["reached"]["global"]["untrained"], local["reached"]["global"]["saved"]) == (2, None)
+    assert (found["at_start"], found["device_seconds"], found["saved"]) == (2, 95.0 + 75, None)
+    assert local["over"]["lora"]["personalised"]["time_saved"] is None
+    assert (local["reached"]["global"]["at_start"], local["reached"]["global"]["saved"]) == (2, None)
+
+
+def test_the_score_before_the_first_round_is_told_with_what_the_rounds_brought(tmp_path: Path) -> None:
+    """Of local the second seed was not evaluated there, of lora neither was."""
+    ended = ended_in(tmp_path)
+    for name, t in (("lora-seed1", 0), ("lora-seed2", 0), ("local-seed2", 0)):
+        path = tmp_path / name / "rounds.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[t]["personalised"] = rows[t]["global"] = None
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = summarise(PLAN, ended, lambda run: tmp_path / run.name, "lora")
+    lora, local = rows_of(summary)
+    start, final = local["scores"]["start"]["personalised"], local["scores"]["final"]["personalised"]
+    first = read(tmp_path / "local-seed1").rows[0]["personalised"]
+    assert (start["mean"], start["deviation"], start["count"], start["each"]) == (first, None, 1, {"1": first, "2": None})
+    assert lora["scores"]["start"]["personalised"]["mean"] is None
+    (table,) = [rows for title, _, rows in terminal(summary) if title.endswith("before the first round, and what the rounds brought")]
+    assert table == [["local", f"{first:.4f}", f"{final['mean']:.4f} ± 0.007", f"{final['mean'] - first:+.4f}"]]
+    assert [line["start_personalised_mean"] for line in csv.DictReader(io.StringIO(as_csv(summary)))] == ["", repr(first)]
+
+
+def test_a_second_reading_is_of_the_devices_that_took_part(tmp_path: Path) -> None:
+    """Of three devices with five texts one was never drawn, the third with seed 1 and the first with seed 2: there local is right in all
+    and lora in none. On the other two lora is right in four of five and local in three, or, of the second reading's first, level."""
+    ended = ended_in(tmp_path)
+    for name, how in ended.items():
+        assert how.results is not None
+        local, undrawn = name.startswith("local"), 2 if name.endswith("1") else 0
+        for k, device in enumerate(how.results["per_device"]):
+            right = 5 * local if k == undrawn else 4 - local
+            device["participations"] = 0 if k == undrawn else 3
+            device["confusion"]["personalised"] = [[0, 0, right], [0, 1, 5 - right]]
+    summary = summarise(PLAN, ended, lambda run: tmp_path / run.name, "lora")
+    part = summary["cases"][0]["took_part"]
+    assert (part["devices"], part["of"]) == ({"1": 2, "2": 2}, {"1": 3, "2": 3})
+    assert (part["method"], part["level"]) == ("lora", ["lora"])
+    assert {m: of["mean"] for m, of in part["scores"].items()} == {"lora": pytest.approx(0.8), "local": pytest.approx(0.6)}
+    against = part["against"]["local"]
+    assert [against[key] for key in ("difference", "low", "high", "better")] == [*[pytest.approx(-0.2)] * 3, 0]
+    (table,) = [(title, headers, rows) for title, headers, rows in terminal(summary) if "took part" in title]
+    assert table[0] == "trec, α = 1: personalised test accuracy on the devices alone that took part (2 of 3 by seed)"
+    assert table[1][2] == "against\nlora"
+    assert [row[:3] for row in table[2]] == [["lora", "0.8000 ± 0.000", "-"], ["local", "0.6000 ± 0.000", "-0.2000"]]
+    assert [float(line["took_part_personalised_mean"]) for line in csv.DictReader(io.StringIO(as_csv(summary)))] == pytest.approx(
+        [0.8, 0.6]
+    )
+    lora_only = {name: how for name, how in ended.items() if name != "local-seed2"}
+    part = summarise(PLAN, lora_only, lambda run: tmp_path / run.name, "lora")["cases"][0]["took_part"]
+    assert (part["method"], part["against"], set(part["scores"])) == ("lora", {}, {"lora"}), "who lacks a seed is left out"
+    for how in ended.values():  # the other device too: of nobody it is left
+        how.results["per_device"][1]["participations"] = 0  # type: ignore[index]
+    assert summarise(PLAN, ended, lambda run: tmp_path / run.name, "lora")["cases"][0]["took_part"]["devices"] == {"1": 1, "2": 1}
+    for how in ended.values():
+        for device in how.results["per_device"]:  # type: ignore[index]
+            device["participations"] = int(how.results["method"] == "lora")  # type: ignore[index]
+    told = summarise(PLAN, ended, lambda run: tmp_path / run.name, "lora")
+    assert told["cases"][0]["took_part"] is None, "everybody did, but of a method that has no devices"
+    assert "took part" not in as_markdown(told)
 
 
 def test_the_share_that_is_trained_is_told_where_every_run_tells_it(tmp_path: Path) -> None:

@@ -62,9 +62,9 @@ def lead(margin: float, time_saved: float | None) -> dict[str, Any]:
 BETTER = {"difference": 0.1, "low": 0.02, "high": 0.2, "p": 0.0123, "better": 2, "seeds": 2}
 WORSE = {**BETTER, "difference": -0.1, "low": -0.2, "high": -0.02, "p": 0.0004}
 REACHED: dict[str, Any] = {"device_seconds": 75.0, "bytes_up": 2_000_000, "personalising": 7.0, "reached": 2, "seeds": 2, "each": {}}
-REACHED |= {"untrained": 0, "saved": 0.25}
+REACHED |= {"at_start": 0, "saved": 0.25}
 HALF: dict[str, Any] = {"device_seconds": None, "bytes_up": None, "personalising": None, "reached": 1, "seeds": 2, "each": {}}
-HALF |= {"untrained": 0, "saved": None}
+HALF |= {"at_start": 0, "saved": None}
 
 
 def summary(cases: int = 2, **more: Any) -> dict[str, Any]:
@@ -111,8 +111,23 @@ def test_the_terminal_has_scores_costs_the_search_and_mean_ranks() -> None:
     assert title == "r_te, α = 0.1: cost of the whole run, and the share of the model that is trained"
     whole = ["1 min 05 s", "7.0 s", "3.0 MB"]
     assert rows == [["lora", *whole, "-"], ["my_method", *whole, "1.23%"], ["local", *whole, "-"]]
-    assert tables[8][2][0] == ["r_te, α = 0.1", "lora", "0.7500", "diverged"]
+    assert tables[8][2][0] == ["r_te, α = 0.1", "lora", "0.7500 ↓", "diverged"]
+    assert tables[8][0].endswith("after the last round, seed 1 (↓: best at the lowest rate, a lower one may be better)")
     assert tables[9][2] == [["lora", "2", "-"], ["my_method", "1.5", "-"], ["local", "-", "-"]]
+
+
+def test_the_best_rate_is_marked_where_it_is_an_end_of_the_grid() -> None:
+    told = summary(1)
+    grid = [{"lr": rate, "validation": 0.5, "diverged": False} for rate in (0.01, 0.002, 0.05)]
+    for row, best in zip(told["cases"][0]["rows"], (0.01, 0.002, 0.05), strict=True):
+        row |= {"grid": grid, "lr": best}
+    ((title, _, lines),) = [table for table in terminal(told) if table[0].startswith("Search")]
+    assert [line[2:] for line in lines] == [["0.5000"] * 3, ["0.5000", "0.5000 ↓", "0.5000"], ["0.5000", "0.5000", "0.5000 ↑"]]
+    assert title.endswith(
+        "(↓: best at the lowest rate, a lower one may be better; ↑: best at the highest rate, a higher one may be better)"
+    )
+    told["cases"][0]["rows"][0] |= {"grid": [{"lr": None, "validation": 0.5, "diverged": False}], "lr": None}
+    assert next(lines[0][2:] for title, _, lines in terminal(told) if title.startswith("Search")) == ["0.5000"]
 
 
 def test_the_global_model_has_tables_of_its_own_where_there_is_one() -> None:
@@ -135,13 +150,13 @@ def test_the_global_model_has_tables_of_its_own_where_there_is_one() -> None:
 def test_what_the_start_had_reached_is_no_achievement_and_marked() -> None:
     told = summary(1, rates=[])
     lora, mine, _ = told["cases"][0]["rows"]
-    lora["reached"]["personalised"] = {**REACHED, "untrained": 2, "saved": None}
-    mine["reached"]["personalised"] = {**REACHED, "untrained": 1, "saved": None, "personalising": None}
+    lora["reached"]["personalised"] = {**REACHED, "at_start": 2, "saved": None}
+    mine["reached"]["personalised"] = {**REACHED, "at_start": 1, "saved": None, "personalising": None}
     title, _, rows = terminal(told)[2]
-    assert rows[:2] == [["lora", "before training", "before training", "-"], ["my_method", "1 min 15 s†‡", "2.0 MB‡", "-"]]
-    assert title.endswith("which these runs do not tell; ‡: in some seeds before training)")
+    assert rows[:2] == [["lora", "before round 1", "before round 1", "-"], ["my_method", "1 min 15 s†‡", "2.0 MB‡", "-"]]
+    assert title.endswith("which these runs do not tell; ‡: in some seeds before the first round)")
     lora["reached"]["personalised"]["personalising"] = None
-    assert terminal(told)[2][2][0][1:3] == ["before training†", "before training"], "devices may have trained before they predicted"
+    assert terminal(told)[2][2][0][1:3] == ["before round 1†", "before round 1"], "devices may have trained before they predicted"
 
 
 def test_what_earlier_runs_do_not_tell_of_personalising_is_marked_and_never_a_zero() -> None:
@@ -239,7 +254,7 @@ def test_no_word_is_broken_in_eighty_columns() -> None:
     for row in told["cases"][0]["rows"]:
         row["method"] = "lora-personal-head"
     for row in told["cases"][0]["rows"][:2]:
-        row["reached"]["personalised"] = {**REACHED, "untrained": 2, "saved": None}
+        row["reached"]["personalised"] = {**REACHED, "at_start": 2, "saved": None}
     for title, headers, rows in terminal(told)[:4]:
         widths = [
             max(len(part) for cell in column for part in cell.removeprefix("-").split("\n")) for column in zip(headers, *rows, strict=True)
@@ -268,7 +283,7 @@ def test_csv_has_full_numbers_and_nothing_where_nothing_is_known() -> None:
     assert (mine["final_personalised_mean"], mine["final_global_mean"], mine["lr"], mine["seeds"]) == ("0.9", "", "0.002", "2")
     assert (mine["personalised_against_reference_p"], mine["personalised_to_target_device_seconds"]) == ("0.0123", "75.0")
     assert (lines[2]["personalised_to_target_device_seconds"], lines[2]["personalised_to_target_reached"]) == ("", "1")
-    assert (mine["personalised_to_target_saved"], mine["personalised_to_target_untrained"], mine["trained_share"]) == (
+    assert (mine["personalised_to_target_saved"], mine["personalised_to_target_at_start"], mine["trained_share"]) == (
         "0.25",
         "0",
         "0.01234",

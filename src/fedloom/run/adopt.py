@@ -26,6 +26,9 @@ from fedloom.run.starting import stand_at, start_of
 from fedloom.run.tracking import insist, track_ended
 from fedloom.run.world import build, store_in
 
+TAKEN_OVER = "trained by "
+"""How the last note of such a run begins: its rounds' costs are the trained run's, and were spent once."""
+
 
 def adopt(experiment: Experiment, folder: Path, trained: Path, show: Show, track: Sequence[str] = ()) -> dict[str, Any]:
     """Evaluate ``experiment`` in ``folder`` on what its method's inner method trained in ``trained``; what ``results.json`` then holds.
@@ -72,7 +75,7 @@ def adopt(experiment: Experiment, folder: Path, trained: Path, show: Show, track
         found = evaluate(world, state, engine, store=store)
         write_atomically(ledger.path, "".join(json.dumps(row) + "\n" for row in _rows(trained, found, nothing(world))))
         checkpoint.save(folder, Saved(state, ledger.totals, saved.data, start=start_of(world.model)), store)
-        results = finish(world, folder, state, ledger, found, store, [f"trained by {trained.name}; evaluated after the last round only"])
+        results = finish(world, folder, state, ledger, found, store, [f"{TAKEN_OVER}{trained.name}; evaluated after the last round only"])
         track_ended(track, experiment, folder, results)
         return results
 

@@ -2,7 +2,7 @@
 
 One entry a case (a data set at one α), with one row a method: the search for its rate, its runs, scores over the seeds, ranks, the paired
 bootstrap against the reference, what it had cost when it reached the target, its lead over every other method; and who is first, and level
-with it. This module runs nothing and draws nothing.
+with it, once more on the devices alone that took part. This module runs nothing and draws nothing.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 
 from fedloom.data.numbers import EXACT
 from fedloom.data.tasks import FURTHER
-from fedloom.run import statistics, targets
+from fedloom.run import standing, statistics, targets
 from fedloom.run.plan import Case, Ended, Plan, Run
 from fedloom.run.reading import read, solved
+from fedloom.run.standing import PROTOCOLS
 
-PROTOCOLS = ("personalised", "global")
 COSTS = ("bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down", "examples", "device_seconds", "setup_device_seconds")
 SETUP = ("device_seconds", "flops", "bytes_up", "bytes_down")
 PAID = ("bytes_up", "device_seconds")
@@ -64,6 +64,8 @@ def _case(
     runs = {method: plan.chosen(case, method, ended) for method in plan.methods}
     results = {m: {r.experiment.seed: found for r in of if (found := _results(ended, r)) is not None} for m, of in runs.items()}
     goals = {p: _goals(plan, results[reference], p, target) for p in PROTOCOLS}
+    path = ("personalised and global alike", plan.labels[case.data], repr(case.alpha))
+    drawn = standing.drawn(results, plan.seeds, path)
     rows: list[dict[str, Any]] = []
     told: dict[str, dict[int, Sequence[Mapping[str, Any]]]] = {}
     for method, of in runs.items():
@@ -78,11 +80,12 @@ def _case(
                     for (rate, run), score in zip(plan.tries(case, method).items(), choice.tried.values(), strict=True)
                 ],
                 "runs": {str(run.experiment.seed): folder(run).name for run in of if run.experiment.seed in known},
-                "scores": {at: {p: _spread(known.values(), at, p) for p in PROTOCOLS} for at in ("final", "best")},
+                "scores": {at: {p: _spread(known.values(), at, p) for p in PROTOCOLS} for at in ("final", "best")}
+                | {"start": {p: _start(told[method], p) for p in PROTOCOLS}},
                 EXACT: _solved(known.values()),
                 FURTHER: _further(known.values()),
                 "rank": dict.fromkeys(PROTOCOLS),
-                "against": {p: _against(plan, case, known, results[reference], p) if method != reference else None for p in PROTOCOLS},
+                "against": {p: standing.against(drawn, method, reference, p) if method != reference else None for p in PROTOCOLS},
                 "reached": {p: _reached(known, told[method], p, goals[p]) for p in PROTOCOLS},
                 "over": {},
                 "setup": _setup(known),
@@ -102,20 +105,8 @@ def _case(
         row["over"] = {o: {p: _over(plan, row["method"], o, results, told, p) for p in PROTOCOLS} for o in others}
     metrics = sorted({str(r["metric"]) for of in results.values() for r in of.values()})
     told_of = {"data": case.data, "alpha": case.alpha, "label": plan.label(case), "metric": "/".join(metrics), "target": goals}
-    return {**told_of, "first": {p: _first(plan, case, rows, results, p) for p in PROTOCOLS}, "rows": rows}
-
-
-def _first(
-    plan: Plan, case: Case, rows: Sequence[Mapping[str, Any]], results: Mapping[str, Mapping[int, Result]], protocol: str
-) -> dict[str, Any] | None:
-    """The method of rank 1 (of equals the first named), the paired bootstrap of each other one against it, and ``level``: those that this
-    does not separate from it, and itself. Whom it cannot be computed of is not level. None where nothing is ranked."""
-    ranked = {row["method"]: row["rank"][protocol] for row in rows if row["rank"][protocol] is not None}
-    if not ranked:
-        return None
-    first = min(ranked, key=lambda method: ranked[method])
-    found = {m: _against(plan, case, results[m], results[first], protocol) for m in ranked if m != first}
-    return {"method": first, "against": found, "level": [m for m in ranked if m == first or ((of := found[m]) and of["high"] >= 0)]}
+    stands = {"first": {p: standing.first(rows, drawn, p) for p in PROTOCOLS}, "took_part": standing.took_part(results, plan.seeds, path)}
+    return {**told_of, **stands, "rows": rows}
 
 
 def _results(ended: Mapping[str, Ended], run: Run) -> Result | None:
@@ -126,6 +117,12 @@ def _results(ended: Mapping[str, Ended], run: Run) -> Result | None:
 def _spread(results: Any, at: str, protocol: str) -> dict[str, Any]:
     """Mean, deviation and count, and the scores by seed."""
     each = {str(r["seed"]): r[at][protocol] for r in results}
+    return {**asdict(statistics.spread(list(each.values()))), "each": each}
+
+
+def _start(told: Mapping[int, Sequence[Mapping[str, Any]]], protocol: str) -> dict[str, Any]:
+    """The same before the first round, of the seeds that were evaluated there."""
+    each = {str(seed): rows[0][protocol] if rows and rows[0]["round"] == 0 else None for seed, rows in told.items()}
     return {**asdict(statistics.spread(list(each.values()))), "each": each}
 
 
@@ -154,19 +151,6 @@ def _further(results: Collection[Result]) -> dict[str, Any] | None:
     return told or None
 
 
-def _against(plan: Plan, case: Case, mine: Mapping[int, Result], reference: Mapping[int, Result], protocol: str) -> dict[str, Any] | None:
-    """The paired bootstrap; None where a seed of either is missing, or either has no such model."""
-    if not mine.keys() == reference.keys() == set(plan.seeds):
-        return None
-    counts = [{seed: statistics.tallies_of(r, protocol) for seed, r in of.items()} for of in (mine, reference)]
-    if any(found is None for of in counts for found in of.values()):
-        return None
-    metric = str(next(iter(mine.values()))["metric"])
-    path = ("personalised and global alike", plan.labels[case.data], repr(case.alpha))
-    found = statistics.paired(*[{seed: c for seed, c in of.items() if c is not None} for of in counts], metric, path)  # type: ignore[arg-type]
-    return asdict(found)
-
-
 def _over(
     plan: Plan,
     method: str,
@@ -176,7 +160,7 @@ def _over(
     protocol: str,
 ) -> dict[str, Any] | None:
     """How much higher ``method`` ends than ``other``, and the share of the other's device time to its own end that it saves on the way
-    there (None where a seed does not get there, or was there before anything was trained), and whether what devices train before they
+    there (None where a seed does not get there, or was there before the first round), and whether what devices train before they
     predict is in both times; None where a seed of either is missing, or either has no such model."""
     mine, theirs = results[method], results[other]
     if not mine.keys() == theirs.keys() == set(plan.seeds):
@@ -191,7 +175,7 @@ def _over(
     times = [targets.mean_cost(costs) for costs in each]
     return {
         "margin": mean(mine[seed]["final"][protocol] - end for seed, end in ends.items()),
-        "time_saved": _saved(*(of[0] if of else None for of in times)) if not any(cost.untrained for cost in each[0] if cost) else None,
+        "time_saved": _saved(*(of[0] if of else None for of in times)) if not any(cost.at_start for cost in each[0] if cost) else None,
         "personalising_counted": all(cost is None or cost.personalising is not None for costs in each for cost in costs),
     }
 
@@ -237,7 +221,7 @@ def _goals(plan: Plan, reference: Mapping[int, Result], protocol: str, target: f
 def _reached(
     results: Mapping[int, Result], tells: Mapping[int, Sequence[Mapping[str, Any]]], protocol: str, goals: Mapping[str, float | None]
 ) -> dict[str, Any] | None:
-    """When the target was first reached, by seed and in the mean, and in how many seeds before anything was trained; None where there is
+    """When the target was first reached, by seed and in the mean, and in how many seeds before the first round; None where there is
     nothing to reach or nothing that could."""
     able = [s for s, r in results.items() if r["final"][protocol] is not None and goals[str(s)] is not None]
     if not able:
@@ -249,7 +233,7 @@ def _reached(
         "bytes_up": together[1] if together else None,
         "personalising": _mean_or_none([cost.personalising for cost in each.values() if cost]) if together else None,
         "reached": sum(cost is not None for cost in each.values()),
-        "untrained": sum(cost is not None and cost.untrained for cost in each.values()),
+        "at_start": sum(cost is not None and cost.at_start for cost in each.values()),
         "saved": None,
         "seeds": len(each),
         "each": {seed: asdict(cost) if cost else None for seed, cost in each.items()},
@@ -258,8 +242,8 @@ def _reached(
 
 def _saved_to_target(mine: Mapping[str, Any], reference: Mapping[str, Any] | None) -> float | None:
     """The share of the reference's device time to the same target that is saved; None where either has a seed that does not get there, or
-    was there before anything was trained."""
-    if reference is None or mine["untrained"] or reference["untrained"]:
+    was there before the first round."""
+    if reference is None or mine["at_start"] or reference["at_start"]:
         return None
     return _saved(mine["device_seconds"], reference["device_seconds"])
 

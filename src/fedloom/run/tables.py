@@ -20,6 +20,8 @@ SETUP = ("device_seconds", "flops", "bytes_up", "bytes_down")
 Summary = Mapping[str, Any]
 Cells = Sequence[Sequence[str]]
 
+NO_SCORE: Mapping[str, Any] = {p: {"mean": None} for p in PROTOCOLS}
+
 SPECIAL = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "α": r"$\alpha$", "±": r"$\pm$", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -50,13 +52,13 @@ def p_text(p: float) -> str:
 
 
 def reached_text(found: Mapping[str, Any] | None, key: str) -> str:
-    """A cost, or in how many seeds the target was reached, or that it was before anything was trained."""
+    """A cost, or in how many seeds the target was reached, or that it was before the first round."""
     if found is None:
         return NOTHING
     if found[key] is not None:
-        at_start, mark = found.get("untrained", 0), UNCOUNTED if key == "device_seconds" and found.get("personalising") is None else ""
+        at_start, mark = found.get("at_start", 0), UNCOUNTED if key == "device_seconds" and found.get("personalising") is None else ""
         if at_start == found["seeds"]:
-            return f"before training{mark}"
+            return f"before round 1{mark}"
         return (human_seconds if key == "device_seconds" else human_bytes)(found[key]) + mark + (AT_START if at_start else "")
     return "not reached" if not found["reached"] else f"{found['reached']} of {found['seeds']} seeds"
 
@@ -64,10 +66,14 @@ def reached_text(found: Mapping[str, Any] | None, key: str) -> str:
 UNCOUNTED = "†"
 """Behind a device time in which what devices train before they predict is missing: runs of earlier versions do not tell it."""
 AT_START = "‡"
-"""Behind a mean cost to a target that some seeds had reached before anything was trained: they are in it with next to nothing."""
+"""Behind a mean cost to a target that some seeds had reached before the first round: they are in it with next to nothing."""
+EDGES = ("↓", "↑")
+"""Behind the best of a method's learning rates where it is the lowest or the highest."""
 MARKS = {
     UNCOUNTED: "without what devices train before they predict, which these runs do not tell",
-    AT_START: "in some seeds before training",
+    AT_START: "in some seeds before the first round",
+    EDGES[0]: "best at the lowest rate, a lower one may be better",
+    EDGES[1]: "best at the highest rate, a higher one may be better",
 }
 
 
@@ -160,6 +166,20 @@ def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
             if rows := [[row["method"], *against_texts(found)] for row in case["rows"] if (found := row["against"][p])]:
                 title = f"{case['label']}: {p} score against {summary['reference']} (paired bootstrap over devices)"
                 shown.append((title, ["method", "difference", f"{summary['confidence']:.0%} interval", "p", "better in"], rows))
+        if rows := [
+            brought_row(row) for row in case["rows"] if (row["scores"].get("start") or NO_SCORE)["personalised"]["mean"] is not None
+        ]:
+            title = f"{case['label']}: personalised test {case['metric']} before the first round, and what the rounds brought"
+            shown.append((title, ("method", "before round 1", "after the last", "brought"), rows))
+        if part := case.get("took_part"):
+            headers = ("method", "personalised", f"against\n{part['method']}", f"{summary['confidence']:.0%} interval", "p")
+            shown.append(
+                (
+                    took_part_title(case),
+                    headers,
+                    [took_part_row(part, row["method"]) for row in case["rows"] if row["method"] in part["scores"]],
+                )
+            )
         for name in further_names(case):
             title = f"{case['label']}: test {name}, beside {case['metric']}"
             rows = [further_row(row, name) for row in case["rows"] if name in (row.get(FURTHER) or {})]
@@ -186,13 +206,34 @@ def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
             shown.append((title, headers, rows))
     if searched:
         headers = ("", "method", *(f"lr {rate:g}" for rate in summary["rates"]))
-        rows = [[case["label"], row["method"], *map(grid_text, row["grid"])] for case in summary["cases"] for row in case["rows"]]
-        shown.append((f"Search: validation score, personalised, after the last round, seed {summary['seed_of_search']}", headers, rows))
+        rows = [[case["label"], row["method"], *grid_texts(row)] for case in summary["cases"] for row in case["rows"]]
+        title = f"Search: validation score, personalised, after the last round, seed {summary['seed_of_search']}{remark(rows)}"
+        shown.append((title, headers, rows))
     if len(summary["cases"]) > 1:
         ranks = summary["mean_rank"]
         rows = [[m, *(rank_text(ranks[p][m]) for p in PROTOCOLS)] for m in summary["methods"]]
         shown.append((f"Mean rank over {len(summary['cases'])} cases", ("method", *PROTOCOLS), rows))
     return shown
+
+
+def brought_row(row: Mapping[str, Any]) -> list[str]:
+    """A method's line in the table of what it has before the first round."""
+    start, final = (row["scores"][at]["personalised"] for at in ("start", "final"))
+    return [row["method"], spread_text(start), spread_text(final), f"{final['mean'] - start['mean']:+.4f}"]
+
+
+def took_part_title(case: Mapping[str, Any]) -> str:
+    """What is scored, and on how many devices seed by seed."""
+    part = case["took_part"]
+    counts, whole = ([str(count) for count in part[key].values()] for key in ("devices", "of"))
+    some = f"{', '.join(dict.fromkeys(counts))} of {', '.join(dict.fromkeys(whole))}"
+    return f"{case['label']}: personalised test {case['metric']} on the devices alone that took part ({some} by seed)"
+
+
+def took_part_row(part: Mapping[str, Any], method: str) -> list[str]:
+    """A method's line in the table of devices that took part."""
+    found = part["against"].get(method)
+    return [method, spread_text(part["scores"][method]), *(against_texts(found)[:3] if found else [NOTHING] * 3)]
 
 
 def solved_row(row: Mapping[str, Any]) -> list[str]:
@@ -237,6 +278,13 @@ def grid_text(tried: Mapping[str, Any]) -> str:
     return "diverged" if tried["diverged"] else score_text(tried["validation"])
 
 
+def grid_texts(row: Mapping[str, Any]) -> list[str]:
+    """A method's line in the table of searches, the best rate marked where it is an end of the grid."""
+    rates = sorted(tried["lr"] for tried in row["grid"] if tried["lr"] is not None)
+    marks = dict(zip((rates[0], rates[-1]), EDGES, strict=True)) if len(rates) > 1 else {}
+    return [grid_text(t) + (f" {marks[t['lr']]}" if t["lr"] == row["lr"] and t["lr"] in marks else "") for t in row["grid"]]
+
+
 def as_csv(summary: Summary) -> str:
     """One line a case and method; numbers in full, nothing where nothing is known."""
     lines = []
@@ -247,6 +295,8 @@ def as_csv(summary: Summary) -> str:
             for at in ("final", "best"):
                 for p in PROTOCOLS:
                     line |= {f"{at}_{p}_{what}": row["scores"][at][p][what] for what in ("mean", "deviation")}
+            start = (row["scores"].get("start") or NO_SCORE)["personalised"]
+            line |= {f"start_personalised_{what}": start.get(what) for what in ("mean", "deviation")}
             if tells(summary):
                 told = row.get(EXACT)
                 places = {f"{at}_{p}": told[at][p] if told else {} for at in ("final", "best") for p in PROTOCOLS}
@@ -257,13 +307,15 @@ def as_csv(summary: Summary) -> str:
                 each = {f"{at}_{p}": told[at][p] if told else {} for at in ("final", "best") for p in PROTOCOLS}
                 line |= {f"{FURTHER}_{name}_{at}_{what}": of.get(what) for at, of in each.items() for what in ("mean", "deviation")}
             line |= {f"rank_{p}": row["rank"][p] for p in PROTOCOLS}
+            part = ((case.get("took_part") or {}).get("scores") or {}).get(row["method"]) or {}
+            line |= {f"took_part_personalised_{what}": part.get(what) for what in ("mean", "deviation")}
             for p in PROTOCOLS:
                 found = row["against"][p] or dict.fromkeys(("difference", "low", "high", "p", "better"))
                 line |= {f"{p}_against_reference_{key}": found[key] for key in ("difference", "low", "high", "p", "better")}
             for p in PROTOCOLS:
                 cost: Mapping[str, Any] = row["reached"][p] or dict.fromkeys(("device_seconds", "bytes_up", "reached"))
                 line |= {f"{p}_to_target_{key}": cost[key] for key in ("device_seconds", "bytes_up", "reached")}
-                line |= {f"{p}_to_target_{key}": cost.get(key) for key in ("untrained", "saved")}
+                line |= {f"{p}_to_target_{key}": cost.get(key) for key in ("at_start", "saved")}
                 line |= {f"{p}_to_target_personalising_device_seconds": cost.get("personalising")} if p == "personalised" else {}
             line |= row["costs"] | {"trained_share": row.get("trained_share")}
             setup = row.get("setup") or {}

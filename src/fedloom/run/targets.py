@@ -32,9 +32,9 @@ class Cost:
     personalising: float | None = 0.0
 
     @property
-    def untrained(self) -> bool:
-        """Whether nothing had been trained yet: the start had the score, and no method is to be praised for it."""
-        return self.round == 0 and not self.personalising
+    def at_start(self) -> bool:
+        """Whether it was before the first round: what the start, the set-up or a device alone can do is no saving of a method's rounds."""
+        return self.round == 0
 
 
 def costs(rows: Sequence[Row], result: Mapping[str, Any]) -> Iterator[Cost]:

@@ -1,0 +1,88 @@
+"""How the methods of one case stand to each other: the paired bootstrap between any two, who is first, whom it does not separate from the
+first; and all of it once more on those devices alone that took part.
+
+A device that no round drew predicts with private parts that were never trained, where a method has such parts, while a method that trains
+before it predicts trains there too. The second reading leaves such devices out, for everybody. This module runs nothing and draws nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from fedloom.run.statistics import Bootstrap, spread, tallies_of
+from fedloom.seeds import Part
+
+PROTOCOLS = ("personalised", "global")
+
+Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
+"""Of each method its results by seed."""
+
+
+def drawn(results: Results, seeds: Sequence[int], path: Sequence[Part]) -> Bootstrap | None:
+    """Every (method, protocol) that has all the ``seeds`` and, of each, its predictions, on the same draws of devices; None if none has."""
+    return _of({(m, p): found for m, of in results.items() for p in PROTOCOLS if (found := _tallies(of, seeds, p))}, results, path)
+
+
+def against(known: Bootstrap | None, mine: str, other: str, protocol: str) -> dict[str, Any] | None:
+    """The one minus the other; None where a seed or the predictions of either are missing, or either has no such model."""
+    pair = (mine, protocol), (other, protocol)
+    return asdict(known.against(*pair)) if known and all(one in known.names for one in pair) else None
+
+
+def first(rows: Sequence[Mapping[str, Any]], known: Bootstrap | None, protocol: str) -> dict[str, Any] | None:
+    """The method of rank 1 (of equals the first named), the paired bootstrap of each other one against it, and ``level``: those that this
+    does not separate from it, and itself. Whom it cannot be computed of is not level. None where nothing is ranked."""
+    ranked = {row["method"]: row["rank"][protocol] for row in rows if row["rank"][protocol] is not None}
+    if not ranked:
+        return None
+    best = min(ranked, key=lambda method: ranked[method])
+    found = {m: against(known, m, best, protocol) for m in ranked if m != best}
+    return {"method": best, "against": found, "level": [m for m in ranked if m == best or ((of := found[m]) and of["high"] >= 0)]}
+
+
+def took_part(results: Results, seeds: Sequence[int], path: Sequence[Part]) -> dict[str, Any] | None:
+    """Personalised scores on the devices that took part in a round of every method that has rounds with devices: their ``devices`` and how
+    many there are (``of``) by seed, each method's ``scores``, who is first and who level with it.
+
+    None where everybody took part or nobody did, or the predictions are not told. A method of which no device took part (``centralised``)
+    decides nothing about who did.
+    """
+    counts = {m: found for m, of in results.items() if (found := _tallies(of, seeds, "personalised"))}
+    part = {seed: [_participants(of[seed]) for m, of in results.items() if m in counts] for seed in seeds}
+    who = {seed: np.flatnonzero(np.all([one for one in each if one.any()], axis=0)) for seed, each in part.items() if each}
+    whole = {seed: len(each[0]) for seed, each in part.items() if each}
+    if not counts or any(not len(of) for of in who.values()) or all(len(who[seed]) == whole[seed] for seed in seeds):
+        return None
+    known = _of({m: {seed: of[seed][who[seed]] for seed in seeds} for m, of in counts.items()}, results, (*path, "took part"))
+    assert known is not None
+    means = {m: spread(known.scores(m)) for m in counts}
+    best = max(counts, key=lambda m: means[m].mean or 0.0)
+    found = {m: asdict(known.against(m, best)) for m in counts if m != best}
+    return {
+        "devices": {str(seed): len(of) for seed, of in who.items()},
+        "of": {str(seed): count for seed, count in whole.items()},
+        "scores": {m: asdict(of) for m, of in means.items()},
+        "method": best,
+        "against": found,
+        "level": [m for m in counts if m == best or found[m]["high"] >= 0],
+    }
+
+
+def _of(counts: Mapping[Any, Mapping[int, np.ndarray]], results: Results, path: Sequence[Part]) -> Bootstrap | None:
+    metric = next((str(r["metric"]) for of in results.values() for r in of.values()), "")
+    return Bootstrap(counts, metric, path) if counts else None
+
+
+def _tallies(of: Mapping[int, Mapping[str, Any]], seeds: Sequence[int], protocol: str) -> dict[int, np.ndarray] | None:
+    """By seed; None unless every seed is there and tells them."""
+    found = {seed: counted for seed in seeds if seed in of and (counted := tallies_of(of[seed], protocol)) is not None}
+    return found if len(found) == len(seeds) else None
+
+
+def _participants(result: Mapping[str, Any]) -> np.ndarray:
+    """(K,): whether each device took part in any round."""
+    return np.array([device["participations"] > 0 for device in result["per_device"]])
