@@ -118,14 +118,16 @@ def test_the_terminal_has_scores_costs_the_search_and_mean_ranks() -> None:
 
 def test_the_best_rate_is_marked_where_it_is_an_end_of_the_grid() -> None:
     told = summary(1)
-    grid = [{"lr": rate, "validation": 0.5, "diverged": False} for rate in (0.01, 0.002, 0.05)]
-    for row, best in zip(told["cases"][0]["rows"], (0.01, 0.002, 0.05), strict=True):
-        row |= {"grid": grid, "lr": best}
+    rates = (0.01, 0.002, 0.05)
+    for row, best in zip(told["cases"][0]["rows"], rates, strict=True):
+        row |= {"grid": [{"lr": rate, "validation": 0.5 + (rate == best) / 4, "diverged": False} for rate in rates], "lr": best}
     ((title, _, lines),) = [table for table in terminal(told) if table[0].startswith("Search")]
-    assert [line[2:] for line in lines] == [["0.5000"] * 3, ["0.5000", "0.5000 ↓", "0.5000"], ["0.5000", "0.5000", "0.5000 ↑"]]
+    assert [line[2:] for line in lines] == [["0.7500", "0.5000", "0.5000"], ["0.5000", "0.7500 ↓", "0.5000"], ["0.5000", "0.5000", "0.7500 ↑"]]
     assert title.endswith(
         "(↓: best at the lowest rate, a lower one may be better; ↑: best at the highest rate, a higher one may be better)"
     )
+    told["cases"][0]["rows"][1]["grid"][2]["validation"] = 0.75
+    assert next(lines[1][3] for title, _, lines in terminal(told) if title.startswith("Search")) == "0.7500", "the highest is as good"
     told["cases"][0]["rows"][0] |= {"grid": [{"lr": None, "validation": 0.5, "diverged": False}], "lr": None}
     assert next(lines[0][2:] for title, _, lines in terminal(told) if title.startswith("Search")) == ["0.5000"]
 

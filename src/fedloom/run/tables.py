@@ -279,9 +279,10 @@ def grid_text(tried: Mapping[str, Any]) -> str:
 
 
 def grid_texts(row: Mapping[str, Any]) -> list[str]:
-    """A method's line in the table of searches, the best rate marked where it is an end of the grid."""
-    rates = sorted(tried["lr"] for tried in row["grid"] if tried["lr"] is not None)
-    marks = dict(zip((rates[0], rates[-1]), EDGES, strict=True)) if len(rates) > 1 else {}
+    """A method's line in the table of searches, the best rate marked where it is an end of the grid and no other is as good."""
+    rates, scores = sorted(t["lr"] for t in row["grid"] if t["lr"] is not None), [t["validation"] for t in row["grid"]]
+    alone = scores.count(max((s for s in scores if s is not None), default=None)) == 1
+    marks = dict(zip((rates[0], rates[-1]), EDGES, strict=True)) if alone and len(rates) > 1 else {}
     return [grid_text(t) + (f" {marks[t['lr']]}" if t["lr"] == row["lr"] and t["lr"] in marks else "") for t in row["grid"]]
 
 
