@@ -168,7 +168,8 @@ def through(flow: Flow[T], change: Callable[[Asking], Asking]) -> Flow[T]:
 def insist(tasks: Sequence[Task], attempts: int = 3, take: Take = whole) -> Flow[list[Update]]:
     """Ask, and ask again whoever did not answer; every client must have answered once.
 
-    For set-up: a client that missed a broadcast would train another function without any error.
+    A client that missed a broadcast would train another function without any error. How many must answer an attempt is not the
+    experiment's to say: who is missing is asked again.
     Updates come back in task order, as ``take`` leaves them, which sees each as it comes.
 
     Raises:
@@ -179,7 +180,7 @@ def insist(tasks: Sequence[Task], attempts: int = 3, take: Take = whole) -> Flow
         missing = [task for task in tasks if task.client not in answered]
         if not missing:
             break
-        answered |= {update.client: update for update in (yield missing if take is whole else Asking(missing, take))}
+        answered |= {update.client: update for update in (yield Asking(missing, take, 0))}
     never = [Failure(t.client, f"no answer to '{t.op}' in {attempts} attempts") for t in tasks if t.client not in answered]
     if never:
         raise CohortFailed(never, len(answered), len(tasks))

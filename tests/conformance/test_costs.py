@@ -16,6 +16,7 @@ from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
 from fedloom.model.adapters import is_up
 from fedloom.model.blocks import layer_of
 from fedloom.run.describe import describe
+from fedloom.run.describe import played as foretold_by
 from fedloom.run.devices import named as device_named
 from fedloom.run.experiment import Experiment
 from fedloom.run.loop import run
@@ -118,6 +119,18 @@ def test_a_method_that_looks_at_what_training_left_can_be_described(name: str) -
     """What is only counted has weights to start from and moments of the right names."""
     told = dict(describe(small.experiment(name)).lines)
     assert "trained on" in told["first round"] and "trained on" in told["last round"]
+
+
+def test_choosing_the_gal_anew_is_described_where_it_happens(tmp_path: Path) -> None:
+    """Every second round: there all devices are sent the model for their scores, which no other round does; as in the run itself."""
+    asked = replace(fibecfed(gal=Gal(count=1, refresh=2)), rounds=5, evaluate_every=0)
+    foretold = [section.bytes_down for section in foretold_by(build(asked)).rounds]
+    run(asked, tmp_path / "run", plain=True)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
+    done = [row["bytes_down"] for row in rows if row["round"]]
+    assert len(foretold) == len(done) == 5
+    for each in (foretold, done):
+        assert min(each[2], each[4]) > 1.5 * max(each[0], each[1], each[3])
 
 
 def test_a_lossless_choice_can_be_described() -> None:

@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedloom.client.curriculum import shuffled
 from fedloom.client.sharing import layer_scores
 from fedloom.compute.serial import Serial
-from fedloom.compute.work import Predict
+from fedloom.compute.work import Initial, Predict
 from fedloom.methods import all_methods
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import State, set_up
@@ -106,7 +107,7 @@ def test_a_set_up_that_moves_layers_is_refused_and_one_that_moves_the_head_has_i
         next(set_up(method, tiny.model(), POOL))
     with pytest.raises(ValueError, match="'moving' has no batch_size, by which layers are scored; give --share.which random"):
         next(set_up(replace(method, by=0.0), tiny.model(), POOL))  # type: ignore[arg-type]
-    tasks: Any = next(set_up(replace(method, what="classifier", inner=FedAvg(batch_size=5)), tiny.model(), POOL))
+    tasks: Any = next(set_up(replace(method, what="classifier", inner=FedAvg(batch_size=5)), tiny.model(), POOL)).tasks  # type: ignore[union-attr]
     assert {n.rsplit(".", 1)[0] for n in tasks[0].tensors} == {"base_model.model.classifier"}
     assert [(t.op, t.client, dict(t.settings)) for t in tasks] == [(layer_scores.__name__, k, {"batch_size": 5}) for k in POOL.clients]
 
@@ -124,6 +125,20 @@ def test_stacked_is_one_by_one(name: str) -> None:
     for k in POOL.clients:
         mine, theirs = many.store.load(k)[0], one.store.load(k)[0]
         assert mine.keys() == theirs.keys() and all(torch.allclose(t, theirs[n], atol=5e-4) for n, t in mine.items())
+
+
+def test_layers_are_scored_on_as_many_texts_as_a_device_takes() -> None:
+    """Where a method's batches follow memory, the probe does; its first texts are the batch's then."""
+    tasks = next(set_up(FedAvg(batch_size=5, batch_by_memory=True), tiny.model(), POOL)).tasks  # type: ignore[union-attr]
+    assert all(dict(task.settings) == {"batch_size": 5, "by_memory": True} for task in tasks)
+    for texts, size in ((2, 2), (9, 5), (None, 5)):
+        c = replace(tiny.clients()[1], texts=texts)
+        work = layer_scores(c, tasks[1])
+        assert isinstance(next(work), Initial)
+        item = work.send(dict(tiny.model().initial))
+        assert item.batch.tolist() == shuffled(len(c.train), size, c.seed, "batches", c.id)[0].tolist()
+    (plain,) = {str(dict(task.settings)) for task in next(set_up(FedAvg(batch_size=5), tiny.model(), POOL)).tasks}  # type: ignore[union-attr]
+    assert plain == "{'batch_size': 5}"
 
 
 def test_own_layers_are_not_held_to_what_was_sent() -> None:

@@ -21,6 +21,7 @@ from fedloom.model.adapters import Adapter
 from fedloom.model.base import Batch, Model, ModelError, as_batch
 from fedloom.model.calls import CALLS, _token_mask
 from fedloom.model.loading import folder_of, load
+from fedloom.model.skipped import stack_of
 from tests import families, tiny
 
 SPECIAL = {"pad": "[PAD]", "bos": "[CLS]", "eos": "[SEP]", "unk": "[UNK]"}
@@ -66,6 +67,22 @@ def test_moved_tensors_change_the_logits_and_padding_does_not(family: str) -> No
     assert torch.allclose(wide[:5], tight, atol=2e-5)
     assert len(layers) == model.depth == 2
     assert layers[0].shape == (7, 16, 16)
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_a_layers_output_is_what_the_layer_hands_on_and_not_what_a_norm_behind_it_makes_of_it(family: str) -> None:
+    """What hangs on each layer saw it leave; where the library's last state is another, a norm stands between."""
+    model = families.model(family)
+    stack, seen = stack_of(model.base(torch.float32), model.depth), dict[int, torch.Tensor]()
+    for i, layer in enumerate(stack):
+        layer.register_forward_hook(lambda _, __, made, i=i: seen.update({i: made if isinstance(made, torch.Tensor) else made[0]}))
+    try:
+        with torch.no_grad():
+            _, layers = model.forward(families.moved(model), padded(model), torch.float32, layers=True)
+    finally:
+        for layer in stack:
+            layer._forward_hooks.clear()
+    assert len(layers) == model.depth and all(torch.equal(layers[i], seen[i]) for i in range(model.depth))
 
 
 def test_named_tensors_override_the_models_own_and_leave_them_alone() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedloom.compute.flops import LENGTHS, Flops
-from fedloom.compute.serial import cost
-from fedloom.compute.work import AdamW, Fisher, Fit, Predict, Score, Sensitivity
+from fedloom.compute.serial import Serial, cost
+from fedloom.compute.work import AdamW, Fisher, Fit, Predict, Score, Sensitivity, Spectrum
 from fedloom.model.adapters import is_factor
+from fedloom.model.blocks import layer_of
 from tests import families, tiny
 
 HIDDEN, INNER, LAYERS, RANK, CLASSES = 16, 32, 3, 2, 3
@@ -87,6 +90,18 @@ def test_costs_of_items_by_hand() -> None:
     assert cost(Predict(model.initial, examples), flops) == (pytest.approx(sum(by_hand(int(n)) for n in lengths)), 0)
     assert cost(Predict(model.initial, examples.subset([])), flops) == (0.0, 0)
     assert cost(Predict(model.initial, examples, measures=True), flops) == (0.0, 0), "a measurement is in no book"
-    wide = int(lengths[:2].max())
-    sense = 2 * (float(flops.step(names, wide)) + by_hand(wide))
-    assert cost(Sensitivity(model.initial, examples, np.array([0, 1])), flops) == (pytest.approx(sense), 0)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_measurement_costs_what_is_counted_while_it_is_made(layer: int) -> None:
+    """A spectrum's gradients and products, and a sensitivity's passes, of tensors from one layer on: all, and the last layer's alone."""
+    model, examples, batch = tiny.model(), tiny.examples(6, seed=2), np.arange(3)
+    names = frozenset(n for n in model.initial if (of := layer_of(n)) is None or of >= layer)
+    at = {n: model.initial[n] for n in names}
+    for item in (Spectrum(model.initial, examples, batch, names, probes=2, steps=5), Sensitivity(at, examples, batch)):
+        longest = int(examples.lengths[batch].max())
+        same = replace(item, examples=examples.subset(np.flatnonzero(examples.lengths == longest)[:1]), batch=np.array([0]))
+        due = cost(same, counted())[0]  # counted now, so that the run does not count it again while it is counted itself
+        with FlopCounterMode(display=False) as counter:
+            Serial(model).run([same])
+        assert due == pytest.approx(counter.get_total_flops(), rel=1e-6), type(item).__name__

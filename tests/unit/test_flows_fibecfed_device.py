@@ -264,6 +264,10 @@ def test_masks_rank_the_neurons_of_a_layers_pairs_together_with_as_share() -> No
     assert neuron_masks(fisher, 1.0)[q].tolist() == [[1]] * 4
     assert sum(float(m.sum()) for m in neuron_masks(fisher, 0.01).values()) == 1
     assert sum(float(m.sum()) for m in neuron_masks(fisher, 1e-12).values()) == 1, "one at least"
+    apart = {"m.pooler.lora_B.weight": torch.tensor([[9.0], [8.0], [7.0], [99.0]])}
+    both = neuron_masks({**fisher, **apart}, 0.5)
+    assert both.pop("m.pooler.lora_B.weight").flatten().tolist() == [1, 0, 0, 1], "what is of no layer competes with no layer"
+    assert {n: m.tolist() for n, m in both.items()} == {n: m.tolist() for n, m in masks.items()}
 
 
 @pytest.mark.parametrize("keep", [0.0, -0.5, 1.01])

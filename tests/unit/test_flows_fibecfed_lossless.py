@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,8 @@ from fedloom.messages import Task, Update, ask
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fibecfed import FibecFed, Gal
 from fedloom.methods.method import State
+from fedloom.server.participation import Pool
+from fedloom.server.robust import Rule
 from tests.flows import POOL, SIZES, client, of_layers, play, start, told, work
 from tests.unit.test_flows_fibecfed_device import drive
 
@@ -50,7 +54,7 @@ def test_nobody_pays_for_a_spectrum_that_nobody_asked_for() -> None:
     assert set(update.tensors) == {"layer_scores"}
 
 
-def chosen(gal: Gal, prunable: dict[int, float], keep_lossless: bool = False) -> tuple[list[int], object]:
+def chosen(gal: Gal, prunable: dict[int, float], keep_lossless: bool = False, pool: Pool = POOL) -> tuple[list[int], object]:
     """The GAL and what is told of it when the devices answer with these shares (a device that is not named has no gap)."""
 
     def answer(task: Task) -> Update:
@@ -60,7 +64,7 @@ def chosen(gal: Gal, prunable: dict[int, float], keep_lossless: bool = False) ->
         share = [prunable[task.client], 1.0] if task.client in prunable else [0.0, 0.0]
         return Update(task.client, update.num_examples, {**update.tensors, "prunable": torch.tensor(share, dtype=torch.float64)})
 
-    _, state = play(FibecFed(gal=gal, keep_lossless=keep_lossless).setup(State(0, start(), facts={"depth": 4}), POOL), answer)
+    _, state = play(FibecFed(gal=gal, keep_lossless=keep_lossless).setup(State(0, start(), facts={"depth": 4}), pool), answer)
     return state.facts["gal"], state.facts.get("lossless")
 
 
@@ -134,3 +138,11 @@ def test_of_a_spectrum_that_may_be_pruned_whole_a_row_of_each_layer_is_kept(shar
     drive(method.adopt(c, ask(method.adopt, 1, gal=[1, 3])))
     rows = rows_kept(c)
     assert {layer: sum(len(kept) for name, kept in rows.items() if f".{layer}." in name) for layer in (0, 2)} == {0: 1, 2: 1}
+
+
+def test_under_a_rule_of_aggregation_the_share_is_that_rule_over_the_devices_that_have_a_gap() -> None:
+    """Of four one has none: the median of .9, .5 and .6, and not that of these and a zero."""
+    pool = replace(POOL, rule=Rule("median"))
+    _, facts = chosen(Gal(lossless=True, fraction=1.0), {0: 0.9, 1: 0.5, 2: 0.6}, pool=pool)
+    found = {"prunable": pytest.approx(0.6), "examples_on_devices_with_a_gap": pytest.approx(26 / 33)}
+    assert facts == {**found, "without_a_gap": f"1 of 4 {GAPLESS}; used instead: what the others tell"}

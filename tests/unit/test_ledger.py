@@ -87,6 +87,18 @@ def test_totals_are_sums_of_rows_and_the_set_up_stands_apart(tmp_path: Path) -> 
     assert totals["participations"] == {"4": 2, "2": 2}, "once a round, however often it was asked; a failure is no participation"
 
 
+def test_who_was_only_asked_for_scores_took_no_part(tmp_path: Path) -> None:
+    """Before the round all four tell scores and train on nothing; then 2 and 3 train, and 3's answer is lost."""
+    ledger = Ledger(tmp_path, FLEET)
+    section = ledger.section()
+    everybody, cohort = (1, 2, 3, 4), (2, 3)
+    section.hear([], Replies(tuple(Update(k, 5) for k in everybody), (), tuple(Traffic(k, 1, 1, 9.0, 0) for k in everybody)))
+    trained = tuple(Traffic(k, 1, 1, 9.0, 5) for k in cohort)
+    section.hear([], Replies((Update(2, 5, {}, {"loss": 1.0}),), (Failure(3, "lost"),), trained))
+    assert ledger.write(1, section, 0.1, SCORES)["answered"] == [1, 2, 3, 4]
+    assert ledger.totals["participations"] == {"2": 1, "3": 1}
+
+
 def test_a_resumed_ledger_adds_to_the_saved_totals(tmp_path: Path) -> None:
     first = Ledger(tmp_path, FLEET)
     section = first.section()

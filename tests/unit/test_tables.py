@@ -122,7 +122,11 @@ def test_the_best_rate_is_marked_where_it_is_an_end_of_the_grid() -> None:
     for row, best in zip(told["cases"][0]["rows"], rates, strict=True):
         row |= {"grid": [{"lr": rate, "validation": 0.5 + (rate == best) / 4, "diverged": False} for rate in rates], "lr": best}
     ((title, _, lines),) = [table for table in terminal(told) if table[0].startswith("Search")]
-    assert [line[2:] for line in lines] == [["0.7500", "0.5000", "0.5000"], ["0.5000", "0.7500 ↓", "0.5000"], ["0.5000", "0.5000", "0.7500 ↑"]]
+    assert [line[2:] for line in lines] == [
+        ["0.7500", "0.5000", "0.5000"],
+        ["0.5000", "0.7500 ↓", "0.5000"],
+        ["0.5000", "0.5000", "0.7500 ↑"],
+    ]
     assert title.endswith(
         "(↓: best at the lowest rate, a lower one may be better; ↑: best at the highest rate, a higher one may be better)"
     )

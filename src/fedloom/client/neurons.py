@@ -14,7 +14,7 @@ import torch
 
 from fedloom.client.client import Client
 from fedloom.model.adapters import partner
-from fedloom.model.blocks import layers
+from fedloom.model.blocks import layer_of, layers
 from fedloom.model.some_rows import whole
 from fedloom.tensors import packed, unpacked
 
@@ -46,8 +46,8 @@ def whole_private(c: Client) -> dict[str, torch.Tensor]:
 
 def neuron_masks(fisher: Mapping[str, torch.Tensor], keep: float) -> dict[str, torch.Tensor]:
     """0/1 masks (d_out, 1) for every B among the local layers' Fisher: in each layer the ``ceil(keep · neurons)`` highest-scoring output
-    neurons of all its pairs together, one at least (equal scores: the earlier name and row first). A row's score is its own Fisher and, of
-    an A that is trained too, the d_out-th part.
+    neurons of all its pairs together, one at least (equal scores: the earlier name and row first); pairs of no layer are one more. A row's
+    score is its own Fisher and, of an A that is trained too, the d_out-th part.
 
     Raises:
         ValueError: ``keep`` is not in (0, 1].
@@ -55,9 +55,11 @@ def neuron_masks(fisher: Mapping[str, torch.Tensor], keep: float) -> dict[str, t
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be in (0, 1]; got {keep}")
     masks: dict[str, torch.Tensor] = {}
-    for names in layers(fisher.keys()).values():
+    for names in [*layers(fisher.keys()).values(), sorted(n for n in fisher if layer_of(n) is None)]:
         ups = [name for name in names if ".lora_B." in name]
         shares = [fisher[partner(b)].double().sum() / len(fisher[b]) if partner(b) in fisher else 0.0 for b in ups]
+        if not ups:
+            continue
         rows = [fisher[b].double().sum(1) + share for b, share in zip(ups, shares, strict=True)]
         scores = torch.cat(rows)
         kept = torch.zeros_like(scores)

@@ -22,16 +22,16 @@ from fedloom.client.curriculum import shuffled
 from fedloom.compute.work import Fit, Held, Initial, Sensitivity
 from fedloom.messages import Task, Tensors, Update, Work, on_client
 from fedloom.model.adapters import is_factor, is_up
-from fedloom.model.blocks import layer_of
-from fedloom.server.sharing import LAYERS
+from fedloom.server.sharing import LAYERS, stays
 from fedloom.tensors import without
 
 
 @on_client
 def layer_scores(c: Client, task: Task) -> Work[Update]:
-    """s_l^k of every layer, float64 (D,), on the first of the device's batches of ``task.settings["batch_size"]``, at the start with what
-    came in its place. Nothing is kept."""
+    """s_l^k of every layer, float64 (D,), on the first of the device's batches of ``task.settings["batch_size"]``, or of as many texts as
+    it takes where the method follows its memory (``by_memory``), at the start with what came in its place. Nothing is kept."""
     size = int(task.settings["batch_size"])  # type: ignore[arg-type]
+    size = min(size, c.texts) if task.settings.get("by_memory") and c.texts is not None else size
     start = yield Initial()
     batch = shuffled(len(c.train), size, c.seed, "batches", c.id)[0]
     scores = yield Sensitivity({**start, **task.tensors}, c.train, batch)
@@ -75,5 +75,5 @@ def own_layers(c: Client, came: Tensors, shared: Sequence[int]) -> Work[dict[str
     tensors must be whole (``masks.make_whole``)."""
     factors = {is_up(n) for n in came if is_factor(n)}
     start = yield Initial()
-    names = [n for n in start if is_factor(n) and is_up(n) in factors and layer_of(n) not in shared]
+    names = [n for n in start if stays(n, shared) and is_up(n) in factors]
     return {n: c.private[n] if n in c.private else start[n] for n in names}

@@ -1,7 +1,8 @@
 """Floating-point operations of work items, counted on the model's real graph.
 
 PyTorch's counter runs one example at three lengths; the operations of a transformer on L tokens are a quadratic polynomial in L, which
-three counts determine. Element-wise operations are not counted. A backward pass counts what it needs for the tensors trained and no more.
+three counts determine. Element-wise operations are not counted. A backward pass counts what it needs for the tensors trained and no more,
+and a product with the Hessian what the graph of the gradient makes of it.
 A language model's output layer is counted for every token, as the library computes it. Layers that are computed again in the backward pass
 count again, as far as they are.
 Of a linear layer with some rows only, the operations are linear in the number of rows, which two counts determine: with all and with one.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,10 @@ from fedloom.model.principal import operations
 from fedloom.model.some_rows import SomeRows
 
 LENGTHS = (4, 8, 16)
+
+What = Literal["gradient", "differentiable", "product", "embeddings"]
+"""What is counted: a pass and its gradient by tensors, one that can be differentiated again, a product with its Hessian, or the gradient by
+the input embeddings."""
 
 _KEPT: dict[tuple[str, ...], dict[Any, np.ndarray]] = {}
 """By what makes a graph, the polynomials that were found: models that are alike in it are counted once in a process."""
@@ -72,17 +77,27 @@ class Flops:
         length: int | np.ndarray,
         rows: Mapping[str, int] | None = None,
         skips: frozenset[int] = frozenset(),
-        twice: bool = False,
     ) -> float | np.ndarray:
         """Operations of one example's forward and backward pass for the gradient of the tensors ``names``. ``rows``: of B's of which only
-        some rows are there, how many; they are all of one rank. ``skips``: layers that are left out. ``twice``: the gradient is to be
-        differentiated again, and nothing is computed again for it."""
-        whole = self._at(names, length, skips=skips, twice=twice)
+        some rows are there, how many; they are all of one rank. ``skips``: layers that are left out."""
+        whole = self._at(names, length, skips=skips)
         if not rows:
             return whole
         tall = sum(self.model.initial[n].shape[0] for n in rows)
         left_out = (tall - sum(rows.values())) / (tall - len(rows))
         return whole - left_out * (whole - self._at(names, length, frozenset(rows), skips))
+
+    def differentiable(self, names: frozenset[str], length: int | np.ndarray) -> float | np.ndarray:
+        """As :meth:`step`, of a gradient that is to be differentiated again: nothing is computed again for it."""
+        return self._at(names, length, what="differentiable")
+
+    def product(self, names: frozenset[str], length: int | np.ndarray) -> float | np.ndarray:
+        """Operations of the product of one example's Hessian by the tensors ``names`` with a vector, given a differentiable gradient."""
+        return self._at(names, length, what="product")
+
+    def by_embeddings(self, names: frozenset[str], length: int | np.ndarray) -> float | np.ndarray:
+        """Operations of one example's forward pass with the tensors ``names`` and backward pass to its input embeddings."""
+        return self._at(names, length, what="embeddings")
 
     def _at(
         self,
@@ -90,16 +105,16 @@ class Flops:
         length: int | np.ndarray,
         single: frozenset[str] = frozenset(),
         skips: frozenset[int] = frozenset(),
-        twice: bool = False,
+        what: What = "gradient",
     ) -> float | np.ndarray:
-        key = (names, single, skips, twice)
+        key = (names, single, skips, what)
         if key not in self._fits:
             with self.model.skipping(skips, self.model.dtype):
-                counts = [self._count(names, n, dict.fromkeys(single, 1), twice) for n in LENGTHS]
+                counts = [self._count(names, n, dict.fromkeys(single, 1), what) for n in LENGTHS]
             self._fits[key] = np.polyfit(np.array(LENGTHS, float), np.array(counts, float), 2)
         return np.polyval(self._fits[key], length)
 
-    def _count(self, names: frozenset[str], length: int, rows: Mapping[str, int] | None = None, twice: bool = False) -> int:
+    def _count(self, names: frozenset[str], length: int, rows: Mapping[str, int] | None = None, what: What = "gradient") -> int:
         """Counted, with the first so many ``rows``."""
         ids = torch.ones((1, length), dtype=torch.int64, device=self.model.device)
         one = torch.ones(1, device=self.model.device)
@@ -108,17 +123,29 @@ class Flops:
         some = {n: torch.arange(k) for n, k in (rows or {}).items()}
         own = {**self.model.initial, **(self.model.weights if any(map(is_beneath, names)) else {})}
         given = {n: own[n].to(self.model.device) for n in names}
-        given = {n: (t[: len(some[n])].clone() if n in some else t).requires_grad_(True) for n, t in given.items()}
+        by = {n: (t[: len(some[n])].clone() if n in some else t).requires_grad_(what != "embeddings") for n, t in given.items()}
         counter = FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: _packed_product})
         counter.mod_tracker = _NoModules()  # type: ignore[assignment]
-        with counter:
-            if given:
-                with SomeRows(given, some, self.model.initial) if some else nullcontext():
-                    loss = self.model.loss(given, batch, self.model.dtype, twice)
-                torch.autograd.grad(loss, list(given.values()), allow_unused=True)
-            else:
-                with torch.no_grad():
+        leaves = list(by.values())
+        match what:
+            case "embeddings":
+                start = self.model.embed(ids, self.model.dtype).detach().requires_grad_(True)
+                with counter:
+                    logits = self.model.forward(by, batch, self.model.dtype, start, layers=True)[0]
+                    torch.autograd.grad(self.model.weighted(logits, batch), start)
+            case "product":
+                loss = self.model.loss(by, batch, self.model.dtype, twice=True)
+                slopes = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+                with counter:
+                    torch.autograd.grad(slopes, leaves, [torch.ones_like(t) for t in slopes], allow_unused=True)
+            case _ if by:
+                with counter:
+                    with SomeRows(by, some, self.model.initial) if some else nullcontext():
+                        loss = self.model.loss(by, batch, self.model.dtype, twice=what == "differentiable")
+                    torch.autograd.grad(loss, leaves, allow_unused=True)
+            case _:
+                with counter, torch.no_grad():
                     self.model.forward({}, batch, self.model.dtype)
-        for tensor in given.values():
+        for tensor in leaves:
             tensor.requires_grad_(False)
         return int(counter.get_total_flops())

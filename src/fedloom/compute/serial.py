@@ -284,12 +284,12 @@ def cost(item: WorkItem, flops: Flops) -> tuple[float, int]:
             return float(np.sum(flops.step(frozenset(scored_names(item)), lengths))), 0
         case Sensitivity():
             longest, n = int(lengths[item.batch].max()), len(item.batch)
-            return n * float(flops.step(frozenset(item.at), longest) + flops.forward(longest)), 0
+            return n * float(flops.by_embeddings(frozenset(item.at), longest) + flops.forward(longest)), 0
         case Spectrum():
-            # a gradient that can be differentiated, products at twice its price, and a gradient and a product for every move
-            longest, n = int(lengths[item.batch].max()), len(item.batch)
-            passes = 1 + item.probes * (2 * item.steps + 3)
-            return passes * n * float(flops.step(frozenset(scored_names(item)), longest, twice=True)), 0
+            # a gradient that can be differentiated, one at the point, and of every probe its products, and one and a gradient for its move
+            longest, n, names = int(lengths[item.batch].max()), len(item.batch), frozenset(scored_names(item))
+            gradients = float(flops.differentiable(names, longest)) + (1 + item.probes) * float(flops.step(names, longest))
+            return n * (gradients + item.probes * (item.steps + 1) * float(flops.product(names, longest))), 0
         case Predict():
             return float(np.sum(flops.forward(lengths))) if len(lengths) else 0.0, 0
 

@@ -31,7 +31,6 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 
 from fedloom.client.client import Client
@@ -50,7 +49,7 @@ from fedloom.model.blocks import layer_of, layers
 from fedloom.seeds import derive_int
 from fedloom.server.masks import ROWS, completed
 from fedloom.server.participation import Pool, uniform
-from fedloom.server.sharing import Which, choose_gal, how_many
+from fedloom.server.sharing import Which, choose_gal, how_many, stays
 from fedloom.tensors import nbytes, only, without
 
 WARM_UP = -1000
@@ -197,6 +196,11 @@ class FibecFed:
         return not self.gal.refresh
 
     @property
+    def rounds_differ(self) -> bool:
+        """Before some rounds the GAL is chosen anew."""
+        return bool(self.gal.refresh)
+
+    @property
     def local(self) -> FedAvg:
         """Local training under this method's curriculum."""
         return replace(self.inner, curriculum=self.curriculum)
@@ -236,11 +240,13 @@ class FibecFed:
         gal = self.gal
         if self.gal.lossless or self.keep_lossless:
             without_gap = sum(not float(answer.tensors["prunable"][1]) for answer in answers)
-            gal, told = lossless_gal(self.gal, means["prunable"].numpy(), len(adapted))
+            gap = [replace(a, tensors=only(a.tensors, ["prunable"])) for a in answers if float(a.tensors["prunable"][1])]
+            share = sum(a.num_examples for a in gap) / sum(a.num_examples for a in answers)
+            gal, told = lossless_gal(self.gal, float(pool.mean(gap)["prunable"][0]) if gap else 0.0, share, len(adapted))
             told = self._tell_lossless(told, without_gap, len(answers), gal)
         chosen = choose_gal(scores, adapted, gal, pool.seed)
         yield from insist([ask(self.adopt, k, gal=chosen) for k in pool.clients])
-        kept = {n: t for n, t in shared.items() if n in head or layer_of(n) in chosen}
+        kept = {n: t for n, t in shared.items() if not stays(n, chosen)}
         told |= {} if head else {"difficulty_head": "none: the head is the language model's own"}
         facts = {"gal": chosen, "layer_scores": scores.tolist(), **self.curriculum.facts(pool.rounds), **told}
         if self.gal.refresh:
@@ -321,7 +327,7 @@ class FibecFed:
     def adopt(self, c: Client, task: Task) -> Work[Update]:
         """Step 3: the mask from warm-up Fisher; from here on ``private`` holds the local layers and nothing else."""
         chosen = set(task.settings["gal"])  # type: ignore[arg-type]
-        local = [n for n in c.private if is_factor(n) and layer_of(n) not in chosen]
+        local = [n for n in c.private if stays(n, chosen)]
         if set(local) == set(c.private):  # asked again because the answer was lost: this device has adopted already
             return Update(c.id, len(c.train))
         share = max(LEAST, 1 - float(c.memory["prunable"])) if self.keep_lossless and "prunable" in c.memory else self.keep
@@ -393,16 +399,14 @@ class FibecFed:
         return fisher
 
 
-def lossless_gal(gal: Gal, prunable: np.ndarray, adapted: int) -> tuple[Gal, dict[str, Any]]:
+def lossless_gal(gal: Gal, prunable: float, told: float, adapted: int) -> tuple[Gal, dict[str, Any]]:
     """``gal`` with the count that the spectra allow, if it is to be lossless, and what to tell of it.
 
-    ``prunable``: (Σ_k (n_k/n) m_k/d_k over the devices whose spectrum has a gap above 4ℒ_k, their share Σ n_k/n). The complement of the
-    devices' mean is the share of the ``adapted`` layers that become global, at least one. Where no device has such a gap, ``gal`` stays,
-    and nothing is told.
+    ``prunable``: the mean of m_k/d_k, as the pool's rule of aggregation has it, over the devices whose spectrum has a gap above 4ℒ_k;
+    ``told``: their share Σ n_k/n of all examples. The complement of the mean is the share of the ``adapted`` layers that become global, at
+    least one. Where no device has such a gap, ``gal`` stays, and nothing is told.
     """
-    total, told = (float(value) for value in prunable)
     if not told:
         return gal, {}
-    share = total / told
-    facts = {"prunable": share, "examples_on_devices_with_a_gap": told}
-    return replace(gal, count=max(1, math.ceil((1 - share) * adapted - 1e-9))) if gal.lossless else gal, facts
+    facts = {"prunable": prunable, "examples_on_devices_with_a_gap": told}
+    return replace(gal, count=max(1, math.ceil((1 - prunable) * adapted - 1e-9))) if gal.lossless else gal, facts

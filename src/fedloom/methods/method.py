@@ -18,11 +18,11 @@ from fedloom.compute.work import Predict
 from fedloom.messages import Flow, Task, Tensors, Update, Work, insist, on_client
 from fedloom.model.adapters import is_factor
 from fedloom.model.base import Model
-from fedloom.model.blocks import layer_of, layers
+from fedloom.model.blocks import layers
 from fedloom.server.controls import Controls
 from fedloom.server.optimizers import Steps
 from fedloom.server.participation import Pool
-from fedloom.server.sharing import GAL, choose_gal, how_many
+from fedloom.server.sharing import GAL, choose_gal, how_many, stays
 from fedloom.tensors import without
 
 
@@ -62,7 +62,7 @@ class Method(Protocol):
     One to which devices may come after its set-up says ``joins_late = True``: its server keeps nothing for each device, and what the set-up
     asked of all is what a device needs that comes later (``run/late.py``).
     One whose rounds cost what depends on the rounds before says ``rounds_differ = True``: it sends what has changed since a device was last
-    sent it, or has stages, or drops ranks. ``fedloom describe`` then plays all of them.
+    sent it, or has stages, or drops ranks, or chooses something anew. ``fedloom describe`` then plays all of them.
     One that trains something else than LoRA, or needs LoRA to start elsewhere than at zero, says so: ``adapter_kind = "full"``,
     ``adapter_start = "svd"``; an experiment may still say otherwise.
     """
@@ -118,17 +118,17 @@ def set_up(method: Method, model: Model, pool: Pool) -> Flow[State]:
     if pool.sharing.which == "random" or how_many(pool.sharing, len(adapted)) == len(adapted):
         scores = np.zeros(model.depth)
     else:
-        size = batch_size_of(method)
-        answers = yield from insist([Task("layer_scores", k, moved, {"batch_size": size}) for k in pool.clients])
+        answers = yield from insist([Task("layer_scores", k, moved, batch_of(method)) for k in pool.clients])
         scores = pool.mean(answers)["layer_scores"].numpy()
         facts["layer_scores"] = scores.tolist()
     chosen = choose_gal(scores, adapted, pool.sharing, pool.seed)
-    own = [n for n in state.shared if is_factor(n) and layer_of(n) not in chosen]
+    own = [n for n in state.shared if stays(n, chosen)]
     return replace(state, shared=without(state.shared, own), facts={**state.facts, **facts, GAL: chosen})
 
 
-def batch_size_of(method: Any) -> int:
-    """Examples a step in the method's local training, which is its own or that of the method that it holds.
+def batch_of(method: Any) -> dict[str, Any]:
+    """Examples a step in the method's local training, which is its own or that of the method that it holds, as settings of a task; and
+    whether a device takes fewer if its memory says so.
 
     Raises:
         ValueError: neither says.
@@ -140,7 +140,8 @@ def batch_size_of(method: Any) -> int:
                 f"'{method.name}' has no batch_size, by which layers are scored; give --share.which random, or leave --share out"
             )
         inner = inner.inner
-    return int(inner.batch_size)
+    by_memory = {"by_memory": True} if vars(inner).get("batch_by_memory") else {}
+    return {"batch_size": int(inner.batch_size), **by_memory}
 
 
 def one_round(method: Method, state: State, pool: Pool) -> Flow[State]:

@@ -33,6 +33,7 @@ from fedloom.model.asked import Asked
 from fedloom.model.calls import CALLS, Call, Shape
 from fedloom.model.cloze import Filler
 from fedloom.model.kernels import computes_bf16
+from fedloom.model.outputs import last_caught, of_layers
 from fedloom.model.packed import Mapped, Packed, Rows, Unpackable, Way, Weights, logits_of
 from fedloom.model.quantised import Base, Quantised, numbers, numbers_in_few
 from fedloom.model.recomputed import Recomputed
@@ -414,11 +415,12 @@ class Model:
             given["token_type_ids"] = self.kinds_of(segments)
         if layers:
             given["output_hidden_states"] = True
-        with self._recomputing(module).forward() if self.recomputes and not twice else nullcontext():
+        again = self._recomputing(module).forward() if self.recomputes and not twice else nullcontext()
+        with again, last_caught(module, self.depth) if layers else nullcontext([]) as caught:
             out = functional_call(module, dict(named), (), given)
         logits = logits_of(out)
         logits = logits[:, self.pooled] if logits.dim() > 2 and not self.reads_many else logits
-        return logits.float(), tuple(out.hidden_states[1:]) if layers else ()
+        return logits.float(), of_layers(out.hidden_states, caught) if layers else ()
 
     def _recomputing(self, module: nn.Module) -> Recomputed:
         """What computes the module's layers again.

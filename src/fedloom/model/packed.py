@@ -33,6 +33,7 @@ from fedloom.model import dropout
 from fedloom.model.kernels import Frozen, gelu, owned_linear, packable, ragged_attention
 from fedloom.model.layout import Attention, Owners
 from fedloom.model.modes import Mode, entered
+from fedloom.model.outputs import last_caught, of_layers
 from fedloom.model.recomputed import Recomputed
 from fedloom.model.texts import FILL, Texts, filled, padded
 
@@ -287,7 +288,7 @@ class Packed:
         if trims:
             stacks[0][-1].register_forward_pre_hook(self._before_last, with_kwargs=True)
         stacks[0][-1].register_forward_hook(self._after_last)
-        self._ids, self._given = torch.zeros(1, 1, dtype=torch.int64), None
+        self.depth, self._ids, self._given = depth, torch.zeros(1, 1, dtype=torch.int64), None
         self.recomputed = Recomputed(self.module, depth, int(trims)) if recomputes else None
         names = [(name, id(parameter)) for name, parameter in self.module.named_parameters(remove_duplicate=False)]
         times = Counter(of for _, of in names)
@@ -330,11 +331,12 @@ class Packed:
         if embeddings is not None:
             self._given = functional.pad(embeddings, (0, 0, 0, total - embeddings.shape[1]))
         again = nullcontext() if self.recomputed is None else self.recomputed.forward()
-        with Pass(layout, self.weights, self.rate if texts.keys is not None else 0.0, tensors), again:
+        catching = last_caught(self.module, self.depth) if layers else nullcontext([])
+        with Pass(layout, self.weights, self.rate if texts.keys is not None else 0.0, tensors), again, catching as caught:
             call = {**given, "output_hidden_states": layers}
             out = functional_call(self.module, dict(tensors), (), call, tie_weights=not self.tied.isdisjoint(tensors))
         self._given = None
-        hidden = (h.flatten(0, -2) for h in out.hidden_states[1:]) if layers else ()
+        hidden = (h.flatten(0, -2) for h in of_layers(out.hidden_states, caught)) if layers else ()
         real = slice(0, int(given_texts.reads.sum()))
         logits = logits_of(out).float()
         return (logits[:, 0] if logits.dim() > 2 else logits)[real], tuple((h if len(h) == count else h[read])[real] for h in hidden)

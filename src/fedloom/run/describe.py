@@ -181,7 +181,8 @@ def played(world: World) -> Played:
     """Play an experiment whose ``world`` has a compute that counts (``pretended.py``). What a method asks of its devices follows from what
     is chosen in its set-up, and the first and the last round tell it; one that ``rounds_differ`` is played through."""
     e, method, fleet = world.experiment, world.experiment.method, world.fleet
-    through = bool(vars(type(method)).get("rounds_differ")) or e.controls or e.mask.keep < 1  # the first round is another
+    differ = "rounds_differ" in vars(type(method)) and bool(method.rounds_differ)  # type: ignore[attr-defined]
+    through = differ or e.controls or e.mask.keep < 1  # the first round is another
     engine = Counting(world) if through else world.engine(ClientStore(None))
     setup, rounds, steps = Section(fleet), list[Section](), Counter[str]()
 

@@ -37,6 +37,7 @@ class Section:
     device_seconds: float = 0.0
     losses: list[tuple[float, int]] = field(default_factory=list)
     answered: list[int] = field(default_factory=list)
+    trained: set[int] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
 
     def hear(self, tasks: Sequence[Task], replies: Replies) -> None:
@@ -49,7 +50,8 @@ class Section:
         self.device_seconds += round_seconds(self.fleet, costs)
         told = ((u.metrics.get("loss"), u.num_examples) for u in replies.updates)
         self.losses += [(float(loss), count) for loss, count in told if isinstance(loss, int | float) and count > 0]
-        self.answered += [u.client for u in replies.updates]
+        self.answered = list(dict.fromkeys([*self.answered, *(u.client for u in replies.updates)]))
+        self.trained |= {t.client for t in replies.traffic if t.examples}
         self.failed |= {str(f.client): f.reason for f in replies.failures}
 
     def begin(self, clients: Sequence[int], flops: float) -> None:
@@ -152,7 +154,7 @@ class Ledger:
         for name in ("bytes_up", "bytes_down", "examples", "flops", "host_seconds", "device_seconds"):
             self.totals[name] += row[name]
         self.totals["peak_rss_bytes"] = max(self.totals["peak_rss_bytes"], row["peak_rss_bytes"])
-        for client in set(section.answered):
+        for client in section.trained.intersection(section.answered):  # who was only asked for scores took no part
             self.totals["participations"][str(client)] = self.totals["participations"].get(str(client), 0) + 1
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

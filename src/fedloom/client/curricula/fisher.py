@@ -35,7 +35,8 @@ class ByFisher:
         pacing: how the share grows between them.
         granularity: sort fixed batches, or sort examples and then cut.
         refresh: score anew at the current model when the scores are this many rounds old (0: never).
-        over: whose gradient is the score: the adapter's alone, or that of all that is trained, the head too (frozen weights never).
+        over: whose gradient is the score: the adapter's alone, or that of the head too; never the base model's. Of the adapter it is
+            all that the device's model has, also what its method holds fixed (FFA-LoRA's A) and rows that FibecFed's mask leaves out.
     """
 
     name: ClassVar[str] = "fisher"
