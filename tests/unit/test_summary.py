@@ -167,9 +167,11 @@ def test_what_was_there_before_the_first_round_saves_nothing(tmp_path: Path) -> 
 
 
 def test_the_score_before_the_first_round_is_told_with_what_the_rounds_brought(tmp_path: Path) -> None:
-    """Of local the second seed was not evaluated there, of lora neither was."""
+    """Of local the second seed was not evaluated there, of lora neither was: the one's rows begin with the fifth round."""
     ended = ended_in(tmp_path)
-    for name, t in (("lora-seed1", 0), ("lora-seed2", 0), ("local-seed2", 0)):
+    path = tmp_path / "lora-seed1" / "rounds.jsonl"
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["round"] >= 5))
+    for name, t in (("lora-seed2", 0), ("local-seed2", 0)):
         path = tmp_path / name / "rounds.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         rows[t]["personalised"] = rows[t]["global"] = None
@@ -213,6 +215,12 @@ def test_a_second_reading_is_of_the_devices_that_took_part(tmp_path: Path) -> No
     lora_only = {name: how for name, how in ended.items() if name != "local-seed2"}
     part = summarise(PLAN, lora_only, lambda run: tmp_path / run.name, "lora")["cases"][0]["took_part"]
     assert (part["method"], part["against"], set(part["scores"])) == ("lora", {}, {"lora"}), "who lacks a seed is left out"
+    for everywhere in (1, 0):  # local drew every device, or has no devices: lora decides
+        for name, how in ended.items():
+            for device in how.results["per_device"] if name.startswith("local") else ():  # type: ignore[index]
+                device["participations"] = everywhere
+        found = summarise(PLAN, ended, lambda run: tmp_path / run.name, "lora")["cases"][0]["took_part"]
+        assert found["devices"] == {"1": 2, "2": 2}
     for how in ended.values():  # the other device too: of nobody it is left
         how.results["per_device"][1]["participations"] = 0  # type: ignore[index]
     assert summarise(PLAN, ended, lambda run: tmp_path / run.name, "lora")["cases"][0]["took_part"]["devices"] == {"1": 1, "2": 1}
