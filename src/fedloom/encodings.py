@@ -142,18 +142,19 @@ class Encoding:
     # ---- up -------------------------------------------------------------------------------------------------------------------
 
     def up(self, update: Update, task: Task, unsent: Tensors) -> tuple[Update, dict[str, torch.Tensor]]:
-        """The update as it travels, and what was not sent of it. ``task``: as the device saw it. ``unsent``: of before, by name.
+        """The update as it travels, and what was not sent of it. ``task``: as the device saw it. ``unsent``: of before, by name; of what
+        is sent whole now, because the device was not sent it, nothing is owed any more.
 
         Raises:
             WireError: it holds NaN or infinity.
         """
         names = [] if self.exact else sorted(n for n, t in update.tensors.items() if _changed(t, task.tensors.get(n)))
+        left = {n: t for n, t in unsent.items() if n in task.tensors or n not in update.tensors}
         if not names:
-            return update, dict(unsent)
+            return update, left
         change = _joined(update.tensors, names) - _joined(task.tensors, names)
         if not bool(torch.isfinite(change).all()):
             raise WireError("the update holds NaN or infinity; training diverged (a lower lr is the usual mend)")
-        left = dict(unsent)
         if self.name == "top-k":
             owed = [unsent[n] if _changed(update.tensors[n], unsent.get(n)) else torch.zeros_like(update.tensors[n]) for n in names]
             change = change + torch.cat([t.reshape(-1) for t in owed])

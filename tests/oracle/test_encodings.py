@@ -158,6 +158,16 @@ def test_error_feedback_sends_everything_in_the_end() -> None:
     assert torch.allclose(total / 400, change, atol=0.03)
 
 
+def test_of_what_is_handed_over_whole_nothing_is_owed_any_more() -> None:
+    """A layer that a device had kept and now hands over (FibecFed's next GAL) is all there; what was left of an earlier change to it is of
+    another way that it went. Of what the device was sent, and of what it says nothing, it still owes."""
+    encoding, owed = Encoding.of("top-k:0.1"), {n: torch.ones(20) for n in "xyz"}
+    handed, left = encoding.up(Update(0, 1, {"x": torch.zeros(20)}), Task("hand_over", 0), owed)
+    assert set(left) == {"y", "z"} and torch.equal(handed.tensors["x"], torch.zeros(20))
+    _, left = encoding.up(Update(0, 1, {"x": torch.zeros(20), "y": torch.ones(20)}), Task("train", 0, {"y": torch.zeros(20)}), owed)
+    assert set(left) == {"y", "z"} and not torch.equal(left["y"], owed["y"])
+
+
 @pytest.mark.parametrize(("name", "most"), [("bf16", 0.501), ("fp16", 0.501), ("int8", 0.255), ("nf4", 0.142), ("top-k:0.05", 0.101)])
 def test_bytes(name: str, most: float) -> None:
     sent, encoding = {"x": torch.randn(200, 300)}, Encoding.of(name)
