@@ -58,6 +58,7 @@ class FedEven:
 
     name: ClassVar[str] = "fedeven"
     paper: ClassVar[str] = "this project's own; logit adjustment 2007.07314"
+    joins_late: ClassVar[bool] = True
 
     inner: FedAvg = field(default_factory=FedAvg)
     smoothing: float = 1.0
