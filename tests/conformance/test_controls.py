@@ -85,14 +85,20 @@ def test_a_method_that_cannot_be_corrected_says_so_before_it_trains(name: str) -
         Played(METHODS[name], POOL)
 
 
-def test_scaffold_is_lora_with_controls() -> None:
-    mine, theirs = Played(METHODS["scaffold"], replace(POOL, controls=False)), Played(FedAvg(), POOL)
+@pytest.mark.parametrize("rule", ["none", "adam", "momentum"])
+def test_scaffold_is_lora_with_controls(rule: Any) -> None:
+    """Whatever the server does with the model, c is the mean of the devices' own: eq. (5) takes no step of an optimiser."""
+    pool = replace(POOL, optimizer=ServerStep(rule).optimizer)
+    mine, theirs = Played(METHODS["scaffold"], replace(pool, controls=False)), Played(FedAvg(), pool)
     for _ in range(3):
         mine.round()
         theirs.round()
-    for kind in ("shared", "controls"):
+        for n, c in mine.state.controls.items():
+            mean = sum(own(mine)[k].get(n, torch.zeros_like(c)) for k in POOL.clients) / len(POOL.clients)
+            torch.testing.assert_close(c, mean, atol=1e-6, rtol=1e-4)
+    for kind in ("shared", "controls", "moments"):
         a, b = (getattr(here.state, kind) for here in (mine, theirs))
-        assert set(a) == set(b) and a and all(torch.equal(t, b[n]) for n, t in a.items())
+        assert set(a) == set(b) and (a or kind == "moments") and all(torch.equal(t, b[n]) for n, t in a.items())
 
 
 @pytest.mark.parametrize(("name", "rule"), [("fibecfed", "none"), ("fedsa", "adam")])
@@ -113,6 +119,9 @@ def test_a_run_of_before_does_not_go_on_with_other_controls() -> None:
     here = Played(METHODS["scaffold"], replace(POOL, controls=False))
     here.state = replace(here.state, server={"control/x": torch.zeros(1)})
     with pytest.raises(ValueError, match="was begun when controls were gradients at the start of a round; give another --out"):
+        here.round()
+    here.state = replace(here.state, server={}, moments={"m/control/x": torch.zeros(1)})
+    with pytest.raises(ValueError, match="was begun when the server's optimiser stepped the controls too; give another --out"):
         here.round()
 
 

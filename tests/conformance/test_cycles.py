@@ -166,7 +166,7 @@ SUBSET = experiment(FedCyBGD(subset=0.5), rounds=5)
 SMALLER = experiment(FedCyBGD(drop=0.5, prune=0.3, rest="nf4"), rounds=5, wire="int8")
 
 
-STAGES, OTHERS = (small.experiment(name, rounds=3, evaluate_every=0) for name in ("slora", "fedalt"))
+STAGES, OTHERS, MOVING = (small.experiment(name, rounds=3, evaluate_every=0) for name in ("slora", "fedalt", "deltalora"))
 ASKED = {
     "fedcybgd": experiment(),
     "fedbavg": FEDBAVG,
@@ -174,6 +174,7 @@ ASKED = {
     "smaller, in fewer bits": SMALLER,
     "slora": STAGES,
     "fedalt": OTHERS,
+    "deltalora": MOVING,
 }
 
 

@@ -19,7 +19,7 @@ from fedloom.compute.work import Predict
 from fedloom.data.shards import write_shards
 from fedloom.data.tasks import DataError
 from fedloom.engines.local import Local
-from fedloom.messages import Replies, Task, Traffic, Update
+from fedloom.messages import Replies, Task, Traffic, Update, ask
 from fedloom.methods import all_methods
 from fedloom.model.spans import SECOND
 from fedloom.run import evaluation
@@ -154,6 +154,18 @@ def test_what_is_exported_finds_the_same_in_the_library(merge: bool, tmp_path: P
             out = library(input_ids=ids, token_type_ids=segments & SECOND)
         first, last = int(made[i, 2]), int(made[i, 3])
         assert float(out.start_logits[0, first] + out.end_logits[0, last]) == pytest.approx(float(made[i, 1]), abs=1e-4)
+
+
+def test_a_device_counts_by_its_windows_and_is_dealt_and_scored_by_questions(tmp_path: Path) -> None:
+    asked = experiment(max_length=16)
+    results, world = run(asked, tmp_path / "run", plain=True), build(asked)
+    devices, shards = results["per_device"], world.partition.shards("train")
+    client = world.device(0)
+    said = Local(world.host(store_in(tmp_path / "store")), 4).run([ask(asked.method.train, 0, world.model.initial, round=0)])
+    assert said.updates[0].num_examples == len(client.train) == devices[0]["train"]
+    assert sum(d["train"] for d in devices) == len(world.splits["train"]) > 40 == sum(sum(d["labels"]) for d in devices)
+    assert [sum(d["labels"]) for d in devices] == [len(rows) for rows in shards] != [d["train"] for d in devices]
+    assert sum(d["test"] for d in devices) == 12 < len(world.splits["test"])
 
 
 def test_skew_by_article_by_column_and_by_size() -> None:

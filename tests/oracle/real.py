@@ -191,12 +191,12 @@ def compute(kind: Kind) -> Compute:
 
 
 @cache
-def run(method: Method, kind: Kind, pool: Pool = POOL) -> Run:
-    """Set-up, ``pool.rounds`` rounds and the personal predictions of a real method."""
-    return watch(method, compute(kind), pool)
+def run(method: Method, kind: Kind, pool: Pool = POOL, missed: tuple[int, ...] = ()) -> Run:
+    """Set-up, ``pool.rounds`` rounds and the personal predictions of a real method. To rounds that are ``missed`` too few devices came."""
+    return watch(method, compute(kind), pool, missed=missed)
 
 
-def watch(method: Method, on: Compute, pool: Pool, of: Model | None = None) -> Run:
+def watch(method: Method, on: Compute, pool: Pool, of: Model | None = None, missed: tuple[int, ...] = ()) -> Run:
     """As ``run``, on any compute, which is that of ``of`` if given."""
     store, watched = ClientStore(), Watched(on)
     fresh = lambda k: replace(devices()[k], private={}, memory={})  # noqa: E731
@@ -206,7 +206,9 @@ def watch(method: Method, on: Compute, pool: Pool, of: Model | None = None) -> R
     for t in range(pool.rounds + 1):
         kept = {k: deepcopy(store.load(k)) for k in pool.clients}
         held.append({k: replace(devices()[k], private=own, memory=memory) for k, (own, memory) in kept.items()})
-        if t < pool.rounds:
+        if t in missed:
+            states.append(replace(states[-1], round=t + 1))
+        elif t < pool.rounds:
             states.append(drive(one_round(method, states[-1], pool), engine))
     said = drive(pool.sharing.over(predictions(method, states[-1], pool), states[-1].facts), engine)
     logits = {update.client: dict(update.tensors) for update in said}

@@ -340,6 +340,25 @@ def test_slora(kind: real.Kind) -> None:
     assert_predicts(made, dict.fromkeys(EVERYBODY, last))
 
 
+@pytest.mark.parametrize("missed", [(1,), (1, 2), (0, 1)])
+def test_slora_trains_pairs_from_round_r_1_on_also_if_the_round_before_was_missed(missed: tuple[int, ...]) -> None:
+    """t ≥ R_1: LoRA, from the SVD of what W has become until then; from LoRA's own start if it has not moved."""
+    method = SLora(real.INNER, first=0.5, density=0.1, sparse_lr=0.01)
+    pool = replace(ONE_SEED, rounds=4)  # R_1 = 2
+    made = real.run(method, "stacked", pool, missed)
+    stages = [op for t, op in enumerate(("tune", "tune", "train", "train")) if t not in missed]
+    assert [exchange.op for exchange in made.exchanges] == [*stages, "predict"]
+    moved, own = real.arrays(made.states[2].shared), real.start()
+    sent = real.arrays(next(iter(made.asked("train")[0].down.values())).tensors)
+    assert set(sent) == set(own) and not made.states[4].server
+    for n, w in pretrained().items():
+        change, a, b = np.zeros(w.size), n.replace("base_layer", "lora_A"), n.replace("base_layer", "lora_B")
+        change[method.places(n, torch.from_numpy(w), pool.seed).numpy()] = moved[f"moved/{n}"]
+        u, s, vt = np.linalg.svd(change.reshape(w.shape))
+        np.testing.assert_allclose(S * sent[b] @ sent[a], u[:, :2] * s[:2] @ vt[:2], atol=2e-3)
+        assert change.any() == (missed != (0, 1)) == (not np.array_equal(sent[a], own[a]))
+
+
 @kinds
 def test_scaffold(kind: real.Kind) -> None:
     """Every local step's gradient is g − c_k + c; c_k becomes the mean of its steps' g; c moves by 1/K of what the cohort's moved."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from fedloom.methods.fedeven import FedEven, unevenness, weight
+from fedloom.methods.prior import label_prior
 from tests.oracle import real
 from tests.oracle.numpy_training import aggregate, train
 from tests.oracle.test_baselines import COHORTS, EVERYBODY, epochs, kinds, logits
@@ -82,6 +86,18 @@ def test_a_device_counts_as_far_as_its_prior_errs(counts: list[int], due: int) -
     prior = torch.tensor(counts, dtype=torch.float64) + 1e-9
     found = weight((prior / prior.sum()).log(), sum(counts))
     assert found == max(due, 1)
+
+
+def test_what_the_page_says_of_a_device_of_one_label() -> None:
+    """By the formulas, at the default ε: λ, and m/n of one label only and of even ones, to the digits that docs/methods.md has."""
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+), (\d+) \| (\.\d\d) \| (\.\d\d) \| (\.\d\d) \|$", page, re.MULTILINE)
+    assert len(rows) == 4
+    for classes, n, *told in ((int(c), int(n), *map(float, told)) for c, n, *told in rows):
+        one = np.array([n + 1.0] + [1.0] * (classes - 1)) / (n + classes)
+        assert told == pytest.approx([1 + (one * np.log(one)).sum() / np.log(classes), 1 - (one**2).sum(), 1 - 1 / classes], abs=0.005)
+        found = label_prior(np.zeros(n, np.int64), classes, FedEven().smoothing).log()
+        assert told[:2] == pytest.approx([unevenness(found), weight(found, n) / 1000 / n], abs=0.005)
 
 
 @pytest.mark.parametrize("settings", [{"smoothing": 0.0}, {"smoothing": float("nan")}, {"epochs": -1}])

@@ -60,6 +60,7 @@ class DeltaLora:
 
     name: ClassVar[str] = "deltalora"
     paper: ClassVar[str] = "Delta-LoRA 2309.02411"
+    rounds_differ: ClassVar[bool] = True
 
     inner: FedAvg = field(default_factory=FedAvg)
     ratio: float = 2.0

@@ -11,14 +11,18 @@ Under label skew much of what a device learns is which labels it has. Devices pu
 of none of them. Here the prior explains it, so it does not enter w: z tends to log p(x|c), which all devices agree on, and Bayes' rule
 with the device's own prior gives its own best prediction back.
 
-1 − Σ_c π_k[c]² is how often the prior alone errs, and so the mean size of the gradient that it leaves: small where there is one label only,
-which says next to nothing about what sets labels apart. AdamW's steps are as long however small the gradient, and with weights n_k such
-devices move the shared model's threshold to and fro by what labels a cohort happens to have. m_k gives the gradient's size back.
+1 − Σ_c π_k[c]² is how often a label drawn from the prior is not the one that is due, where labels are as the prior says, and so the mean
+size of the gradient that the prior leaves. π_k is smoothed: for a device of one label only that tends to 0 as n_k grows against C·ε, as it
+should, for one label says little about what sets labels apart; a few examples hardly tell that labels are uneven, and count nearly as even
+ones do. AdamW's steps are as long however small the gradient, and with weights n_k devices of one label move the shared model's threshold
+to and fro by what labels a cohort happens to have. m_k gives the gradient's size back.
 
-What a device learns for itself beyond the others counts as far as its labels are uneven (λ_k: 0 where they are even, towards 1 where there
-is one label only): few and even examples mislead more than they tell. Traffic and rounds are those of plain federated LoRA, and there is no
-set-up: a device counts its labels whenever it needs to. The server learns m_k of them and nothing else. Every personalised evaluation pays
-for u^k, as that of ``lora-finetuned`` does.
+What a device learns for itself beyond the others counts as far as its labels are uneven, again by the smoothed prior (λ_k: 0 where they are
+even; where there is one label only towards 1 as n_k grows against C·ε): few and even examples mislead more than they tell. Traffic and
+rounds are those of plain federated LoRA, and there is no set-up: a device counts its labels whenever it needs to. Of its training labels a
+message tells m_k, besides what the trained tensors give away. Evaluation is another message: in a real federation a device tells its
+held-out examples counted by true and predicted class (``run/device.py``), and their labels are spread much as those that it trains on.
+Every personalised evaluation pays for u^k, as that of ``lora-finetuned`` does.
 
 The parts: softmax under the prior is logit adjustment (Menon et al., 2007.07314, eq. 10, there for one imbalanced set); a margin by label
 counts on each device is FedLC's (2209.00189), which has another form, n^(−1/4), and no personalised prediction. The prior at prediction
@@ -54,6 +58,7 @@ class FedEven:
 
     name: ClassVar[str] = "fedeven"
     paper: ClassVar[str] = "this project's own; logit adjustment 2007.07314"
+    joins_late: ClassVar[bool] = True
 
     inner: FedAvg = field(default_factory=FedAvg)
     smoothing: float = 1.0
@@ -112,7 +117,7 @@ class FedEven:
 
 
 def unevenness(log_prior: torch.Tensor) -> float:
-    """λ = 1 − H(π) / log C of log π (C,): 0 where all labels are alike, towards 1 where there is one only."""
+    """λ = 1 − H(π) / log C of log π (C,): 0 where all labels are as likely, towards 1 as one is certain."""
     log_p = log_prior.double()
     return float(1 + (log_p.exp() * log_p).sum() / math.log(len(log_p)))
 

@@ -19,6 +19,7 @@ class FedFFT(FedAvg):
 
     name: ClassVar[str] = "fedfft"
     paper: ClassVar[str] = "FedAvg 1602.05629 of all weights; FedFFT in FeDeRA 2404.18848"
+    joins_late: ClassVar[bool] = True
     adapter_kind: ClassVar[str] = "full"
 
     lr: float = 2e-4
@@ -30,6 +31,7 @@ class FedBF(FedAvg):
 
     name: ClassVar[str] = "fedbf"
     paper: ClassVar[str] = "BitFit 2106.10199 in FedAvg 1602.05629; FedBF in FeDeRA 2404.18848"
+    joins_late: ClassVar[bool] = True
     adapter_kind: ClassVar[str] = "bitfit"
 
 
@@ -39,4 +41,5 @@ class FedAP(FedAvg):
 
     name: ClassVar[str] = "fedap"
     paper: ClassVar[str] = "Houlsby 1902.00751 in FedAvg 1602.05629; FedAP in FeDeRA 2404.18848"
+    joins_late: ClassVar[bool] = True
     adapter_kind: ClassVar[str] = "houlsby"

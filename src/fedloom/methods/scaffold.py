@@ -26,7 +26,7 @@ from fedloom.messages import Flow, Task, Tensors, Update, Work, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
-from fedloom.server.controls import Controls
+from fedloom.server.controls import CONTROL, Controls
 from fedloom.server.participation import Pool
 
 
@@ -65,6 +65,8 @@ class Scaffold:
         """
         if state.server:
             raise ValueError("this run of 'scaffold' was begun when controls were gradients at the start of a round; give another --out")
+        if any(n.split("/", 1)[1].startswith(CONTROL) for n in state.moments):
+            raise ValueError("this run of 'scaffold' was begun when the server's optimiser stepped the controls too; give another --out")
         controls = Controls(state.controls, pool)
         after = yield from controls.over(self.inner.round(state, pool))
         return replace(after, controls=controls.value())

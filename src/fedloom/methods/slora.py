@@ -85,12 +85,17 @@ class SLora:
         return replace(state, facts={**state.facts, "seed": pool.seed})
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
-        """FedAvg of what is shared; after R_1 rounds what moved becomes the pairs' start."""
+        """FedAvg of what is shared; after R_1 rounds, missed ones too, what moved becomes the pairs' start."""
+        state = self.staged(state, pool)  # the round before may have been missed
         cohort, mean = uniform(pool, state.round), pool.average(state.shared)
         op = self.tune if any(n.startswith(MOVED) for n in state.shared) else self.train
         yield Asking([ask(op, k, state.shared, **self.inner.clock(state.round, pool)) for k in cohort], mean.take)
-        after = state.after_round(mean.value())
-        return self.begun(after, pool.seed) if after.round == -int(-self.first * pool.rounds // 1) else after
+        return self.staged(state.after_round(mean.value()), pool)
+
+    def staged(self, state: State, pool: Pool) -> State:
+        """The state in the stage that its round is of, t < R_1 or t ≥ R_1."""
+        first = any(n.startswith(MOVED) for n in state.shared)
+        return self.begun(state, pool.seed) if first and state.round >= -int(-self.first * pool.rounds // 1) else state
 
     def begun(self, state: State, seed: int) -> State:
         """The second stage's start."""

@@ -61,7 +61,7 @@ class Section:
 
     @property
     def loss(self) -> float | None:
-        """Mean training loss, weighted by the clients' numbers of examples; None if nobody told one."""
+        """Mean training loss, weighted by what the devices weigh (their examples; FedEven's m_k); None if nobody told one."""
         if not self.losses:
             return None
         values, weights = zip(*self.losses, strict=True)

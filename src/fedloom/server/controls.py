@@ -5,8 +5,8 @@
 Each round's tasks that are told the round, which are those that train, bring c for the tensors that they bring (a tensor of which nothing
 is known yet has c = 0, which does not travel). Each update brings c + c_k+ − c_k, so that on a wire with a loss, and for a rule, what moved
 is a change like any other. These are aggregated by the experiment's rule, all devices alike; with the mean, c is the mean of all devices'
-c_k, 0 of a device that never took part. A tensor that was not trained in a round, or is no longer sent, keeps its c, as every device keeps
-its c_k. The device's half: ``client/controls.py``.
+c_k, 0 of a device that never took part. A server optimiser steps the model and never c. A tensor that was not trained in a round, or is no
+longer sent, keeps its c, as every device keeps its c_k. The device's half: ``client/controls.py``.
 
 It does not know methods: their rounds pass through it.
 """
@@ -38,7 +38,7 @@ class Controls:
 
     def __init__(self, common: Tensors, pool: Pool) -> None:
         self.common, self.devices, self._answered = common, len(pool.clients), 0
-        self._mean = pool.average({f"{CONTROL}{n}": t for n, t in common.items()})
+        self._mean = replace(pool, steps=None).average({f"{CONTROL}{n}": t for n, t in common.items()})
 
     def over(self, flow: Flow[T]) -> Flow[T]:
         """The same round, whose devices correct their gradients."""
