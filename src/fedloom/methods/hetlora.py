@@ -6,12 +6,15 @@
     prune:   r_k <- ⌊γ·r_k⌋ if that sum is smaller than it came              the device's rank from then on
     up:      the pair; the server pads it with zeros to rank r
     A, B  <- Σ_{k in S_t} S_k A^k / Σ S_j (B alike),   S_k = ‖B^k A^k‖_F over all pairs
+             in the directions that any of S_t sent; the others stay as they are
 
 Devices whose update is large weigh more, whatever they hold. ``penalty = 0`` leaves the ranks as they were given. γr_k is rounded down, and
 a device of rank 1 stays one.
 
-Deviations: the task head is averaged by numbers of examples, as FedAvg does; s = alpha/r is that of the adapter's rank on every device;
-AdamW, fresh at each participation, and the gradient that is clipped is the whole sum's.
+Deviations: directions that no device of a cohort sent stay as they were, where padded pairs would make them zero: ∂A = s·BᵀG and
+∂B = s·GAᵀ, so what is zero in A and in B learns on no device ever again. The task head is averaged by numbers of examples, as FedAvg does;
+s = alpha/r is that of the adapter's rank on every device; AdamW, fresh at each participation, and the gradient that is clipped is the whole
+sum's.
 """
 
 from __future__ import annotations
@@ -83,20 +86,21 @@ class HetLora:
         return replace(state, server={**state.server, "ranks": ranks})
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
-        """S_t trains, each at its rank; pairs are padded and averaged by the size of their products."""
+        """S_t trains, each at its rank; pairs are padded and averaged by the size of their products, as far as any of them reaches."""
         whole, ranks, clock = rank_in(state.shared), state.server["ranks"].clone(), self.inner.clock(state.round, pool)
         place = {k: i for i, k in enumerate(pool.clients)}
-        pairs, heads = Mean(), Average()
+        pairs, heads, sent = Mean(), Average(), set[int]()
 
         def take(update: Update) -> Update:
             mine = only(update.tensors, list(filter(is_factor, update.tensors)))
             ranks[place[update.client]] = rank_in(mine)
+            sent.add(rank_in(mine))
             pairs.add(size(mine), widened(mine, whole))
             return heads.take(replace(update, tensors=without(update.tensors, mine)))
 
         cohort = uniform(pool, state.round)
         yield Asking([ask(self.train, k, cut(state.shared, int(state.server["ranks"][place[k]])), **clock) for k in cohort], take)
-        made = pool.stepped(state.shared, {**heads.value(), **pairs.value()})
+        made = pool.stepped(state.shared, {**heads.value(), **with_rest(pairs.value(), state.shared, max(sent))})
         return replace(state, server={**state.server, "ranks": ranks}).after_round(made)
 
     @on_client
@@ -127,6 +131,15 @@ class HetLora:
         return state.shared
 
     predict = predict
+
+
+def with_rest(pairs: Tensors, before: Tensors, rank: int) -> dict[str, torch.Tensor]:
+    """The first ``rank`` directions of these pairs, with those behind them that they had before."""
+    made = {}
+    for name, tensor in cut(pairs, rank).items():
+        down = is_down(name)
+        made[name] = torch.cat([tensor, before[name][rank:] if down else before[name][:, rank:]], 0 if down else 1)
+    return made
 
 
 def tail(tensors: Tensors, rank: int) -> torch.Tensor:
