@@ -18,7 +18,7 @@ devices move the shared model's threshold to and fro by what labels a cohort hap
 What a device learns for itself beyond the others counts as far as its labels are uneven (λ_k: 0 where they are even, towards 1 where there
 is one label only): few and even examples mislead more than they tell. Traffic and rounds are those of plain federated LoRA, and there is no
 set-up: a device counts its labels whenever it needs to. The server learns m_k of them and nothing else. Every personalised evaluation pays
-for u^k, as that of ``lora-finetuned`` does.
+for u^k, as that of ``lora-finetuned`` does. Under ``--mask.keep`` u^k has all rows trained: a mask is of the rounds (decision 0042).
 
 The parts: softmax under the prior is logit adjustment (Menon et al., 2007.07314, eq. 10, there for one imbalanced set); a margin by label
 counts on each device is FedLC's (2209.00189), which has another form, n^(−1/4), and no personalised prediction. The prior at prediction
