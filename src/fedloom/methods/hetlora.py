@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -29,7 +30,7 @@ from fedloom.client.client import Client
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
-from fedloom.model.adapters import is_down, is_factor, need_pairs, partner, widened
+from fedloom.model.adapters import is_down, is_factor, is_up, need_pairs, partner, widened
 from fedloom.model.base import Model
 from fedloom.model.factors import cut, need_ranks, need_zero_start, products, quarters, rank_in, rank_of
 from fedloom.server.aggregation import Average
@@ -98,8 +99,11 @@ class HetLora:
             pairs.add(size(mine), widened(mine, whole))
             return heads.take(replace(update, tensors=without(update.tensors, mine)))
 
-        cohort = uniform(pool, state.round)
-        yield Asking([ask(self.train, k, cut(state.shared, int(state.server["ranks"][place[k]])), **clock) for k in cohort], take)
+        tasks = []
+        for k in uniform(pool, state.round):
+            rank = int(ranks[place[k]])
+            tasks.append(replace(ask(self.train, k, cut(state.shared, rank), **clock), complete=partial(padded, rank=rank)))
+        yield Asking(tasks, take)
         made = pool.stepped(state.shared, {**heads.value(), **with_rest(pairs.value(), state.shared, max(sent))})
         return replace(state, server={**state.server, "ranks": ranks}).after_round(made)
 
@@ -140,6 +144,18 @@ def with_rest(pairs: Tensors, before: Tensors, rank: int) -> dict[str, torch.Ten
         down = is_down(name)
         made[name] = torch.cat([tensor, before[name][rank:] if down else before[name][:, rank:]], 0 if down else 1)
     return made
+
+
+def padded(tensors: Tensors, rank: int) -> dict[str, torch.Tensor]:
+    """Pairs with zeros up to the rank at which they were sent.
+
+    Raises:
+        ValueError: they have more directions, none, or not all as many.
+    """
+    left = rank_in(tensors)
+    if not 1 <= left <= rank or any(len(t.mT if is_up(n) else t) != left for n, t in tensors.items() if is_factor(n)):
+        raise ValueError(f"of pairs of rank {rank} the first directions may be left; those that came are of rank {left}")
+    return widened(tensors, rank)
 
 
 def tail(tensors: Tensors, rank: int) -> torch.Tensor:
