@@ -31,11 +31,19 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def as_it_came(tensors: Tensors) -> Tensors:
+    """What is nothing but what it says."""
+    return tensors
+
+
 @dataclass(frozen=True)
 class Task:
     """Server to client: run the client operation ``op`` with these tensors and settings.
 
     ``nonce`` (32 hex digits, or empty) is what the answer must repeat. An engine draws it where something lies between it and the device.
+    ``complete`` stays with the server: what a device's tensors are, if it is asked to leave out what is as it came or what it does without
+    (rows, directions, whole tensors). So answers can be held against what was sent and against each other by whoever knows no method; it
+    raises on what no honest device answers.
     """
 
     op: str
@@ -43,6 +51,7 @@ class Task:
     tensors: Tensors = field(default_factory=dict)
     settings: Mapping[str, Setting] = field(default_factory=dict)
     nonce: str = ""
+    complete: Callable[[Tensors], Tensors] = field(default=as_it_came, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

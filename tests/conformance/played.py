@@ -1,8 +1,10 @@
-"""A method over made-up devices, a round at a time, whose Fits and whose devices' memory can be looked at."""
+"""A method over made-up devices, a round at a time, whose Fits and whose devices' memory can be looked at, and whose answers are judged
+as in a real federation."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -15,9 +17,10 @@ from fedloom.client.store import ClientStore
 from fedloom.compute.serial import Serial
 from fedloom.compute.stacked import Stacked
 from fedloom.compute.work import Fit
-from fedloom.engines.engine import drive
-from fedloom.engines.local import Local
-from fedloom.messages import Flow, Task, Update, ask
+from fedloom.engines.agreement import agreeing
+from fedloom.engines.engine import Engine, drive
+from fedloom.engines.local import Local, taken
+from fedloom.messages import Flow, Replies, Take, Task, Update, ask, whole
 from fedloom.methods.method import State, one_round, set_up
 from fedloom.model.base import Model
 from fedloom.server.participation import Pool
@@ -33,13 +36,26 @@ def _asking(task: Task) -> Flow[list[Update]]:
     return (yield [task])
 
 
+@dataclass(frozen=True)
+class Judged:
+    """An engine whose devices are honest, and every answer of which a real federation would use."""
+
+    inner: Engine
+
+    def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
+        replies = self.inner.run(tasks)
+        refused = agreeing(tasks, replies).failures
+        assert not refused, refused
+        return taken(replies, take)
+
+
 class Played:
     """Set up, and then as many rounds as are asked for."""
 
-    def __init__(self, method: Any, pool: Pool, start: str = "", stacked: bool = True) -> None:
-        """``start``: of LoRA, where the method does not say its own."""
+    def __init__(self, method: Any, pool: Pool, start: str = "", stacked: bool = True, kind: str = "") -> None:
+        """``start``: of LoRA, where the method does not say its own. ``kind``: of adapter, instead of the method's."""
         said = vars(type(method))
-        self.of = _model(said.get("adapter_kind", "lora"), said.get("adapter_start", start or "zero"))
+        self.of = _model(kind or said.get("adapter_kind", "lora"), said.get("adapter_start", start or "zero"))
         self.compute: Any = (Stacked if stacked else Serial)(self.of)
         self.fits, self.method, self.pool, self.store = list[Fit](), method, pool, ClientStore()
         ran, devices = self.compute.run, tiny.clients()
@@ -50,7 +66,8 @@ class Played:
 
         self.compute.run = seen
         fresh = lambda k: replace(devices[k], private={}, memory={})  # noqa: E731
-        self.engine = Local(Host(method, fresh, self.compute, self.store, "played", doing=carried_out, besides=[layer_scores]))
+        host = Host(method, fresh, self.compute, self.store, "played", doing=carried_out, besides=[layer_scores])
+        self.engine = Judged(Local(host))
         self.state: State = drive(set_up(method, self.of, pool), self.engine, quorum=0)
 
     def round(self) -> State:

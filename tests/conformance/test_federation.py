@@ -19,6 +19,7 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip ins
 from fedloom.client.elsewhere import Elsewhere
 from fedloom.client.host import Host
 from fedloom.client.store import StoreError
+from fedloom.engines.agreement import agreeing
 from fedloom.engines.local import Local
 from fedloom.messages import CohortFailed, Failure, Replies, Task, Traffic, Update
 from fedloom.wire import Blob, WireError, pack, unpack
@@ -47,7 +48,7 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     from starlette.requests import Request
 
     from fedloom.engines import federation
-    from fedloom.engines.federation import Enough, Federation, Patience, Ungreeted, agreeing, device_app
+    from fedloom.engines.federation import Enough, Federation, Patience, Ungreeted, device_app
     from fedloom.engines.flower import boxed, unboxed
     from fedloom.engines.gate import LARGEST, authenticated, only_own
     from fedloom.engines.link import SMALL, STATUS, Link, LinkError, Tls

@@ -187,6 +187,21 @@ def test_a_devices_own_rows_are_stored_as_rows() -> None:
     assert {n: t.shape for n, t in here.store.load(k)[0].items()} == {n: t.shape for n, t in private.items()}, "they are rows again"
 
 
+@pytest.mark.parametrize("name", ["fedeven", "lora-finetuned"])
+def test_a_prediction_that_trains_knows_of_no_mask(name: str) -> None:
+    """All rows are trained, by a device that took part and by one that did not, and neither is another afterwards."""
+    here = Played(METHODS[name], POOL)
+    here.round()
+    assert set(POOL.clients) - set(uniform(POOL, 0))
+    for k in POOL.clients:
+        here.fits.clear()
+        before = here.store.fingerprint()
+        here.predictions(k)
+        (fit,) = here.fits
+        assert not fit.rows and all(fit.start[n].shape == here.state.shared[n].shape for n in filter(is_up, fit.start))
+        assert here.store.fingerprint() == before
+
+
 def test_what_came_as_rows_is_completed_with_what_was_sent() -> None:
     mask = torch.tensor([0, 1, 0, 1.0])
     came = {"b": torch.ones(2, 3), "control/b": torch.full((2, 3), 2.0), "a": torch.ones(1), "rows/b": packed(mask)}

@@ -12,6 +12,7 @@ import pytest
 
 from fedloom.client.client import Client
 from fedloom.client.host import Host
+from fedloom.client.masks import carried_out
 from fedloom.client.store import ClientStore
 from fedloom.compute.compute import Compute
 from fedloom.compute.serial import Serial
@@ -24,8 +25,12 @@ from fedloom.messages import CENTRE, Replies, Task, ask
 from fedloom.methods import all_methods
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fedcybgd import FedCyBGD
-from fedloom.methods.method import State
+from fedloom.methods.hetlora import HetLora
+from fedloom.methods.method import State, one_round
+from fedloom.model.adapters import is_up
 from fedloom.model.base import Model
+from fedloom.model.factors import rank_in
+from fedloom.server.masks import Mask
 from fedloom.server.participation import Pool
 from fedloom.tensors import fingerprint
 from tests import tiny
@@ -82,17 +87,23 @@ def compute(kind: str, model: Model) -> Compute:
 
 @cache
 def play(
-    name: str, engine_over: Callable[[Host], Engine], disturbed: Callable[[Engine], Engine], wire: str = "exact", given: Any = None
+    name: str,
+    engine_over: Callable[[Host], Engine],
+    disturbed: Callable[[Engine], Engine],
+    wire: str = "exact",
+    given: Any = None,
+    mask: Mask | None = None,
 ) -> Played:
-    """Set-up, two rounds and, twice, the personal predictions of one method, or of the one ``given``."""
+    """Set-up, two rounds and, twice, the personal predictions of one method, or of the one ``given``, under a mask if there is one."""
     method, store = given or all_methods()[name](), ClientStore()
     own = vars(type(method))
     model = MODEL(start=own.get("adapter_start", "zero"), kind=own.get("adapter_kind", "lora"))
-    host = Host(method, device, compute(own.get("adapter_kind", "lora"), model), store, DIGEST, encoding=Encoding.of(wire))
+    computing, pool = compute(own.get("adapter_kind", "lora"), model), replace(POOL, mask=mask or Mask())
+    host = Host(method, device, computing, store, DIGEST, encoding=Encoding.of(wire), doing=carried_out)
     recording = Recording(disturbed(engine_over(host)))
-    state = drive(method.setup(method.init(model), POOL), recording, quorum=0)
+    state = drive(method.setup(method.init(model), pool), recording, quorum=0)
     for _ in range(POOL.rounds):
-        state = drive(method.round(state, POOL), recording, quorum=0.3)
+        state = drive(one_round(method, state, pool), recording, quorum=0.3)
     trained = store.fingerprint()
     for _ in range(2):
         recording.run([ask(method.predict, k, state.shared, splits=["validation", "test"]) for k in POOL.clients])
@@ -138,6 +149,27 @@ def test_determinism_a_federation_equals_local(name: str) -> None:
     assert (one.trained, one.predicted) == (other.trained, other.predicted)
     assert fingerprint(one.state.shared) == fingerprint(other.state.shared)
     assert fingerprint(one.state.server) == fingerprint(other.state.server)
+
+
+LEAVING_OUT = {
+    "rows": ("lora", None, Mask(0.4), lambda update: {len(t) for n, t in update.tensors.items() if is_up(n)}),
+    "rows over a wire with a loss": ("lora", None, Mask(0.4), lambda update: {len(t) for n, t in update.tensors.items() if is_up(n)}),
+    "directions": ("hetlora", HetLora(FedAvg(lr=0.01), ranks=(2,), keep=0.5, penalty=10.0), None, lambda update: rank_in(update.tensors)),
+}
+
+
+@pytest.mark.flower
+@pytest.mark.parametrize("what", LEAVING_OUT)
+def test_what_some_devices_leave_out_a_federation_does_not_miss(what: str) -> None:
+    """All of them answered honestly, and other devices leave out other things, so all must count."""
+    name, given, mask, of = LEAVING_OUT[what]
+    wire = "nf4" if "wire" in what else "exact"
+    one, other = (play(name, over, DISTURBANCES["undisturbed"], wire, given, mask) for over in (over_local, over_federation))
+    trained = [(tasks, replies) for tasks, replies in other.said if tasks[0].op == "train"]
+    assert [len(replies.updates) for _, replies in trained] == [POOL.cohort] * POOL.rounds
+    assert any(len({str(of(update)) for update in replies.updates}) > 1 for _, replies in trained)
+    assert all(same_replies(mine, theirs) for (_, mine), (_, theirs) in zip(one.said, other.said, strict=True))
+    assert (one.trained, fingerprint(one.state.shared)) == (other.trained, fingerprint(other.state.shared))
 
 
 SMALLER = FedCyBGD(FedAvg(lr=0.05, schedule="cosine"), drop=0.34, prune=0.4, rest="nf4")

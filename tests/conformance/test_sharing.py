@@ -18,6 +18,8 @@ from fedloom.client.curriculum import shuffled
 from fedloom.client.sharing import layer_scores
 from fedloom.compute.serial import Serial
 from fedloom.compute.work import Initial, Predict
+from fedloom.engines.engine import drive
+from fedloom.messages import Flow, Update, ask
 from fedloom.methods import all_methods
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import State, set_up
@@ -31,6 +33,7 @@ from fedloom.run.describe import describe, played
 from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError
 from fedloom.run.export import export
 from fedloom.run.loop import run
+from fedloom.run.personal import personal
 from fedloom.run.pretended import Pretended
 from fedloom.run.world import World, build, store_in
 from fedloom.server.masks import Mask
@@ -223,6 +226,27 @@ def test_a_run_says_what_travels_resumes_and_exports(tmp_path: Path, monkeypatch
         due = {**world.model.initial, **saved.state.shared, **({} if client is None else store.load(client)[0])}
         assert all(torch.equal(written[n], due[n]) for n in own) and set(own) <= written.keys()
         assert any(bool((written[n] != world.model.initial[n]).any()) for n in own) == (client is not None)
+
+
+@pytest.mark.parametrize("name", ["lora-finetuned", "fedeven"])
+def test_a_devices_model_is_that_which_was_evaluated(name: str, tmp_path: Path) -> None:
+    """Where a prediction trains under FedProx's term, a device's own layers are not held: neither evaluated nor exported."""
+    kind = all_methods()[name]
+    asked = replace(experiment(name, rounds=2, evaluate_every=0), method=kind(inner=FedAvg(lr=0.02, prox=5.0), epochs=3))
+    run(asked, tmp_path, plain=True)
+    world, store = build(asked), store_in(tmp_path)
+    saved = checkpoint.load(tmp_path, store)
+    assert saved is not None
+    for k in world.pool.clients:
+        (said,) = drive(world.pool.sharing.over(_predicting(asked.method, saved.state, k), saved.state.facts), world.engine(store))
+        of = personal(world, store, k, saved.state.shared, saved.state.facts)
+        (made,) = Serial(world.model).run([Predict(of.tensors, world.device(k).shard("test"))])
+        logits = made.result if of.bias is None else made.result + of.bias
+        torch.testing.assert_close(logits, said.tensors["test"], atol=1e-3, rtol=0)
+
+
+def _predicting(method: Any, state: State, client: int) -> Flow[list[Update]]:
+    return (yield [ask(method.predict, client, state.shared, splits=["test"])])
 
 
 @pytest.mark.parametrize("wire", ["top-k:0.2", "int8"])

@@ -21,8 +21,9 @@ from fedloom.tensors import fingerprint
 
 DIGEST = "toy-experiment"
 CLIENTS = range(6)
-OF_EVERY_TRAFFIC = ("lora", "fibecfed", "federa", "fedcybgd", "ditto", "scaffold", "hetlora", "flora", "embracingfl")
-"""Methods of every kind of traffic: private parts, set-up, blocks, two asks a round, ranks that differ, bases that move."""
+OF_EVERY_TRAFFIC = ("lora", "fibecfed", "federa", "fedcybgd", "ditto", "scaffold", "hetlora", "flora", "embracingfl", "lisa")
+"""Methods of every kind of traffic: private parts, set-up, blocks, two asks a round, ranks that differ, bases that move,
+other layers of each."""
 
 
 @dataclass(frozen=True)

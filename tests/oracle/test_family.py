@@ -220,7 +220,10 @@ def test_hetlora(kind: real.Kind) -> None:
             for k, own in fitted.items()
         }
         whole = sum(sizes.values())
-        shared = {n: sum(sizes[k] / whole * padded[k][n] for k in fitted) for n in padded[min(padded)]}  # type: ignore[misc]
+        before, most = shared, max(ranks[k] for k in fitted)
+        shared = {n: np.sum([sizes[k] / whole * padded[k][n] for k in fitted], 0) for n in padded[min(padded)]}
+        shared |= {n: np.concatenate([x[:most], before[n][most:]]) for n, x in shared.items() if is_a(n)}
+        shared |= {n: np.concatenate([x[:, :most], before[n][:, most:]], 1) for n, x in shared.items() if is_b(n)}
         shared |= mean_of({k: part(own, heads()) for k, own in fitted.items()}, heads())
         real.assert_close(made.states[t + 1].shared, shared, 1e-5, 1e-6)
         assert made.states[t + 1].server["ranks"].tolist() == [ranks[k] for k in EVERYBODY]
@@ -228,6 +231,24 @@ def test_hetlora(kind: real.Kind) -> None:
     for k in EVERYBODY:
         mine = {n: x[: ranks[k]] if is_a(n) else x[:, : ranks[k]] if is_b(n) else x for n, x in shared.items()}
         np.testing.assert_allclose(made.logits[k]["test"].numpy(), logits(mine, k), atol=3e-3)
+
+
+def test_hetlora_directions_that_nobody_sends_stay_and_can_still_be_learnt() -> None:
+    """∂A = s·BᵀG and ∂B = s·GAᵀ: a direction that is zero in both learns on no device ever again. In a cohort of rank 1 the mean of padded
+    pairs would make the second one so."""
+    made = real.run(HetLora(real.INNER, ranks=(1, 2), penalty=0.0), "stacked", replace(ONE_SEED, cohort=1, rounds=6))
+    ranks, told = dict(zip(EVERYBODY, made.states[0].server["ranks"].tolist(), strict=True)), []
+    for t, exchange in enumerate(made.asked("train")):
+        (k,), (update,) = exchange.down, exchange.up.values()
+        before, after = (real.arrays(state.shared) for state in made.states[t : t + 2])
+        for n in filter(is_a, before):
+            a, b = after[n], after[other(n)]
+            np.testing.assert_allclose(a[: ranks[k]], update.tensors[n].numpy(), atol=1e-7)
+            np.testing.assert_array_equal(a[ranks[k] :], before[n][ranks[k] :])
+            np.testing.assert_array_equal(b[:, ranks[k] :], before[other(n)][:, ranks[k] :])
+            assert a[1:].all() and b[:, 1:].all() == (2 in [*told, ranks[k]])
+        told.append(ranks[k])
+    assert told.index(1) < told.index(2), "who has both directions comes later"
 
 
 def top(tensors: Tensors, share: float) -> tuple[np.ndarray, np.ndarray]:

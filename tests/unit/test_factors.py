@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedloom.engines.agreement import agreeing
 from fedloom.messages import Replies, Task, Update
 from fedloom.methods import named
 from fedloom.methods.fedavg import FedAvg
@@ -74,8 +75,6 @@ def test_methods_that_decompose_say_so_before_anything_is_asked() -> None:
 
 def test_lora_takes_no_update_of_another_rank() -> None:
     """Neither where updates are averaged nor where answers of a federation are judged, though there it comes first or alone."""
-    from fedloom.engines.federation import agreeing
-
     sent = pair(4)
     mean = Average()
     mean.take(Update(0, 3, sent))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,6 +24,8 @@ from fedloom.messages import Task, Tensors, Update, Work, on_client
 from fedloom.model.adapters import is_factor, is_up
 from fedloom.server.sharing import LAYERS, stays
 from fedloom.tensors import without
+
+T = TypeVar("T")
 
 
 @on_client
@@ -47,13 +49,13 @@ def beside(operation: Callable[[Client, Task], Work[Update]], c: Client, task: T
     own = yield from own_layers(c, task.tensors, task.settings[LAYERS])  # type: ignore[arg-type]
     held = c.private.keys() & own.keys()
     c.private = without(c.private, own)
-    update = yield from _own_unheld(operation(c, replace(task, tensors={**own, **task.tensors}, settings=settings)), own)
+    update = yield from own_unheld(operation(c, replace(task, tensors={**own, **task.tensors}, settings=settings)), own)
     stay = {n: update.tensors.get(n, t) for n, t in own.items() if n in update.tensors or n in held}
     c.private = dict(sorted({**c.private, **stay}.items()))
     return replace(update, tensors=without(update.tensors, own))
 
 
-def _own_unheld(work: Work[Update], own: Tensors) -> Work[Update]:
+def own_unheld(work: Work[T], own: Tensors) -> Work[T]:
     """Carry on with FedProx's term over what was sent alone."""
     answer: Any = None
     while True:

@@ -9,10 +9,9 @@ either side, and a server that was killed goes on from its last round with devic
 was started anew asks to be greeted again.
 
 **Whose answer counts**: of each asking, those that arrived before the deadline, can be read, are of this experiment and this client,
-repeat the nonce that was drawn for this client in this asking, are finite, have the shapes that were sent, the names that most answers
-have, and are no more than :data:`ABSURD` times as far from what was sent as the median answer is. Everyone else has failed, with the
-reason, and is left out for a while: :data:`FIRST` seconds, twice as many each time in a row, :data:`MOST` at most. Then it is asked again;
-an asking waits for that as it does for a device that is away.
+repeat the nonce that was drawn for this client in this asking, are finite, and belong with the others (``agreement.py``). Everyone else
+has failed, with the reason, and is left out for a while: :data:`FIRST` seconds, twice as many each time in a row, :data:`MOST` at most.
+Then it is asked again; an asking waits for that as it does for a device that is away.
 
 **Nonces**: an answer that was made for an earlier asking, or for another device, repeats another nonce, and the reason says whose. The
 last :data:`REMEMBERED` are known by name; of others it is said that no such task was given.
@@ -30,17 +29,15 @@ import json
 import logging
 import math
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
 from typing import Any, Protocol, cast
-
-import torch
 
 from fedloom.client.elsewhere import Elsewhere
 from fedloom.client.store import FILE
 from fedloom.encodings import EXACT, Encoding, Sender
+from fedloom.engines.agreement import Outline, agreeing, outlined
 from fedloom.engines.flower import BLOB, CLIENT, REFUSED, TO, boxed, unboxed, with_nonces  # first: it switches off what Flower must not do
 
 # isort: split
@@ -51,7 +48,7 @@ from fedloom.engines.aside import Aside, Kept
 from fedloom.engines.heap import give_memory_back
 from fedloom.engines.link import PAUSE, Link
 from fedloom.engines.local import gather, joined, may_cross
-from fedloom.messages import CohortFailed, Failure, Replies, Take, Task, Tensors, Update, quorum_of, whole
+from fedloom.messages import CohortFailed, Failure, Replies, Take, Task, Update, quorum_of, whole
 from fedloom.wire import LONGEST, SHORT, Blob, WireError
 
 log = logging.getLogger("fedloom")
@@ -75,7 +72,6 @@ TELLS = 2**16
 REMEMBERED = 2**16
 """Nonces of tasks of which it is known whose they were."""
 
-ABSURD = 1000.0
 FIRST, MOST = 5.0, 600.0
 
 
@@ -222,13 +218,13 @@ class Federation:
         return answers, sizes, names
 
     def _judged(self, tasks: Sequence[Task], answers: Mapping[int, Kept | Failure], aside: Aside) -> Replies:
-        """What came, as outlines without tensors' numbers, less what may not be used; one answer is in memory at a time."""
-        far, seen = dict[int, float](), list[Replies]()
+        """What came, without tensors, less what may not be used; one answer is in memory at a time."""
+        outlines, seen = list[Outline](), list[Replies]()
         for task in tasks:
             one = self._opened(task, answers[task.client], aside)
-            far |= {update.client: _way(update, task.tensors) for update in one.updates}
-            seen.append(replace(one, updates=tuple(map(_outlined, one.updates))))
-        return agreeing(tasks, joined(seen), far)
+            outlines += [outlined(task, update) for update in one.updates]
+            seen.append(replace(one, updates=tuple(replace(update, tensors={}) for update in one.updates)))
+        return agreeing(tasks, joined(seen), outlines)
 
     def _opened(self, task: Task, answer: Kept | Failure, aside: Aside) -> Replies:
         self._read += 1
@@ -316,72 +312,6 @@ class Enough:
     def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
         """As ``inner``, for this share."""
         return self.inner.run(tasks, take, self.share)
-
-
-def agreeing(tasks: Sequence[Task], replies: Replies, far: Mapping[int, float] | None = None) -> Replies:
-    """The replies without those that do not belong with the others: other shapes than were sent, other names or types than most of those
-    who were asked the same, absurdly far. Of the updates' tensors only the outlines are looked at where ``far`` says how far each went."""
-    sent = {task.client: task.tensors for task in tasks}
-    if far is None:
-        far = {update.client: _way(update, sent[update.client]) for update in replies.updates}
-    reasons: dict[int, str] = {}
-    for update in replies.updates:
-        for name, tensor in update.tensors.items():
-            was = sent[update.client].get(name)
-            if was is not None and was.shape != tensor.shape:
-                reasons[update.client] = f"'{name}' came back with shape {tuple(tensor.shape)}, and was sent with {tuple(was.shape)}"
-    left = [update for update in replies.updates if update.client not in reasons]
-    same = {task.client: f"{task.op} {sorted(task.settings.items())}" for task in tasks}
-    for asked in sorted({same[update.client] for update in left}):
-        alike = [update for update in left if same[update.client] == asked]
-        counted = Counter(tuple(update.tensors) for update in alike)
-        usual = max(counted, key=lambda names: (counted[names], names == tuple(sorted(sent[alike[0].client])), names))
-        kinds = {
-            name: _usual_kind([u.tensors[name] for u in alike if name in u.tensors], sent[alike[0].client].get(name)) for name in usual
-        }
-        for update in alike:
-            if tuple(update.tensors) != usual:
-                missing, extra = sorted(set(usual) - set(update.tensors)), sorted(set(update.tensors) - set(usual))
-                reasons[update.client] = f"its tensors are not those of the others: {missing[:3]} missing, {extra[:3]} more than they have"
-            elif other := [name for name in usual if update.tensors[name].dtype != kinds[name]]:
-                reasons[update.client] = f"'{other[0]}' is of {update.tensors[other[0]].dtype}, and the others' of {kinds[other[0]]}"
-        reasons |= _absurd({update.client: far[update.client] for update in alike if update.client not in reasons})
-    if not reasons:
-        return replies
-    failures = {failure.client: failure for failure in replies.failures}
-    failures |= {client: Failure(client, f"WireError: {reason}") for client, reason in reasons.items()}
-    return Replies(
-        tuple(update for update in replies.updates if update.client not in reasons),
-        tuple(failures[task.client] for task in tasks if task.client in failures),
-        replies.traffic,
-    )
-
-
-def _usual_kind(alike: Sequence[torch.Tensor], sent: torch.Tensor | None) -> torch.dtype:
-    """The type that most have; of several equally frequent ones that which was sent."""
-    counted = Counter(tensor.dtype for tensor in alike)
-    return max(counted, key=lambda kind: (counted[kind], sent is not None and kind == sent.dtype, str(kind)))
-
-
-def _way(update: Update, sent: Tensors) -> float:
-    """How far an update is from what was sent; where the two do not fit, how large it is."""
-    ways = [
-        t.double() - sent[n].double() if n in sent and sent[n].shape == t.shape else t.double()
-        for n, t in update.tensors.items()
-        if t.is_floating_point()
-    ]
-    return math.sqrt(sum(float(way.square().sum()) for way in ways))
-
-
-def _outlined(update: Update) -> Update:
-    """The update with its tensors' names, shapes and types, and no numbers."""
-    return replace(update, tensors={n: torch.empty_like(t, device="meta") for n, t in update.tensors.items()})
-
-
-def _absurd(far: Mapping[int, float]) -> dict[int, str]:
-    """Reasons of those who are absurdly far from what they were sent; three must answer for a median to say anything."""
-    middle = median(far.values()) if len(far) >= 3 else 0.0
-    return {k: f"it moved {d:.3g}, and the median of the others {middle:.3g}" for k, d in far.items() if middle and d > ABSURD * middle}
 
 
 def _head(content: RecordDict) -> dict[str, Any]:

@@ -22,7 +22,8 @@ even; where there is one label only towards 1 as n_k grows against C·ε): few a
 rounds are those of plain federated LoRA, and there is no set-up: a device counts its labels whenever it needs to. Of its training labels a
 message tells m_k, besides what the trained tensors give away. Evaluation is another message: in a real federation a device tells its
 held-out examples counted by true and predicted class (``run/device.py``), and their labels are spread much as those that it trains on.
-Every personalised evaluation pays for u^k, as that of ``lora-finetuned`` does.
+Every personalised evaluation pays for u^k, as that of ``lora-finetuned`` does. Under ``--mask.keep`` u^k has all rows trained:
+a mask is of the rounds (decision 0042).
 
 The parts: softmax under the prior is logit adjustment (Menon et al., 2007.07314, eq. 10, there for one imbalanced set); a margin by label
 counts on each device is FedLC's (2209.00189), which has another form, n^(−1/4), and no personalised prediction. The prior at prediction

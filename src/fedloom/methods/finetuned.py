@@ -1,7 +1,8 @@
 """Federated LoRA, then each device fine-tunes the result on its own data before it predicts. The cheapest personalisation there is.
 
 Training is FedAvg's (``fedavg.py``). At evaluation a device trains ``epochs`` more epochs from the shared tensors and throws them away
-afterwards; nothing of it is sent. Every personalised evaluation pays for that training on every device.
+afterwards; nothing of it is sent. Every personalised evaluation pays for that training on every device. Under ``--mask.keep`` these
+epochs train all rows: a mask is of the rounds (decision 0042).
 """
 
 from __future__ import annotations

@@ -6,18 +6,22 @@
     prune:   r_k <- ⌊γ·r_k⌋ if that sum is smaller than it came              the device's rank from then on
     up:      the pair; the server pads it with zeros to rank r
     A, B  <- Σ_{k in S_t} S_k A^k / Σ S_j (B alike),   S_k = ‖B^k A^k‖_F over all pairs
+             in the directions that any of S_t sent; the others stay as they are
 
 Devices whose update is large weigh more, whatever they hold. ``penalty = 0`` leaves the ranks as they were given. γr_k is rounded down, and
 a device of rank 1 stays one.
 
-Deviations: the task head is averaged by numbers of examples, as FedAvg does; s = alpha/r is that of the adapter's rank on every device;
-AdamW, fresh at each participation, and the gradient that is clipped is the whole sum's.
+Deviations: directions that no device of a cohort sent stay as they were, where padded pairs would make them zero: ∂A = s·BᵀG and
+∂B = s·GAᵀ, so what is zero in A and in B learns on no device ever again. The task head is averaged by numbers of examples, as FedAvg does;
+s = alpha/r is that of the adapter's rank on every device; AdamW, fresh at each participation, and the gradient that is clipped is the whole
+sum's.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -26,7 +30,7 @@ from fedloom.client.client import Client
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
-from fedloom.model.adapters import is_down, is_factor, need_pairs, partner, widened
+from fedloom.model.adapters import is_down, is_factor, is_up, need_pairs, partner, widened
 from fedloom.model.base import Model
 from fedloom.model.factors import cut, need_ranks, need_zero_start, products, quarters, rank_in, rank_of
 from fedloom.server.aggregation import Average
@@ -83,20 +87,24 @@ class HetLora:
         return replace(state, server={**state.server, "ranks": ranks})
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
-        """S_t trains, each at its rank; pairs are padded and averaged by the size of their products."""
+        """S_t trains, each at its rank; pairs are padded and averaged by the size of their products, as far as any of them reaches."""
         whole, ranks, clock = rank_in(state.shared), state.server["ranks"].clone(), self.inner.clock(state.round, pool)
         place = {k: i for i, k in enumerate(pool.clients)}
-        pairs, heads = Mean(), Average()
+        pairs, heads, sent = Mean(), Average(), set[int]()
 
         def take(update: Update) -> Update:
             mine = only(update.tensors, list(filter(is_factor, update.tensors)))
             ranks[place[update.client]] = rank_in(mine)
+            sent.add(rank_in(mine))
             pairs.add(size(mine), widened(mine, whole))
             return heads.take(replace(update, tensors=without(update.tensors, mine)))
 
-        cohort = uniform(pool, state.round)
-        yield Asking([ask(self.train, k, cut(state.shared, int(state.server["ranks"][place[k]])), **clock) for k in cohort], take)
-        made = pool.stepped(state.shared, {**heads.value(), **pairs.value()})
+        tasks = []
+        for k in uniform(pool, state.round):
+            rank = int(ranks[place[k]])
+            tasks.append(replace(ask(self.train, k, cut(state.shared, rank), **clock), complete=partial(padded, rank=rank)))
+        yield Asking(tasks, take)
+        made = pool.stepped(state.shared, {**heads.value(), **with_rest(pairs.value(), state.shared, max(sent))})
         return replace(state, server={**state.server, "ranks": ranks}).after_round(made)
 
     @on_client
@@ -127,6 +135,27 @@ class HetLora:
         return state.shared
 
     predict = predict
+
+
+def with_rest(pairs: Tensors, before: Tensors, rank: int) -> dict[str, torch.Tensor]:
+    """The first ``rank`` directions of these pairs, with those behind them that they had before."""
+    made = {}
+    for name, tensor in cut(pairs, rank).items():
+        down = is_down(name)
+        made[name] = torch.cat([tensor, before[name][rank:] if down else before[name][:, rank:]], 0 if down else 1)
+    return made
+
+
+def padded(tensors: Tensors, rank: int) -> dict[str, torch.Tensor]:
+    """Pairs with zeros up to the rank at which they were sent.
+
+    Raises:
+        ValueError: they have more directions, none, or not all as many.
+    """
+    left = rank_in(tensors)
+    if not 1 <= left <= rank or any(len(t.mT if is_up(n) else t) != left for n, t in tensors.items() if is_factor(n)):
+        raise ValueError(f"of pairs of rank {rank} the first directions may be left; those that came are of rank {left}")
+    return widened(tensors, rank)
 
 
 def tail(tensors: Tensors, rank: int) -> torch.Tensor:

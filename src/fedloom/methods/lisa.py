@@ -72,14 +72,16 @@ class Lisa:
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """S_t trains; the server takes the mean by numbers of examples, with its own of what a device did not train."""
-        mean, tasks = pool.average(state.shared), []
-        for k in uniform(pool, state.round):
-            tasks.append(ask(self.train, k, state.shared, **self.inner.clock(state.round, pool)))
+        mean, clock = pool.average(state.shared), self.inner.clock(state.round, pool)
+
+        def complete(came: Tensors) -> Tensors:
+            return {**state.shared, **came}
 
         def take(update: Update) -> Update:
-            return mean.take(replace(update, tensors={**state.shared, **update.tensors}))
+            return mean.take(replace(update, tensors=complete(update.tensors)))
 
-        yield Asking(tasks, take)
+        asked = [ask(self.train, k, state.shared, **clock) for k in uniform(pool, state.round)]
+        yield Asking([replace(task, complete=complete) for task in asked], take)
         return state.after_round(mean.value())
 
     @on_client

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedloom.client.client import Client
 from fedloom.client.masks import make_whole
-from fedloom.client.sharing import own_layers
+from fedloom.client.sharing import own_layers, own_unheld
 from fedloom.client.store import ClientStore
 from fedloom.messages import Task, Tensors, Work
 from fedloom.methods.method import Predictor
@@ -34,7 +34,7 @@ def personal(world: World, store: ClientStore, client: int, shared: Tensors, fac
 def _made(world: World, device: Client, shared: Tensors, layers: Sequence[int] | None) -> Work[Predictor]:
     own = {} if layers is None else (yield from own_layers(device, shared, layers))
     device.private = without(device.private, own)
-    return (yield from world.experiment.method.personalise(device, {**own, **shared} if own else shared))
+    return (yield from own_unheld(world.experiment.method.personalise(device, {**own, **shared} if own else shared), own))
 
 
 def as_sent(world: World, shared: Tensors) -> Tensors:

@@ -1,8 +1,9 @@
 """Masks at the server: which share of each layer's output neurons a device trains, and rows that travel instead of whole tensors.
 
-Each round's tasks that are told the round, which are those that train, say the share (``Mask.keep``). A device answers with the rows of
-each B (d_out, r) that it trains, and which they are, one bit a row; the others are as it was sent them, and are put back here. So a
-method's server sees whole tensors, and averages over those who trained a row and those who left it alone. The device's half, and how rows
+Each round's tasks that are told the round, which are those that train, say the share (``Mask.keep``); predictions are told nothing, and
+what one trains for itself it trains whole. A device answers with the rows of each B (d_out, r) that it trains, and which they are, one bit
+a row; the others are as it was sent them, and are put back here. So a method's server sees whole tensors, and averages over those who
+trained a row and those who left it alone; and whoever judges answers sees them so too (``Task.complete``). The device's half, and how rows
 are chosen: ``client/masks.py``.
 
 It does not know methods: their rounds pass through it.
@@ -47,7 +48,11 @@ class Mask:
         return through(flow, lambda a: replace(a, tasks=[self._told(task) for task in a.tasks], take=_completing(a.tasks, a.take)))
 
     def _told(self, task: Task) -> Task:
-        return replace(task, settings={**task.settings, KEEP: self.keep}) if "round" in task.settings else task
+        if "round" not in task.settings:
+            return task
+        return replace(
+            task, settings={**task.settings, KEEP: self.keep}, complete=lambda came: task.complete(completed(came, task.tensors))
+        )
 
 
 def _completing(tasks: Sequence[Task], take: Take) -> Take:
