@@ -20,6 +20,7 @@ from fedloom.engines.local import taken
 from fedloom.messages import Flow, Replies, Take, Task, Tensors, Update, whole
 from fedloom.methods import all_methods
 from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.flora import FLoRA
 from fedloom.methods.hetlora import HetLora
 from fedloom.methods.lisa import Lisa
 from fedloom.methods.method import one_round
@@ -179,6 +180,9 @@ LIES = {
     ),
     "ranks, a shape": (PRUNING, POOL, one(is_down, lambda t: t[:, 1:]), r"'.*lora_A.*' came back with shape \(2, 15\)"),
     "ranks, no pairs": (PRUNING, POOL, none(is_factor), "one rank is needed in all pairs; they have "),
+    "stacked, a shape": (FLoRA(), POOL, one(is_up, lambda t: t[1:]), r"'.*lora_B.*' is to be of shape \(16, 2\); it has \(15, 2\)"),
+    "stacked, a rank": (FLoRA(), POOL, one(is_up, lambda t: t[:, :1]), r"is to be of shape \(16, 2\); it has \(16, 1\)"),
+    "stacked, no pair": (FLoRA(), POOL, none(is_up), "it did not come"),
     "ranks, absurd": (PRUNING, POOL, each(is_down, absurd), "it moved .*, and the median of the others"),
 }
 """What a device may say where others leave something out, and why it does not count then."""

@@ -18,6 +18,7 @@ each participation.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar
 
 from fedloom.client.client import Client
@@ -69,15 +70,10 @@ class FLoRA:
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """S_t trains new pairs on W_t; the server adds the mean of their products to it."""
         new, whole = drawn(state.server, pool.seed, state.round), rank_in(state.server)
-        asked = [
-            ask(
-                self.train,
-                k,
-                {**state.shared, **cut(new, rank_of(k, self.ranks or (whole,), pool.seed, pool.strength(k)))},
-                **self.inner.clock(state.round, pool),
-            )
-            for k in uniform(pool, state.round)
-        ]
+        clock, asked = self.inner.clock(state.round, pool), list[Task]()
+        for k in uniform(pool, state.round):
+            sent = {**state.shared, **cut(new, rank_of(k, self.ranks or (whole,), pool.seed, pool.strength(k)))}
+            asked.append(replace(ask(self.train, k, sent, **clock), complete=partial(with_ups, sent=sent)))
         added, heads = Products(), Average()
 
         def take(update: Update) -> Update:
@@ -107,3 +103,16 @@ class FLoRA:
         return state.shared
 
     predict = predict
+
+
+def with_ups(came: Tensors, sent: Tensors) -> Tensors:
+    """An answer as it is; nobody sent its B's, so whether they go with the A's and the weights that were sent is seen here.
+
+    Raises:
+        ValueError: a B is missing or is of another shape.
+    """
+    for down in filter(is_down, sent):
+        up, due = partner(down), (sent[under(down)].shape[0], sent[down].shape[0])
+        if up not in came or tuple(came[up].shape) != due:
+            raise ValueError(f"'{up}' is to be of shape {due}; it {f'has {tuple(came[up].shape)}' if up in came else 'did not come'}")
+    return came
