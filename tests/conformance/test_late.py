@@ -208,10 +208,12 @@ class Answering:
 def test_what_everybody_was_asked_alike_is_remembered_also_if_some_were_asked_again() -> None:
     tensors, engine = {"w": torch.ones(2)}, Answering(1)
     heard = Remembering(engine, (0, 1, 2))
-    heard.run([Task("few", k, tensors, {"round": 1}) for k in (0, 2)])
+    heard.run([Task("few", k, tensors) for k in (0, 2)])
+    heard.run([Task("warm_up", k, tensors, {"round": -1}) for k in (0, 1, 2)])
     heard.run([Task("score", k, tensors) for k in (0, 1, 2)])
     assert heard.steps == ()
     engine.away.clear()
+    heard.run([Task("warm_up", k, tensors, {"round": -2}) for k in (0, 1, 2)])  # a cohort that is everybody trains, and that is all
     heard.run([Task("score", 1, tensors)])
     heard.run([Task("own", k, tensors, {"k": k}) for k in (0, 1, 2)])
     heard.run([Task("adopt", k, {}, {"gal": [1]}) for k in (0, 1, 2)])
