@@ -3,7 +3,8 @@
 A set-up is a conversation whose outcome the server's state keeps; what it gave devices it gave by tasks. :class:`Remembering` hears it and
 keeps every task that all devices were asked alike, but for their number (FibecFed: score your examples and layers, at these tensors; adopt
 these layers). A device that comes later is asked the same, in the same order, before the first round in which it takes part
-(:func:`welcome`); but not to train, which a task tells by its round: what a warm-up brought is in the state. What it answers changes nothing that was decided: the layers stay those that the first devices chose.
+(:func:`welcome`); but not to train, which a task tells by its round: what a warm-up brought is in the state. What it answers changes
+nothing that was decided: the layers stay those that the first devices chose.
 
 From then on it is one of those among whom cohorts are drawn, and its number of examples counts like anybody's. So a cohort is a pure
 function of the seed, the round and who is in, which the checkpoint and every row of ``rounds.jsonl`` tell.
