@@ -51,7 +51,10 @@ def run(words: Sequence[str]) -> int:
     given = _parse(options.for_run(recipe), rest, f"fedloom run {word}", f"Run {recipe.kind.name}: {recipe.kind.paper}.")
     experiment = options.experiment_of(given)
     out = given.out or recipes.default_folder(experiment)
+    before = (out / "results.json").exists()
     results = run_experiment(experiment, out, given.plain or None, track=given.track)
+    if before:
+        print(f"{out} holds this run's results already, and nothing was run; delete it, or give another --out, to run anew")
     from fedloom.run.report import write_report  # loads matplotlib, which no run should wait for
 
     report = write_report([out], out / "report.html")
@@ -400,9 +403,14 @@ CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.Po
 
 def long_options(kind: type[Any]) -> list[str]:
     """The long options that ``kind`` gives, as the parser has them."""
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-        tyro.cli(kind, args=["--help"], config=CONFIG)
+    shown, width = io.StringIO(), os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "80"  # a wider help stands in two columns, of which the second begins no line
+    try:
+        with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+            tyro.cli(kind, args=["--help"], config=CONFIG)
+    finally:
+        del os.environ["COLUMNS"]
+        os.environ |= {"COLUMNS": width} if width is not None else {}
     return sorted(set(re.findall(r"^\W*(?:-\w, )?(--[a-z][\w.-]*)", shown.getvalue(), re.MULTILINE)))
 
 

@@ -74,14 +74,14 @@ def test_a_layers_output_is_what_the_layer_hands_on_and_not_what_a_norm_behind_i
     """What hangs on each layer saw it leave; where the library's last state is another, a norm stands between."""
     model = families.model(family)
     stack, seen = stack_of(model.base(torch.float32), model.depth), dict[int, torch.Tensor]()
-    for i, layer in enumerate(stack):
-        layer.register_forward_hook(lambda _, __, made, i=i: seen.update({i: made if isinstance(made, torch.Tensor) else made[0]}))
+    note = lambda i, made: seen.update({i: made if isinstance(made, torch.Tensor) else made[0]})  # noqa: E731
+    hooks = [layer.register_forward_hook(lambda _, __, made, i=i: note(i, made)) for i, layer in enumerate(stack)]
     try:
         with torch.no_grad():
             _, layers = model.forward(families.moved(model), padded(model), torch.float32, layers=True)
     finally:
-        for layer in stack:
-            layer._forward_hooks.clear()
+        for hook in hooks:  # and not the library's own, which hang there too
+            hook.remove()
     assert len(layers) == model.depth and all(torch.equal(layers[i], seen[i]) for i in range(model.depth))
 
 

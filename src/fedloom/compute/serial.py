@@ -288,7 +288,7 @@ def cost(item: WorkItem, flops: Flops) -> tuple[float, int]:
         case Spectrum():
             # a gradient that can be differentiated, one at the point, and of every probe its products, and one and a gradient for its move
             longest, n, names = int(lengths[item.batch].max()), len(item.batch), frozenset(scored_names(item))
-            gradients = float(flops.differentiable(names, longest)) + (1 + item.probes) * float(flops.step(names, longest))
+            gradients = (2 + item.probes) * float(flops.differentiable(names, longest))
             return n * (gradients + item.probes * (item.steps + 1) * float(flops.product(names, longest))), 0
         case Predict():
             return float(np.sum(flops.forward(lengths))) if len(lengths) else 0.0, 0

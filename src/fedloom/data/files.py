@@ -113,7 +113,9 @@ def read_file(path: Path) -> pa.Table:
     if suffix == ".parquet":
         try:
             return pq.ParquetFile(io.BytesIO(path.read_bytes())).read()  # read_table would load pandas: a third of a second
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the file's, and not what is in it
             raise DataError(f"'{path}' is not a readable Parquet file: {error}") from error
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -124,7 +126,7 @@ def read_file(path: Path) -> pa.Table:
             "(put its real encoding after -f)"
         ) from error
     columns = _cells(text, path) if suffix in (".csv", ".tsv") else _records(text, path, lines=suffix != ".json")
-    return pa.table({name: _array(values) for name, values in columns.items()})
+    return pa.table({name: _array(values, name, path) for name, values in columns.items()})
 
 
 def _cells(text: str, path: Path) -> dict[str, list[Any]]:
@@ -167,7 +169,7 @@ def _table(reader: Any, path: Path) -> dict[str, list[Any]]:
 def _records(text: str, path: Path, lines: bool) -> dict[str, list[Any]]:
     """The columns of JSON: an object a line, a list of objects, an object of equal lists, or one of these under "data"."""
     try:
-        whole = None if lines else json.loads(text)
+        whole = None if lines else json.loads(text, parse_constant=_constant)
     except json.JSONDecodeError:
         whole = None  # a .json file may still hold one object a line
     if isinstance(whole, dict) and isinstance(whole.get("data"), (list, dict)) and len(whole) == 1:
@@ -190,15 +192,31 @@ def _lines(text: str, path: Path) -> list[Any]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                records.append(json.loads(line))
+                records.append(json.loads(line, parse_constant=_constant))
             except json.JSONDecodeError as error:
                 raise DataError(f"line {number} of '{path}' is not JSON: {error.msg}; it begins: {line[:60]}") from error
     return records
 
 
-def _array(values: list[Any]) -> pa.Array:
-    """One column; values of mixed types become their JSON text."""
+def _constant(name: str) -> float | None:
+    """What JSON has no word for and Python writes all the same: NaN, where nothing is."""
+    return None if name == "NaN" else float(name)
+
+
+def _array(values: list[Any], name: str, path: Path) -> pa.Array:
+    """One column; values of mixed types, and numbers too large for 64 bits, become their JSON text.
+
+    Raises:
+        DataError: text that is half a character.
+    """
     try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return pa.array([v if v is None or isinstance(v, str) else json.dumps(v) for v in values])
+        try:
+            return pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+            return pa.array([v if v is None or isinstance(v, str) else json.dumps(v) for v in values])
+    except UnicodeEncodeError as error:
+        row = next(i for i, v in enumerate(values) if isinstance(v, str) and v != v.encode("utf-8", "ignore").decode("utf-8"))
+        raise DataError(
+            f"column '{name}' of '{path}' holds half a character in row {row} (counted from 0): {error.object[error.start]!r}, as a cut "
+            "emoji leaves it; write it whole or take it out"
+        ) from error

@@ -43,13 +43,13 @@ from fedloom.compute.work import Fisher, Norm, Sensitivity, Spectrum
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, insist, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
-from fedloom.model.adapters import is_factor, is_head, need_pairs
+from fedloom.model.adapters import is_factor, is_head, need_pairs, stays
 from fedloom.model.base import Model
 from fedloom.model.blocks import layer_of, layers
 from fedloom.seeds import derive_int
 from fedloom.server.masks import ROWS, completed
 from fedloom.server.participation import Pool, uniform
-from fedloom.server.sharing import Which, choose_gal, how_many, stays
+from fedloom.server.sharing import Which, choose_gal, how_many
 from fedloom.tensors import nbytes, only, without
 
 WARM_UP = -1000

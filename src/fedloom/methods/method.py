@@ -16,13 +16,13 @@ import torch
 from fedloom.client.client import Client
 from fedloom.compute.work import Predict
 from fedloom.messages import Flow, Task, Tensors, Update, Work, insist, on_client
-from fedloom.model.adapters import is_factor
+from fedloom.model.adapters import is_factor, stays
 from fedloom.model.base import Model
 from fedloom.model.blocks import layers
 from fedloom.server.controls import Controls
 from fedloom.server.optimizers import Steps
 from fedloom.server.participation import Pool
-from fedloom.server.sharing import GAL, choose_gal, how_many, stays
+from fedloom.server.sharing import GAL, choose_gal, how_many
 from fedloom.tensors import without
 
 

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fedloom.model import bottleneck, mixing
+from fedloom.model.blocks import layer_of
 from fedloom.model.principal import drawn, principal_factors
 from fedloom.model.quantised import Base, Quantised, quantise, restore
 from fedloom.tensors import fingerprint
@@ -319,6 +320,12 @@ def need_pairs(names: Collection[str], who: str) -> None:
 def is_factor(name: str) -> bool:
     """Whether a saved name is one of a LoRA pair."""
     return is_down(name) or is_up(name)
+
+
+def stays(name: str, shared: Collection[int]) -> bool:
+    """Whether it is a factor of a layer that is not among the ``shared`` ones, so that every device has its own. What is of no layer (a
+    pair on a pooler) is everybody's."""
+    return is_factor(name) and layer_of(name) is not None and layer_of(name) not in shared
 
 
 def is_down(name: str) -> bool:

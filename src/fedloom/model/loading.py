@@ -205,6 +205,11 @@ def _loaded(folder: str, name: str, num_labels: int, use: Use) -> tuple[Any, Any
             raise ModelError(f"'{name}' is an encoder-decoder ({config.model_type}); give an encoder or a decoder")
         spaced = {"add_prefix_space": True} if use == "tags" else {}  # a word by itself is then the word that it is within a sentence
         tokenizer = AutoTokenizer.from_pretrained(folder, **spaced, **local)
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+            raise ModelError(
+                f"'{name}' brings no tokenizer: what was found has {len(tokenizer)} special tokens and no word, so that all text would be "
+                "unknown. Save it beside the model: tokenizer.save_pretrained(FOLDER)"
+            )
         kind: Any = {"tags": AutoModelForTokenClassification, "finds": AutoModelForQuestionAnswering}.get(use)
         kind = kind or AutoModelForSequenceClassification
         if not num_labels:

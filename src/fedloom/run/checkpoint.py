@@ -105,6 +105,15 @@ def holds_training(folder: Path) -> bool:
     return (folder / "checkpoints" / LATEST).exists()
 
 
+def data_of(folder: Path) -> str | None:
+    """The fingerprint of the data that the last completed round was made with; None if there is none, or it cannot be read."""
+    try:
+        found = json.loads((folder / "checkpoints" / LATEST).read_text(encoding="utf-8"))["data"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
 def load(folder: Path, store: Store) -> Saved | None:
     """The last completed round, with ``store`` put back to it; None if there is none.
 

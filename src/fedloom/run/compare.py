@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedloom.run.checkpoint import CheckpointError, only_one, write_atomically
+from fedloom.run.checkpoint import CheckpointError, data_of, only_one, write_atomically
 from fedloom.run.experiment import ExperimentError, as_meant, completed, digest_of
 from fedloom.run.jobs import carry_out, ended_before, order_of
 from fedloom.run.loop import check
@@ -74,8 +74,31 @@ def compare(
     with only_one(out):
         title = f"{', '.join(plan.methods)} on {', '.join(plan.labels.values())} -> {out}"
         with Watching(title, plan.base.rounds, plan.expected, plain) as watch:
+            insist_on_the_same_data(runs, folder)
             ended = carry_out(plan.wanted, folder, jobs, watch, track)
+        insist_on_the_same_data(runs, folder)
         return _told(plan, ended, folder, out, reference, target)
+
+
+def insist_on_the_same_data(runs: Sequence[Run], folder: Callable[[Run], Path]) -> None:
+    """A table sets methods beside each other that saw the same examples. Checkpoints tell what they saw; runs without one do not.
+
+    Raises:
+        CheckpointError: of one data set, α and seed some runs saw other data, because its files changed in between.
+    """
+    seen: dict[tuple[Any, ...], dict[str, list[str]]] = {}
+    for run in runs:
+        if (data := data_of(folder(run))) is not None:
+            of = run.experiment.data, run.experiment.alpha, run.experiment.seed
+            names = seen.setdefault(of, {}).setdefault(data, [])
+            names += [folder(run).name] if folder(run).name not in names else []
+    for (data, *_), each in seen.items():
+        if len(each) > 1:
+            told = " and ".join(f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''} ({found})" for found, names in each.items())
+            raise CheckpointError(
+                f"the data behind '{data}' changed between runs that would stand in one table: {told}. Give another --out, or delete the "
+                "folders of those that are out of date"
+            )
 
 
 def _told(

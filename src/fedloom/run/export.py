@@ -141,7 +141,8 @@ def export(experiment: Experiment, folder: Path, out: Path, client: int | None =
         return f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{folder_of(experiment.model)}"), "{out}")'
     if world.model.finder is not None:
         return f'PeftModel.from_pretrained(AutoModelForQuestionAnswering.from_pretrained("{folder_of(experiment.model)}"), "{out}")'
-    named = dict(enumerate(world.classes)) if len(world.classes) == world.model.num_labels else None
+    classes = world.classes if world.model.tagger is None else world.model.tagger.tags
+    named = dict(enumerate(classes)) if len(classes) == world.model.num_labels else None
     labels = f"num_labels={world.model.num_labels}" if named is None else f"id2label={named!r}"
     base = f'"{folder_of(experiment.model)}", {labels}, ignore_mismatched_sizes=True'
     return f'PeftModel.from_pretrained(AutoModelFor{_use(world.model)}.from_pretrained({base}), "{out}")'

@@ -12,15 +12,13 @@ It does not know methods: their rounds pass through it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
 from fedloom.messages import Asking, Flow, Task, through
-from fedloom.model.adapters import is_factor
-from fedloom.model.blocks import layer_of
 from fedloom.seeds import Part, derive
 
 T = TypeVar("T")
@@ -88,12 +86,6 @@ def _told(asking: Asking, shared: list[int]) -> Asking:
         return replace(task, settings={**task.settings, LAYERS: shared})
 
     return replace(asking, tasks=[told(task) for task in asking.tasks])
-
-
-def stays(name: str, shared: Collection[int]) -> bool:
-    """Whether it is a factor of a layer that is not among the ``shared`` ones, so that every device has its own. What is of no layer (a
-    pair on a pooler) is everybody's."""
-    return is_factor(name) and layer_of(name) is not None and layer_of(name) not in shared
 
 
 def how_many(choice: Choice, adapted: int) -> int:
