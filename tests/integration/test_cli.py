@@ -103,7 +103,10 @@ def test_run_ends_with_a_table_and_paths_and_the_same_command_uses_it_again(
     assert "round 2/2" in first.err
     before = hashes(folder)
     assert cli.main(["run", "lora", *small(world / "data")]) == 0
-    assert "round" not in capsys.readouterr().err
+    again = capsys.readouterr()
+    assert "round" not in again.err
+    assert "holds this run's results already, and nothing was run; delete it, or give another --out" in again.out
+    assert "results already" not in first.out
     assert {**hashes(folder), "report.html": ""} == {**before, "report.html": ""}
     assert cli.main(["run", str(folder / "experiment.json"), "--seed", "7"]) == 0
     assert len(list((tmp_path / "runs").iterdir())) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -113,6 +114,31 @@ def test_finished_runs_are_used_when_a_comparison_grows(place: Path, capsys: pyt
     finally:
         (place / "elsewhere").rename(place / "data")
     assert {p.parent.name for p in out.glob("*/results.json")} == kept
+
+
+def test_runs_that_saw_other_data_stand_in_no_table(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All labels are turned round between two commands. What was trained before stays, and is named; nothing is trained once both are
+    there."""
+    shutil.copytree(place / "data", tmp_path / "data")
+    one = ["compare", "lora", *small(tmp_path / "data"), "--seed", "1", "--lr", "1e-3", "--out", str(tmp_path / "c")]
+    assert cli.main(one) == 0
+    table = (tmp_path / "c" / "comparison.csv").read_text()
+    for path in (tmp_path / "data").glob("*.csv"):
+        with path.open(newline="") as file:
+            header, *rows = list(csv.reader(file))
+        at = header.index("label")
+        classes = sorted({row[at] for row in rows})
+        turned = dict(zip(classes, reversed(classes), strict=True))
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([header, *([*row[:at], turned[row[at]], *row[at + 1 :]] for row in rows)])
+    for _ in range(2):
+        capsys.readouterr()
+        assert cli.main([*one[:2], "local", *one[2:]]) == 2
+        said = capsys.readouterr().err
+        assert "changed between runs that would stand in one table: " in said and "lora (" in said and "local (" in said
+        assert (tmp_path / "c" / "comparison.csv").read_text() == table
+    shutil.rmtree(tmp_path / "c" / "lora")
+    assert cli.main([*one[:2], "local", *one[2:]]) == 0
 
 
 @pytest.mark.parametrize("how", ["raise ValueError('this method is broken')", "os._exit(3)"])

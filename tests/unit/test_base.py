@@ -213,6 +213,15 @@ def test_a_model_that_cannot_be_called_is_refused_and_says_what_was_tried(monkey
         load(str(families.folder("bloom")), num_labels=2, max_length=16)
 
 
+def test_a_folder_without_a_tokenizer_is_refused_and_not_read_as_unknown_words(tmp_path: Path) -> None:
+    """The library makes one up, of special tokens alone."""
+    shutil.copytree(tiny.folder(), tmp_path / "model")
+    for path in (tmp_path / "model").glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ModelError, match=r"brings no tokenizer: what was found has \d special tokens and no word.*save_pretrained"):
+        load(str(tmp_path / "model"), num_labels=2)
+
+
 def test_a_missing_folder(tmp_path: Path) -> None:
     for name in (str(tmp_path / "nowhere"), "./nowhere", "~/nowhere-at-all", "a/b/c"):
         with pytest.raises(ModelError, match=r"no model folder .*give 'minilm'"):

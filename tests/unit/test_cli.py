@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -69,6 +70,19 @@ def test_the_options_of_run_are_frozen() -> None:
     assert cli.long_options(options.for_run(recipes.resolve("fibecfed"))) == sorted(
         [*EXPERIMENT, *FIBECFED, "--help", "--out", "--plain", "--track"]
     )
+
+
+@pytest.mark.parametrize("width", ["40", "200"])
+def test_which_options_there_are_does_not_depend_on_the_terminal(width: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    assert cli.long_options(options.for_run(recipes.resolve("lora"))) == (found := options_at_eighty())
+    assert os.environ["COLUMNS"] == width and "--method.lr" in found
+
+
+def options_at_eighty() -> list[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        return cli.long_options(options.for_run(recipes.resolve("lora")))
 
 
 def test_the_options_of_the_other_commands_are_frozen() -> None:

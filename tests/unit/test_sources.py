@@ -352,6 +352,40 @@ def bad(tmp_path, data, match, **options):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_nan_in_json_is_nothing_and_no_word(tmp_path, suffix):
+    """Python writes it so; JSON has no such word. As a class and as a text it is refused by its row, as null is."""
+    records = [{"text": f"text {i}", "label": ["pos", "neg"][i % 2]} for i in range(20)]
+    for column in ("label", "text"):
+        spoilt = [{**record, column: float("nan")} if i == 7 else record for i, record in enumerate(records)]
+        told = json.dumps(spoilt) if suffix == ".json" else "\n".join(map(json.dumps, spoilt))
+        assert "NaN" in told
+        (tmp_path / f"{column}{suffix}").write_text(told)
+        with pytest.raises(DataError, match="row 7 "):
+            load(str(tmp_path / f"{column}{suffix}"), seed=0)
+
+
+def test_numbers_beyond_64_bits_are_text_and_half_a_character_is_named(tmp_path):
+    records = [{"text": f"text {i}", "label": i % 2, "id": 2**70 + i} for i in range(20)]
+    (tmp_path / "big.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert load(str(tmp_path / "big.jsonl"), seed=0).splits["train"]["id"][0].startswith(str(2**70)[:12])
+    records[3]["text"] = "\ud83d cut"
+    (tmp_path / "cut.jsonl").write_text("\n".join(map(json.dumps, records)))
+    with pytest.raises(DataError, match=r"column 'text' of '.*cut.jsonl' holds half a character in row 3 .*'.ud83d'.*; write it whole"):
+        load(str(tmp_path / "cut.jsonl"), seed=0)
+
+
+def test_a_parquet_file_with_a_broken_page_is_named(tmp_path):
+    path = tmp_path / "all.parquet"
+    columns = {"text": [f"a text of some length {i}" for i in range(400)], "label": [0, 1] * 200}
+    pq.write_table(pa.table(columns), path, compression="snappy")
+    content = bytearray(path.read_bytes())
+    content[40:1200] = bytes([255] * 1160)
+    path.write_bytes(bytes(content))
+    with pytest.raises(DataError, match="all.parquet' is not a readable Parquet file"):
+        load(str(path), seed=0)
+
+
 def test_a_text_that_is_not_utf8_is_named_with_its_offset_and_the_mend(tmp_path):
     (tmp_path / "train.csv").write_bytes(b"text,label\ncaf\xe9,0\n")
     bad(tmp_path, tmp_path, r"train.csv' is not UTF-8: byte 0xe9 at offset 14 .*iconv -f WINDOWS-1252 -t UTF-8 'train.csv'")
