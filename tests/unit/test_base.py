@@ -222,6 +222,14 @@ def test_a_folder_without_a_tokenizer_is_refused_and_not_read_as_unknown_words(t
         load(str(tmp_path / "model"), num_labels=2)
 
 
+def test_weights_that_are_cut_off_are_named_and_no_full_disk(tmp_path: Path) -> None:
+    shutil.copytree(tiny.folder(), tmp_path / "model")
+    (path,) = (tmp_path / "model").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ModelError, match=r"the weights in '.*model' are damaged or cut off \(.*\); bring the folder's .safetensors anew"):
+        load(str(tmp_path / "model"), num_labels=2)
+
+
 def test_a_missing_folder(tmp_path: Path) -> None:
     for name in (str(tmp_path / "nowhere"), "./nowhere", "~/nowhere-at-all", "a/b/c"):
         with pytest.raises(ModelError, match=r"no model folder .*give 'minilm'"):

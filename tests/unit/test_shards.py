@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from fedloom.data.instructions import Instructions
 from fedloom.data.labels import given_ids
 from fedloom.data.partition import partition
 from fedloom.data.shards import write_shards
@@ -38,6 +40,22 @@ def test_a_device_reads_from_its_shard_what_it_would_hold_in_a_simulation(tmp_pa
             empty += not len(rows)
         assert mine.task.classes == source.task.classes
     assert empty, "a shard without a row is among them, and stays so"
+
+
+def test_conversations_are_written_as_they_are_read(tmp_path: Path) -> None:
+    chats = [
+        {"messages": [{"role": "user", "content": f'q {i} "ä"'}, {"role": "assistant", "content": f"a {i}"}], "topic": ["x", "y"][i % 2]}
+        for i in range(24)
+    ]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    source = load(tmp_path / "chat.jsonl", seed=3, label="topic")
+    labels = {split: np.asarray(rows["topic"]) for split, rows in source.splits.items()}
+    write_shards(source, partition("iid", labels, clients=2, alpha=1.0, beta=5.0, seed=3, minimum=2), tmp_path / "shards")
+    mine = load(tmp_path / "shards" / "0", seed=3)
+    assert isinstance(mine.task, Instructions) and mine.task.chats
+    assert set(mine.splits["train"][mine.task.answer]) <= set(source.splits["train"][source.task.answer])
+    told = pq.ParquetFile(tmp_path / "shards" / "0" / "train.parquet").read()["messages"].to_pylist()
+    assert told[0][0]["role"] == "user" and '"ä"' in told[0][0]["content"]
 
 
 def test_labels_are_written_as_names(tmp_path: Path) -> None:

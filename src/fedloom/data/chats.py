@@ -39,6 +39,11 @@ def as_texts(values: Sequence[Any], where: str) -> tuple[list[str], int]:
     return made, cut
 
 
+def as_turns(text: str) -> list[dict[str, str]]:
+    """A conversation that :func:`as_texts` wrote, as others write and read it."""
+    return [dict(zip(FORMS[0], turn, strict=True)) for turn in json.loads(text)]
+
+
 def _turns(given: Any, row: str) -> list[tuple[str, str]]:
     if isinstance(given, str):
         try:

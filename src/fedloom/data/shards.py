@@ -11,12 +11,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fedloom.data.chats import as_turns
+from fedloom.data.instructions import Instructions
 from fedloom.data.partition import Partition
 from fedloom.data.questions import Questions, placed
 from fedloom.data.rows import whole_numbers
 from fedloom.data.sources import Source
 from fedloom.data.tagging import Tagging
 from fedloom.data.tasks import SPLITS, DataError
+
+TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+"""A conversation, as it is read."""
 
 
 def write_shards(source: Source, partition: Partition, folder: Path) -> list[Path]:
@@ -26,7 +31,9 @@ def write_shards(source: Source, partition: Partition, folder: Path) -> list[Pat
         DataError: a task whose rows cannot be written so, or a folder that is not new or empty.
     """
     if isinstance(source.task, Tagging):
-        raise DataError(f"shards are written for classification and for instructions, and '{source.name}' has {source.task.told}")
+        raise DataError(
+            f"shards are written for classification, instructions, conversations and questions, and '{source.name}' has {source.task.told}"
+        )
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"{folder} is not empty; give a new folder for the shards")
     task = source.task
@@ -41,6 +48,9 @@ def write_shards(source: Source, partition: Partition, folder: Path) -> list[Pat
             if isinstance(task, Questions):
                 told = pa.array([placed(answers) for answers in kept[task.answers].to_pylist()])
                 kept = kept.set_column(kept.column_names.index(task.answers), task.answers, told)
+            if isinstance(task, Instructions) and task.chats:
+                turns = pa.array([as_turns(text) for text in kept[task.answer].to_pylist()], TURNS)
+                kept = kept.set_column(kept.column_names.index(task.answer), task.answer, turns)
             names = pa.array(classes[np.asarray(kept[label].to_pylist(), np.int64)].tolist(), pa.string())
             pq.write_table(
                 kept.set_column(kept.column_names.index(label), label, names).replace_schema_metadata(), place / f"{split}.parquet"

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AttentionInterface,
@@ -236,8 +237,10 @@ def _loaded(folder: str, name: str, num_labels: int, use: Use) -> tuple[Any, Any
             )
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
+        if isinstance(error, SafetensorError):
+            raise ModelError(f"the weights in '{name}' are damaged or cut off ({first}); bring the folder's .safetensors anew") from error
         if "tiktoken" in first:  # what the library asks for where it could not read the file as sentencepiece's
             raise ModelError(
                 f"the tokenizer of '{name}' comes as a sentencepiece model alone, as DeBERTa-v3's does, and to read it takes the extra "
