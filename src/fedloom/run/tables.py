@@ -226,8 +226,8 @@ def took_part_title(case: Mapping[str, Any]) -> str:
     """What is scored, and on how many devices seed by seed."""
     part = case["took_part"]
     counts, whole = ([str(count) for count in part[key].values()] for key in ("devices", "of"))
-    some = f"{', '.join(dict.fromkeys(counts))} of {', '.join(dict.fromkeys(whole))}"
-    return f"{case['label']}: personalised test {case['metric']} on the devices alone that took part ({some}{' by seed' if len(counts) > 1 else ''})"
+    some = f"{', '.join(dict.fromkeys(counts))} of {', '.join(dict.fromkeys(whole))}" + (" by seed" if len(counts) > 1 else "")
+    return f"{case['label']}: personalised test {case['metric']} on the devices alone that took part ({some})"
 
 
 def took_part_row(part: Mapping[str, Any], method: str) -> list[str]:
