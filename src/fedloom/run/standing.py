@@ -53,7 +53,7 @@ def took_part(results: Results, seeds: Sequence[int], path: Sequence[Part]) -> d
     """
     counts = {m: found for m, of in results.items() if (found := _tallies(of, seeds, "personalised"))}
     part = {seed: [_participants(of[seed]) for m, of in results.items() if m in counts] for seed in seeds}
-    who = {seed: np.flatnonzero(np.all([one for one in each if one.any()], axis=0)) for seed, each in part.items() if each}
+    who = {seed: np.flatnonzero(np.all([one for one in each if one.any()] or [each[0]], axis=0)) for seed, each in part.items() if each}
     whole = {seed: len(each[0]) for seed, each in part.items() if each}
     if not counts or any(not len(of) for of in who.values()) or all(len(who[seed]) == whole[seed] for seed in seeds):
         return None
