@@ -51,6 +51,16 @@ def nbytes() -> int:
     return sum(path.stat().st_size for path in folder().rglob("*") if path.is_file())
 
 
+def why_not() -> str:
+    """Why nothing can be stored there; "" if something can."""
+    try:
+        folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder()):
+            return ""
+    except (OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def remembered(kind: str, key: str, make: Callable[[], Arrays]) -> Arrays:
     """The arrays (int8, int32 or int64) stored as ``key`` among those of this ``kind``, or what ``make`` makes, which is then stored.
 

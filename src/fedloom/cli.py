@@ -289,6 +289,9 @@ def doctor(words: Sequence[str]) -> int:
     return 1 if bad else 0
 
 
+RESUMING = ("run", "compare", "serve")
+"""Commands that go on where they stopped."""
+
 COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     command.__name__: command
     for command in (run, compare, serve, join, status, certs, report, describe, partition, methods, evaluate, export, doctor)
@@ -305,7 +308,7 @@ def main(words: Sequence[str] | None = None) -> int:
         with terminable(), quiet():
             return _dispatch(words)
     except KeyboardInterrupt as stopped:
-        kept = "; the same command resumes" if words and words[0] in ("run", "compare", "serve") else ""
+        kept = "; the same command resumes" if words and words[0] in RESUMING else ""
         _complain(f"stopped{kept}")
         return 143 if isinstance(stopped, Terminated) else 130
     except BrokenPipeError:
@@ -319,7 +322,7 @@ def main(words: Sequence[str] | None = None) -> int:
             return 2
         from fedloom.run.failures import explain
 
-        explained = explain(error)
+        explained = explain(error, resumes=bool(words) and words[0] in RESUMING)
         if explained is None:  # a fault of the program: where it is must be seen
             raise
         paragraph, code = explained

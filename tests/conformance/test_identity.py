@@ -22,13 +22,18 @@ from fedloom.model import base
 from fedloom.model.adapters import Adapter, Kind, Start, beneath, is_down, partner, under
 from fedloom.model.base import Model, ModelError
 from fedloom.model.loading import load
-from fedloom.run import parts, world
-from fedloom.run.device import Own, greeting_of, hosted, identity, order
+from fedloom.run import checkpoint, parts, world
+from fedloom.run.again import evaluate_again
+from fedloom.run.checkpoint import CheckpointError
+from fedloom.run.device import Own, greeting_of, hosted, order
 from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.export import export
+from fedloom.run.loop import run
+from fedloom.run.starting import identity
 from fedloom.run.world import build, read_data
 from fedloom.tensors import weighted_mean
 from fedloom.wire import pack
-from tests import tiny
+from tests import small, tiny
 
 QUERY, FIRST = "bert.encoder.layer.1.attention.self.query.weight", "bert.encoder.layer.0.output.dense.weight"
 
@@ -139,3 +144,25 @@ def test_devices_that_split_for_themselves_are_averaged_to_one_weight(start: Sta
         for second in (other.weights[under(a)].double() + product, rest.double() + product):
             assert float((first - second).abs().max()) <= 8 * u * float(w0.abs().max())
         assert float((first - w0).norm()) > 0.01 * float(w0.norm()), "the mean has moved"
+
+
+def test_a_run_goes_on_with_the_weights_that_it_began_with_and_no_others(tmp_path: Path) -> None:
+    """Nor is it evaluated or exported on others. A checkpoint of an earlier release, which tells no weights, is gone on with."""
+    model = shutil.copytree(tiny.folder(), tmp_path / "model")
+    e, out = replace(small.experiment("lora", rounds=3, evaluate_every=0), model=str(model)), tmp_path / "run"
+    small.stopped(e, out, last=2)
+    shutil.rmtree(model)
+    altered(model, QUERY)
+    match = r"the pre-trained weights of '.*model' changed since .*run began: they come to \w{16} now, and came to \w{16}\. .*Restore"
+    for go_on in (lambda: run(e, out, plain=True), lambda: evaluate_again(e, out), lambda: export(e, out, tmp_path / "taken")):
+        with pytest.raises(CheckpointError, match=match):
+            go_on()
+    assert not (tmp_path / "taken").exists()
+    same = shutil.copytree(out, tmp_path / "same")
+    known, latest = json.loads((out / "checkpoints" / "latest.json").read_text()), out / "checkpoints" / "latest.json"
+    body = {key: value for key, value in known.items() if key not in ("sha256", "model")}
+    latest.write_text(json.dumps({"sha256": checkpoint._digest(body), **body}))
+    assert run(e, out, plain=True)["rounds"] == 3
+    shutil.rmtree(model)
+    shutil.copytree(tiny.folder(), model)
+    assert run(e, same, plain=True)["rounds"] == 3

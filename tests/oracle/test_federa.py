@@ -27,7 +27,7 @@ from fedloom.model.adapters import Adapter, AdapterError, Start, is_down, is_fac
 from fedloom.model.base import Batch, Model
 from fedloom.model.loading import load
 from fedloom.model.principal import drawn, principal_factors
-from fedloom.run.device import identity
+from fedloom.run.starting import identity
 from tests import families, tiny
 
 RANK, ALPHA = 3, 4.5

@@ -169,9 +169,20 @@ def test_texts_are_cut_to_the_length_and_never_empty(monkeypatch: pytest.MonkeyP
     paired, kinds = model.encode(["w1", "w1 w2 w3 w4"], ["w2", "w5 w6 w7 w8"])
     assert (paired[0], kinds[0]) == ([2, 5, 3, 6, 3], [0, 0, 0, 1, 1])
     assert len(paired[1]) == 6
-    bare = {"input_ids": [[], [4]], "token_type_ids": [[], [0]]}
-    monkeypatch.setattr(model, "tokenizer", lambda *_, **__: bare)
+    bare, real = {"input_ids": [[], [4]], "token_type_ids": [[], [0]]}, model.tokenizer
+    monkeypatch.setattr(type(real), "__call__", lambda *_, **__: bare)
     assert model.encode(["", "w0"], None) == ([[model.pad_id], [4]], [[0], [0]])
+
+
+@pytest.mark.parametrize(("length", "pairs", "says"), [(2, False, "text: 2 tokens"), (3, True, "pair of texts: 3 tokens")])
+def test_a_length_that_special_tokens_fill_is_refused(length: int, pairs: bool, says: str) -> None:
+    """Every text would be the same one to the model."""
+    model, texts = load(str(tiny.folder()), num_labels=3, max_length=length), ["w1", "w2"]
+    with pytest.raises(ModelError, match=rf"--max-length {length} leaves no room for a {says} are added to each; give more"):
+        model.encode(texts, texts if pairs else None)
+    more = load(str(tiny.folder()), num_labels=3, max_length=length + 1)
+    ids, _ = more.encode(texts, texts if pairs else None)
+    assert ids[0] != ids[1]
 
 
 def test_the_length_is_bounded_by_model_and_tokenizer() -> None:

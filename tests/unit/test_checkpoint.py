@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -336,3 +337,31 @@ def test_a_checkpoint_nested_without_end_is_corrupt(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "latest.json").write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match="is corrupt"):
         checkpoint.load(tmp_path, stores(tmp_path))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_folder_that_takes_no_lock_is_read_all_the_same_and_never_written_to(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    def refused(self: Path, *how: Any, **more: Any) -> Any:
+        if self.name == ".lock":
+            raise OSError(number, "no")
+        return opened(self, *how, **more)
+
+    monkeypatch.setattr(Path, "open", refused)
+    entered = []
+    with only_one(tmp_path, reading=True):
+        entered.append(1)
+    with pytest.raises(OSError, match="no"), only_one(tmp_path):
+        entered.append(2)
+    number = errno.ENOSPC
+    with pytest.raises(OSError, match="no"), only_one(tmp_path, reading=True):
+        entered.append(3)
+    assert entered == [1]
+
+
+def test_what_is_being_run_is_not_read_beside_it(tmp_path: Path) -> None:
+    with only_one(tmp_path), pytest.raises(CheckpointError, match="another process"), only_one(tmp_path, reading=True):
+        raise AssertionError("two at once")

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from fedloom import cli
 from fedloom.client.curricula import all_curricula
 from fedloom.client.curricula.slw import LengthWarmup
 from fedloom.client.curricula.voc import ByRarity
-from fedloom.client.store import StoreError
+from fedloom.client.store import DiskError, StoreError
 from fedloom.messages import CohortFailed, Failure
 from fedloom.methods import all_methods
 from fedloom.methods.fedavg import FedAvg
@@ -398,3 +399,33 @@ def test_what_to_do_about_a_lost_state_is_said_once() -> None:
 @pytest.mark.parametrize(("name", "asked"), [("lora", 3), ("fedbavg", 3), ("fedcybgd", 1), ("handover", 1)])
 def test_a_method_of_turns_asks_one_device_a_round(name: str, asked: int) -> None:
     assert Experiment(all_methods()[name](), cohort=3).asked == asked
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device", "x"), DiskError("x is full"), MemoryError("much"), SafetensorError("x")]
+)
+def test_only_a_command_that_resumes_promises_to(error: Exception) -> None:
+    (with_rounds, _), (without, _) = explain(error) or ("", 0), explain(error, resumes=False) or ("", 0)
+    assert "the same command goes on from there" in with_rounds
+    assert "goes on" not in without and "--out" not in without and "pace" in without + "pace" * isinstance(error, MemoryError)
+
+
+def test_a_refused_permission_names_an_option_that_the_command_has() -> None:
+    (with_rounds, _), (without, _) = (
+        explain(PermissionError(13, "Permission denied", "x"), resumes) or ("", 0) for resumes in (True, False)
+    )
+    assert with_rounds == "x: Permission denied; check the permissions, or give another --out"
+    assert without == "x: Permission denied; check the permissions"
+
+
+def test_doctor_tells_a_cache_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedloom.run.doctor import examine
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("fedloom.run.doctor._trec", str)
+    monkeypatch.setattr("fedloom.run.doctor._minilm", str)
+    for place, ok in ((tmp_path / "file" / "below", None), (tmp_path / "new", True)):
+        monkeypatch.setenv("FEDLOOM_CACHE", str(place))
+        (found,) = [finding for finding in examine(tmp_path) if finding.name == "cache"]
+        assert found.ok is ok and "FEDLOOM_CACHE" in found.text, found
+        assert ("NotADirectoryError" in found.text) == (ok is None)

@@ -25,6 +25,7 @@ FLOOR = {
     "hub.py": 0,
     "fleet.py": 0,
     "cache.py": 0,
+    "folders.py": 0,
     "native": 0,
 }
 FLOOR |= {"data": 1, "model": 1, "server": 1, "client": 2, "compute": 2, "methods": 3, "engines": 3, "run": 4}

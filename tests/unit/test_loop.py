@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 
 from fedloom.run.checkpoint import CheckpointError, only_one
 from fedloom.run.experiment import as_json
+from fedloom.run.export import ExportError, export
 from fedloom.run.loop import claim, run
+from fedloom.run.world import build
 from tests import small
 
 
@@ -71,3 +74,25 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     with only_one(tmp_path), pytest.raises(CheckpointError, match="another process is running"):
         run(small.experiment(), tmp_path, plain=True)
     assert not (tmp_path / "rounds.jsonl").exists()
+
+
+def test_texts_that_the_length_cuts_are_told_with_their_number(tmp_path: Path) -> None:
+    world = build(small.experiment("lora", rounds=1, evaluate_every=0, max_length=6))
+    long = {split: sum(len(text.split()) + 2 >= 6 for text in world.source.splits[split]["text"]) for split in world.splits}
+    told = ", ".join(f"{long[split]} of {len(world.splits[split])} {split}" for split in ("train", "validation", "test"))
+    wanted = f"texts that fill the 6 tokens of --max-length, and of which nothing beyond is read: {told}"
+    assert long["train"] > 0 and wanted in world.notes
+    assert not [note for note in build(small.experiment("lora", max_length=16)).notes if "--max-length" in note]
+    assert wanted in run(world.experiment, tmp_path / "run", plain=True)["notes"]
+
+
+def test_a_model_is_not_taken_away_under_other_classes_than_it_was_trained_with(tmp_path: Path) -> None:
+    data = shutil.copytree(small.data(), tmp_path / "data")
+    e, out = replace(small.experiment("lora", rounds=1, evaluate_every=0), data=str(data)), tmp_path / "run"
+    run(e, out, plain=True)
+    export(e, out, tmp_path / "one")
+    for file in data.glob("*.jsonl"):
+        file.write_text(file.read_text().replace('"label": "b"', '"label": "z"'))
+    with pytest.raises(ExportError, match="classes of 'data' are a, c, z now, and were a, b, c when .*run was trained.*Restore the data"):
+        export(e, out, tmp_path / "two")
+    assert not (tmp_path / "two").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -657,3 +658,28 @@ def test_rows_of_public_sets_are_what_their_files_hold(no_network):
 
     maths = load(str(SHARED / "gsm8k"), seed=42)
     assert all(numbers.due(answer) is not None for answer in maths.task.written(maths.splits["test"])[1])
+
+
+def test_labels_written_as_numbers_in_one_file_and_as_text_in_another_are_the_same(tmp_path):
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": f"a {i}", "label": i % 2}) + "\n" for i in range(20)))
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"text": f"b {i}", "label": str(i % 2)}) + "\n" for i in range(4)))
+    source = load(tmp_path, seed=1)
+    assert source.task.classes == ("0", "1") and list(source.splits["test"]["label"]) == [0, 1, 0, 1]
+
+
+def test_a_gap_among_numbers_is_told_as_one_and_not_as_another_row(tmp_path):
+    """pandas writes such a column as 0.0, 1.0, NaN."""
+    table = pa.table({"text": [f"a {i}" for i in range(6)], "label": pa.array([0.0, 1.0, 0.0, 1.0, math.nan, 1.0])})
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(DataError, match="row 4 of the train split has no label in column 'label'"):
+        load(tmp_path, seed=1)
+
+
+def test_empty_texts_are_told(tmp_path):
+    rows = ["text,label", *[f"word {i},{'ab'[i % 2]}" for i in range(18)], ",a", " ,b"]
+    (tmp_path / "train.csv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "test.csv").write_text("text,label\nx,a\n,b\n")
+    (tmp_path / "validation.csv").write_text("text,label\nx,a\ny,b\n")
+    notes = said(load(tmp_path, seed=1))
+    assert "2 of the 20 train texts are empty; they are kept" in notes and "1 of the 2 test texts are empty" in notes
+    assert "validation texts are empty" not in notes

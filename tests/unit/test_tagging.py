@@ -67,6 +67,7 @@ def test_missing_splits_are_cut_as_for_any_task(tmp_path: Path) -> None:
     [
         ({"tokens": ["a", "b"], "ner_tags": ["O"]}, "row 3 of the train split has 2 words and 1 tags; every word needs a tag"),
         ({"tokens": None, "ner_tags": ["O"]}, "has no words and 1 tags"),
+        ({"tokens": ["a", "b"], "ner_tags": ["O", None]}, "row 3 of the train split has a word without a tag in column 'ner_tags'"),
         ({"tokens": ["a\x1fb"], "ner_tags": ["O"]}, r"U\+001F"),
     ],
 )

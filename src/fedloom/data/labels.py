@@ -36,7 +36,7 @@ def label_values(column: pa.ChunkedArray, names: Sequence[str] | None, where: st
         if odd is not None:
             raise DataError(f"{where} holds {odd}, and its class names number 0 to {len(names) - 1}: {some(names)}")
         return [None if v is None or v < 0 else str(names[v]) for v in values]
-    values = [None if isinstance(v, str) and not v.strip() else v for v in values]
+    values = [None if (isinstance(v, str) and not v.strip()) or v != v else v for v in values]  # NaN is how pandas writes a gap
     if all(v is None or (isinstance(v, float) and v.is_integer()) for v in values):
         values = [None if v is None else int(v) for v in values]
     odd = next((v for v in values if v is not None and not isinstance(v, (str, int))), None)
@@ -53,7 +53,8 @@ def class_ids(
     Raises:
         DataError: no training labels, a row without one, or a held-out label that no training row has.
     """
-    whole = names is None and all(v is None or (isinstance(v, str) and WHOLE.fullmatch(v.strip())) for v in values["train"])
+    trained = [v for v in values["train"] if v is not None]
+    whole = names is None and all(type(v) is int or (isinstance(v, str) and WHOLE.fullmatch(v.strip())) for v in trained)
     kept: dict[Split, list[Label]] = {}
     notes = []
     for split in SPLITS:

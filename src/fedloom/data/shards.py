@@ -19,6 +19,7 @@ from fedloom.data.rows import whole_numbers
 from fedloom.data.sources import Source
 from fedloom.data.tagging import Tagging
 from fedloom.data.tasks import SPLITS, DataError
+from fedloom.folders import whole_or_gone
 
 TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 """A conversation, as it is read."""
@@ -36,6 +37,12 @@ def write_shards(source: Source, partition: Partition, folder: Path) -> list[Pat
         )
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"{folder} is not empty; give a new folder for the shards")
+    with whole_or_gone(folder):
+        return _written(source, partition, folder)
+
+
+def _written(source: Source, partition: Partition, folder: Path) -> list[Path]:
+    """The folders, one a device."""
     task = source.task
     label, classes = source.task.label, np.array(source.task.classes, object)
     made = []

@@ -133,6 +133,7 @@ def load(
     for split, most in zip(SPLITS, (max_train, max_validation, max_test), strict=True):
         tables[split] = _capped(tables[split], split, most, made, seed, notes)
     _tell_overlap(tables, made.texts, notes)
+    _tell_blank(tables, made, notes)
     return Source(name, {split: _rows(tables[split], made.label) for split in SPLITS}, made, tuple(notes))
 
 
@@ -168,6 +169,11 @@ def _tag_names(table: _Table, column: str) -> tuple[str, ...]:
     if column in table.names:
         return tuple(table.names[column])
     seen = {tag for tags in table.rows[column].to_pylist() for tag in tags or ()}
+    if None in seen:
+        row = next(i for i, tags in enumerate(table.rows[column].to_pylist()) if None in (tags or ()))
+        raise DataError(
+            f"row {row} of the train split has a word without a tag in column '{column}'; every word needs one, O if it is none"
+        )
     if not all(isinstance(tag, str) for tag in seen):
         raise DataError(f"the tags in column '{column}' are numbers without names; give them as words: O, B-TYPE, I-TYPE")
     return tuple(sorted(seen, key=lambda tag: (tag != "O", tag[2:], tag)))
@@ -455,6 +461,16 @@ def _tell_overlap(tables: dict[Split, _Table], texts: tuple[str, ...], notes: li
         shared = sum(text in trained for text in content[split])
         if shared:
             notes.append(f"{shared} of the {len(content[split])} {split} texts also occur in train")
+
+
+def _tell_blank(tables: dict[Split, _Table], task: Task, notes: list[str]) -> None:
+    """Say how many texts have no word to classify by: a gap in a file is easily one."""
+    if not isinstance(task, Classification):
+        return
+    for split in SPLITS:
+        columns = [tables[split].rows[name].to_pylist() for name in task.texts]
+        if blank := sum(not any(text.strip() for text in texts) for texts in zip(*columns, strict=True)):
+            notes.append(f"{blank} of the {tables[split].rows.num_rows} {split} texts are empty; they are kept")
 
 
 def _rows(table: _Table, label: str) -> Rows:

@@ -294,7 +294,11 @@ class Model:
 
     def encode(self, texts: list[str], pairs: list[str] | None) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids and segment ids of each text (or pair; or prompt and its answer), cut to ``max_length``; at least one token each.
-        Of questions those of all windows."""
+        Of questions those of all windows.
+
+        Raises:
+            ModelError: the tokens that the tokenizer adds to a text take all of ``max_length``.
+        """
         if self.speaker is not None:
             return self.speaker.encode(texts, pairs or [""] * len(texts))
         if self.tagger is not None:
@@ -303,9 +307,19 @@ class Model:
             return self.finder.encode(texts, pairs or [""] * len(texts))
         if self.filler is not None:
             texts, pairs = self.filler.fill(texts, pairs), None
+        if (added := self.tokenizer.num_special_tokens_to_add(pair=pairs is not None)) >= self.max_length:
+            what = "pair of texts" if pairs is not None else "text"
+            raise ModelError(f"--max-length {self.max_length} leaves no room for a {what}: {added} tokens are added to each; give more")
         made = self.tokenizer(texts, pairs, truncation=True, max_length=self.max_length, return_token_type_ids=True)
         ids = [row or [self.pad_id] for row in made["input_ids"]]
         return ids, [row or [0] for row in made["token_type_ids"]]
+
+    @property
+    def cut_from(self) -> int | None:
+        """Tokens from which on a text may be the beginning of a longer one; None where long ones become several examples."""
+        if self.finder is not None or (self.speaker is not None and self.speaker.form == "text"):
+            return None
+        return self.max_length - (2 if self.filler is not None or self.speaker is not None else 0)  # a template leaves as many free
 
     @property
     def encoding(self) -> str:

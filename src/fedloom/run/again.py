@@ -52,7 +52,7 @@ def evaluate_again(experiment: Experiment, folder: Path, kind: type[Any] | None 
         ExperimentError: a method that cannot use what was trained.
     """
     other = _as_method(experiment, kind) if kind and kind is not type(experiment.method) else None
-    with checkpoint.only_one(folder), TemporaryDirectory(prefix="fedloom-") as aside:
+    with checkpoint.only_one(folder, reading=True), TemporaryDirectory(prefix="fedloom-") as aside:
         store = store_in(folder, Path(aside))
         saved = checkpoint.load(folder, store)
         if saved is None:
@@ -60,7 +60,7 @@ def evaluate_again(experiment: Experiment, folder: Path, kind: type[Any] | None 
         world = build(other or experiment)
         if saved.data != world.fingerprint():
             raise CheckpointError(f"the data behind {folder} changed since it was trained (fingerprint {saved.data}); restore the data")
-        if said := stand_at(world.model, saved.start, folder):
+        if said := stand_at(world.model, saved.start, folder, saved.model):
             log.warning(said)
         engine, state = world.engine(store), saved.state
         if other is not None:

@@ -7,6 +7,7 @@ only what a round has changed is written, and once written what is large lies in
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -40,7 +41,8 @@ class CheckpointError(RuntimeError):
 @dataclass(frozen=True)
 class Saved:
     """A completed round: the server's state, the ledger's totals, the fingerprint of the data it was made with, who is in where some
-    were not from the start, and (A0, B0) where those are not zero, which the frozen weights are short of (``starting.py``).
+    were not from the start, (A0, B0) where those are not zero, which the frozen weights are short of, and what the pre-trained weights
+    came to ("" of an earlier release; ``starting.py``).
 
     ``parts``: where the state lies, or that of the round before. ``begun``: where the start of a whole model does, while the run goes on.
     """
@@ -52,6 +54,7 @@ class Saved:
     start: Tensors = field(default_factory=dict)
     parts: tuple[Part, ...] = ()
     begun: tuple[Part, ...] = ()
+    model: str = ""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -80,6 +83,7 @@ def save(folder: Path, saved: Saved, store: Store) -> Saved:
         "clients": store.commit(),
         "totals": saved.totals,
         "data": saved.data,
+        **({"model": saved.model} if saved.model else {}),
     }
     if saved.late is not None:
         asked = [{"op": step.op, "settings": dict(step.settings)} for step in steps]
@@ -134,6 +138,7 @@ def load(folder: Path, store: Store) -> Saved | None:
         tensors = tensors_of(parts)
         start = read(path.parent, body["start"], START).tensors if "start" in body else {}
         round, facts, totals, data = (body[name] for name in ("round", "facts", "totals", "data"))
+        model = body.get("model", "")
         if not (type(round) is int and isinstance(facts, dict) and isinstance(totals, dict) and isinstance(data, str)):
             raise ValueError("its round, facts, totals or data are none")
         late = None if "late" not in body else _late(body["late"], tensors)
@@ -142,7 +147,7 @@ def load(folder: Path, store: Store) -> Saved | None:
             store.load(int(client))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StoreError) as error:
         raise CheckpointError(f"the checkpoint {path} is corrupt: {error}. {mend}") from error
-    return Saved(_state(round, facts, tensors), totals, data, late, start, parts)
+    return Saved(_state(round, facts, tensors), totals, data, late, start, parts, model=model)
 
 
 def fingerprint_of(folder: Path) -> str:
@@ -157,14 +162,24 @@ def fingerprint_of(folder: Path) -> str:
 
 
 @contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Keep a second process out of the run folder.
+def only_one(folder: Path, reading: bool = False) -> Iterator[None]:
+    """Keep a second process out of the run folder. ``reading``: nothing will be written there, so that a folder which takes no lock, being
+    read-only, is as good.
 
     Raises:
         CheckpointError: another process is running there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    try:
+        opened = (folder / ".lock").open("w")
+    except OSError as error:
+        if not reading or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        opened = None
+    if opened is None:
+        yield
+        return
+    with opened as file:
         try:
             flock(file, LOCK_EX | LOCK_NB)
         except BlockingIOError as error:

@@ -115,7 +115,7 @@ def _data(world: World) -> Lines:
     splits, lengths = world.splits, world.splits["train"].lengths
     rows = ", ".join(f"{len(examples):,} {split}" for split, examples in splits.items())
     tokens = f"{np.mean(lengths):.0f} on average, {np.max(lengths)} at most"
-    notes = [("note", note) for note in world.source.notes]
+    notes = [("note", note) for note in world.notes]
     task = world.source.task
     return [
         ("data", f"{world.source.name}: {rows}"),

@@ -12,7 +12,6 @@ which class were told as which (:func:`counted`).
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import threading
 import warnings
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from fedloom.client.host import Host, Leaving
     from fedloom.data.sources import Source
     from fedloom.data.tasks import Task as DataTask
-    from fedloom.model.base import Model
     from fedloom.run.judging import Judge
     from fedloom.run.world import World
 
@@ -59,6 +57,7 @@ def order(greeting: Mapping[str, Any], own: Own) -> dict[str, Any]:
 def greeting_of(world: World) -> dict[str, Any]:
     """What a device is told of the experiment (JSON): all that decides a result, what labels mean, which model it must be."""
     from fedloom.run.experiment import as_json
+    from fedloom.run.starting import identity
 
     task = world.source.task
     return {
@@ -140,21 +139,6 @@ def tags_of(task: DataTask) -> list[str]:
     return list(task.tags) if isinstance(task, Tagging) else []
 
 
-def identity(model: Model) -> str:
-    """16 hex digits over what every device must have alike: the pre-trained weights, and of those that an SVD has split what they were
-    before (``Model.split``). Not the head nor what an adapter brings with it: those are drawn, and sent where they are shared."""
-    from fedloom.model.adapters import is_factor, is_head, saved_as
-    from fedloom.model.quantised import as_common
-    from fedloom.tensors import fingerprint
-
-    brought = set() if saved_as(model.module) == "model" else set(model.parameters.values())
-    split = set(model.beneath.names) if model.split else set()
-    own = model.base(model.dtype).state_dict()
-    common = {n: t for n, t in own.items() if n not in brought | split and not is_factor(n) and not is_head(n)}
-    common |= as_common(model.quantised)
-    return hashlib.sha256(f"{fingerprint(common)}|{model.split}".encode()).hexdigest()[:16]
-
-
 def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     """The host of the order, and what the device says of itself.
 
@@ -177,8 +161,8 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     from fedloom.run.experiment import EngineSettings, ExperimentError, from_json
     from fedloom.run.judging import Judge
     from fedloom.run.memory import insist_on_a_devices_room, sizes_before, sizes_of
-    from fedloom.run.starting import begin_aside
-    from fedloom.run.world import model_of, tokens_of
+    from fedloom.run.starting import begin_aside, identity
+    from fedloom.run.world import cut, model_of, tokens_of
 
     greeting, own = told["greeting"], Own(**{**told["own"], "text": tuple(told["own"]["text"])})
     e = from_json(greeting["experiment"], kinds_of(greeting, own))
@@ -225,7 +209,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
         carried_out,
         [layer_scores],
     )
-    return host, {"examples": {split: len(shards[split]) for split in SPLITS}, "notes": list(source.notes)}
+    return host, {"examples": {split: len(shards[split]) for split in SPLITS}, "notes": [*source.notes, *cut(shards, model)]}
 
 
 def room(own: Own) -> int:

@@ -61,8 +61,14 @@ def _machine(folder: Path) -> list[Finding]:
         ),
         Finding("memory", memory > LITTLE_MEMORY, f"{human_bytes(memory)} in this machine; a run of the default model takes about 2 GB"),
         Finding("disk", disk > LITTLE_DISK and os.access(folder, os.W_OK), f"{human_bytes(disk)} free in {folder.resolve()}"),
-        _loads("cache", lambda: f"{human_bytes(cache.nbytes())} in {cache.folder()}, which may be deleted; {cache.VARIABLE} moves it"),
+        _cache(),
     ]
+
+
+def _cache() -> Finding:
+    if reason := cache.why_not():
+        return Finding("cache", None, f"not used, so tokens are made anew every time: {reason}; {cache.VARIABLE} names another folder")
+    return Finding("cache", True, f"{human_bytes(cache.nbytes())} in {cache.folder()}, which may be deleted; {cache.VARIABLE} moves it")
 
 
 def _extra(extra: str, package: str) -> Finding:

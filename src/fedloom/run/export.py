@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from fedloom.data.labels import some
+from fedloom.folders import whole_or_gone
 from fedloom.messages import Tensors
 from fedloom.methods.method import Predictor
 from fedloom.model.adapters import is_beneath, merged, saved_as, write_adapter
@@ -92,7 +94,8 @@ def predictor_of(world: World, folder: Path, client: int | None) -> Predictor:
     saved = checkpoint.load(folder, store)
     if saved is None:
         raise ExportError(f"{folder} holds no completed round yet; run it first")
-    if said := stand_at(world.model, saved.start, folder):
+    insist_on_the_same_classes(world, folder)
+    if said := stand_at(world.model, saved.start, folder, saved.model):
         log.warning(said)
     if client is None:
         assembled = method.assembled(saved.state)
@@ -104,6 +107,21 @@ def predictor_of(world: World, folder: Path, client: int | None) -> Predictor:
     if not 0 <= client < world.experiment.clients:
         raise ExportError(f"no device {client}; the run has 0 to {world.experiment.clients - 1}")
     return personal(world, store, client, saved.state.shared, saved.state.facts)
+
+
+def insist_on_the_same_classes(world: World, folder: Path) -> None:
+    """Whether the data name the outputs as they did when the run ended; its other data do not matter to who takes its model away.
+
+    Raises:
+        ExportError: they do not.
+    """
+    ended = folder / "results.json"
+    trained = json.loads(ended.read_text(encoding="utf-8"))["partition"]["classes"] if ended.exists() else None
+    if trained is not None and trained != list(world.classes):
+        raise ExportError(
+            f"the classes of '{world.source.name}' are {some(world.classes)} now, and were {some(trained)} when {folder} was trained: "
+            "the model's outputs would go by the wrong names. Restore the data"
+        )
 
 
 def export(experiment: Experiment, folder: Path, out: Path, client: int | None = None, merge: bool = False) -> str:
@@ -126,6 +144,12 @@ def export(experiment: Experiment, folder: Path, out: Path, client: int | None =
         tensors[sorted(last)[-1]] = tensors[sorted(last)[-1]] + found.bias
     if said := of_few_bits(world.model, merge):
         log.warning(said)
+    with whole_or_gone(out):
+        return _written(experiment, world, tensors, out, merge)
+
+
+def _written(experiment: Experiment, world: World, tensors: Tensors, out: Path, merge: bool) -> str:
+    """The folder, and the Python that loads it."""
     if merge:
         low = world.model.dtype is not torch.float32  # what was frozen is then read again, all of its bits
         model = model_of(replace(experiment, precision="float32"), world.source) if low else world.model

@@ -22,20 +22,22 @@ RESUMES = "The rounds before it are saved: the same command goes on from there."
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def explain(error: BaseException) -> tuple[str, int] | None:
-    """(paragraph, exit code) for an error that is expected to happen; None for any other."""
+def explain(error: BaseException, resumes: bool = True) -> tuple[str, int] | None:
+    """(paragraph, exit code) for an error that is expected to happen; None for any other. ``resumes``: the command that failed keeps rounds
+    in a folder of its own choice, and goes on from them."""
+    kept = f" {RESUMES}" if resumes else ""
     said = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, CohortFailed):
         mend = "--engine.stack 1 computes devices one by one; --quorum 0.5 goes on without some"
         if diverged(error):
             mend = "A number that is not finite asks for a smaller learning rate, in another --out"
-        return f"{_shortened(said.rstrip('.'))}. {RESUMES} {mend}", 1
+        return f"{_shortened(said.rstrip('.'))}.{kept} {mend}", 1
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return f"out of memory ({_shortened(said)}). {RESUMES} Give --engine.stack 1, a smaller model or a smaller batch size", 1
+        return f"out of memory ({_shortened(said)}).{kept} Give --engine.stack 1, a smaller model or a smaller batch size", 1
     if isinstance(error, SafetensorError):
-        return f"tensors could not be written or read: {said}. Free some space or check the permissions. {RESUMES}", 1
+        return f"tensors could not be written or read: {said}. Free some space or check the permissions.{kept}", 1
     if isinstance(error, DiskError):
-        return f"{said}. Free some space or check the permissions. {RESUMES}", 1
+        return f"{said}. Free some space or check the permissions.{kept}", 1
     if isinstance(error, CheckpointError):
         return said, 2
     if isinstance(error, StoreError):
@@ -45,7 +47,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         return _of_system(error, "check the path"), 2
     if isinstance(error, OSError):
-        mend = f"free some space. {RESUMES}" if error.errno in FULL else "check the permissions, or give another --out"
+        elsewhere = ", or give another --out" if resumes else ""
+        mend = f"free some space.{kept}" if error.errno in FULL else f"check the permissions{elsewhere}"
         return _of_system(error, mend), 1
     return (said, 2) if isinstance(error, ValueError) else None
 

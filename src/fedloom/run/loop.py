@@ -37,7 +37,7 @@ from fedloom.run.numbers import as_told
 from fedloom.run.parts import Part
 from fedloom.run.payback import paid_back
 from fedloom.run.samples import samples
-from fedloom.run.starting import begin_on_disk, stand_at, start_of
+from fedloom.run.starting import begin_on_disk, identity, stand_at, start_of
 from fedloom.run.tracking import Tracking, insist, track_ended
 from fedloom.run.world import World, build
 
@@ -134,7 +134,7 @@ def _loaded(
     need = insist_on_room(sizes, experiment, loaded=True)
     claim(folder, experiment)
     notes = [f"{what}: {text}" for what, text in told(need, sizes)]
-    for note in (*world.source.notes, *_idle(world), *(notes if need.total > LARGE else [])):
+    for note in (*world.notes, *_idle(world), *(notes if need.total > LARGE else [])):
         show.note(note)
     with Tracking(track, experiment, folder) as tracking:
         return _run(world, folder, show, tracking)
@@ -152,7 +152,7 @@ def _idle(world: World) -> list[str]:
 def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str, Any]:
     """The round loop."""
     e, method, store, missed = world.experiment, world.experiment.method, world.store(folder), 0
-    engine, data, unknown = engine_of(world, store), world.fingerprint(), nothing(world)
+    engine, data, model, unknown = engine_of(world, store), world.fingerprint(), identity(world.model), nothing(world)
     hurried = engine if world.far is None else world.far.hurried(engine)
     saved = checkpoint.load(folder, store)
     if saved is not None and saved.data != data:
@@ -161,7 +161,7 @@ def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str
 
     def kept(state: State, late: Late | None, parts: tuple[Part, ...]) -> Saved:
         needed = begun if state.round < e.rounds else ()
-        return checkpoint.save(folder, Saved(state, ledger.totals, data, late, start_of(world.model), parts, needed), store)
+        return checkpoint.save(folder, Saved(state, ledger.totals, data, late, start_of(world.model), parts, needed, model), store)
 
     if saved is None:
         ledger.rewind(-1)
@@ -174,7 +174,7 @@ def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str
         tracking.round(row)
     else:
         found = None
-        if said := stand_at(world.model, saved.start, folder):
+        if said := stand_at(world.model, saved.start, folder, saved.model):
             show.note(said)
         show.resume(rows := ledger.rewind(saved.state.round))
         tracking.resume(rows)
@@ -369,7 +369,7 @@ def results_of(world: World, state: State, ledger: Ledger, found: Evaluation) ->
         "best": {key: best.get(key) for key in picked},
         **totals,
         "validation": {"final": rows[-1]["validation"], "best": best["validation"]},
-        "notes": list(world.source.notes),
+        "notes": list(world.notes),
         **of_late,
         "per_device": per_device,
         "partition": {"classes": list(world.classes), "train_counts": np.asarray(counts).tolist()},

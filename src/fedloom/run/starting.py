@@ -1,4 +1,4 @@
-"""A run stands on the (A0, B0) that its checkpoint holds, whoever computes it next.
+"""A run stands on the pre-trained weights that it began with and on the (A0, B0) that its checkpoint holds, whoever computes it next.
 
 Where LoRA starts from singular vectors, what is frozen is W_res = W0 - s·B0·A0, so trained pairs mean something only beside the start that
 was taken out of W0. Every process decomposes for itself when it loads its model. On the machine that began the run that gives the same
@@ -9,22 +9,35 @@ rounding. Numbers that differ by more than rounding are of another model, or wer
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
 import torch
 
 from fedloom.messages import Tensors
-from fedloom.model.adapters import is_factor
+from fedloom.model.adapters import is_factor, is_head, saved_as
 from fedloom.model.base import Model
 from fedloom.model.factors import products
+from fedloom.model.quantised import as_common
 from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.parts import Part, put, tensors_of
-from fedloom.tensors import same_names
+from fedloom.tensors import fingerprint, same_names
 
 ROUNDING = 1e-4
 """How far apart two machines' s·B0·A0 may be, of its size in the Frobenius norm. Float32 rounds to 6e-8; singular values that lie close
 together let directions turn, whose product turns far less."""
+
+
+def identity(model: Model) -> str:
+    """16 hex digits over what every device must have alike: the pre-trained weights, and of those that an SVD has split what they were
+    before (``Model.split``). Not the head nor what an adapter brings with it: those are drawn, and sent where they are shared."""
+    brought = set() if saved_as(model.module) == "model" else set(model.parameters.values())
+    split = set(model.beneath.names) if model.split else set()
+    own = model.base(model.dtype).state_dict()
+    common = {n: t for n, t in own.items() if n not in brought | split and not is_factor(n) and not is_head(n)}
+    common |= as_common(model.quantised)
+    return hashlib.sha256(f"{fingerprint(common)}|{model.split}".encode()).hexdigest()[:16]
 
 
 def start_of(model: Model) -> dict[str, torch.Tensor]:
@@ -59,12 +72,22 @@ def begin_aside(model: Model, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def stand_at(model: Model, start: Tensors, folder: Path) -> str:
-    """Put the model at the ``start`` of the checkpoint in ``folder``. Returns what there is to say, or nothing.
+def stand_at(model: Model, start: Tensors, folder: Path, known: str = "") -> str:
+    """Put the model at the ``start`` of the checkpoint in ``folder``. Returns what there is to say, or nothing. ``known``: the
+    :func:`identity` that the checkpoint tells of its model ("": an earlier release's).
 
     Raises:
-        CheckpointError: that is not the start of this model, not even to rounding.
+        CheckpointError: the model is another one, or that is not its start, not even to rounding.
     """
+    said, mend = _at(model, start, folder), "Nothing was overwritten. Restore the model's files, or give another --out"
+    if known and known != (mine := identity(model)):
+        raise CheckpointError(
+            f"the pre-trained weights of '{model.name}' changed since {folder} began: they come to {mine} now, and came to {known}. {mend}"
+        )
+    return said
+
+
+def _at(model: Model, start: Tensors, folder: Path) -> str:
     own = start_of(model)
     if not own and not start:
         return ""

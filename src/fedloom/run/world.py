@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -105,6 +106,11 @@ class World:
     def classes(self) -> tuple[str, ...]:
         """Class names by label id."""
         return self.source.task.classes
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What a person should know of the data as they are used."""
+        return [*self.source.notes, *cut(self.splits, self.model)]
 
     @cached_property
     def judge(self) -> Judge:
@@ -259,6 +265,16 @@ def build(experiment: Experiment) -> World:
 def tokens_of(source: Source, model: Model) -> dict[Split, Examples]:
     """The data as the model's tokens."""
     return tokenise(source, in_parts(model.encode), model.encoding, model.first_of)
+
+
+def cut(splits: Mapping[Split, Examples], model: Model) -> list[str]:
+    """What to say of texts that may go on where ``--max-length`` ends; nothing if there are none."""
+    full = model.cut_from
+    counts: dict[Split, int] = {} if full is None else {split: int((texts.lengths >= full).sum()) for split, texts in splits.items()}
+    if not any(counts.values()):
+        return []
+    told = ", ".join(f"{count:,} of {len(splits[split]):,} {split}" for split, count in counts.items())
+    return [f"texts that fill the {model.max_length} tokens of --max-length, and of which nothing beyond is read: {told}"]
 
 
 def model_of(experiment: Experiment, source: Source) -> Model:
