@@ -370,6 +370,7 @@ def test_a_recipe_that_is_none_says_why(tmp_path: Path, monkeypatch: pytest.Monk
         "nothing.py": ("x = 1\n", "defines no method"),
         "syntax.py": ("x = 1\ndef f(:\n", "SyntaxError in line 2"),
         "raises.py": ("x = 1\n\nraise RuntimeError('no')\n", "RuntimeError in line 3: no"),
+        "lora.py": (head + method.format("lora"), "calls its method 'lora', as one of the package's is called"),
         "two.py": (head + method.format("a") + method.format("b"), "name one: two.py:a, two.py:b"),
     }
     for name, (source, wanted) in cases.items():
@@ -429,3 +430,18 @@ def test_doctor_tells_a_cache_that_takes_nothing(tmp_path: Path, monkeypatch: py
         (found,) = [finding for finding in examine(tmp_path) if finding.name == "cache"]
         assert found.ok is ok and "FEDLOOM_CACHE" in found.text, found
         assert ("NotADirectoryError" in found.text) == (ok is None)
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["./nowhere"], "there is no file or folder './nowhere'; "),
+        (["trec", "--model", "./nowhere"], "there is no model folder './nowhere'; give a folder or a name, or leave --model out"),
+    ],
+)
+def test_a_device_without_its_data_or_model_says_so_before_a_server_is_there(
+    words: list[str], wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, paragraph = said(capsys, "join", "127.0.0.1:9", *words)
+    assert code == 2 and wanted in paragraph and [*tmp_path.iterdir()] == []

@@ -293,10 +293,20 @@ def _read(data: str | Path | datasets.Dataset | datasets.DatasetDict) -> tuple[s
         where = path.resolve()
         name = where.parent.name if split_of(where.stem) else where.stem
         return name, {"train": _of_table(read_file(path))}, []
-    local = isinstance(data, Path) or data.startswith((".", "/", "~")) or data.count("/") > 1 or path.suffix.lower() in SUFFIXES
-    if local or (path.parent != Path() and path.parent.is_dir()):
-        raise DataError(f"there is no file or folder '{data}'; {_nearby(path)}")
+    insist_on_a_place(data)
     return str(data), *_of_splits(_from_hub(str(data)), f"'{data}'")
+
+
+def insist_on_a_place(data: str | Path) -> None:
+    """Whether what names a file or folder, and no data set by name, is there.
+
+    Raises:
+        DataError: it is not.
+    """
+    path = Path(data).expanduser()
+    local = isinstance(data, Path) or data.startswith((".", "/", "~")) or data.count("/") > 1 or path.suffix.lower() in SUFFIXES
+    if not path.exists() and (local or (path.parent != Path() and path.parent.is_dir())):
+        raise DataError(f"there is no file or folder '{data}'; {_nearby(path)}")
 
 
 def _nearby(path: Path) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.client.elsewhere import Elsewhere
+from fedloom.data.sources import insist_on_a_place
 from fedloom.data.tasks import Split
 from fedloom.engines.engine import Engine
 from fedloom.engines.federation import Enough, Federation, Patience, device_app
@@ -198,8 +199,11 @@ def join(
         CheckpointError: another process is this device.
     """
     host, port = address(server)
+    insist_on_a_place(own.data)  # what is missing is seen now, and not when the server wants it
+    if own.model.startswith((".", "/", "~")) and not Path(own.model).expanduser().is_dir():
+        raise ExperimentError(f"there is no model folder '{own.model}'; give a folder or a name, or leave --model out for the server's")
     if own.recipe:
-        digest_of_file(Path(own.recipe))  # that it is there is seen now, and not when the server wants it
+        digest_of_file(Path(own.recipe))
     credentials, bound = Credentials.read(insist_secret(certs / "device.key"), certs / "ca.pem"), bytes_of(memory)
     own = replace(own, memory=bound, said=memory > 0, folder=str(folder.resolve()))
     with only_one(folder):

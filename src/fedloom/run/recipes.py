@@ -198,6 +198,11 @@ def _methods_of(module: ModuleType, path: Path) -> dict[str, type[Any]]:
             f"{path} defines no method (a dataclass with the class attributes 'name' and 'paper') and no Experiment named "
             "'experiment'; the tutorial shows both"
         )
+    if taken := [name for name in methods if name in all_methods()]:
+        raise ExperimentError(
+            f"{path} calls its method '{taken[0]}', as one of the package's is called, and whoever reads its runs would take them for that "
+            "one's; give it another name"
+        )
     return methods
 
 
