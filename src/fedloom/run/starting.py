@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from fedloom.messages import Tensors
-from fedloom.model.adapters import is_factor, is_head, saved_as
+from fedloom.model.adapters import is_drawn, is_factor, saved_as
 from fedloom.model.base import Model
 from fedloom.model.factors import products
 from fedloom.model.quantised import as_common
@@ -32,10 +32,11 @@ together let directions turn, whose product turns far less."""
 def identity(model: Model) -> str:
     """16 hex digits over what every device must have alike: the pre-trained weights, and of those that an SVD has split what they were
     before (``Model.split``). Not the head nor what an adapter brings with it: those are drawn, and sent where they are shared."""
-    brought = set() if saved_as(model.module) == "model" else set(model.parameters.values())
+    trained = set(model.parameters.values())
+    brought = set() if saved_as(model.module) == "model" else trained
     split = set(model.beneath.names) if model.split else set()
     own = model.base(model.dtype).state_dict()
-    common = {n: t for n, t in own.items() if n not in brought | split and not is_factor(n) and not is_head(n)}
+    common = {n: t for n, t in own.items() if n not in brought | split and not is_factor(n) and not is_drawn(n, trained)}
     common |= as_common(model.quantised)
     return hashlib.sha256(f"{fingerprint(common)}|{model.split}".encode()).hexdigest()[:16]
 
