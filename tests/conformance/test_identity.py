@@ -23,8 +23,10 @@ from fedloom.model.adapters import Adapter, Kind, Start, beneath, is_down, partn
 from fedloom.model.base import Model, ModelError
 from fedloom.model.loading import load
 from fedloom.run import checkpoint, parts, world
+from fedloom.run.adopt import adopt
 from fedloom.run.again import evaluate_again
 from fedloom.run.checkpoint import CheckpointError
+from fedloom.run.console import Progress
 from fedloom.run.device import Own, greeting_of, hosted, order
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.export import export
@@ -36,6 +38,7 @@ from fedloom.wire import pack
 from tests import small, tiny
 
 QUERY, FIRST = "bert.encoder.layer.1.attention.self.query.weight", "bert.encoder.layer.0.output.dense.weight"
+POOLER = "bert.pooler.dense.weight"
 
 
 def altered(folder: Path, name: str, by: float = 1e-3) -> Path:
@@ -103,7 +106,7 @@ def test_a_device_that_cannot_hold_the_model_says_so_before_it_is_loaded(tmp_pat
 @pytest.mark.parametrize(("kind", "start"), [("lora", "zero"), ("lora", "svd"), ("ia3", "zero"), ("full", "zero")])
 def test_every_pre_trained_weight_counts_whatever_is_trained(kind: Kind, start: Start, tmp_path: Path) -> None:
     first = identity(loaded(tiny.folder(), start, kind))
-    for place, name in enumerate((QUERY, FIRST)):
+    for place, name in enumerate((QUERY, FIRST, POOLER)):
         assert identity(loaded(altered(tmp_path / str(place), name), start, kind)) != first, name
 
 
@@ -153,10 +156,14 @@ def test_a_run_goes_on_with_the_weights_that_it_began_with_and_no_others(tmp_pat
     small.stopped(e, out, last=2)
     shutil.rmtree(model)
     altered(model, QUERY)
-    match = r"the pre-trained weights of '.*model' changed since .*run began: they come to \w{16} now, and came to \w{16}\. .*Restore"
+    match = r"the pre-trained weights of '.*model' changed since .*run began: they come to \w{16} now, and came to \w{16}\. Nothing"
     for go_on in (lambda: run(e, out, plain=True), lambda: evaluate_again(e, out), lambda: export(e, out, tmp_path / "taken")):
         with pytest.raises(CheckpointError, match=match):
             go_on()
+    for go_on, mends in ((lambda: run(e, out, plain=True), True), (lambda: evaluate_again(e, out), False)):
+        with pytest.raises(CheckpointError) as told:
+            go_on()
+        assert ("--out" in str(told.value)) == mends, "evaluate has no such option"
     assert not (tmp_path / "taken").exists()
     same = shutil.copytree(out, tmp_path / "same")
     known, latest = json.loads((out / "checkpoints" / "latest.json").read_text()), out / "checkpoints" / "latest.json"
@@ -166,3 +173,16 @@ def test_a_run_goes_on_with_the_weights_that_it_began_with_and_no_others(tmp_pat
     shutil.rmtree(model)
     shutil.copytree(tiny.folder(), model)
     assert run(e, same, plain=True)["rounds"] == 3
+
+
+def test_what_another_model_trained_is_not_taken_over(tmp_path: Path) -> None:
+    model = shutil.copytree(tiny.folder(), tmp_path / "model")
+    alike = {name: replace(small.experiment(name, rounds=1, evaluate_every=0), model=str(model)) for name in ("lora", "lora-finetuned")}
+    run(alike["lora"], tmp_path / "trained", plain=True)
+    adopt(alike["lora-finetuned"], tmp_path / "one", tmp_path / "trained", Progress(1, "", True))
+    shutil.rmtree(model)
+    altered(model, QUERY)
+    with pytest.raises(CheckpointError, match="pre-trained weights of .* changed since .*trained began.*, or give another --out"):
+        adopt(alike["lora-finetuned"], tmp_path / "two", tmp_path / "trained", Progress(1, "", True))
+    with pytest.raises(CheckpointError, match="pre-trained weights of .* changed since .*one began"):
+        evaluate_again(alike["lora-finetuned"], tmp_path / "one")

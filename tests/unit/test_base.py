@@ -341,3 +341,15 @@ def test_what_encoding_depends_on_is_in_its_digest() -> None:
     assert longer.encoding != one.encoding
     one.tokenizer.add_tokens(["other"])
     assert one.encoding != longer.encoding != tiny.model().encoding
+
+
+@pytest.mark.parametrize(
+    ("what", "tokens"),
+    [({}, 16), ({"finder": 1}, None), ({"speaker": SimpleNamespace(form="text")}, None), ({"speaker": SimpleNamespace(form="chat")}, 8),
+     ({"filler": 1}, 14)],
+)  # fmt: skip
+def test_from_how_many_tokens_on_a_text_may_have_been_cut(what: dict[str, object], tokens: int | None) -> None:
+    model = load(str(tiny.folder()), num_labels=3, max_length=16)
+    for name, value in what.items():
+        setattr(model, name, value)
+    assert model.cut_from == tokens

@@ -339,29 +339,44 @@ def test_a_checkpoint_nested_without_end_is_corrupt(tmp_path: Path) -> None:
         checkpoint.load(tmp_path, stores(tmp_path))
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
-def test_a_folder_that_takes_no_lock_is_read_all_the_same_and_never_written_to(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def refusing(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """From now on no lock can be opened for writing."""
     opened = Path.open
 
     def refused(self: Path, *how: Any, **more: Any) -> Any:
-        if self.name == ".lock":
+        if self.name == ".lock" and how:
             raise OSError(number, "no")
         return opened(self, *how, **more)
 
     monkeypatch.setattr(Path, "open", refused)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_folder_that_takes_no_lock_is_read_all_the_same_and_never_written_to(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing(monkeypatch, number)
     entered = []
     with only_one(tmp_path, reading=True):
         entered.append(1)
     with pytest.raises(OSError, match="no"), only_one(tmp_path):
         entered.append(2)
-    number = errno.ENOSPC
+    refusing(monkeypatch, errno.ENOSPC)
     with pytest.raises(OSError, match="no"), only_one(tmp_path, reading=True):
         entered.append(3)
     assert entered == [1]
 
 
-def test_what_is_being_run_is_not_read_beside_it(tmp_path: Path) -> None:
-    with only_one(tmp_path), pytest.raises(CheckpointError, match="another process"), only_one(tmp_path, reading=True):
-        raise AssertionError("two at once")
+def test_what_is_being_run_is_not_read_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by whoever may write there, who has no other --out to give, and not by whoever may not."""
+    with only_one(tmp_path):
+        with (
+            pytest.raises(CheckpointError, match="another process is running in .*; wait for it, or stop it$"),
+            only_one(tmp_path, reading=True),
+        ):
+            raise AssertionError("two at once")
+        refusing(monkeypatch, errno.EACCES)
+        with pytest.raises(CheckpointError, match="another process"), only_one(tmp_path, reading=True):
+            raise AssertionError("two at once")
+    with only_one(tmp_path, reading=True):
+        pass

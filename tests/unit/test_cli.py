@@ -28,7 +28,7 @@ from fedloom.methods.prior import PriorCorrected
 from fedloom.run import options, recipes
 from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.experiment import Experiment, ExperimentError, as_json
-from fedloom.run.failures import explain
+from fedloom.run.failures import RESUMES, explain
 from fedloom.run.overview import what_it_is
 
 
@@ -371,6 +371,10 @@ def test_a_recipe_that_is_none_says_why(tmp_path: Path, monkeypatch: pytest.Monk
         "syntax.py": ("x = 1\ndef f(:\n", "SyntaxError in line 2"),
         "raises.py": ("x = 1\n\nraise RuntimeError('no')\n", "RuntimeError in line 3: no"),
         "lora.py": (head + method.format("lora"), "calls its method 'lora', as one of the package's is called"),
+        "whole.py": (
+            f"from fedloom.run.experiment import Experiment\n{head}{method.format('lora')}experiment = Experiment(lora())\n",
+            "calls its method 'lora'",
+        ),
         "two.py": (head + method.format("a") + method.format("b"), "name one: two.py:a, two.py:b"),
     }
     for name, (source, wanted) in cases.items():
@@ -403,12 +407,16 @@ def test_a_method_of_turns_asks_one_device_a_round(name: str, asked: int) -> Non
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device", "x"), DiskError("x is full"), MemoryError("much"), SafetensorError("x")]
+    "error",
+    [
+        *(OSError(28, "No space left on device", "x"), DiskError("x is full"), MemoryError("much"), SafetensorError("x")),
+        *(CohortFailed([Failure(1, "gone")], 1, 2), CohortFailed([Failure(1, "its loss is nan")], 1, 2)),
+    ],
 )
 def test_only_a_command_that_resumes_promises_to(error: Exception) -> None:
     (with_rounds, _), (without, _) = explain(error) or ("", 0), explain(error, resumes=False) or ("", 0)
     assert "the same command goes on from there" in with_rounds
-    assert "goes on" not in without and "--out" not in without and "pace" in without + "pace" * isinstance(error, MemoryError)
+    assert without and "goes on" not in without and "--" not in without
 
 
 def test_a_refused_permission_names_an_option_that_the_command_has() -> None:
@@ -436,7 +444,7 @@ def test_doctor_tells_a_cache_that_takes_nothing(tmp_path: Path, monkeypatch: py
     ("words", "wanted"),
     [
         (["./nowhere"], "there is no file or folder './nowhere'; "),
-        (["trec", "--model", "./nowhere"], "there is no model folder './nowhere'; give a folder or a name, or leave --model out"),
+        (["trec", "--model", "some/where/else"], "no model folder 'some/where/else'; give 'minilm', a Hugging Face model folder, or"),
     ],
 )
 def test_a_device_without_its_data_or_model_says_so_before_a_server_is_there(
@@ -445,3 +453,12 @@ def test_a_device_without_its_data_or_model_says_so_before_a_server_is_there(
     monkeypatch.chdir(tmp_path)
     code, paragraph = said(capsys, "join", "127.0.0.1:9", *words)
     assert code == 2 and wanted in paragraph and [*tmp_path.iterdir()] == []
+
+
+def test_a_full_disk_is_told_by_what_the_command_can_do(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(words: Any) -> int:
+        raise OSError(28, "No space left on device", "x")
+
+    monkeypatch.setattr(cli, "COMMANDS", dict.fromkeys(("run", "export"), full))
+    assert said(capsys, "run") == (1, f"fedloom: x: No space left on device; free some space. {RESUMES}\n")
+    assert said(capsys, "export") == (1, "fedloom: x: No space left on device; free some space.\n")

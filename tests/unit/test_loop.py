@@ -6,14 +6,18 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
+from fedloom.data.shards import write_shards
+from fedloom.run.again import evaluate_again
 from fedloom.run.checkpoint import CheckpointError, only_one
 from fedloom.run.experiment import as_json
 from fedloom.run.export import ExportError, export
 from fedloom.run.loop import claim, run
-from fedloom.run.world import build
+from fedloom.run.world import build, read_data
 from tests import small
 
 
@@ -80,7 +84,7 @@ def test_texts_that_the_length_cuts_are_told_with_their_number(tmp_path: Path) -
     world = build(small.experiment("lora", rounds=1, evaluate_every=0, max_length=6))
     long = {split: sum(len(text.split()) + 2 >= 6 for text in world.source.splits[split]["text"]) for split in world.splits}
     told = ", ".join(f"{long[split]} of {len(world.splits[split])} {split}" for split in ("train", "validation", "test"))
-    wanted = f"texts that fill the 6 tokens of --max-length, and of which nothing beyond is read: {told}"
+    wanted = f"texts are cut after 6 tokens (--max-length, or what the model reads if that is less): at most {told}"
     assert long["train"] > 0 and wanted in world.notes
     assert not [note for note in build(small.experiment("lora", max_length=16)).notes if "--max-length" in note]
     assert wanted in run(world.experiment, tmp_path / "run", plain=True)["notes"]
@@ -88,11 +92,49 @@ def test_texts_that_the_length_cuts_are_told_with_their_number(tmp_path: Path) -
 
 def test_a_model_is_not_taken_away_under_other_classes_than_it_was_trained_with(tmp_path: Path) -> None:
     data = shutil.copytree(small.data(), tmp_path / "data")
-    e, out = replace(small.experiment("lora", rounds=1, evaluate_every=0), data=str(data)), tmp_path / "run"
-    run(e, out, plain=True)
+    e, out = replace(small.experiment("lora", rounds=2, evaluate_every=0), data=str(data)), tmp_path / "run"
+    small.stopped(e, out, last=1)
     export(e, out, tmp_path / "one")
     for file in data.glob("*.jsonl"):
         file.write_text(file.read_text().replace('"label": "b"', '"label": "z"'))
-    with pytest.raises(ExportError, match="classes of 'data' are a, c, z now, and were a, b, c when .*run was trained.*Restore the data"):
+    with pytest.raises(
+        ExportError, match="'data' are called a, c, z now, and were called a, b, c when .*run was trained.*Restore the data"
+    ):
         export(e, out, tmp_path / "two")
     assert not (tmp_path / "two").exists()
+
+
+def test_a_run_that_may_only_be_read_is_evaluated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    e, opened = small.experiment("lora", rounds=1), Path.open
+    run(e, tmp_path, plain=True)
+
+    def refused(self: Path, *how: Any, **more: Any) -> Any:
+        if self.is_relative_to(tmp_path) and how and how[0][0] in "wax":
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *how, **more)
+
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(Path, "open", refused)
+    assert evaluate_again(e, tmp_path).equal and sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_cannot_be_written_whole_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    e = small.experiment("lora", rounds=1, evaluate_every=0)
+    run(e, tmp_path / "run", plain=True)
+    write = pq.write_table
+
+    def full(*told: Any, **more: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def half(rows: Any, path: Path) -> None:
+        write(rows, path) if "test" not in path.name else full()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedloom.run.export.write_tokenizer", full)
+        with pytest.raises(OSError, match="No space"):
+            export(e, tmp_path / "run", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("fedloom.data.shards.pq.write_table", half)
+        with pytest.raises(OSError, match="No space"):
+            write_shards(*read_data(e), tmp_path / "shards")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -159,7 +159,7 @@ class Resident:
         self.close()
         self._worker = Worker(0, self.start(self.greeting))
         try:
-            self.told, _ = self._heard(self._worker, READY)
+            told, _ = self._heard(self._worker, READY)
         except WorkerError:
             raise
         except TooLarge as error:
@@ -169,6 +169,9 @@ class Resident:
             how = self._worker.ended()
             self.close()
             raise WorkerError(f"the worker {how} before it could begin ({error})") from error
+        for note in told.pop("notes", ()):  # of the device's own data, so for whom they belong to and nobody else
+            log.warning("note: %s", note)
+        self.told = told
 
     def _heard(self, worker: Worker, kind: str) -> tuple[dict[str, Any], list[bytearray]]:
         """The next thing of this kind that the worker tells; what it tells meanwhile is passed on.

@@ -293,6 +293,13 @@ def is_head(name: str) -> bool:
     return (parts[0] in BESIDE or (name.startswith(PEFT) and "pooler" in parts)) and not is_factor(name) and not is_beneath(name)
 
 
+def is_drawn(name: str, trained: Collection[str]) -> bool:
+    """Whether a tensor of the module is none of the pre-trained model's: the task head's and its copies, and of what stands beside the body
+    only what is ``trained``, for that came with the head."""
+    parts = set(name.split("."))
+    return bool(parts & {*HEADS, "modules_to_save", "original_module"}) or (name in trained and is_head(name))
+
+
 def need_head(names: Collection[str], who: str) -> None:
     """For methods whose heads are personal.
 

@@ -316,10 +316,11 @@ class Model:
 
     @property
     def cut_from(self) -> int | None:
-        """Tokens from which on a text may be the beginning of a longer one; None where long ones become several examples."""
+        """Tokens that every text has at least which was cut; None where long ones become several examples. A template is filled with whole
+        characters and some room to spare, so that a cut one may be a little shorter than ``max_length``."""
         if self.finder is not None or (self.speaker is not None and self.speaker.form == "text"):
             return None
-        return self.max_length - (2 if self.filler is not None or self.speaker is not None else 0)  # a template leaves as many free
+        return self.max_length - (8 if self.speaker is not None else 2 if self.filler is not None else 0)
 
     @property
     def encoding(self) -> str:

@@ -60,6 +60,8 @@ class Tagger:
             raise TagError("tagging needs a fast tokenizer, which tells the word of each piece")
         if len(self.tags) > MOST:
             raise TagError(f"{len(self.tags)} tags came; at most {MOST} can be kept")
+        if (added := self.tokenizer.num_special_tokens_to_add()) >= self.length:
+            raise TagError(f"--max-length {self.length} leaves no room for a word: {added} tokens are added to each sentence; give more")
 
     def encode(self, texts: Sequence[str], tags: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids and segments (t + 1 at a word's first piece, 0 elsewhere) of each sentence, ``length`` at most."""

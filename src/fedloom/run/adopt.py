@@ -22,7 +22,7 @@ from fedloom.run.evaluation import Evaluation, evaluate, nothing
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.ledger import Ledger
 from fedloom.run.loop import Told, begin, check, claim, engine_of, finish
-from fedloom.run.starting import stand_at, start_of
+from fedloom.run.starting import OR_ANOTHER, stand_at, start_of
 from fedloom.run.tracking import insist, track_ended
 from fedloom.run.world import build, store_in
 
@@ -58,7 +58,7 @@ def adopt(experiment: Experiment, folder: Path, trained: Path, show: Show, track
         world = build(experiment)
         if saved.data != world.fingerprint():
             raise CheckpointError(f"the data behind {trained} changed since it was trained (fingerprint {saved.data}); give another --out")
-        if said := stand_at(world.model, saved.start, trained, saved.model):
+        if said := stand_at(world.model, saved.start, trained, saved.model, OR_ANOTHER):
             show.note(said)
         claim(folder, experiment)
         store, method = store_in(folder), experiment.method
@@ -74,7 +74,9 @@ def adopt(experiment: Experiment, folder: Path, trained: Path, show: Show, track
         show.phase(f"evaluating what {trained.name} trained")
         found = evaluate(world, state, engine, store=store)
         write_atomically(ledger.path, "".join(json.dumps(row) + "\n" for row in _rows(trained, found, nothing(world))))
-        checkpoint.save(folder, Saved(state, ledger.totals, saved.data, start=start_of(world.model), model=saved.model), store)
+        checkpoint.save(
+            folder, Saved(state, ledger.totals, saved.data, start=start_of(world.model), model=saved.model, names=world.outputs), store
+        )
         results = finish(world, folder, state, ledger, found, store, [f"{TAKEN_OVER}{trained.name}; evaluated after the last round only"])
         track_ended(track, experiment, folder, results)
         return results

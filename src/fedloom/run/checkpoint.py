@@ -13,11 +13,11 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -41,8 +41,8 @@ class CheckpointError(RuntimeError):
 @dataclass(frozen=True)
 class Saved:
     """A completed round: the server's state, the ledger's totals, the fingerprint of the data it was made with, who is in where some
-    were not from the start, (A0, B0) where those are not zero, which the frozen weights are short of, and what the pre-trained weights
-    came to ("" of an earlier release; ``starting.py``).
+    were not from the start, (A0, B0) where those are not zero, which the frozen weights are short of, what the pre-trained weights came to
+    (``starting.py``), and what the model's outputs are called; "" and nothing of an earlier release.
 
     ``parts``: where the state lies, or that of the round before. ``begun``: where the start of a whole model does, while the run goes on.
     """
@@ -55,6 +55,7 @@ class Saved:
     parts: tuple[Part, ...] = ()
     begun: tuple[Part, ...] = ()
     model: str = ""
+    names: tuple[str, ...] = ()
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -83,7 +84,7 @@ def save(folder: Path, saved: Saved, store: Store) -> Saved:
         "clients": store.commit(),
         "totals": saved.totals,
         "data": saved.data,
-        **({"model": saved.model} if saved.model else {}),
+        **({"model": saved.model, "names": list(saved.names)} if saved.model else {}),
     }
     if saved.late is not None:
         asked = [{"op": step.op, "settings": dict(step.settings)} for step in steps]
@@ -138,7 +139,7 @@ def load(folder: Path, store: Store) -> Saved | None:
         tensors = tensors_of(parts)
         start = read(path.parent, body["start"], START).tensors if "start" in body else {}
         round, facts, totals, data = (body[name] for name in ("round", "facts", "totals", "data"))
-        model = body.get("model", "")
+        model, outputs = body.get("model", ""), tuple(body.get("names", ()))
         if not (type(round) is int and isinstance(facts, dict) and isinstance(totals, dict) and isinstance(data, str)):
             raise ValueError("its round, facts, totals or data are none")
         late = None if "late" not in body else _late(body["late"], tensors)
@@ -147,7 +148,7 @@ def load(folder: Path, store: Store) -> Saved | None:
             store.load(int(client))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StoreError) as error:
         raise CheckpointError(f"the checkpoint {path} is corrupt: {error}. {mend}") from error
-    return Saved(_state(round, facts, tensors), totals, data, late, start, parts, model=model)
+    return Saved(_state(round, facts, tensors), totals, data, late, start, parts, model=model, names=outputs)
 
 
 def fingerprint_of(folder: Path) -> str:
@@ -163,28 +164,37 @@ def fingerprint_of(folder: Path) -> str:
 
 @contextmanager
 def only_one(folder: Path, reading: bool = False) -> Iterator[None]:
-    """Keep a second process out of the run folder. ``reading``: nothing will be written there, so that a folder which takes no lock, being
-    read-only, is as good.
+    """Keep a second process out of the run folder. ``reading``: nothing will be written there, so that a folder that is read-only will do.
 
     Raises:
         CheckpointError: another process is running there.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    with _lock_of(folder, reading) as file:
+        try:
+            if file is not None:
+                flock(file, LOCK_EX | LOCK_NB)
+        except BlockingIOError as error:
+            mend = "wait for it, or stop it" if reading else "wait for it, stop it, or give another --out"
+            raise CheckpointError(f"another process is running in {folder}; {mend}") from error
+        yield
+
+
+@contextmanager
+def _lock_of(folder: Path, reading: bool) -> Iterator[IO[str] | None]:
+    """The file that is locked; whose folder may not be written to, opened as it lies there, or None if there is none to be had."""
+    path = folder / ".lock"
     try:
-        opened = (folder / ".lock").open("w")
+        opened = path.open("w")
     except OSError as error:
         if not reading or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        opened = None
-    if opened is None:
-        yield
-        return
-    with opened as file:
         try:
-            flock(file, LOCK_EX | LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(f"another process is running in {folder}; wait for it, stop it, or give another --out") from error
-        yield
+            opened = path.open()
+        except OSError:
+            opened = None
+    with opened or nullcontext() as file:
+        yield file
 
 
 def _parts(state: State) -> dict[str, Mapping[str, torch.Tensor]]:

@@ -68,7 +68,7 @@ def _machine(folder: Path) -> list[Finding]:
 def _cache() -> Finding:
     if reason := cache.why_not():
         return Finding("cache", None, f"not used, so tokens are made anew every time: {reason}; {cache.VARIABLE} names another folder")
-    return Finding("cache", True, f"{human_bytes(cache.nbytes())} in {cache.folder()}, which may be deleted; {cache.VARIABLE} moves it")
+    return _loads("cache", lambda: f"{human_bytes(cache.nbytes())} in {cache.folder()}, which may be deleted; {cache.VARIABLE} moves it")
 
 
 def _extra(extra: str, package: str) -> Finding:

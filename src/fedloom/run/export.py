@@ -87,16 +87,20 @@ def predictor_of(world: World, folder: Path, client: int | None) -> Predictor:
     """The model that the run's last completed round holds: the global one, or that of a device.
 
     Raises:
-        ExportError: no such device, or a method without a global model.
+        ExportError: no such device, a method without a global model, or data that call the outputs otherwise than the run's did.
         CheckpointError: LoRA's start was another model's.
     """
-    method, store = world.experiment.method, store_in(folder)
+    method, store, named = world.experiment.method, store_in(folder), world.outputs
     saved = checkpoint.load(folder, store)
     if saved is None:
         raise ExportError(f"{folder} holds no completed round yet; run it first")
-    insist_on_the_same_classes(world, folder)
     if said := stand_at(world.model, saved.start, folder, saved.model):
         log.warning(said)
+    if saved.names and saved.names != named:  # its other data do not matter to who takes its model away
+        raise ExportError(
+            f"the outputs of a model of '{world.source.name}' are called {some(named)} now, and were called {some(saved.names)} when "
+            f"{folder} was trained: they would go by the wrong names. Restore the data"
+        )
     if client is None:
         assembled = method.assembled(saved.state)
         if assembled is None:
@@ -107,21 +111,6 @@ def predictor_of(world: World, folder: Path, client: int | None) -> Predictor:
     if not 0 <= client < world.experiment.clients:
         raise ExportError(f"no device {client}; the run has 0 to {world.experiment.clients - 1}")
     return personal(world, store, client, saved.state.shared, saved.state.facts)
-
-
-def insist_on_the_same_classes(world: World, folder: Path) -> None:
-    """Whether the data name the outputs as they did when the run ended; its other data do not matter to who takes its model away.
-
-    Raises:
-        ExportError: they do not.
-    """
-    ended = folder / "results.json"
-    trained = json.loads(ended.read_text(encoding="utf-8"))["partition"]["classes"] if ended.exists() else None
-    if trained is not None and trained != list(world.classes):
-        raise ExportError(
-            f"the classes of '{world.source.name}' are {some(world.classes)} now, and were {some(trained)} when {folder} was trained: "
-            "the model's outputs would go by the wrong names. Restore the data"
-        )
 
 
 def export(experiment: Experiment, folder: Path, out: Path, client: int | None = None, merge: bool = False) -> str:

@@ -31,9 +31,10 @@ def explain(error: BaseException, resumes: bool = True) -> tuple[str, int] | Non
         mend = "--engine.stack 1 computes devices one by one; --quorum 0.5 goes on without some"
         if diverged(error):
             mend = "A number that is not finite asks for a smaller learning rate, in another --out"
-        return f"{_shortened(said.rstrip('.'))}.{kept} {mend}", 1
+        return f"{_shortened(said.rstrip('.'))}." + (f"{kept} {mend}" if resumes else ""), 1
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return f"out of memory ({_shortened(said)}).{kept} Give --engine.stack 1, a smaller model or a smaller batch size", 1
+        mend = f"{kept} Give --engine.stack 1, a smaller model or a smaller batch size" if resumes else ""
+        return f"out of memory ({_shortened(said)}).{mend}", 1
     if isinstance(error, SafetensorError):
         return f"tensors could not be written or read: {said}. Free some space or check the permissions.{kept}", 1
     if isinstance(error, DiskError):

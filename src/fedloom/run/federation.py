@@ -25,6 +25,7 @@ from fedloom.engines.node import STATUS, Credentials, Node
 from fedloom.engines.node import asked as asked_of
 from fedloom.engines.resident import Resident, bytes_of
 from fedloom.engines.workers import Start
+from fedloom.model.loading import folder_of
 from fedloom.run.certificates import insist_secret, public_keys
 from fedloom.run.checkpoint import only_one
 from fedloom.run.console import Progress, Show, human_seconds
@@ -200,8 +201,8 @@ def join(
     """
     host, port = address(server)
     insist_on_a_place(own.data)  # what is missing is seen now, and not when the server wants it
-    if own.model.startswith((".", "/", "~")) and not Path(own.model).expanduser().is_dir():
-        raise ExperimentError(f"there is no model folder '{own.model}'; give a folder or a name, or leave --model out for the server's")
+    if own.model:
+        folder_of(own.model)
     if own.recipe:
         digest_of_file(Path(own.recipe))
     credentials, bound = Credentials.read(insist_secret(certs / "device.key"), certs / "ca.pem"), bytes_of(memory)

@@ -37,7 +37,7 @@ from fedloom.run.numbers import as_told
 from fedloom.run.parts import Part
 from fedloom.run.payback import paid_back
 from fedloom.run.samples import samples
-from fedloom.run.starting import begin_on_disk, identity, stand_at, start_of
+from fedloom.run.starting import OR_ANOTHER, begin_on_disk, identity, stand_at, start_of
 from fedloom.run.tracking import Tracking, insist, track_ended
 from fedloom.run.world import World, build
 
@@ -161,7 +161,9 @@ def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str
 
     def kept(state: State, late: Late | None, parts: tuple[Part, ...]) -> Saved:
         needed = begun if state.round < e.rounds else ()
-        return checkpoint.save(folder, Saved(state, ledger.totals, data, late, start_of(world.model), parts, needed, model), store)
+        return checkpoint.save(
+            folder, Saved(state, ledger.totals, data, late, start_of(world.model), parts, needed, model, world.outputs), store
+        )
 
     if saved is None:
         ledger.rewind(-1)
@@ -174,7 +176,7 @@ def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str
         tracking.round(row)
     else:
         found = None
-        if said := stand_at(world.model, saved.start, folder, saved.model):
+        if said := stand_at(world.model, saved.start, folder, saved.model, OR_ANOTHER):
             show.note(said)
         show.resume(rows := ledger.rewind(saved.state.round))
         tracking.resume(rows)

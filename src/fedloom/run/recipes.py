@@ -182,13 +182,24 @@ def _of_module(path: Path, chosen: str) -> Recipe:
     module = _module(path)
     found = vars(module).get("experiment")
     if isinstance(found, Experiment) and not chosen:
-        return Recipe(type(found.method), found)
+        return _with_a_name_of_its_own(Recipe(type(found.method), found), path)
     methods = _methods_of(module, path)
     if chosen and chosen not in methods:
         raise ExperimentError(f"{path} defines no method '{chosen}'; it defines {', '.join(methods)}")
     if not chosen and len(methods) > 1:
         raise ExperimentError(f"{path} defines several methods; name one: " + ", ".join(f"{path}:{name}" for name in methods))
-    return Recipe(methods[chosen] if chosen else next(iter(methods.values())))
+    return _with_a_name_of_its_own(Recipe(methods[chosen] if chosen else next(iter(methods.values()))), path)
+
+
+def _with_a_name_of_its_own(recipe: Recipe, path: Path) -> Recipe:
+    """The recipe, unless its saved runs would be taken for those of another method."""
+    name = recipe.kind.name
+    if recipe.kind is not all_methods().get(name, recipe.kind):
+        raise ExperimentError(
+            f"{path} calls its method '{name}', as one of the package's is called, and whoever reads its runs would take them for that "
+            "one's; give it another name"
+        )
+    return recipe
 
 
 def _methods_of(module: ModuleType, path: Path) -> dict[str, type[Any]]:
@@ -197,11 +208,6 @@ def _methods_of(module: ModuleType, path: Path) -> dict[str, type[Any]]:
         raise ExperimentError(
             f"{path} defines no method (a dataclass with the class attributes 'name' and 'paper') and no Experiment named "
             "'experiment'; the tutorial shows both"
-        )
-    if taken := [name for name in methods if name in all_methods()]:
-        raise ExperimentError(
-            f"{path} calls its method '{taken[0]}', as one of the package's is called, and whoever reads its runs would take them for that "
-            "one's; give it another name"
         )
     return methods
 

@@ -29,6 +29,10 @@ ROUNDING = 1e-4
 together let directions turn, whose product turns far less."""
 
 
+OR_ANOTHER = ", or give another --out"
+"""What else mends a run that cannot go on, where a command has the option."""
+
+
 def identity(model: Model) -> str:
     """16 hex digits over what every device must have alike: the pre-trained weights, and of those that an SVD has split what they were
     before (``Model.split``). Not the head nor what an adapter brings with it: those are drawn, and sent where they are shared."""
@@ -73,14 +77,15 @@ def begin_aside(model: Model, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def stand_at(model: Model, start: Tensors, folder: Path, known: str = "") -> str:
+def stand_at(model: Model, start: Tensors, folder: Path, known: str = "", otherwise: str = "") -> str:
     """Put the model at the ``start`` of the checkpoint in ``folder``. Returns what there is to say, or nothing. ``known``: the
-    :func:`identity` that the checkpoint tells of its model ("": an earlier release's).
+    :func:`identity` that the checkpoint tells of its model ("": an earlier release's). ``otherwise``: what else would mend it.
 
     Raises:
         CheckpointError: the model is another one, or that is not its start, not even to rounding.
     """
-    said, mend = _at(model, start, folder), "Nothing was overwritten. Restore the model's files, or give another --out"
+    mend = f"Nothing was overwritten. Restore the model's files{otherwise}"
+    said = _at(model, start, folder, mend)
     if known and known != (mine := identity(model)):
         raise CheckpointError(
             f"the pre-trained weights of '{model.name}' changed since {folder} began: they come to {mine} now, and came to {known}. {mend}"
@@ -88,13 +93,12 @@ def stand_at(model: Model, start: Tensors, folder: Path, known: str = "") -> str
     return said
 
 
-def _at(model: Model, start: Tensors, folder: Path) -> str:
+def _at(model: Model, start: Tensors, folder: Path, mend: str) -> str:
     own = start_of(model)
     if not own and not start:
         return ""
     if not start:
         return f"the checkpoint in {folder} is an earlier release's and holds no (A0, B0): this machine's own are used, unchecked"
-    mend = "Nothing was overwritten. Restore the model's files, or give another --out"
     try:
         same_names(own, start)
     except ValueError as error:

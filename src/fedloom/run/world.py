@@ -107,6 +107,13 @@ class World:
         """Class names by label id."""
         return self.source.task.classes
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What the model's outputs are called, by number; nothing where they are words or places of a text."""
+        if self.model.tagger is not None:
+            return self.model.tagger.tags
+        return self.classes if isinstance(self.source.task, Classification) else ()
+
     @cached_property
     def notes(self) -> list[str]:
         """What a person should know of the data as they are used."""
@@ -268,13 +275,13 @@ def tokens_of(source: Source, model: Model) -> dict[Split, Examples]:
 
 
 def cut(splits: Mapping[Split, Examples], model: Model) -> list[str]:
-    """What to say of texts that may go on where ``--max-length`` ends; nothing if there are none."""
+    """What to say of texts that were cut, of which there may be a few less: one that fills the length to the token was not."""
     full = model.cut_from
     counts: dict[Split, int] = {} if full is None else {split: int((texts.lengths >= full).sum()) for split, texts in splits.items()}
     if not any(counts.values()):
         return []
     told = ", ".join(f"{count:,} of {len(splits[split]):,} {split}" for split, count in counts.items())
-    return [f"texts that fill the {model.max_length} tokens of --max-length, and of which nothing beyond is read: {told}"]
+    return [f"texts are cut after {model.max_length} tokens (--max-length, or what the model reads if that is less): at most {told}"]
 
 
 def model_of(experiment: Experiment, source: Source) -> Model:
