@@ -33,7 +33,9 @@ SHAPE = Experiment(
     WHOLE, clients=100, cohort=10, rounds=30, max_train=1600, max_validation=400, max_test=500, max_length=64, evaluate_every=6
 )
 OPEN = Curriculum(start=1.0)
-"""Everything is open from the start; the head is warmed up and the batches stay as they were cut."""
+"""Everything is open from the start, easy batches first; the head is warmed up and the batches stay as they were cut."""
+OFF = replace(OPEN, granularity="unsorted")
+"""Nor is anything sorted: all that is left of the curriculum is what comes before it, the head's warm-up and one cut for ever."""
 
 
 def variants(**changes: Mapping[str, Any]) -> dict[str, FibecFed]:
@@ -44,10 +46,11 @@ def variants(**changes: Mapping[str, Any]) -> dict[str, FibecFed]:
 VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
     "parts": lambda: {
         **variants(
-            no_curriculum={"curriculum": OPEN},
+            no_pacing={"curriculum": OPEN},
+            no_curriculum={"curriculum": OFF},
             all_layers_global={"gal": Gal(fraction=1.0)},
             no_mask={"keep": 1.0},
-            none_of_them={"curriculum": OPEN, "gal": Gal(fraction=1.0), "keep": 1.0},
+            none_of_them={"curriculum": OFF, "gal": Gal(fraction=1.0), "keep": 1.0},
         ),
         "lora": FedAvg(),
     },
@@ -57,7 +60,10 @@ VARIANTS: dict[str, Callable[[], dict[str, Any]]] = {
         refreshed={"curriculum": Curriculum(refresh=10)},
         head_left_out={"curriculum": Curriculum(head="left-out")},
         head_as_is={"curriculum": Curriculum(head="as-is")},
-        shuffled={"curriculum": Everything()},
+        unsorted={"curriculum": Curriculum(granularity="unsorted")},
+        off={"curriculum": OFF},
+        off_and_no_warm_up={"curriculum": Everything(), "inner": FedAvg(reshuffle=False)},
+        off_no_warm_up_and_cut_anew={"curriculum": Everything()},
     ),
     "layers": lambda: variants(
         quarter={"gal": Gal(fraction=0.25)},

@@ -9,7 +9,8 @@ labels by Dirichlet(1). The curriculum opens with 0.6 of the batches and is whol
 layers are global; masks come after an epoch of warm-up, with γ = 0.5, and keep 0.95.
 
 The rate is searched, 1e-4 to 8e-4 for RoBERTa and 3e-6 to 5e-5 for LLaMA-7B; what stands here is within the first range, to be searched
-again (``--method.inner.lr``). The warm-up of a fresh head, and which layers are global, are this project's (docs/papers.md).
+again (``--method.inner.lr``). The head is a new one, warmed up before examples are scored; the authors' code scores with a cloze, which is
+``--head cloze``. The warm-up of a fresh head, and which layers are global, are this project's (docs/papers.md).
 """
 
 from __future__ import annotations

@@ -53,10 +53,16 @@ def folder(layers: int = 3, hidden: int = 16) -> Path:
 
 
 def model(
-    precision: Precision = "float32", dropout: float = 0.0, labels: int = 3, layers: int = 3, start: Start = "zero", kind: Kind = "lora"
+    precision: Precision = "float32",
+    dropout: float = 0.0,
+    labels: int = 3,
+    layers: int = 3,
+    start: Start = "zero",
+    kind: Kind = "lora",
+    rank: int = 2,
 ) -> Model:
     """The tiny model with rank-2 LoRA (alpha 4: s = 2) on query and value, or another kind of adapter."""
-    adapter = Adapter(rank=2, alpha=4.0, dropout=dropout, start=start, kind=kind)
+    adapter = Adapter(rank=rank, alpha=4.0, dropout=dropout, start=start, kind=kind)
     return load(str(folder(layers)), num_labels=labels, adapter=adapter, seed=1, max_length=16, precision=precision)
 
 

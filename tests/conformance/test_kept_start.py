@@ -143,3 +143,20 @@ class Noting:
     def round(self, row: dict[str, Any]) -> None: ...
 
     def resume(self, rows: Any) -> None: ...
+
+
+def test_what_is_merged_of_a_run_in_16_bits_stands_on_the_runs_start_too(tmp_path: Path) -> None:
+    """W0 - s·B0·A0 + s·B·A with the checkpoint's A0 and B0, to float32's rounding: they are 3e-5 of their size from this machine's."""
+    e = replace(ended()[0], precision="bf16")
+    run(e, folder := tmp_path / "run", plain=True)
+    saved, generator = checkpoint.load(folder, store := store_in(folder)), torch.Generator().manual_seed(2)
+    assert saved is not None
+    start = {n: t * (1 + 3e-5 * torch.randn(t.shape, generator=generator)) for n, t in saved.start.items()}
+    checkpoint.save(folder, replace(saved, start=start), store)
+    export(e, folder, tmp_path / "out", merge=True)
+    plain, merged = load_file(tiny.folder() / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    for a in filter(is_down, start):
+        name = under(a).removeprefix("base_model.model.").replace(".base_layer", "")
+        b, now = partner(a), saved.state.shared
+        due = plain[name].double() + 3.0 * (now[b].double() @ now[a].double() - start[b].double() @ start[a].double())
+        torch.testing.assert_close(merged[name].double(), due, atol=1e-6, rtol=0)

@@ -5,9 +5,9 @@ method says that it takes no mask."""
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import combinations, cycle, product
+from itertools import combinations, product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from fedloom.methods import all_methods
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import State
 from fedloom.methods.slora import SLora
-from fedloom.model.adapters import Adapter, is_down, is_factor, is_up
+from fedloom.model.adapters import Adapter, Start, is_down, is_factor, is_up
 from fedloom.model.blocks import layer_of
 from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.describe import describe
@@ -30,7 +30,7 @@ from fedloom.run.loop import run
 from fedloom.run.recipes import with_curriculum
 from fedloom.server.masks import Mask, completed
 from fedloom.server.participation import Pool, uniform
-from fedloom.server.sharing import Sharing
+from fedloom.server.sharing import Sharing, Which
 from fedloom.tensors import packed, unpacked
 from tests import small, tiny
 from tests.conformance.played import Played
@@ -42,15 +42,40 @@ NO_PAIRS = {"fedfft", "fedbf", "fedap", "fedcybgd", "fedbavg", "handover", "galo
 """Another kind of adapter, of their own accord."""
 FOLLOWING = [name for name in METHODS if name not in REFUSING | NO_PAIRS | {"centralised", "fedprox"}]
 FROM_ZERO = {"flora", "slora", "flexlora", "flasc"}
-ALL, LEAST, RANDOM = Sharing(), Sharing(0.4), Sharing(count=2, which="random")
+ALL, LEAST = Sharing(), Sharing(0.4)
+SHARES = [ALL, LEAST, Sharing(count=2, which="random"), Sharing(count=2, which="most")]
+STARTS: list[str] = [start for start in get_args(Start) if start != "auto"]
 SHARING = ["lora", "ffa", "rolora", "fedsa", "federa", "fedopt", "fedeven", "lora-finetuned", "lora-personal-head", "lora-prior"]
 """Of which layers can stay on devices."""
-_COMBINED = zip(cycle(all_curricula()), cycle(["zero", "svd", "svd"]), cycle([False, False, True, False]), cycle([RANDOM, LEAST, ALL]))
-MASKED = [(m, c, s, x, of if m in SHARING else ALL, 0.4) for m, (c, s, x, of) in zip(FOLLOWING, _COMBINED, strict=False)]
-_WHOLE = zip(
-    cycle(SHARING), cycle(all_curricula()), ["zero", "svd"] * 3 + ["svd", "zero"] * 2 + ["zero", "svd"], [LEAST] * 6 + [RANDOM] * 6
-)
-PAIRS = [*MASKED, *((m, c, s, False, of, 1.0) for m, c, s, of in _WHOLE), ("lora", "none", "zero", False, ALL, 1.0)]
+KINDS: dict[str, list[Any]] = {"c": [*all_curricula()], "s": STARTS, "of": SHARES, "keep": [0.4, 1.0]}
+"""Curriculum, start, which layers are shared, and the share of the rows that is kept: what may be combined."""
+
+
+def started(name: str, start: str) -> str:
+    return "zero" if name in FROM_ZERO else "svd" if name == "federa" else start
+
+
+def met(values: dict[str, Any]) -> set[tuple[str, Any, str, Any]]:
+    """Which two values of different kinds are together."""
+    return {(one, values[one], other, values[other]) for one, other in combinations(KINDS, 2)}
+
+
+def paired() -> list[tuple[str, str, str, bool, Sharing, float]]:
+    """Every method under a mask, and those of which layers can stay twice more without, each with whatever has met least so far."""
+    slots = [*((m, 0.4) for m in FOLLOWING), *((m, 1.0) for m in SHARING * 2)]
+    known, made = set[tuple[str, Any, str, Any]](), []
+    for i, (m, keep) in enumerate(slots):
+        ways = product(KINDS["c"], dict.fromkeys(started(m, s) for s in STARTS), SHARES if m in SHARING else [ALL])
+        every = [dict(zip(KINDS, (*way, keep), strict=True)) for way in ways]
+        best = max(every, key=lambda way: len(met(way) - known))
+        if keep == 1 and not met(best) - known:
+            continue
+        known |= met(best)
+        made.append((m, best["c"], best["s"], i % 4 == 2 and keep < 1, best["of"], keep))
+    return made
+
+
+PAIRS = paired()
 
 
 def masks(here: Played) -> dict[int, dict[str, torch.Tensor]]:
@@ -58,16 +83,11 @@ def masks(here: Played) -> dict[int, dict[str, torch.Tensor]]:
     return {k: {n: unpacked(t) for n, t in of.items()} for k, of in here.kept("rows/").items()}
 
 
-def started(name: str, start: str) -> str:
-    return "zero" if name in FROM_ZERO else "svd" if name == "federa" else start
-
-
 def test_every_value_is_with_every_value_of_another_kind_among_the_pairs() -> None:
-    kinds = {"c": [*all_curricula()], "s": ["zero", "svd"], "of": [ALL, LEAST, RANDOM], "keep": [0.4, 1.0]}
-    there = [{"c": c, "s": started(m, s), "of": of, "keep": keep} for m, c, s, _, of, keep in PAIRS]
-    for one, other in combinations(kinds, 2):
-        missing = set(product(kinds[one], kinds[other])) - {(values[one], values[other]) for values in there}
-        assert not missing, (one, other)
+    assert {of.which for of in SHARES if of.some} == {*get_args(Which)} and len(STARTS) == len(get_args(Start)) - 1
+    there = set[tuple[str, Any, str, Any]]().union(*(met({"c": c, "s": s, "of": of, "keep": keep}) for _, c, s, _, of, keep in PAIRS))
+    for one, other in combinations(KINDS, 2):
+        assert {(one, a, other, b) for a, b in product(KINDS[one], KINDS[other])} <= there, (one, other)
     assert {m for m, *_ in PAIRS} == set(FOLLOWING) and {(controls, of.some) for _, _, _, controls, of, _ in PAIRS} >= {(True, True)}
 
 

@@ -188,3 +188,11 @@ def test_the_bound_is_what_was_said_or_nine_tenths_of_what_there_is(tmp_path: Pa
     for wrong in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="number of GiB"):
             bytes_of(wrong)
+
+
+def test_what_is_noted_of_its_data_stays_with_the_device(
+    resident: Resident, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TOY_NOTES", "9 of 12 texts are cut;2 texts are empty")
+    assert "notes" not in resident.greet(GREETING)
+    assert [record.getMessage() for record in caplog.records] == ["note: 9 of 12 texts are cut", "note: 2 texts are empty"]

@@ -30,7 +30,6 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fedopt import FedOpt
 from fedloom.methods.ffa import FfaLora
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
-from fedloom.methods.hetlora import HetLora
 from fedloom.methods.local import Local as Alone
 from fedloom.methods.method import State, one_round
 from fedloom.methods.rolora import RoLora
@@ -294,13 +293,11 @@ def test_who_is_sent_nothing_that_it_trains_takes_no_term() -> None:
 
 
 def test_who_has_a_term_of_its_own_takes_no_other() -> None:
-    with pytest.raises(ValueError, match="HetLoRA has a term of its own in the loss and takes no other: give prox 0.1 or a penalty"):
-        HetLora(FedAvg(prox=0.1))
     with pytest.raises(ValueError, match="AdaLoRA has a term of its own in the loss and takes no other: give prox 0.1 or an orthogonality"):
         AdaLora(FedAvg(prox=0.1))
     with pytest.raises(ValueError, match="'fibecfed' trains some rows of B only, for which FedProx's term is not defined here"):
         FibecFed(FedAvg(prox=0.1)).init(model("lora", "zero"))
-    assert HetLora(FedAvg(prox=0.1), penalty=0.0).inner.prox == AdaLora(FedAvg(prox=0.1), orthogonality=0.0).inner.prox == 0.1
+    assert AdaLora(FedAvg(prox=0.1), orthogonality=0.0).inner.prox == 0.1
 
 
 def test_who_holds_plain_lora_says_so() -> None:

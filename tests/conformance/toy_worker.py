@@ -63,7 +63,11 @@ def main() -> None:
     """Serve."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     line, _ = ordered(sys.argv[-1])
-    serve(line, Host(Mortal(), device, Adder(), ClientStore(), os.environ.get("TOY_DIGEST", DIGEST)))
+    serve(
+        line,
+        Host(Mortal(), device, Adder(), ClientStore(), os.environ.get("TOY_DIGEST", DIGEST)),
+        {"notes": os.environ["TOY_NOTES"].split(";")} if "TOY_NOTES" in os.environ else None,
+    )
 
 
 def parent(folder: Path) -> None:

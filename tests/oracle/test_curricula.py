@@ -79,7 +79,8 @@ def short(curriculum: Any, length: Callable[[int, int, int, int, float], int]) -
 
 def easy(curriculum: Any, score: Callable[[Tensors, list[Example]], np.ndarray]) -> Case:
     def opens(k: int, t: int, scores: np.ndarray) -> Opened:
-        order = batch_order(scores, fixed_cut(k)) if curriculum.granularity == "batch" else sample_order(scores, SIZE)
+        ways = {"batch": batch_order(scores, fixed_cut(k)), "example": sample_order(scores, SIZE), "unsorted": fixed_cut(k)}
+        order = ways[curriculum.granularity]
         share = fraction(curriculum.pacing, t, POOL.rounds, curriculum.start, curriculum.full_at)
         return real.questions(k), order[: open_batches(share, len(order))] * EPOCHS
 
@@ -96,6 +97,7 @@ CASES = {
     "shortformer": short(Staged(4, 0.5), numpy.staged_length),
     "fisher": easy(ByFisher(0.4, 0.7), fisher_of(is_lora)),
     "fisher, all": easy(ByFisher(0.3, 1.0, "sqrt", "example", over="all"), fisher_of(lambda name: True)),
+    "fisher, unsorted": easy(ByFisher(0.4, 0.7, granularity="unsorted"), fisher_of(is_lora)),
     "loss": easy(ByLoss(0.4, 0.7), lambda tensors, texts: numpy.losses(real.encoder(), tensors, texts)),
 }
 cases = pytest.mark.parametrize("name", CASES)
@@ -229,5 +231,6 @@ def test_the_facts_tell_the_pacing() -> None:
     assert told["slw"]["pacing"] == pytest.approx([0, 1 / 3.2, 2 / 3.2, 3 / 3.2])
     assert told["shortformer"]["pacing"] == [0, 0, 1, 1]
     assert {name: facts.get("opens", "batches") for name, facts in told.items()} == {
-        "voc": "examples", "slw": "length", "shortformer": "length", "fisher": "batches", "fisher, all": "batches", "loss": "batches"
+        "voc": "examples", "slw": "length", "shortformer": "length", "fisher": "batches", "fisher, all": "batches",
+            "fisher, unsorted": "batches", "loss": "batches"
     }  # fmt: skip

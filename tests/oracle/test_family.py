@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from tests.oracle import real
 from tests.oracle.numpy_encoder import Tensors, pad
 from tests.oracle.numpy_training import AdamW, adamw_step, aggregate, clip_to, train
 from tests.oracle.test_baselines import COHORTS, EVERYBODY, epochs, kinds, logits
+from tests.oracle.test_embracingfl import Grouped
 from tests.oracle.test_rivals import assert_predicts, is_a, is_b, mean_of, part, trained
 
 Arrays = dict[str, np.ndarray]
@@ -172,13 +174,13 @@ def held_down(now: Tensors, rank: int) -> float:
     return sum(float(np.linalg.norm(b[:, rank:]) * np.linalg.norm(now[other(n)][rank:])) for n, b in now.items() if is_b(n))
 
 
-def pushed(k: int, at: Arrays, batches: Sequence[np.ndarray], rank: int, strength: float) -> Arrays:
-    """Training under λ·Σ‖B[:, rank:]‖·‖A[rank:, :]‖, whose gradient in B is λ·‖A'‖·B'/‖B'‖, and 0 where B' is 0."""
+def pushed(k: int, at: Arrays, batches: Sequence[np.ndarray], rank: int, strength: float, mu: float) -> Arrays:
+    """Training under λ·Σ‖B[:, rank:]‖·‖A[rank:, :]‖, whose gradient in B is λ·‖A'‖·B'/‖B'‖, and 0 where B' is 0; and (μ/2)·‖w − w_t‖²."""
     now, rule = dict(at), real.RULE
     first, second = ({n: np.zeros_like(t) for n, t in at.items()} for _ in range(2))
     for step, batch in enumerate(batches, 1):
         found = real.encoder().backward(now, pad([real.questions(k)[i] for i in batch])).tensors
-        gradients = {n: found[n].mean(0) for n in now}
+        gradients = {n: found[n].mean(0) + mu * (now[n] - at[n]) for n in now}
         for n in filter(is_b, at):
             b, a = now[n][:, rank:], now[other(n)][rank:]
             size_b, size_a = np.linalg.norm(b), np.linalg.norm(a)
@@ -192,10 +194,12 @@ def pushed(k: int, at: Arrays, batches: Sequence[np.ndarray], rank: int, strengt
 
 
 @kinds
-def test_hetlora(kind: real.Kind) -> None:
-    """Truncate on the way down, zero-pad on the way up; weights ∝ ‖B_k A_k‖_F; the last directions are held down, and given up if they
-    shrank."""
-    made = real.run(HetLora(real.INNER, ranks=(1, 2), keep=0.5, penalty=LAMBDA), kind, replace(ONE_SEED, rounds=4))
+@pytest.mark.parametrize(("keep", "mu"), [(0.5, 0.0), (0.75, 0.3)])
+def test_hetlora(kind: real.Kind, keep: float, mu: float) -> None:
+    """Truncate on the way down, zero-pad on the way up; weights ∝ ‖B_k A_k‖_F; the last directions, all but ⌊γ·r_k⌋, are held down, and
+    given up if they shrank. FedProx's term is added to that."""
+    inner = replace(real.INNER, prox=mu)
+    made = real.run(HetLora(inner, ranks=(1, 2), keep=keep, penalty=LAMBDA), kind, replace(ONE_SEED, rounds=4))
     ranks, shared, pruned = {k: int(r) for k, r in zip(EVERYBODY, made.states[0].server["ranks"], strict=True)}, real.start(), 0
     assert set(ranks.values()) == {1, 2}
     for t, exchange in enumerate(made.asked("train")):
@@ -203,8 +207,8 @@ def test_hetlora(kind: real.Kind) -> None:
         for k, task in exchange.down.items():
             due = {n: x[: ranks[k]] if is_a(n) else x[:, : ranks[k]] if is_b(n) else x for n, x in shared.items()}
             real.assert_close(task.tensors, due)
-            fewer = max(1, ranks[k] // 2)
-            own = pushed(k, real.arrays(task.tensors), epochs(k, "batches", t), fewer, LAMBDA)
+            fewer = {1: 1, 2: 1}[ranks[k]]  # ⌊.5 · 2⌋ and ⌊.75 · 2⌋; at least one
+            own = pushed(k, real.arrays(task.tensors), epochs(k, "batches", t), fewer, LAMBDA, mu)
             if fewer < ranks[k] and held_down(own, fewer) < held_down(real.arrays(task.tensors), fewer):
                 ranks[k], pruned = fewer, pruned + 1
                 own = {n: x[:fewer] if is_a(n) else x[:, :fewer] if is_b(n) else x for n, x in own.items()}
@@ -231,6 +235,15 @@ def test_hetlora(kind: real.Kind) -> None:
     for k in EVERYBODY:
         mine = {n: x[: ranks[k]] if is_a(n) else x[:, : ranks[k]] if is_b(n) else x for n, x in shared.items()}
         np.testing.assert_allclose(made.logits[k]["test"].numpy(), logits(mine, k), atol=3e-3)
+
+
+@pytest.mark.parametrize("kind", [HetLora, FlexLora, FLoRA])
+def test_devices_of_one_rank_share_a_pass(kind: Any) -> None:
+    compute, pool = Grouped(real.model()), replace(ONE_SEED, cohort=len(EVERYBODY), rounds=1)
+    made = real.watch(kind(real.INNER, ranks=(1, 2)), compute, pool)
+    ranks = list(drawn_ranks(made).values())
+    assert {*ranks} == {1, 2} and max(map(ranks.count, {*ranks})) > 1
+    assert sorted(count for _, count in compute.seen) == sorted(map(ranks.count, {*ranks}))
 
 
 def test_hetlora_directions_that_nobody_sends_stay_and_can_still_be_learnt() -> None:

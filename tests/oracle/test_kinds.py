@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from fedloom.compute.serial import Serial
 from fedloom.compute.work import AdamW, Fit
@@ -18,7 +19,7 @@ from fedloom.model import loading
 from fedloom.model.adapters import Adapter, AdapterError, Kind, attach, is_head
 from fedloom.model.base import Batch, Model
 from fedloom.model.blocks import layer_of
-from tests import families
+from tests import families, tiny
 
 FAMILIES = ("bert", "roberta", "deberta-v2", "modernbert", "gpt2", "llama", "qwen2", "bloom")
 
@@ -168,3 +169,13 @@ def test_what_is_trained_moves_in_one_step(kind: Kind) -> None:
     assert made.result.tensors.keys() == of.initial.keys()
     still = {n for n, t in made.result.tensors.items() if torch.equal(t, at[n])}
     assert not still
+
+
+@pytest.mark.parametrize("kind", ["houlsby", "pfeiffer"])
+def test_a_bottleneck_has_no_place_where_projections_are_called_otherwise(kind: Kind, tmp_path: Path) -> None:
+    config = AutoConfig.for_model("distilbert", vocab_size=70, dim=16, hidden_dim=32, n_layers=2, n_heads=2, max_position_embeddings=40)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    match = rf"{kind} has no place: DistilBert.* calls the output projections .* Other kinds: lora, .*bitfit"
+    with pytest.raises(AdapterError, match=match):
+        loading.load(str(tmp_path), num_labels=3, adapter=Adapter(rank=2, kind=kind), seed=1, max_length=16)

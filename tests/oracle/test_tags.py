@@ -6,6 +6,7 @@ Each test's docstring is the sentence that it holds the code to.
 from __future__ import annotations
 
 import re
+import shutil
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -15,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForTokenClassification
+from transformers import AutoModelForTokenClassification, RobertaTokenizer
 
 from fedloom.compute.serial import Serial
 from fedloom.compute.stacked import Stacked
@@ -30,6 +31,7 @@ from tests import families, tiny
 
 TAGS = ("O", "B-a", "I-a", "B-b", "I-b")
 FAMILIES = families.APART
+OTHERWISE = {"deberta-v2": "padded rows", "deberta-v3": "vmap", "bloom": "padded rows"}
 
 
 @cache
@@ -88,7 +90,9 @@ def test_the_loss_is_the_librarys_of_first_pieces(family: str) -> None:
 def test_many_at_once_are_as_one_by_one(family: str) -> None:
     """Training, scores and predictions of several devices in one pass."""
     made = model(family)
-    assert made.together_by == ("padded rows" if family in families.UNPACKED else "packed, whole last layer")
+    assert made.together_by == {"deberta-v2": "padded rows", "deberta-v3": "vmap", "bloom": "padded rows"}.get(
+        family, "packed, whole last layer"
+    )
     items: list[WorkItem] = []
     for k, size in enumerate((5, 9, 3)):
         generator = torch.Generator().manual_seed(k)
@@ -174,6 +178,9 @@ class Pieces:
     def __getitem__(self, name: str) -> list[list[int]]:
         return [[7] * (2 * len(sentence)) for sentence in self.words]
 
+    def num_special_tokens_to_add(self) -> int:
+        return 0
+
     def word_ids(self, i: int) -> list[int]:
         return [w for w in range(len(self.words[i])) for _ in "ab"]
 
@@ -190,3 +197,24 @@ def test_a_tokenizer_that_tells_no_words_is_refused() -> None:
         Tagger(slow, TAGS, " ", 9)
     with pytest.raises(TagError, match="200 tags came; at most 126"):
         Tagger(Pieces(), tuple(map(str, range(200))), " ", 9)
+
+
+def test_a_word_of_a_byte_level_family_has_the_space_before_it_that_it_has_in_a_sentence(tmp_path: Path) -> None:
+    """Without it RoBERTa reads every word as the end of another, and says nothing."""
+    shutil.copytree(folder("roberta"), tmp_path / "roberta")
+    marks = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    vocab = {token: i for i, token in enumerate([*marks, *"0123456789", "w", "Ġ", "Ġw"])}
+    for file in (tmp_path / "roberta").glob("tokenizer*"):
+        file.unlink()
+    RobertaTokenizer(vocab=vocab, merges=[("Ġ", "w")]).save_pretrained(tmp_path / "roberta")
+    of = load(str(tmp_path / "roberta"), num_labels=0, adapter=Adapter(rank=2), seed=1, max_length=16, tags=TAGS, between=BETWEEN)
+    texts, due, _ = as_texts([["w1", "w20"]], [[1, 2]], TAGS, "train")
+    ids, segments = of.encode(texts, due)
+    assert of.tokenizer.convert_ids_to_tokens(ids[0]) == ["<s>", "Ġw", "1", "Ġw", "2", "0", "</s>"]
+    assert segments[0] == [0, 2, 0, 3, 0, 0, 0]
+
+
+def test_a_length_that_special_tokens_fill_is_refused() -> None:
+    with pytest.raises(TagError, match="--max-length 2 leaves no room for a word: 2 tokens are added to each sentence; give more"):
+        Tagger(tiny.tokenizer(), TAGS, BETWEEN, 2)
+    assert Tagger(tiny.tokenizer(), TAGS, BETWEEN, 3).length == 3

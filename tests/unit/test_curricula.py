@@ -98,7 +98,8 @@ def test_easy_batches_or_easy_examples_first() -> None:
     order = sorted(range(3), key=lambda i: hard[cut[i]].mean())
     assert lists(easy_first(c, hard, 0.5, turn(0), "batch").batches) == lists([cut[i] for i in order[:2]]) * 2
     assert lists(easy_first(c, hard, 0.5, turn(0), "example").batches) == [[3, 1], [5, 4]] * 2
-    with pytest.raises(ValueError, match="no granularity 'token'; there are batch, example"):
+    assert lists(easy_first(c, hard, 0.5, turn(0), "unsorted").batches) == lists(cut[:2]) * 2
+    with pytest.raises(ValueError, match="no granularity 'token'; there are batch, example, unsorted"):
         easy_first(c, hard, 0.5, turn(0), "token")  # type: ignore[arg-type]
 
 

@@ -46,6 +46,16 @@ def test_the_gradient_of_the_head_costs_one_forward_and_one_outer_product() -> N
     assert float(counted().step(head, 9)) == pytest.approx(by_hand(9) + 2 * HIDDEN * CLASSES, rel=1e-9)
 
 
+@pytest.mark.parametrize("rank", [1, 3, 4])
+def test_pairs_of_a_lower_rank_cost_what_their_directions_do(rank: int) -> None:
+    """As much as a model whose pairs are of that rank."""
+    of = tiny.model(rank=4)
+    flops, names = Flops(of), frozenset(of.initial)
+    few = Flops(tiny.model(rank=rank))
+    assert float(flops.step(names, 9, rank=rank)) == pytest.approx(float(few.step(names, 9)), rel=1e-9)
+    assert float(flops.step(names, 9, rank=rank)) < float(flops.step(names, 9)) or rank == 4
+
+
 @pytest.mark.parametrize("length", [3, 11, 13, 30])
 @pytest.mark.parametrize("what", ["forward", "all", "factors", "last layer"])
 def test_the_polynomial_reproduces_a_length_that_was_not_counted(length: int, what: str) -> None:

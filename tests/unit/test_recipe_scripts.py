@@ -538,3 +538,16 @@ def test_fedcybgds_paper() -> None:
     assert (m.inner.local_epochs, m.inner.batch_size, m.inner.lr, m.inner.schedule, m.order) == (3, 16, 1e-6, "cosine", "ascending")
     given = cli._parse(options.for_run(resolve(str(RECIPES / "fedcybgd_paper.py"))), ["--rounds", "2"], "x")
     assert options.experiment_of(given) == replace(e, rounds=2), "an option goes over it, and nothing else changes"
+
+
+def test_each_variant_of_the_curriculum_changes_what_it_says(ablations: ModuleType) -> None:
+    """From the whole method to plain batches, one thing after another is taken away: the pacing, the order, the warm-up, the one cut."""
+    order, parts, whole = ablations.VARIANTS["order"](), ablations.VARIANTS["parts"](), ablations.WHOLE.curriculum
+    assert order["unsorted"].curriculum == replace(whole, granularity="unsorted")
+    assert parts["no-pacing"].curriculum == replace(whole, start=1.0)
+    assert order["off"].curriculum == parts["no-curriculum"].curriculum == replace(whole, start=1.0, granularity="unsorted")
+    alone, plain = order["off-and-no-warm-up"], order["off-no-warm-up-and-cut-anew"]
+    assert alone.curriculum == plain.curriculum and alone.curriculum.name == "none"
+    assert (order["off"].inner.reshuffle, alone.inner.reshuffle, plain.inner.reshuffle) == (True, False, True)
+    kept = [replace(of, curriculum=whole, inner=ablations.WHOLE.inner) for of in (*order.values(), parts["no-curriculum"])]
+    assert set(map(repr, kept)) == {repr(ablations.WHOLE)}, "nothing else"

@@ -19,7 +19,7 @@ from fedloom.messages import Tensors, Work
 from fedloom.seeds import Part, derive
 
 Pacing = Literal["linear", "sqrt", "quadratic", "exp", "none"]
-Granularity = Literal["batch", "example"]
+Granularity = Literal["batch", "example", "unsorted"]
 
 
 class Turn(NamedTuple):
@@ -83,15 +83,18 @@ def shuffled_epochs(c: Client, turn: Turn, positions: np.ndarray | None = None) 
 def easy_first(c: Client, difficulty: np.ndarray, share: float, turn: Turn, granularity: Granularity) -> Opened:
     """The ``share`` of the device's batches that is easiest, easy ones first, in each local epoch. ``difficulty``: (n,).
 
-    ``granularity``: batches are cut once per device, by seed, and sorted; or the examples are sorted and then cut.
+    ``granularity``: batches are cut once per device, by seed, and sorted; or the examples are sorted and then cut; or the batches stay
+    unsorted, the same ones in the same order for ever: what easy first is compared with.
     """
     match granularity:
         case "batch":
             batches = easiest_first(shuffled(len(c.train), turn.size, c.seed, "batches", c.id), difficulty)
         case "example":
             batches = easiest_examples_first(difficulty, turn.size)
+        case "unsorted":
+            batches = shuffled(len(c.train), turn.size, c.seed, "batches", c.id)
         case unknown:
-            raise ValueError(f"no granularity '{unknown}'; there are batch, example")
+            raise ValueError(f"no granularity '{unknown}'; there are batch, example, unsorted")
     return Opened(c.train, batches[: open_count(share, len(batches))] * turn.epochs)
 
 

@@ -6,6 +6,7 @@ and a product with the Hessian what the graph of the gradient makes of it.
 A language model's output layer is counted for every token, as the library computes it. Layers that are computed again in the backward pass
 count again, as far as they are.
 Of a linear layer with some rows only, the operations are linear in the number of rows, which two counts determine: with all and with one.
+So they are in the rank of pairs.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedloom.model.adapters import is_beneath
 from fedloom.model.base import Batch, Model
-from fedloom.model.factors import rank_in
+from fedloom.model.factors import cut, rank_in, rank_of_pairs
 from fedloom.model.principal import operations
 from fedloom.model.some_rows import SomeRows
 
 LENGTHS = (4, 8, 16)
 
-What = Literal["gradient", "differentiable", "product", "embeddings"]
-"""What is counted: a pass and its gradient by tensors, one that can be differentiated again, a product with its Hessian, or the gradient by
-the input embeddings."""
+What = Literal["gradient", "rank 1", "differentiable", "product", "embeddings"]
+"""What is counted: a pass and its gradient by tensors, the same of pairs of one direction, one that can be differentiated again, a product
+with its Hessian, or the gradient by the input embeddings."""
 
 _KEPT: dict[tuple[str, ...], dict[Any, np.ndarray]] = {}
 """By what makes a graph, the polynomials that were found: models that are alike in it are counted once in a process."""
@@ -77,10 +78,14 @@ class Flops:
         length: int | np.ndarray,
         rows: Mapping[str, int] | None = None,
         skips: frozenset[int] = frozenset(),
+        rank: int = 0,
     ) -> float | np.ndarray:
         """Operations of one example's forward and backward pass for the gradient of the tensors ``names``. ``rows``: of B's of which only
-        some rows are there, how many; they are all of one rank. ``skips``: layers that are left out."""
+        some rows are there, how many; they are all of one rank. ``skips``: layers that are left out. ``rank``: of the pairs among
+        ``names``, where that is less than the model's (which is 0); then there are all rows."""
         whole = self._at(names, length, skips=skips)
+        if rank and rank < (full := rank_of_pairs(self.model.initial)):
+            return whole - (full - rank) / (full - 1) * (whole - self._at(names, length, skips=skips, what="rank 1"))
         if not rows:
             return whole
         tall = sum(self.model.initial[n].shape[0] for n in rows)
@@ -123,6 +128,7 @@ class Flops:
         some = {n: torch.arange(k) for n, k in (rows or {}).items()}
         own = {**self.model.initial, **(self.model.weights if any(map(is_beneath, names)) else {})}
         given = {n: own[n].to(self.model.device) for n in names}
+        given = cut(given, 1) if what == "rank 1" else given
         by = {n: (t[: len(some[n])].clone() if n in some else t).requires_grad_(what != "embeddings") for n, t in given.items()}
         counter = FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: _packed_product})
         counter.mod_tracker = _NoModules()  # type: ignore[assignment]

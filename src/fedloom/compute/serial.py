@@ -37,6 +37,7 @@ from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
 from fedloom.model.base import Batch, Model, as_batch
 from fedloom.model.dropout import SeededDropout
+from fedloom.model.factors import rank_of_pairs
 from fedloom.model.quantised import numbers
 from fedloom.model.some_rows import SomeRows
 from fedloom.seeds import derive_int
@@ -278,7 +279,8 @@ def cost(item: WorkItem, flops: Flops) -> tuple[float, int]:
     match item:
         case Fit():
             names, rows = item.reached, {n: len(at) for n, at in item.rows.items() if n not in item.fixed}
-            spent = sum(len(b) * float(flops.step(names, int(lengths[b].max()), rows, item.skips)) for b in item.batches)
+            rank = rank_of_pairs(item.start)
+            spent = sum(len(b) * float(flops.step(names, int(lengths[b].max()), rows, item.skips, rank)) for b in item.batches)
             return spent, sum(len(b) for b in item.batches)
         case Score() | Fisher():
             return float(np.sum(flops.step(frozenset(scored_names(item)), lengths))), 0

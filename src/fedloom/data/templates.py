@@ -48,7 +48,7 @@ KNOWN = {
         {"World": "world", "Sports": "sports", "Business": "business", "Sci/Tech": "technology"},
     ),
 }
-"""By a word of the data set's name."""
+"""By a word, or two, of the data set's name."""
 
 
 def template_for(name: str, task: Classification, template: str = "", words: tuple[str, ...] = ()) -> Put:
@@ -59,8 +59,8 @@ def template_for(name: str, task: Classification, template: str = "", words: tup
     Raises:
         DataError: the classes' names are numbers, and nothing tells words for them.
     """
-    parts = re.split(r"[^a-z0-9_]+", name.lower())
-    known = next((KNOWN[part] for part in parts if part in KNOWN), None)
+    called = f"_{re.sub(r'[^a-z0-9]+', '_', name.lower())}_"
+    known = next((known for part, known in KNOWN.items() if f"_{part}_" in called), None)
     if known is None or len(known.words) != len(task.classes):
         body = "{text} , {pair}" if len(task.texts) == 2 else "{text}"
         known = Known(f"{{mask}} : {body}", f"{body} : {{mask}}", {})

@@ -72,7 +72,7 @@ class Curriculum:
         start: share of batches open in the first round, β₀.
         full_at: share of the rounds after which all are open, α.
         pacing: how the share grows between them.
-        granularity: sort fixed batches, or sort examples and then cut.
+        granularity: sort fixed batches, or sort examples and then cut, or sort nothing: batches as they were cut.
         refresh: score anew at the current model when the scores are this many rounds old (0: never).
         head: what keeps a fresh head from drowning the score: warm (train it first), left-out (of the score), as-is (nothing).
         head_rounds: rounds in which the head alone is trained first, if warm (0: as-is).

@@ -27,6 +27,7 @@ from typing import ClassVar
 import torch
 
 from fedloom.client.client import Client
+from fedloom.compute.work import Held
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
@@ -61,10 +62,6 @@ class HetLora:
     def __post_init__(self) -> None:
         if not (0 < self.keep <= 1 and self.penalty >= 0):
             raise ValueError(f"HetLoRA needs keep in (0, 1] and a penalty of 0 or more; got keep {self.keep}, penalty {self.penalty}")
-        if self.inner.prox and self.penalty:
-            raise ValueError(
-                f"HetLoRA has a term of its own in the loss and takes no other: give prox {self.inner.prox} or a penalty, not both"
-            )
 
     def init(self, model: Model) -> State:
         """Every trainable tensor is shared.
@@ -119,8 +116,9 @@ class HetLora:
         return Update(c.id, len(c.train), made, {"loss": float(fitted.losses.mean())})
 
     def held_down(self, now: Tensors, start: Tensors) -> torch.Tensor:
-        """λ times the size of the directions that pruning would take."""
-        return self.penalty * tail(now, max(1, math.floor(self.keep * rank_in(now))))
+        """λ times the size of the directions that pruning would take, and FedProx's term over the pair as it was sent, if there is one."""
+        held = self.penalty * tail(now, max(1, math.floor(self.keep * rank_in(now))))
+        return held + Held(self.inner.prox, frozenset(start))(now, start) if self.inner.prox else held
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
         """The shared model at the device's rank."""

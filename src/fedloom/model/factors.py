@@ -70,6 +70,12 @@ def rank_in(tensors: Tensors) -> int:
     return ranks.pop()
 
 
+def rank_of_pairs(tensors: Tensors) -> int:
+    """The rank of the pairs, if there are any and all have the same; else 0."""
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if is_down(name)}
+    return ranks.pop() if len(ranks) == 1 else 0
+
+
 def cut(tensors: Tensors, rank: int) -> dict[str, torch.Tensor]:
     """Pairs of their first ``rank`` directions; other tensors as they are."""
     return {n: _of_rank(n, t, rank).clone() if is_factor(n) else t for n, t in tensors.items()}

@@ -20,7 +20,7 @@ from fedloom.model.loading import folder_of
 from fedloom.run import checkpoint
 from fedloom.run.experiment import Experiment
 from fedloom.run.personal import personal
-from fedloom.run.starting import stand_at
+from fedloom.run.starting import stand_at, start_of
 from fedloom.run.world import World, build, model_of, store_in
 from fedloom.tensors import without
 
@@ -142,6 +142,8 @@ def _written(experiment: Experiment, world: World, tensors: Tensors, out: Path, 
     if merge:
         low = world.model.dtype is not torch.float32  # what was frozen is then read again, all of its bits
         model = model_of(replace(experiment, precision="float32"), world.source) if low else world.model
+        if low and world.model.split:
+            model.start_at(start_of(world.model))  # the run's, which may be another machine's
         write_merged(model, tensors, world.classes, out)
         kind = f"AutoModelFor{_use(world.model)}"
         return f'{kind}.from_pretrained("{out}")'

@@ -310,9 +310,10 @@ def model_of(experiment: Experiment, source: Source) -> Model:
     if model.reads_many and isinstance(curriculum_of(e.method), ByLoss):
         what = "a sentence of tags" if model.tagger else "a question" if model.finder else "a text to be written"
         raise ExperimentError(f"this curriculum sorts by the loss of one label an example, and {what} has none; give another")
-    if model.filler is not None and model.causal and isinstance(curriculum_of(e.method), CUTTING):
+    if model.filler is not None and isinstance(curriculum_of(e.method), CUTTING):
         raise ExperimentError(
-            "this curriculum cuts texts at their end, where a causal model's template asks; give another, or --head linear"
+            "this curriculum cuts what a model reads at its end, and with --head cloze that is a template with the text in it: a masked "
+            "model's text would go first, a causal model's question; give another curriculum, or --head linear"
         )
     return model
 

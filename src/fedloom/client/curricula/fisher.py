@@ -33,7 +33,7 @@ class ByFisher:
         start: share of batches open in the first round, β₀.
         full_at: share of the rounds after which all are open, α.
         pacing: how the share grows between them.
-        granularity: sort fixed batches, or sort examples and then cut.
+        granularity: sort fixed batches, or sort examples and then cut, or sort nothing: batches as they were cut.
         refresh: score anew at the current model when the scores are this many rounds old (0: never).
         over: whose gradient is the score: the adapter's alone, or that of the head too; never the base model's. Of the adapter it is
             all that the device's model has, also what its method holds fixed (FFA-LoRA's A) and rows that FibecFed's mask leaves out.

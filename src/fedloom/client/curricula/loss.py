@@ -27,7 +27,7 @@ class ByLoss:
         start: share of batches open in the first round.
         full_at: share of the rounds after which all are open.
         pacing: how the share grows between them.
-        granularity: sort fixed batches, or sort examples and then cut.
+        granularity: sort fixed batches, or sort examples and then cut, or sort nothing: batches as they were cut.
     """
 
     name: ClassVar[str] = "loss"
