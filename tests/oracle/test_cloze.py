@@ -257,7 +257,7 @@ def test_templates_are_those_of_the_data_set_or_ones_own_or_plain() -> None:
     moods = Classification(("text",), "label", ("negative", "positive"), "accuracy")
     assert template_for("sst2_glue", moods) == (*KNOWN["sst2"][:2], ("terrible", "great"))
     assert template_for("my-ag_news", Classification(("text",), "label", tuple("0123"), "accuracy")).masked == KNOWN["ag_news"].masked
-    assert template_for("sst25", trec).masked == "{mask} : {text}", "a part of a word is none"
+    assert template_for("sst25", moods).masked == "{mask} : {text}", "a part of a word is none"
     assert template_for("trec", trec, "{mask} {text}", ("a", "b", "c", "d", "e", "f")) == (*["{mask} {text}"] * 2, tuple("abcdef"))
     assert template_for("mine", PAIR) == ("{mask} : {text} , {pair}", "{text} , {pair} : {mask}", ("no", "yes"))
     with pytest.raises(DataError, match="--label-words"):

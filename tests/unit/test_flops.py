@@ -14,6 +14,7 @@ from fedloom.compute.serial import Serial, cost
 from fedloom.compute.work import AdamW, Fisher, Fit, Predict, Score, Sensitivity, Spectrum
 from fedloom.model.adapters import is_factor
 from fedloom.model.blocks import layer_of
+from fedloom.model.factors import cut
 from tests import families, tiny
 
 HIDDEN, INNER, LAYERS, RANK, CLASSES = 16, 32, 3, 2, 3
@@ -54,6 +55,10 @@ def test_pairs_of_a_lower_rank_cost_what_their_directions_do(rank: int) -> None:
     few = Flops(tiny.model(rank=rank))
     assert float(flops.step(names, 9, rank=rank)) == pytest.approx(float(few.step(names, 9)), rel=1e-9)
     assert float(flops.step(names, 9, rank=rank)) < float(flops.step(names, 9)) or rank == 4
+    texts, batches = tiny.examples(6), [np.arange(4), np.arange(4, 6)]
+    given = [cost(Fit(start, texts, batches, AdamW(1e-3)), flops) for start in (cut(of.initial, rank), of.initial)]
+    assert given[0] == pytest.approx(cost(Fit(tiny.model(rank=rank).initial, texts, batches, AdamW(1e-3)), few), rel=1e-9)
+    assert (given[0][0] < given[1][0]) == (rank < 4)
 
 
 @pytest.mark.parametrize("length", [3, 11, 13, 30])
