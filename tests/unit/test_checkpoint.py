@@ -378,5 +378,5 @@ def test_what_is_being_run_is_not_read_beside_it(tmp_path: Path, monkeypatch: py
         refusing(monkeypatch, errno.EACCES)
         with pytest.raises(CheckpointError, match="another process"), only_one(tmp_path, reading=True):
             raise AssertionError("two at once")
-    with only_one(tmp_path, reading=True):
-        pass
+    with only_one(tmp_path, reading=True), only_one(tmp_path, reading=True):
+        assert (tmp_path / ".lock").exists(), "several may read"

@@ -362,7 +362,9 @@ def test_one_learning_rate_reaches_every_method() -> None:
     assert {name: lr_of(m) for name, m in changed.items()} == dict.fromkeys(all_methods(), 0.125)
 
 
-def test_a_recipe_that_is_none_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_that_is_none_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
     method = "\n@dataclass(frozen=True)\nclass {0}:\n    name: ClassVar[str] = '{0}'\n    paper: ClassVar[str] = ''\n"
     head = "from dataclasses import dataclass\nfrom typing import ClassVar\n"
@@ -382,6 +384,12 @@ def test_a_recipe_that_is_none_says_why(tmp_path: Path, monkeypatch: pytest.Monk
         code, paragraph = said(capsys, "run", name)
         assert (code, wanted in paragraph) == (2, True), paragraph
     assert recipes.resolve("two.py:b").kind.name == "b"
+    ran = tmp_path / "ran.json"
+    ran.write_text(json.dumps({**as_json(Experiment(FedAvg())), "method": {"name": "lora"}}))
+    for recipe, told in (("lora.py", True), (None, False)):
+        caplog.clear()
+        recipes.experiment_in(ran, Path(recipe) if recipe else None)
+        assert any("lora.py's 'lora', and not of the package's" in record.getMessage() for record in caplog.records) == told
     (tmp_path / "experiment.json").write_text('{"method": {"name": "mine"}}')
     assert "--recipe FILE" in said(capsys, "export", ".", "out")[1]
 

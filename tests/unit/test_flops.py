@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedloom.compute.flops import LENGTHS, Flops
 from fedloom.compute.serial import Serial, cost
 from fedloom.compute.work import AdamW, Fisher, Fit, Predict, Score, Sensitivity, Spectrum
-from fedloom.model.adapters import is_factor
+from fedloom.model.adapters import is_factor, is_up
 from fedloom.model.blocks import layer_of
 from fedloom.model.factors import cut
 from tests import families, tiny
@@ -59,6 +59,11 @@ def test_pairs_of_a_lower_rank_cost_what_their_directions_do(rank: int) -> None:
     given = [cost(Fit(start, texts, batches, AdamW(1e-3)), flops) for start in (cut(of.initial, rank), of.initial)]
     assert given[0] == pytest.approx(cost(Fit(tiny.model(rank=rank).initial, texts, batches, AdamW(1e-3)), few), rel=1e-9)
     assert (given[0][0] < given[1][0]) == (rank < 4)
+    scored = Score(cut(of.initial, rank), texts, None)
+    assert cost(scored, flops) == pytest.approx(cost(Score(tiny.model(rank=rank).initial, texts, None), few), rel=1e-9)
+    rows = {n: 5 for n in names if is_up(n)}
+    assert float(flops.step(names, 9, rows, rank=rank)) == pytest.approx(float(few.step(names, 9, rows)), rel=1e-9)
+    assert float(few.step(names, 9, rank=4)) == pytest.approx(float(flops.step(names, 9)), rel=1e-9) or rank == 1, "a higher one too"
 
 
 @pytest.mark.parametrize("length", [3, 11, 13, 30])

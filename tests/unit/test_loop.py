@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedloom.data.shards import write_shards
+from fedloom.run import checkpoint
 from fedloom.run.again import evaluate_again
 from fedloom.run.checkpoint import CheckpointError, only_one
 from fedloom.run.experiment import as_json
@@ -102,6 +103,17 @@ def test_a_model_is_not_taken_away_under_other_classes_than_it_was_trained_with(
     ):
         export(e, out, tmp_path / "two")
     assert not (tmp_path / "two").exists()
+    shutil.rmtree(tmp_path / "data")
+    shutil.copytree(small.data(), tmp_path / "data")
+    run(e, out, plain=True)
+    latest = out / "checkpoints" / "latest.json"
+    body = {key: value for key, value in json.loads(latest.read_text()).items() if key not in ("sha256", "names")}
+    latest.write_text(json.dumps({"sha256": checkpoint._digest(body), **body}))  # as an earlier release wrote it
+    export(e, out, tmp_path / "three")
+    for file in data.glob("*.jsonl"):
+        file.write_text(file.read_text().replace('"label": "b"', '"label": "z"'))
+    with pytest.raises(ExportError, match="are called a, c, z now, and were called a, b, c"):
+        export(e, out, tmp_path / "four")
 
 
 def test_a_run_that_may_only_be_read_is_evaluated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

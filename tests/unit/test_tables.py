@@ -108,7 +108,7 @@ def test_the_terminal_has_scores_costs_the_search_and_mean_ranks() -> None:
         ["local", "1 of 2 seeds", "1 of 2 seeds", "-"],
     ]
     title, _, rows = tables[5]
-    assert title == "r_te, α = 0.1: cost of the whole run, and the share of the model that is trained"
+    assert title == "r_te, α = 0.1: cost of the whole run, and the share of the model that adapter and head are"
     whole = ["1 min 05 s", "7.0 s", "3.0 MB"]
     assert rows == [["lora", *whole, "-"], ["my_method", *whole, "1.23%"], ["local", *whole, "-"]]
     assert tables[8][2][0] == ["r_te, α = 0.1", "lora", "0.7500 ↓", "diverged"]

@@ -82,15 +82,21 @@ class Flops:
     ) -> float | np.ndarray:
         """Operations of one example's forward and backward pass for the gradient of the tensors ``names``. ``rows``: of B's of which only
         some rows are there, how many; they are all of one rank. ``skips``: layers that are left out. ``rank``: of the pairs among
-        ``names``, where that is less than the model's (which is 0); then there are all rows."""
-        whole = self._at(names, length, skips=skips)
-        if rank and rank < (full := rank_of_pairs(self.model.initial)):
-            return whole - (full - rank) / (full - 1) * (whole - self._at(names, length, skips=skips, what="rank 1"))
+        ``names``, where that is not the model's (which is 0)."""
+        whole, full = self._of_rows(names, length, rows, skips, "gradient"), rank_of_pairs(self.model.initial)
+        if rank in (0, full) or full < 2:
+            return whole
+        return whole + (rank - full) / (full - 1) * (whole - self._of_rows(names, length, rows, skips, "rank 1"))
+
+    def _of_rows(
+        self, names: frozenset[str], length: int | np.ndarray, rows: Mapping[str, int] | None, skips: frozenset[int], what: What
+    ) -> float | np.ndarray:
+        whole = self._at(names, length, skips=skips, what=what)
         if not rows:
             return whole
         tall = sum(self.model.initial[n].shape[0] for n in rows)
         left_out = (tall - sum(rows.values())) / (tall - len(rows))
-        return whole - left_out * (whole - self._at(names, length, frozenset(rows), skips))
+        return whole - left_out * (whole - self._at(names, length, frozenset(rows), skips, what))
 
     def differentiable(self, names: frozenset[str], length: int | np.ndarray) -> float | np.ndarray:
         """As :meth:`step`, of a gradient that is to be differentiated again: nothing is computed again for it."""

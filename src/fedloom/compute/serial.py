@@ -283,7 +283,7 @@ def cost(item: WorkItem, flops: Flops) -> tuple[float, int]:
             spent = sum(len(b) * float(flops.step(names, int(lengths[b].max()), rows, item.skips, rank)) for b in item.batches)
             return spent, sum(len(b) for b in item.batches)
         case Score() | Fisher():
-            return float(np.sum(flops.step(frozenset(scored_names(item)), lengths))), 0
+            return float(np.sum(flops.step(frozenset(scored_names(item)), lengths, rank=rank_of_pairs(item.at)))), 0
         case Sensitivity():
             longest, n = int(lengths[item.batch].max()), len(item.batch)
             return n * float(flops.by_embeddings(frozenset(item.at), longest) + flops.forward(longest)), 0

@@ -316,11 +316,11 @@ class Model:
 
     @property
     def cut_from(self) -> int | None:
-        """Tokens that every text has at least which was cut; None where long ones become several examples. A template is filled with whole
-        characters and some room to spare, so that a cut one may be a little shorter than ``max_length``."""
+        """Tokens that every text has at least which was cut; None where long ones become several examples. Texts within a template are cut
+        between characters, and some tokens stay free: counted as eight, which is more than there were."""
         if self.finder is not None or (self.speaker is not None and self.speaker.form == "text"):
             return None
-        return self.max_length - (8 if self.speaker is not None else 2 if self.filler is not None else 0)
+        return self.max_length - (8 if self.speaker is not None or self.filler is not None else 0)
 
     @property
     def encoding(self) -> str:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from fcntl import LOCK_EX, LOCK_NB, flock
+from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
 from pathlib import Path
 from typing import IO, Any
 
@@ -164,7 +164,8 @@ def fingerprint_of(folder: Path) -> str:
 
 @contextmanager
 def only_one(folder: Path, reading: bool = False) -> Iterator[None]:
-    """Keep a second process out of the run folder. ``reading``: nothing will be written there, so that a folder that is read-only will do.
+    """Keep a second process out of the run folder. ``reading``: nothing will be written there, so that others may read it too, and a folder
+    that is read-only will do.
 
     Raises:
         CheckpointError: another process is running there.
@@ -173,10 +174,13 @@ def only_one(folder: Path, reading: bool = False) -> Iterator[None]:
     with _lock_of(folder, reading) as file:
         try:
             if file is not None:
-                flock(file, LOCK_EX | LOCK_NB)
+                flock(file, (LOCK_SH if reading else LOCK_EX) | LOCK_NB)
         except BlockingIOError as error:
             mend = "wait for it, or stop it" if reading else "wait for it, stop it, or give another --out"
             raise CheckpointError(f"another process is running in {folder}; {mend}") from error
+        except OSError:
+            if not reading:  # some file systems lock nothing that was opened for reading only
+                raise
         yield
 
 

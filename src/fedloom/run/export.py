@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from fedloom.data.labels import some
+from fedloom.data.tasks import Classification
 from fedloom.folders import whole_or_gone
 from fedloom.messages import Tensors
 from fedloom.methods.method import Predictor
@@ -96,9 +97,10 @@ def predictor_of(world: World, folder: Path, client: int | None) -> Predictor:
         raise ExportError(f"{folder} holds no completed round yet; run it first")
     if said := stand_at(world.model, saved.start, folder, saved.model):
         log.warning(said)
-    if saved.names and saved.names != named:  # its other data do not matter to who takes its model away
+    before = saved.names or _names_told(world, folder)
+    if before and before != named:  # its other data do not matter to who takes its model away
         raise ExportError(
-            f"the outputs of a model of '{world.source.name}' are called {some(named)} now, and were called {some(saved.names)} when "
+            f"the outputs of a model of '{world.source.name}' are called {some(named)} now, and were called {some(before)} when "
             f"{folder} was trained: they would go by the wrong names. Restore the data"
         )
     if client is None:
@@ -111,6 +113,14 @@ def predictor_of(world: World, folder: Path, client: int | None) -> Predictor:
     if not 0 <= client < world.experiment.clients:
         raise ExportError(f"no device {client}; the run has 0 to {world.experiment.clients - 1}")
     return personal(world, store, client, saved.state.shared, saved.state.facts)
+
+
+def _names_told(world: World, folder: Path) -> tuple[str, ...]:
+    """What an earlier release's results tell of the outputs' names; nothing where these are no classes."""
+    ended = folder / "results.json"
+    if not (ended.exists() and isinstance(world.source.task, Classification)):
+        return ()
+    return tuple(json.loads(ended.read_text(encoding="utf-8"))["partition"]["classes"])
 
 
 def export(experiment: Experiment, folder: Path, out: Path, client: int | None = None, merge: bool = False) -> str:

@@ -42,7 +42,8 @@ def held(world: World, store: Store) -> dict[str, Any] | None:
         names, length = frozenset(model.initial), float(np.mean(device.train.lengths))
         one: dict[str, float] = {"private_bytes": own, "private_bytes_whole": whole}
         one |= {"memory_bytes": nbytes(device.memory), "file_bytes": store.size(k)}
-        one["step_flops"] = float(flops.step(names, length, {n: len(at) for n, at in rows.items()}))  # type: ignore[arg-type]
+        rank = int(device.memory["rank"]) if "rank" in device.memory else 0
+        one["step_flops"] = float(flops.step(names, length, {n: len(at) for n, at in rows.items()}, rank=rank))  # type: ignore[arg-type]
         one["step_flops_whole"] = float(flops.step(names, length))  # type: ignore[arg-type]
         if "optimizer_bytes" in device.memory:
             one["optimizer_bytes"] = int(device.memory["optimizer_bytes"])

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from typing import Any
 from fedloom.client.curricula import all_curricula
 from fedloom.methods import all_methods, methods_in
 from fedloom.run.experiment import Experiment, ExperimentError, from_json
+
+log = logging.getLogger("fedloom")
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,12 @@ def experiment_in(path: Path, recipe: Path | None = None) -> Experiment:
             f"{file} is of the method '{method.get('name')}', which is none of the package's ({', '.join(all_methods())}); give the "
             "Python file that defines it: --recipe FILE, or fedloom run FILE"
         )
-    return from_json(saved, _methods_of(_module(recipe), recipe) if recipe else None)
+    if recipe is None:
+        return from_json(saved)
+    found = from_json(saved, _methods_of(_module(recipe), recipe))
+    if found.method.name in all_methods() and file_of(found.method) is not None:
+        log.warning("%s is read as a run of %s's '%s', and not of the package's method of that name", file, recipe, found.method.name)
+    return found
 
 
 def file_of(method: Any) -> str | None:

@@ -198,7 +198,7 @@ def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
             [row["method"], whole_text(row, "device_seconds"), own_text(row), whole_text(row, "bytes_up"), trained_text(row)]
             for row in case["rows"]
         ]
-        title = f"{case['label']}: cost of the whole run, and the share of the model that is trained"
+        title = f"{case['label']}: cost of the whole run, and the share of the model that adapter and head are"
         shown.append((title, ("method", "device time", "before a\nprediction", "uploaded", "trained"), rows))
         if rows := [setup_row(row) for row in case["rows"] if row.get("setup")]:
             title = f"{case['label']}: set-up, and after which round it has paid for itself against plain LoRA"
@@ -225,9 +225,14 @@ def brought_row(row: Mapping[str, Any]) -> list[str]:
 def took_part_title(case: Mapping[str, Any]) -> str:
     """What is scored, and on how many devices seed by seed."""
     part = case["took_part"]
-    counts, whole = ([str(count) for count in part[key].values()] for key in ("devices", "of"))
-    some = f"{', '.join(dict.fromkeys(counts))} of {', '.join(dict.fromkeys(whole))}" + (" by seed" if len(counts) > 1 else "")
+    counts, whole = (_each(list(part[key].values())) for key in ("devices", "of"))
+    some = f"{counts} of {whole}" + (" by seed" if len(part["devices"]) > 1 else "")
     return f"{case['label']}: personalised test {case['metric']} on the devices alone that took part ({some})"
+
+
+def _each(counts: Sequence[int]) -> str:
+    """One number where all are the same, else all of them."""
+    return ", ".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
 
 
 def took_part_row(part: Mapping[str, Any], method: str) -> list[str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 
 from fedloom.client.client import Client
@@ -55,7 +56,9 @@ class ByFisher:
             raise ValueError(f"refresh is {self.refresh}; it is a number of rounds from 1 on, or 0 for never")
 
     def prepare(self, c: Client, at: Tensors, round: int) -> Work[None]:
-        """d_i of every example, at the first participation and whenever the scores are too old."""
+        """d_i of every example, at the first participation and whenever the scores are too old; of none where nothing is sorted."""
+        if self.granularity == "unsorted":
+            return
         known = "difficulty" in c.memory
         if known and not (self.refresh and round - int(c.memory["scored_at"]) >= self.refresh):
             return
@@ -65,7 +68,8 @@ class ByFisher:
 
     def open(self, c: Client, turn: Turn) -> Opened:
         """The easiest batches."""
-        return easy_first(c, c.memory["difficulty"].numpy(), self.share(turn.round, turn.rounds), turn, self.granularity)
+        known = np.zeros(len(c.train)) if self.granularity == "unsorted" else c.memory["difficulty"].numpy()
+        return easy_first(c, known, self.share(turn.round, turn.rounds), turn, self.granularity)
 
     def facts(self, rounds: int) -> dict[str, Any]:
         """The share of batches open in each round."""

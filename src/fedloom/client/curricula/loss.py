@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -43,14 +44,15 @@ class ByLoss:
 
     def prepare(self, c: Client, at: Tensors, round: int) -> Work[None]:
         """The loss of every example, once."""
-        if "difficulty" in c.memory:
+        if self.granularity == "unsorted" or "difficulty" in c.memory:
             return
         logits = yield Predict(at, c.train)
         c.memory |= {"difficulty": functional.cross_entropy(logits.double(), torch.from_numpy(c.train.labels), reduction="none")}
 
     def open(self, c: Client, turn: Turn) -> Opened:
         """The easiest batches."""
-        return easy_first(c, c.memory["difficulty"].numpy(), self.share(turn.round, turn.rounds), turn, self.granularity)
+        known = np.zeros(len(c.train)) if self.granularity == "unsorted" else c.memory["difficulty"].numpy()
+        return easy_first(c, known, self.share(turn.round, turn.rounds), turn, self.granularity)
 
     def facts(self, rounds: int) -> dict[str, Any]:
         """The share of batches open in each round."""
