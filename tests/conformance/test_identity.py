@@ -124,6 +124,14 @@ def test_what_an_adapter_brings_and_the_head_do_not_count() -> None:
         assert identity(of) == before
 
 
+def test_what_a_method_has_put_under_the_pairs_does_not_count() -> None:
+    """FLoRA, FedEx and Delta-LoRA write there, whenever a device computes."""
+    of = loaded(tiny.folder())
+    before = identity(of)
+    of.stand_on({of.beneath.names[0]: of.weights[of.beneath.names[0]] + 1.0})
+    assert identity(of) == before
+
+
 @pytest.mark.parametrize("start", ["svd", "fast-svd"])
 def test_devices_that_split_for_themselves_are_averaged_to_one_weight(start: Start) -> None:
     """W_res,k + s·mean(B)·mean(A) with each device's own W_res, to float32's rounding; for lack of another machine, the second device's

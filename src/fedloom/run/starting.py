@@ -36,6 +36,7 @@ OR_ANOTHER = ", or give another --out"
 def identity(model: Model) -> str:
     """16 hex digits over what every device must have alike: the pre-trained weights, and of those that an SVD has split what they were
     before (``Model.split``). Not the head nor what an adapter brings with it: those are drawn, and sent where they are shared."""
+    model.stand_on({})  # its own, whatever a method has put in their place
     trained = set(model.parameters.values())
     brought = set() if saved_as(model.module) == "model" else trained
     split = set(model.beneath.names) if model.split else set()
