@@ -50,7 +50,7 @@ test: $(STAMP) ## all tests, then the branch coverage of floors 0-3, at least 95
 	@echo "test: branch coverage of floors 0-3 (messages to methods and engines)"
 	$(BIN)/python -m coverage report --include='$(FLOORS_0_TO_3)' --fail-under=95
 
-unit: $(STAMP) ## the unit tests only (at most 30 seconds)
+unit: $(STAMP) ## the unit tests only (one to two minutes)
 	$(PYTEST) tests/unit
 
 check: $(STAMP) ## format, lint and types, changing nothing (about half a minute)
