@@ -34,8 +34,8 @@ from hypothesis import settings
 TESTS = Path(__file__).parent
 TIERS_WITH_MARKER = ("conformance", "oracle", "integration", "gpu")
 
-LOADED_AFTER = (5, 20, 60, 200)
-"""Tests of one process after which what is in memory is taken for libraries."""
+KEPT_EVERY = 10
+"""Tests of one process after which what is in memory is taken for what stays: libraries, and what tests keep for those after them."""
 
 _TESTS_DONE = itertools.count(1)
 
@@ -43,6 +43,9 @@ settings.register_profile("house", deadline=None, derandomize=True, max_examples
 settings.load_profile("house")
 
 torch.set_num_threads(1)
+os.fsync = lambda fd: (
+    None
+)  # a tenth of the time of whole runs; what a test ends by a kill, and not by a power cut, the system writes all the same
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, and so would the processes that tests stop
 
 
@@ -68,16 +71,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Libraries and collected tests stay to the end: whoever looks for garbage, as a run does at its end, need not look at them again."""
-    _keep_what_is_loaded()
+    """Libraries and collected tests stay to the end: whoever looks for garbage, as a run does at its end, need not look at them again.
+    That was more than a quarter of the time that whole runs took here."""
+    _keep_what_is_there()
 
 
-def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """So do the libraries that the first tests of a process were the first to need."""
-    if next(_TESTS_DONE) in LOADED_AFTER:
-        _keep_what_is_loaded()
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish() -> None:
+    """So does what the tests so far left behind: libraries that they were the first to need, and what they keep for others."""
+    if next(_TESTS_DONE) % KEPT_EVERY == 0:
+        _keep_what_is_there()
 
 
-def _keep_what_is_loaded() -> None:
+def _keep_what_is_there() -> None:
     gc.collect()
     gc.freeze()

@@ -16,6 +16,7 @@ from fedloom.client.curricula import all_curricula
 from fedloom.compute.work import Fit
 from fedloom.methods import named
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
+from fedloom.model.loading import load
 from fedloom.run.console import Progress
 from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.run.loop import run
@@ -75,11 +76,15 @@ def experiment(name: str = "lora", stack: int = 0, kind: str = "local", **fields
 BUILT = cache(build)
 """Worlds by experiment. A world is derived and never changed; that rebuilding one gives the same is ``test_loop.py``'s to show."""
 
+LOADED = cache(load)
+"""Models by what was asked. What stands under its pairs is what the last run put there, and every run begins on the model's own."""
+
 
 def build_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the test ends, runs and descriptions of equal experiments share a world."""
+    """Until the test ends, runs and descriptions of equal experiments share a world, and worlds of equal models a model."""
     for where in ("loop", "describe"):
         monkeypatch.setattr(f"fedloom.run.{where}.build", BUILT)
+    monkeypatch.setattr("fedloom.run.world.load_model", LOADED)
 
 
 def stopped(of: Experiment, folder: Path, last: int) -> None:
