@@ -18,6 +18,7 @@ from fedloom.run.experiment import ExperimentError, as_meant, completed, digest_
 from fedloom.run.jobs import carry_out, ended_before, order_of
 from fedloom.run.loop import check
 from fedloom.run.plan import Ended, Plan, Run
+from fedloom.run.rehearsal import rehearse
 from fedloom.run.summary import summarise
 from fedloom.run.tables import as_csv, as_markdown, as_tex
 from fedloom.run.tracking import insist
@@ -48,7 +49,7 @@ def compare(
     ``track``: trackers that are told of every run that is carried out, by name (``tracking.py``).
 
     Raises:
-        ExperimentError: something asked for makes no sense; nothing was started.
+        ExperimentError: something asked for makes no sense, or a method refuses it; nothing was started.
         CheckpointError: a folder belongs to something else; nothing was started.
         DataError: the data cannot be read or partitioned; nothing was started.
     """
@@ -75,6 +76,10 @@ def compare(
         title = f"{', '.join(plan.methods)} on {', '.join(plan.labels.values())} -> {out}"
         with Watching(title, plan.base.rounds, plan.expected, plain) as watch:
             insist_on_the_same_data(runs, folder)
+            ahead = [run for name, run in plan.wanted(known).items() if name not in known]
+            if len(begin := {(run.experiment.data, run.experiment.method_name): run.experiment for run in ahead}) > 1:
+                watch.before(f"seeing that all of {len(begin)} take what is asked")
+                rehearse(begin.values())
             ended = carry_out(plan.wanted, folder, jobs, watch, track)
         insist_on_the_same_data(runs, folder)
         return _told(plan, ended, folder, out, reference, target)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from fedloom.run.loop import begin
 from fedloom.run.memory import insist_on_room, needed, needed_there, sizes_before, sizes_of, told
 from fedloom.run.numbers import drawn, most
 from fedloom.run.payback import plain_of
-from fedloom.run.pretended import Pretended
+from fedloom.run.pretended import Pretended, silent
 from fedloom.run.spent import profiles_told
 from fedloom.run.world import World, adapter_of, build, read_data
 
@@ -190,7 +189,7 @@ def played(world: World) -> Played:
         setup.hear(tasks, replies)
         steps.update([f"{tasks[0].op.replace('_', ' ')} on {len(tasks)} devices"] if tasks else [])
 
-    with silent(logging.getLogger("fedloom.methods")):  # what is only counted finds nothing that is so
+    with silent(logging.getLogger("fedloom.methods")):
         state = drive(set_up(method, world.model, world.pool), engine, quorum=0, seen=hear)
     begin(setup, world, world.pool.clients)
     for t in range(e.rounds) if through else (0, e.rounds - 1):
@@ -219,16 +218,6 @@ def _costs(world: World) -> Lines:
         ("device times", "simulated: compute and transfer; the slowest of a cohort counts"),
         *_memory(world),
     ]
-
-
-@contextmanager
-def silent(log: logging.Logger) -> Iterator[None]:
-    """The log says nothing inside the block."""
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
 
 
 def _memory(world: World) -> Lines:

@@ -122,10 +122,15 @@ class Plan:
         """The run whose training ``run`` takes over.
 
         Raises:
-            ExperimentError: the method it holds is not the one of the comparison.
+            ExperimentError: the method it holds is not the one of the comparison, or layers stay on devices.
         """
         if not run.trained:
             return None
+        if run.experiment.share.some:
+            raise ExperimentError(
+                f"--share-training: layers that stay on devices (--share) lie in the folder of the run that trained them, where "
+                f"'{run.experiment.method_name}' cannot take them over; leave one of the two out"
+            )
         held, case = replace(run.experiment, method=run.experiment.method.inner), Case(run.experiment.data, run.experiment.alpha)
         rate = next((r for r in self.options if run.trained == self._name(case, held.method_name, r, held.seed)), None)
         own = self.run(case, held.method_name, rate, held.seed) if held.method_name in self.methods else None

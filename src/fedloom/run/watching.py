@@ -84,8 +84,14 @@ class Watching:
             self.live.stop()
             self.live = None
 
+    def before(self, text: str) -> None:
+        """What is done before any run begins."""
+        self.state = text
+        self._line(f"{self.summary()}  {text}")
+
     def started(self, run: str) -> None:
         """A run begins, or goes on."""
+        self.state = ""
         self.going[run] = Going()
         self._line(f"{run}: started  {self.summary()}")
 

@@ -307,6 +307,17 @@ def model_of(experiment: Experiment, source: Source) -> Model:
         finds=isinstance(source.task, Questions),
         recompute=e.engine.recompute,
     )
+    insist_on_curriculum(e, model)
+    return model
+
+
+def insist_on_curriculum(experiment: Experiment, model: Model) -> None:
+    """The method's curriculum means something for what this model reads.
+
+    Raises:
+        ExperimentError: it does not.
+    """
+    e = experiment
     if model.reads_many and isinstance(curriculum_of(e.method), ByLoss):
         what = "a sentence of tags" if model.tagger else "a question" if model.finder else "a text to be written"
         raise ExperimentError(f"this curriculum sorts by the loss of one label an example, and {what} has none; give another")
@@ -315,7 +326,6 @@ def model_of(experiment: Experiment, source: Source) -> Model:
             "this curriculum cuts what a model reads at its end, and with --head cloze that is a template with the text in it: a masked "
             "model's text would go first, a causal model's question; give another curriculum, or --head linear"
         )
-    return model
 
 
 def build_far(experiment: Experiment, far: Far) -> World:

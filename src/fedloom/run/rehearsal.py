@@ -1,0 +1,80 @@
+"""Whether every method of a comparison takes what is asked of it, before any of them trains.
+
+Much of what a method refuses it can refuse only beside a model and a pool: ranks that it cannot have, weights that are in few bits, an
+option that means nothing to it. It does so where its set-up begins. So each method's set-up begins here, up to its first question to
+devices, and nobody is asked: a comparison of ten methods says at once what the tenth would have said after hours. With ``--share``, whose
+rules look at what a set-up leaves, it is played to its end on a compute that only counts (``pretended.py``).
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fedloom.client.store import ClientStore
+from fedloom.data.partition import Partition
+from fedloom.data.sources import Source
+from fedloom.engines.engine import drive
+from fedloom.engines.heap import give_memory_back
+from fedloom.engines.local import Local
+from fedloom.methods.method import set_up
+from fedloom.model.base import Model
+from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.memory import insist_on_room, sizes_before
+from fedloom.run.pretended import Pretended, silent
+from fedloom.run.world import World, adapter_of, insist_on_curriculum, model_of, read_data, tokens_of
+
+
+def rehearse(experiments: Iterable[Experiment]) -> None:
+    """Begin each, computing nothing. Those of one data set that train the same of a model share one, and no two models are held at once.
+
+    Raises:
+        ExperimentError: some refuse what is asked; which, and each one's own words.
+    """
+    alike: dict[tuple[str, Any], list[Experiment]] = {}
+    for e in experiments:
+        alike.setdefault((e.data, adapter_of(e)), []).append(e)
+    refused: dict[str, list[str]] = {}
+    for group in alike.values():
+        for e, why in _refusals(group):
+            refused.setdefault(why, []).append(e.method_name)
+        gc.collect()  # a model's parts hold each other
+        give_memory_back()
+    if refused:
+        told = "; ".join(f"{', '.join(dict.fromkeys(names))}: {why}" for why, names in refused.items())
+        raise ExperimentError(f"not every method takes what is asked, and nothing was started. {told}")
+
+
+def _refusals(group: Sequence[Experiment]) -> list[tuple[Experiment, str]]:
+    """Which of these refuse, and why. All have the same model."""
+    first = group[0]
+    source, shards = read_data(first)
+    try:
+        if (before := sizes_before(first)) is not None:
+            insist_on_room(before, first)
+        model = model_of(first, source)
+    except ValueError as error:
+        if len(group) == 1:
+            return [(first, str(error))]
+        return [(first, str(error)), *_refusals(group[1:])]  # it may have been its curriculum
+    found = [(e, _refusal(e, source, shards, model)) for e in group]
+    return [(e, why) for e, why in found if why]
+
+
+def _refusal(e: Experiment, source: Source, shards: Partition, model: Model) -> str:
+    """Why this one refuses ("": it does not). What goes wrong otherwise is told at its turn, and loses no other run."""
+    splits = tokens_of(source, model) if e.share.some else {}
+    world = World(e, source, shards, splits, model, Pretended(model))
+    try:
+        insist_on_curriculum(e, model)
+        begun = set_up(e.method, model, world.pool)
+        with silent(logging.getLogger("fedloom.methods")):
+            if e.share.some:
+                drive(begun, Local(world.host(ClientStore(None)), world.wave), quorum=0)
+            else:
+                next(begun, None)
+    except ValueError as error:
+        return str(error)
+    return ""
