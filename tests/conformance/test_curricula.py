@@ -3,6 +3,7 @@ to the same bits, it saves what it should; and a curriculum of nothing is FedAvg
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from functools import cache
@@ -31,11 +32,12 @@ pytestmark = pytest.mark.no_cover
 
 CURRICULA = list(all_curricula())
 TAKE_ONE = [name for name in all_methods() if name != "centralised"]
-PLAIN = {"fedfft", "fedbf", "fedap"}
-"""FedAvg by other names (methods/kinds.py): what they train follows a curriculum by the same lines as ``lora``."""
+PLAIN = ("fedfft", "fedbf", "fedap", "federa", "fedopt", "fedprox", "flexlora", "lora-finetuned", "lora-prior")
+"""What they train follows a curriculum by the same lines as ``lora``, which is run with every one: one each is enough to see it arrive."""
 ALONE = {"fedcybgd", "handover"}
 """Whose rounds are one device, of which the first has no more examples than a batch."""
 PAIRS = [(m, c) for m in TAKE_ONE for c in CURRICULA if m not in PLAIN and (c != "none" or m in ("lora", "fibecfed"))]
+PAIRS += list(zip(PLAIN, itertools.cycle(c for c in CURRICULA if c != "none"), strict=False))
 """Without a curriculum a method is what it is anyhow, which ``test_no_curriculum_is_the_method_as_it_comes`` holds."""
 
 
