@@ -4,10 +4,12 @@ mean exact. Each test's docstring is the sentence that it holds the method to.""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from fedloom.encodings import Encoding
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fedsb import FedSb
 from fedloom.server.participation import Pool
@@ -140,3 +142,11 @@ def test_the_start_moves_as_the_rate_does() -> None:
     for n, core in real.arrays(one.states[0].shared).items():
         if n.startswith("core/"):
             np.testing.assert_allclose(real.arrays(other_rate.states[0].shared)[n], 2 * core, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("wire", ["bf16", "int8", "nf4"])
+def test_devices_and_server_have_the_same_frozen_factors_over_every_wire(wire: str) -> None:
+    """The server distributes B and A: its average is exact because all have the same, and it exports with them."""
+    made = real.watch(METHOD, real.compute("stacked"), replace(Pool((0, 1, 2, 3), 3, 1, 8), encoding=Encoding.of(wire)))
+    for k in EVERYBODY:
+        assert {n: t.tolist() for n, t in made.private[-1][k].items()} == {n: t.tolist() for n, t in made.states[0].server.items()}

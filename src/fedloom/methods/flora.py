@@ -65,6 +65,7 @@ class FLoRA:
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """As inner."""
         pool.insist_on_the_mean(self.name, "its server adds the devices' products up", steps=True)
+        pool.insist_on_nothing_owed(self.name, "every round trains new pairs, and what is owed is of another round's")
         return self.inner.setup(state, pool)
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
