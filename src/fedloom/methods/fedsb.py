@@ -16,8 +16,8 @@ Where it starts is what the first step of full fine-tuning would do, cut down to
 
 so that s·B·R_0·A is the best approximation of ΔW of its rank, and B and A are orthonormal: a step of R is the best that a step of W could
 be within their directions. G is gathered once, in the set-up: the devices of the first cohort send the gradient of their first
-``examples`` examples, each d_out·d_in numbers a module, and no such message is ever sent again. The server decomposes, and sends B
-and A to every device, once and exactly.
+``examples`` examples, taken without dropout, each d_out·d_in numbers a module, and no such message is ever sent again. The server
+decomposes, and sends B and A to every device, once and exactly.
 
 R is no tensor of the model: devices train it through the pair (B·R, A) (``Fit.through``), and that pair, plain LoRA of rank r, is what
 predicts and what is exported.
@@ -110,11 +110,11 @@ class FedSb:
 
     @on_client
     def gradient(self, c: Client, task: Task) -> Work[Update]:
-        """Send the mean gradient of the device's first ``examples`` examples by the weights under the pairs."""
+        """Send the mean gradient of the device's first ``examples`` examples by the weights under the pairs, without dropout."""
         own = yield Pretrained()
         some = shuffled(len(c.train), self.examples, c.seed, "first gradient", c.id)[0]
         still = AdamW(0.0, betas=(0.0, 0.999), clip=0.0)
-        fitted = yield Fit(own, c.train, [some], still, fixed=task.tensors)
+        fitted = yield Fit(own, c.train, [some], still, fixed=task.tensors, dropout=False)
         return Update(c.id, len(some), dict(fitted.moments.first))  # (1 − β₁)·∇, and β₁ is 0
 
     @on_client
