@@ -12,7 +12,8 @@ Only A_k and B_k go up. G_k and the task head stay on their device, as what make
 
 ``model/mixing.py`` is the layer: the kind of adapter is ``mixed``, which this method brings along.
 
-What goes up is where a device's pair stands, and no step from M; so a wire that adds what it has not sent to what it sends later is refused.
+What goes up is where a device's pair stands, and no step from M; so a wire that adds what it has not sent to what it sends later is
+refused.
 
 Deviations: the paper's devices take part in every round. Here a cohort is drawn, so the server keeps the LoRA that each device sent last,
 and the mean is over those others who sent one (none: B_-k = 0). Going down it is the mean M of all N of them and the list of who they are;
