@@ -13,7 +13,8 @@ a step that is smaller than the grid is not lost.
 
 ``up:NAME`` (``up:bf16``) encodes what goes up and sends down every bit.
 
-Encoded are the float32 tensors of a task, and of an update those whose name and shape its task had. Everything else crosses exactly.
+Encoded are the float32 tensors of a task, and of an update those whose name and shape its task had. Everything else crosses exactly, and so
+does a task that says so (``Task.exact``), which is how a set-up hands out what is sent once and for all.
 All of a message's encoded tensors are one vector, in order of names.
 
 This module does not know engines, methods or how bytes are laid out (``wire.py``).
@@ -102,6 +103,12 @@ class Encoding:
         """Whether nothing is lost of what goes down."""
         return self.exact or self.up_only
 
+    @property
+    def owes(self) -> bool:
+        """Whether a device adds what it has not sent of a change to its next changes under that name: right of steps from what came, which
+        add up, and of nothing else."""
+        return self.name == "top-k"
+
     def size(self, numbers: int) -> int:
         """Bytes of tensors that so many float32 numbers come to, going down."""
         match "exact" if self.up_only else self.name:
@@ -118,7 +125,7 @@ class Encoding:
 
     def down(self, task: Task) -> Task:
         """The task as it travels."""
-        if self.exact_down:
+        if self.exact_down or task.exact:
             return task
         names = sorted(n for n, t in task.tensors.items() if t.dtype == torch.float32)
         if not names:
@@ -275,7 +282,7 @@ class Sender:
         Raises:
             WireError: something in it may not cross.
         """
-        if self.encoding.exact:
+        if self.encoding.exact or task.exact:
             return self._packer.pack(task)
         if self._last is None or not _the_same(self._last[0], task.tensors):
             self._last = (task.tensors, self.encoding.down(replace(task, settings={})))

@@ -44,6 +44,7 @@ class Task:
     ``complete`` stays with the server: what a device's tensors are, if it is asked to leave out what is as it came or what it does without
     (rows, directions, whole tensors). So answers can be held against what was sent and against each other by whoever knows no method; it
     raises on what no honest device answers.
+    ``exact`` stays there too: the tensors are sent as they are, whatever the wire loses of others.
     """
 
     op: str
@@ -52,6 +53,7 @@ class Task:
     settings: Mapping[str, Setting] = field(default_factory=dict)
     nonce: str = ""
     complete: Callable[[Tensors], Tensors] = field(default=as_it_came, compare=False, repr=False)
+    exact: bool = field(default=False, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

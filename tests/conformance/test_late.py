@@ -216,8 +216,8 @@ def test_what_everybody_was_asked_alike_is_remembered_also_if_some_were_asked_ag
     heard.run([Task("warm_up", k, tensors, {"round": -2}) for k in (0, 1, 2)])  # a cohort that is everybody trains, and that is all
     heard.run([Task("score", 1, tensors)])
     heard.run([Task("own", k, tensors, {"k": k}) for k in (0, 1, 2)])
-    heard.run([Task("adopt", k, {}, {"gal": [1]}) for k in (0, 1, 2)])
-    assert [(step.op, step.settings) for step in heard.steps] == [("score", {}), ("adopt", {"gal": [1]})]
+    heard.run([Task("adopt", k, {}, {"gal": [1]}, exact=True) for k in (0, 1, 2)])
+    assert [(step.op, step.settings, step.exact) for step in heard.steps] == [("score", {}, False), ("adopt", {"gal": [1]}, True)]
     assert heard.steps[0].tensors["w"] is tensors["w"]
 
 
@@ -230,13 +230,13 @@ def test_whoever_misses_a_step_is_asked_no_more_and_nobody_waits_for_it() -> Non
 
 def test_a_checkpoint_keeps_who_is_in_and_what_the_others_are_to_be_asked(tmp_path: Path) -> None:
     w = torch.arange(3.0)
-    late = Late({0: 0, 2: 4}, (Step("score", {"w": w}, {"round": 1, "names": ["a"]}), Step("adopt", {}, {"gal": [2]})))
+    late = Late({0: 0, 2: 4}, (Step("score", {"w": w}, {"round": 1, "names": ["a"]}), Step("adopt", {}, {"gal": [2]}, True)))
     checkpoint.save(tmp_path, Saved(State(5, {"w": w}), {}, "data", late), Elsewhere())
     found = checkpoint.load(tmp_path, Elsewhere())
     assert found is not None and found.late is not None and found.late.since == late.since
-    assert [(s.op, s.settings, {n: t.tolist() for n, t in s.tensors.items()}) for s in found.late.steps] == [
-        ("score", {"round": 1, "names": ["a"]}, {"w": [0.0, 1.0, 2.0]}),
-        ("adopt", {"gal": [2]}, {}),
+    assert [(s.op, s.settings, {n: t.tolist() for n, t in s.tensors.items()}, s.of(1).exact) for s in found.late.steps] == [
+        ("score", {"round": 1, "names": ["a"]}, {"w": [0.0, 1.0, 2.0]}, False),
+        ("adopt", {"gal": [2]}, {}, True),
     ]
     everyone = Pool((0, 1, 2), 1, 9, 0)
     assert late.pool(everyone).clients == (0, 2) and late.missing(everyone) == [1]

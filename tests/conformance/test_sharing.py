@@ -253,7 +253,9 @@ def _predicting(method: Any, state: State, client: int) -> Flow[list[Update]]:
 def test_a_wire_with_a_loss_loses_nothing_of_what_stays(wire: str, tmp_path: Path) -> None:
     asked = experiment("federa", wire=wire, evaluate_every=0)
     gal = run(asked, tmp_path, plain=True)["facts"]["gal"]
-    store, initial = store_in(tmp_path), build(asked).model.initial
+    world, store = build(asked), store_in(tmp_path)
+    initial = world.model.initial
+    assert world.pool.encoding == asked.encoding, "the server knows the wire, which some methods refuse"
     saved = checkpoint.load(tmp_path, store)
     assert saved is not None and {layer_of(n) for n in saved.state.shared if is_factor(n)} == set(gal)
     for k in range(asked.clients):

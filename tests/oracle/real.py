@@ -197,10 +197,11 @@ def run(method: Method, kind: Kind, pool: Pool = POOL, missed: tuple[int, ...] =
 
 
 def watch(method: Method, on: Compute, pool: Pool, of: Model | None = None, missed: tuple[int, ...] = ()) -> Run:
-    """As ``run``, on any compute, which is that of ``of`` if given."""
+    """As ``run``, on any compute, which is that of ``of`` if given, and over the pool's wire."""
     store, watched = ClientStore(), Watched(on)
     fresh = lambda k: replace(devices()[k], private={}, memory={})  # noqa: E731
-    line = Overheard(Host(method, fresh, watched, store, DIGEST, doing=carried_out, besides=[layer_scores]), watched)
+    host = Host(method, fresh, watched, store, DIGEST, encoding=pool.encoding, doing=carried_out, besides=[layer_scores])
+    line = Overheard(host, watched)
     engine: Any = Local(line)  # type: ignore[arg-type]
     states, held = [drive(set_up(method, of or model(), pool), engine)], []
     for t in range(pool.rounds + 1):

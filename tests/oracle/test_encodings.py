@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedloom.encodings import CODES, NAMES, NF4, PLACES, WHICH, Encoding
+from fedloom.encodings import CODES, NAMES, NF4, PLACES, WHICH, Encoding, Sender
 from fedloom.messages import Task, Update
 from fedloom.tensors import nbytes
 from fedloom.wire import WireError, pack, unpack
@@ -83,6 +83,16 @@ def test_down_is_the_papers_rounding_of_what_is_sent(name: str, size: float) -> 
     assert {n: (t.shape, t.dtype) for n, t in came.tensors.items()} == {n: (t.shape, t.dtype) for n, t in sent.items()}
     assert vector(dict(came.tensors)) == pytest.approx(as_sent(vector(sent), name), rel=1e-5, abs=1e-7 * size)
     assert torch.equal(came.tensors["count"], sent["count"]) and torch.equal(came.tensors["exact"], sent["exact"])
+
+
+@pytest.mark.parametrize("name", BOTH_WAYS)
+def test_what_is_sent_once_and_for_all_travels_exactly(name: str) -> None:
+    """And what shares its tensors with it, in the same asking, as it would without it."""
+    encoding, task = Encoding.of(name), Task("train", 3, tensors(1), {"round": 4})
+    handed = replace(task, op="receive", exact=True)
+    assert encoding.down(handed) is handed and encoding.arrived(handed) is handed
+    sender = Sender("d", encoding)
+    assert sender.pack(handed) == pack(handed, "d") and sender.pack(task) == Sender("d", encoding).pack(task) != pack(task, "d")
 
 
 @pytest.mark.parametrize("name", BOTH_WAYS)

@@ -3,7 +3,7 @@ and the means of the others taken one by one. Each test's docstring is the sente
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -17,6 +17,7 @@ from transformers import BertForSequenceClassification
 from fedloom.compute.serial import Serial
 from fedloom.compute.stacked import Stacked
 from fedloom.compute.work import Predict
+from fedloom.encodings import NAMES, Encoding
 from fedloom.methods.fedalt import FedAlt
 from fedloom.model.base import Model
 from fedloom.server.participation import Pool, uniform
@@ -199,3 +200,30 @@ def test_another_rule_than_the_mean_is_refused() -> None:
     assert uniform(pool, 0)
     with pytest.raises(ValueError, match="'fedalt' cannot follow aggregation 'median'.*what all the others sent last"):
         next(FedAlt().setup(FedAlt().init(model()), pool))
+
+
+STEP = {"bf16": 2.0**-8, "fp16": 2.0**-10, "int8": 1 / 253, "nf4": 0.152}
+"""How far a wire rounds a number at most, as a share of the largest there is."""
+
+
+@pytest.mark.parametrize("wire", ["up:int8", *[name for name in NAMES if name != "exact"]])
+def test_the_server_has_of_each_device_what_it_trained(wire: str) -> None:
+    """The server keeps the LoRA that each device sent last: over any wire it is that, to the wire's rounding of the mean that came down and
+    of how far the LoRA is from it; a wire that would add what it left out of another one is refused before anybody is asked."""
+    pool = replace(Pool((0, 1, 2, 3), 3, 2, 8), encoding=Encoding.of(wire))
+    if pool.encoding.owes:
+        with pytest.raises(ValueError, match="'fedalt' cannot go over wire 'top-k'.*where its own pair stands"):
+            next(FedAlt().setup(FedAlt().init(model()), pool))
+        return
+    made = real.watch(FedAlt(real.INNER), Stacked(model()), pool, model())
+    for t, exchange in enumerate(made.asked("train")):
+        means, kept = made.states[t].shared, made.states[t + 1].server
+        for k in exchange.up:
+            trained = made.private[t + 1][k]
+            down = 0.0 if pool.encoding.up_only else largest(means[n] for n in LORA)
+            most = STEP[pool.encoding.name] * (down + largest(trained[n] - means[n] for n in LORA))
+            assert largest(kept[n][k] - trained[n] for n in LORA) <= 1.1 * most + 1e-6
+
+
+def largest(tensors: Iterable[torch.Tensor]) -> float:
+    return max(float(t.abs().max()) for t in tensors)

@@ -4,13 +4,21 @@ mean exact. Each test's docstring is the sentence that it holds the method to.""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from fedloom.compute.serial import Serial
+from fedloom.compute.stacked import Stacked
+from fedloom.compute.work import Fit
+from fedloom.encodings import Encoding
+from fedloom.messages import Task
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fedsb import FedSb
 from fedloom.server.participation import Pool
+from tests import tiny
 from tests.oracle import real
 from tests.oracle.numpy_encoder import pad
 from tests.oracle.numpy_training import adamw_step, clip_to, payload
@@ -140,3 +148,27 @@ def test_the_start_moves_as_the_rate_does() -> None:
     for n, core in real.arrays(one.states[0].shared).items():
         if n.startswith("core/"):
             np.testing.assert_allclose(real.arrays(other_rate.states[0].shared)[n], 2 * core, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("wire", ["bf16", "int8", "nf4"])
+def test_devices_and_server_have_the_same_frozen_factors_over_every_wire(wire: str) -> None:
+    """The server distributes B and A: its average is exact because all have the same, and it exports with them."""
+    made = real.watch(METHOD, real.compute("stacked"), replace(Pool((0, 1, 2, 3), 3, 1, 8), encoding=Encoding.of(wire)))
+    for k in EVERYBODY:
+        assert {n: t.tolist() for n, t in made.private[-1][k].items()} == {n: t.tolist() for n, t in made.states[0].server.items()}
+
+
+def test_the_gradient_is_the_models_and_not_that_of_some_dropouts_draw() -> None:
+    """G = Σ_i ∇_W ℓ(x_i; W_0), of the model that predicts: a device thins nothing out for it, alone or in whatever company."""
+    dropping, plain = (tiny.model(dropout=rate) for rate in (0.4, 0.0))
+    work = METHOD.gradient(real.devices()[0], Task("gradient", 0, {n: t for n, t in plain.initial.items() if ".lora_" not in n}))
+    next(work)
+    fit = work.send(plain.weights)
+    assert isinstance(fit, Fit)
+    training = replace(fit, dropout=True)
+    (due,) = Serial(plain).run([fit])
+    for compute in (Serial(dropping), Stacked(dropping)):
+        without, drawn = (done.result for done in compute.run([fit, training]))
+        for n, t in due.result.moments.first.items():
+            torch.testing.assert_close(without.moments.first[n], t, atol=1e-6, rtol=1e-4)
+        assert any((drawn.moments.first[n] - t).abs().max() > 1e-3 for n, t in due.result.moments.first.items())

@@ -16,6 +16,7 @@ import torch
 
 from fedloom.compute.serial import Serial
 from fedloom.compute.work import Fitted, Predict
+from fedloom.encodings import Encoding
 from fedloom.methods.ditto import Ditto
 from fedloom.methods.fedalt_partial import FedAltPartial
 from fedloom.methods.fedavg import FedAvg
@@ -113,6 +114,14 @@ def test_ffa(kind: real.Kind) -> None:
     assert_predicts(made, {k: {**frozen, **shared} for k in EVERYBODY})
     assert made.assembled is not None
     real.assert_close(made.assembled, {**frozen, **shared})
+
+
+@pytest.mark.parametrize("wire", ["bf16", "int8", "nf4"])
+def test_devices_and_server_have_the_same_a_over_every_wire(wire: str) -> None:
+    """A is frozen at its random start, the same on every device: and at the server, whose global model stands on it."""
+    made = real.watch(FfaLora(real.INNER), real.compute("stacked"), replace(Pool(tuple(EVERYBODY), 3, 1, 8), encoding=Encoding.of(wire)))
+    for k in EVERYBODY:
+        assert {n: t.tolist() for n, t in made.private[-1][k].items()} == {n: t.tolist() for n, t in made.states[-1].server.items()}
 
 
 @kinds

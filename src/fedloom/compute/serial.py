@@ -118,7 +118,7 @@ class Serial:
             given = {**fixed, **now} if item.through is None else item.through({**fixed, **now})
             tensors = {n: t.to(model.dtype) for n, t in given.items()}
             tensors |= {n: fixed[n].index_copy(0, at.to(model.device), tensors[n]) for n, at in item.rows.items() if n in fixed}
-            dropping = SeededDropout(key, model.dropout, model.causal) if model.dropout else nullcontext()
+            dropping = SeededDropout(key, model.dropout, model.causal) if model.dropout and item.dropout else nullcontext()
             few = SomeRows(tensors, without(item.rows, fixed), model.initial) if item.rows.keys() - fixed.keys() else nullcontext()
             with model.skipping(item.skips, model.dtype), dropping, few:
                 loss = model.weighted(model.forward(tensors, batch, model.dtype)[0] + bias, batch)

@@ -234,7 +234,7 @@ class Stacked:
             def backward(parts: list[Part], i: int = i, gradient: torch.Tensor = gradient, loss: torch.Tensor = loss) -> None:
                 """Add the gradients of some clients' texts. A penalty counts with a client's first text of the step."""
                 low, high = parts[0].item, parts[-1].item + 1
-                keys = [dropout_key(items[k].dropout_seed, i) for k in range(low, high)] if model.dropout else []
+                keys = [dropout_key(items[k].dropout_seed, i) for k in range(low, high)] if model.dropout and items[0].dropout else []
                 weights = [1 / len(items[p.item].batches[i]) for p in parts]
                 kept = flat.kept(low, high)
                 beside = {n: t for n, t in rest.split(fixed[low:high]).items() if n in kept}  # what the other rows are
@@ -498,7 +498,7 @@ def _kind(item: WorkItem) -> Hashable:
             shapes += (*sorted(some), sum(tensors[n].numel() for n in some))
             masks = tuple((n, tuple(t.shape)) for n, t in item.mask.items())
             fixed = tuple((n, tuple(t.shape)) for n, t in sorted(item.fixed.items()))
-            masks = (*masks, *sorted(item.correction), item.through, item.watch, item.means, item.skips)
+            masks = (*masks, *sorted(item.correction), item.through, item.watch, item.means, item.skips, item.dropout)
             return ("fit", shapes, masks, fixed, item.optimizer, item.penalty, item.anchor is None, item.moments is None, item.bias is None)
         case Score() | Fisher():
             return (type(item).__name__, shapes, item.over)

@@ -133,7 +133,8 @@ class Fit:
     ``watch``: with what smoothing each trained number's importance is watched.
     ``means``: the mean of all steps' gradients is told (:class:`Fitted`).
     ``skips`` are transformer layers, by number, that are left out: what comes into one goes out of it, around it.
-    ``dropout_seed`` makes the dropout masks of the run; step i uses ``derive(dropout_seed, "dropout", i)``.
+    ``dropout_seed`` makes the dropout masks of the run; step i uses ``derive(dropout_seed, "dropout", i)``; none without
+    ``dropout``, whatever the model's rate.
 
     Raises:
         ValueError: a tensor of a layer that is left out; an anchor that is not named and shaped as ``start``, or one without a penalty,
@@ -158,6 +159,7 @@ class Fit:
     watch: Smoothing | None = None
     means: bool = False
     skips: frozenset[int] = frozenset()
+    dropout: bool = True
 
     def __post_init__(self) -> None:
         if self.skips and (of_none := [n for n in (*self.start, *self.fixed) if layer_of(n) in self.skips]):

@@ -25,9 +25,9 @@ from typing import ClassVar
 import torch
 
 from fedloom.client.client import Client
-from fedloom.messages import Flow, Task, Tensors, Update, Work, ask, insist, on_client
+from fedloom.messages import Flow, Task, Tensors, Update, Work, on_client
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.method import Predictor, State, predict, receive
+from fedloom.methods.method import Predictor, State, hand_out, predict, receive
 from fedloom.model.base import Model
 from fedloom.seeds import derive_int
 from fedloom.server.participation import Pool
@@ -61,7 +61,7 @@ class Ditto:
         """v_k = w_0 on every device."""
         pool.insist_on_every_layer(self.name, "each device has a model of its own already, all of it")
         pool.insist_on_no_mask(self.name, "a personal model is held to the global one by a term that rows do not have")
-        yield from insist([ask(self.receive, k, state.shared) for k in pool.clients])
+        yield from hand_out(self.receive, pool.clients, state.shared)
         return (yield from self.inner.setup(state, pool))
 
     def round(self, state: State, pool: Pool) -> Flow[State]:

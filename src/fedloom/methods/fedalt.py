@@ -12,6 +12,9 @@ Only A_k and B_k go up. G_k and the task head stay on their device, as what make
 
 ``model/mixing.py`` is the layer: the kind of adapter is ``mixed``, which this method brings along.
 
+What goes up is where a device's pair stands, and no step from M; so a wire that adds what it has not sent to what it sends later is
+refused.
+
 Deviations: the paper's devices take part in every round. Here a cohort is drawn, so the server keeps the LoRA that each device sent last,
 and the mean is over those others who sent one (none: B_-k = 0). Going down it is the mean M of all N of them and the list of who they are;
 a device takes itself out, A_-k = (N·M − A_k)/(N − 1), and one message serves the whole cohort. Where a device's answer was lost, what it
@@ -28,9 +31,9 @@ from typing import ClassVar
 import torch
 
 from fedloom.client.client import Client
-from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, insist, on_client
+from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.method import Predictor, State, predict, receive
+from fedloom.methods.method import Predictor, State, hand_out, predict, receive
 from fedloom.model.base import Model
 from fedloom.model.mixing import as_rest, is_own, is_rest, need_mixers
 from fedloom.server.participation import Pool, uniform
@@ -69,7 +72,8 @@ class FedAlt:
         """Every device receives the start of its part once; the server makes room for what each will send."""
         pool.insist_on_no_mask(self.name, "it trains two pairs and their mixer")
         pool.insist_on_the_mean(self.name, "each device's mean is another one, of what all the others sent last")
-        yield from insist([ask(self.receive, k, state.server) for k in pool.clients])
+        pool.insist_on_nothing_owed(self.name, "a device sends where its own pair stands, which is no step from the mean that it was sent")
+        yield from hand_out(self.receive, pool.clients, state.server)
         room = {n: torch.zeros(len(pool.clients), *t.shape) for n, t in state.server.items() if is_own(n)}
         return (yield from self.inner.setup(replace(state, server=room), pool))
 

@@ -29,9 +29,9 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedloom.client.client import Client
-from fedloom.messages import Flow, Task, Tensors, Update, Work, ask, insist, on_client
+from fedloom.messages import Flow, Task, Tensors, Update, Work, on_client
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.method import Predictor, State, predict, receive
+from fedloom.methods.method import Predictor, State, hand_out, predict, receive
 from fedloom.model.adapters import is_head, need_head
 from fedloom.model.base import Model
 from fedloom.model.blocks import layer_of, layers
@@ -66,7 +66,7 @@ class FedAltPartial:
         """Every device receives the start of its local part once; the rest is shared."""
         pool.insist_on_every_layer(self.name, "which part stays on a device is its own to say (--method.top-layers)")
         local = local_part(state.shared, self.top_layers)
-        yield from insist([ask(self.receive, k, local) for k in pool.clients])
+        yield from hand_out(self.receive, pool.clients, local)
         return (yield from self.inner.setup(replace(state, shared=without(state.shared, local)), pool))
 
     def round(self, state: State, pool: Pool) -> Flow[State]:

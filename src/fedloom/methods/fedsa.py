@@ -21,9 +21,9 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedloom.client.client import Client
-from fedloom.messages import Flow, Task, Tensors, Update, Work, ask, insist, on_client
+from fedloom.messages import Flow, Task, Tensors, Update, Work, on_client
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.method import Predictor, State, predict, receive
+from fedloom.methods.method import Predictor, State, hand_out, predict, receive
 from fedloom.model.adapters import is_down, need_pairs
 from fedloom.model.base import Model
 from fedloom.server.participation import Pool
@@ -52,7 +52,7 @@ class FedSaLora:
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """Every device receives the start's B and head once; A alone is shared from then on."""
         common = only(state.shared, [name for name in state.shared if is_down(name)])
-        yield from insist([ask(self.receive, k, without(state.shared, common)) for k in pool.clients])
+        yield from hand_out(self.receive, pool.clients, without(state.shared, common))
         return (yield from self.inner.setup(replace(state, shared=common), pool))
 
     def round(self, state: State, pool: Pool) -> Flow[State]:

@@ -16,8 +16,8 @@ Where it starts is what the first step of full fine-tuning would do, cut down to
 
 so that s·B·R_0·A is the best approximation of ΔW of its rank, and B and A are orthonormal: a step of R is the best that a step of W could
 be within their directions. G is gathered once, in the set-up: the devices of the first cohort send the gradient of their first
-``examples`` examples, each d_out·d_in numbers a module, and no such message is ever sent again. The server decomposes, and sends B and A to
-every device, once.
+``examples`` examples, taken without dropout, each d_out·d_in numbers a module, and no such message is ever sent again. The server
+decomposes, and sends B and A to every device, once and exactly.
 
 R is no tensor of the model: devices train it through the pair (B·R, A) (``Fit.through``), and that pair, plain LoRA of rank r, is what
 predicts and what is exported.
@@ -40,7 +40,7 @@ from fedloom.client.curriculum import shuffled
 from fedloom.compute.work import AdamW, Fit, Pretrained
 from fedloom.messages import Flow, Task, Tensors, Update, Work, ask, insist, on_client
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.method import Predictor, State, predict, receive
+from fedloom.methods.method import Predictor, State, hand_out, predict, receive
 from fedloom.model.adapters import is_factor, is_up, need_pairs, partner, under
 from fedloom.model.base import Model
 from fedloom.model.factors import need_room, need_zero_start
@@ -91,7 +91,7 @@ class FedSb:
         mean = pool.average()
         yield from insist([ask(self.gradient, k, state.shared) for k in uniform(pool, 0)], take=mean.take)
         frozen, cores = self.begun(state.server, mean.value(), float(state.facts["scaling"]))
-        yield from insist([ask(self.receive, k, frozen) for k in pool.clients])
+        yield from hand_out(self.receive, pool.clients, frozen)
         return (yield from self.inner.setup(replace(state, shared={**state.shared, **cores}, server=frozen), pool))
 
     def begun(self, pairs: Tensors, gradients: Tensors, scaling: float) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -110,11 +110,11 @@ class FedSb:
 
     @on_client
     def gradient(self, c: Client, task: Task) -> Work[Update]:
-        """Send the mean gradient of the device's first ``examples`` examples by the weights under the pairs."""
+        """Send the mean gradient of the device's first ``examples`` examples by the weights under the pairs, without dropout."""
         own = yield Pretrained()
         some = shuffled(len(c.train), self.examples, c.seed, "first gradient", c.id)[0]
         still = AdamW(0.0, betas=(0.0, 0.999), clip=0.0)
-        fitted = yield Fit(own, c.train, [some], still, fixed=task.tensors)
+        fitted = yield Fit(own, c.train, [some], still, fixed=task.tensors, dropout=False)
         return Update(c.id, len(some), dict(fitted.moments.first))  # (1 − β₁)·∇, and β₁ is 0
 
     @on_client

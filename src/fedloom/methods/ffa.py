@@ -7,7 +7,8 @@ A is frozen at its random start, the same on every device; B and the task head a
 
 The average is exact, because every device has the same A: s·(Σ p_k B_k)·A_0 = Σ p_k s·B_k A_0, the mean of the devices' updates of W.
 
-A_0 is sent to every device once, in the set-up, and insisted on: a device with another A would train another function without any error.
+A_0 is sent to every device once, in the set-up, exactly, and insisted on: a device with another A would train another function without any
+error.
 From then on B and the head travel, nothing else. Devices could draw A_0 from the experiment's seed and save that one message; they do not,
 because random numbers need not be the same in another version of PyTorch (decision 0011).
 
@@ -21,9 +22,9 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedloom.client.client import Client
-from fedloom.messages import Flow, Task, Tensors, Update, Work, ask, insist, on_client
+from fedloom.messages import Flow, Task, Tensors, Update, Work, on_client
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.method import Predictor, State, predict, receive
+from fedloom.methods.method import Predictor, State, hand_out, predict, receive
 from fedloom.model.adapters import is_down, need_pairs
 from fedloom.model.base import Model
 from fedloom.server.participation import Pool
@@ -52,7 +53,7 @@ class FfaLora:
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """Every device receives A_0 once. The server keeps it too: its global model needs it."""
         frozen = only(state.shared, [name for name in state.shared if is_down(name)])
-        yield from insist([ask(self.receive, k, frozen) for k in pool.clients])
+        yield from hand_out(self.receive, pool.clients, frozen)
         return (yield from self.inner.setup(replace(state, shared=without(state.shared, frozen), server=frozen), pool))
 
     def round(self, state: State, pool: Pool) -> Flow[State]:

@@ -61,6 +61,7 @@ class FlexLora:
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """As inner."""
         pool.insist_on_the_mean(self.name, "its server decomposes the mean of the products")
+        pool.insist_on_nothing_owed(self.name, "every round decomposes anew, and what is owed lies along another round's directions")
         return self.inner.setup(state, pool)
 
     def round(self, state: State, pool: Pool) -> Flow[State]:

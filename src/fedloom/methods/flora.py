@@ -7,7 +7,7 @@ Devices' pairs are stacked, not averaged, and what they come to is added to the 
     W_t+1 <- W_t + s·B·A = W_t + Σ_k p_k s·B^k A^k
 
 The product of the stacks is the mean of the products, so it is exact, for any ranks; that sum is what the server computes here. ``ranks``
-gives every device one of several ranks, drawn once.
+gives every device one of several ranks, once and for all: by its memory where devices differ, else drawn.
 
 Deviations: a device is sent W_t itself. The paper sends the stacks of each round to everybody; a device of a hundred of which ten are drawn
 misses ten rounds between its participations, and their stacks have several times W's numbers. The server draws the new A, one for all of a
@@ -65,6 +65,7 @@ class FLoRA:
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """As inner."""
         pool.insist_on_the_mean(self.name, "its server adds the devices' products up", steps=True)
+        pool.insist_on_nothing_owed(self.name, "every round trains new pairs, and what is owed is of another round's")
         return self.inner.setup(state, pool)
 
     def round(self, state: State, pool: Pool) -> Flow[State]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedloom.client.client import Client
-from fedloom.messages import Flow, Task, Tensors, Update, Work, ask, insist, on_client
+from fedloom.messages import Flow, Task, Tensors, Update, Work, ask, on_client
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.method import Predictor, State, predict, receive
+from fedloom.methods.method import Predictor, State, hand_out, predict, receive
 from fedloom.model.base import Model
 from fedloom.server.participation import Pool, uniform
 
@@ -36,7 +36,7 @@ class Local:
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """Every device receives the start once; afterwards nothing is shared."""
         pool.insist_on_the_mean(self.name, "nothing is averaged")
-        yield from insist([ask(self.receive, k, state.shared) for k in pool.clients])
+        yield from hand_out(self.receive, pool.clients, state.shared)
         return (yield from self.inner.setup(replace(state, shared={}), pool))
 
     def round(self, state: State, pool: Pool) -> Flow[State]:

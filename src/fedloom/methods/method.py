@@ -6,7 +6,7 @@ client operations (``@on_client``). Anything that satisfies :class:`Method` is o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -15,7 +15,7 @@ import torch
 
 from fedloom.client.client import Client
 from fedloom.compute.work import Predict
-from fedloom.messages import Flow, Task, Tensors, Update, Work, insist, on_client
+from fedloom.messages import Flow, Task, Tensors, Update, Work, ask, insist, on_client
 from fedloom.model.adapters import is_factor, stays
 from fedloom.model.base import Model
 from fedloom.model.blocks import layers
@@ -189,6 +189,12 @@ def receive(method: object, c: Client, task: Task) -> Work[Update]:
     yield from ()
     c.private = dict(task.tensors)
     return Update(c.id, len(c.train))
+
+
+def hand_out(receive: Callable[..., Any], clients: Sequence[int], tensors: Tensors) -> Flow[list[Update]]:
+    """Insist that each of these clients receives ``tensors`` once and for all. They travel exactly, whatever the wire: a device is not sent
+    them again, so it would keep what the wire made of them, and the server, which predicts and exports with its own, another model."""
+    return insist([replace(ask(receive, k, tensors), exact=True) for k in clients])
 
 
 def nothing_to_set_up(state: State) -> Flow[State]:

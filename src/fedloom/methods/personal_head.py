@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedloom.client.client import Client
-from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, insist, on_client
+from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.method import Predictor, State, predict, receive
+from fedloom.methods.method import Predictor, State, hand_out, predict, receive
 from fedloom.model.adapters import is_head, need_head
 from fedloom.model.base import Model
 from fedloom.server.participation import Pool, uniform
@@ -44,7 +44,7 @@ class PersonalHead:
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """Every device receives the start's head once."""
         head = [name for name in state.shared if is_head(name)]
-        yield from insist([ask(self.receive, k, only(state.shared, head)) for k in pool.clients])
+        yield from hand_out(self.receive, pool.clients, only(state.shared, head))
         return (yield from self.inner.setup(replace(state, shared=without(state.shared, head)), pool))
 
     def round(self, state: State, pool: Pool) -> Flow[State]:

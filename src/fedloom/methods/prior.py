@@ -17,7 +17,7 @@ import torch
 from fedloom.client.client import Client
 from fedloom.messages import Flow, Task, Tensors, Update, Work, ask, insist, on_client
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.method import Predictor, State, predict
+from fedloom.methods.method import Predictor, State, hand_out, predict
 from fedloom.model.base import Model
 from fedloom.server.participation import Pool
 
@@ -48,7 +48,7 @@ class PriorCorrected:
         """Gather the label priors; send back their mean."""
         classes = int(state.facts["classes"])
         answers = yield from insist([ask(self.count, k, classes=classes) for k in pool.clients])
-        yield from insist([ask(self.receive, k, pool.mean(answers)) for k in pool.clients])
+        yield from hand_out(self.receive, pool.clients, pool.mean(answers))
         return (yield from self.inner.setup(state, pool))
 
     def round(self, state: State, pool: Pool) -> Flow[State]:

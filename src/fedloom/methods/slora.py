@@ -9,8 +9,8 @@ Models, 2308.06522).
 The task head is trained and averaged throughout. In the first stage only the δ entries of W − W_0 travel, both ways, and their places do
 not: M is drawn from the experiment's seed on both sides. W_0 is the model's own and every device has it.
 
-Deviations: what lies under the pairs is tuned, not every weight; AdamW, fresh at each participation; a moment of AdamW is kept for every
-entry of W while a device trains, though M lets few of them move.
+Deviations: what lies under the pairs is tuned, not every weight; the first stage has a rate of its own (``sparse_lr``); AdamW, fresh at
+each participation; a moment of AdamW is kept for every entry of W while a device trains, though M lets few of them move.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class SLora:
         inner: local training and its optimiser.
         first: R_1 as a share of all rounds, rounded up.
         density: δ, the share of the entries that are tuned in the first stage.
-        sparse_lr: the learning rate of the first stage.
+        sparse_lr: the learning rate of the first stage, its own: ``inner.lr``, and what searches it, are of the second.
     """
 
     name: ClassVar[str] = "slora"

@@ -87,7 +87,7 @@ def save(folder: Path, saved: Saved, store: Store) -> Saved:
         **({"model": saved.model, "names": list(saved.names)} if saved.model else {}),
     }
     if saved.late is not None:
-        asked = [{"op": step.op, "settings": dict(step.settings)} for step in steps]
+        asked = [{"op": step.op, "settings": dict(step.settings), "exact": step.exact} for step in steps]
         body["late"] = {"since": {str(k): at for k, at in saved.late.since.items()}, "steps": asked}
     if saved.start:
         body["start"] = written(place, "start", saved.start)
@@ -212,7 +212,10 @@ def _state(round: int, facts: Mapping[str, Any], tensors: Tensors) -> State:
 
 
 def _late(saved: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Late:
-    steps = [Step(str(one["op"]), _named(tensors, f"late/{i}/"), dict(one["settings"])) for i, one in enumerate(saved["steps"])]
+    steps = [
+        Step(str(one["op"]), _named(tensors, f"late/{i}/"), dict(one["settings"]), bool(one.get("exact")))  # earlier releases said nothing
+        for i, one in enumerate(saved["steps"])
+    ]
     return Late({int(k): int(at) for k, at in saved["since"].items()}, tuple(steps))
 
 

@@ -27,15 +27,16 @@ from fedloom.server.participation import Pool
 
 @dataclass(frozen=True)
 class Step:
-    """What everybody was asked."""
+    """What everybody was asked, and whether its tensors travel as they are, whatever the wire."""
 
     op: str
     tensors: Tensors = field(default_factory=dict)
     settings: Mapping[str, Setting] = field(default_factory=dict)
+    exact: bool = False
 
     def of(self, client: int) -> Task:
         """The same, asked of this client."""
-        return Task(self.op, client, self.tensors, self.settings)
+        return Task(self.op, client, self.tensors, self.settings, exact=self.exact)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Remembering:
         for step, answered in self._asked:
             if (step.op, step.settings) == (task.op, task.settings) and _same(step.tensors, task.tensors):
                 return answered
-        self._asked.append((Step(task.op, task.tensors, task.settings), answered := set[int]()))
+        self._asked.append((Step(task.op, task.tensors, task.settings, task.exact), answered := set[int]()))
         return answered
 
 

@@ -94,7 +94,7 @@ class World:
         """The clients, cohort size, rounds and seed, and how the server aggregates."""
         e = self.experiment
         around = Pool(tuple(range(e.clients)), e.cohort, e.rounds, e.seed, e.rule, self.fleet, e.server.optimizer)
-        return replace(around, controls=e.controls, mask=e.mask, sharing=e.share)
+        return replace(around, controls=e.controls, mask=e.mask, sharing=e.share, encoding=e.encoding)
 
     @cached_property
     def fleet(self) -> Fleet:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from fedloom.encodings import EXACT, Encoding
 from fedloom.fleet import Fleet
 from fedloom.messages import Tensors, Update
 from fedloom.seeds import derive
@@ -20,9 +21,9 @@ from fedloom.server.sharing import Sharing
 class Pool:
     """The clients that exist (by id), how many are drawn a round, the experiment's seed, number of rounds T and rule of aggregation, what
     the devices are like (None: nothing is said of them), the server's optimiser (None: an aggregate is taken over), whether gradients
-    are corrected by SCAFFOLD's controls (``server/controls.py``), which rows devices train (``server/masks.py``), and which layers they
-    share (``server/sharing.py``). ``steps``: the optimiser's in the round that is under way; outside of rounds there are none, so what a
-    set-up averages is the mean."""
+    are corrected by SCAFFOLD's controls (``server/controls.py``), which rows devices train (``server/masks.py``), which layers they
+    share (``server/sharing.py``), and how numbers travel (``encodings.py``). ``steps``: the optimiser's in the round that is under way;
+    outside of rounds there are none, so what a set-up averages is the mean."""
 
     clients: tuple[int, ...]
     cohort: int
@@ -35,6 +36,7 @@ class Pool:
     controls: bool = False
     mask: Mask = field(default_factory=Mask)
     sharing: Sharing = field(default_factory=Sharing)
+    encoding: Encoding = EXACT
 
     def __post_init__(self) -> None:
         if not 1 <= self.cohort <= len(self.clients):
@@ -126,6 +128,19 @@ class Pool:
             raise ValueError(
                 f"'{method}' cannot share some of the layers ({asked}): {because}. Leave --share.fraction and --share.count out, or choose "
                 "a method that trains and shares LoRA's pairs as they are (lora, ffa, rolora, fedsa, federa, fedopt, fedprox, ...)"
+            )
+
+    def insist_on_nothing_owed(self, method: str, because: str) -> None:
+        """For methods whose devices send, under the name of what came, something else than a step from it.
+
+        Raises:
+            ValueError: what a device does not send is added to what it sends later.
+        """
+        if self.encoding.owes:
+            raise ValueError(
+                f"'{method}' cannot go over wire '{self.encoding.name}', which adds what a device has not sent to what it sends later: "
+                f"{because}. Give another --wire (up:int8, up:nf4, ...), or choose a method whose devices send steps from what they are "
+                "sent (lora, ffa, rolora, fedsa, fedex, federa, fibecfed, ...)"
             )
 
     def plain(self) -> Pool:
