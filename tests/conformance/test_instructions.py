@@ -93,6 +93,15 @@ def test_sorting_by_the_loss_of_one_label_is_refused() -> None:
         build(replace(experiment(), method=resolve("lora+loss").method))
 
 
+@pytest.mark.parametrize("how", ["lora+slw", "fibecfed+shortformer"])
+def test_curricula_that_cut_what_is_to_be_written_are_refused(how: str) -> None:
+    """Of an instruction its end of text alone would be left to learn; of a text its last word, behind a word that it did not follow."""
+    texts = {"task": "text", "text": ("instruction",), "template": ""}
+    for fields, what in [({}, "an answer stands at the end"), (texts, "a text's last token would be due behind another")]:
+        with pytest.raises(ExperimentError, match=f"cuts what a model reads at its end.*{what}.*another curriculum"):
+            build(replace(experiment(**fields), method=resolve(how).method))
+
+
 @pytest.mark.parametrize("name", ["lora", "fibecfed", "fedcybgd"])
 def test_interrupted_it_ends_at_the_same_bits(name: str, tmp_path: Path) -> None:
     whole = run(experiment(name), tmp_path / "whole", plain=True)

@@ -232,5 +232,5 @@ def test_the_facts_tell_the_pacing() -> None:
     assert told["shortformer"]["pacing"] == [0, 0, 1, 1]
     assert {name: facts.get("opens", "batches") for name, facts in told.items()} == {
         "voc": "examples", "slw": "length", "shortformer": "length", "fisher": "batches", "fisher, all": "batches",
-            "fisher, unsorted": "batches", "loss": "batches"
+            "fisher, unsorted": "batches as cut", "loss": "batches"
     }  # fmt: skip

@@ -166,17 +166,33 @@ def test_equal_seeds_give_equal_spectra() -> None:
         assert not np.array_equal(alone[0].result.nodes, alone[1].result.nodes)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "llama"])
-@pytest.mark.parametrize("over", [None, "lora"])
-def test_spectra_of_many_devices_are_those_of_each(family: str, over: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches of other sizes and lengths, tensors and seeds of their own, in one pass; a few steps, so that every number is determined."""
-    model = families.model(family)
-    names = None if over is None else frozenset(n for n in model.initial if "lora_" in n)
-    items = [
+def of_devices(model: Model, names: frozenset[str] | None = None) -> list[Spectrum]:
+    """Of four devices, whose batches are of other sizes and lengths."""
+    return [
         Spectrum(families.moved(model, k), tiny.clients()[k].train, np.arange(size), names, probes=2, steps=6, seed=k)
         for k, size in ((0, 4), (1, 3), (2, 5), (3, 1))
     ]
+
+
+def test_a_spectrum_is_the_same_to_the_bit_in_any_company() -> None:
+    """Of a model that runs packed, on a CPU, as everything else that a device asks for."""
+    stacked, items = Stacked(families.model("bert")), of_devices(families.model("bert"))
+    for item, made in zip(items, stacked.run(items), strict=True):
+        (alone,) = stacked.run([item])
+        assert np.array_equal(made.result.nodes, alone.result.nodes) and np.array_equal(made.result.weights, alone.result.weights)
+        assert made.result.lipschitz == alone.result.lipschitz
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "llama"])
+@pytest.mark.parametrize("over", [None, "lora"])
+def test_spectra_of_many_devices_are_those_of_each(family: str, over: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of other sizes and lengths, tensors and seeds of their own, in one pass, as on a GPU; a few steps, so that every number is
+    determined."""
+    model = families.model(family)
+    names = None if over is None else frozenset(n for n in model.initial if "lora_" in n)
+    items = of_devices(model, names)
     alone, stacked, sizes = Serial(model).run(items), Stacked(model), []
+    monkeypatch.setattr(model, "together_by", "mapped")
     inner = stacked_module.spectra
     monkeypatch.setattr(stacked_module, "spectra", lambda some, *how: (sizes.append(len(some)), inner(some, *how))[1])
     for one, other in zip(alone, stacked.run(items), strict=True):

@@ -80,6 +80,12 @@ def test_impossible_settings(adapter: Adapter) -> None:
         attach(plain(), adapter)
 
 
+@pytest.mark.parametrize("alpha", [0.0, -16.0, float("nan"), float("inf")])
+def test_an_alpha_by_which_nothing_is_learnt(alpha: float) -> None:
+    with pytest.raises(AdapterError, match=f"needs alpha > 0, .* got alpha {alpha}"):
+        attach(plain(), Adapter(alpha=alpha))
+
+
 def test_other_trainable_tensors_than_peft_saves_are_noticed() -> None:
     made = attach(plain(), Adapter())
     next(p for n, p in made.named_parameters() if "LayerNorm" in n).requires_grad_(True)

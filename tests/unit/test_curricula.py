@@ -114,6 +114,12 @@ def test_fisher_scores_at_what_it_is_given_over_what_it_is_told(over: Any, wante
     assert ByFisher().over == "adapter", "a fresh head would drown the score"
 
 
+@pytest.mark.parametrize("kind", [ByFisher, ByLoss, Own])
+def test_what_is_not_sorted_is_not_told_as_easy_first(kind: Any) -> None:
+    assert kind(granularity="unsorted").facts(4)["opens"] == "batches as cut"
+    assert all("opens" not in kind(granularity=sorted_by).facts(4) for sorted_by in ("batch", "example"))
+
+
 def test_fisher_scores_once_or_whenever_the_scores_are_too_old() -> None:
     for refresh, due in ((0, [True, False, False, False]), (3, [True, False, True, False])):
         c, curriculum = flows.client(), ByFisher(refresh=refresh)
@@ -224,6 +230,13 @@ def test_float_noise_makes_no_stage_longer() -> None:
             )
         ),
         *((lambda kind=kind: kind(refresh=-2), "refresh is -2; it is a number of rounds from 1 on, or 0") for kind in (ByFisher, Own)),
+        *(
+            (
+                lambda kind=kind: kind(granularity="unsorted", refresh=2),
+                "refresh is 2, and unsorted batches have no scores to refresh; .* 0",
+            )
+            for kind in (ByFisher, Own)
+        ),
         (lambda: Own(head_rounds=-1), "head_rounds is -1; it is a number of rounds, 0 or more"),
     ],
 )

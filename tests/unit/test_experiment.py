@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from fedloom.client.curricula.fisher import ByFisher
 from fedloom.client.curricula.slw import LengthWarmup
 from fedloom.client.curricula.voc import ByRarity
 from fedloom.methods import all_methods, named
+from fedloom.methods.fedalt_partial import FedAltPartial
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
 from fedloom.methods.finetuned import FineTuned
+from fedloom.methods.prior import PriorCorrected
 from fedloom.model.adapters import Adapter
 from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError, as_json, as_meant, completed, first_difference, from_json
 from fedloom.server.masks import Mask
@@ -305,8 +308,29 @@ def test_a_base_in_few_bits_that_would_be_trained_is_refused_by_whoever_trains_i
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [({"lr": -1.0}, "lr is -1.0"), ({"lr": float("nan")}, "lr is nan"), ({"batch_size": 0}, "batch_size is 0; .* from 1 on")],
+    [
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"batch_size": 0}, "batch_size is 0; .* from 1 on"),
+        ({"local_epochs": 0}, "local_epochs is 0; .* from 1 on"),
+    ],
 )
 def test_rates_and_batches_that_cannot_be_are_refused(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         FedAvg(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda: FedAltPartial(epochs=0), "epochs is 0; .* 1 or more"),
+        (lambda: FedAltPartial(epochs=-1), "epochs is -1; .* 1 or more"),
+        (lambda: PriorCorrected(smoothing=0.0), "smoothing is 0.0; it must be positive"),
+        (lambda: PriorCorrected(smoothing=float("nan")), "smoothing is nan; it must be positive"),
+        (lambda: FineTuned(epochs=-1), "epochs is -1; .* 0 or more"),
+    ],
+)
+def test_numbers_that_would_train_nothing_or_end_in_infinity_are_refused(made: Callable[[], Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        made()
+    assert FineTuned(epochs=0).epochs == 0

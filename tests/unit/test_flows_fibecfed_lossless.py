@@ -12,7 +12,7 @@ from fedloom.client.neurons import rows_kept
 from fedloom.compute.work import Score, Sensitivity, Spectral, Spectrum
 from fedloom.messages import Task, Update, ask
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.fibecfed import FibecFed, Gal
+from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
 from fedloom.methods.method import State
 from fedloom.server.participation import Pool
 from fedloom.server.robust import Rule
@@ -58,11 +58,11 @@ def chosen(gal: Gal, prunable: dict[int, float], keep_lossless: bool = False, po
     """The GAL and what is told of it when the devices answer with these shares (a device that is not named has no gap)."""
 
     def answer(task: Task) -> Update:
-        update = told(task)
+        update = replace(told(replace(task, client=task.client % 4)), client=task.client)
         if task.op != "inspect":
             return update
         share = [prunable[task.client], 1.0] if task.client in prunable else [0.0, 0.0]
-        return Update(task.client, update.num_examples, {**update.tensors, "prunable": torch.tensor(share, dtype=torch.float64)})
+        return replace(update, tensors={**update.tensors, "prunable": torch.tensor(share, dtype=torch.float64)})
 
     _, state = play(FibecFed(gal=gal, keep_lossless=keep_lossless).setup(State(0, start(), facts={"depth": 4}), pool), answer)
     return state.facts["gal"], state.facts.get("lossless")
@@ -146,3 +146,38 @@ def test_under_a_rule_of_aggregation_the_share_is_that_rule_over_the_devices_tha
     _, facts = chosen(Gal(lossless=True, fraction=1.0), {0: 0.9, 1: 0.5, 2: 0.6}, pool=pool)
     found = {"prunable": pytest.approx(0.6), "examples_on_devices_with_a_gap": pytest.approx(26 / 33)}
     assert facts == {**found, "without_a_gap": f"1 of 4 {GAPLESS}; used instead: what the others tell"}
+
+
+TWELVE = Pool(tuple(range(12)), 10, 8, 5, Rule("median"))
+"""Of a cohort of ten, the rule takes two to be hostile, and needs five."""
+
+
+def test_a_rule_that_too_few_devices_with_a_gap_can_hold_decides_nothing() -> None:
+    """Two of three could then say what they like: it is as if there were no gap, and told."""
+    gal, facts = chosen(Gal(lossless=True, fraction=0.5), {0: 0.9, 1: 0.5, 2: 0.6}, pool=TWELVE)
+    assert len(gal) == 2
+    few = "3 with one are too few for aggregation 'median', which needs 5"
+    assert facts == {"without_a_gap": f"9 of 12 {GAPLESS}, and {few}; used instead: fraction 0.5"}
+    gal, facts = chosen(Gal(fraction=0.5), {0: 0.9, 1: 0.5, 2: 0.6}, True, TWELVE)
+    assert facts == {"without_a_gap": f"9 of 12 {GAPLESS}, and {few}; used instead: keep 0.95"}
+    gal, facts = chosen(Gal(lossless=True, fraction=0.5), {0: 0.1, 1: 0.1, 2: 0.1, 3: 0.1, 4: 0.9}, pool=TWELVE)
+    assert len(gal) == 4 and facts["prunable"] == pytest.approx(0.1)  # type: ignore[index]
+    _, facts = chosen(Gal(lossless=True, fraction=0.5), {}, pool=TWELVE)
+    assert facts == {"without_a_gap": f"12 of 12 {GAPLESS}; used instead: fraction 0.5"}
+
+
+def test_what_spectra_tell_does_not_move_the_layers_that_a_rule_chooses() -> None:
+    """Krum takes the scores of the device that is nearest to the others, device 0's, also when it alone has no gap."""
+    pool = Pool(tuple(range(8)), 8, 8, 5, Rule("krum"))
+    scores = np.array([0.3, 0.31, 0.32, 0.33]) + 0.1 * np.vstack([np.zeros((1, 4)), np.eye(4), -np.eye(4)[:3]])
+
+    def answer(task: Task) -> Update:
+        found = {"layer_scores": torch.from_numpy(scores[task.client])} if task.op == "inspect" else {}
+        share = torch.tensor([0.5, 1.0] if task.client else [0.0, 0.0], dtype=torch.float64)
+        return Update(task.client, 5, found | ({"prunable": share} if found and keep_lossless else {}))
+
+    for keep_lossless in (False, True):
+        method = FibecFed(curriculum=Curriculum(head="as-is"), gal=Gal(count=2), keep_lossless=keep_lossless)
+        _, state = play(method.setup(State(0, start(), facts={"depth": 4}), pool), answer)
+        assert state.facts["gal"] == [0, 1], keep_lossless
+        assert state.facts["layer_scores"] == pytest.approx(scores[0])

@@ -88,6 +88,34 @@ def test_a_fibecfed_round_asks_the_cohort_with_exactly_gal_and_head() -> None:
 
 
 @pytest.mark.parametrize(
+    ("gal", "asked"),
+    [
+        (Gal(count=2, refresh=2), ["rescore", "train"]),
+        (Gal(count=2, which="random", refresh=2), ["hand_over", "regroup", "train"]),
+        (Gal(fraction=1.0, refresh=2), ["train"]),
+        (Gal(count=4, which="random", refresh=2), ["train"]),
+    ],
+    ids=["by score", "random", "all by score", "all at random"],
+)
+def test_layers_are_scored_again_where_scores_decide(gal: Gal, asked: list[str]) -> None:
+    """Random layers are drawn again, without asking anybody; where all layers are shared there is nothing to choose."""
+
+    def answer(task: Task) -> Update:
+        if task.op == "hand_over":
+            return Update(task.client, 1, {n: start()[n] for n in of_layers(*task.settings["layers"])})  # type: ignore[misc]
+        return told(replace(task, op="inspect") if task.op == "rescore" else task)
+
+    method = FibecFed(gal=gal)
+    _, state = play(method.setup(State(0, start()), POOL), told)
+    askings, after = play(method.round(replace(state, round=2), POOL), answer)
+    assert [tasks[0].op for tasks in askings] == asked
+    due = choose_gal(np.zeros(4), [0, 1, 2, 3], gal, POOL.seed, 2) if gal.which == "random" else state.facts["gal"]
+    assert after.facts["gal"] == due and set(after.shared) == of_layers(*due) | set(HEAD)
+    told_again = [set(entry) for entry in after.facts["gal_history"][1:]]
+    assert told_again == {4: [], 2: [{"round", "gal"} | ({"layer_scores"} if "rescore" in asked else set())]}[len(due)]
+
+
+@pytest.mark.parametrize(
     ("method", "op"),
     [
         (FibecFed(), "warm_head"),

@@ -38,6 +38,8 @@ from fedloom.run.memory import (
     told,
     weights_in,
 )
+from fedloom.server.masks import Mask
+from fedloom.server.sharing import Sharing
 from tests import tiny
 
 SEVEN = Sizes(7_000_000_000, 7_000_000_000, 200_000_000)
@@ -126,10 +128,13 @@ def test_a_run_in_16_bits_holds_one_model_after_it_was_loaded_in_float32() -> No
     lines = dict(needed(sizes, lora).lines)
     assert lines["the model in bf16"] == 2_000_000 and "the model in float32, to score in" not in lines
     assert needed(sizes, lora).total == 4_000_000, "nothing comes to what loading takes"
-    for method in (FibecFed(), FedAvg(curriculum=ByFisher())):
-        scored = needed(sizes, replace(lora, method=method))
+    masked, sharing = replace(lora, mask=Mask(0.3)), replace(lora, share=Sharing(0.5))
+    for asked in (replace(lora, method=FibecFed()), replace(lora, method=FedAvg(curriculum=ByFisher())), masked, sharing):
+        scored = needed(sizes, asked)
         assert dict(scored.lines)["the model in float32, to score in"] == 4_000_000 and scored.total > 6_000_000
-        assert "the model in float32, to score in" not in dict(needed(sizes, replace(lora, method=method, precision="float32")).lines)
+        assert "the model in float32, to score in" not in dict(needed(sizes, replace(asked, precision="float32")).lines)
+    at_random = replace(lora, share=Sharing(0.5, which="random"))
+    assert needed(sizes, at_random) == needed(sizes, lora), "nobody is asked for scores"
     with pytest.raises(ExperimentError, match=r"--precision bf16 \(about 8\.4 MB\)"):
         insist_on_room(replace(sizes, trained=100_000, at_once=100_000), replace(lora, precision="float32"), free=10)
 

@@ -343,6 +343,7 @@ def test_many_lines_stay_apart():
     ("facts", "title", "label"),
     [
         ({"pacing": [0.6, 1.0]}, "Data opened by the curriculum, easy first", "share of batches"),
+        ({"pacing": [0.6, 1.0], "opens": "batches as cut"}, "Data opened by the curriculum, in the order of the cut", "share of batches"),
         ({"pacing": [0.1, 1.0], "opens": "examples"}, "Data opened by the curriculum, easy first", "share of examples"),
         ({"pacing": [0.0, 1.0], "opens": "length"}, "Text length opened by the curriculum", "way to whole texts"),
     ],

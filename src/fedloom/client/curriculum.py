@@ -58,8 +58,8 @@ class Curriculum(Protocol):
 
     def facts(self, rounds: int) -> dict[str, Any]:
         """What is worth telling of it, as plain JSON values: ``pacing``, the share open in each round, and ``opens``, what it is a share
-        of: "batches" (if it is not said), "examples", or "length", which is the way from the shortest texts to whole ones. Nothing if
-        everything is open all the time."""
+        of: "batches" (if it is not said), easy ones first, "batches as cut", "examples", or "length", which is the way from the shortest
+        texts to whole ones. Nothing if everything is open all the time."""
         ...
 
 
@@ -96,6 +96,11 @@ def easy_first(c: Client, difficulty: np.ndarray, share: float, turn: Turn, gran
         case unknown:
             raise ValueError(f"no granularity '{unknown}'; there are batch, example, unsorted")
     return Opened(c.train, batches[: open_count(share, len(batches))] * turn.epochs)
+
+
+def told(shares: list[float], granularity: Granularity) -> dict[str, Any]:
+    """The facts of a curriculum that opens these shares of batches in rounds 1, 2, ..."""
+    return {"pacing": shares, **({"opens": "batches as cut"} if granularity == "unsorted" else {})}
 
 
 def easiest_first(batches: Sequence[np.ndarray], difficulty: np.ndarray) -> list[np.ndarray]:

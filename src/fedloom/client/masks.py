@@ -6,6 +6,9 @@ highest Fisher (``neurons.neuron_masks``), for good. From then on
 
     B[μ, :] <- as the method trains it, μ kept;   B[μ, :] stays as it came, μ not kept
 
+The warm-up is under the method's own bias of the logits, if it has one (FedEven's log π_k); the Fisher information is without it, for a
+score is of the model alone.
+
 A row that is not kept has no optimiser state, no gradient in what is clipped, and does not travel up. In a B that never leaves the device
 such rows are zero for ever, if it began at zero; then they are not stored and not multiplied either (``Fit.rows``). So it is with a B that
 came as zeros. A and the head are trained whole: A feeds every neuron.

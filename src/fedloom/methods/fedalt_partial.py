@@ -58,6 +58,10 @@ class FedAltPartial:
     epochs: int = 2
     top_layers: int = 0
 
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"epochs is {self.epochs}; it must be 1 or more, for the local part is trained before the shared one")
+
     def init(self, model: Model) -> State:
         """The common start."""
         return State(0, model.initial)

@@ -65,7 +65,7 @@ class FedAvg:
     batch_by_memory: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in {"lr": 0, "local_epochs": 0, "batch_size": 1, "weight_decay": 0, "clip": 0}.items():
+        for name, least in {"lr": 0, "local_epochs": 1, "batch_size": 1, "weight_decay": 0, "clip": 0}.items():
             if not least <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a number from {least} on")
         if not self.prox >= 0:

@@ -17,9 +17,9 @@ the curriculum opens, easy to hard: batches are cut once and fixed, ordered by m
 each local epoch. It uploads the GAL and the head; the server averages with p_k. Local layers never leave the device.
 
 Before round t, if t % R = 0 (``gal.refresh``; default never): every device scores its layers again, at its own model as it is; the server
-picks as many layers as before by the new s_l. A layer that leaves the GAL goes on from its last shared value, on every device, and is
-trained whole there: its rows are no longer zero. A layer that joins the GAL starts at the devices' mean, Σ_k (n_k/n) of their own,
-of which rows that are not there do not travel and are zero in it.
+picks as many layers as before by the new s_l. Random layers are drawn again and not scored; where all are global, nothing is done. A layer
+that leaves the GAL goes on from its last shared value, on every device, and is trained whole there: its rows are no longer zero. A layer
+that joins the GAL starts at the devices' mean, Σ_k (n_k/n) of their own, of which rows that are not there do not travel and are zero in it.
 
 Deviations from the paper and its code: docs/papers.md.
 """
@@ -28,9 +28,11 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 
 from fedloom.client.client import Client
@@ -235,15 +237,8 @@ class FibecFed:
             updates = yield from insist([ask(self.warm_head, k, only(shared, head), round=-1 - i) for k in cohort])
             shared |= pool.mean(updates, shared)
         answers = yield from insist([ask(self.inspect, k, shared) for k in pool.clients])
-        means = pool.mean(answers)
-        scores, adapted, told = means["layer_scores"].numpy(), sorted(layers(shared)), {}
-        gal = self.gal
-        if self.gal.lossless or self.keep_lossless:
-            without_gap = sum(not float(answer.tensors["prunable"][1]) for answer in answers)
-            gap = [replace(a, tensors=only(a.tensors, ["prunable"])) for a in answers if float(a.tensors["prunable"][1])]
-            share = sum(a.num_examples for a in gap) / sum(a.num_examples for a in answers)
-            gal, told = lossless_gal(self.gal, float(pool.mean(gap)["prunable"][0]) if gap else 0.0, share, len(adapted))
-            told = self._tell_lossless(told, without_gap, len(answers), gal)
+        scores, adapted = mean_of(pool, answers, "layer_scores").numpy(), sorted(layers(shared))
+        gal, told = self._without_loss(answers, pool, len(adapted)) if self.gal.lossless or self.keep_lossless else (self.gal, {})
         chosen = choose_gal(scores, adapted, gal, pool.seed)
         yield from insist([ask(self.adopt, k, gal=chosen) for k in pool.clients])
         kept = {n: t for n, t in shared.items() if not stays(n, chosen)}
@@ -266,23 +261,41 @@ class FibecFed:
         """The shared tensors alone; local layers stay at their start, where B = 0."""
         return state.shared
 
-    def _tell_lossless(self, found: dict[str, Any], without_gap: int, devices: int, gal: Gal) -> dict[str, Any]:
-        """What facts and log say of a lossless choice: ``found``, on how many ``devices`` there is no gap, and what is used instead."""
-        layers_given = f"count {gal.count}" if gal.count else f"fraction {gal.fraction:g}"
+    def _without_loss(self, answers: Sequence[Update], pool: Pool, adapted: int) -> tuple[Gal, dict[str, Any]]:
+        """The GAL's size as spectra have it, and what is told. Fewer devices with a gap than the pool's rule needs decide nothing."""
+        gap = [a for a in answers if float(a.tensors["prunable"][1])]
+        needed = pool.rule.needed(max(pool.cohort, len(gap)))
+        few = f", and {len(gap)} with one are too few for aggregation '{pool.rule.name}', which needs {needed}" if gap else ""
+        heard = gap if len(gap) >= needed else []
+        share = sum(a.num_examples for a in heard) / sum(a.num_examples for a in answers)
+        prunable = float(mean_of(pool, heard, "prunable")[0]) if heard else 0.0
+        gal, found = lossless_gal(self.gal, prunable, share, adapted)
+        return gal, self._tell_lossless(found, len(answers) - len(gap), len(answers), "" if heard else few)
+
+    def _tell_lossless(self, found: dict[str, Any], without_gap: int, devices: int, few: str) -> dict[str, Any]:
+        """What facts and log say of a lossless choice: ``found``, on how many ``devices`` there is no gap, that there are too ``few``
+        others, and what is used instead."""
+        layers_given = f"count {self.gal.count}" if self.gal.count else f"fraction {self.gal.fraction:g}"
         instead = ([layers_given] if self.gal.lossless and not found else []) + ([f"keep {self.keep:g}"] if self.keep_lossless else [])
         if without_gap:
-            what = f"{without_gap} of {devices} devices have no gap above 4ℒ in their Hessian's spectrum"
+            what = f"{without_gap} of {devices} devices have no gap above 4ℒ in their Hessian's spectrum{few}"
             told = f"{what}; used instead: {', '.join(instead) or 'what the others tell'}"
             log.warning("%s: %s", self.name, told)
             found = {**found, "without_a_gap": told}
         return {"lossless": found}
 
     def _choose_again(self, state: State, pool: Pool) -> Flow[State]:
-        """Scores, GAL, and what changes hands between server and devices if it is another."""
-        answers = yield from insist([ask(self.rescore, k, state.shared) for k in pool.clients])
-        scores, before = pool.mean(answers)["layer_scores"].numpy(), list(state.facts["gal"])
-        gal = replace(self.gal, count=len(before))
-        chosen = choose_gal(scores, list(state.facts["adapted"]), gal, pool.seed, state.round)
+        """Scores, GAL, and what changes hands between server and devices if it is another. Nobody is asked for scores that decide nothing:
+        where layers are random, or all are shared and there is no choice."""
+        before, adapted = list(state.facts["gal"]), list(state.facts["adapted"])
+        if before == adapted:
+            return state
+        scores, now = np.zeros(0), {}
+        if self.gal.which != "random":
+            answers = yield from insist([ask(self.rescore, k, state.shared) for k in pool.clients])
+            scores = mean_of(pool, answers, "layer_scores").numpy()
+            now = {"layer_scores": scores.tolist()}
+        chosen = choose_gal(scores, adapted, replace(self.gal, count=len(before)), pool.seed, state.round)
         shared = dict(state.shared)
         if chosen != before:
             joining, leaving = sorted(set(chosen) - set(before)), set(before) - set(chosen)
@@ -291,7 +304,7 @@ class FibecFed:
             left = {n: t for n, t in shared.items() if layer_of(n) in leaving}
             yield from insist([ask(self.regroup, k, left, gal=chosen) for k in pool.clients])
             shared = dict(sorted({**without(shared, left), **pool.mean(copies)}.items()))
-        now = {"gal": chosen, "layer_scores": scores.tolist()}
+        now = {"gal": chosen, **now}
         history = [*state.facts["gal_history"], {"round": state.round, **now}]
         return replace(state, shared=shared, facts={**state.facts, **now, "gal_history": history})
 
@@ -399,12 +412,17 @@ class FibecFed:
         return fisher
 
 
+def mean_of(pool: Pool, updates: Sequence[Update], name: str) -> torch.Tensor:
+    """The aggregate of one tensor of the updates, which a rule would not have apart from others that came with it."""
+    return pool.mean([replace(update, tensors=only(update.tensors, [name])) for update in updates])[name]
+
+
 def lossless_gal(gal: Gal, prunable: float, told: float, adapted: int) -> tuple[Gal, dict[str, Any]]:
     """``gal`` with the count that the spectra allow, if it is to be lossless, and what to tell of it.
 
     ``prunable``: the mean of m_k/d_k, as the pool's rule of aggregation has it, over the devices whose spectrum has a gap above 4ℒ_k;
     ``told``: their share Σ n_k/n of all examples. The complement of the mean is the share of the ``adapted`` layers that become global, at
-    least one. Where no device has such a gap, ``gal`` stays, and nothing is told.
+    least one. Where no device has such a gap, or too few for the rule, ``gal`` stays, and nothing is told.
     """
     if not told:
         return gal, {}

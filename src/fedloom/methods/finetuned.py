@@ -34,6 +34,10 @@ class FineTuned:
     inner: FedAvg = field(default_factory=FedAvg)
     epochs: int = 2
 
+    def __post_init__(self) -> None:
+        if self.epochs < 0:
+            raise ValueError(f"epochs is {self.epochs}; it must be 0 or more (0: a device predicts with the shared model)")
+
     def init(self, model: Model) -> State:
         """As inner."""
         return self.inner.init(model)

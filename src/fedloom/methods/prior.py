@@ -38,6 +38,12 @@ class PriorCorrected:
     inner: FedAvg = field(default_factory=FedAvg)
     smoothing: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not self.smoothing > 0:
+            raise ValueError(
+                f"smoothing is {self.smoothing}; it must be positive, or the logarithm of a missing label's prior is not finite"
+            )
+
     def init(self, model: Model) -> State:
         """As inner; ``facts["classes"]`` is C."""
         model.need_classes(self.name)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,10 +95,12 @@ def attach(
     see :func:`take_principal_parts`.
 
     Raises:
-        AdapterError: the rank is not positive, no target exists in this architecture, or it lacks what the kind trains.
+        AdapterError: rank or alpha is not positive, no target exists in this architecture, or it lacks what the kind trains.
     """
     if adapter.rank < 1 or not 0 <= adapter.dropout < 1:
         raise AdapterError(f"an adapter needs rank >= 1 and 0 <= dropout < 1; got rank {adapter.rank}, dropout {adapter.dropout}")
+    if not 0 < adapter.alpha < math.inf:
+        raise AdapterError(f"an adapter needs alpha > 0, for what it adds counts alpha/rank; got alpha {adapter.alpha}")
     if adapter.start in SPLITTING and adapter.kind not in ("auto", "lora"):
         raise AdapterError(f"start {adapter.start} is one of LoRA's pairs, and kind {adapter.kind} has none; give --adapter.kind lora")
     if adapter.base != "exact" and adapter.kind in OF_THE_BASE:

@@ -27,7 +27,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 Kind = Literal["svg", "png"]
 Protocol = Literal["personalised", "global"]
 Against = Literal["round", "bytes", "up", "device"]
-Opens = Literal["batches", "examples", "length"]
+Opens = Literal["batches", "batches as cut", "examples", "length"]
 """What a curriculum opens a share of; of length: of the way from its shortest texts to whole ones."""
 
 INK = "#757a82"
@@ -153,6 +153,7 @@ def pacing(fractions: Sequence[float], opens: Opens = "batches", kind: Kind = "s
     """The share of each device's batches, examples or text length that the curriculum opens in rounds 1, 2, ..."""
     title, label = {
         "batches": ("Data opened by the curriculum, easy first", "share of batches"),
+        "batches as cut": ("Data opened by the curriculum, in the order of the cut", "share of batches"),
         "examples": ("Data opened by the curriculum, easy first", "share of examples"),
         "length": ("Text length opened by the curriculum", "way to whole texts"),
     }[opens]

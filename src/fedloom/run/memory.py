@@ -121,7 +121,7 @@ def _computing(sizes: Sizes, e: Experiment, processes: int, rest: int) -> Iterat
     low = e.precision != "float32"
     frozen = f", its frozen layers in {sizes.base}" if sizes.few else ""
     yield f"the model in {e.precision}{frozen}", sizes.held(2 if low else 4) * processes
-    yield "the model in float32, to score in", 4 * (sizes.model - sizes.few) * processes if low and scores(e.method) else 0
+    yield "the model in float32, to score in", 4 * (sizes.model - sizes.few) * processes if low and scores(e) else 0
     yield "training a device", processes * (4 * STATES * sizes.at_once + rest)
     through = "passing a batch through, layers computed again" if e.engine.recompute else "passing a batch through"
     yield through, processes * sizes.per_token * min(TOKENS["cpu"], 8 * e.max_length)
@@ -133,9 +133,11 @@ def _with_loading(loading: int, lines: list[tuple[str, int]]) -> Need:
     return Need(tuple((what, count) for what, count in lines if count))
 
 
-def scores(method: Any) -> bool:
-    """Whether a method takes gradients or outputs to choose by, which is done in float32 whatever a run computes in."""
-    return isinstance(method, FibecFed) or isinstance(curriculum_of(method), ByFisher)
+def scores(e: Experiment) -> bool:
+    """Whether gradients or outputs are taken to choose by, which is done in float32 whatever a run computes in: by the method, for a mask,
+    or for which layers are shared."""
+    by_method = isinstance(e.method, FibecFed) or isinstance(curriculum_of(e.method), ByFisher)
+    return by_method or e.mask.keep < 1 or (e.share.some and e.share.which != "random")
 
 
 def on_a_device(sizes: Sizes, low: bool) -> int:

@@ -321,11 +321,24 @@ def insist_on_curriculum(experiment: Experiment, model: Model) -> None:
     if model.reads_many and isinstance(curriculum_of(e.method), ByLoss):
         what = "a sentence of tags" if model.tagger else "a question" if model.finder else "a text to be written"
         raise ExperimentError(f"this curriculum sorts by the loss of one label an example, and {what} has none; give another")
-    if model.filler is not None and isinstance(curriculum_of(e.method), CUTTING):
-        raise ExperimentError(
-            "this curriculum cuts what a model reads at its end, and with --head cloze that is a template with the text in it: a masked "
-            "model's text would go first, a causal model's question; give another curriculum, or --head linear"
+    if isinstance(curriculum_of(e.method), CUTTING) and (reason := not_to_be_cut(model)):
+        raise ExperimentError(f"this curriculum cuts what a model reads at its end, and {reason}")
+
+
+def not_to_be_cut(model: Model) -> str | None:
+    """Why what this model reads cannot be cut at its end, but for its last token, without another target; None if it can."""
+    if model.filler is not None:
+        return (
+            "with --head cloze that is a template with the text in it: a masked model's text would go first, a causal model's question; "
+            "give another curriculum, or --head linear"
         )
+    if model.speaker is not None and model.speaker.form == "text":
+        return "a text's last token would be due behind another than it stands behind; give another curriculum"
+    if model.speaker is not None:
+        return "an answer stands at the end: of what is to be written its last token alone would stay; give another curriculum"
+    if model.finder is not None:
+        return "of a window whose answer is cut away [CLS] would be due, as if it held none; give another curriculum"
+    return None
 
 
 def build_far(experiment: Experiment, far: Far) -> World:

@@ -8,7 +8,8 @@ In round t of T a device trains on its first ⌈share(t) · #batches⌉ batches 
 it first takes part, and anew when the scores are ``refresh`` rounds old.
 
 A freshly initialised head has most of the gradient, whatever the example; so P is the adapter alone unless told otherwise. FibecFed
-itself warms the head up before anybody scores (``methods/fibecfed.py``).
+itself warms the head up before anybody scores (``methods/fibecfed.py``). ℓ is the loss of the model alone: a bias of the logits that a
+method trains under (FedEven's log π_k) is not in it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from fedloom.client.client import Client
-from fedloom.client.curriculum import Granularity, Opened, Pacing, Turn, easy_first, fraction, insist_on_shares
+from fedloom.client.curriculum import Granularity, Opened, Pacing, Turn, easy_first, fraction, insist_on_shares, told
 from fedloom.compute.work import Score
 from fedloom.messages import Tensors, Work
 from fedloom.model.adapters import is_head
@@ -54,6 +55,8 @@ class ByFisher:
         insist_on_shares(start=self.start, full_at=self.full_at)
         if self.refresh < 0:
             raise ValueError(f"refresh is {self.refresh}; it is a number of rounds from 1 on, or 0 for never")
+        if self.refresh and self.granularity == "unsorted":
+            raise ValueError(f"refresh is {self.refresh}, and unsorted batches have no scores to refresh; leave it at 0, or sort them")
 
     def prepare(self, c: Client, at: Tensors, round: int) -> Work[None]:
         """d_i of every example, at the first participation and whenever the scores are too old; of none where nothing is sorted."""
@@ -73,7 +76,7 @@ class ByFisher:
 
     def facts(self, rounds: int) -> dict[str, Any]:
         """The share of batches open in each round."""
-        return {"pacing": [self.share(t, rounds) for t in range(rounds)]}
+        return told([self.share(t, rounds) for t in range(rounds)], self.granularity)
 
     def share(self, round: int, rounds: int) -> float:
         """The share of batches open in round t of T."""

@@ -2,6 +2,8 @@
 
     d_i = −log softmax(logits_i)[y_i]     at the tensors that the device has when it first takes part; one forward pass an example
 
+A bias of the logits that a method trains under (FedEven's log π_k) is not in it.
+
 Batches, order and pacing are those of ``fisher.py``, so the two differ in the score alone. The score is never taken anew.
 """
 
@@ -15,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from fedloom.client.client import Client
-from fedloom.client.curriculum import Granularity, Opened, Pacing, Turn, easy_first, fraction, insist_on_shares
+from fedloom.client.curriculum import Granularity, Opened, Pacing, Turn, easy_first, fraction, insist_on_shares, told
 from fedloom.compute.work import Predict
 from fedloom.messages import Tensors, Work
 
@@ -56,7 +58,7 @@ class ByLoss:
 
     def facts(self, rounds: int) -> dict[str, Any]:
         """The share of batches open in each round."""
-        return {"pacing": [self.share(t, rounds) for t in range(rounds)]}
+        return told([self.share(t, rounds) for t in range(rounds)], self.granularity)
 
     def share(self, round: int, rounds: int) -> float:
         """The share of batches open in round t of T."""
