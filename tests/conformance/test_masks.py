@@ -9,6 +9,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,6 +29,7 @@ from fedloom.run.describe import describe
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.loop import run
 from fedloom.run.recipes import with_curriculum
+from fedloom.seeds import derive_int
 from fedloom.server.masks import Mask, completed
 from fedloom.server.participation import Pool, uniform
 from fedloom.server.sharing import Sharing, Which
@@ -220,6 +222,21 @@ def test_a_prediction_that_trains_knows_of_no_mask(name: str) -> None:
         (fit,) = here.fits
         assert not fit.rows and all(fit.start[n].shape == here.state.shared[n].shape for n in filter(is_up, fit.start))
         assert here.store.fingerprint() == before
+
+
+def test_the_warm_up_behind_a_mask_is_training_as_the_method_trains() -> None:
+    """FedEven's: under the device's own log prior; with dropout masks of its own."""
+    here = Played(METHODS["fedeven"], POOL)
+    here.round()
+    assert len(here.fits) == 2 * POOL.cohort
+    for fit in here.fits:
+        (k,) = [k for k, c in tiny.clients().items() if len(c.train) == len(fit.examples)]
+        counted = np.bincount(fit.examples.labels, minlength=3) + 1.0
+        assert fit.bias is not None
+        np.testing.assert_allclose(fit.bias.numpy(), np.log(counted / counted.sum()), rtol=1e-6)
+        seed = derive_int(3, "fit", 0, k) if fit.rows else derive_int(3, "fit mask", k)
+        assert fit.dropout_seed == seed
+    assert sum(bool(fit.rows) for fit in here.fits) == POOL.cohort
 
 
 def test_what_came_as_rows_is_completed_with_what_was_sent() -> None:

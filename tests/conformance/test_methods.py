@@ -50,7 +50,7 @@ pytestmark = pytest.mark.no_cover
 
 ROUNDS = 2
 METHODS = list(all_methods())
-TRAINS_AS = {name: held for name, kind in all_methods().items() if (held := trains_as(kind()))}
+TRAINS_AS = {"lora-finetuned": "lora", "lora-prior": "lora"}
 NO_GLOBAL = {"local", "lora-personal-head", "fedsa", "fedalt-partial", "fedalt"}
 NO_PERSONAL_PART = {
     "lora",
@@ -301,6 +301,10 @@ def test_an_export_says_elsewhere_what_the_run_says(
 def test_without_a_global_model_there_is_none_to_export(name: str, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=f"'{name}' has no global model; give --client 0 to 3"):
         export(small.experiment(name, rounds=ROUNDS), whole(name)[0], tmp_path / "out")
+
+
+def test_which_train_alike() -> None:
+    assert {name: held for name, kind in all_methods().items() if (held := trains_as(kind()))} == TRAINS_AS
 
 
 @pytest.mark.parametrize("name", TRAINS_AS)

@@ -251,9 +251,18 @@ TAKING = [
     "deltalora",
     "embracingfl",
     "fibecfed",
+    "fedeven",
+    "fedopt",
+    "galore",
+    "lisa",
+    "lora-finetuned",
+    "lora-prior",
 ]
 KEEPING = {"fedsa", "lora-personal-head", "fedalt-partial", "fibecfed"}
 """Whose devices train parts that they were not sent: those that are not shared."""
+
+PARTLY = {"flasc", "flexlora"}
+"""Whose devices are sent some of a shared tensor's numbers, or some of its directions."""
 
 
 @pytest.mark.parametrize("name", TAKING)
@@ -261,7 +270,7 @@ def test_fedproxs_term_holds_a_device_to_what_it_was_sent(name: str) -> None:
     """(μ/2)·‖w − w_t‖²: the stronger, the less every device moves from what came."""
     moved = {}
     for prox in (0.0, PROX):
-        method = METHODS[name] if name != "fibecfed" else replace(METHODS[name], keep=1.0)
+        method = replace(METHODS[name], **{"fibecfed": {"keep": 1.0}, "lisa": {"inner": FedAvg(local_epochs=4), "every": 4}}.get(name, {}))
         here = Played(replace(method, inner=replace(method.inner, prox=prox)) if name != "lora" else FedAvg(prox=prox), POOL)
         fits, before = list[Any](), here.state
         compute = Stacked(here.of)
@@ -276,13 +285,19 @@ def test_fedproxs_term_holds_a_device_to_what_it_was_sent(name: str) -> None:
         host = Host(here.method, lambda k: replace(here.devices[k], private={}, memory={}), compute, here.store, "steps")  # noqa: B023
         drive(here.method.round(here.state, POOL), Local(host))
         plain = [(item, made) for item, made in fits if item.penalty is None or isinstance(item.penalty, Held)]
-        assert len(fits) == POOL.cohort * (2 if name in ("ditto", "fedalt-partial") else 1)
+        if name == "lisa":
+            assert len(fits) > POOL.cohort, "in periods"
+        else:
+            assert len(fits) == POOL.cohort * (2 if name in ("ditto", "fedalt-partial") else 1)
         assert len(plain) == (len(fits) // 2 if name == "ditto" else len(fits)), "a personal model has a pull of its own, and no other"
         moved[prox] = 0.0
         for item, made in plain:
             sent = {n for n in item.start if name not in KEEPING or n in before.shared}
             assert (item.penalty.names if item.penalty else set()) == (sent if prox else set())
-            moved[prox] += sum(float((made.tensors[n] - item.start[n]).square().sum()) for n in sent)
+            held_to = item.anchor or item.start
+            came = (sent & before.shared.keys()) if prox and name not in PARTLY else ()
+            assert all(torch.equal(held_to[n], before.shared[n]) for n in came), "w_t is what was sent"
+            moved[prox] += sum(float((made.tensors[n] - held_to[n]).square().sum()) for n in sent)
     assert moved[PROX] < 0.9 * moved[0.0]
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -38,7 +38,6 @@ LOGITS = 2e-5
 BF16_TENSORS, BF16_LOGITS = 0.05, 0.1
 """Absolute, in bfloat16: 8 bits of mantissa, and Adam turns a flipped sign of a tiny gradient into a whole step."""
 
-STACKS = (1, 2, 3, 0)
 SIZES = (5, 12, 1, 9)
 OPTIMIZER = AdamW(1e-2, weight_decay=0.01, clip=0.5)
 
@@ -107,6 +106,7 @@ OPTIONS: dict[str, Callable[[Model, int], dict[str, Any]]] = {
     "through": lambda m, k: {"through": turned, "fixed": between(m, k)[1]},
     "watch": lambda m, k: {"watch": Smoothing(0.6, 0.9), "penalty": pull, "mask": rows_mask(m, k)},
     "no clip": lambda m, k: {"optimizer": AdamW(1e-2, clip=0.0)},
+    "bias": lambda m, k: {"bias": torch.linspace(-1.0, 1.0 + k, 3)},
 }
 
 
@@ -135,11 +135,11 @@ def relative(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.max(np.abs(first - second) / np.maximum(np.abs(first), 1e-30))) if len(first) else 0.0
 
 
-@pytest.mark.parametrize("stack", STACKS)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_fit(option: str, dropout: float, stack: int) -> None:
-    for one, many in zip(fitted(option, dropout, None), fitted(option, dropout, stack), strict=True):
+def test_fit(option: str, dropout: float) -> None:
+    """All in one stack; that a smaller one gives the same is held to the bit, below."""
+    for one, many in zip(fitted(option, dropout, None), fitted(option, dropout, 0), strict=True):
         alone, stacked = one.result, many.result
         assert isinstance(alone, Fitted)
         assert gap(alone.tensors, stacked.tensors) <= TENSORS
@@ -311,6 +311,15 @@ def test_an_anchor_is_not_mixed_with_none() -> None:
         assert gap(one.result.tensors, many.result.tensors) <= TENSORS
 
 
+def test_what_only_some_have_is_theirs() -> None:
+    """A bias, and moments to go on from."""
+    of = model()
+    items = [fit(of, option, k) for k in range(3) for option in ("plain", "bias", "moments")]
+    for one, many in zip(Serial(of).run(items), Stacked(of).run(items), strict=True):
+        assert gap(one.result.tensors, many.result.tensors) <= TENSORS
+        assert one.result.moments.steps == many.result.moments.steps
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_a_client_with_fewer_steps_stops_exactly_where_it_would_alone(dropout: float) -> None:
     """Client 2 does 2 steps beside neighbours with 6: to the last bit what the same stack gives when all stop there."""
@@ -363,7 +372,7 @@ def test_the_order_of_clients_changes_nothing_one_by_one_and_only_the_last_digit
 def test_the_same_items_twice_give_the_same_bits() -> None:
     of = model(0.2)
     items = [fit(of, "all", k) for k in range(4)]
-    for one, again in zip(fitted("all", 0.2, 3), Stacked(of, 3).run(items), strict=True):
+    for one, again in zip(fitted("all", 0.2, 0), Stacked(of).run(items), strict=True):
         assert fingerprint(one.result.tensors) == fingerprint(again.result.tensors)
 
 
@@ -387,10 +396,18 @@ def test_items_that_are_not_alike_do_not_share_a_stack() -> None:
             assert gap(one.result.tensors, many.result.tensors) <= TENSORS
 
 
-def test_what_is_no_work_item_is_an_error_in_both() -> None:
-    for compute in (Serial(model()), Stacked(model())):
-        with pytest.raises((AttributeError, TypeError)):
-            compute.run(["train"])  # type: ignore[list-item]
+@dataclass(frozen=True)
+class Stranger:
+    """What is read of every item, and no item."""
+
+    at: dict[str, torch.Tensor]
+    examples: Examples
+
+
+@pytest.mark.parametrize("compute", [Serial, Stacked])
+def test_what_is_no_work_item_is_an_error_in_both(compute: Callable[[Model], Any]) -> None:
+    with pytest.raises(TypeError, match="no compute for Stranger; work items are .*Fit"):
+        compute(model()).run([Stranger(dict(model().initial), examples(0))])
 
 
 # measuring items
@@ -407,23 +424,21 @@ def many(client: int) -> Examples:
     return tiny.examples((40, 3, 17, 1)[client], seed=30 + client)
 
 
-@pytest.mark.parametrize("stack", STACKS)
 @pytest.mark.parametrize("over", OVER)
-def test_score(over: str, stack: int) -> None:
+def test_score(over: str) -> None:
     of = model()
     items = [Score(families.moved(of, k), many(k), over_of(of, OVER[over])) for k in range(4)]
-    for one, other in zip(Serial(of).run(items), Stacked(of, stack).run(items), strict=True):
+    for one, other in zip(Serial(of).run(items), Stacked(of).run(items), strict=True):
         assert one.result.dtype == other.result.dtype == np.float64
         assert relative(one.result, other.result) <= SCORES
         assert (one.result > 0).all()
 
 
-@pytest.mark.parametrize("stack", STACKS)
 @pytest.mark.parametrize("over", OVER)
-def test_fisher(over: str, stack: int) -> None:
+def test_fisher(over: str) -> None:
     of = model()
     items = [Fisher(families.moved(of, k), many(k), over_of(of, OVER[over])) for k in range(4)]
-    for one, other in zip(Serial(of).run(items), Stacked(of, stack).run(items), strict=True):
+    for one, other in zip(Serial(of).run(items), Stacked(of).run(items), strict=True):
         assert set(one.result) == set(other.result) == (over_of(of, OVER[over]) or set(of.initial))
         for name, fisher in one.result.items():
             assert torch.allclose(fisher, other.result[name], rtol=SCORES, atol=1e-9)
@@ -436,23 +451,21 @@ def test_fisher_sums_to_the_mean_score() -> None:
         assert float(sum(f.double().sum() for f in fisher.result.values())) == pytest.approx(score.result.mean(), rel=1e-5)
 
 
-@pytest.mark.parametrize("stack", STACKS)
 @pytest.mark.parametrize("norm", ["difference", "norms"])
-def test_sensitivity(norm: Any, stack: int) -> None:
+def test_sensitivity(norm: Any) -> None:
     of = model()
     items = [Sensitivity(families.moved(of, k), examples(k), batches(k)[0], 0.5, norm) for k in range(4)]
-    for one, other in zip(Serial(of).run(items), Stacked(of, stack).run(items), strict=True):
+    for one, other in zip(Serial(of).run(items), Stacked(of).run(items), strict=True):
         assert one.result.shape == (3,)
         tolerance = SCORES if norm == "difference" else 1e-2
         assert np.allclose(one.result, other.result, rtol=tolerance, atol=1e-6)
 
 
-@pytest.mark.parametrize("stack", STACKS)
-def test_predict(stack: int) -> None:
+def test_predict() -> None:
     of = model()
     shards = [many(0), many(1), many(2).subset([]), many(3)]
     items = [Predict(families.moved(of, k), shard) for k, shard in enumerate(shards)]
-    for one, other, shard in zip(Serial(of).run(items), Stacked(of, stack).run(items), shards, strict=True):
+    for one, other, shard in zip(Serial(of).run(items), Stacked(of).run(items), shards, strict=True):
         assert one.result.shape == other.result.shape == (len(shard), 3)
         assert torch.allclose(one.result, other.result, atol=LOGITS, rtol=0)
 
@@ -568,13 +581,19 @@ def bits(done: Done) -> str:
     result = done.result
     match result:
         case Fitted():
-            return fingerprint(
-                {**result.tensors, **{f"1 {n}": t for n, t in result.moments.first.items()}, "loss": torch.tensor(result.losses)}
-            )
+            of = {"1": result.moments.first, "2": result.moments.second, "importance": result.importance}
+            more = {f"{what} {n}": t for what, tensors in of.items() for n, t in tensors.items()}
+            return fingerprint({**result.tensors, **more, "loss": torch.tensor(result.losses)})
         case dict():
             return fingerprint(result)
         case other:
             return fingerprint({"": torch.as_tensor(other)})
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_training_is_the_same_to_the_bit_in_a_smaller_stack(option: str) -> None:
+    for whole, fewer in zip(fitted(option, 0.2, 0), fitted(option, 0.2, 3), strict=True):
+        assert bits(whole) == bits(fewer)
 
 
 @pytest.mark.parametrize(

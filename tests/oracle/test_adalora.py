@@ -25,8 +25,8 @@ from tests.oracle.test_family import heads, other
 from tests.oracle.test_rivals import assert_predicts, is_b, mean_of
 
 Arrays = dict[str, np.ndarray]
-METHOD = AdaLora(real.INNER, warm_up=0.0, final=1 / 3)
-GAMMA, BETA1, BETA2 = 0.1, 0.85, 0.85
+GAMMA, BETA1, BETA2 = 0.1, 0.7, 0.9
+METHOD = AdaLora(real.INNER, warm_up=0.0, final=1 / 3, beta1=BETA1, beta2=BETA2)
 MODULES, RANK, WIDEST = 8, 2, 3
 """Four layers' queries and values; the adapter's rank, and one and a half times that."""
 BUDGETS = (24, 17, 16, 16)

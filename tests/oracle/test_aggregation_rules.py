@@ -286,11 +286,6 @@ def test_an_exact_rule_reaches_the_mean_of_the_devices_models(rule: str) -> None
     assert EXACT[rule]() <= 1e-6
 
 
-@pytest.mark.parametrize("rule", INEXACT)
-def test_the_error_of_the_others_is_told(rule: str) -> None:
-    assert 1e-3 < INEXACT[rule]() < 2
-
-
 def rows() -> list[str]:
     """The table, a line a rule."""
     told = [f"| {rule} | exact (≤ 10⁻⁶) |" for rule in EXACT]
@@ -298,11 +293,13 @@ def rows() -> list[str]:
 
 
 def test_the_table_in_the_docs_is_what_comes_out() -> None:
+    """And who is not exact is off by more than rounding."""
     lines = (DOCS / "papers.md").read_text(encoding="utf-8").splitlines()
     told = dict(line.strip("| ").rsplit(" | ", 1) for line in lines if line.startswith("| `") and line.endswith((" % |", "10⁻⁶) |")))
     assert set(told) == {*EXACT, *INEXACT}, "python -m tests.oracle.test_aggregation_rules prints the table"
     for rule, made in INEXACT.items():
-        assert float(told[rule].removesuffix(" %")) == pytest.approx(100 * made(), abs=0.1), rule
+        error = made()
+        assert 1e-3 < error < 2 and float(told[rule].removesuffix(" %")) == pytest.approx(100 * error, abs=0.1), rule
 
 
 def test_flexlora_is_off_by_what_no_matrix_of_its_rank_could_hold() -> None:

@@ -40,6 +40,7 @@ def uploaded(made: real.Run) -> dict[int, list[int]]:
     for k, some in chosen.items():
         assert len(set(some)) == len(some) == min(EXAMPLES, real.SIZES[k])
         assert exchange.up[k].num_examples == len(some)
+        assert all(fit.optimizer.clip == 0 for fit in exchange.fits(k)), "a gradient is not cut to its norm"
     return chosen
 
 

@@ -15,13 +15,13 @@ from fedloom.model.adapters import is_factor, is_up
 from fedloom.model.blocks import layer_of
 from fedloom.server.masks import ROWS, completed
 from fedloom.server.participation import Pool, uniform
-from fedloom.tensors import nbytes
+from fedloom.tensors import nbytes, packed
 from tests.oracle import numpy_fibecfed as numpy
 from tests.oracle import real
 
 POOL = Pool(real.POOL.clients, 3, 6, 8)
-EVERY = 2
-METHOD = FibecFed(real.INNER, Curriculum(head_rounds=1), Gal(0.5, norm="norms", refresh=EVERY), keep=0.4)
+EVERY, RHO = 2, 0.8
+METHOD = FibecFed(real.INNER, Curriculum(head_rounds=1), Gal(0.5, rho=RHO, norm="norms", refresh=EVERY), keep=0.4)
 DUE = [t for t in range(POOL.rounds) if t and t % EVERY == 0]
 EXAMPLES = sum(real.SIZES)
 
@@ -46,7 +46,7 @@ def due_scores(kind: real.Kind, t: int) -> dict[int, np.ndarray]:
     for k in real.POOL.clients:
         batch = METHOD.inner.cut(real.devices()[k], "batches")[0]
         now = real.arrays({**run.private[t][k], **run.states[t].shared})
-        scores[k] = numpy.sensitivity(real.encoder(), now, [real.questions(k)[i] for i in batch], norm="norms")
+        scores[k] = numpy.sensitivity(real.encoder(), now, [real.questions(k)[i] for i in batch], RHO, "norms")
     return scores
 
 
@@ -65,7 +65,8 @@ def test_sensitivity_is_taken_again_at_the_current_model(kind: real.Kind) -> Non
                 real.encoder(),
                 real.arrays(made(kind).asked("inspect")[0].down[k].tensors),
                 [real.questions(k)[i] for i in METHOD.inner.cut(real.devices()[k], "batches")[0]],
-                norm="norms",
+                RHO,
+                "norms",
             )
             assert np.abs(first - update.tensors["layer_scores"].numpy()).max() > 1e-3, "the model has moved since the set-up"
 
@@ -148,20 +149,27 @@ def test_uploads_follow_the_choice(kind: real.Kind) -> None:
 
 
 def test_whoever_is_asked_twice_does_it_once() -> None:
-    """An answer can be lost: handing over changes nothing on a device, and regrouping does nothing more the second time."""
+    """An answer can be lost: handing over changes nothing on a device, and regrouping does nothing more the second time. A B of which the
+    device has some rows is handed over with which they are, and is forgotten with them."""
     from fedloom.messages import ask
     from tests.flows import client, of_layers, start, work
 
     c = client()
-    c.private = {n: t + 5 for n, t in start().items() if n in of_layers(0, 2)}
-    c.memory = {f"{KEPT}{n}": torch.tensor([255, 128], dtype=torch.uint8) for n in ()}
+    bits = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    cut = set(filter(is_up, of_layers(0, 2)))
+    c.private = {n: t[bits > 0] + 5 if n in cut else t + 5 for n, t in start().items() if n in of_layers(0, 2)}
+    c.memory = {f"{KEPT}{n}": packed(bits) for n in cut}
     for _ in range(2):
         _, update = work(METHOD.hand_over(c, ask(METHOD.hand_over, c.id, layers=[2])))
-        assert set(update.tensors) == of_layers(2) and set(c.private) == of_layers(0, 2)
+        told = {f"{ROWS}{n}" for n in cut & of_layers(2)}
+        assert set(update.tensors) == of_layers(2) | told and set(c.private) == of_layers(0, 2)
+        assert all(torch.equal(update.tensors[n], packed(bits)) for n in told) and len(told) == 2
+        assert all(len(update.tensors[n.removeprefix(ROWS)]) == 2 for n in told)
     left = {n: t + 9 for n, t in start().items() if n in of_layers(1)}
     for plus in (0.0, 1.0):
         work(METHOD.regroup(c, ask(METHOD.regroup, c.id, left, gal=[2, 3])))
         assert set(c.private) == of_layers(0, 1) and list(c.private) == sorted(c.private)
+        assert set(c.memory) == {f"{KEPT}{n}" for n in cut & of_layers(0)}
         assert all(torch.equal(c.private[n], t + plus) for n, t in left.items())
         c.private |= {n: t + 1 for n, t in c.private.items()}
 

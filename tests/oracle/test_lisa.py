@@ -6,17 +6,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from fedloom.methods.lisa import Lisa
 from fedloom.model.adapters import is_head
 from fedloom.model.blocks import layer_of
 from fedloom.seeds import derive
-from fedloom.server.participation import uniform
+from fedloom.server.participation import Pool, uniform
 from tests.oracle import real
 from tests.oracle.numpy_training import aggregate, train
 from tests.oracle.test_baselines import epochs
 
-EVERY = 3
+EVERY, PROX = 3, 0.5
 
 
 @pytest.mark.parametrize("kind", ["serial", "stacked"])
@@ -40,6 +41,26 @@ def test_round_after_round(kind: real.Kind) -> None:
         real.assert_close(made.states[t + 1].shared, shared)
     assert len(drawn) > 3
     assert any(len(e.up[k].tensors) < len(shared) for e in made.asked("train") for k in e.up)
+
+
+@pytest.mark.parametrize("kind", ["serial", "stacked"])
+def test_fedproxs_term_holds_every_period_to_what_was_sent(kind: real.Kind) -> None:
+    """(μ/2)·‖w − w_t‖², also where an earlier period has moved w; each period has dropout masks of its own."""
+    pool = Pool(real.POOL.clients, 3, 1, real.POOL.seed)
+    made = real.run(Lisa(replace(real.INNER, prox=PROX), layers=2, every=EVERY), kind, pool)
+    (exchange,) = made.asked("train")
+    fitted, away = [], 0
+    for k in exchange.down:
+        sent, now, batches, fits = exchange.down[k].tensors, real.start(), epochs(k, "batches", 0), exchange.fits(k)
+        assert len(fits) == len({fit.dropout_seed for fit in fits}) == -(-len(batches) // EVERY)
+        for i, fit in enumerate(fits):
+            assert all(torch.equal((fit.anchor or fit.start)[n], sent[n]) for n in fit.start)
+            away += sum(not torch.equal(t, sent[n]) for n, t in fit.start.items())
+            cut = batches[i * EVERY : (i + 1) * EVERY]
+            now, _ = train(real.encoder(), now, set(fit.start), real.questions(k), cut, real.RULE, pull=PROX, towards=real.start())
+        fitted.append(now)
+    assert away, "a period begins elsewhere"
+    real.assert_close(made.states[1].shared, aggregate(fitted, [real.SIZES[k] for k in exchange.down]))
 
 
 def test_every_layer_is_as_likely_and_what_is_in_none_is_always_there() -> None:

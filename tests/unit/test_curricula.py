@@ -141,6 +141,14 @@ def test_the_loss_is_that_of_the_true_label_and_asked_for_once() -> None:
     assert work(ByLoss().prepare(c, flows.start(), 5)) == ([], None)
 
 
+def test_unsorted_asks_for_no_loss_and_opens_the_batches_as_they_were_cut() -> None:
+    c, curriculum = device(), ByLoss(0.5, granularity="unsorted")
+    assert work(curriculum.prepare(c, flows.start(), 0)) == ([], None) and not c.memory
+    opened = curriculum.open(c, turn(0))
+    assert opened.examples is c.train
+    assert lists(opened.batches) == lists(shuffled(6, 2, 11, "batches", 4)[:2]) * 2
+
+
 # competence
 
 

@@ -14,9 +14,10 @@ from fedloom.messages import Task, Update, ask
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
 from fedloom.methods.method import State
+from fedloom.seeds import derive_int
 from fedloom.server.participation import Pool
 from fedloom.server.robust import Rule
-from tests.flows import POOL, SIZES, client, of_layers, play, start, told, work
+from tests.flows import POOL, SIZES, Answer, client, of_layers, play, start, told, work
 from tests.unit.test_flows_fibecfed_device import drive
 
 GAP = Spectral(np.array([0.0, 0.1, 3.0]), np.array([0.5, 0.1, 0.4]), 0.25)
@@ -43,6 +44,7 @@ def test_a_device_tells_what_its_spectrum_lets_be_pruned(method: FibecFed, spect
     assert asked.batch.tolist() == method.inner.cut(c, "batches")[0].tolist()
     assert asked.over is None
     assert (asked.probes, asked.steps, asked.radius) == (method.lossless_probes, 32, 0.05)
+    assert asked.seed == derive_int(c.seed, "spectrum", 1)
     assert set(asked.at) == set(start())
     assert update.tensors["prunable"].tolist() == pytest.approx(tells)
     assert ("prunable" in c.memory) == bool(tells[1])
@@ -54,8 +56,8 @@ def test_nobody_pays_for_a_spectrum_that_nobody_asked_for() -> None:
     assert set(update.tensors) == {"layer_scores"}
 
 
-def chosen(gal: Gal, prunable: dict[int, float], keep_lossless: bool = False, pool: Pool = POOL) -> tuple[list[int], object]:
-    """The GAL and what is told of it when the devices answer with these shares (a device that is not named has no gap)."""
+def told_of(prunable: dict[int, float]) -> Answer:
+    """Devices whose spectra have these shares (one that is not named has no gap)."""
 
     def answer(task: Task) -> Update:
         update = replace(told(replace(task, client=task.client % 4)), client=task.client)
@@ -64,7 +66,13 @@ def chosen(gal: Gal, prunable: dict[int, float], keep_lossless: bool = False, po
         share = [prunable[task.client], 1.0] if task.client in prunable else [0.0, 0.0]
         return replace(update, tensors={**update.tensors, "prunable": torch.tensor(share, dtype=torch.float64)})
 
-    _, state = play(FibecFed(gal=gal, keep_lossless=keep_lossless).setup(State(0, start(), facts={"depth": 4}), pool), answer)
+    return answer
+
+
+def chosen(gal: Gal, prunable: dict[int, float], keep_lossless: bool = False, pool: Pool = POOL) -> tuple[list[int], object]:
+    """The GAL and what is told of it when the devices answer with these shares."""
+    begun = State(0, start(), facts={"depth": 4})
+    _, state = play(FibecFed(gal=gal, keep_lossless=keep_lossless).setup(begun, pool), told_of(prunable))
     return state.facts["gal"], state.facts.get("lossless")
 
 
@@ -75,6 +83,21 @@ def test_the_complement_of_the_mean_prunable_share_is_global() -> None:
     gal, facts = chosen(Gal(lossless=True, fraction=1.0), everyone)
     assert gal == [1, 2]
     assert facts == {"prunable": pytest.approx(mean), "examples_on_devices_with_a_gap": pytest.approx(1.0)}
+
+
+def test_as_many_layers_are_chosen_anew_as_the_spectra_allowed() -> None:
+    method = FibecFed(gal=Gal(lossless=True, fraction=1.0, refresh=1))
+    _, state = play(method.setup(State(0, start(), facts={"depth": 4}), POOL), told_of({0: 0.9, 1: 0.5, 2: 0.6, 3: 0.2}))
+    assert state.facts["gal"] == [1, 2]
+    moved = torch.tensor([0.9, 0.4, 0.3, 0.1], dtype=torch.float64)
+
+    def answer(task: Task) -> Update:
+        update = told(task)
+        return replace(update, tensors={"layer_scores": moved}) if task.op == "rescore" else update
+
+    (rescored, *_), state = play(method.round(replace(state, round=1), POOL), answer)
+    assert {task.op for task in rescored} == {"rescore"}
+    assert state.facts["gal"] == [2, 3]
 
 
 def test_devices_without_a_gap_do_not_count_and_none_with_one_means_the_fraction() -> None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedloom.methods.adalora import AdaLora
+from fedloom.methods.slora import SLora
+from fedloom.model.adapters import is_down, is_factor
+from fedloom.model.factors import drawn as new
 from fedloom.seeds import derive, derive_int
+from tests import flows, tiny
 
 PATHS = st.lists(st.text(max_size=5) | st.integers(-(2**40), 2**40), min_size=1, max_size=4)
 
@@ -49,6 +56,26 @@ def test_neighbouring_rounds_are_not_neighbouring_streams() -> None:
     draws = np.stack([derive(0, "cohort", t).random(64) for t in range(40)])
     assert max(abs(np.corrcoef(a, b)[0, 1]) for a, b in pairwise(draws)) < 0.6
     assert len(np.unique(draws)) == draws.size
+
+
+def test_what_methods_draw_once_for_all_is_of_the_experiments_seed() -> None:
+    """SLoRA's mask, AdaLoRA's P and Q, and new A's: alike for one seed, others for another."""
+    weight, pairs = torch.zeros(6, 5), tiny.model().initial
+
+    def drawn(seed: int) -> dict[str, torch.Tensor]:
+        method = AdaLora()
+        _, state = flows.play(method.setup(method.init(tiny.model()), replace(flows.POOL, seed=seed)), flows.echo)
+        factors = {n: t for n, t in state.shared.items() if is_factor(n) and not n.startswith("values/")}
+        return {"mask": SLora(density=0.3).places("a", weight, seed), **factors, **{f"new {n}": t for n, t in new(pairs, seed).items()}}
+
+    one, again, other = drawn(4), drawn(4), drawn(5)
+    assert len(one) == 1 + 3 * sum(map(is_down, pairs))
+    assert all(torch.equal(t, again[n]) and not torch.equal(t, other[n]) for n, t in one.items())
+    raw = np.random.PCG64(derive_int(4, "mask", "a")).random_raw(30)
+    assert one["mask"].tolist() == sorted(np.argsort(raw)[:9].tolist())
+    a = next(filter(is_down, pairs))
+    due = derive(4, "factors", a).uniform(-1, 1, tuple(pairs[a].shape)) / pairs[a].shape[1] ** 0.5
+    np.testing.assert_allclose(one[f"new {a}"].numpy(), due, rtol=1e-6)
 
 
 def test_a_path_is_asked_for() -> None:

@@ -79,6 +79,8 @@ class Serial:
                 return self._spectrum(item)
             case Predict():
                 return self._predict(item)
+            case unknown:
+                raise TypeError(f"no compute for {type(unknown).__name__}; work items are {WorkItem}")
 
     def batch(self, examples: Examples, indices: np.ndarray) -> Batch:
         """The examples at ``indices`` as tensors, padded to their own longest."""

@@ -6,7 +6,8 @@
     up: what any period trained;  what none did is w_t's, and does not travel
     w_t+1 <- Σ_{k in S_t} p_k w^k,   p_k = n_k / Σ_{j in S_t} n_j              every tensor over all of S_t
 
-So the mean is FedAvg's of whole models, to the number: a device that did not draw a layer counts with w_t's.
+So the mean is FedAvg's of whole models, to the number: a device that did not draw a layer counts with w_t's. FedProx's term
+(``inner.prox``) is to w_t in every period, over what the period trains.
 
 Deviations: AdamW's moments start at nothing in every period, of what is always trained too; with a ``cosine`` schedule the rate falls
 anew in each.
@@ -93,7 +94,8 @@ class Lisa:
         for i, at in enumerate(range(0, len(opened.batches), self.every)):
             start = only(now, self.drawn(now, c, t, i))
             fit = self.inner.fit(c, start, opened.batches[at : at + self.every], t, fixed=without(now, start), examples=opened.examples)
-            fitted = yield replace(fit, dropout_seed=derive_int(c.seed, "fit", t, c.id, i))
+            anchor = None if fit.penalty is None else only(task.tensors, start)  # w_t, where an earlier period has moved w
+            fitted = yield replace(fit, dropout_seed=derive_int(c.seed, "fit", t, c.id, i), anchor=anchor)
             now |= fitted.tensors
             changed |= set(start)
             losses.append(fitted.losses)
