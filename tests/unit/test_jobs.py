@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from fedloom.methods.fedavg import FedAvg
 from fedloom.run import jobs
+from fedloom.run.adopt import TAKEN_OVER
+from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.compare import homes
 from fedloom.run.experiment import Experiment, as_json
 from fedloom.run.job import Event, failed
@@ -23,6 +25,15 @@ from fedloom.run.worker import ordered_experiment
 BASE = Experiment(FedAvg(), clients=6, cohort=3, rounds=2)
 
 
+@dataclass(frozen=True)
+class Ours(FedAvg):
+    """A method of somebody's own, with a kind of adapter and a field that no other has."""
+
+    name: ClassVar[str] = "ours"
+    adapter_kind: ClassVar[str] = "bias"
+    strength: float = 1.0
+
+
 def run(name: str, trained: str = "") -> Run:
     return Run(name, replace(BASE, seed=sum(map(ord, name))), trained)
 
@@ -32,6 +43,7 @@ class Heard:
 
     def __init__(self) -> None:
         self.said: list[tuple[str, ...]] = []
+        self.notes: list[str] = []
 
     def started(self, run: str) -> None:
         self.said.append(("started", run))
@@ -39,6 +51,7 @@ class Heard:
     def heard(self, run: str, event: Event) -> None:
         if event["kind"] == "note":
             self.said.append(("note", run))
+            self.notes.append(event["text"])
 
     def ended(self, run: str, how: Ended, before: bool) -> None:
         self.said.append(("before" if before else "ended" if how.results else "failed", run))
@@ -88,6 +101,40 @@ def test_what_had_ended_is_not_run_again_and_may_be_called_otherwise(tmp_path: P
     watch, ended = carried(tmp_path, run("a"), run("b"))
     assert watch.said == [("before", "a"), ("started", "b"), ("ended", "b")]
     assert ended["a"].results == {"name": "old-name", "kept": True}
+
+
+def test_finished_runs_of_somebodys_own_method_are_found_under_any_name(tmp_path: Path, pretended: None) -> None:
+    """Its class is known from what is compared, not from the package; of two strengths each has its own."""
+    mine = Run("ours", replace(BASE, method=Ours()))
+    other = Run("ours-2", replace(BASE, method=Ours(strength=2.0)))
+    write(tmp_path / "old-name", mine.experiment)
+    write(tmp_path / "packaged", run("a").experiment)
+    watch, ended = carried(tmp_path, mine, other, run("a"))
+    assert watch.said == [("before", "ours"), ("before", "a"), ("started", "ours-2"), ("ended", "ours-2")]
+    assert ended["ours"].results == {"name": "old-name"}
+
+
+@pytest.mark.parametrize("content", ["", '{"final": ', "[1]"])
+@pytest.mark.parametrize("name", ["results.json", "diverged.json"])
+def test_a_torn_result_is_named_with_what_mends_it(tmp_path: Path, name: str, content: str) -> None:
+    write(tmp_path / "a", run("a").experiment)
+    (tmp_path / "a" / "results.json").unlink()
+    (tmp_path / "a" / name).write_text(content)
+    with pytest.raises(CheckpointError, match=rf"{tmp_path / 'a' / name} is corrupt: (.|\n)*Delete {tmp_path / 'a'} "):
+        jobs.ended_before(tmp_path / "a", run("a").experiment)
+
+
+def test_a_training_that_was_taken_over_is_told_where_runs_are_to_train_themselves(tmp_path: Path, pretended: None) -> None:
+    """It has no rounds but its last: costs to a target are those of the whole run. Its note may be followed by others."""
+    taken = f"{TAKEN_OVER}lora; evaluated after the last round only"
+    write(tmp_path / "a", run("a").experiment, notes=["800 rows", taken, "another"])
+    write(tmp_path / "b", run("b").experiment, notes=["800 rows"])
+    watch, _ = carried(tmp_path, run("a"), run("b"))
+    assert watch.said == [("note", "a"), ("before", "a"), ("before", "b")]
+    (said,) = watch.notes
+    assert "trained by lora" in said and f"delete {tmp_path / 'a'} " in said
+    watch, _ = carried(tmp_path, run("b"), run("a", "b"))
+    assert watch.said == [("before", "b"), ("before", "a")], "here it is what was asked for"
 
 
 def test_what_diverged_is_not_run_again_until_its_folder_is_another_experiments(tmp_path: Path, pretended: None) -> None:

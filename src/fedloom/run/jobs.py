@@ -24,7 +24,8 @@ from typing import Any, Protocol
 import torch
 
 from fedloom.engines.heap import in_large_pages
-from fedloom.run.checkpoint import holds_training, write_atomically
+from fedloom.run.adopt import TAKEN_OVER
+from fedloom.run.checkpoint import holds_training, told_at_the_end, write_atomically
 from fedloom.run.ending import TRACEBACK
 from fedloom.run.experiment import Experiment, ExperimentError, as_json
 from fedloom.run.job import Event, perform
@@ -37,6 +38,9 @@ LAST_BREATH = 5.0
 
 TAIL = 20
 """Last lines of a process's error output that are kept, to be told if it dies."""
+
+ITSELF = "its best score and its costs to a target are those of that round; delete {} to have it train itself"
+"""What is said besides, without ``--share-training``, of a finished run that took another's training over."""
 
 Wanted = Callable[[Mapping[str, Ended]], Mapping[str, Run]]
 
@@ -94,6 +98,8 @@ def _from_before(
             before = ended_before(folder(run), run.experiment)
             if before is not None:
                 ended[run.name] = before
+                if not run.trained and (note := _taken_over(before)):
+                    watch.heard(run.name, {"kind": "note", "text": f"{note}: {ITSELF.format(folder(run))}"})
                 watch.ended(run.name, ended[run.name], before=True)
 
 
@@ -123,20 +129,34 @@ def _begun(
     return run.name, last[0]
 
 
+def _taken_over(before: Ended) -> str:
+    """The note of a run that took another's training over, which says so; "" of any other."""
+    notes = before.results.get("notes") or () if before.results is not None else ()
+    return next((note for note in notes if note.startswith(TAKEN_OVER)), "")
+
+
 def finished(folder: Path, experiment: Experiment) -> Mapping[str, Any] | None:
-    """The results of a run that has ended there before."""
+    """The results of a run that has ended there before.
+
+    Raises:
+        CheckpointError: they are torn, or of another experiment.
+    """
     path = folder / "results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() and check(folder, experiment) else None
+    return told_at_the_end(path) if path.exists() and check(folder, experiment) else None
 
 
 def ended_before(folder: Path, experiment: Experiment) -> Ended | None:
-    """How a run ended there before, if running it again could not change that: with results, or diverged (``diverged.json``)."""
+    """How a run ended there before, if running it again could not change that: with results, or diverged (``diverged.json``).
+
+    Raises:
+        CheckpointError: the file that says so is torn, or of another experiment.
+    """
     found, path = finished(folder, experiment), folder / DIVERGED
     if found is not None:
         return Ended(found)
     if not (path.exists() and check(folder, experiment)):
         return None
-    return Ended(None, json.loads(path.read_text(encoding="utf-8"))["failure"], diverged=True)
+    return Ended(None, str(told_at_the_end(path).get("failure", "")), diverged=True)
 
 
 def _outcome(event: Event, folder: Path, experiment: Experiment) -> Ended:

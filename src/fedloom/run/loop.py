@@ -24,7 +24,7 @@ from fedloom.messages import CENTRE, CohortFailed, Replies, Take, Task, whole
 from fedloom.methods.centralised import Centralised
 from fedloom.methods.method import State, one_round, set_up
 from fedloom.run import checkpoint
-from fedloom.run.checkpoint import CheckpointError, Saved, holds_training, write_atomically
+from fedloom.run.checkpoint import CheckpointError, Saved, holds_training, told_at_the_end, write_atomically
 from fedloom.run.console import Progress, Show
 from fedloom.run.evaluation import Evaluation, evaluate, nothing
 from fedloom.run.experiment import Experiment, as_json, as_meant, completed, first_difference
@@ -107,7 +107,7 @@ def run(
     with checkpoint.only_one(folder):
         results = folder / "results.json"
         if check(folder, experiment) and results.exists():
-            found = json.loads(results.read_text())
+            found = told_at_the_end(results)
             track_ended(track, experiment, folder, found)
             return found
         title = f"{experiment.method_name} on {experiment.data}, {experiment.clients} devices, {experiment.asked} a round -> {folder}"
