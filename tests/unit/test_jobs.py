@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -16,11 +18,13 @@ from fedloom.run.adopt import TAKEN_OVER
 from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.compare import homes
 from fedloom.run.experiment import Experiment, as_json
-from fedloom.run.job import Event, failed
-from fedloom.run.jobs import carry_out, environment, order_of
+from fedloom.run.job import Event, failed, obey
+from fedloom.run.jobs import Crew, Process, carry_out, environment, order_of
 from fedloom.run.loop import claim
+from fedloom.run.memory import Share
 from fedloom.run.plan import Ended, Run
 from fedloom.run.worker import ordered_experiment
+from tests import tiny
 
 BASE = Experiment(FedAvg(), clients=6, cohort=3, rounds=2)
 
@@ -189,6 +193,37 @@ def test_an_order_is_read_as_it_was_written(tmp_path: Path) -> None:
     order = json.loads(json.dumps(order_of(run("a").experiment, tmp_path / "a", tmp_path / "b", ("mlflow",))))
     assert ordered_experiment(order) == run("a").experiment
     assert (order["folder"], order["trained"], order["track"]) == (str(tmp_path / "a"), str(tmp_path / "b"), ["mlflow"])
+
+
+def test_each_of_several_runs_is_handed_its_share_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what was free before the first began, whatever has been taken since; of GPUs so many runs as are dealt out to each."""
+    free = {"cpu": 1000}
+    monkeypatch.setattr(jobs, "free_bytes", lambda device: free[device.type])
+    for gpus, beside in ((0, 1), (1, 3), (2, 2), (4, 1)):
+        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+        crew, free["cpu"] = Crew(3), 1000
+        assert crew.share() == Share(3, 333, beside)
+        free["cpu"] = 10
+        assert crew.share() == Share(3, 333, beside)
+    written = io.StringIO()
+    started: Any = SimpleNamespace(stdin=written)
+    monkeypatch.setattr(Crew, "_start", lambda self, slot, threads: Process(started))
+    Crew(2).give(run("a"), tmp_path, None)
+    assert json.loads(written.getvalue())["share"] == {"jobs": 2, "room": 5, "on_gpu": 1}
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["by its files", "once it is loaded"])
+def test_a_run_that_does_not_fit_into_its_share_is_refused(known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its model is loaded, if its files tell, and again when it is; in the process that was handed the order."""
+    if not known:
+        monkeypatch.setattr("fedloom.run.loop.sizes_before", lambda experiment: None)
+    else:
+        monkeypatch.setattr("fedloom.run.loop.build", lambda experiment: pytest.fail("it was loaded"))
+    asked = replace(BASE, model=str(tiny.folder()), max_train=12, max_validation=2, max_test=2)
+    told: list[Event] = []
+    obey(json.loads(json.dumps(order_of(asked, tmp_path / "a", None, share=Share(2, 5)))), told.append)
+    assert told[-1]["kind"] == "failed" and "and 5 B are there for each of --jobs 2: " in told[-1]["text"]
+    assert ("data" in "".join(e["text"] for e in told[:-1])) and not (tmp_path / "a" / "experiment.json").exists()
 
 
 def test_each_process_has_one_thread_unless_told() -> None:
