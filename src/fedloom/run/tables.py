@@ -418,7 +418,7 @@ def _tex_cell(rows: Sequence[Mapping[str, Any]], i: int, protocol: str, key: str
     score, found = each[i], rows[i]["against"][protocol] if key == "scores" else None
     if score["mean"] is None:
         return "--"
-    whole = [of["mean"] for of in each if of["mean"] is not None and of["count"] == seeds]
+    whole = [middle for of in each if (middle := of["mean"]) is not None and of["count"] == seeds]
     text = f"{score['mean']:.3f}" + ("" if score["deviation"] is None else rf" $\pm$ {score['deviation']:.3f}")
     sign = "" if found is None else "+" if found["low"] > 0 else "-" if found["high"] < 0 else ""
     return (rf"\textbf{{{text}}}" if score["count"] == seeds and score["mean"] == max(whole) else text) + (f"$^{{{sign}}}$" if sign else "")
