@@ -21,6 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from places import place, refusing
+
 from fedloom.client.curricula.everything import Everything
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
@@ -105,7 +107,7 @@ def main() -> int:
     parser.add_argument("--lr", type=float, default=8e-3)
     parser.add_argument("--model", default="", help="the model, a folder or a name, of 'model' and 'head'")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--out", type=Path, help="where they go (default: runs/ablations, with another data set, alpha or rate behind it)")
     parser.add_argument("--list", action="store_true", help="say what there is")
     given = parser.parse_args()
     if given.list:
@@ -120,19 +122,26 @@ def main() -> int:
         parser.error(f"{f'there is no {unknown[0]}' if unknown else 'nothing is named'}; there are {', '.join([*VARIANTS, *SETTINGS])}")
     if bool(given.model) != any(name in given.names for name in OF_A_MODEL):
         parser.error("'model' compares MiniLM with another model, 'head' that model's own head with a new one: model head --model FOLDER")
-    changes, failed = settings(given.model), 0
+    changes = settings(given.model)
     if "model" in given.names and len(changes["model"]) < 2:
         parser.error(f"--model {given.model} is called as the one that it is set beside; give another")
+    with refusing(parser):
+        return _carried_out(given, changes, place(parser, given, "ablations", ("data", "alpha", "lr")))
+
+
+def _carried_out(given: argparse.Namespace, changes: Mapping[str, Mapping[str, Mapping[str, Any]]], out: Path) -> int:
+    failed = 0
     for name in given.names:
+        within = f"head-{Path(given.model).name}" if name == "head" else name  # all of it is of that model
         if name in VARIANTS:
             todo = {name: (VARIANTS[name](), {})}
         else:
-            todo = {f"{name}/{value}": ({"lora": FedAvg(), "fibecfed": WHOLE}, change) for value, change in changes[name].items()}
+            todo = {f"{within}/{value}": ({"lora": FedAvg(), "fibecfed": WHOLE}, change) for value, change in changes[name].items()}
         for where, (methods, change) in todo.items():
             base = replace(SHAPE, **{"data": given.data, "alpha": given.alpha, **change})
             plan = Plan(base, methods, (base.data,), (base.alpha,), tuple(given.seeds), (given.lr,))
             reference = "lora" if "lora" in methods else "fibecfed"
-            ended = compare(plan, given.out / where, given.jobs, reference=reference)
+            ended = compare(plan, out / where, given.jobs, reference=reference)
             failed += len(ended.failed)
             print(f"{where}: {ended.report}")
             for run, why in ended.failed.items():

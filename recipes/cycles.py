@@ -22,6 +22,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from places import place, refusing
+
 from fedloom.methods.centralised import Centralised
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fedbavg import FedBAvg
@@ -164,20 +166,28 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     first, *others = GROUPS  # the first is FedCyBGD, by whose bytes the others are told
     parser.add_argument("--skip", nargs="+", choices=others, default=[], help="groups of methods to leave out: " + ", ".join(others))
-    parser.add_argument("--out", type=Path, default=Path("runs/cycles"))
+    parser.add_argument(
+        "--out", type=Path, help="where runs and the table go (default: runs/cycles, with what is given otherwise behind it)"
+    )
     given = parser.parse_args()
-    base, groups, failed = base_of(given), [first, *(group for group in others if group not in given.skip)], 0
+    with refusing(parser):
+        out = place(parser, given, "cycles", ("data", "model", "skew", "train", "length"))
+        return _carried_out(given, [first, *(group for group in others if group not in given.skip)], out)
+
+
+def _carried_out(given: argparse.Namespace, groups: Sequence[str], out: Path) -> int:
+    base, failed = base_of(given), 0
     for group in groups:
         methods, change, _ = GROUPS[group]
         rates = tuple(4 * rate if group == "lora" else rate for rate in given.rates)
         plan = Plan(replace(base, **change), methods, (base.data,), (base.alpha,), tuple(given.seeds), rates)
-        ended = compare(plan, given.out / group, given.jobs)
+        ended = compare(plan, out / group, given.jobs)
         failed += len(ended.failed)
         for run, why in ended.failed.items():
             print(f"{run} failed: {why}")
     if not failed:
-        write_atomically(given.out / "cycles.md", table(given.out, groups))
-        print(given.out / "cycles.md")
+        write_atomically(out / "cycles.md", table(out, groups))
+        print(out / "cycles.md")
     return 1 if failed else 0
 
 

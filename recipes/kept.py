@@ -125,8 +125,7 @@ class Table:
                 code = max(code, self.compare(kept.stem, alphas, out, ["--plain"]))
                 tables[kept.stem] = (out / "comparison.md").read_text(encoding="utf-8")
                 mine = json.loads((out / "summary.json").read_text(encoding="utf-8"))["cases"]
-                results = [json.loads(path.read_text(encoding="utf-8")) for path in out.glob("*/results.json")]
-                seconds |= {of["label"]: sum(spent(r) for r in results if r["experiment"]["alpha"] == of["alpha"]) for of in mine}
+                seconds |= hours(out, mine)
                 cases += mine
         whole = f"{board(cases, self.methods)}\n{took(seconds, len(self.shapes) * len(self.alphas))}" if cases else ""
         self.write({**tables, "overall": whole} if cases else tables)
@@ -220,6 +219,20 @@ def spent(result: Mapping[str, Any]) -> float:
     return 0.0 if taken else result["host_seconds"] + result["setup_host_seconds"]
 
 
+def hours(runs: Path, cases: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The host seconds of each case's runs that have ended, by its label."""
+    found = [(json.loads((place / "experiment.json").read_text(encoding="utf-8"))["alpha"], host_seconds(place)) for place in ended(runs)]
+    return {of["label"]: sum(seconds for alpha, seconds in found if alpha == of["alpha"]) for of in cases}
+
+
+def host_seconds(place: Path) -> float:
+    """Those of a run that has ended. Of one that diverged its rounds are known, if there were any, and not its set-up."""
+    results, rows = place / "results.json", place / "rounds.jsonl"
+    if results.exists():
+        return spent(json.loads(results.read_text(encoding="utf-8")))
+    return sum(json.loads(line)["host_seconds"] for line in rows.read_text(encoding="utf-8").split("\n")[:-1]) if rows.exists() else 0.0
+
+
 def took(seconds: Mapping[str, float], cells: int) -> str:
     """Markdown: the host time of all runs of each cell, those of the search included, and together, of so many ``cells`` of the table."""
     each = ", ".join(f"{label}: {of / 3600:.1f} h" for label, of in seconds.items())
@@ -260,7 +273,7 @@ def keep(runs: Path, kept: Path) -> None:
 
 
 def unpack(kept: Path, runs: Path) -> None:
-    """Give ``runs`` every run of the archive that it has not finished itself.
+    """Give ``runs`` every run of the archive that it has not finished itself; what says that it ended comes last.
 
     Raises:
         ValueError: the archive holds anything but runs.
@@ -278,4 +291,4 @@ def unpack(kept: Path, runs: Path) -> None:
                 (runs / run).mkdir(parents=True, exist_ok=True)
                 for file in FILES:
                     if f"{run}/{file}" in names:
-                        (runs / run / file).write_bytes(archive.read(f"{run}/{file}"))
+                        write_atomically(runs / run / file, archive.read(f"{run}/{file}").decode("utf-8"))

@@ -20,6 +20,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from places import place, refusing
+
 from fedloom.encodings import NAMES
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fibecfed import FibecFed
@@ -74,18 +76,23 @@ def main() -> int:
     parser.add_argument("--alpha", type=float, default=0.1, help="label skew (default: 0.1)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--out", type=Path, default=Path("runs/wires"), help="where runs and tables go (default: runs/wires)")
+    parser.add_argument("--out", type=Path, help="where runs and tables go (default: runs/wires, with another alpha runs/wires-alphaALPHA)")
     given = parser.parse_args()
+    with refusing(parser):
+        return _carried_out(given, place(parser, given, "wires", ("alpha",)))
+
+
+def _carried_out(given: argparse.Namespace, out: Path) -> int:
     plans = {wire: plan(wire, given.alpha, given.seeds) for wire in given.wires}  # a wire that is none is refused before anything runs
     found: dict[str, list[Mapping[str, Any]]] = {}
     failed = 0
     for wire, asked in plans.items():
-        ended = compare(asked, given.out / folder(wire), given.jobs)
+        ended = compare(asked, out / folder(wire), given.jobs)
         found[wire] = ended.results
         failed += len(ended.failed)
         for run, why in ended.failed.items():
             print(f"{wire}, {run} failed: {why}")
-        write_atomically(given.out / "wires.md", table(found))
+        write_atomically(out / "wires.md", table(found))
     print(table(found), end="")
     return 1 if failed else 0
 

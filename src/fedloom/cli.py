@@ -77,19 +77,31 @@ def compare(words: Sequence[str]) -> int:
         from fedloom.run import compare as comparing
         from fedloom.run import options, recipes
         from fedloom.run.console import results_table
-        from fedloom.run.plan import Plan, named_methods
+        from fedloom.run.plan import Plan, named_methods, trains_as
         from fedloom.run.tables import labelled, terminal
 
-    methods = named_methods([recipes.resolve(name).method for name in names])
+    found = [recipes.resolve(name) for name in names]
+    methods = named_methods([recipe.method for recipe in found])
     given = _parse(options.for_compare(), rest, f"fedloom compare {' '.join(names)}", COMPARE)
     if given.lr is not None and given.lrs:
         raise Usage("--lr sets one learning rate for every method and --lrs searches several; give one of them")
+    for one in ("alpha", "seed"):
+        if vars(given)[f"{one}s"] and any(word.partition("=")[0] == f"--{one}" for word in rest):
+            raise Usage(f"--{one} names one and --{one}s several; give one of them")
+    if given.share_training and not any(map(trains_as, methods.values())):
+        raise Usage(
+            "--share-training is for methods that train as another one does, such as lora-finetuned and lora-prior, and of "
+            f"{', '.join(methods)} none does; leave it out"
+        )
     grid = {"data": given.data, "alphas": given.alphas or (given.alpha,), "seeds": given.seeds or (given.seed,)}
     if not given.data:
         raise Usage("--data names no data set; give one or several")
     start = {"method": next(iter(methods.values())), "data": given.data[0], "alpha": grid["alphas"][0], "seed": grid["seeds"][0]}
     rates = given.lrs or (() if given.lr is None else (given.lr,))
     plan = Plan(options.experiment_of(given, **start), methods, **grid, rates=rates, shared=given.share_training)
+    for word, recipe in zip(names, found, strict=True):
+        if recipe.experiment and (others := recipes.passed_over(recipe.experiment, [run.experiment for run in plan.every()])):
+            print(f"note: of {word} the method alone is taken; {', '.join(others)}", file=sys.stderr)
     out = given.out or recipes.comparison_folder([run.experiment for run in plan.every()], plan.shared)
     ended = comparing.compare(plan, out, given.jobs, given.plain or None, given.reference, given.target, given.track)
     if ended.summary is not None:

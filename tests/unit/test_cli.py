@@ -22,12 +22,14 @@ from fedloom.client.curricula.slw import LengthWarmup
 from fedloom.client.curricula.voc import ByRarity
 from fedloom.client.store import DiskError, StoreError
 from fedloom.messages import CohortFailed, Failure
-from fedloom.methods import all_methods
+from fedloom.methods import all_methods, named
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.prior import PriorCorrected
+from fedloom.model.adapters import Adapter
 from fedloom.run import options, recipes
 from fedloom.run.checkpoint import CheckpointError
-from fedloom.run.experiment import Experiment, ExperimentError, as_json
+from fedloom.run.compare import Comparison
+from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError, as_json
 from fedloom.run.failures import RESUMES, explain
 from fedloom.run.overview import what_it_is
 
@@ -193,6 +195,16 @@ def test_a_saved_experiment_is_where_options_start() -> None:
         (["compare", "lora", "lora"], ["named twice: lora"]),
         (["compare", "lora", "--seeds", "1", "1"], ["named twice: 1"]),
         (["compare", "lora", "nope"], ["'nope'", "fibecfed"]),
+        (
+            ["compare", "lora", "--data", "./nowhere", "--alpha", "0.5", "--alphas", "1", "2"],
+            ["--alpha names one", "--alphas several", "one of them"],
+        ),
+        (["compare", "lora", "--data", "./nowhere", "--alphas", "1", "2", "--alpha=1"], ["--alpha names one"]),
+        (["compare", "lora", "--data", "./nowhere", "--seed", "3", "--seeds", "1", "2"], ["--seed names one", "--seeds several"]),
+        (
+            ["compare", "lora", "local", "--data", "./nowhere", "--share-training"],
+            ["--share-training", "lora-finetuned", "lora, local", "leave it out"],
+        ),
         (["evaluate", "nowhere"], ["nowhere is no run folder", "it does not exist"]),
         (["export", "nowhere"], ["fedloom export", "--help"]),
         (["partition", "--plot", "a.gif"], ["a.gif", ".png or .svg"]),
@@ -295,6 +307,24 @@ def test_what_help_and_documentation_say_of_compare_it_takes(capsys: pytest.Capt
         cli._parse(options.for_compare(), words[first:], "x")
     named = {word for row in page.splitlines() if row.startswith("| `--") for word in row.split("`")[1].split()[:1]}
     assert named == {"--data", *names("--alphas --seeds --lrs --share-training --jobs --reference --target")}
+
+
+def test_what_a_saved_experiment_says_besides_its_method_is_told_where_it_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Values that some run of the comparison has are as they are there, the kind of adapter that the method brings too; and how a run
+    computes is no part of it."""
+    monkeypatch.setattr("fedloom.run.compare.compare", lambda *_: Comparison([], None, {}, None))
+    saved = Experiment(named("fedbf")(), data="rte", rounds=7, seed=2, adapter=Adapter(kind="bitfit"), engine=EngineSettings(threads=2))
+    (tmp_path / "saved.json").write_text(json.dumps(as_json(saved)))
+    words = ["compare", str(tmp_path / "saved.json"), "lora", "--out", str(tmp_path / "c")]
+    assert cli.main([*words, "--seeds", "1", "2", "--rounds", "7", "--data", "trec", "rte"]) == 0
+    assert "note" not in capsys.readouterr().err
+    assert cli.main([*words, "--seeds", "1", "3"]) == 0
+    assert capsys.readouterr().err == (
+        f"note: of {tmp_path / 'saved.json'} the method alone is taken; data is 'rte' there and 'trec' here, rounds is 7 there and 20 "
+        "here, seed is 2 there and 1, 3 here\n"
+    )
 
 
 def test_of_options_given_twice_the_later_counts() -> None:

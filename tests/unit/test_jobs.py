@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
 from fedloom.methods.fedavg import FedAvg
 from fedloom.run import jobs
+from fedloom.run.adopt import TAKEN_OVER
+from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.compare import homes
 from fedloom.run.experiment import Experiment, as_json
-from fedloom.run.job import Event, failed
-from fedloom.run.jobs import carry_out, environment, order_of
+from fedloom.run.job import Event, failed, obey
+from fedloom.run.jobs import Crew, Process, carry_out, environment, order_of
 from fedloom.run.loop import claim
+from fedloom.run.memory import Share
 from fedloom.run.plan import Ended, Run
 from fedloom.run.worker import ordered_experiment
+from tests import tiny
 
 BASE = Experiment(FedAvg(), clients=6, cohort=3, rounds=2)
+
+
+@dataclass(frozen=True)
+class Ours(FedAvg):
+    """A method of somebody's own, with a kind of adapter and a field that no other has."""
+
+    name: ClassVar[str] = "ours"
+    adapter_kind: ClassVar[str] = "bias"
+    strength: float = 1.0
 
 
 def run(name: str, trained: str = "") -> Run:
@@ -32,6 +47,7 @@ class Heard:
 
     def __init__(self) -> None:
         self.said: list[tuple[str, ...]] = []
+        self.notes: list[str] = []
 
     def started(self, run: str) -> None:
         self.said.append(("started", run))
@@ -39,6 +55,7 @@ class Heard:
     def heard(self, run: str, event: Event) -> None:
         if event["kind"] == "note":
             self.said.append(("note", run))
+            self.notes.append(event["text"])
 
     def ended(self, run: str, how: Ended, before: bool) -> None:
         self.said.append(("before" if before else "ended" if how.results else "failed", run))
@@ -88,6 +105,40 @@ def test_what_had_ended_is_not_run_again_and_may_be_called_otherwise(tmp_path: P
     watch, ended = carried(tmp_path, run("a"), run("b"))
     assert watch.said == [("before", "a"), ("started", "b"), ("ended", "b")]
     assert ended["a"].results == {"name": "old-name", "kept": True}
+
+
+def test_finished_runs_of_somebodys_own_method_are_found_under_any_name(tmp_path: Path, pretended: None) -> None:
+    """Its class is known from what is compared, not from the package; of two strengths each has its own."""
+    mine = Run("ours", replace(BASE, method=Ours()))
+    other = Run("ours-2", replace(BASE, method=Ours(strength=2.0)))
+    write(tmp_path / "old-name", mine.experiment)
+    write(tmp_path / "packaged", run("a").experiment)
+    watch, ended = carried(tmp_path, mine, other, run("a"))
+    assert watch.said == [("before", "ours"), ("before", "a"), ("started", "ours-2"), ("ended", "ours-2")]
+    assert ended["ours"].results == {"name": "old-name"}
+
+
+@pytest.mark.parametrize("content", ["", '{"final": ', "[1]"])
+@pytest.mark.parametrize("name", ["results.json", "diverged.json"])
+def test_a_torn_result_is_named_with_what_mends_it(tmp_path: Path, name: str, content: str) -> None:
+    write(tmp_path / "a", run("a").experiment)
+    (tmp_path / "a" / "results.json").unlink()
+    (tmp_path / "a" / name).write_text(content)
+    with pytest.raises(CheckpointError, match=rf"{tmp_path / 'a' / name} is corrupt: (.|\n)*Delete {tmp_path / 'a'} "):
+        jobs.ended_before(tmp_path / "a", run("a").experiment)
+
+
+def test_a_training_that_was_taken_over_is_told_where_runs_are_to_train_themselves(tmp_path: Path, pretended: None) -> None:
+    """It has no rounds but its last: costs to a target are those of the whole run. Its note may be followed by others."""
+    taken = f"{TAKEN_OVER}lora; evaluated after the last round only"
+    write(tmp_path / "a", run("a").experiment, notes=["800 rows", taken, "another"])
+    write(tmp_path / "b", run("b").experiment, notes=["800 rows"])
+    watch, _ = carried(tmp_path, run("a"), run("b"))
+    assert watch.said == [("note", "a"), ("before", "a"), ("before", "b")]
+    (said,) = watch.notes
+    assert "trained by lora" in said and f"delete {tmp_path / 'a'} " in said
+    watch, _ = carried(tmp_path, run("b"), run("a", "b"))
+    assert watch.said == [("before", "b"), ("before", "a")], "here it is what was asked for"
 
 
 def test_what_diverged_is_not_run_again_until_its_folder_is_another_experiments(tmp_path: Path, pretended: None) -> None:
@@ -142,6 +193,37 @@ def test_an_order_is_read_as_it_was_written(tmp_path: Path) -> None:
     order = json.loads(json.dumps(order_of(run("a").experiment, tmp_path / "a", tmp_path / "b", ("mlflow",))))
     assert ordered_experiment(order) == run("a").experiment
     assert (order["folder"], order["trained"], order["track"]) == (str(tmp_path / "a"), str(tmp_path / "b"), ["mlflow"])
+
+
+def test_each_of_several_runs_is_handed_its_share_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what was free before the first began, whatever has been taken since; of GPUs so many runs as are dealt out to each."""
+    free = {"cpu": 1000}
+    monkeypatch.setattr(jobs, "free_bytes", lambda device: free[device.type])
+    for gpus, beside in ((0, 1), (1, 3), (2, 2), (4, 1)):
+        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+        crew, free["cpu"] = Crew(3), 1000
+        assert crew.share() == Share(3, 333, beside)
+        free["cpu"] = 10
+        assert crew.share() == Share(3, 333, beside)
+    written = io.StringIO()
+    started: Any = SimpleNamespace(stdin=written)
+    monkeypatch.setattr(Crew, "_start", lambda self, slot, threads: Process(started))
+    Crew(2).give(run("a"), tmp_path, None)
+    assert json.loads(written.getvalue())["share"] == {"jobs": 2, "room": 5, "on_gpu": 1}
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["by its files", "once it is loaded"])
+def test_a_run_that_does_not_fit_into_its_share_is_refused(known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its model is loaded, if its files tell, and again when it is; in the process that was handed the order."""
+    if not known:
+        monkeypatch.setattr("fedloom.run.loop.sizes_before", lambda experiment: None)
+    else:
+        monkeypatch.setattr("fedloom.run.loop.build", lambda experiment: pytest.fail("it was loaded"))
+    asked = replace(BASE, model=str(tiny.folder()), max_train=12, max_validation=2, max_test=2)
+    told: list[Event] = []
+    obey(json.loads(json.dumps(order_of(asked, tmp_path / "a", None, share=Share(2, 5)))), told.append)
+    assert told[-1]["kind"] == "failed" and "and 5 B are there for each of --jobs 2: " in told[-1]["text"]
+    assert ("data" in "".join(e["text"] for e in told[:-1])) and not (tmp_path / "a" / "experiment.json").exists()
 
 
 def test_each_process_has_one_thread_unless_told() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedloom.fleet import DeviceProfile, Fleet
 from fedloom.messages import Failure, Replies, Task, Traffic, Update
+from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.ledger import Ledger, Personalising, peak_rss_bytes
 
 FLEET = Fleet((DeviceProfile("round", 100.0, 10.0, 20.0, 1.0),))
@@ -125,9 +127,33 @@ def test_rewind_drops_rows_without_a_checkpoint_and_a_torn_line(tmp_path: Path, 
     assert (tmp_path / "rounds.jsonl").read_text() == ""
 
 
+@pytest.mark.parametrize(
+    ("spoilt", "said"),
+    [
+        (lambda lines: [lines[0], *lines[2:]], "2 of the 3 rounds"),
+        (lambda lines: lines[:2], "2 of the 3 rounds"),
+        (lambda lines: [lines[0], *lines[:2], *lines[3:]], "2 of the 3 rounds"),
+        (lambda lines: [lines[0], "nonsense\n", *lines[2:]], "no JSON"),
+        (lambda lines: ["7\n", *lines[1:]], "no row of a round"),
+        (lambda lines: [], "0 of the 3 rounds"),
+    ],
+    ids=["one in between", "the last", "one twice and one not", "torn in between", "a number", "all"],
+)
+def test_rows_that_the_checkpoint_counts_on_and_that_are_not_there_are_told(tmp_path: Path, spoilt: Any, said: str) -> None:
+    """Costs up to a round are sums over rows; one that lacks would make every one of them too low. The file stays as it is."""
+    ledger, path = Ledger(tmp_path, FLEET), tmp_path / "rounds.jsonl"
+    for t in range(4):
+        ledger.write(t, ledger.section(), 0.0, SCORES)
+    path.write_text(left := "".join(spoilt(path.read_text().splitlines(keepends=True))))
+    with pytest.raises(CheckpointError, match=rf"rounds.jsonl (.|\n)*{said}(.|\n)*Delete {tmp_path} "):
+        ledger.rewind(2)
+    assert path.read_text() == left
+    assert ledger.rewind(-1) == [], "what begins anew needs none"
+
+
 def test_no_rows_yet(tmp_path: Path) -> None:
     assert Ledger(tmp_path, FLEET).rows() == []
-    assert Ledger(tmp_path, FLEET).rewind(5) == []
+    assert Ledger(tmp_path, FLEET).rewind(-1) == []
 
 
 def test_memory_never_falls() -> None:

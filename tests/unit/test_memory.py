@@ -27,6 +27,7 @@ from fedloom.run import memory
 from fedloom.run.describe import describe
 from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError
 from fedloom.run.memory import (
+    Share,
     Sizes,
     insist_on_a_devices_room,
     insist_on_room,
@@ -119,6 +120,28 @@ def test_what_cannot_fit_is_refused_with_the_mend_and_can_be_overridden() -> Non
     assert insist_on_room(SEVEN, half, loaded=True, free=low - there).total == low
     assert insist_on_room(SEVEN, replace(FULL, engine=EngineSettings(stack=1, overcommit=True)), free=0).total == need
     assert "16·|θ|, |θ| = 200,000,000" in dict(told(needed(SEVEN, FULL), SEVEN))["memory on a device"]
+
+
+def test_of_several_runs_at_a_time_each_has_its_share_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share is of what was free before any of them began: what the others have taken since is theirs, and what this one has loaded is
+    its own. Nor can it have what is not free any more."""
+    need, plenty = needed(SEVEN, FULL).total, 10**13
+    for loaded in (False, True):
+        assert insist_on_room(SEVEN, FULL, loaded, free=plenty, share=Share(2, need)).total == need
+        with pytest.raises(ExperimentError, match=r"are there for each of --jobs 2: .* It would fit with fewer --jobs, .*overcommit"):
+            insist_on_room(SEVEN, FULL, loaded, free=plenty, share=Share(2, need - 1))
+    with pytest.raises(ExperimentError, match="for each of --jobs 2"):
+        insist_on_room(SEVEN, FULL, free=need - 1, share=Share(2, need))
+    low = replace(FULL, precision="bf16")
+    assert insist_on_room(SEVEN, low, True, free=plenty, share=Share(2, needed(SEVEN, low).total)), "start and model are loaded"
+    there = needed_there(SEVEN, FULL, 1).total
+    for whole, beside, fits in ((2 * there, 2, True), (2 * there - 1, 2, False), (there, 1, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, whole=whole: (whole, whole))
+        try:
+            insist_on_room(SEVEN, FULL, free=plenty, gpus=[plenty], share=Share(2, plenty, beside))
+            assert fits
+        except ExperimentError as error:
+            assert not fits and "of a GPU's memory" in str(error) and "for each of --jobs 2" in str(error)
 
 
 def test_a_run_in_16_bits_holds_one_model_after_it_was_loaded_in_float32() -> None:

@@ -21,6 +21,7 @@ from fedloom import cli
 from fedloom.encodings import NAMES
 from fedloom.run import options
 from fedloom.run.adopt import TAKEN_OVER
+from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.compare import Comparison
 from fedloom.run.experiment import as_json
 from fedloom.run.plan import Plan, named_methods
@@ -258,6 +259,40 @@ def test_training_that_was_taken_over_is_spent_once_and_set_up_counts(kept: Modu
     assert kept.spent({**trained, "notes": ["800 rows", f"{TAKEN_OVER}lora-seed1; evaluated after the last round only"]}) == 0.0
 
 
+def test_the_hours_of_a_cell_are_those_of_all_its_runs_what_diverged_among_them(kept: ModuleType, tmp_path: Path) -> None:
+    """A run that diverged has no results: its rows tell what its rounds took (here half a second and three times three)."""
+    write_run(tmp_path / "a", rounds=2, alpha=0.1)
+    write_run(tmp_path / "b", rounds=8, alpha=0.1, ended=False)
+    write_run(tmp_path / "going-on", rounds=8, alpha=0.1, ended=False)
+    write_run(tmp_path / "c", rounds=4, alpha=1.0)
+    (tmp_path / "b" / "diverged.json").write_text('{"failure": "not finite"}')
+    write_run(tmp_path / "set-up", rounds=8, alpha=1.0, ended=False)
+    (tmp_path / "set-up" / "rounds.jsonl").unlink()
+    (tmp_path / "set-up" / "diverged.json").write_text('{"failure": "not finite"}')
+    for name in "ac":
+        path = tmp_path / name / "results.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "setup_host_seconds": 100.0}))
+    cases = [{"label": "trec, α = 0.1", "alpha": 0.1}, {"label": "trec, α = 1", "alpha": 1.0}]
+    assert kept.hours(tmp_path, cases) == {"trec, α = 0.1": 100 + 0.5 + 2 * 3 + (0.5 + 3 * 3), "trec, α = 1": 100 + 0.5 + 4 * 3}
+
+
+def test_what_comes_out_of_an_archive_is_there_whole_or_not_at_all(
+    kept: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "a" / "lora", rounds=2, alpha=0.1)
+    kept.keep(tmp_path / "a", tmp_path / "kept.zip")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("fedloom.run.checkpoint.os.replace", killed)
+        kept.unpack(tmp_path / "kept.zip", tmp_path / "b")
+    assert {path.suffix for path in (tmp_path / "b").rglob("*") if path.is_file()} == {".tmp"}
+    kept.unpack(tmp_path / "kept.zip", tmp_path / "b")
+    assert (tmp_path / "b" / "alpha0.1-lora" / "results.json").read_bytes() == (tmp_path / "a" / "lora" / "results.json").read_bytes()
+
+
 def test_a_small_share_is_not_told_as_none(kept: ModuleType) -> None:
     assert [kept.share_text(share) for share in (0.0, 0.0034, 0.0081, 0.01, 0.836, 1.0)] == ["0%", "0.34%", "0.81%", "1%", "84%", "100%"]
 
@@ -398,6 +433,50 @@ def test_a_language_models_own_head_is_set_beside_a_new_one(ablations: ModuleTyp
 def test_an_ablation_can_be_of_another_data_set(ablations: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, asked = compared(ablations, ["parts", "cohort", "--data", "/sets/sst2", "--out", str(tmp_path)], {}, monkeypatch)
     assert {(plan.data, plan.base.data) for plan, *_ in asked} == {(("/sets/sst2",), "/sets/sst2")} and len(asked) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "wanted"),
+    [
+        ("wires", "", "runs/wires/exact"),
+        ("wires", "--alpha 1.0 --seeds 3", "runs/wires-alpha1.0/exact"),
+        ("wires", "--alpha 1.0 --out o", "o/exact"),
+        ("cycles", "", "runs/cycles/turns"),
+        ("cycles", "--rates 4e-5 2e-4 --skip thinner", "runs/cycles/turns"),
+        ("cycles", "--data a/dolly15k --model b/stories260K", "runs/cycles-dolly15k-stories260K/turns"),
+        ("cycles", "--data a/dolly15k/ --model b/stories260K --skew iid", "runs/cycles-dolly15k-stories260K-iid/turns"),
+        ("cycles", "--skew 1.0 --train 240 --length 64", "runs/cycles-skew1.0-train240-length64/turns"),
+        ("ablations", "parts", "runs/ablations/parts"),
+        ("ablations", "parts --data a/sst2", "runs/ablations-sst2/parts"),
+        ("ablations", "cohort --alpha 1 --lr 2e-3", "runs/ablations-alpha1.0-lr0.002/cohort/cohort-5"),
+        ("ablations", "model --model m/gpt2", "runs/ablations/model/model-minilm"),
+        ("ablations", "head --model m/gpt2", "runs/ablations/head-gpt2/head-linear"),
+        ("ablations", "parts --lr 2e-3 --out o", "o/parts"),
+    ],
+)
+def test_settings_other_than_a_recipes_own_have_a_folder_of_their_own(
+    name: str, words: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first comparison's folder. Seeds, rates and groups are not among them: by these a comparison grows. What the folder holds
+    nevertheless, of others, is told as what was asked wrongly."""
+    recipe, asked = loaded(name), []
+
+    def compare(plan: Plan, out: Path, jobs: int, reference: str = "") -> Comparison:
+        asked.append(out)
+        return Comparison([], None, {"lora": "no"}, None)
+
+    def refused(*_: object, **__: object) -> None:
+        raise CheckpointError("it holds another experiment")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *words.split()])
+    monkeypatch.setattr(recipe, "compare", compare)
+    assert recipe.main() == 1
+    assert str(asked[0]) == wanted
+    monkeypatch.setattr(recipe, "compare", refused)
+    with pytest.raises(SystemExit) as ended:
+        recipe.main()
+    assert ended.value.code == 2 and f"{name}.py: error: it holds another experiment" in capsys.readouterr().err
 
 
 def test_every_group_of_cycles_sees_every_example_as_often() -> None:

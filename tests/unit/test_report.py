@@ -197,6 +197,7 @@ def test_a_corrupt_file_is_named_and_nothing_is_written(tmp_path, name, content,
     with pytest.raises(ValueError, match=words) as caught:
         write_report([folder], out)
     assert str(folder / name) in str(caught.value)
+    assert "delete it and run anew" in str(caught.value), "running it again uses what is there"
     assert out.read_text() == "before" and sorted(p.name for p in tmp_path.iterdir()) == ["a", "report.html"]
 
 

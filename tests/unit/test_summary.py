@@ -19,7 +19,7 @@ from fedloom.run.plan import Ended, Plan
 from fedloom.run.reading import read
 from fedloom.run.report import write_report
 from fedloom.run.summary import summarise
-from fedloom.run.tables import as_csv, as_markdown, terminal
+from fedloom.run.tables import as_csv, as_markdown, reached_text, terminal
 from tests.unit.run_folder import write_run
 
 SEEDS = (1, 2)
@@ -91,6 +91,20 @@ def test_a_method_that_lacks_a_seed_is_neither_ranked_nor_set_against_another(tm
     assert local["scores"]["final"]["personalised"]["count"] == 1
     assert local["against"]["personalised"] is None
     assert summary["mean_rank"]["personalised"] == {"lora": 1, "local": None}
+
+
+def test_a_method_that_lacks_a_seed_has_no_cost_to_the_target_in_the_mean(tmp_path: Path) -> None:
+    """local is above lora's end after 5 rounds with the one seed that it has: over that seed alone it would have saved 100 of lora's 295
+    seconds, which are a mean over two. Where the reference lacks one, no other method is known to reach what it would have ended with."""
+    lora, local = rows_of(summed(tmp_path, local=1.1, without=("local-seed2",)))
+    found = local["reached"]["personalised"]
+    assert (found["reached"], found["seeds"], found["device_seconds"], found["bytes_up"], found["saved"]) == (1, 2, None, None, None)
+    assert found["personalising"] is None and set(found["each"]) == {"1"}
+    assert reached_text(found, "device_seconds") == "1 of 2 seeds"
+    assert lora["reached"]["personalised"]["device_seconds"] == 295.0
+    both = rows_of(summed(tmp_path / "b", local=1.1, without=("lora-seed2",)))
+    assert [row["reached"]["personalised"]["device_seconds"] for row in both] == [None, None]
+    assert [reached_text(row["reached"]["global"], "bytes_up") for row in both] == ["1 of 2 seeds"] * 2
 
 
 def test_runs_without_confusions_have_no_bootstrap(tmp_path: Path) -> None:
@@ -183,7 +197,9 @@ def test_the_score_before_the_first_round_is_told_with_what_the_rounds_brought(t
     assert (start["mean"], start["deviation"], start["count"], start["each"]) == (first, None, 1, {"1": first, "2": None})
     assert lora["scores"]["start"]["personalised"]["mean"] is None
     (table,) = [rows for title, _, rows in terminal(summary) if title.endswith("before the first round, and what the rounds brought")]
-    assert table == [["local", f"{first:.4f}", f"{final['mean']:.4f} ± 0.007", f"{final['mean'] - first:+.4f}"]]
+    brought = final["each"]["1"] - first
+    assert table == [["local", f"{first:.4f}", f"{final['mean']:.4f} ± 0.007", f"{brought:+.4f}"]], "of the seed that tells both"
+    assert brought != pytest.approx(final["mean"] - first)
     assert [line["start_personalised_mean"] for line in csv.DictReader(io.StringIO(as_csv(summary)))] == ["", repr(first)]
 
 

@@ -326,6 +326,21 @@ def test_the_tabular_marks_the_best_of_each_column_and_what_the_interval_says() 
     assert columns == r"\begin{tabular}{lrrrrrr}"
 
 
+def test_bold_is_the_highest_of_those_that_have_every_seed() -> None:
+    """A mean over fewer seeds is another average: the next highest of two seeds is bold, not one that is as high over one seed, and nothing
+    where nobody has both."""
+    told = summary(1)
+    rows = told["cases"][0]["rows"]
+    rows[1]["scores"]["final"] = {**rows[1]["scores"]["final"], "personalised": {**score(0.9), "count": 1}}
+    rows[2]["scores"]["final"] = {**rows[2]["scores"]["final"], "personalised": {**score(-0.2), "count": 1}}
+    lora, mine, local = [line for line in as_tex(told).splitlines() if line.endswith(r"\\")][2:]
+    assert lora.startswith(r"lora & \textbf{-0.200 ") and r"my\_method & 0.900 " in mine and "textbf" not in mine + local
+    for row in rows:
+        for of in row["scores"]["final"].values():
+            of["count"] = 1
+    assert "textbf" not in as_tex(told)
+
+
 def test_exact_match_has_a_table_columns_and_a_part_of_the_tabular_where_it_is_told() -> None:
     made = summary()
     assert "exact match" not in as_markdown(made) + as_tex(made) and "exact_match" not in as_csv(made)

@@ -16,7 +16,7 @@ from fedloom.data.tasks import Split
 from fedloom.engines.engine import drive
 from fedloom.methods.method import State, set_up
 from fedloom.run import checkpoint
-from fedloom.run.checkpoint import CheckpointError, Saved, write_atomically
+from fedloom.run.checkpoint import CheckpointError, Saved, told_at_the_end, write_atomically
 from fedloom.run.console import Show
 from fedloom.run.evaluation import Evaluation, evaluate, nothing
 from fedloom.run.experiment import Experiment, ExperimentError
@@ -47,7 +47,7 @@ def adopt(experiment: Experiment, folder: Path, trained: Path, show: Show, track
         )
     with checkpoint.only_one(folder):
         if check(folder, experiment) and (folder / "results.json").exists():
-            found = json.loads((folder / "results.json").read_text())
+            found = told_at_the_end(folder / "results.json")
             track_ended(track, experiment, folder, found)
             return found
         check(trained, replace(experiment, method=experiment.method.inner))

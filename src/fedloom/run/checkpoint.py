@@ -110,6 +110,19 @@ def holds_training(folder: Path) -> bool:
     return (folder / "checkpoints" / LATEST).exists()
 
 
+def told_at_the_end(path: Path) -> dict[str, Any]:
+    """The JSON object that the end of a run has left in its folder (``results.json``, ``diverged.json``).
+
+    Raises:
+        CheckpointError: the file is torn, or holds something else.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")).items())
+    except (ValueError, AttributeError) as error:
+        mend = f"Delete {path.parent} and give the command again to have its run done anew, or restore the folder from a copy"
+        raise CheckpointError(f"{path} is corrupt: it is no JSON object ({error}). {mend}") from error
+
+
 def data_of(folder: Path) -> str | None:
     """The fingerprint of the data that the last completed round was made with; None if there is none, or it cannot be read."""
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -138,14 +139,21 @@ def _outlived(plan: Plan, ended: Mapping[str, Ended], name: str) -> bool:
 
 
 def homes(out: Path) -> Callable[[Run], Path]:
-    """The folder of a run: the one in ``out`` that holds its experiment already, whatever it is called, else one of the run's name."""
-    there: dict[str, Path] = {}
+    """The folder of a run: the one in ``out`` that holds its experiment already, whatever it is called, else one of the run's name. Its
+    method may be of a Python file: what is saved there is read as of the class that is compared."""
+    saved: list[tuple[Path, Mapping[str, Any]]] = []
     for path in sorted(out.glob("*/experiment.json")):
         try:
-            there.setdefault(digest_of(completed(json.loads(path.read_text(encoding="utf-8")))), path.parent)
-        except (ValueError, AttributeError):
+            saved.append((path.parent, dict(json.loads(path.read_text(encoding="utf-8")))))
+        except (ValueError, TypeError):
             continue  # told when it is needed
-    return lambda run: there.get(digest_of(as_meant(run.experiment)), out / run.name)
+
+    @cache
+    def there(kind: type[Any]) -> Mapping[str, Path]:
+        mine = [(place, e) for place, e in saved if isinstance(e.get("method"), Mapping) and e["method"].get("name") == kind.name]
+        return {digest_of(completed(e, {kind.name: kind})): place for place, e in reversed(mine)}  # of equals the first
+
+    return lambda run: there(type(run.experiment.method)).get(digest_of(as_meant(run.experiment)), out / run.name)
 
 
 def run_folders(places: Sequence[Path]) -> list[Path]:

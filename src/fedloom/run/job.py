@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedloom.run.experiment import Experiment
+    from fedloom.run.memory import Share
 
 Event = Mapping[str, Any]
 """What is told: an object with ``kind``: phase, note, round, resume, done or failed."""
@@ -54,15 +55,22 @@ class Teller:
             self.tell({"kind": "resume", **{key: rows[-1][key] for key in SHOWN}, **{key: known[-1][key] for key in SHOWN[2:] if known}})
 
 
-def perform(experiment: Experiment, folder: Path, trained: Path | None, tell: Callable[[Event], None], track: Sequence[str] = ()) -> None:
+def perform(
+    experiment: Experiment,
+    folder: Path,
+    trained: Path | None,
+    tell: Callable[[Event], None],
+    track: Sequence[str] = (),
+    share: Share | None = None,
+) -> None:
     """Carry out one run and tell it, to the end; never raises but to be stopped. With ``trained``, that run's training is taken over.
-    ``track``: trackers that are told too."""
+    ``track``: trackers that are told too. ``share``: its part of the machine's memory, where others run beside it."""
     try:
         from fedloom.run.adopt import adopt
         from fedloom.run.loop import run
 
         if trained is None:
-            run(experiment, folder, show=Teller(tell), track=track)
+            run(experiment, folder, show=Teller(tell), track=track, share=share)
         else:
             adopt(experiment, folder, trained, Teller(tell), track)
     except Exception as error:
@@ -82,6 +90,19 @@ def failed(error: Exception) -> Event:
     return {"kind": "failed", "text": text, "diverged": False, "trace": "".join(traceback.format_exception(error))}
 
 
+def obey(order: Mapping[str, Any], tell: Callable[[Event], None]) -> None:
+    """Carry out what was ordered (``jobs.order_of``), or tell why not."""
+    try:
+        from fedloom.run.memory import Share
+        from fedloom.run.worker import ordered_experiment
+
+        experiment, share = ordered_experiment(order), None if order["share"] is None else Share(**order["share"])
+    except Exception as error:
+        tell(failed(error))
+        return
+    perform(experiment, Path(order["folder"]), Path(order["trained"]) if order["trained"] else None, tell, order["track"], share)
+
+
 def main() -> int:
     """Carry out orders until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -98,15 +119,7 @@ def main() -> int:
 
     with quiet():
         while True:
-            order = json.loads(orders.get())
-            try:
-                from fedloom.run.worker import ordered_experiment
-
-                experiment = ordered_experiment(order)
-            except Exception as error:
-                tell(failed(error))
-                continue
-            perform(experiment, Path(order["folder"]), Path(order["trained"]) if order["trained"] else None, tell, order["track"])
+            obey(json.loads(orders.get()), tell)
 
 
 def _read(orders: SimpleQueue[str]) -> None:

@@ -17,18 +17,21 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from fedloom.engines.heap import in_large_pages
-from fedloom.run.checkpoint import holds_training, write_atomically
+from fedloom.model.base import free_bytes
+from fedloom.run.adopt import TAKEN_OVER
+from fedloom.run.checkpoint import holds_training, told_at_the_end, write_atomically
 from fedloom.run.ending import TRACEBACK
 from fedloom.run.experiment import Experiment, ExperimentError, as_json
 from fedloom.run.job import Event, perform
 from fedloom.run.loop import DIVERGED, check, claim
+from fedloom.run.memory import Share
 from fedloom.run.plan import Ended, Run
 from fedloom.run.recipes import file_of
 
@@ -37,6 +40,9 @@ LAST_BREATH = 5.0
 
 TAIL = 20
 """Last lines of a process's error output that are kept, to be told if it dies."""
+
+ITSELF = "its best score and its costs to a target are those of that round; delete {} to have it train itself"
+"""What is said besides, without ``--share-training``, of a finished run that took another's training over."""
 
 Wanted = Callable[[Mapping[str, Ended]], Mapping[str, Run]]
 
@@ -94,6 +100,8 @@ def _from_before(
             before = ended_before(folder(run), run.experiment)
             if before is not None:
                 ended[run.name] = before
+                if not run.trained and (note := _taken_over(before)):
+                    watch.heard(run.name, {"kind": "note", "text": f"{note}: {ITSELF.format(folder(run))}"})
                 watch.ended(run.name, ended[run.name], before=True)
 
 
@@ -123,20 +131,34 @@ def _begun(
     return run.name, last[0]
 
 
+def _taken_over(before: Ended) -> str:
+    """The note of a run that took another's training over, which says so; "" of any other."""
+    notes = before.results.get("notes") or () if before.results is not None else ()
+    return next((note for note in notes if note.startswith(TAKEN_OVER)), "")
+
+
 def finished(folder: Path, experiment: Experiment) -> Mapping[str, Any] | None:
-    """The results of a run that has ended there before."""
+    """The results of a run that has ended there before.
+
+    Raises:
+        CheckpointError: they are torn, or of another experiment.
+    """
     path = folder / "results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() and check(folder, experiment) else None
+    return told_at_the_end(path) if path.exists() and check(folder, experiment) else None
 
 
 def ended_before(folder: Path, experiment: Experiment) -> Ended | None:
-    """How a run ended there before, if running it again could not change that: with results, or diverged (``diverged.json``)."""
+    """How a run ended there before, if running it again could not change that: with results, or diverged (``diverged.json``).
+
+    Raises:
+        CheckpointError: the file that says so is torn, or of another experiment.
+    """
     found, path = finished(folder, experiment), folder / DIVERGED
     if found is not None:
         return Ended(found)
     if not (path.exists() and check(folder, experiment)):
         return None
-    return Ended(None, json.loads(path.read_text(encoding="utf-8"))["failure"], diverged=True)
+    return Ended(None, str(told_at_the_end(path).get("failure", "")), diverged=True)
 
 
 def _outcome(event: Event, folder: Path, experiment: Experiment) -> Ended:
@@ -183,6 +205,7 @@ class Crew:
 
     def __init__(self, count: int, track: Sequence[str] = ()) -> None:
         self.count, self.track = count, track
+        self.room: int | None = None
         self.processes: dict[int, Process] = {}
         self.events: queue.Queue[tuple[Process, Event | None]] = queue.Queue()
 
@@ -199,8 +222,15 @@ class Crew:
         """The runs being carried out."""
         return {one.run for one in self.processes.values() if one.run}
 
+    def share(self) -> Share:
+        """Each run's part of the machine: of the memory that is free when this is first asked, before a process has taken any."""
+        if self.room is None:
+            self.room = free_bytes(torch.device("cpu")) // self.count
+        return Share(self.count, self.room, -(-self.count // (torch.cuda.device_count() or self.count)))
+
     def give(self, run: Run, folder: Path, trained: Path | None) -> None:
         """Give a run to a process that has none."""
+        share = self.share()
         slot = next(i for i in range(self.count) if i not in self.processes or not self.processes[i].run)
         if slot not in self.processes:
             self.processes[slot] = self._start(slot, run.experiment.engine.threads)
@@ -208,7 +238,7 @@ class Crew:
         one.run = run.name
         assert one.process.stdin is not None
         with suppress(BrokenPipeError):  # it has died; that is heard, with what it said
-            one.process.stdin.write(json.dumps(order_of(run.experiment, folder, trained, self.track)) + "\n")
+            one.process.stdin.write(json.dumps(order_of(run.experiment, folder, trained, self.track, share)) + "\n")
             one.process.stdin.flush()
 
     def hear(self, patience: float = 1.0) -> tuple[str, Event] | None:
@@ -263,8 +293,10 @@ def environment(slot: int, threads: int) -> dict[str, str]:
     return {**own, "TOKENIZERS_PARALLELISM": "false", **in_large_pages(), **mine}
 
 
-def order_of(experiment: Experiment, folder: Path, trained: Path | None, track: Sequence[str] = ()) -> dict[str, object]:
-    """What a process is told (JSON).
+def order_of(
+    experiment: Experiment, folder: Path, trained: Path | None, track: Sequence[str] = (), share: Share | None = None
+) -> dict[str, object]:
+    """What a process is told (JSON). ``share``: the run's part of the machine's memory.
 
     Raises:
         ExperimentError: a method that no file defines.
@@ -272,7 +304,8 @@ def order_of(experiment: Experiment, folder: Path, trained: Path | None, track: 
     recipe = file_of(experiment.method)
     if recipe == "":
         raise ExperimentError(f"--jobs needs method '{experiment.method_name}' in a Python file, from which every process can load it")
-    where = {"folder": str(folder), "trained": None if trained is None else str(trained), "track": list(track)}
+    where: dict[str, object] = {"folder": str(folder), "trained": None if trained is None else str(trained), "track": list(track)}
+    where |= {"share": None if share is None else asdict(share)}
     return {"experiment": as_json(experiment), "recipe": recipe, "digest": experiment.digest(), **where}
 
 

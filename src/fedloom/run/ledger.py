@@ -21,6 +21,7 @@ import numpy as np
 
 from fedloom.fleet import Fleet
 from fedloom.messages import Replies, Task
+from fedloom.run.checkpoint import CheckpointError, write_atomically
 from fedloom.run.devices import round_seconds
 
 
@@ -112,13 +113,31 @@ class Ledger:
         return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
 
     def rewind(self, round: int) -> list[dict[str, Any]]:
-        """Drop rows after ``round`` (of rounds whose checkpoint was never completed), and a torn last line. Returns those kept."""
+        """Drop rows after ``round`` (of rounds whose checkpoint was never completed), and a torn last line. Returns those kept.
+
+        Raises:
+            CheckpointError: a row up to ``round`` lacks or is torn, so that what a round had cost is not known any more.
+        """
         lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
-        kept = [row for row in map(json.loads, lines) if row["round"] <= round]
-        scratch = self.path.with_suffix(".tmp")
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(scratch, self.path)
+        try:
+            kept = [json.loads(line) for line in lines[: round + 1]]
+            rounds = [row["round"] for row in kept]
+        except ValueError as error:
+            raise self._spoilt(f"a line is no JSON ({error})") from error
+        except (TypeError, KeyError) as error:
+            raise self._spoilt("a line is no row of a round") from error
+        if rounds != list(range(round + 1)):
+            known = sum(t in rounds for t in range(round + 1))
+            raise self._spoilt(f"it begins with {known} of the {round + 1} rounds that are due")
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         return kept
+
+    def _spoilt(self, why: str) -> CheckpointError:
+        folder = self.path.parent
+        return CheckpointError(
+            f"{self.path} does not tell every round up to the checkpoint: {why}. Nothing was overwritten. Delete {folder} to start the run "
+            "anew, or restore the folder from a copy"
+        )
 
     def set_up(self, section: Section) -> None:
         """Book the set-up."""

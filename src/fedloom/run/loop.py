@@ -24,7 +24,7 @@ from fedloom.messages import CENTRE, CohortFailed, Replies, Take, Task, whole
 from fedloom.methods.centralised import Centralised
 from fedloom.methods.method import State, one_round, set_up
 from fedloom.run import checkpoint
-from fedloom.run.checkpoint import CheckpointError, Saved, holds_training, write_atomically
+from fedloom.run.checkpoint import CheckpointError, Saved, holds_training, told_at_the_end, write_atomically
 from fedloom.run.console import Progress, Show
 from fedloom.run.evaluation import Evaluation, evaluate, nothing
 from fedloom.run.experiment import Experiment, as_json, as_meant, completed, first_difference
@@ -32,7 +32,7 @@ from fedloom.run.export import write_global
 from fedloom.run.holdings import held
 from fedloom.run.late import Late, Remembering, welcome
 from fedloom.run.ledger import Ledger, Section
-from fedloom.run.memory import insist_on_room, sizes_before, sizes_of, told
+from fedloom.run.memory import Share, insist_on_room, sizes_before, sizes_of, told
 from fedloom.run.numbers import as_told
 from fedloom.run.parts import Part
 from fedloom.run.payback import paid_back
@@ -93,10 +93,11 @@ def run(
     show: Show | None = None,
     built: Callable[[Experiment], World] | None = None,
     track: Sequence[str] = (),
+    share: Share | None = None,
 ) -> dict[str, Any]:
     """Run ``experiment`` in ``folder`` (or go on where it stopped) and return what ``results.json`` holds. ``show``: to whom the progress
     is told, instead of a display of its own. ``built``: how its world is made, where devices are elsewhere. ``track``: trackers that are
-    told too, by name (``tracking.py``).
+    told too, by name (``tracking.py``). ``share``: its part of the machine's memory, where others run beside it.
 
     Raises:
         CheckpointError: the folder belongs to another experiment, another process, other data, or its checkpoint is corrupt.
@@ -107,31 +108,36 @@ def run(
     with checkpoint.only_one(folder):
         results = folder / "results.json"
         if check(folder, experiment) and results.exists():
-            found = json.loads(results.read_text())
+            found = told_at_the_end(results)
             track_ended(track, experiment, folder, found)
             return found
         title = f"{experiment.method_name} on {experiment.data}, {experiment.clients} devices, {experiment.asked} a round -> {folder}"
         try:
             if show is not None:
-                return _loaded(experiment, folder, show, built, track)
+                return _loaded(experiment, folder, show, built, track, share)
             with Progress(experiment.rounds, title, plain) as display:
-                return _loaded(experiment, folder, display, built, track)
+                return _loaded(experiment, folder, display, built, track, share)
         finally:
             gc.collect()  # a model's parts hold each other
             give_memory_back()
 
 
 def _loaded(
-    experiment: Experiment, folder: Path, show: Show, built: Callable[[Experiment], World] | None, track: Sequence[str]
+    experiment: Experiment,
+    folder: Path,
+    show: Show,
+    built: Callable[[Experiment], World] | None,
+    track: Sequence[str],
+    share: Share | None,
 ) -> dict[str, Any]:
     """Load everything, then run. Whatever was loaded is gone when this returns."""
     show.phase("loading data and model")
     before = sizes_before(experiment)
     if before is not None:
-        insist_on_room(before, experiment)
+        insist_on_room(before, experiment, share=share)
     world = (built or build)(experiment)
     sizes = sizes_of(world.model, experiment.method)
-    need = insist_on_room(sizes, experiment, loaded=True)
+    need = insist_on_room(sizes, experiment, loaded=True, share=share)
     claim(folder, experiment)
     notes = [f"{what}: {text}" for what, text in told(need, sizes)]
     for note in (*world.notes, *_idle(world), *(notes if need.total > LARGE else [])):

@@ -66,6 +66,21 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Share:
+    """A run's part of the machine where others run at the same time.
+
+    Attributes:
+        jobs: runs at a time.
+        room: bytes of memory for each, of what was free before any of them began.
+        on_gpu: runs that share its GPU.
+    """
+
+    jobs: int
+    room: int
+    on_gpu: int = 1
+
+
+@dataclass(frozen=True)
 class Need:
     """Bytes by what they are for."""
 
@@ -209,10 +224,16 @@ def weights_in(folder: Path) -> list[Path]:
 
 
 def insist_on_room(
-    sizes: Sizes, experiment: Experiment, loaded: bool = False, free: int | None = None, gpus: Sequence[int] | None = None
+    sizes: Sizes,
+    experiment: Experiment,
+    loaded: bool = False,
+    free: int | None = None,
+    gpus: Sequence[int] | None = None,
+    share: Share | None = None,
 ) -> Need:
     """What this machine is needed for, or an error where it cannot fit into its memory, or into that of its GPUs. ``loaded``: whether the
-    model is in memory already. ``free``: bytes, and those of each GPU, as the machine tells them if not given.
+    model is in memory already. ``free``: bytes, and those of each GPU, as the machine tells them if not given. ``share``: the part that
+    this run may have; what it holds already is in it, what the others do is not.
 
     Raises:
         ExperimentError: it cannot; with what is needed, what is there and what would make it fit.
@@ -226,14 +247,16 @@ def insist_on_room(
     if e.engine.overcommit:
         return need
     if gpus:
-        there = needed_there(sizes, e, len(gpus))
-        if there.total - there_already > min(gpus):
-            raise _no_room(
-                "of a GPU's memory", there, min(gpus) + there_already, lambda other: needed_there(sizes, other, len(gpus)), sizes, e
-            )
-    if need.total - start - (0 if gpus else there_already) > free:
-        here = free + start + (0 if gpus else there_already)
-        raise _no_room("of memory beside the program itself", need, here, lambda other: needed(sizes, other, bool(gpus)), sizes, e)
+        there, room = needed_there(sizes, e, len(gpus)), min(gpus) + there_already
+        if share is not None and share.on_gpu > 1:
+            room = min(room, *(torch.cuda.mem_get_info(i)[1] // share.on_gpu for i in range(len(gpus))))
+        if there.total > room:
+            raise _no_room("of a GPU's memory", there, room, lambda other: needed_there(sizes, other, len(gpus)), sizes, e, share=share)
+    here = free + start + (0 if gpus else there_already)
+    here = here if share is None else min(here, share.room)
+    if need.total > here:
+        beside = "of memory beside the program itself"
+        raise _no_room(beside, need, here, lambda other: needed(sizes, other, bool(gpus)), sizes, e, share=share)
     return need
 
 
@@ -268,12 +291,14 @@ def _no_room(
     sizes: Sizes,
     experiment: Experiment,
     words: tuple[str, str, str] = ("this run", "--engine.recompute", f"{OVERCOMMIT} runs it all the same"),
+    share: Share | None = None,
 ) -> ExperimentError:
     """The error that says what is needed, what is there and what would need less. ``words``: who needs it, how layers are computed again,
-    and what to do if one does not believe it."""
+    and what to do if one does not believe it. ``share``: of what it has a part."""
     who, recompute, anyway = words
     largest = ", ".join(f"{human_bytes(count)} for {what}" for what, count in sorted(need.lines, key=lambda line: -line[1])[:3])
-    e, mends = experiment, []
+    e, mends = experiment, [] if share is None else ["fewer --jobs"]
+    each = "" if share is None else f" for each of --jobs {share.jobs}"
     alone = told_of(replace(e, engine=replace(e.engine, stack=1, workers=0))).total
     if alone < need.total:
         mends.append(f"--engine.stack 1 and no --engine.workers (about {human_bytes(alone)}: one device's messages at a time)")
@@ -286,7 +311,7 @@ def _no_room(
         mends.append(f"{recompute} (less for passing a batch through, at the price of another forward pass)")
     mends += ["a shorter --max-length", "a smaller model", "more memory"]
     return ExperimentError(
-        f"{who} needs about {human_bytes(need.total)} {of}, and {human_bytes(there)} are there: "
+        f"{who} needs about {human_bytes(need.total)} {of}, and {human_bytes(there)} are there{each}: "
         f"{largest}. It would fit with {', '.join(mends[:-1])} or {mends[-1]}; {anyway}"
     )
 

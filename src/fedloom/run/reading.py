@@ -24,6 +24,9 @@ RESULT_KEYS = (
     *("notes", "per_device", "partition", "facts"),
 )
 
+MEND = "Restore its folder from a copy, or delete it and run anew: the same command would go on from what is there"
+"""What to do about a corrupt file of a run."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -78,18 +81,18 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is corrupt: {error}") from error
+        raise ValueError(f"{path} is corrupt: {error}. {MEND}") from error
 
 
 def _object(text: str, keys: Sequence[str], place: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is corrupt: it is not JSON ({error}); run the same command again to mend the run") from error
+        raise ValueError(f"{place} is corrupt: it is not JSON ({error}). {MEND}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{place} is corrupt: a JSON object is needed, a {type(value).__name__} came")
+        raise ValueError(f"{place} is corrupt: a JSON object is needed, a {type(value).__name__} came. {MEND}")
     if missing := [key for key in keys if key not in value]:
-        raise ValueError(f"{place} is corrupt: it lacks {missing}; it has {sorted(value)}")
+        raise ValueError(f"{place} is corrupt: it lacks {missing}; it has {sorted(value)}. {MEND}")
     return value
 
 

@@ -22,7 +22,8 @@ from typing import Any
 
 from fedloom.client.curricula import all_curricula
 from fedloom.methods import all_methods, methods_in
-from fedloom.run.experiment import Experiment, ExperimentError, from_json
+from fedloom.run.experiment import Experiment, ExperimentError, as_meant, from_json
+from fedloom.run.reading import flat_settings
 
 log = logging.getLogger("fedloom")
 
@@ -179,6 +180,19 @@ def comparison_folder(experiments: Sequence[Experiment], shared: bool = False) -
     """``runs/compare-DATA-DIGEST``, by the same rule; another one if trainings are ``shared``, for then less is known of a run."""
     digest = hashlib.sha256(" ".join(e.digest() for e in experiments).encode()).hexdigest()
     return Path("runs") / f"compare-{data_name(experiments[0])}-{digest[:8]}{'-shared' if shared else ''}"
+
+
+def passed_over(saved: Experiment, runs: Sequence[Experiment]) -> list[str]:
+    """What an experiment says, but for its method and how to compute, and none of the ``runs`` of that method does: ``rounds is 2 there and
+    20 here``."""
+    theirs = {name: value for name, value in as_meant(saved).items() if name not in ("method", *Experiment.HOW)}
+    ours = [flat_settings(as_meant(run)) for run in runs if type(run.method) is type(saved.method)]
+    told = []
+    for name, value in flat_settings(theirs).items():
+        here = list(dict.fromkeys(repr(run[name]) for run in ours))
+        if repr(value) not in here:
+            told.append(f"{name} is {value!r} there and {', '.join(here)} here")
+    return told
 
 
 def data_name(experiment: Experiment) -> str:

@@ -86,7 +86,7 @@ def _case(
                 FURTHER: _further(known.values()),
                 "rank": dict.fromkeys(PROTOCOLS),
                 "against": {p: standing.against(drawn, method, reference, p) if method != reference else None for p in PROTOCOLS},
-                "reached": {p: _reached(known, told[method], p, goals[p]) for p in PROTOCOLS},
+                "reached": {p: _reached(known, told[method], p, goals[p], len(plan.seeds)) for p in PROTOCOLS},
                 "over": {},
                 "setup": _setup(known),
                 "costs": {key: mean(r[key] for r in known.values()) if known else None for key in COSTS} | _personalising(known),
@@ -219,15 +219,19 @@ def _goals(plan: Plan, reference: Mapping[int, Result], protocol: str, target: f
 
 
 def _reached(
-    results: Mapping[int, Result], tells: Mapping[int, Sequence[Mapping[str, Any]]], protocol: str, goals: Mapping[str, float | None]
+    results: Mapping[int, Result],
+    tells: Mapping[int, Sequence[Mapping[str, Any]]],
+    protocol: str,
+    goals: Mapping[str, float | None],
+    seeds: int,
 ) -> dict[str, Any] | None:
-    """When the target was first reached, by seed and in the mean, and in how many seeds before the first round; None where there is
-    nothing to reach or nothing that could."""
+    """When the target was first reached, by seed and, if it was in all ``seeds``, in the mean, and in how many before the first round; None
+    where there is nothing to reach or nothing that could."""
     able = [s for s, r in results.items() if r["final"][protocol] is not None and goals[str(s)] is not None]
     if not able:
         return None
     each = {str(s): targets.reached(tells[s], results[s], protocol, goal) for s in able if (goal := goals[str(s)]) is not None}
-    together = targets.mean_cost(list(each.values()))
+    together = targets.mean_cost(list(each.values())) if len(each) == seeds else None  # a mean over fewer is of other seeds than another's
     return {
         "device_seconds": together[0] if together else None,
         "bytes_up": together[1] if together else None,
@@ -235,7 +239,7 @@ def _reached(
         "reached": sum(cost is not None for cost in each.values()),
         "at_start": sum(cost is not None and cost.at_start for cost in each.values()),
         "saved": None,
-        "seeds": len(each),
+        "seeds": seeds,
         "each": {seed: asdict(cost) if cost else None for seed, cost in each.items()},
     }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from statistics import mean
 from typing import Any
 
 from fedloom.data.numbers import EXACT
@@ -217,9 +218,10 @@ def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
 
 
 def brought_row(row: Mapping[str, Any]) -> list[str]:
-    """A method's line in the table of what it has before the first round."""
+    """A method's line in the table of what it has before the first round; what the rounds brought is of the seeds that tell both."""
     start, final = (row["scores"][at]["personalised"] for at in ("start", "final"))
-    return [row["method"], spread_text(start), spread_text(final), f"{final['mean'] - start['mean']:+.4f}"]
+    each = [final["each"][seed] - of for seed, of in start["each"].items() if of is not None and final["each"][seed] is not None]
+    return [row["method"], spread_text(start), spread_text(final), f"{mean(each):+.4f}" if each else NOTHING]
 
 
 def took_part_title(case: Mapping[str, Any]) -> str:
@@ -273,9 +275,8 @@ def goal_text(summary: Summary, case: Mapping[str, Any], protocol: str) -> str:
     each = [goal for goal in case["target"][protocol].values() if goal is not None]
     if not each:
         return f"what {summary['reference']} ends with, which is not known"
-    mean = sum(each) / len(each)
     how = "seed by seed; " if len(each) > 1 else ""
-    return f"what {summary['reference']} ends with ({protocol}; {how}{mean:.4f}{' in the mean' if how else ''})"
+    return f"what {summary['reference']} ends with ({protocol}; {how}{mean(each):.4f}{' in the mean' if how else ''})"
 
 
 def grid_text(tried: Mapping[str, Any]) -> str:
@@ -386,7 +387,8 @@ def as_tex(summary: Summary) -> str:
     """A ``tabular`` with one row a method: both protocols of each case, of the score and, where it is told, of exact match, then the mean
     ranks; no package is needed.
 
-    The highest mean of a column is bold. A plus or minus above a score: its interval against the reference does not hold 0.
+    The highest mean of a column is bold, of those over all seeds. A plus or minus above a score: its interval against the reference does
+    not hold 0.
     """
     cases, methods, sure = summary["cases"], list(summary["methods"]), f"{summary['confidence']:.0%} interval"
     several = len(cases) > 1
@@ -405,18 +407,18 @@ def as_tex(summary: Summary) -> str:
         r"\hline",
     ]
     for i, method in enumerate(methods):
-        cells = [_tex_cell(case["rows"], i, p, key) for case, key in parts for p in PROTOCOLS]
+        cells = [_tex_cell(case["rows"], i, p, key, len(summary["seeds"])) for case, key in parts for p in PROTOCOLS]
         ranks = [rank_text(summary["mean_rank"][p][method]) for p in PROTOCOLS] if several else []
         lines.append(" & ".join([escaped(method), *cells, *ranks]) + r" \\")
     return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
 
 
-def _tex_cell(rows: Sequence[Mapping[str, Any]], i: int, protocol: str, key: str) -> str:
+def _tex_cell(rows: Sequence[Mapping[str, Any]], i: int, protocol: str, key: str, seeds: int) -> str:
     each = [row[key]["final"][protocol] if row.get(key) else {"mean": None} for row in rows]
     score, found = each[i], rows[i]["against"][protocol] if key == "scores" else None
     if score["mean"] is None:
         return "--"
-    highest = max(mean for of in each if (mean := of["mean"]) is not None)
+    whole = [middle for of in each if (middle := of["mean"]) is not None and of["count"] == seeds]
     text = f"{score['mean']:.3f}" + ("" if score["deviation"] is None else rf" $\pm$ {score['deviation']:.3f}")
     sign = "" if found is None else "+" if found["low"] > 0 else "-" if found["high"] < 0 else ""
-    return (rf"\textbf{{{text}}}" if score["mean"] == highest else text) + (f"$^{{{sign}}}$" if sign else "")
+    return (rf"\textbf{{{text}}}" if score["count"] == seeds and score["mean"] == max(whole) else text) + (f"$^{{{sign}}}$" if sign else "")
