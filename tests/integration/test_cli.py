@@ -143,7 +143,7 @@ def test_one_method_that_fails_does_not_lose_the_others(
     recipe.write_text(
         "from dataclasses import dataclass\nfrom typing import ClassVar\nfrom fedloom.methods.fedavg import FedAvg\n\n"
         "@dataclass(frozen=True)\nclass Bad(FedAvg):\n    name: ClassVar[str] = 'bad'\n    paper: ClassVar[str] = 'none'\n\n"
-        "    def setup(self, state, pool):\n        raise ValueError('this method is broken')\n"
+        "    def round(self, state, pool):\n        raise ValueError('this method is broken')\n"
     )
     assert cli.main(["compare", "bad.py", "lora", *small(world / "data"), "--out", "c"]) == 1
     captured = capsys.readouterr()
