@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from io import StringIO
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedloom.messages import Flow
 from fedloom.methods import all_methods
+from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.finetuned import FineTuned
+from fedloom.methods.method import State
 from fedloom.run import checkpoint
 from fedloom.run.adopt import adopt
 from fedloom.run.again import evaluate_again
@@ -27,9 +30,11 @@ from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.export import export
 from fedloom.run.loop import run
 from fedloom.run.recipes import resolve
+from fedloom.run.rehearsal import rehearse
 from fedloom.run.report import write_report
 from fedloom.run.tracking import numbers as tracked
 from fedloom.run.world import build, store_in
+from fedloom.server.participation import Pool
 from tests import small
 from tests.conformance.test_methods import TURNS, rows, without_clock
 from tests.oracle.test_answers import TEMPLATE
@@ -100,6 +105,29 @@ def test_curricula_that_cut_what_is_to_be_written_are_refused(how: str) -> None:
     for fields, what in [({}, "an answer stands at the end"), (texts, "a text's last token would be due behind another")]:
         with pytest.raises(ExperimentError, match=f"cuts what a model reads at its end.*{what}.*another curriculum"):
             build(replace(experiment(**fields), method=resolve(how).method))
+
+
+def test_a_comparison_says_which_curricula_do_not_fit_before_it_trains() -> None:
+    """All of them, whichever comes first."""
+    asked = [replace(experiment(), method=resolve(how).method) for how in ("lora+slw", "lora", "lora+loss", "lora+fisher")]
+    with pytest.raises(ExperimentError, match=r"nothing was started. lora\+slw: this curriculum cuts.*; lora\+loss: this curriculum sorts"):
+        rehearse(asked)
+    rehearse([asked[1], asked[3]])
+
+
+@dataclass(frozen=True)
+class Broken(FedAvg):
+    """Forgets something."""
+
+    name: ClassVar[str] = "broken"
+
+    def setup(self, state: State, pool: Pool) -> Flow[State]:
+        raise KeyError("forgotten")
+
+
+def test_a_method_that_is_broken_is_left_to_its_turn() -> None:
+    """It refuses nothing: that its run fails loses no other."""
+    rehearse([experiment(), replace(experiment(), method=Broken())])
 
 
 @pytest.mark.parametrize("name", ["lora", "fibecfed", "fedcybgd"])

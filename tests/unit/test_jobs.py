@@ -205,6 +205,9 @@ def test_each_of_several_runs_is_handed_its_share_of_the_machine(tmp_path: Path,
         assert crew.share() == Share(3, 333, beside)
         free["cpu"] = 10
         assert crew.share() == Share(3, 333, beside)
+    free["cpu"] = 1000
+    assert Crew(3, expected=2).share() == Share(2, 500, 1) and Crew(3, expected=0).share() == Share(1, 1000, 1), "as many as there are"
+    free["cpu"] = 10
     written = io.StringIO()
     started: Any = SimpleNamespace(stdin=written)
     monkeypatch.setattr(Crew, "_start", lambda self, slot, threads: Process(started))
@@ -222,7 +225,7 @@ def test_a_run_that_does_not_fit_into_its_share_is_refused(known: bool, tmp_path
     asked = replace(BASE, model=str(tiny.folder()), max_train=12, max_validation=2, max_test=2)
     told: list[Event] = []
     obey(json.loads(json.dumps(order_of(asked, tmp_path / "a", None, share=Share(2, 5)))), told.append)
-    assert told[-1]["kind"] == "failed" and "and 5 B are there for each of --jobs 2: " in told[-1]["text"]
+    assert told[-1]["kind"] == "failed" and "and 5 B are there for each of 2 runs at a time (--jobs): " in told[-1]["text"]
     assert ("data" in "".join(e["text"] for e in told[:-1])) and not (tmp_path / "a" / "experiment.json").exists()
 
 

@@ -128,9 +128,11 @@ def test_of_several_runs_at_a_time_each_has_its_share_of_the_memory(monkeypatch:
     need, plenty = needed(SEVEN, FULL).total, 10**13
     for loaded in (False, True):
         assert insist_on_room(SEVEN, FULL, loaded, free=plenty, share=Share(2, need)).total == need
-        with pytest.raises(ExperimentError, match=r"are there for each of --jobs 2: .* It would fit with fewer --jobs, .*overcommit"):
+        with pytest.raises(
+            ExperimentError, match=r"are there for each of 2 runs at a time .--jobs.: .* It would fit with fewer --jobs, .*overcommit"
+        ):
             insist_on_room(SEVEN, FULL, loaded, free=plenty, share=Share(2, need - 1))
-    with pytest.raises(ExperimentError, match="for each of --jobs 2"):
+    with pytest.raises(ExperimentError, match="for each of 2 runs at a time"):
         insist_on_room(SEVEN, FULL, free=need - 1, share=Share(2, need))
     low = replace(FULL, precision="bf16")
     assert insist_on_room(SEVEN, low, True, free=plenty, share=Share(2, needed(SEVEN, low).total)), "start and model are loaded"
@@ -141,7 +143,7 @@ def test_of_several_runs_at_a_time_each_has_its_share_of_the_memory(monkeypatch:
             insist_on_room(SEVEN, FULL, free=plenty, gpus=[plenty], share=Share(2, plenty, beside))
             assert fits
         except ExperimentError as error:
-            assert not fits and "of a GPU's memory" in str(error) and "for each of --jobs 2" in str(error)
+            assert not fits and "of a GPU's memory" in str(error) and "for each of 2 runs at a time" in str(error)
 
 
 def test_a_run_in_16_bits_holds_one_model_after_it_was_loaded_in_float32() -> None:

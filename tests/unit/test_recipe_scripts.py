@@ -457,7 +457,8 @@ def test_an_ablation_can_be_of_another_data_set(ablations: ModuleType, tmp_path:
 def test_settings_other_than_a_recipes_own_have_a_folder_of_their_own(
     name: str, words: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The first comparison's folder. Seeds, rates and groups are not among them: by these a comparison grows. What the folder holds
+    """The first comparison's folder. Seeds, groups and the rates that are searched are not among them: by these a comparison grows, from
+    two on; one alone needs ``--out``. What the folder holds
     nevertheless, of others, is told as what was asked wrongly."""
     recipe, asked = loaded(name), []
 

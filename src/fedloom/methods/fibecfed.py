@@ -236,7 +236,7 @@ class FibecFed:
             cohort = uniform(pool, -1 - i)
             updates = yield from insist([ask(self.warm_head, k, only(shared, head), round=-1 - i) for k in cohort])
             shared |= pool.mean(updates, shared)
-        answers = yield from insist([ask(self.inspect, k, shared) for k in pool.clients])
+        answers = yield from insist([replace(ask(self.inspect, k, shared), exact=True) for k in pool.clients])  # kept for good
         scores, adapted = mean_of(pool, answers, "layer_scores").numpy(), sorted(layers(shared))
         gal, told = self._without_loss(answers, pool, len(adapted)) if self.gal.lossless or self.keep_lossless else (self.gal, {})
         chosen = choose_gal(scores, adapted, gal, pool.seed)

@@ -21,7 +21,8 @@ from fedloom.run.console import Show
 from fedloom.run.evaluation import Evaluation, evaluate, nothing
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.ledger import Ledger
-from fedloom.run.loop import Told, begin, check, claim, engine_of, finish
+from fedloom.run.loop import Told, begin, check, claim, engine_of, finish, loaded
+from fedloom.run.memory import Share
 from fedloom.run.starting import OR_ANOTHER, stand_at, start_of
 from fedloom.run.tracking import insist, track_ended
 from fedloom.run.world import build, store_in
@@ -30,14 +31,16 @@ TAKEN_OVER = "trained by "
 """How the last note of such a run begins: its rounds' costs are the trained run's, and were spent once."""
 
 
-def adopt(experiment: Experiment, folder: Path, trained: Path, show: Show, track: Sequence[str] = ()) -> dict[str, Any]:
+def adopt(
+    experiment: Experiment, folder: Path, trained: Path, show: Show, track: Sequence[str] = (), share: Share | None = None
+) -> dict[str, Any]:
     """Evaluate ``experiment`` in ``folder`` on what its method's inner method trained in ``trained``; what ``results.json`` then holds.
-    ``track``: trackers that are told, by name (``tracking.py``).
+    ``track``: trackers that are told, by name (``tracking.py``). ``share``: its part of the machine's memory, where others run beside it.
 
     Raises:
         CheckpointError: a folder belongs to another experiment, the training has not ended, or the data changed since.
-        ExperimentError: the method shares other tensors than were trained, layers stay on devices, or a tracker does not exist or lacks
-            its library.
+        ExperimentError: the method shares other tensors than were trained, layers stay on devices, there is no room for the model, or a
+            tracker does not exist or lacks its library.
     """
     insist(track)
     if experiment.share.some:
@@ -55,7 +58,7 @@ def adopt(experiment: Experiment, folder: Path, trained: Path, show: Show, track
         if saved is None or saved.state.round < experiment.rounds:
             raise CheckpointError(f"the training in {trained} has not ended; run it first")
         show.phase("loading data and model")
-        world = build(experiment)
+        world, _, _ = loaded(experiment, build, share)
         if saved.data != world.fingerprint():
             raise CheckpointError(f"the data behind {trained} changed since it was trained (fingerprint {saved.data}); give another --out")
         if said := stand_at(world.model, saved.start, trained, saved.model, OR_ANOTHER):

@@ -77,11 +77,12 @@ def compare(
         title = f"{', '.join(plan.methods)} on {', '.join(plan.labels.values())} -> {out}"
         with Watching(title, plan.base.rounds, plan.expected, plain) as watch:
             insist_on_the_same_data(runs, folder)
-            ahead = [run for name, run in plan.wanted(known).items() if name not in known]
+            wanted = plan.wanted(known)
+            ahead = [run for name, run in wanted.items() if name not in known]
             if len(begin := {(run.experiment.data, run.experiment.method_name): run.experiment for run in ahead}) > 1:
                 watch.before(f"seeing that all of {len(begin)} take what is asked")
                 rehearse(begin.values())
-            ended = carry_out(plan.wanted, folder, jobs, watch, track)
+            ended = carry_out(plan.wanted, folder, jobs, watch, track, plan.expected(known) - len(wanted.keys() & known.keys()))
         insist_on_the_same_data(runs, folder)
         return _told(plan, ended, folder, out, reference, target)
 

@@ -72,7 +72,7 @@ def perform(
         if trained is None:
             run(experiment, folder, show=Teller(tell), track=track, share=share)
         else:
-            adopt(experiment, folder, trained, Teller(tell), track)
+            adopt(experiment, folder, trained, Teller(tell), track, share)
     except Exception as error:
         tell(failed(error))
     else:

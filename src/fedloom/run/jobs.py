@@ -59,11 +59,19 @@ class Watch(Protocol):
     def idle(self) -> None: ...
 
 
-def carry_out(wanted: Wanted, folder: Callable[[Run], Path], jobs: int, watch: Watch, track: Sequence[str] = ()) -> dict[str, Ended]:
-    """Carry out every run that ``wanted`` asks for, ``jobs`` at a time, and say how each ended. ``track``: trackers that are told."""
+def carry_out(
+    wanted: Wanted,
+    folder: Callable[[Run], Path],
+    jobs: int,
+    watch: Watch,
+    track: Sequence[str] = (),
+    expected: int | None = None,
+) -> dict[str, Ended]:
+    """Carry out every run that ``wanted`` asks for, ``jobs`` at a time, and say how each ended. ``track``: trackers that are told.
+    ``expected``: how many there will be at the most, if that is known; fewer than ``jobs`` of them share the memory among themselves."""
     ended: dict[str, Ended] = {}
     looked: set[str] = set()
-    with Crew(jobs, track) as crew:
+    with Crew(jobs, track, jobs if expected is None else expected) as crew:
         waiting = _from_before(wanted, folder, ended, looked, watch)
         while True:
             busy = crew.names()
@@ -201,10 +209,12 @@ class Process:
 
 
 class Crew:
-    """At most ``count`` processes, started when there is something for them to do. ``track``: trackers that are told of every run."""
+    """At most ``count`` processes, started when there is something for them to do. ``track``: trackers that are told of every run.
+    ``expected``: runs there will be; no more than these are ever at work at once."""
 
-    def __init__(self, count: int, track: Sequence[str] = ()) -> None:
+    def __init__(self, count: int, track: Sequence[str] = (), expected: int | None = None) -> None:
         self.count, self.track = count, track
+        self.at_once = count if expected is None else max(1, min(count, expected))
         self.room: int | None = None
         self.processes: dict[int, Process] = {}
         self.events: queue.Queue[tuple[Process, Event | None]] = queue.Queue()
@@ -225,8 +235,8 @@ class Crew:
     def share(self) -> Share:
         """Each run's part of the machine: of the memory that is free when this is first asked, before a process has taken any."""
         if self.room is None:
-            self.room = free_bytes(torch.device("cpu")) // self.count
-        return Share(self.count, self.room, -(-self.count // (torch.cuda.device_count() or self.count)))
+            self.room = free_bytes(torch.device("cpu")) // self.at_once
+        return Share(self.at_once, self.room, -(-self.at_once // (torch.cuda.device_count() or self.at_once)))
 
     def give(self, run: Run, folder: Path, trained: Path | None) -> None:
         """Give a run to a process that has none."""

@@ -297,8 +297,9 @@ def _no_room(
     and what to do if one does not believe it. ``share``: of what it has a part."""
     who, recompute, anyway = words
     largest = ", ".join(f"{human_bytes(count)} for {what}" for what, count in sorted(need.lines, key=lambda line: -line[1])[:3])
-    e, mends = experiment, [] if share is None else ["fewer --jobs"]
-    each = "" if share is None else f" for each of --jobs {share.jobs}"
+    several = share is not None and share.jobs > 1
+    e, mends = experiment, ["fewer --jobs"] if several else []
+    each = f" for each of {share.jobs} runs at a time (--jobs)" if share is not None and several else ""
     alone = told_of(replace(e, engine=replace(e.engine, stack=1, workers=0))).total
     if alone < need.total:
         mends.append(f"--engine.stack 1 and no --engine.workers (about {human_bytes(alone)}: one device's messages at a time)")

@@ -13,6 +13,8 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+
 from fedloom.client.store import ClientStore
 from fedloom.data.partition import Partition
 from fedloom.data.sources import Source
@@ -38,37 +40,54 @@ def rehearse(experiments: Iterable[Experiment]) -> None:
         alike.setdefault((e.data, adapter_of(e)), []).append(e)
     refused: dict[str, list[str]] = {}
     for group in alike.values():
-        for e, why in _refusals(group):
-            refused.setdefault(why, []).append(e.method_name)
+        for name, why in _refusals(group):
+            refused.setdefault(why, []).append(name)
         gc.collect()  # a model's parts hold each other
         give_memory_back()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # for the runs, which may be other processes
     if refused:
         told = "; ".join(f"{', '.join(dict.fromkeys(names))}: {why}" for why, names in refused.items())
         raise ExperimentError(f"not every method takes what is asked, and nothing was started. {told}")
 
 
-def _refusals(group: Sequence[Experiment]) -> list[tuple[Experiment, str]]:
-    """Which of these refuse, and why. All have the same model."""
+def _refusals(group: Sequence[Experiment]) -> list[tuple[str, str]]:
+    """The names of those that refuse, and why. All have the same model. What goes wrong otherwise is told at a run's turn, and loses no
+    other."""
     first = group[0]
+    if first.engine.threads:
+        torch.set_num_threads(first.engine.threads)
     source, shards = read_data(first)
+    found = [(e, _without_room(e)) for e in group]
+    fit = [e for e, why in found if not why]
+    refused = [(e.method_name, why) for e, why in found if why]
+    if not fit:
+        return refused
     try:
-        if (before := sizes_before(first)) is not None:
-            insist_on_room(before, first)
         model = model_of(first, source)
     except ValueError as error:
-        if len(group) == 1:
-            return [(first, str(error))]
-        return [(first, str(error)), *_refusals(group[1:])]  # it may have been its curriculum
-    found = [(e, _refusal(e, source, shards, model)) for e in group]
-    return [(e, why) for e, why in found if why]
+        return [*refused, *((e.method_name, str(error)) for e in fit)]
+    except Exception:
+        return refused
+    return [*refused, *((e.method_name, why) for e in fit if (why := _refusal(e, source, shards, model)))]
+
+
+def _without_room(e: Experiment) -> str:
+    """Why this one's model cannot fit into memory ("": it can, as far as its files tell)."""
+    try:
+        if (before := sizes_before(e)) is not None:
+            insist_on_room(before, e)
+    except ExperimentError as error:
+        return str(error)
+    return ""
 
 
 def _refusal(e: Experiment, source: Source, shards: Partition, model: Model) -> str:
-    """Why this one refuses ("": it does not). What goes wrong otherwise is told at its turn, and loses no other run."""
-    splits = tokens_of(source, model) if e.share.some else {}
-    world = World(e, source, shards, splits, model, Pretended(model))
+    """Why this one refuses ("": it does not)."""
     try:
         insist_on_curriculum(e, model)
+        splits = tokens_of(source, model) if e.share.some else {}
+        world = World(e, source, shards, splits, model, Pretended(model))
         begun = set_up(e.method, model, world.pool)
         with silent(logging.getLogger("fedloom.methods")):
             if e.share.some:
@@ -77,4 +96,6 @@ def _refusal(e: Experiment, source: Source, shards: Partition, model: Model) -> 
                 next(begun, None)
     except ValueError as error:
         return str(error)
+    except Exception:
+        return ""
     return ""

@@ -265,6 +265,7 @@ def build(experiment: Experiment) -> World:
     fleet_of(e.device, e.clients, e.seed)  # what is wrong with a file is told before anything is loaded
     source, shards = read_data(e)
     model = model_of(e, source)
+    insist_on_curriculum(e, model)
     splits = tokens_of(source, model)
     return World(e, source, shards, splits, model, Stacked(model, e.engine.stack))
 
@@ -291,7 +292,7 @@ def model_of(experiment: Experiment, source: Source) -> Model:
         ModelError, AdapterError, ExperimentError: whatever is wrong, with the mend.
     """
     e = experiment
-    model = load_model(
+    return load_model(
         e.model,
         num_labels=max(2, len(source.task.classes)),
         adapter=adapter_of(e),
@@ -307,8 +308,6 @@ def model_of(experiment: Experiment, source: Source) -> Model:
         finds=isinstance(source.task, Questions),
         recompute=e.engine.recompute,
     )
-    insist_on_curriculum(e, model)
-    return model
 
 
 def insist_on_curriculum(experiment: Experiment, model: Model) -> None:
@@ -350,6 +349,7 @@ def build_far(experiment: Experiment, far: Far) -> World:
     e = experiment
     source = read_source(e)
     model, nobody = model_of(e, source), (np.zeros(0, np.int64),) * e.clients
+    insist_on_curriculum(e, model)
     splits = tokens_of(source, model)
     return World(e, source, Partition(nobody, nobody, nobody, {}), splits, model, Stacked(model, e.engine.stack), far)
 
