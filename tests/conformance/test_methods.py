@@ -38,7 +38,7 @@ from fedloom.run.evaluation import evaluate
 from fedloom.run.experiment import Experiment, ExperimentError, from_json
 from fedloom.run.export import ExportError, export, predictor_of
 from fedloom.run.loop import run
-from fedloom.run.memory import Share
+from fedloom.run.memory import Portion
 from fedloom.run.plan import trains_as
 from fedloom.run.world import World, build, store_in
 from fedloom.server.participation import uniform
@@ -314,7 +314,7 @@ def test_what_trains_alike_is_the_same_when_it_takes_the_training_over(name: str
     folder, expected = whole(name)
     show = Progress(ROUNDS, "", plain=True)
     with pytest.raises(ExperimentError, match="5 B are there"):
-        adopt(small.experiment(name, rounds=ROUNDS), tmp_path / "run", whole(TRAINS_AS[name])[0], show, share=Share(2, 5))
+        adopt(small.experiment(name, rounds=ROUNDS), tmp_path / "run", whole(TRAINS_AS[name])[0], show, portion=Portion(2, 5))
     results = adopt(small.experiment(name, rounds=ROUNDS), tmp_path / "run", whole(TRAINS_AS[name])[0], show)
     assert fingerprint_of(tmp_path / "run") == fingerprint_of(folder)
     assert results["final"] == expected["final"] == results["best"]

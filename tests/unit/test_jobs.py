@@ -21,7 +21,7 @@ from fedloom.run.experiment import Experiment, as_json
 from fedloom.run.job import Event, failed, obey
 from fedloom.run.jobs import Crew, Process, carry_out, environment, order_of
 from fedloom.run.loop import claim
-from fedloom.run.memory import Share
+from fedloom.run.memory import Portion
 from fedloom.run.plan import Ended, Run
 from fedloom.run.worker import ordered_experiment
 from tests import tiny
@@ -202,17 +202,19 @@ def test_each_of_several_runs_is_handed_its_share_of_the_machine(tmp_path: Path,
     for gpus, beside in ((0, 1), (1, 3), (2, 2), (4, 1)):
         monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
         crew, free["cpu"] = Crew(3), 1000
-        assert crew.share() == Share(3, 333, beside)
+        assert crew.portion() == Portion(3, 333, beside)
         free["cpu"] = 10
-        assert crew.share() == Share(3, 333, beside)
+        assert crew.portion() == Portion(3, 333, beside)
     free["cpu"] = 1000
-    assert Crew(3, expected=2).share() == Share(2, 500, 1) and Crew(3, expected=0).share() == Share(1, 1000, 1), "as many as there are"
+    assert Crew(3, expected=2).portion() == Portion(2, 500, 1) and Crew(3, expected=0).portion() == Portion(1, 1000, 1), (
+        "as many as there are"
+    )
     free["cpu"] = 10
     written = io.StringIO()
     started: Any = SimpleNamespace(stdin=written)
     monkeypatch.setattr(Crew, "_start", lambda self, slot, threads: Process(started))
     Crew(2).give(run("a"), tmp_path, None)
-    assert json.loads(written.getvalue())["share"] == {"jobs": 2, "room": 5, "on_gpu": 1}
+    assert json.loads(written.getvalue())["portion"] == {"jobs": 2, "room": 5, "on_gpu": 1}
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["by its files", "once it is loaded"])
@@ -224,7 +226,7 @@ def test_a_run_that_does_not_fit_into_its_share_is_refused(known: bool, tmp_path
         monkeypatch.setattr("fedloom.run.loop.build", lambda experiment: pytest.fail("it was loaded"))
     asked = replace(BASE, model=str(tiny.folder()), max_train=12, max_validation=2, max_test=2)
     told: list[Event] = []
-    obey(json.loads(json.dumps(order_of(asked, tmp_path / "a", None, share=Share(2, 5)))), told.append)
+    obey(json.loads(json.dumps(order_of(asked, tmp_path / "a", None, portion=Portion(2, 5)))), told.append)
     assert told[-1]["kind"] == "failed" and "and 5 B are there for each of 2 runs at a time (--jobs): " in told[-1]["text"]
     assert ("data" in "".join(e["text"] for e in told[:-1])) and not (tmp_path / "a" / "experiment.json").exists()
 

@@ -27,7 +27,7 @@ from fedloom.run import memory
 from fedloom.run.describe import describe
 from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError
 from fedloom.run.memory import (
-    Share,
+    Portion,
     Sizes,
     insist_on_a_devices_room,
     insist_on_room,
@@ -123,24 +123,24 @@ def test_what_cannot_fit_is_refused_with_the_mend_and_can_be_overridden() -> Non
 
 
 def test_of_several_runs_at_a_time_each_has_its_share_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A share is of what was free before any of them began: what the others have taken since is theirs, and what this one has loaded is
+    """A portion is of what was free before any of them began: what the others have taken since is theirs, and what this one has loaded is
     its own. Nor can it have what is not free any more."""
     need, plenty = needed(SEVEN, FULL).total, 10**13
     for loaded in (False, True):
-        assert insist_on_room(SEVEN, FULL, loaded, free=plenty, share=Share(2, need)).total == need
+        assert insist_on_room(SEVEN, FULL, loaded, free=plenty, portion=Portion(2, need)).total == need
         with pytest.raises(
             ExperimentError, match=r"are there for each of 2 runs at a time .--jobs.: .* It would fit with fewer --jobs, .*overcommit"
         ):
-            insist_on_room(SEVEN, FULL, loaded, free=plenty, share=Share(2, need - 1))
+            insist_on_room(SEVEN, FULL, loaded, free=plenty, portion=Portion(2, need - 1))
     with pytest.raises(ExperimentError, match="for each of 2 runs at a time"):
-        insist_on_room(SEVEN, FULL, free=need - 1, share=Share(2, need))
+        insist_on_room(SEVEN, FULL, free=need - 1, portion=Portion(2, need))
     low = replace(FULL, precision="bf16")
-    assert insist_on_room(SEVEN, low, True, free=plenty, share=Share(2, needed(SEVEN, low).total)), "start and model are loaded"
+    assert insist_on_room(SEVEN, low, True, free=plenty, portion=Portion(2, needed(SEVEN, low).total)), "start and model are loaded"
     there = needed_there(SEVEN, FULL, 1).total
     for whole, beside, fits in ((2 * there, 2, True), (2 * there - 1, 2, False), (there, 1, True)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, whole=whole: (whole, whole))
         try:
-            insist_on_room(SEVEN, FULL, free=plenty, gpus=[plenty], share=Share(2, plenty, beside))
+            insist_on_room(SEVEN, FULL, free=plenty, gpus=[plenty], portion=Portion(2, plenty, beside))
             assert fits
         except ExperimentError as error:
             assert not fits and "of a GPU's memory" in str(error) and "for each of 2 runs at a time" in str(error)

@@ -22,7 +22,7 @@ from fedloom.run.evaluation import Evaluation, evaluate, nothing
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.ledger import Ledger
 from fedloom.run.loop import Told, begin, check, claim, engine_of, finish, loaded
-from fedloom.run.memory import Share
+from fedloom.run.memory import Portion
 from fedloom.run.starting import OR_ANOTHER, stand_at, start_of
 from fedloom.run.tracking import insist, track_ended
 from fedloom.run.world import build, store_in
@@ -32,10 +32,10 @@ TAKEN_OVER = "trained by "
 
 
 def adopt(
-    experiment: Experiment, folder: Path, trained: Path, show: Show, track: Sequence[str] = (), share: Share | None = None
+    experiment: Experiment, folder: Path, trained: Path, show: Show, track: Sequence[str] = (), portion: Portion | None = None
 ) -> dict[str, Any]:
     """Evaluate ``experiment`` in ``folder`` on what its method's inner method trained in ``trained``; what ``results.json`` then holds.
-    ``track``: trackers that are told, by name (``tracking.py``). ``share``: its part of the machine's memory, where others run beside it.
+    ``track``: trackers that are told, by name (``tracking.py``). ``portion``: its part of the machine's memory, where others run beside it.
 
     Raises:
         CheckpointError: a folder belongs to another experiment, the training has not ended, or the data changed since.
@@ -58,7 +58,7 @@ def adopt(
         if saved is None or saved.state.round < experiment.rounds:
             raise CheckpointError(f"the training in {trained} has not ended; run it first")
         show.phase("loading data and model")
-        world, _, _ = loaded(experiment, build, share)
+        world, _, _ = loaded(experiment, build, portion)
         if saved.data != world.fingerprint():
             raise CheckpointError(f"the data behind {trained} changed since it was trained (fingerprint {saved.data}); give another --out")
         if said := stand_at(world.model, saved.start, trained, saved.model, OR_ANOTHER):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedloom.run.experiment import Experiment
-    from fedloom.run.memory import Share
+    from fedloom.run.memory import Portion
 
 Event = Mapping[str, Any]
 """What is told: an object with ``kind``: phase, note, round, resume, done or failed."""
@@ -61,18 +61,18 @@ def perform(
     trained: Path | None,
     tell: Callable[[Event], None],
     track: Sequence[str] = (),
-    share: Share | None = None,
+    portion: Portion | None = None,
 ) -> None:
     """Carry out one run and tell it, to the end; never raises but to be stopped. With ``trained``, that run's training is taken over.
-    ``track``: trackers that are told too. ``share``: its part of the machine's memory, where others run beside it."""
+    ``track``: trackers that are told too. ``portion``: its part of the machine's memory, where others run beside it."""
     try:
         from fedloom.run.adopt import adopt
         from fedloom.run.loop import run
 
         if trained is None:
-            run(experiment, folder, show=Teller(tell), track=track, share=share)
+            run(experiment, folder, show=Teller(tell), track=track, portion=portion)
         else:
-            adopt(experiment, folder, trained, Teller(tell), track, share)
+            adopt(experiment, folder, trained, Teller(tell), track, portion)
     except Exception as error:
         tell(failed(error))
     else:
@@ -93,14 +93,14 @@ def failed(error: Exception) -> Event:
 def obey(order: Mapping[str, Any], tell: Callable[[Event], None]) -> None:
     """Carry out what was ordered (``jobs.order_of``), or tell why not."""
     try:
-        from fedloom.run.memory import Share
+        from fedloom.run.memory import Portion
         from fedloom.run.worker import ordered_experiment
 
-        experiment, share = ordered_experiment(order), None if order["share"] is None else Share(**order["share"])
+        experiment, portion = ordered_experiment(order), None if order["portion"] is None else Portion(**order["portion"])
     except Exception as error:
         tell(failed(error))
         return
-    perform(experiment, Path(order["folder"]), Path(order["trained"]) if order["trained"] else None, tell, order["track"], share)
+    perform(experiment, Path(order["folder"]), Path(order["trained"]) if order["trained"] else None, tell, order["track"], portion)
 
 
 def main() -> int:

@@ -31,7 +31,7 @@ from fedloom.run.ending import TRACEBACK
 from fedloom.run.experiment import Experiment, ExperimentError, as_json
 from fedloom.run.job import Event, perform
 from fedloom.run.loop import DIVERGED, check, claim
-from fedloom.run.memory import Share
+from fedloom.run.memory import Portion
 from fedloom.run.plan import Ended, Run
 from fedloom.run.recipes import file_of
 
@@ -232,15 +232,15 @@ class Crew:
         """The runs being carried out."""
         return {one.run for one in self.processes.values() if one.run}
 
-    def share(self) -> Share:
+    def portion(self) -> Portion:
         """Each run's part of the machine: of the memory that is free when this is first asked, before a process has taken any."""
         if self.room is None:
             self.room = free_bytes(torch.device("cpu")) // self.at_once
-        return Share(self.at_once, self.room, -(-self.at_once // (torch.cuda.device_count() or self.at_once)))
+        return Portion(self.at_once, self.room, -(-self.at_once // (torch.cuda.device_count() or self.at_once)))
 
     def give(self, run: Run, folder: Path, trained: Path | None) -> None:
         """Give a run to a process that has none."""
-        share = self.share()
+        portion = self.portion()
         slot = next(i for i in range(self.count) if i not in self.processes or not self.processes[i].run)
         if slot not in self.processes:
             self.processes[slot] = self._start(slot, run.experiment.engine.threads)
@@ -248,7 +248,7 @@ class Crew:
         one.run = run.name
         assert one.process.stdin is not None
         with suppress(BrokenPipeError):  # it has died; that is heard, with what it said
-            one.process.stdin.write(json.dumps(order_of(run.experiment, folder, trained, self.track, share)) + "\n")
+            one.process.stdin.write(json.dumps(order_of(run.experiment, folder, trained, self.track, portion)) + "\n")
             one.process.stdin.flush()
 
     def hear(self, patience: float = 1.0) -> tuple[str, Event] | None:
@@ -304,9 +304,9 @@ def environment(slot: int, threads: int) -> dict[str, str]:
 
 
 def order_of(
-    experiment: Experiment, folder: Path, trained: Path | None, track: Sequence[str] = (), share: Share | None = None
+    experiment: Experiment, folder: Path, trained: Path | None, track: Sequence[str] = (), portion: Portion | None = None
 ) -> dict[str, object]:
-    """What a process is told (JSON). ``share``: the run's part of the machine's memory.
+    """What a process is told (JSON). ``portion``: the run's part of the machine's memory.
 
     Raises:
         ExperimentError: a method that no file defines.
@@ -315,7 +315,7 @@ def order_of(
     if recipe == "":
         raise ExperimentError(f"--jobs needs method '{experiment.method_name}' in a Python file, from which every process can load it")
     where: dict[str, object] = {"folder": str(folder), "trained": None if trained is None else str(trained), "track": list(track)}
-    where |= {"share": None if share is None else asdict(share)}
+    where |= {"portion": None if portion is None else asdict(portion)}
     return {"experiment": as_json(experiment), "recipe": recipe, "digest": experiment.digest(), **where}
 
 

@@ -32,7 +32,7 @@ from fedloom.run.export import write_global
 from fedloom.run.holdings import held
 from fedloom.run.late import Late, Remembering, welcome
 from fedloom.run.ledger import Ledger, Section
-from fedloom.run.memory import Need, Share, Sizes, insist_on_room, sizes_before, sizes_of, told
+from fedloom.run.memory import Need, Portion, Sizes, insist_on_room, sizes_before, sizes_of, told
 from fedloom.run.numbers import as_told
 from fedloom.run.parts import Part
 from fedloom.run.payback import paid_back
@@ -93,11 +93,11 @@ def run(
     show: Show | None = None,
     built: Callable[[Experiment], World] | None = None,
     track: Sequence[str] = (),
-    share: Share | None = None,
+    portion: Portion | None = None,
 ) -> dict[str, Any]:
     """Run ``experiment`` in ``folder`` (or go on where it stopped) and return what ``results.json`` holds. ``show``: to whom the progress
     is told, instead of a display of its own. ``built``: how its world is made, where devices are elsewhere. ``track``: trackers that are
-    told too, by name (``tracking.py``). ``share``: its part of the machine's memory, where others run beside it.
+    told too, by name (``tracking.py``). ``portion``: its part of the machine's memory, where others run beside it.
 
     Raises:
         CheckpointError: the folder belongs to another experiment, another process, other data, or its checkpoint is corrupt.
@@ -114,25 +114,25 @@ def run(
         title = f"{experiment.method_name} on {experiment.data}, {experiment.clients} devices, {experiment.asked} a round -> {folder}"
         try:
             if show is not None:
-                return _loaded(experiment, folder, show, built, track, share)
+                return _loaded(experiment, folder, show, built, track, portion)
             with Progress(experiment.rounds, title, plain) as display:
-                return _loaded(experiment, folder, display, built, track, share)
+                return _loaded(experiment, folder, display, built, track, portion)
         finally:
             gc.collect()  # a model's parts hold each other
             give_memory_back()
 
 
-def loaded(experiment: Experiment, built: Callable[[Experiment], World], share: Share | None) -> tuple[World, Sizes, Need]:
+def loaded(experiment: Experiment, built: Callable[[Experiment], World], portion: Portion | None) -> tuple[World, Sizes, Need]:
     """The world of an experiment for which there is room, by the model's files before they are read and by the model itself.
 
     Raises:
         ExperimentError: there is not.
     """
     if (before := sizes_before(experiment)) is not None:
-        insist_on_room(before, experiment, share=share)
+        insist_on_room(before, experiment, portion=portion)
     world = built(experiment)
     sizes = sizes_of(world.model, experiment.method)
-    return world, sizes, insist_on_room(sizes, experiment, loaded=True, share=share)
+    return world, sizes, insist_on_room(sizes, experiment, loaded=True, portion=portion)
 
 
 def _loaded(
@@ -141,11 +141,11 @@ def _loaded(
     show: Show,
     built: Callable[[Experiment], World] | None,
     track: Sequence[str],
-    share: Share | None,
+    portion: Portion | None,
 ) -> dict[str, Any]:
     """Load everything, then run. Whatever was loaded is gone when this returns."""
     show.phase("loading data and model")
-    world, sizes, need = loaded(experiment, built or build, share)
+    world, sizes, need = loaded(experiment, built or build, portion)
     claim(folder, experiment)
     notes = [f"{what}: {text}" for what, text in told(need, sizes)]
     for note in (*world.notes, *_idle(world), *(notes if need.total > LARGE else [])):

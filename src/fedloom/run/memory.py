@@ -66,7 +66,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Share:
+class Portion:
     """A run's part of the machine where others run at the same time.
 
     Attributes:
@@ -229,10 +229,10 @@ def insist_on_room(
     loaded: bool = False,
     free: int | None = None,
     gpus: Sequence[int] | None = None,
-    share: Share | None = None,
+    portion: Portion | None = None,
 ) -> Need:
     """What this machine is needed for, or an error where it cannot fit into its memory, or into that of its GPUs. ``loaded``: whether the
-    model is in memory already. ``free``: bytes, and those of each GPU, as the machine tells them if not given. ``share``: the part that
+    model is in memory already. ``free``: bytes, and those of each GPU, as the machine tells them if not given. ``portion``: the part that
     this run may have; what it holds already is in it, what the others do is not.
 
     Raises:
@@ -248,15 +248,15 @@ def insist_on_room(
         return need
     if gpus:
         there, room = needed_there(sizes, e, len(gpus)), min(gpus) + there_already
-        if share is not None and share.on_gpu > 1:
-            room = min(room, *(torch.cuda.mem_get_info(i)[1] // share.on_gpu for i in range(len(gpus))))
+        if portion is not None and portion.on_gpu > 1:
+            room = min(room, *(torch.cuda.mem_get_info(i)[1] // portion.on_gpu for i in range(len(gpus))))
         if there.total > room:
-            raise _no_room("of a GPU's memory", there, room, lambda other: needed_there(sizes, other, len(gpus)), sizes, e, share=share)
+            raise _no_room("of a GPU's memory", there, room, lambda other: needed_there(sizes, other, len(gpus)), sizes, e, portion=portion)
     here = free + start + (0 if gpus else there_already)
-    here = here if share is None else min(here, share.room)
+    here = here if portion is None else min(here, portion.room)
     if need.total > here:
         beside = "of memory beside the program itself"
-        raise _no_room(beside, need, here, lambda other: needed(sizes, other, bool(gpus)), sizes, e, share=share)
+        raise _no_room(beside, need, here, lambda other: needed(sizes, other, bool(gpus)), sizes, e, portion=portion)
     return need
 
 
@@ -291,15 +291,15 @@ def _no_room(
     sizes: Sizes,
     experiment: Experiment,
     words: tuple[str, str, str] = ("this run", "--engine.recompute", f"{OVERCOMMIT} runs it all the same"),
-    share: Share | None = None,
+    portion: Portion | None = None,
 ) -> ExperimentError:
     """The error that says what is needed, what is there and what would need less. ``words``: who needs it, how layers are computed again,
-    and what to do if one does not believe it. ``share``: of what it has a part."""
+    and what to do if one does not believe it. ``portion``: of what it has a part."""
     who, recompute, anyway = words
     largest = ", ".join(f"{human_bytes(count)} for {what}" for what, count in sorted(need.lines, key=lambda line: -line[1])[:3])
-    several = share is not None and share.jobs > 1
+    several = portion is not None and portion.jobs > 1
     e, mends = experiment, ["fewer --jobs"] if several else []
-    each = f" for each of {share.jobs} runs at a time (--jobs)" if share is not None and several else ""
+    each = f" for each of {portion.jobs} runs at a time (--jobs)" if portion is not None and several else ""
     alone = told_of(replace(e, engine=replace(e.engine, stack=1, workers=0))).total
     if alone < need.total:
         mends.append(f"--engine.stack 1 and no --engine.workers (about {human_bytes(alone)}: one device's messages at a time)")
