@@ -196,12 +196,15 @@ OVER = [("fibecfed", wire) for wire in LOSSY] + [
     ("fedcybgd", "up:bf16"),
 ]
 """Every wire with what has states of its own on both sides; methods that send other things over one each. A wire knows no method."""
+OVER_A_FEDERATION = (("fibecfed", "top-k"), ("scaffold", "nf4"), ("fedcybgd", "fp16"))
+"""What is encoded passes through a federation as through Flower's grid: one that owes what it left out, one of codes, one of halves."""
 
 
 @pytest.mark.flower
 @pytest.mark.parametrize(("name", "wire"), OVER)
 def test_determinism_what_a_wire_loses_it_loses_on_every_engine(name: str, wire: str) -> None:
-    played = [play(name, over, DISTURBANCES["undisturbed"], wire) for over in (over_local, over_flower, over_federation)]
+    over = (over_local, over_flower, over_federation)[: 3 if (name, wire) in OVER_A_FEDERATION else 2]
+    played = [play(name, engine_over, DISTURBANCES["undisturbed"], wire) for engine_over in over]
     for other in played[1:]:
         assert all(same_replies(mine, theirs) for (_, mine), (_, theirs) in zip(played[0].said, other.said, strict=True))
         assert (played[0].trained, played[0].predicted) == (other.trained, other.predicted)

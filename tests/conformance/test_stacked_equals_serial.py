@@ -600,7 +600,7 @@ def test_training_is_the_same_to_the_bit_in_a_smaller_stack(option: str) -> None
     ("family", "dropout"), [("bert", 0.0), *((f, 0.2) for f in families.APART if f not in {*families.UNPACKED, "modernbert"})]
 )
 def test_the_same_bits_in_any_company(family: str, dropout: float) -> None:
-    """Packed passes in float32 on a CPU: alone, in twos, in threes, all together, and all together in small passes.
+    """Packed passes in float32 on a CPU: alone, in threes and one left over, all together, and all together in small passes.
 
     ModernBERT cuts a tensor in two inside its feed-forward part, and element-wise kernels round another way when a pass holds a single
     text; DeBERTa-v2 and BLOOM do not run packed. All three are held to the tolerances above.
@@ -609,7 +609,7 @@ def test_the_same_bits_in_any_company(family: str, dropout: float) -> None:
     assert of.together_by == "packed"
     clients = [everything(of, k) for k in range(4)]
     wanted = [[bits(done) for done in Stacked(of, 1).run(items)] for items in clients]
-    for stack in (1, 2, 3, 0):
+    for stack in (3, 0):
         done = Stacked(of, stack).run([item for items in clients for item in items])
         assert [bits(d) for d in done] == [bit for mine in wanted for bit in mine], stack
     small = Stacked(of, 0)

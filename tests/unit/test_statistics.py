@@ -66,7 +66,7 @@ def test_a_paired_difference_is_the_mean_over_seeds_with_its_interval(metric: st
     mine = {s: played(100 * s, 0.9) for s in seeds}
     other = {s: played(100 * s + 1, 0.4) for s in seeds}
     counts = [{s: tallies(cells(of[s]), CLASSES) for s in seeds} for of in (mine, other)]
-    known = Bootstrap(dict(zip(("mine", "other"), counts, strict=True)), metric, ("case",), 400)
+    known = Bootstrap(dict(zip(("mine", "other"), counts, strict=True)), metric, ("case",), 100)
     found = known.against("mine", "other")
     assert known.scores("mine") == pytest.approx([score(metric, mine[s]) for s in seeds])
     differences = [score(metric, mine[s]) - score(metric, other[s]) for s in seeds]
@@ -74,12 +74,12 @@ def test_a_paired_difference_is_the_mean_over_seeds_with_its_interval(metric: st
     assert (found.better, found.seeds) == (sum(d > 0 for d in differences), 3)
     each = []
     for s in seeds:
-        drawn = derive(0, "bootstrap", "case", s).multinomial(DEVICES, np.full(DEVICES, 1 / DEVICES), size=400)
+        drawn = derive(0, "bootstrap", "case", s).multinomial(DEVICES, np.full(DEVICES, 1 / DEVICES), size=100)
         who = [np.repeat(np.arange(DEVICES), times) for times in drawn]
         each.append([score(metric, [mine[s][k] for k in w]) - score(metric, [other[s][k] for k in w]) for w in who])
     together = np.mean(each, axis=0)
     assert (found.low, found.high) == pytest.approx(np.quantile(together, [0.025, 0.975]))
-    assert found.p == pytest.approx(min(1, 2 * (1 + min((together <= 0).sum(), (together >= 0).sum())) / 401))
+    assert found.p == pytest.approx(min(1, 2 * (1 + min((together <= 0).sum(), (together >= 0).sum())) / 101))
     assert found.low < found.difference < found.high
 
 
