@@ -1,4 +1,4 @@
-"""Kill −9 at a random moment loses at most the round in progress, and the resumed run ends bit-identical: ten times in a row, and some more."""
+"""Kill −9 at a random moment loses at most the round in progress, and the resumed run ends bit-identical: ten times in a row."""
 
 from __future__ import annotations
 
