@@ -5,10 +5,10 @@
     python recipes/further.py trec --keep                               put its finished runs into docs/results/further, an archive a task
     python recipes/further.py --page                                    make the tables of docs/results.md anew from those archives
 
-Plain LoRA with the curricula of VOC, SLW, Shortformer and of falling loss (``lora+CURRICULUM``), what else is done with LoRA's factors and
-ranks, and FedEven, which the core table has as well. Settings and rates are those of ``core.py``, so its ``lora`` and ``fedeven`` come out
-the same; each method trains its own kind of adapter (``fedalt`` has two pairs). It is ``fedloom compare``; whatever is added is added to
-these, and the later one counts. Stop it and run it again: finished runs are used as they are.
+Plain LoRA with the curricula of VOC, SLW, Shortformer and of the loss, easy first (``lora+CURRICULUM``), what else is done with LoRA's
+factors and ranks, and FedEven, which the core table has as well. Settings and rates are those of ``core.py``, so its ``lora`` and
+``fedeven`` come out the same; each method trains its own kind of adapter (``fedalt`` has two pairs). It is ``fedloom compare``; whatever
+is added is added to these, and the later one counts. Stop it and run it again: finished runs are used as they are.
 """
 
 from __future__ import annotations

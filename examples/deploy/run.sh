@@ -9,6 +9,7 @@
 #
 # Afterwards the same experiment is simulated in one process, and the two are compared: training losses, scores and bytes must be equal.
 set -euo pipefail
+PATH="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/.venv/bin:$PATH"  # what make setup installed, if it is there
 method=${1:-fibecfed}
 folder=${2:-runs/deploy-$method}
 shift $(($# < 2 ? $# : 2))

@@ -122,13 +122,15 @@ def serve(words: Sequence[str]) -> int:
         from fedloom.run import options, recipes
         from fedloom.run.certificates import public_keys
         from fedloom.run.console import further_text, personalising_text, results_table, solved_text
+        from fedloom.run.experiment import EngineSettings
         from fedloom.run.federation import Patience
         from fedloom.run.federation import serve as serve_experiment
 
     recipe = recipes.resolve(word)
     given = _parse(options.for_serve(recipe), rest, f"fedloom serve {word}", f"Serve {recipe.kind.name}: {recipe.kind.paper}.")
     devices = len(public_keys(given.certs))
-    experiment = options.experiment_of(given, clients=devices, cohort=given.cohort or given.start_with or devices)
+    asked: dict[str, Any] = {"clients": devices, "cohort": given.cohort or given.start_with or devices}
+    experiment = options.experiment_of(given, **asked, engine=EngineSettings(overcommit=given.overcommit))
     out = given.out or recipes.default_folder(experiment)
     patience = Patience(given.wait, given.deadline, given.linger)
     how: dict[str, Any] = {"plain": given.plain or None, "track": given.track, "start_with": given.start_with}
@@ -334,7 +336,7 @@ def main(words: Sequence[str] | None = None) -> int:
             return 2
         from fedloom.run.failures import explain
 
-        explained = explain(error, resumes=bool(words) and words[0] in RESUMING)
+        explained = explain(error, resumes=bool(words) and words[0] in RESUMING, served=words[:1] == ["serve"])
         if explained is None:  # a fault of the program: where it is must be seen
             raise
         paragraph, code = explained

@@ -6,6 +6,7 @@ import errno
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -455,6 +456,15 @@ def test_only_a_command_that_resumes_promises_to(error: Exception) -> None:
     (with_rounds, _), (without, _) = explain(error) or ("", 0), explain(error, resumes=False) or ("", 0)
     assert "the same command goes on from there" in with_rounds
     assert without and "goes on" not in without and "--" not in without
+
+
+@pytest.mark.parametrize("error", [CohortFailed([Failure(1, "gone")], 1, 2), MemoryError("much")])
+def test_a_server_is_told_options_that_it_has(error: Exception) -> None:
+    """Its devices compute, not it. What it is told of a model that does not fit is ``test_memory.py``'s."""
+    said, _ = explain(error, served=True) or ("", 0)
+    has = cli.long_options(options.for_serve(recipes.resolve("lora")))
+    assert "--overcommit" in has and "the same command goes on" in said
+    assert set(re.findall(r"--[a-z][\w.-]*", said)) <= set(has)
 
 
 def test_a_refused_permission_names_an_option_that_the_command_has() -> None:

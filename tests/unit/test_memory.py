@@ -27,6 +27,7 @@ from fedloom.run import memory
 from fedloom.run.describe import describe
 from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError
 from fedloom.run.memory import (
+    SERVER,
     Portion,
     Sizes,
     insist_on_a_devices_room,
@@ -109,6 +110,9 @@ def test_what_cannot_fit_is_refused_with_the_mend_and_can_be_overridden() -> Non
         insist_on_room(Sizes(20_000_000, 20_000_000, 20_000_000), many, free=10**9)
     with pytest.raises(ExperimentError, match=r"fedcybgd a block.*--engine\.overcommit runs it all the same"):
         insist_on_room(SEVEN, many, free=64 * 10**9)
+    with pytest.raises(ExperimentError, match="^this server needs about .*; --overcommit begins all the same$") as served:
+        insist_on_room(SEVEN, many, free=64 * 10**9, asker=SERVER)
+    assert "--engine" not in str(served.value)
     need, there = needed(SEVEN, FULL).total, 4 * SEVEN.model
     with pytest.raises(ExperimentError, match="needs about"):
         insist_on_room(SEVEN, FULL, loaded=True, free=need - there - 1)

@@ -70,7 +70,7 @@ class Experiment:
         task: classification; instructions, a prompt and its answer; text, all of it to be learnt; chat, conversations; tagging, a tag a
             word; qa, the words of a context that answer a question; auto: one of them but text, by the columns.
         model: ``minilm`` (the demo extra), a Hub name, or a Hugging Face folder.
-        adapter: LoRA's settings.
+        adapter: what is trained beside the task's head; LoRA if nothing is said.
         clients: number of devices K.
         cohort: devices drawn a round.
         rounds: number of rounds T.

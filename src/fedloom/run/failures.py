@@ -22,18 +22,21 @@ RESUMES = "The rounds before it are saved: the same command goes on from there."
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def explain(error: BaseException, resumes: bool = True) -> tuple[str, int] | None:
+def explain(error: BaseException, resumes: bool = True, served: bool = False) -> tuple[str, int] | None:
     """(paragraph, exit code) for an error that is expected to happen; None for any other. ``resumes``: the command that failed keeps rounds
-    in a folder of its own choice, and goes on from them."""
+    in a folder of its own choice, and goes on from them. ``served``: its devices are elsewhere."""
     kept = f" {RESUMES}" if resumes else ""
     said = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, CohortFailed):
         mend = "--engine.stack 1 computes devices one by one; --quorum 0.5 goes on without some"
+        if served:
+            mend = "fedloom status says who is there; a smaller --quorum goes on with fewer"
         if diverged(error):
             mend = "A number that is not finite asks for a smaller learning rate, in another --out"
         return f"{_shortened(said.rstrip('.'))}." + (f"{kept} {mend}" if resumes else ""), 1
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        mend = f"{kept} Give --engine.stack 1, a smaller model or a smaller batch size" if resumes else ""
+        less = "a smaller model" if served else "--engine.stack 1, a smaller model or a smaller batch size"
+        mend = f"{kept} Give {less}" if resumes else ""
         return f"out of memory ({_shortened(said)}).{mend}", 1
     if isinstance(error, SafetensorError):
         return f"tensors could not be written or read: {said}. Free some space or check the permissions.{kept}", 1

@@ -32,7 +32,7 @@ from fedloom.run.export import write_global
 from fedloom.run.holdings import held
 from fedloom.run.late import Late, Remembering, welcome
 from fedloom.run.ledger import Ledger, Section
-from fedloom.run.memory import Need, Portion, Sizes, insist_on_room, sizes_before, sizes_of, told
+from fedloom.run.memory import RUN, SERVER, Asker, Need, Portion, Sizes, insist_on_room, sizes_before, sizes_of, told
 from fedloom.run.numbers import as_told
 from fedloom.run.parts import Part
 from fedloom.run.payback import paid_back
@@ -122,17 +122,19 @@ def run(
             give_memory_back()
 
 
-def loaded(experiment: Experiment, built: Callable[[Experiment], World], portion: Portion | None) -> tuple[World, Sizes, Need]:
+def loaded(
+    experiment: Experiment, built: Callable[[Experiment], World], portion: Portion | None, asker: Asker = RUN
+) -> tuple[World, Sizes, Need]:
     """The world of an experiment for which there is room, by the model's files before they are read and by the model itself.
 
     Raises:
         ExperimentError: there is not.
     """
     if (before := sizes_before(experiment)) is not None:
-        insist_on_room(before, experiment, portion=portion)
+        insist_on_room(before, experiment, portion=portion, asker=asker)
     world = built(experiment)
     sizes = sizes_of(world.model, experiment.method)
-    return world, sizes, insist_on_room(sizes, experiment, loaded=True, portion=portion)
+    return world, sizes, insist_on_room(sizes, experiment, loaded=True, portion=portion, asker=asker)
 
 
 def _loaded(
@@ -145,7 +147,7 @@ def _loaded(
 ) -> dict[str, Any]:
     """Load everything, then run. Whatever was loaded is gone when this returns."""
     show.phase("loading data and model")
-    world, sizes, need = loaded(experiment, built or build, portion)
+    world, sizes, need = loaded(experiment, built or build, portion, RUN if built is None else SERVER)
     claim(folder, experiment)
     notes = [f"{what}: {text}" for what, text in told(need, sizes)]
     for note in (*world.notes, *_idle(world), *(notes if need.total > LARGE else [])):

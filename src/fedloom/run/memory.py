@@ -45,7 +45,21 @@ STATES = 8
 """Float32 numbers that training keeps for each number trained: where it began, where it is, its gradient, two moments, and what a step
 makes of them."""
 
-OVERCOMMIT = "--engine.overcommit"
+
+@dataclass(frozen=True)
+class Asker:
+    """Who needs memory, and by which of its options it would need less, "" where it has none: ``alone``, one device at a time;
+    ``recompute``, layers computed again. ``anyway``: what to do if one does not believe it."""
+
+    who: str
+    alone: str
+    recompute: str
+    anyway: str
+
+
+RUN = Asker("this run", "--engine.stack 1 and no --engine.workers", "--engine.recompute", "--engine.overcommit runs it all the same")
+SERVER = Asker("this server", "", "", "--overcommit begins all the same")
+DEVICE = Asker("this device", "", "--recompute", "--memory GIB, where more may be had than this, has it try all the same")
 
 
 @dataclass(frozen=True)
@@ -230,10 +244,11 @@ def insist_on_room(
     free: int | None = None,
     gpus: Sequence[int] | None = None,
     portion: Portion | None = None,
+    asker: Asker = RUN,
 ) -> Need:
     """What this machine is needed for, or an error where it cannot fit into its memory, or into that of its GPUs. ``loaded``: whether the
     model is in memory already. ``free``: bytes, and those of each GPU, as the machine tells them if not given. ``portion``: the part that
-    this run may have; what it holds already is in it, what the others do is not.
+    this run may have; what it holds already is in it, what the others do is not. ``asker``: in whose words it is refused.
 
     Raises:
         ExperimentError: it cannot; with what is needed, what is there and what would make it fit.
@@ -251,12 +266,12 @@ def insist_on_room(
         if portion is not None and portion.on_gpu > 1:
             room = min(room, *(torch.cuda.mem_get_info(i)[1] // portion.on_gpu for i in range(len(gpus))))
         if there.total > room:
-            raise _no_room("of a GPU's memory", there, room, lambda other: needed_there(sizes, other, len(gpus)), sizes, e, portion=portion)
+            raise _no_room("of a GPU's memory", there, room, lambda other: needed_there(sizes, other, len(gpus)), sizes, e, asker, portion)
     here = free + start + (0 if gpus else there_already)
     here = here if portion is None else min(here, portion.room)
     if need.total > here:
         beside = "of memory beside the program itself"
-        raise _no_room(beside, need, here, lambda other: needed(sizes, other, bool(gpus)), sizes, e, portion=portion)
+        raise _no_room(beside, need, here, lambda other: needed(sizes, other, bool(gpus)), sizes, e, asker, portion)
     return need
 
 
@@ -278,7 +293,7 @@ def insist_on_a_devices_room(sizes: Sizes, experiment: Experiment, room: int, lo
             lambda other: needed(sizes, other, gpu, serves=False),
             sizes,
             experiment,
-            ("this device", "--recompute", "--memory GIB, where more may be had than this, has it try all the same"),
+            DEVICE,
         )
     return need
 
@@ -290,30 +305,28 @@ def _no_room(
     told_of: Callable[[Experiment], Need],
     sizes: Sizes,
     experiment: Experiment,
-    words: tuple[str, str, str] = ("this run", "--engine.recompute", f"{OVERCOMMIT} runs it all the same"),
+    asker: Asker,
     portion: Portion | None = None,
 ) -> ExperimentError:
-    """The error that says what is needed, what is there and what would need less. ``words``: who needs it, how layers are computed again,
-    and what to do if one does not believe it. ``portion``: of what it has a part."""
-    who, recompute, anyway = words
+    """The error that says what is needed, what is there and what would need less. ``portion``: of what it has a part."""
     largest = ", ".join(f"{human_bytes(count)} for {what}" for what, count in sorted(need.lines, key=lambda line: -line[1])[:3])
     several = portion is not None and portion.jobs > 1
     e, mends = experiment, ["fewer --jobs"] if several else []
     each = f" for each of {portion.jobs} runs at a time (--jobs)" if portion is not None and several else ""
     alone = told_of(replace(e, engine=replace(e.engine, stack=1, workers=0))).total
-    if alone < need.total:
-        mends.append(f"--engine.stack 1 and no --engine.workers (about {human_bytes(alone)}: one device's messages at a time)")
+    if asker.alone and alone < need.total:
+        mends.append(f"{asker.alone} (about {human_bytes(alone)}: one device's messages at a time)")
     if e.trained.kind == "full" and of_blocks(e.method) is None:
         mends.append("a method that trains less at a time (fedcybgd a block, lora an adapter)")
     for precision in get_args(Precision):
         if (other := told_of(replace(e, precision=precision)).total) < need.total:
             mends.append(f"--precision {precision} (about {human_bytes(other)})")
-    if sizes.per_token and not e.engine.recompute:
-        mends.append(f"{recompute} (less for passing a batch through, at the price of another forward pass)")
+    if asker.recompute and sizes.per_token and not e.engine.recompute:
+        mends.append(f"{asker.recompute} (less for passing a batch through, at the price of another forward pass)")
     mends += ["a shorter --max-length", "a smaller model", "more memory"]
     return ExperimentError(
-        f"{who} needs about {human_bytes(need.total)} {of}, and {human_bytes(there)} are there{each}: "
-        f"{largest}. It would fit with {', '.join(mends[:-1])} or {mends[-1]}; {anyway}"
+        f"{asker.who} needs about {human_bytes(need.total)} {of}, and {human_bytes(there)} are there{each}: "
+        f"{largest}. It would fit with {', '.join(mends[:-1])} or {mends[-1]}; {asker.anyway}"
     )
 
 

@@ -38,7 +38,7 @@ GRID = (
     (
         *("jobs", int, 1),
         "runs at a time; of more than 1 each has a process of its own with one PyTorch thread. The results do not depend on how many "
-        "(1 and 2: in float32 on a CPU; docs/comparing.md says when else).",
+        "(1 and 2: in float32 on a CPU where the model runs packed; docs/comparing.md says when else).",
     ),
     ("reference", str, "", "the method that the others are set against (default: the first named)."),
     ("target", float | None, None, "the score whose cost is told (default: what the reference ends with, seed by seed)."),
@@ -64,13 +64,14 @@ SERVE = (
         *("certs", Path, Path("certs/server")),
         "the server's folder from fedloom certs: ca.pem, server.pem, server.key, and a public key for each device.",
     ),
-    ("cohort", int, 0, "devices drawn a round (0: all of them)."),
+    ("cohort", int, 0, "devices drawn a round (0: all of them, or as many as --start-with says)."),
     ("quorum", float, 0.5, "share of a cohort that must answer for a round to count; a round without it changes nothing."),
     ("listen", str, "127.0.0.1:9092", "HOST:PORT to listen on; 0.0.0.0:9092 for all of this machine's addresses."),
     ("wait", float, 60.0, "seconds to wait for a device that has not been heard of."),
     ("deadline", float, 600.0, "seconds that a device has for an answer."),
     ("start_with", int, 0, "devices with which to begin; the others may come later, between rounds (0: all are waited for)."),
     ("linger", float, 10.0, "seconds that the rest has once a quorum has answered."),
+    ("overcommit", bool, False, "begin even if by prediction the server's part does not fit into this machine's memory."),
 )
 THERE = ("cohort", "quorum", "clients", "partition", "alpha", "beta", "min_examples", "engine")
 """What the devices bring, or a simulation alone has."""

@@ -28,7 +28,7 @@ usage: fedloom COMMAND ...
   run METHOD              one method, in one run folder; stopped, the same command resumes it
   compare METHOD METHOD   methods x data sets x alphas x seeds, learning rates searched alike: one table, one report
   serve METHOD            the same method in a real federation: the server (fedloom certs first)
-  join HOST:PORT          a device of it, with data of its own
+  join HOST:PORT DATA     a device of it, with data of its own
   status HOST:PORT        who is there, and how far it is
   certs DIR               the certificates and keys of a federation
   report DIR...           an HTML page about runs or a comparison
