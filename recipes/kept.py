@@ -164,17 +164,19 @@ class Table:
 
 def board(cases: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
     """Markdown: over all ``cases`` of summaries, how often each method is first or level with it in either protocol, and of the devices
-    alone that took part; its mean rank; its upload, set-up included, as a share of the first method's; and where its personalised score
-    (metric by metric, for what they count is not the same) and its device time are furthest ahead of another's."""
+    alone that took part; how often the bootstrap has it above an answer that reads no text; its mean rank; its upload, set-up included, as
+    a share of the first method's; and where its personalised score (metric by metric, for what they count is not the same) and its device
+    time are furthest ahead of another's."""
     rows = {method: [next(row for row in case["rows"] if row["method"] == method) for case in cases] for method in methods}
     told = [f"**Over {f'all {len(cases)} cells' if len(cases) > 1 else 'the one cell there is'} ({LEVEL})**", ""]
     headers = (
         "method",
         *(f"first or level, {of}" for of in ("personalised", "on devices that took part", "global")),
+        "above each device's own commonest label",
         "mean rank",
         "rank, global",
     )
-    told += [f"| {' | '.join([*headers, 'uploaded'])} |", "|" + " --- |" * 7]
+    told += [f"| {' | '.join([*headers, 'uploaded'])} |", "|" + " --- |" * 8]
     for method, mine in rows.items():
         cells = [method]
         has = {p: [case for case, row in zip(cases, mine, strict=True) if row["scores"]["final"][p]["mean"] is not None] for p in PROTOCOLS}
@@ -183,6 +185,8 @@ def board(cases: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
         counted = [sum(method in of["level"] for of in each) for each in (whole, part, shared)]
         among = [len(has[p]) for p in ("personalised", "personalised", "global")]
         cells += [f"{level} of {count}" if count else "-" for level, count in zip(counted, among, strict=True)]
+        unread = [found for case in cases if (of := case.get("commonest")) and (found := of["over"][method])]
+        cells.append(f"{sum(found['low'] > 0 for found in unread)} of {len(unread)}" if unread else "-")
         for protocol in PROTOCOLS:
             rank = mean_rank([row["rank"][protocol] for row in mine])
             cells.append("-" if rank is None else f"{rank:.1f}")

@@ -228,14 +228,17 @@ def test_the_board_counts_firsts_and_what_is_level_and_finds_the_furthest_leads(
         for label, rows, first in zip("ab", (one, other), both, strict=True)
     ]
     cases[1]["took_part"] = {"level": ["lora", "local"]}  # in the other case everybody did
+    cases[0]["commonest"] = {
+        "over": {"lora": {"low": -0.01}, "local": {"low": 0.0}, "ours": {"low": 0.001}}
+    }  # in the other it is not known
     lines = kept.board(cases, ("lora", "local", "ours")).splitlines()
     assert lines[0] == (
         "**Over all 2 cells (level: the paired bootstrap over devices does not separate it at 95 % from the method with the highest mean)**"
     )
     assert lines[4:7] == [
-        "| lora | 0 of 2 | 1 of 2 | 0 of 2 | 3.0 | 3.0 | 100% |",
-        "| local | 2 of 2 | 2 of 2 | - | 1.5 | - | 0% |",
-        "| ours | 1 of 2 | 0 of 2 | 2 of 2 | 1.5 | 1.5 | 70% |",
+        "| lora | 0 of 2 | 1 of 2 | 0 of 2 | 0 of 1 | 3.0 | 3.0 | 100% |",
+        "| local | 2 of 2 | 2 of 2 | - | 0 of 1 | 1.5 | - | 0% |",
+        "| ours | 1 of 2 | 0 of 2 | 2 of 2 | 1 of 1 | 1.5 | 1.5 | 70% |",
     ]
     assert lines[-3:] == [
         "| lora | - | - |",
@@ -250,7 +253,7 @@ def test_the_board_counts_firsts_and_what_is_level_and_finds_the_furthest_leads(
         "| local | +0.2000 (lora; a) | +0.8000 (lora; c) | 25% (lora; a) |",
         "| ours | +0.1000 (lora; a) | +0.7000 (lora; c) | 75%† (lora; b) |",
     ]
-    assert lines[4] == "| lora | 0 of 3 | 1 of 3 | 1 of 3 | 3.0 | 3.0 | 100% |"
+    assert lines[4] == "| lora | 0 of 3 | 1 of 3 | 1 of 3 | 0 of 1 | 3.0 | 3.0 | 100% |"
 
 
 def test_training_that_was_taken_over_is_spent_once_and_set_up_counts(kept: ModuleType) -> None:

@@ -19,7 +19,7 @@ from fedloom.run.plan import Ended, Plan
 from fedloom.run.reading import read
 from fedloom.run.report import write_report
 from fedloom.run.summary import summarise
-from fedloom.run.tables import as_csv, as_markdown, reached_text, terminal
+from fedloom.run.tables import as_csv, as_markdown, as_tex, reached_text, terminal
 from tests.unit.run_folder import write_run
 
 SEEDS = (1, 2)
@@ -250,6 +250,54 @@ def test_a_second_reading_is_of_the_devices_that_took_part(tmp_path: Path) -> No
         for device in how.results["per_device"]:  # type: ignore[index]
             device["participations"] = 0
     assert summarise(PLAN, ended, lambda run: tmp_path / run.name, "lora")["cases"][0]["took_part"] is None, "nobody did"
+
+
+UNREAD = {  # by seed and device: training labels (of two), and of the five test texts how many are of the first class
+    1: (([3, 1], 4), ([0, 2], 4), ([2, 2], 1)),
+    2: (([1, 0], 5), ([0, 4], 0), ([5, 1], 2)),
+}
+
+
+def told_of_labels(out: Path, **how: Any) -> dict[str, Ended]:
+    """The runs of :func:`ended_in` whose test texts are of two classes, all of them predicted as the first."""
+    ended = ended_in(out, **how)
+    for run in ended.values():
+        assert run.results is not None
+        for device, (labels, of_first) in zip(run.results["per_device"], UNREAD[run.results["seed"]], strict=True):
+            cells = [[true, 0, count] for true, count in ((0, of_first), (1, 5 - of_first)) if count]
+            device |= {"labels": labels, "confusion": {"personalised": cells, "global": None}}
+    return ended
+
+
+def test_an_answer_that_reads_no_text_stands_beside_the_methods(tmp_path: Path) -> None:
+    """Seed 1: 4 + 1 + 1 of 15 right (the third device has both labels alike, and the first of them counts); seed 2: 5 + 5 + 2."""
+    summary = summarise(PLAN, told_of_labels(tmp_path), lambda run: tmp_path / run.name, "lora")
+    unread = summary["cases"][0]["commonest"]
+    assert unread["score"]["each"] == pytest.approx({"1": 6 / 15, "2": 12 / 15}) and unread["score"]["mean"] == pytest.approx(0.6)
+    mine = (9 / 15 + 7 / 15) / 2  # the first class to everything
+    assert [unread["over"][m]["difference"] for m in ("lora", "local")] == pytest.approx([mine - 0.6] * 2)
+    assert unread["over"]["lora"]["better"] == 1
+    tables = {title: rows for title, _, rows in terminal(summary)}
+    (scores,) = (rows for title, rows in tables.items() if "after the last round" in title)
+    assert [row[0] for row in scores] == ["lora", "local", "own commonest label"] and scores[-1][1] == "0.6000 ± 0.283"
+    (beside,) = (rows for title, rows in tables.items() if "which reads no text" in title)
+    assert [row[:2] for row in beside] == [["lora", f"{mine - 0.6:+.4f}"], ["local", f"{mine - 0.6:+.4f}"]]
+    lines = list(csv.DictReader(io.StringIO(as_csv(summary))))
+    assert [float(line["commonest_personalised_mean"]) for line in lines] == pytest.approx([0.6, 0.6])
+    assert [float(line["personalised_against_commonest_difference"]) for line in lines] == pytest.approx([mine - 0.6] * 2)
+    assert r"own commonest label & 0.600 $\pm$ 0.283 & -- \\" in as_tex(summary).splitlines()
+
+
+def test_there_is_no_such_answer_where_no_label_is_predicted_or_labels_are_not_told(tmp_path: Path) -> None:
+    tags, silent = told_of_labels(tmp_path / "a"), told_of_labels(tmp_path / "b")
+    tags = {name: Ended({**(run.results or {}), "metric": "entity_f1"}) for name, run in tags.items()}
+    for run in silent.values():
+        assert run.results is not None
+        del run.results["per_device"][1]["labels"]
+    for ended, out in ((tags, "a"), (silent, "b")):
+        summary = summarise(PLAN, ended, lambda run, out=out: tmp_path / out / run.name, "lora")
+        assert summary["cases"][0]["commonest"] is None and "commonest" not in as_tex(summary)
+        assert not any("commonest" in str(rows) for _, _, rows in terminal(summary))
 
 
 def test_the_share_that_is_trained_is_told_where_every_run_tells_it(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 from fedloom.data.numbers import EXACT
 from fedloom.run import figures
 from fedloom.run.reading import Run, solved
+from fedloom.run.standing import PROTOCOLS
 from fedloom.run.statistics import spread
 from fedloom.run.tables import terminal
 from fedloom.run.targets import personalising
 
-PROTOCOLS: tuple[figures.Protocol, ...] = ("personalised", "global")
 COSTS = ("bytes_up", "bytes_down", "device_seconds")
 
 

@@ -24,8 +24,9 @@ import numpy as np
 from matplotlib.colors import to_hex
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from fedloom.run.standing import Protocol
+
 Kind = Literal["svg", "png"]
-Protocol = Literal["personalised", "global"]
 Against = Literal["round", "bytes", "up", "device"]
 Opens = Literal["batches", "batches as cut", "examples", "length"]
 """What a curriculum opens a share of; of length: of the way from its shortest texts to whole ones."""

@@ -1,30 +1,70 @@
 """How the methods of one case stand to each other: the paired bootstrap between any two, who is first, whom it does not separate from the
 first; and all of it once more on those devices alone that took part.
 
+Beside them stands an answer that reads no text: each device gives its own commonest training label to everything. Where labels are skewed
+it scores high, and a method that is not above it has shown that it knows the devices' labels, and nothing about the texts.
+
 A device that no round drew predicts with private parts that were never trained, where a method has such parts, while a method that trains
 before it predicts trains there too. The second reading leaves such devices out, for everybody. This module runs nothing and draws nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from fedloom.data.tasks import METRICS
 from fedloom.run.statistics import Bootstrap, spread, tallies_of
 from fedloom.seeds import Part
 
-PROTOCOLS = ("personalised", "global")
+Protocol = Literal["personalised", "global"]
+PROTOCOLS: tuple[Protocol, ...] = ("personalised", "global")
+
+COMMONEST = "own commonest label"
+"""What tables call the answer that reads no text."""
 
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 """Of each method its results by seed."""
 
 
 def drawn(results: Results, seeds: Sequence[int], path: Sequence[Part]) -> Bootstrap | None:
-    """Every (method, protocol) that has all the ``seeds`` and, of each, its predictions, on the same draws of devices; None if none has."""
-    return _of({(m, p): found for m, of in results.items() for p in PROTOCOLS if (found := _tallies(of, seeds, p))}, results, path)
+    """Every (method, protocol) that has all the ``seeds`` and, of each, its predictions, on the same draws of devices; None if none has.
+    With them (:data:`COMMONEST`, personalised), where labels are what is predicted."""
+    known = {(m, p): found for m, of in results.items() for p in PROTOCOLS if (found := _tallies(of, seeds, p))}
+    whole = [of for m, of in results.items() if (m, "personalised") in known]
+    unread = {seed: found for seed in seeds if whole and (found := unread_of(whole[0][seed])) is not None}
+    return _of({**known, **({(COMMONEST, "personalised"): unread} if len(unread) == len(seeds) else {})}, results, path)
+
+
+def unread_of(result: Mapping[str, Any]) -> np.ndarray | None:
+    """(K, 3, C) as :func:`~fedloom.run.statistics.tallies`, of the answer that reads no text: each device's commonest training label, the
+    first of equals, to all of its test examples. None where it is no label that is predicted, or predictions or labels are not told."""
+    counted = tallies_of(result, "personalised") if result["metric"] in METRICS else None
+    labels = [device.get("labels") for device in result["per_device"]]
+    if counted is None or any(of is None for of in labels):
+        return None
+    devices, given = np.arange(len(labels)), np.array([np.argmax(of) for of in labels])
+    made = np.zeros_like(counted)
+    made[:, 1] = counted[:, 1]
+    made[devices, 0, given] = counted[devices, 1, given]
+    made[devices, 2, given] = counted[:, 1].sum(1)
+    return made
+
+
+def beside_the_commonest(known: Bootstrap | None, methods: Iterable[str], seeds: Sequence[int]) -> dict[str, Any] | None:
+    """The ``score`` of the answer that reads no text, by seed in ``each``, and each method against it (``over``: the method minus it, None
+    where it cannot be computed). None where there is no such answer."""
+    unread = (COMMONEST, "personalised")
+    if known is None or unread not in known.names:
+        return None
+    each = dict(zip(map(str, sorted(seeds)), known.scores(unread), strict=True))
+    return {
+        "score": {**asdict(spread(list(each.values()))), "each": each},
+        "over": {m: against(known, m, COMMONEST, "personalised") for m in methods},
+    }
 
 
 def against(known: Bootstrap | None, mine: str, other: str, protocol: str) -> dict[str, Any] | None:

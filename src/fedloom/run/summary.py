@@ -1,8 +1,9 @@
 """What a comparison comes to, as plain JSON (``summary.json``): every table and the page are made of it.
 
 One entry a case (a data set at one α), with one row a method: the search for its rate, its runs, scores over the seeds, ranks, the paired
-bootstrap against the reference, what it had cost when it reached the target, its lead over every other method; and who is first, and level
-with it, once more on the devices alone that took part. This module runs nothing and draws nothing.
+bootstrap against the reference, what it had cost when it reached the target, its lead over every other method; who is first, and level
+with it, once more on the devices alone that took part; and what an answer that reads no text has. This module runs nothing and draws
+nothing.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ def _case(
     metrics = sorted({str(r["metric"]) for of in results.values() for r in of.values()})
     told_of = {"data": case.data, "alpha": case.alpha, "label": plan.label(case), "metric": "/".join(metrics), "target": goals}
     stands = {"first": {p: standing.first(rows, drawn, p) for p in PROTOCOLS}, "took_part": standing.took_part(results, plan.seeds, path)}
+    stands["commonest"] = standing.beside_the_commonest(drawn, plan.methods, plan.seeds)
     return {**told_of, **stands, "rows": rows}
 
 

@@ -15,9 +15,9 @@ from fedloom.data.numbers import EXACT
 from fedloom.data.tasks import FURTHER
 from fedloom.run.console import NOTHING, human_bytes, human_seconds, score_text
 from fedloom.run.plan import Case, Plan
+from fedloom.run.standing import COMMONEST, PROTOCOLS
+from fedloom.run.summary import SETUP
 
-PROTOCOLS = ("personalised", "global")
-SETUP = ("device_seconds", "flops", "bytes_up", "bytes_down")
 Summary = Mapping[str, Any]
 Cells = Sequence[Sequence[str]]
 
@@ -162,11 +162,18 @@ def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
             cells = [row["method"], *([rate_text(row)] if lr else []), *([str(len(row["runs"]))] if some else [])]
             ranks = [rank_text(row["rank"][p]) for p in PROTOCOLS]
             rows.append([*cells, *(spread_text(final[p]) for p in PROTOCOLS), spread_text(best["personalised"]), "{} ({})".format(*ranks)])
+        if unread := case.get("commonest"):
+            rows.append(
+                [COMMONEST, *([NOTHING] if lr else []), *([str(seeds)] if some else []), spread_text(unread["score"]), *[NOTHING] * 3]
+            )
         shown.append((title, ["method", *lr, *some, *PROTOCOLS, "personalised\nbest", "rank\n(global)"], rows))
         for p in PROTOCOLS:
             if rows := [[row["method"], *against_texts(found)] for row in case["rows"] if (found := row["against"][p])]:
                 title = f"{case['label']}: {p} score against {summary['reference']} (paired bootstrap over devices)"
                 shown.append((title, ["method", "difference", f"{summary['confidence']:.0%} interval", "p", "better in"], rows))
+        if unread and (rows := [[m, *against_texts(found)] for m, found in unread["over"].items() if found]):
+            title = f"{case['label']}: personalised score against each device's {COMMONEST}, which reads no text"
+            shown.append((title, ["method", "difference", f"{summary['confidence']:.0%} interval", "p", "better in"], rows))
         if rows := [
             brought_row(row) for row in case["rows"] if (row["scores"].get("start") or NO_SCORE)["personalised"]["mean"] is not None
         ]:
@@ -319,6 +326,10 @@ def as_csv(summary: Summary) -> str:
             for p in PROTOCOLS:
                 found = row["against"][p] or dict.fromkeys(("difference", "low", "high", "p", "better"))
                 line |= {f"{p}_against_reference_{key}": found[key] for key in ("difference", "low", "high", "p", "better")}
+            unread = case.get("commonest") or {"score": {}, "over": {}}
+            line |= {f"commonest_personalised_{what}": unread["score"].get(what) for what in ("mean", "deviation")}
+            found = unread["over"].get(row["method"]) or {}
+            line |= {f"personalised_against_commonest_{key}": found.get(key) for key in ("difference", "low", "high", "p", "better")}
             for p in PROTOCOLS:
                 cost: Mapping[str, Any] = row["reached"][p] or dict.fromkeys(("device_seconds", "bytes_up", "reached"))
                 line |= {f"{p}_to_target_{key}": cost[key] for key in ("device_seconds", "bytes_up", "reached")}
@@ -388,7 +399,7 @@ def as_tex(summary: Summary) -> str:
     ranks; no package is needed.
 
     The highest mean of a column is bold, of those over all seeds. A plus or minus above a score: its interval against the reference does
-    not hold 0.
+    not hold 0. Below them what reads no text.
     """
     cases, methods, sure = summary["cases"], list(summary["methods"]), f"{summary['confidence']:.0%} interval"
     several = len(cases) > 1
@@ -410,7 +421,16 @@ def as_tex(summary: Summary) -> str:
         cells = [_tex_cell(case["rows"], i, p, key, len(summary["seeds"])) for case, key in parts for p in PROTOCOLS]
         ranks = [rank_text(summary["mean_rank"][p][method]) for p in PROTOCOLS] if several else []
         lines.append(" & ".join([escaped(method), *cells, *ranks]) + r" \\")
+    if any(case.get("commonest") for case in cases):
+        unread = [tex_score(of["score"]) if key == "scores" and (of := case.get("commonest")) else "--" for case, key in parts]
+        cells = [cell for score in unread for cell in (score, "--")] + ["--"] * (2 * several)
+        lines += [r"\hline", " & ".join([COMMONEST, *cells]) + r" \\"]
     return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
+
+
+def tex_score(score: Mapping[str, Any]) -> str:
+    """Mean and deviation as LaTeX sets them."""
+    return f"{score['mean']:.3f}" + ("" if score["deviation"] is None else rf" $\pm$ {score['deviation']:.3f}")
 
 
 def _tex_cell(rows: Sequence[Mapping[str, Any]], i: int, protocol: str, key: str, seeds: int) -> str:
@@ -419,6 +439,6 @@ def _tex_cell(rows: Sequence[Mapping[str, Any]], i: int, protocol: str, key: str
     if score["mean"] is None:
         return "--"
     whole = [middle for of in each if (middle := of["mean"]) is not None and of["count"] == seeds]
-    text = f"{score['mean']:.3f}" + ("" if score["deviation"] is None else rf" $\pm$ {score['deviation']:.3f}")
+    text = tex_score(score)
     sign = "" if found is None else "+" if found["low"] > 0 else "-" if found["high"] < 0 else ""
     return (rf"\textbf{{{text}}}" if score["count"] == seeds and score["mean"] == max(whole) else text) + (f"$^{{{sign}}}$" if sign else "")
