@@ -24,6 +24,7 @@ from fedloom.run.adopt import TAKEN_OVER
 from fedloom.run.checkpoint import write_atomically
 from fedloom.run.loop import DIVERGED
 from fedloom.run.reading import full_name
+from fedloom.run.standing import COMMONEST
 from fedloom.run.statistics import mean_rank
 from fedloom.run.summary import PROTOCOLS
 from fedloom.run.tables import UNCOUNTED, remark
@@ -36,6 +37,8 @@ BESIDE = {"--plain", "--jobs", *map(str, range(1, 65))}
 """Words of ``fedloom compare`` that change no run."""
 LEVEL = "level: the paired bootstrap over devices does not separate it at 95 % from the method with the highest mean"
 """What the board calls level."""
+APART = 0.02
+"""Means over three seeds that are no further apart are not taken for an order."""
 FILES = ("experiment.json", "rounds.jsonl", "results.json", DIVERGED)
 """What a run that has ended is known by, without its checkpoint; one that diverged has no results, any other no ``diverged.json``."""
 
@@ -127,7 +130,11 @@ class Table:
                 mine = json.loads((out / "summary.json").read_text(encoding="utf-8"))["cases"]
                 seconds |= hours(out, mine)
                 cases += mine
-        whole = f"{board(cases, self.methods)}\n{took(seconds, len(self.shapes) * len(self.alphas))}" if cases else ""
+        whole = (
+            f"{scores(cases, self.methods)}\n{board(cases, self.methods)}\n{took(seconds, len(self.shapes) * len(self.alphas))}"
+            if cases
+            else ""
+        )
         self.write({**tables, "overall": whole} if cases else tables)
         print(f"written: {self.page} ({', '.join(tables) or 'nothing'})")
         return code
@@ -160,6 +167,37 @@ class Table:
             if code in STOPPED:
                 sys.exit(code)
         return max(code, self.paged()) if given.page else code
+
+
+def scores(cases: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
+    """Markdown: every case's mean test scores after the last round, a table for each protocol; bold are those that are no more than
+    :data:`APART` below the highest of their case. Beside the personalised ones stands the answer that reads no text."""
+    told = []
+    for protocol in PROTOCOLS:
+        unread = protocol == "personalised" and any(case.get("commonest") for case in cases)
+        lines, shown = [], [m for m in methods if any(mean_of(case, m, protocol) is not None for case in cases)]
+        for case in cases:
+            means = [mean_of(case, method, protocol) for method in shown]
+            means = [case["commonest"]["score"]["mean"] if case.get("commonest") else None, *means] if unread else means
+            best = max(score for score in means if score is not None)
+            lines.append([case["label"], *(score_cell(score, best) for score in means)])
+        headers = ["", *([COMMONEST] if unread else []), *shown]
+        told += [f"**{protocol.capitalize()}, mean over seeds (bold: within {APART:g} of the highest)**", ""]
+        told += [f"| {' | '.join(line)} |" for line in (headers, ["---"] * len(headers), *lines)] + [""]
+    return "\n".join(told)
+
+
+def mean_of(case: Mapping[str, Any], method: str, protocol: str) -> float | None:
+    """A method's score in a case, over its seeds."""
+    return next(row for row in case["rows"] if row["method"] == method)["scores"]["final"][protocol]["mean"]
+
+
+def score_cell(score: float | None, best: float) -> str:
+    """Three decimals, bold where no order can be told from the best."""
+    if score is None:
+        return "-"
+    text = f"{score:.3f}".replace("0.", ".", 1)
+    return f"**{text}**" if score >= best - APART - 1e-9 else text
 
 
 def board(cases: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:

@@ -256,6 +256,31 @@ def test_the_board_counts_firsts_and_what_is_level_and_finds_the_furthest_leads(
     assert lines[4] == "| lora | 0 of 3 | 1 of 3 | 1 of 3 | 0 of 1 | 3.0 | 3.0 | 100% |"
 
 
+def test_all_scores_stand_in_two_tables_and_those_that_are_no_order_are_bold(kept: ModuleType) -> None:
+    def row(method: str, personalised: float | None, shared: float | None) -> dict[str, Any]:
+        return {"method": method, "scores": {"final": {"personalised": {"mean": personalised}, "global": {"mean": shared}}}}
+
+    cases = [
+        {"label": "a", "rows": [row("lora", 0.5, 0.5), row("local", 0.93, None)], "commonest": {"score": {"mean": 0.9499}}},
+        {"label": "b", "rows": [row("lora", 0.25, -0.01), row("local", 0.271, None)], "commonest": None},
+    ]
+    assert kept.scores(cases, ("lora", "local")).splitlines() == [
+        "**Personalised, mean over seeds (bold: within 0.02 of the highest)**",
+        "",
+        "|  | own commonest label | lora | local |",
+        "| --- | --- | --- | --- |",
+        "| a | **.950** | .500 | **.930** |",
+        "| b | - | .250 | **.271** |",
+        "",
+        "**Global, mean over seeds (bold: within 0.02 of the highest)**",
+        "",
+        "|  | lora |",
+        "| --- | --- |",
+        "| a | **.500** |",
+        "| b | **-.010** |",
+    ]
+
+
 def test_training_that_was_taken_over_is_spent_once_and_set_up_counts(kept: ModuleType) -> None:
     trained = {"notes": ["800 rows"], "host_seconds": 60.0, "setup_host_seconds": 5.0}
     assert kept.spent(trained) == 65.0
