@@ -477,9 +477,10 @@ def test_predicting_nothing() -> None:
 
 @pytest.mark.parametrize("compute", [Serial, Stacked])
 def test_scoring_over_what_is_not_there(compute: Callable[[Model], Any]) -> None:
-    item = Score(families.moved(model()), many(1), frozenset({"stranger"}))
-    with pytest.raises(ValueError, match=r"Score is over \['stranger'\], none of which is among the tensors"):
-        compute(model()).run([item])
+    at = families.moved(model())
+    for over in ({"stranger"}, {"stranger", next(iter(at))}):
+        with pytest.raises(ValueError, match=r"Score is over \['stranger'\], not among the tensors that it is at"):
+            compute(model()).run([Score(at, many(1), frozenset(over))])
 
 
 # bfloat16

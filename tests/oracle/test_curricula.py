@@ -20,7 +20,11 @@ from fedloom.client.curricula.slw import LengthWarmup
 from fedloom.client.curricula.voc import ByRarity
 from fedloom.client.curriculum import shuffled
 from fedloom.compute.work import Fit, Predict, Score
+from fedloom.methods import all_methods
+from fedloom.model.adapters import is_head
+from fedloom.run.recipes import with_curriculum
 from fedloom.server.participation import Pool, uniform
+from tests.conformance.played import Played
 from tests.oracle import numpy_curricula as numpy
 from tests.oracle import real
 from tests.oracle.numpy_encoder import Example, Tensors
@@ -234,3 +238,25 @@ def test_the_facts_tell_the_pacing() -> None:
         "voc": "examples", "slw": "length", "shortformer": "length", "fisher": "batches", "fisher, all": "batches",
             "fisher, unsorted": "batches as cut", "loss": "batches"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("over", ["adapter", "all"])
+@pytest.mark.parametrize("name", ["lora", "ffa", "rolora", "fedcybgd", "slora"])
+def test_what_a_device_is_about_to_train_is_what_it_scores_and_nothing_beside_it(name: str, over: Any) -> None:
+    """P is the trainable parameters: not what the model has beside them, what was sent before, or what lies under them."""
+    method = with_curriculum(all_methods()[name](), ByFisher(over=over))
+    played, scores = Played(method, Pool((0, 1, 2, 3), 3, 4, 5)), list[Score]()
+    run = played.compute.run
+
+    def seen(items: Any) -> Any:
+        scores.extend(item for item in items if isinstance(item, Score))
+        return run(items)
+
+    played.compute.run = seen
+    for _ in range(2):
+        scores.clear()
+        played.round()
+        for score in scores:
+            (fit,) = (fit for fit in played.fits if fit.examples is score.examples)
+            assert score.over == {n for n in fit.start if over == "all" or not is_head(n)}
+    assert scores, "in the second round some take part for the first time"

@@ -8,7 +8,7 @@ neither methods nor engines, and nothing of it leaves the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -47,9 +47,10 @@ class Curriculum(Protocol):
     """The protocol of a curriculum: a frozen dataclass whose fields are its settings. The package's own also have the class
     attributes ``name`` (its name on the command line) and ``paper``."""
 
-    def prepare(self, c: Client, at: Tensors, round: int) -> Work[None]:
+    def prepare(self, c: Client, at: Tensors, round: int, trained: Collection[str] = ()) -> Work[None]:
         """What must be known of the examples before :meth:`open`; kept in ``c.memory``, so that it is computed when it is due and no
-        oftener. ``at``: the tensors that the device is about to train. Whatever takes work is yielded as work items."""
+        oftener. ``at``: the tensors of the device's model; ``trained``: those of them that it is about to train, if not all. Whatever takes
+        work is yielded as work items."""
         ...
 
     def open(self, c: Client, turn: Turn) -> Opened:

@@ -251,13 +251,12 @@ def scored_names(item: Score | Fisher | Spectrum) -> list[str]:
     """The tensors whose gradients a Score, Fisher or Spectrum is about, in order.
 
     Raises:
-        ValueError: none of ``over`` is among ``at``.
+        ValueError: there are none, or some of ``over`` are not among ``at``.
     """
     names = [n for n in item.at if item.over is None or n in item.over]
-    if not names:
-        raise ValueError(
-            f"{type(item).__name__} is over {sorted(item.over or ())[:4]}, none of which is among the tensors {sorted(item.at)[:4]}"
-        )
+    if not names or len(names) < len(item.over or ()):
+        missing = sorted((item.over or frozenset()) - item.at.keys())
+        raise ValueError(f"{type(item).__name__} is over {missing[:4]}, not among the tensors that it is at: {sorted(item.at)[:4]}")
     return names
 
 

@@ -305,14 +305,14 @@ WorkItem = Fit | Score | Fisher | Sensitivity | Spectrum | Predict | Pretrained 
 
 
 def grounded(item: WorkItem) -> tuple[WorkItem, dict[str, torch.Tensor]]:
-    """The item without the weights under LoRA's pairs that it names and does not train, and those: what its model stands on. Where they are
-    all that a Score, Fisher or Spectrum is over, they are what is trained, and stay."""
+    """The item without the weights under LoRA's pairs that it names and does not train, and those: what its model stands on. Where a Score,
+    Fisher or Spectrum is over any of them, they are what is trained, and stay."""
     if isinstance(item, Pretrained | Initial):
         return item, {}
     held = item.fixed if isinstance(item, Fit) else item.at
     weights = {name: tensor for name, tensor in held.items() if is_beneath(name)}
     over = item.over if isinstance(item, Score | Fisher | Spectrum) else None
-    if not weights or (over and weights.keys() >= over):
+    if not weights or (over and not over.isdisjoint(weights)):
         return item, {}
     rest = without(held, weights)
     return (replace(item, fixed=rest) if isinstance(item, Fit) else replace(item, at=rest)), weights

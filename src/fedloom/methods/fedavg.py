@@ -110,10 +110,11 @@ class FedAvg:
         """The settings that tell a device the time: t, and T where a curriculum depends on it."""
         return {"round": round, "rounds": pool.rounds} if self.has_curriculum else {"round": round}
 
-    def open(self, c: Client, at: Tensors, task: Task) -> Work[Opened]:
-        """What the curriculum opens at the time that the task tells (:meth:`clock`). ``at``: all tensors of the device's model now."""
+    def open(self, c: Client, at: Tensors, task: Task, trained: Collection[str] = ()) -> Work[Opened]:
+        """What the curriculum opens at the time that the task tells (:meth:`clock`). ``at``: all tensors of the device's model now;
+        ``trained``: those of them that it trains, if not all."""
         turn = self._turn(c, task)
-        yield from self.curriculum.prepare(c, at, turn.round)
+        yield from self.curriculum.prepare(c, at, turn.round, trained)
         return self.curriculum.open(c, turn)
 
     def learn(
@@ -136,7 +137,8 @@ class FedAvg:
         ``watch``: how each number's importance is watched. ``skips``: layers that are left out, of which no tensor is given.
         ``optimizer``: another than this method's."""
         given = {**(fixed or {}), **start}
-        opened = yield from self.open(c, given if through is None else through(given), task)
+        at, trained = (given, start) if through is None else (through(given), ())
+        opened = yield from self.open(c, at, task, trained)
         t, own = int(task.settings["round"]), c.private.keys() - task.tensors.keys()  # type: ignore[arg-type]
         fit = self.fit(c, start, opened.batches, t, mask, penalty, fixed=fixed, examples=opened.examples, bias=bias, own=own)
         more = {"correction": correction or {}, "through": through, "watch": watch, "skips": skips, "optimizer": optimizer or fit.optimizer}

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -104,9 +104,9 @@ class Curriculum:
         over = "adapter" if self.over == "adapter" or self.head == "left-out" else "all"
         return ByFisher(self.start, self.full_at, self.pacing, self.granularity, self.refresh, over)
 
-    def prepare(self, c: Client, at: Tensors, round: int) -> Work[None]:
+    def prepare(self, c: Client, at: Tensors, round: int, trained: Collection[str] = ()) -> Work[None]:
         """The difficulty of every example."""
-        return self.on_device.prepare(c, at, round)
+        return self.on_device.prepare(c, at, round, trained)
 
     def open(self, c: Client, turn: Turn) -> Opened:
         """The easiest batches."""

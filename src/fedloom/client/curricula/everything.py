@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ class Everything:
     name: ClassVar[str] = "none"
     paper: ClassVar[str] = "FedAvg 1602.05629"
 
-    def prepare(self, c: Client, at: Tensors, round: int) -> Work[None]:
+    def prepare(self, c: Client, at: Tensors, round: int, trained: Collection[str] = ()) -> Work[None]:
         """Nothing."""
         yield from ()
 

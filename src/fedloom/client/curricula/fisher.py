@@ -14,6 +14,7 @@ method trains under (FedEven's log π_k) is not in it.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -37,8 +38,8 @@ class ByFisher:
         pacing: how the share grows between them.
         granularity: sort fixed batches, or sort examples and then cut, or sort nothing: batches as they were cut.
         refresh: score anew at the current model when the scores are this many rounds old (0: never).
-        over: whose gradient is the score: the adapter's alone, or that of the head too; never the base model's. Of the adapter it is
-            all that the device's model has, also what its method holds fixed (FFA-LoRA's A) and rows that FibecFed's mask leaves out.
+        over: whose gradient is the score, of what the device is about to train when it scores (of FFA-LoRA B, of FedCyBGD a block): of all
+            of it but the head, or of the head too. A mask leaves nothing out: of SLoRA's first stage it is the whole weights.
     """
 
     name: ClassVar[str] = "fisher"
@@ -58,14 +59,15 @@ class ByFisher:
         if self.refresh and self.granularity == "unsorted":
             raise ValueError(f"refresh is {self.refresh}, and unsorted batches have no scores to refresh; leave it at 0, or sort them")
 
-    def prepare(self, c: Client, at: Tensors, round: int) -> Work[None]:
+    def prepare(self, c: Client, at: Tensors, round: int, trained: Collection[str] = ()) -> Work[None]:
         """d_i of every example, at the first participation and whenever the scores are too old; of none where nothing is sorted."""
         if self.granularity == "unsorted":
             return
         known = "difficulty" in c.memory
         if known and not (self.refresh and round - int(c.memory["scored_at"]) >= self.refresh):
             return
-        over = frozenset(n for n in at if not is_head(n)) if self.over == "adapter" else None
+        mine = frozenset(trained or at)
+        over = frozenset(n for n in mine if not is_head(n)) if self.over == "adapter" else mine if trained else None
         difficulty = yield Score(at, c.train, over)
         c.memory |= {"difficulty": torch.from_numpy(difficulty), "scored_at": torch.tensor(round)}
 

@@ -9,6 +9,7 @@ Batches, order and pacing are those of ``fisher.py``, so the two differ in the s
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,7 +45,7 @@ class ByLoss:
     def __post_init__(self) -> None:
         insist_on_shares(start=self.start, full_at=self.full_at)
 
-    def prepare(self, c: Client, at: Tensors, round: int) -> Work[None]:
+    def prepare(self, c: Client, at: Tensors, round: int, trained: Collection[str] = ()) -> Work[None]:
         """The loss of every example, once."""
         if self.granularity == "unsorted" or "difficulty" in c.memory:
             return

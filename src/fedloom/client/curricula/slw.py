@@ -14,6 +14,7 @@ said by ``Examples.truncated``.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -42,7 +43,7 @@ class LengthWarmup:
             raise ValueError(f"texts are cut to at least 2 tokens; start is {self.start}")
         insist_on_shares(full_at=self.full_at)
 
-    def prepare(self, c: Client, at: Tensors, round: int) -> Work[None]:
+    def prepare(self, c: Client, at: Tensors, round: int, trained: Collection[str] = ()) -> Work[None]:
         """Nothing."""
         yield from ()
 

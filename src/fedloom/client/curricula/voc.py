@@ -17,6 +17,7 @@ Of the paper's competences there is the square root, its recommendation.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -46,7 +47,7 @@ class ByRarity:
     def __post_init__(self) -> None:
         insist_on_shares(start=self.start, full_at=self.full_at)
 
-    def prepare(self, c: Client, at: Tensors, round: int) -> Work[None]:
+    def prepare(self, c: Client, at: Tensors, round: int, trained: Collection[str] = ()) -> Work[None]:
         """Nothing: difficulty depends on the texts alone."""
         yield from ()
 
