@@ -46,8 +46,9 @@ from fedloom.compute.work import (
 )
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
-from fedloom.model.base import Model, free_bytes
+from fedloom.model.base import Model
 from fedloom.model.layout import RowsKept
+from fedloom.model.machine import free_bytes
 from fedloom.model.memory import kept as kept_bytes
 from fedloom.model.texts import Texts
 from fedloom.tensors import fingerprint

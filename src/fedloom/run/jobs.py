@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 
 from fedloom.engines.heap import in_large_pages
-from fedloom.model.base import free_bytes
+from fedloom.model.machine import free_bytes
 from fedloom.run.adopt import TAKEN_OVER
 from fedloom.run.checkpoint import holds_training, told_at_the_end, write_atomically
 from fedloom.run.ending import TRACEBACK
