@@ -28,7 +28,7 @@ import torch
 from safetensors import safe_open
 
 from fedloom.client.curricula.fisher import ByFisher
-from fedloom.compute.stacked import TOKENS, token_bytes
+from fedloom.compute.stacked import TOKENS, pass_bytes
 from fedloom.engines.local import HEAVY, WAVE
 from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.methods.fibecfed import FibecFed
@@ -189,7 +189,7 @@ def sizes_of(model: Model, method: Any) -> Sizes:
         numbers(model.module),
         sum(trained.values()),
         at_once(trained, model.initial, method),
-        token_bytes(model),
+        pass_bytes(model),
         model.few,
         model.base_in,
     )
