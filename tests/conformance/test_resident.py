@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip ins
 
 from fedloom.client.store import FILE
 from fedloom.engines.federation import Ungreeted
-from fedloom.engines.resident import Resident, bytes_of, group_limit
+from fedloom.engines.resident import Resident, bytes_of
 from fedloom.engines.workers import Start, WorkerError
 from fedloom.messages import Failure, Task, Update
 from fedloom.wire import WireError, pack, unpack
@@ -146,6 +147,23 @@ def test_a_worker_that_cannot_begin_says_why(tmp_path: Path) -> None:
     assert resident._worker is None
 
 
+REFUSES = """
+import sys, time
+from multiprocessing.connection import Connection
+Connection(int(sys.argv[1])).send_bytes(b'{"kind": "failed", "text": "no room", "blobs": 0}')
+time.sleep(60)
+"""
+
+
+def test_a_greeting_that_was_refused_is_refused_again_while_the_worker_still_ends(tmp_path: Path) -> None:
+    """A server that is started anew greets at once. The worker said no and is not gone yet; that it is there is no consent."""
+    resident = Resident(tmp_path, lambda greeting: Start((sys.executable, "-c", REFUSES), {}, lambda number: {}), deadline=60.0)
+    for _ in range(2):
+        with pytest.raises(WorkerError, match="could not start: no room"):
+            resident.greet(GREETING)
+        assert resident._worker is None
+
+
 # what the worker may hold
 
 
@@ -178,13 +196,11 @@ def test_a_worker_that_cannot_even_begin_within_its_bound_says_so(resident: Resi
         resident.greet(GREETING)
 
 
-def test_the_bound_is_what_was_said_or_nine_tenths_of_what_there_is(tmp_path: Path) -> None:
+def test_the_bound_is_what_was_said_or_nine_tenths_of_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bytes_of(1.5) == 3 * 2**29
-    most = psutil.virtual_memory().total
-    assert 0 < bytes_of(0.0) <= 0.9 * most
-    (tmp_path / "max").write_text("max\n")
-    (tmp_path / "some").write_text("123456\n")
-    assert [group_limit(tmp_path / name) for name in ("max", "some", "none")] == [2**62, 123456, 2**62]
+    assert 0 < bytes_of(0.0) <= 0.9 * psutil.virtual_memory().total
+    monkeypatch.setattr("fedloom.engines.resident.all_bytes", lambda: 1000)
+    assert bytes_of(0.0) == 900
     for wrong in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="number of GiB"):
             bytes_of(wrong)

@@ -14,7 +14,7 @@ import torch
 
 from fedloom.compute.compute import Done
 from fedloom.compute.serial import Serial
-from fedloom.compute.stacked import Stacked, _chunks, _states_that_fit, token_bytes
+from fedloom.compute.stacked import Stacked, _chunks, _states_that_fit, pass_bytes
 from fedloom.compute.work import AdamW, Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, Smoothing, WorkItem
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
@@ -716,7 +716,7 @@ def test_a_pass_holds_what_memory_and_tokens_allow(monkeypatch: pytest.MonkeyPat
     texts = sum(SIZES)
     assert cuts(of, items) == [texts]
     tokens = sum(int(examples(k).lengths.sum()) for k in range(4))
-    monkeypatch.setattr("fedloom.compute.stacked.free_bytes", lambda device: int(token_bytes(of) * tokens / 2 / 0.4) + 1)
+    monkeypatch.setattr("fedloom.compute.stacked.free_bytes", lambda device: int(pass_bytes(of) * tokens / 2 / 0.4) + 1)
     held = cuts(of, items)
     assert sum(held) == texts and len(held) in (2, 3)
     monkeypatch.setattr("fedloom.compute.stacked.free_bytes", lambda device: 0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedloom.client.curriculum import shuffled
-from fedloom.compute.stacked import Stacked, token_bytes
+from fedloom.compute.stacked import Stacked, pass_bytes
 from fedloom.compute.work import AdamW, Fit, Predict, Score
 from fedloom.model.adapters import Adapter
 from fedloom.model.loading import load
@@ -44,4 +44,4 @@ def test_a_stack_stays_within_its_estimate() -> None:
     before = torch.cuda.memory_allocated()
     Stacked(model, 8).run([Fit(model.initial, examples, shuffled(64, 8, k, "x"), AdamW(1e-3)) for k in range(8)])
     tokens = 8 * 8 * int(examples.lengths.max())
-    assert torch.cuda.max_memory_allocated() - before <= 2 * tokens * token_bytes(model)
+    assert torch.cuda.max_memory_allocated() - before <= 2 * tokens * pass_bytes(model)

@@ -288,6 +288,14 @@ def test_write_atomically_never_shows_half_a_file(tmp_path: Path, monkeypatch: p
     assert path.read_text() == "new"
     assert [p.name for p in path.parent.iterdir()] == ["file.json"]
 
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, "newer" * 1000)
+    assert path.read_text() == "new" and [p.name for p in path.parent.iterdir()] == ["file.json"]
+
 
 def test_only_one_process_at_a_time(tmp_path: Path) -> None:
     with only_one(tmp_path / "run"):

@@ -43,7 +43,7 @@ DOORS = {
     "transformers": {"model/loading.py"},
     "datasets": {"data/sources.py"},
     "pyarrow": {"data/"},
-    "psutil": {"model/base.py", "engines/resident.py"},
+    "psutil": {"model/machine.py", "engines/resident.py"},
     "flwr": {"engines/flower.py", "engines/gate.py", "engines/link.py", "engines/node.py", "engines/federation.py", "flower_app.py"},
     "fastapi": {"engines/gate.py", "engines/link.py"},
     "starlette": {"engines/gate.py", "engines/link.py"},

@@ -19,7 +19,7 @@ from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.compare import homes
 from fedloom.run.experiment import Experiment, as_json
 from fedloom.run.job import Event, failed, obey
-from fedloom.run.jobs import Crew, Process, carry_out, environment, order_of
+from fedloom.run.jobs import Crew, Process, carry_out, order_of
 from fedloom.run.loop import claim
 from fedloom.run.memory import Portion
 from fedloom.run.plan import Ended, Run
@@ -229,15 +229,6 @@ def test_a_run_that_does_not_fit_into_its_share_is_refused(known: bool, tmp_path
     obey(json.loads(json.dumps(order_of(asked, tmp_path / "a", None, portion=Portion(2, 5)))), told.append)
     assert told[-1]["kind"] == "failed" and "and 5 B are there for each of 2 runs at a time (--jobs): " in told[-1]["text"]
     assert ("data" in "".join(e["text"] for e in told[:-1])) and not (tmp_path / "a" / "experiment.json").exists()
-
-
-def test_each_process_has_one_thread_unless_told() -> None:
-    assert environment(0, 0)["OMP_NUM_THREADS"] == environment(3, 0)["MKL_NUM_THREADS"] == "1"
-    assert environment(0, 3)["OMP_NUM_THREADS"] == "3"
-
-
-def test_each_process_asks_for_large_pages() -> None:
-    assert "hugetlb" in environment(0, 0)["GLIBC_TUNABLES"]
 
 
 def test_a_fault_of_the_program_tells_where_it_is() -> None:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedloom.data.tasks import DataError
 from fedloom.fleet import DeviceProfile, Fleet
 from fedloom.messages import Failure, Replies, Task, Traffic, Update
+from fedloom.run import ledger as of_runs
 from fedloom.run.checkpoint import CheckpointError
+from fedloom.run.experiment import Experiment
 from fedloom.run.ledger import Ledger, Personalising, peak_rss_bytes
+from fedloom.run.loop import run
+from fedloom.run.world import World
+from tests import small
 
 FLEET = Fleet((DeviceProfile("round", 100.0, 10.0, 20.0, 1.0),))
 SCORES = {"test": {"personalised": 0.5, "global": 0.25}, "validation": {"personalised": 0.4, "global": 0.3, "loss": 1.5}}
@@ -158,6 +167,33 @@ def test_no_rows_yet(tmp_path: Path) -> None:
 
 def test_memory_never_falls() -> None:
     assert peak_rss_bytes() <= peak_rss_bytes()
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system does not let the peak begin anew")
+def test_a_runs_peak_is_its_own_and_not_that_of_the_runs_before_it(tmp_path: Path) -> None:
+    """A comparison carries out one run after another in one process. Here a large one has ended, and the next begins."""
+
+    def none(experiment: Experiment) -> World:
+        held.append(peak_rss_bytes())
+        raise DataError("none")
+
+    held, large = list[int](), 2**28
+    assert len(b"x" * large) == large
+    assert (most := peak_rss_bytes()) > large and peak_rss_bytes() == most, "what was given back still counts"
+    with pytest.raises(DataError, match="none"):
+        run(small.experiment(), tmp_path, plain=True, built=none)
+    assert held[0] < most - large // 2
+    assert len(b"x" * large) == large and peak_rss_bytes() > held[0] + large // 2, "and it counts from there"
+
+
+def test_where_linux_does_not_tell_the_peak_is_the_processs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(of_runs, "PROCESS", tmp_path / "nowhere")
+    of_runs.forget_peak()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert peak_rss_bytes() == most * (1 if sys.platform == "darwin" else 1024)
+    (tmp_path / "status").write_text("Name:\tpython\nVmPeak:\t  9000 kB\nVmHWM:\t  1234 kB\nVmRSS:\t  100 kB\n")
+    monkeypatch.setattr(of_runs, "PROCESS", tmp_path)
+    assert peak_rss_bytes() == 1234 * 1024
 
 
 @pytest.mark.parametrize("update", [Update(1, 5, {}, {"loss": "low"}), Update(1, 5, {}, {"loss": [0.5]}), Update(1, 0, {}, {"loss": 9.0})])

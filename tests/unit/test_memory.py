@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -221,6 +222,8 @@ def test_what_cannot_fit_a_gpu_is_refused() -> None:
         insist_on_room(sizes, block, free=here.total - 1, gpus=[10**9])
     told_of = dict(told(here, sizes, there))
     assert "training a device" in told_of["memory on a GPU here"] and "memory on a GPU here" not in dict(told(here, sizes))
+    assert re.search("^[0-9.]+ kB at the most: ", told_of["memory here"]), "nothing is passed through here"
+    assert re.search("^[0-9.]+ kB with no more than 8 texts in a pass, which takes more where they fit: ", told_of["memory on a GPU here"])
 
 
 def test_a_description_of_what_cannot_fit_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from fedloom.compute.flops import Flops
 from fedloom.compute.serial import Serial
-from fedloom.compute.stacked import Part, Stacked, token_bytes
+from fedloom.compute.stacked import Part, Stacked, pass_bytes
 from fedloom.compute.work import AdamW, Fisher, Fit, Predict, Score, Sensitivity, Spectrum, WorkItem
 from fedloom.data.examples import Examples
 from fedloom.methods.embracingfl import EmbracingFL
@@ -348,10 +348,10 @@ def test_the_forecast_knows_it() -> None:
     with again(of):
         made = [one.activations for one in needs(of, 5, recomputed=True)]
         assert made == [5 * of.max_length * (inside + state * min(layers, 3)) for layers in range(5)]
-        assert token_bytes(of) == inside + 3 * state and token_bytes(of, twice=True) == 3 * inside
+        assert pass_bytes(of) == inside + 3 * state and pass_bytes(of, twice=True) == 3 * inside
         less, chosen = sizes_of(of, FedCyBGD()).per_token, EmbracingFL().init(of).facts
     assert chosen == EmbracingFL().init(of).facts, "what a method chooses by memory does not depend on how it is computed"
-    assert less == inside + 3 * state and sizes_of(of, FedCyBGD()).per_token == 3 * inside == token_bytes(of)
+    assert less == inside + 3 * state and sizes_of(of, FedCyBGD()).per_token == 3 * inside == pass_bytes(of)
     large = replace(sizes_of(of, FedCyBGD()), model=10**9, trained=10**9)
     with pytest.raises(ExperimentError, match=r"--engine\.recompute \(less for passing a batch through"):
         insist_on_room(large, Experiment(FedCyBGD(), clients=4, cohort=2), free=10**9)

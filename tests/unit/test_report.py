@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from html.parser import HTMLParser
@@ -12,7 +13,7 @@ import matplotlib.axes
 import numpy as np
 import pytest
 
-from fedloom.run import figures, report
+from fedloom.run import figures
 from fedloom.run.reading import label_runs, read
 from fedloom.run.report import write_report
 from fedloom.run.spent import spent
@@ -209,10 +210,19 @@ def test_the_page_is_replaced_in_one_step(tmp_path, monkeypatch, undrawn):
     def fail(source, target):
         raise OSError("disk full")
 
-    monkeypatch.setattr(report.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_report([folder], out)
     assert out.read_bytes() == first and sorted(p.name for p in tmp_path.iterdir()) == ["a", "report.html"]
+
+
+def test_who_may_read_the_page_the_user_says(tmp_path, undrawn):
+    before = os.umask(0o077)
+    try:
+        out = write_report([write_run(tmp_path / "a")], tmp_path / "report.html")
+    finally:
+        os.umask(before)
+    assert out.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_report_needs_folders_and_a_file_to_write(tmp_path):

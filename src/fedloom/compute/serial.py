@@ -97,17 +97,19 @@ class Serial:
         model, o = self.model, item.optimizer
         start = {n: t.detach().float().to(model.device) for n, t in sorted(item.start.items())}
         now = {n: t.clone().requires_grad_(True) for n, t in start.items()}
-        low = model.dtype if item.through is None else torch.float32
-        fixed = {n: t.detach().to(model.device, low) for n, t in item.fixed.items()}
+        dtype = model.dtype if item.through is None else torch.float32
+        fixed = {n: t.detach().to(model.device, dtype) for n, t in item.fixed.items()}
         anchor = start if item.anchor is None else {n: t.detach().float().to(model.device) for n, t in item.anchor.items()}
         mask = {n: t.to(model.device).expand_as(start[n]) for n, t in item.mask.items()}
         correction = {n: t.detach().float().to(model.device) for n, t in item.correction.items()}
         bias = torch.zeros((), device=model.device) if item.bias is None else item.bias.float().to(model.device)
         inner = {} if o.low_rank is None else projected({n: t.shape for n, t in now.items()}, o.low_rank)
-        low = {n: torch.zeros(shape, device=model.device, requires_grad=True) for n, shape in inner.items()}  # where Adam has taken them
+        factors = {
+            n: torch.zeros(shape, device=model.device, requires_grad=True) for n, shape in inner.items()
+        }  # where Adam has taken them
         bases: dict[str, torch.Tensor] = {}
         adam = torch.optim.AdamW(
-            [{"params": [t for n, t in now.items() if n not in low]}, {"params": list(low.values()), "weight_decay": 0.0}],
+            [{"params": [t for n, t in now.items() if n not in factors]}, {"params": list(factors.values()), "weight_decay": 0.0}],
             lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay,
         )  # fmt: skip
         _load_moments(adam, now, item.moments)
@@ -137,15 +139,15 @@ class Serial:
                 torch.nn.utils.clip_grad_norm_(list(now.values()), o.clip)
             for group in adam.param_groups:
                 group["lr"] = o.rate(i, len(item.batches))
-            before = {n: t.detach().clone() for n, t in low.items()}
+            before = {n: t.detach().clone() for n, t in factors.items()}
             if o.low_rank is not None:
-                gradient_of = {n: g for n in low if (g := now[n].grad) is not None}
+                gradient_of = {n: g for n in factors if (g := now[n].grad) is not None}
                 bases = {n: directions(g, o.low_rank.rank) for n, g in gradient_of.items()} if i % o.low_rank.every == 0 else bases
                 for name, gradient in gradient_of.items():
-                    low[name].grad = down(bases[name], gradient)
+                    factors[name].grad = down(bases[name], gradient)
             adam.step()
             with torch.no_grad():
-                for name, at in low.items():
+                for name, at in factors.items():
                     assert o.low_rank is not None
                     now[name].mul_(1 - o.rate(i, len(item.batches)) * o.weight_decay)
                     now[name].add_(up(bases[name], at - before[name], now[name].shape), alpha=o.low_rank.scale)
@@ -155,7 +157,9 @@ class Serial:
             losses.append(float(loss.detach()))
         importance = {n: (mean * apart).cpu() for n, (mean, apart) in seen.items()}
         means = {n: (total / max(1, len(item.batches))).cpu() for n, total in sums.items()}
-        return Fitted({n: t.detach().cpu() for n, t in now.items()}, np.array(losses), _moments(adam, {**now, **low}), importance, means)
+        return Fitted(
+            {n: t.detach().cpu() for n, t in now.items()}, np.array(losses), _moments(adam, {**now, **factors}), importance, means
+        )
 
     def _each_gradient(self, at: Tensors, examples: Examples, names: Sequence[str], i: int) -> list[torch.Tensor]:
         now = {n: t.detach().float().to(self.model.device).requires_grad_(n in names) for n, t in at.items()}

@@ -46,8 +46,9 @@ from fedloom.compute.work import (
 )
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
-from fedloom.model.base import Model, free_bytes
+from fedloom.model.base import Model
 from fedloom.model.layout import RowsKept
+from fedloom.model.machine import free_bytes
 from fedloom.model.memory import kept as kept_bytes
 from fedloom.model.texts import Texts
 from fedloom.tensors import fingerprint
@@ -149,7 +150,7 @@ class Stacked:
             MemoryError: a single text does not fit.
         """
         waiting = list(reversed(parts))
-        per_token = token_bytes(self.model)
+        per_token = pass_bytes(self.model)
         while waiting:
             free = MEMORY_SHARE * free_bytes(self.model.device)
             taken, tokens = [], 0
@@ -424,7 +425,7 @@ class Stacked:
             found.update(zip(of, spectra([items[k] for k in of], *twice_differentiated(wanted[of], gradient)), strict=True))
 
         longest = max(int(i.examples.lengths[i.batch].max()) * len(i.batch) for i in items)
-        each = 8 * (items[0].steps + 8) * flat.size + 4 * longest * token_bytes(
+        each = 8 * (items[0].steps + 8) * flat.size + 4 * longest * pass_bytes(
             self.model, twice=True
         )  # the basis; the graph of the gradient
         self._passes(items, [Part(k, item.batch) for k, item in enumerate(items)], measure, each)
@@ -537,7 +538,7 @@ def _states_that_fit(item: WorkItem, device: torch.device) -> int:
     return max(1, int(MEMORY_SHARE * free_bytes(device) / max(1, each)))
 
 
-def token_bytes(model: Model, twice: bool = False) -> int:
+def pass_bytes(model: Model, twice: bool = False) -> int:
     """What a pass through all layers keeps alive for one token (:func:`fedloom.model.memory.kept`). ``twice``: one whose gradients are
     differentiated again, for which nothing is computed again."""
     return kept_bytes(model, model.depth, model.recomputes and not twice)

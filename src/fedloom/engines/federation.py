@@ -139,8 +139,8 @@ class Federation:
             for failure in replies.failures:
                 if failure.client in sizes and failure.reason != LATE:
                     self._leave_out(failure)
-            who = [asked[outline.client] for outline in replies.updates]
-            whole_again = (update for task in who for update in self._opened(task, answers[task.client], aside).updates)
+            answered = [asked[outline.client] for outline in replies.updates]
+            whole_again = (update for task in answered for update in self._opened(task, answers[task.client], aside).updates)
             return replace(replies, updates=tuple(self._taken(update, take) for update in whole_again))
 
     def _numbered(self, tasks: Sequence[Task]) -> list[Task]:

@@ -31,6 +31,7 @@ from fedloom.client.store import FILE, ClientStore, flush
 from fedloom.engines.federation import Ungreeted
 from fedloom.engines.workers import ANSWERS, ATTEMPTS, READY, Start, Worker, WorkerError, receive, send
 from fedloom.messages import Failure
+from fedloom.model.machine import all_bytes
 from fedloom.wire import SHORT, Blob, WireError, digest_of
 
 LOOK = 0.5
@@ -55,16 +56,7 @@ def bytes_of(gib: float) -> int:
     """
     if not (gib >= 0 and math.isfinite(gib)):
         raise ValueError(f"--memory is {gib}; it must be a number of GiB above 0, or 0 for nine tenths of this machine's")
-    return int(gib * GIB) or int(SHARE * min(psutil.virtual_memory().total, group_limit(Path("/sys/fs/cgroup/memory.max"))))
-
-
-def group_limit(path: Path) -> int:
-    """Bytes that the control group allows, as Linux tells them; more than any machine has where it says nothing."""
-    try:
-        said = path.read_text().strip()
-    except OSError:
-        return 2**62
-    return int(said) if said.isdecimal() else 2**62
+    return int(gib * GIB) or int(SHARE * all_bytes())
 
 
 class Resident:
@@ -161,6 +153,7 @@ class Resident:
         try:
             told, _ = self._heard(self._worker, READY)
         except WorkerError:
+            self.close()
             raise
         except TooLarge as error:
             self.close()

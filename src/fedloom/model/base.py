@@ -21,7 +21,6 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import psutil
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -33,6 +32,7 @@ from fedloom.model.asked import Asked
 from fedloom.model.calls import CALLS, Call, Shape
 from fedloom.model.cloze import Filler
 from fedloom.model.kernels import computes_bf16
+from fedloom.model.machine import free_bytes
 from fedloom.model.outputs import last_caught, of_layers
 from fedloom.model.packed import Mapped, Packed, Rows, Unpackable, Way, Weights, logits_of
 from fedloom.model.quantised import Base, Quantised, numbers, numbers_in_few
@@ -602,16 +602,6 @@ def kept_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
     return module
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-
-
-def held_bytes() -> int:
-    """Memory that this process holds."""
-    return psutil.Process().memory_info().rss
 
 
 def as_batch(arrays: Mapping[str, np.ndarray], device: torch.device) -> Batch:

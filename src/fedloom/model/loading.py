@@ -52,10 +52,11 @@ from fedloom.model.adapters import (
     trainable_names,
 )
 from fedloom.model.answers import Form, Speaker
-from fedloom.model.base import Batch, Model, ModelError, Precision, free_bytes, reach
+from fedloom.model.base import Batch, Model, ModelError, Precision, reach
 from fedloom.model.calls import CALLS, from_zero
 from fedloom.model.cloze import Cloze, Filler, keep_rows
 from fedloom.model.dropout import SeededDropout
+from fedloom.model.machine import free_bytes
 from fedloom.model.packed import ATTENTION, Way, attend, logits_of
 from fedloom.model.spans import Finder
 from fedloom.model.tags import Tagger

@@ -7,13 +7,14 @@ is its own. Only the last round is evaluated, because the models of the rounds b
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedloom.data.tasks import Split
-from fedloom.engines.engine import drive
+from fedloom.engines.engine import Engine, drive
+from fedloom.messages import Replies, Task
 from fedloom.methods.method import State, set_up
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import CheckpointError, Saved, told_at_the_end, write_atomically
@@ -25,7 +26,7 @@ from fedloom.run.loop import Told, begin, check, claim, engine_of, finish, loade
 from fedloom.run.memory import Portion
 from fedloom.run.starting import OR_ANOTHER, stand_at, start_of
 from fedloom.run.tracking import insist, track_ended
-from fedloom.run.world import build, store_in
+from fedloom.run.world import World, build, store_in
 
 TAKEN_OVER = "trained by "
 """How the last note of such a run begins: its rounds' costs are the trained run's, and were spent once."""
@@ -64,16 +65,13 @@ def adopt(
         if said := stand_at(world.model, saved.start, trained, saved.model, OR_ANOTHER):
             show.note(said)
         claim(folder, experiment)
-        store, method = store_in(folder), experiment.method
+        store = store_in(folder)
         ledger = Ledger(folder, world.fleet, saved.totals)
         ledger.totals.update({name: 0 for name in ledger.totals if name.startswith("setup_")})
         section, engine = ledger.section(), engine_of(world, store)
-        prepared = drive(set_up(method, world.model, world.pool), Told(engine, show), quorum=0, seen=section.hear)
-        if prepared.shared.keys() != saved.state.shared.keys():
-            raise ExperimentError(f"'{experiment.method_name}' shares other tensors than '{method.inner.name}' did; it must be trained")
+        state = prepared_for(world, Told(engine, show), saved.state, section.hear)
         begin(section, world, world.pool.clients)
         ledger.set_up(section)
-        state = State(saved.state.round, saved.state.shared, prepared.server, prepared.facts, saved.state.moments, saved.state.controls)
         show.phase(f"evaluating what {trained.name} trained")
         found = evaluate(world, state, engine, store=store)
         write_atomically(ledger.path, "".join(json.dumps(row) + "\n" for row in _rows(trained, found, nothing(world))))
@@ -83,6 +81,21 @@ def adopt(
         results = finish(world, folder, state, ledger, found, store, [f"{TAKEN_OVER}{trained.name}; evaluated after the last round only"])
         track_ended(track, experiment, folder, results)
         return results
+
+
+def prepared_for(world: World, engine: Engine, trained: State, seen: Callable[[Sequence[Task], Replies], None] | None = None) -> State:
+    """What was ``trained``, as the world's method takes it over: what its own set-up makes for the server is its own, all else stays.
+    ``seen``: who hears that set-up, as of :func:`~fedloom.engines.engine.drive`.
+
+    Raises:
+        ExperimentError: the method shares other tensors than were trained.
+    """
+    e = world.experiment
+    prepared = drive(set_up(e.method, world.model, world.pool), engine, quorum=0, seen=seen)
+    if prepared.shared.keys() != trained.shared.keys():
+        did = replace(e, method=e.method.inner).method_name
+        raise ExperimentError(f"'{e.method_name}' shares other tensors than '{did}' did; it must be trained")
+    return replace(trained, server=prepared.server, facts=prepared.facts)
 
 
 def _rows(trained: Path, found: Evaluation, unknown: Mapping[Split, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -15,9 +15,8 @@ from typing import Any
 
 from fedloom.data.numbers import EXACT as NUMBERS
 from fedloom.data.tasks import FURTHER
-from fedloom.engines.engine import drive
-from fedloom.methods.method import State, set_up
 from fedloom.run import checkpoint
+from fedloom.run.adopt import prepared_for
 from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.evaluation import evaluate
 from fedloom.run.experiment import Experiment, ExperimentError
@@ -64,10 +63,7 @@ def evaluate_again(experiment: Experiment, folder: Path, kind: type[Any] | None 
             log.warning(said)
         engine, state = world.engine(store), saved.state
         if other is not None:
-            prepared = drive(set_up(other.method, world.model, world.pool), engine, quorum=0)
-            if prepared.shared.keys() != state.shared.keys():
-                raise ExperimentError(f"'{other.method_name}' shares other tensors than '{experiment.method_name}' did; it must be trained")
-            state = State(state.round, state.shared, prepared.server, prepared.facts, state.moments, state.controls)
+            state = prepared_for(world, engine, state)
         recorded = None if other else _recorded(folder, state.round)
         writes = recorded is None or NUMBERS in recorded["test"]  # a run of an earlier version has told no numbers
         found = evaluate(world, state, engine, store=store if writes else None)

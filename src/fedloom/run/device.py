@@ -216,7 +216,7 @@ def room(own: Own) -> int:
     """Bytes that this process may still take: what is left of those that it may hold, and no more than are free unless its owner said."""
     import torch
 
-    from fedloom.model.base import free_bytes, held_bytes
+    from fedloom.model.machine import free_bytes, held_bytes
 
     left, free = own.memory - held_bytes(), free_bytes(torch.device("cpu"))
     return max(0, left) if own.said else max(0, min(left, free)) if own.memory else free

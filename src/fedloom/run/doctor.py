@@ -18,6 +18,7 @@ from fedloom.data.sources import load as load_data
 from fedloom.model.kernels import computes_bf16
 from fedloom.model.loading import folder_of
 from fedloom.model.loading import load as load_model
+from fedloom.model.machine import all_bytes
 from fedloom.native.library import why_not
 from fedloom.run.console import human_bytes
 
@@ -48,7 +49,7 @@ def examine(folder: Path) -> list[Finding]:
 
 
 def _machine(folder: Path) -> list[Finding]:
-    memory, disk = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), shutil.disk_usage(folder).free
+    memory, disk = all_bytes(), shutil.disk_usage(folder).free
     bf16, slow = computes_bf16(), why_not()
     fast = "the processor has it" if bf16 else "works, but no faster than float32: this processor has no instructions for it"
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none; the processor is used"
@@ -59,7 +60,7 @@ def _machine(folder: Path) -> list[Finding]:
         Finding(
             "C kernels", None if slow else True, f"PyTorch operations do their work, slower: {slow}" if slow else "compiled and loaded"
         ),
-        Finding("memory", memory > LITTLE_MEMORY, f"{human_bytes(memory)} in this machine; a run of the default model takes about 2 GB"),
+        Finding("memory", memory > LITTLE_MEMORY, f"{human_bytes(memory)} may be had here; a run of the default model takes about 2 GB"),
         Finding("disk", disk > LITTLE_DISK and os.access(folder, os.W_OK), f"{human_bytes(disk)} free in {folder.resolve()}"),
         _cache(),
     ]

@@ -23,8 +23,8 @@ from typing import Any, Protocol
 
 import torch
 
-from fedloom.engines.heap import in_large_pages
-from fedloom.model.base import free_bytes
+from fedloom.engines.environment import environment
+from fedloom.model.machine import free_bytes
 from fedloom.run.adopt import TAKEN_OVER
 from fedloom.run.checkpoint import holds_training, told_at_the_end, write_atomically
 from fedloom.run.ending import TRACEBACK
@@ -269,9 +269,9 @@ class Crew:
         return name, event
 
     def _start(self, slot: int, threads: int) -> Process:
-        words = [sys.executable, "-m", "fedloom.run.job"]
+        words, own = [sys.executable, "-m", "fedloom.run.job"], environment(slot, threads)
         pipe = subprocess.PIPE
-        started = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment(slot, threads)})
+        started = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **own})
         one = Process(started)
         one.readers += [threading.Thread(target=target, args=(one,), daemon=True) for target in (self._events, self._lines)]
         for reader in one.readers:
@@ -293,14 +293,6 @@ class Crew:
                 one.tail.append(line.rstrip())
                 if one.run and (line.startswith("warning: ") or os.environ.get(TRACEBACK)):
                     self.events.put((one, {"kind": "note", "text": line.rstrip()}))
-
-
-def environment(slot: int, threads: int) -> dict[str, str]:
-    """What a process's environment has besides: its threads, large pages and, where there are several GPUs, one of them."""
-    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-    mine = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if torch.cuda.device_count() > 1 else {}
-    own = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads or 1))
-    return {**own, "TOKENIZERS_PARALLELISM": "false", **in_large_pages(), **mine}
 
 
 def order_of(

@@ -31,7 +31,7 @@ from fedloom.run.experiment import Experiment, as_json, as_meant, completed, fir
 from fedloom.run.export import write_global
 from fedloom.run.holdings import held
 from fedloom.run.late import Late, Remembering, welcome
-from fedloom.run.ledger import Ledger, Section
+from fedloom.run.ledger import Ledger, Section, forget_peak
 from fedloom.run.memory import RUN, SERVER, Asker, Need, Portion, Sizes, insist_on_room, sizes_before, sizes_of, told
 from fedloom.run.numbers import as_told
 from fedloom.run.parts import Part
@@ -145,7 +145,8 @@ def _loaded(
     track: Sequence[str],
     portion: Portion | None,
 ) -> dict[str, Any]:
-    """Load everything, then run. Whatever was loaded is gone when this returns."""
+    """Load everything, then run. Whatever was loaded is gone when this returns, and the peak of memory begins anew with it."""
+    forget_peak()
     show.phase("loading data and model")
     world, sizes, need = loaded(experiment, built or build, portion, RUN if built is None else SERVER)
     claim(folder, experiment)

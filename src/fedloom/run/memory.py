@@ -9,10 +9,11 @@ with less for what of M is frozen in few bits (``--adapter.base``: 65/64 or 9/16
 batch through it keeps alive. θ is a block of ``fedcybgd``, else whatever is trained.
 
 **This machine** plays all parts, so it holds more; the lines of :class:`Need` say what. They are an estimate from above of what this code
-keeps at its fullest moment, library and interpreter left out. It does not know how many bytes an allocator never gives back. Of a run in 16
-bits the model is held once, in these, and so is what a device does not train; the start and the server's state are float32. These two lie
-in files that are mapped (``parts.py``): of them counts what a round has changed until it is written, and an adapter's start. Where there is
-a GPU, the model and what computes with it lie there.
+keeps at its fullest moment, library and interpreter left out. It does not know how many bytes an allocator never gives back, and of texts
+that are passed through the model it counts eight: a pass takes more where they fit into what is free (``stacked.py``). Of a run
+in 16 bits the model is held once, in these, and so is what a device does not train; the start and the server's state are float32. These two
+lie in files that are mapped (``parts.py``): of them counts what a round has changed until it is written, and an adapter's start. Where
+there is a GPU, the model and what computes with it lie there.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ import torch
 from safetensors import safe_open
 
 from fedloom.client.curricula.fisher import ByFisher
-from fedloom.compute.stacked import TOKENS, token_bytes
+from fedloom.compute.stacked import TOKENS, pass_bytes
 from fedloom.engines.local import HEAVY, WAVE
 from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.methods.fibecfed import FibecFed
 from fedloom.model.adapters import is_head
-from fedloom.model.base import Model, Precision, free_bytes
+from fedloom.model.base import Model, Precision
 from fedloom.model.blocks import Block, cover, layer_of
 from fedloom.model.loading import folder_here
+from fedloom.model.machine import free_bytes
 from fedloom.model.memory import held, resident
 from fedloom.model.quantised import Base, numbers, size_of
 from fedloom.run.console import human_bytes
@@ -44,6 +46,12 @@ from fedloom.run.world import curriculum_of
 STATES = 8
 """Float32 numbers that training keeps for each number trained: where it began, where it is, its gradient, two moments, and what a step
 makes of them."""
+
+TEXTS = 8
+"""Texts of the greatest length that count of a pass; and no more tokens than a pass on a processor holds."""
+
+PASSING = "passing a batch through"
+"""The name of what these need."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +160,8 @@ def _computing(sizes: Sizes, e: Experiment, processes: int, rest: int) -> Iterat
     yield f"the model in {e.precision}{frozen}", sizes.held(2 if low else 4) * processes
     yield "the model in float32, to score in", 4 * (sizes.model - sizes.few) * processes if low and scores(e) else 0
     yield "training a device", processes * (4 * STATES * sizes.at_once + rest)
-    through = "passing a batch through, layers computed again" if e.engine.recompute else "passing a batch through"
-    yield through, processes * sizes.per_token * min(TOKENS["cpu"], 8 * e.max_length)
+    through = f"{PASSING}, layers computed again" if e.engine.recompute else PASSING
+    yield through, processes * sizes.per_token * min(TOKENS["cpu"], TEXTS * e.max_length)
 
 
 def _with_loading(loading: int, lines: list[tuple[str, int]]) -> Need:
@@ -181,7 +189,7 @@ def sizes_of(model: Model, method: Any) -> Sizes:
         numbers(model.module),
         sum(trained.values()),
         at_once(trained, model.initial, method),
-        token_bytes(model),
+        pass_bytes(model),
         model.few,
         model.base_in,
     )
@@ -332,14 +340,21 @@ def _no_room(
 
 def told(need: Need, sizes: Sizes, there: Need | None = None) -> list[tuple[str, str]]:
     """(what, its value) for a person: this machine, each GPU of it (``there``) and a real device."""
-    parts, on_it = (", ".join(f"{human_bytes(n)} {what}" for what, n in of.lines) if of else "" for of in (need, there))
     low, plain = on_a_device(sizes, True), on_a_device(sizes, False)
     return [
-        ("memory here", f"{human_bytes(need.total)} at the most: {parts}; {human_bytes(free_bytes(torch.device('cpu')))} are free"),
-        *([("memory on a GPU here", f"{human_bytes(there.total)} at the most: {on_it}")] if there else []),
+        ("memory here", f"{_parts(need)}; {human_bytes(free_bytes(torch.device('cpu')))} are free"),
+        *([("memory on a GPU here", _parts(there))] if there else []),
         (
             "memory on a device",
             f"{human_bytes(low)} in 16 bits (2·M + 16·|θ|, |θ| = {sizes.at_once:,}), {human_bytes(plain)} in float32 (4·M + 12·|θ|)"
             + (f"; {sizes.few:,} of M in {sizes.base} instead, {human_bytes(size_of(sizes.few, sizes.base))}" if sizes.few else ""),
         ),
     ]
+
+
+def _parts(need: Need) -> str:
+    """A need and what it is for. What is passed through at a time is as much as fits, so with it there is no most."""
+    parts = ", ".join(f"{human_bytes(count)} {what}" for what, count in need.lines)
+    if any(what.startswith(PASSING) for what, _ in need.lines):
+        return f"{human_bytes(need.total)} with no more than {TEXTS} texts in a pass, which takes more where they fit: {parts}"
+    return f"{human_bytes(need.total)} at the most: {parts}"

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedloom.run import figures
+from fedloom.run.checkpoint import write_atomically
 from fedloom.run.comparison_page import comparison_of, solved_curves
 from fedloom.run.console import human_bytes, human_seconds, score_text
 from fedloom.run.reading import Run, flat_settings, label_runs, read
@@ -45,16 +44,7 @@ def write_report(folders: Sequence[Path], out: Path, summary: Mapping[str, Any] 
     if out.is_dir():
         raise ValueError(f"{out} is a folder; name the file to write, such as {out / 'report.html'}")
     page = page_of([read(Path(folder)) for folder in folders], summary)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, out)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(out, page)
     return out
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,7 +34,7 @@ from fedloom.data.tagging import BETWEEN, Tagging
 from fedloom.data.tasks import SPLITS, Classification, DataError, Split
 from fedloom.data.templates import template_for
 from fedloom.engines.engine import Engine
-from fedloom.engines.heap import in_large_pages
+from fedloom.engines.environment import environment
 from fedloom.engines.local import WAVE, Local
 from fedloom.engines.workers import Start, Workers
 from fedloom.fleet import Fleet
@@ -210,13 +209,7 @@ def start(world: World) -> Start:
     """How a worker for this world starts: with its share of the threads, large pages and, where there are several GPUs, one of them."""
     how = world.experiment.engine
     threads = how.threads or max(1, torch.get_num_threads() // how.workers)
-    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-
-    def environment(number: int) -> dict[str, str]:
-        mine = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if torch.cuda.device_count() > 1 else {}
-        return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), **in_large_pages(), **mine}
-
-    return Start((sys.executable, "-m", "fedloom.run.worker"), order_of(world, threads), environment)
+    return Start((sys.executable, "-m", "fedloom.run.worker"), order_of(world, threads), partial(environment, threads=threads))
 
 
 def order_of(world: World, threads: int) -> dict[str, Any]:
