@@ -44,29 +44,13 @@ def run(words: Sequence[str]) -> int:
     (word, *_), rest = _named(words, "fedloom run METHOD", "one method, such as: fedloom run fibecfed")
     with loading():
         from fedloom.run import options, recipes
-        from fedloom.run.console import further_text, personalising_text, results_table, solved_text
         from fedloom.run.loop import run as run_experiment
 
     recipe = recipes.resolve(word)
     given = _parse(options.for_run(recipe), rest, f"fedloom run {word}", f"Run {recipe.kind.name}: {recipe.kind.paper}.")
     experiment = options.experiment_of(given)
     out = given.out or recipes.default_folder(experiment)
-    before = (out / "results.json").exists()
-    results = run_experiment(experiment, out, given.plain or None, track=given.track)
-    if before:
-        print(f"{out} holds this run's results already, and nothing was run; delete it, or give another --out, to run anew")
-    from fedloom.run.report import write_report  # loads matplotlib, which no run should wait for
-
-    report = write_report([out], out / "report.html")
-    Console().print(results_table([results]))
-    if results["final"].get("further"):
-        print(further_text(results["final"]["further"]))
-    if (own := results["final"].get("personalising")) and own["flops"]:
-        print(personalising_text(own))
-    if results.get("exact_match"):
-        print(solved_text(results["exact_match"]))
-    print(f"results: {out / 'results.json'}\nreport:  {report}")
-    return 0
+    return _told(out, lambda: run_experiment(experiment, out, given.plain or None, track=given.track))
 
 
 def compare(words: Sequence[str]) -> int:
@@ -121,7 +105,6 @@ def serve(words: Sequence[str]) -> int:
     with loading():
         from fedloom.run import options, recipes
         from fedloom.run.certificates import public_keys
-        from fedloom.run.console import further_text, personalising_text, results_table, solved_text
         from fedloom.run.experiment import EngineSettings
         from fedloom.run.federation import Patience
         from fedloom.run.federation import serve as serve_experiment
@@ -131,22 +114,10 @@ def serve(words: Sequence[str]) -> int:
     devices = len(public_keys(given.certs))
     asked: dict[str, Any] = {"clients": devices, "cohort": given.cohort or given.start_with or devices}
     experiment = options.experiment_of(given, **asked, engine=EngineSettings(overcommit=given.overcommit))
-    out = given.out or recipes.default_folder(experiment)
+    out = given.out or recipes.default_folder(experiment, served=True)
     patience = Patience(given.wait, given.deadline, given.linger)
     how: dict[str, Any] = {"plain": given.plain or None, "track": given.track, "start_with": given.start_with}
-    results = serve_experiment(experiment, out, given.certs, given.listen, patience, **how)
-    from fedloom.run.report import write_report
-
-    report = write_report([out], out / "report.html")
-    Console().print(results_table([results]))
-    if results["final"].get("further"):
-        print(further_text(results["final"]["further"]))
-    if (own := results["final"].get("personalising")) and own["flops"]:
-        print(personalising_text(own))
-    if results.get("exact_match"):
-        print(solved_text(results["exact_match"]))
-    print(f"results: {out / 'results.json'}\nreport:  {report}")
-    return 0
+    return _told(out, lambda: serve_experiment(experiment, out, given.certs, given.listen, patience, **how))
 
 
 def join(words: Sequence[str]) -> int:
@@ -169,11 +140,17 @@ def join(words: Sequence[str]) -> int:
 def certs(words: Sequence[str]) -> int:
     """Certificates and keys."""
     given = _parse(arguments.Certs, words, "fedloom certs")
-    from fedloom.run.certificates import issue
+    from fedloom.run.certificates import issue, uncertified
 
     made = issue(given.folder, given.devices, given.names)
     for path in made:
         print(path)
+    if others := uncertified(given.folder, given.names):
+        print(
+            f"note: the server that is there is not certified for {', '.join(others)}, and devices can't reach it so; to certify it anew, "
+            f"delete server.pem and server.key in {given.folder / 'server'} and name all its names (ca.key and the devices' keys stay)",
+            file=sys.stderr,
+        )
     print(f"server: fedloom serve METHOD --certs {given.folder / 'server'}")
     print(f"device: fedloom join HOST:PORT DATA --certs {given.folder / 'device-0'}    (its folder, and no other, goes to each)")
     return 0
@@ -377,6 +354,28 @@ def _dispatch(words: Sequence[str]) -> int:
 def version() -> str:
     """The installed version."""
     return importlib.metadata.version("fedloom")
+
+
+def _told(out: Path, running: Callable[[], dict[str, Any]]) -> int:
+    """The end of a run in ``out``: its results, its report, and whether anything was run for them."""
+    from fedloom.run.console import further_text, personalising_text, results_table, solved_text
+
+    before = (out / "results.json").exists()
+    results = running()
+    if before:
+        print(f"{out} holds this run's results already, and nothing was run; delete it, or give another --out, to run anew")
+    from fedloom.run.report import write_report  # loads matplotlib, which no run should wait for
+
+    report = write_report([out], out / "report.html")
+    Console().print(results_table([results]))
+    if results["final"].get("further"):
+        print(further_text(results["final"]["further"]))
+    if (own := results["final"].get("personalising")) and own["flops"]:
+        print(personalising_text(own))
+    if results.get("exact_match"):
+        print(solved_text(results["exact_match"]))
+    print(f"results: {out / 'results.json'}\nreport:  {report}")
+    return 0
 
 
 def _named(words: Sequence[str], usage: str, wanted: str, several: bool = False, about: str = "") -> tuple[list[str], list[str]]:

@@ -30,6 +30,7 @@ from typing import Any, Literal
 import torch
 
 from fedloom.messages import Setting, Task, Tensors, Update
+from fedloom.tensors import identical
 from fedloom.wire import Packer, WireError
 
 NAMES = ("exact", "bf16", "fp16", "int8", "nf4", "top-k")
@@ -284,14 +285,10 @@ class Sender:
         """
         if self.encoding.exact or task.exact:
             return self._packer.pack(task)
-        if self._last is None or not _the_same(self._last[0], task.tensors):
+        if self._last is None or not identical(self._last[0], task.tensors):
             self._last = (task.tensors, self.encoding.down(replace(task, settings={})))
         made = self._last[1]
         return self._packer.pack(replace(task, tensors=made.tensors, settings={**task.settings, **made.settings}))
-
-
-def _the_same(first: Tensors, second: Tensors) -> bool:
-    return list(first) == list(second) and all(second[n] is t for n, t in first.items())
 
 
 def _changed(made: torch.Tensor, sent: torch.Tensor | None) -> bool:

@@ -51,6 +51,16 @@ def same_names(first: Tensors, second: Tensors) -> None:
             raise ValueError(f"tensor '{name}' has shape {tuple(second[name].shape)}; expected {tuple(tensor.shape)}")
 
 
+def identical(first: Tensors, second: Tensors) -> bool:
+    """Whether both hold the same objects under the same names, in the same order."""
+    return list(first) == list(second) and all(second[name] is tensor for name, tensor in first.items())
+
+
+def equal(first: Tensors, second: Tensors) -> bool:
+    """Whether both have the same names, and the same numbers under each."""
+    return first.keys() == second.keys() and all(t is second[name] or torch.equal(t, second[name]) for name, t in first.items())
+
+
 def nbytes(tensors: Tensors) -> int:
     """Payload bytes of all tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -15,7 +15,7 @@ from fedloom.fleet import DeviceProfile, Fleet
 from fedloom.model.adapters import Adapter, Start
 from fedloom.model.principal import operations
 from fedloom.run.describe import describe
-from fedloom.run.devices import DEFAULT
+from fedloom.run.devices import PROFILES
 from fedloom.run.ledger import Section
 from fedloom.run.loop import begin, run
 from fedloom.run.spent import spent
@@ -61,7 +61,7 @@ def test_the_slowest_device_decides_how_long_it_takes() -> None:
 def test_a_run_books_it_with_the_set_up_once(tmp_path: Path) -> None:
     made = run(started("federa"), tmp_path / "federa", plain=True)
     assert made["setup_flops"] == pytest.approx(4 * ONE), "four devices, each for itself"
-    assert made["setup_device_seconds"] == pytest.approx(ONE / DEFAULT.flops_per_second), "all at once"
+    assert made["setup_device_seconds"] == pytest.approx(ONE / PROFILES["jetson"].flops_per_second), "all at once"
     assert made["setup_bytes_up"] == made["setup_bytes_down"] == made["setup_examples"] == 0
     assert f"{4 * ONE:.3g} operations" in spent(made)["set-up"]
     assert made["setup_paid_back"] is None, "it saves nothing in a round"

@@ -11,7 +11,8 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip ins
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
-from fedloom.run.certificates import CertificateError, insist_secret, issue, public_keys
+from fedloom import cli
+from fedloom.run.certificates import CertificateError, insist_secret, issue, public_keys, uncertified
 
 
 @pytest.fixture
@@ -52,6 +53,30 @@ def test_more_devices_are_added_and_nothing_that_is_there_changes(made: Path) ->
     assert {path.name for path in added} == {"device.key", "2.pub", "ca.pem"}
     assert all(path.read_bytes() == content for path, content in before.items())
     assert issue(made, 3, ("example.org",)) == []
+
+
+def test_names_that_the_server_is_not_certified_for_are_told_with_the_mend(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They were dropped, and every device failed later with a hostname mismatch."""
+    assert uncertified(made, ("10.0.0.1", "example.org")) == []
+    assert uncertified(made, ("10.0.0.2", "example.org", "other.org")) == ["10.0.0.2", "other.org"]
+    for names, told in ((["example.org"], False), (["example.org", "other.org"], True)):
+        assert cli.main(["certs", str(made), "--devices", "3", "--names", *names]) == 0
+        said = capsys.readouterr()
+        assert ("not certified for other.org" in said.err, "server.key" in said.err) == (told, told)
+        assert "other.org" not in said.out
+    for name in ("server.pem", "server.key"):
+        (made / "server" / name).unlink()
+    assert cli.main(["certs", str(made), "--devices", "3", "--names", "other.org"]) == 0
+    assert (uncertified(made, ("other.org",)), capsys.readouterr().err) == ([], "")
+
+
+def test_a_servers_certificate_that_is_none_is_refused_and_one_without_names_certifies_none(made: Path) -> None:
+    pem = made / "server" / "server.pem"
+    pem.write_bytes((made / "server" / "ca.pem").read_bytes())
+    assert uncertified(made, ("example.org",)) == ["example.org"]
+    pem.write_text("nothing")
+    with pytest.raises(CertificateError, match=r"server\.pem is no certificate"):
+        uncertified(made, ("example.org",))
 
 
 def test_without_the_authoritys_key_nothing_is_added(made: Path) -> None:

@@ -380,6 +380,7 @@ def test_the_same_experiment_has_the_same_folder_and_another_another() -> None:
     assert recipes.default_folder(first) == recipes.default_folder(again)
     assert recipes.default_folder(first).name == f"lora-trec-{first.digest()[:8]}"
     assert recipes.default_folder(other).name == f"lora-rte-{other.digest()[:8]}"
+    assert recipes.default_folder(first, served=True).name == f"lora-trec-{first.digest()[:8]}-served", "no simulation's results are there"
     assert recipes.comparison_folder([first]) != recipes.comparison_folder([first, other])
 
 
@@ -431,6 +432,37 @@ def test_what_a_device_is_told_reaches_it(monkeypatch: pytest.MonkeyPatch) -> No
     for words in ([], ["--recompute", "--threads", "2"]):
         assert cli.main(["join", "127.0.0.1:9", "mine", *words]) == 0
     assert [(own.data, own.recompute, own.threads) for own in seen] == [("mine", False, 0), ("mine", True, 2)]
+
+
+@pytest.mark.flower
+def test_a_federation_that_has_ended_says_that_nothing_was_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a run does (``test_cli.py`` of the integration). A simulation of the same settings is not what it shows by default."""
+    pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip install 'fedloom[flower]'")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "certs" / "devices").mkdir(parents=True)
+    for k in range(2):
+        (tmp_path / "certs" / "devices" / f"{k}.pub").touch()
+    scores = dict.fromkeys(("personalised", "global"))
+    costs = dict.fromkeys(("bytes_up", "bytes_down", "device_seconds", "setup_device_seconds", "host_seconds"), 0)
+    results = {"method": "lora", "metric": "accuracy", "final": scores, "best": scores, **costs}
+    simulated, folders = [], []
+
+    def ended(experiment: Experiment, folder: Path, *_: Any, **__: Any) -> dict[str, Any]:
+        simulated.append(recipes.default_folder(experiment))
+        folders.append(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").touch()
+        return results
+
+    monkeypatch.setattr("fedloom.run.federation.serve", ended)
+    monkeypatch.setattr("fedloom.run.report.write_report", lambda folders, page: page)
+    for again in (False, True):
+        assert cli.main(["serve", "lora", "--certs", "certs"]) == 0
+        told = capsys.readouterr().out
+        assert ("holds this run's results already, and nothing was run" in told) == again and "results.json" in told
+    assert folders[0] == folders[1] != simulated[0]
 
 
 def test_what_to_do_about_a_lost_state_is_said_once() -> None:

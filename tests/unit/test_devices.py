@@ -13,7 +13,9 @@ import pytest
 
 from fedloom.fleet import DeviceProfile, Fleet
 from fedloom.messages import CENTRE
-from fedloom.run.devices import DEFAULT, MIXES, PROFILES, by_name, drawn, fleet_of, insist, named, round_seconds, seconds
+from fedloom.methods.fedavg import FedAvg
+from fedloom.run.devices import MIXES, PROFILES, by_name, drawn, fleet_of, insist, named, round_seconds, seconds
+from fedloom.run.experiment import Experiment
 from fedloom.seeds import derive
 
 SLOW = DeviceProfile("slow", flops_per_second=10.0, upload_bytes_per_second=2.0, download_bytes_per_second=5.0, memory_bytes=100.0)
@@ -57,7 +59,7 @@ def test_a_cost_must_be_finite_and_not_negative(costs):
 
 def test_profiles_are_found_by_their_own_name_and_the_default_is_one_of_them():
     assert all(named(name).name == name for name in PROFILES)
-    assert DEFAULT is named("jetson")
+    assert named(Experiment(FedAvg()).device) is PROFILES["jetson"]
     with pytest.raises(ValueError, match=r"no device profile 'toaster'; there are \['jetson', 'laptop', 'phone'\], \['mixed'\] of several"):
         named("toaster")
 

@@ -10,18 +10,17 @@ from hypothesis import strategies as st
 from fedloom.data.examples import Examples
 
 
-def by_hand(texts, segments, labels, indices, pad_id, side, count, width):
+def by_hand(texts, segments, labels, indices, pad_id, side, width):
     """The rectangle, cell by cell."""
     out = {"ids": [], "mask": [], "segments": [], "labels": [], "weights": []}
-    for i in range(count):
-        at = indices[i] if i < len(indices) else indices[0]
+    for at in indices:
         gap = width - len(texts[at])
         before, after = (gap, 0) if side == "left" else (0, gap)
         out["ids"].append([pad_id] * before + texts[at] + [pad_id] * after)
         out["segments"].append([0] * before + segments[at] + [0] * after)
         out["mask"].append([False] * before + [True] * len(texts[at]) + [False] * after)
         out["labels"].append(labels[at])
-        out["weights"].append(1.0 if i < len(indices) else 0.0)
+        out["weights"].append(1.0)
     return {name: np.asarray(value) for name, value in out.items()}
 
 
@@ -35,29 +34,17 @@ def test_pad_is_the_rectangle_by_hand(data):
     indices = data.draw(st.lists(st.integers(0, len(view) - 1), min_size=1, max_size=6))
     side = data.draw(st.sampled_from(["left", "right"]))
     longest = max(len(texts[view[i]]) for i in indices)
-    count, width = len(indices) + data.draw(st.integers(0, 3)), longest + data.draw(st.integers(0, 3))
     examples = Examples.of(texts, labels, segments).subset(view)
-    made = examples.pad(np.asarray(indices), pad_id=7, side=side, examples=count, length=width)
-    wanted = by_hand(texts, segments, labels, [view[i] for i in indices], 7, side, count, width)
+    made = examples.pad(np.asarray(indices), pad_id=7, side=side)
+    wanted = by_hand(texts, segments, labels, [view[i] for i in indices], 7, side, longest)
     for name, value in wanted.items():
         assert np.array_equal(getattr(made, name), value), name
-    tight = examples.pad(np.asarray(indices), pad_id=7, side=side)
-    assert tight.ids.shape == (len(indices), longest)
-    assert (tight.ids.dtype, tight.mask.dtype, tight.labels.dtype, tight.weights.dtype) == (
-        np.int64,
-        bool,
-        np.int64,
-        np.float32,
-    )
-    assert tight.segments.dtype == np.int64
+    assert (made.ids.dtype, made.mask.dtype, made.labels.dtype, made.weights.dtype) == (np.int64, bool, np.int64, np.float32)
+    assert made.segments.dtype == np.int64
 
 
-def test_what_does_not_fit_a_batch_is_refused():
+def test_what_is_no_batch_is_refused():
     examples = Examples.of([[1, 2, 3], [4]], [0, 1])
-    with pytest.raises(ValueError, match="3 tokens does not fit a batch of length 2"):
-        examples.pad(np.array([1, 0]), pad_id=0, length=2)
-    with pytest.raises(ValueError, match="2 examples do not fit a batch of 1"):
-        examples.pad(np.array([0, 1]), pad_id=0, examples=1)
     with pytest.raises(ValueError, match="at least one example"):
         examples.pad(np.array([], np.int64), pad_id=0)
     with pytest.raises(ValueError, match="'left' or the 'right', not 'top'"):

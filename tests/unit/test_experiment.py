@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -205,6 +205,10 @@ BAD_JSON = {
     "true for a float": (changed(alpha=True), "alpha is True; it must be float"),
     "an unknown choice": (changed(precision="fp8"), "precision is 'fp8'; it must be"),
     "a string for a tuple": (changed(text="question"), "text is 'question'"),
+    "a list for a text": (changed(text=[["a"]]), r"text\[0\] is \['a'\]; it must be str"),
+    "nothing for a text": (changed(label_words=["a", None]), r"label_words\[1\] is None; it must be str"),
+    "a number for a target": (changed(adapter={"targets": [1]}), r"adapter: targets\[0\] is 1; it must be str"),
+    "a text for a rank": (changed(method={"name": "hetlora", "ranks": ["8"]}), r"ranks\[0\] is '8'; it must be int"),
     "a number for a part": (changed(adapter=3), "adapter is 3; it must be Adapter"),
 }
 
@@ -213,6 +217,37 @@ BAD_JSON = {
 def test_json_that_is_no_experiment(saved: dict[str, Any], says: str) -> None:
     with pytest.raises(ExperimentError, match=says):
         from_json(saved)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """A method of somebody's own."""
+
+    name: ClassVar[str] = "fields"
+    two: tuple[float, str] = (0.0, "")
+    parts: tuple[Gal, ...] = ()
+    maybe: float | None = None
+    either: float | int | str = 0
+
+
+def test_every_item_of_a_tuple_and_every_choice_of_a_union_is_checked() -> None:
+    def read(**fields: Any) -> Fields:
+        return from_json(changed(method={"name": "fields", **fields}), {"fields": Fields}).method
+
+    assert read(two=[1, "a"], parts=[{"rho": 0.5}], maybe=2.0, either=3) == Fields((1.0, "a"), (Gal(rho=0.5),), 2.0, 3)
+    assert isinstance(read(either=3).either, int) and isinstance(read(maybe=3).maybe, float) and read(maybe=None).maybe is None
+    filled = Experiment(Fields(parts=(Gal(), Gal(which="most")), maybe=0.5))
+    assert from_json(json.loads(json.dumps(as_json(filled))), {"fields": Fields}) == filled
+    wrongs = {
+        r"two\[1\] is 2; it must be str": {"two": [1, 2]},
+        r"two is \[1\.0\]; it must be 2 values": {"two": [1.0]},
+        r"parts\[0\] has no fields \['r'\]": {"parts": [{"r": 1}]},
+        r"maybe is 'a'; it must be float \| None": {"maybe": "a"},
+        r"either is \[\]; it must be float \| int \| str": {"either": []},
+    }
+    for said, fields in wrongs.items():
+        with pytest.raises(ExperimentError, match=said):
+            read(**fields)
 
 
 def test_an_unknown_method_lists_those_there_are() -> None:

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -221,6 +223,18 @@ def test_it_sees_the_whole_package() -> None:
 @pytest.mark.parametrize("path", FILES)
 def test_file_keeps_the_house(path: str) -> None:
     assert faults(path, (SOURCE / path).read_text(encoding="utf-8")) == []
+
+
+OF_EXTRAS = {"flwr", "fastapi", "starlette", "uvicorn", "httpx", "cryptography", "tensorboard", "mlflow", "wandb"}
+"""Libraries that an extra brings."""
+
+
+def test_the_package_requires_what_it_imports_and_nothing_else() -> None:
+    """Whatever a door opens to is asked for by name: another library that brings it today may not tomorrow."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = {re.match(r"[\w.-]+", line)[0] for line in project["dependencies"]}  # type: ignore[index]
+    found = {module.split(".")[0] for path in FILES for _, module in imported(ast.parse((SOURCE / path).read_text(encoding="utf-8")))}
+    assert found - sys.stdlib_module_names - OF_EXTRAS - {"fedloom"} == required
 
 
 LATE = {"matplotlib", "jinja2", "datasets", "pandas", "sklearn", "scipy", "flwr", "tensorboard", "mlflow", "wandb"}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom import tensors as module
-from fedloom.tensors import Mean, clone, fingerprint, nbytes, only, same_names, weighted_mean, without
+from fedloom.tensors import Mean, clone, equal, fingerprint, identical, nbytes, only, same_names, weighted_mean, without
 
 
 def three() -> dict[str, torch.Tensor]:
@@ -161,6 +161,15 @@ def test_fingerprint_is_of_values_not_of_memory_layout() -> None:
     square = torch.arange(6.0).reshape(2, 3)
     assert fingerprint({"x": square.T}) == fingerprint({"x": square.T.contiguous()})
     assert fingerprint({"x": torch.ones(2, dtype=torch.bfloat16, requires_grad=True)}) == fingerprint({"x": torch.ones(2).bfloat16()})
+
+
+def test_equal_is_by_number_and_identical_by_object() -> None:
+    base = {"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([1, 2])}
+    assert equal(base, clone(base)) and not identical(base, clone(base)) and identical(base, dict(base))
+    turned = dict(reversed(base.items()))
+    assert equal(base, turned) and not identical(base, turned)
+    for other in ({"a": base["a"]}, {**base, "c": base["a"]}, {**base, "a": torch.tensor([0.0, 2.0])}, {**base, "a": base["a"][:, None]}):
+        assert not equal(base, other) and not equal(other, base) and not identical(base, other) and not identical(other, base)
 
 
 def test_clone_shares_nothing_and_carries_no_graph() -> None:

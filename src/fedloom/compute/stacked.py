@@ -51,7 +51,7 @@ from fedloom.model.layout import RowsKept
 from fedloom.model.machine import free_bytes
 from fedloom.model.memory import kept as kept_bytes
 from fedloom.model.texts import Texts
-from fedloom.tensors import fingerprint
+from fedloom.tensors import equal, fingerprint
 
 log = logging.getLogger("fedloom")
 
@@ -435,7 +435,7 @@ class Stacked:
         """Clients who predict with equal tensors are one owner, where that changes their last bits no more than their company does anyway:
         of a whole model there would be a copy for each."""
         logits = [torch.zeros(len(i.examples), self.model.width) for i in items]
-        alike = not self.model.together_by.startswith("packed") and all(_equal(i.at, items[0].at) for i in items[1:])
+        alike = not self.model.together_by.startswith("packed") and all(equal(i.at, items[0].at) for i in items[1:])
         flat, at = self._flat([i.at for i in (items[:1] if alike else items)], dtype=self.model.dtype)
 
         def forward(parts: list[Part]) -> None:
@@ -477,11 +477,6 @@ class Few:
             for of, basis in zip(named, self.bases, strict=False)
         ]
         return torch.stack([torch.cat([of[n].reshape(-1) for n in self.flat.shapes]) for of in back])
-
-
-def _equal(one: Tensors, other: Tensors) -> bool:
-    """Whether two clients have the same tensors, to the bit."""
-    return all(tensor is other[name] or torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def _chunks(item: int, examples: Examples) -> list[Part]:

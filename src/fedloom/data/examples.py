@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Padded:
-    """A rectangular batch. ids, mask, segments: (B, L); labels: (B,); weights: (B,) 1 for a real example, 0 for filler."""
+    """A rectangular batch. ids, mask, segments: (B, L); labels: (B,); weights: (B,), what each example's loss counts, which is 1."""
 
     ids: np.ndarray
     mask: np.ndarray
@@ -107,34 +107,24 @@ class Examples:
         """Tokens of each example, int64 (n,)."""
         return self.offsets[self.rows + 1] - self.offsets[self.rows]
 
-    def pad(
-        self, indices: np.ndarray, *, pad_id: int, side: str = "right", examples: int | None = None, length: int | None = None
-    ) -> Padded:
-        """The examples at ``indices`` as one rectangle of ``examples`` x ``length`` (by default as small as they allow).
-
-        Filler rows repeat the first example with weight 0, so every row is a valid input.
+    def pad(self, indices: np.ndarray, *, pad_id: int, side: str = "right") -> Padded:
+        """The examples at ``indices`` as one rectangle, as wide as the longest.
 
         Raises:
-            ValueError: no index, a rectangle too small for the examples, or an unknown side.
+            ValueError: no index, or an unknown side.
         """
         indices = np.asarray(indices, np.int64)
         if not len(indices):
             raise ValueError("a batch needs at least one example; no index came")
         if side not in ("left", "right"):
             raise ValueError(f"padding goes to the 'left' or the 'right', not '{side}'")
-        count = len(indices) if examples is None else examples
-        if count < len(indices):
-            raise ValueError(f"{len(indices)} examples do not fit a batch of {count}")
-        rows = self.rows[np.concatenate([indices, np.full(count - len(indices), indices[0])])]
+        rows = self.rows[indices]
         begin, lengths = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
-        width = int(lengths.max()) if length is None else length
-        if width < lengths.max():
-            raise ValueError(f"an example of {int(lengths.max())} tokens does not fit a batch of length {width}")
-        shift = width - lengths if side == "left" else np.zeros(count, np.int64)
+        width = int(lengths.max())
+        shift = width - lengths if side == "left" else np.zeros(len(rows), np.int64)
         within = np.arange(width) - shift[:, None]  # (B, L): position in the text
         mask = (within >= 0) & (within < lengths[:, None])
         source = (begin[:, None] + within)[mask]
-        ids, segments = np.full((count, width), pad_id, np.int64), np.zeros((count, width), np.int64)
+        ids, segments = np.full(mask.shape, pad_id, np.int64), np.zeros(mask.shape, np.int64)
         ids[mask], segments[mask] = self.tokens[source], self.segments[source]
-        weights = (np.arange(count) < len(indices)).astype(np.float32)
-        return Padded(ids, mask, segments, self.store_labels[rows], weights)
+        return Padded(ids, mask, segments, self.store_labels[rows], np.ones(len(rows), np.float32))

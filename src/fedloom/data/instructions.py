@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from fedloom.data.tasks import TEXTS, Column, DataError, Outcomes
+from fedloom.data.tasks import TEXTS, TOKEN_ACCURACY, Column, DataError, Outcomes
 
 if TYPE_CHECKING:
     from fedloom.data.rows import Rows
@@ -20,7 +20,7 @@ ANSWERS = ("response", "output", "answer", "completion", "answers", "reply")
 PROMPTS = ("instruction", "prompt", "question", "query", "input")
 CONTEXTS = ("context", "input")
 CATEGORIES = ("category", "topic", "task")
-METRIC, PERPLEXITY = "token_accuracy", "perplexity"
+PERPLEXITY = "perplexity"
 Form = Literal["instructions", "text", "chat"]
 EVERYTHING = "all"
 """The one label of data that has none."""
@@ -49,7 +49,7 @@ class Instructions:
     @property
     def metric(self) -> str:
         """The headline."""
-        return METRIC
+        return TOKEN_ACCURACY
 
     @property
     def further(self) -> tuple[str, ...]:
@@ -92,7 +92,7 @@ class Instructions:
         if not np.isfinite(made).all():
             row = int(np.flatnonzero(~np.isfinite(made).all(1))[0])
             raise DataError(f"the loss of example {row} is not finite; training has diverged")
-        return {METRIC: float(right / tokens), PERPLEXITY: perplexity(self.loss(labels, made))}
+        return {TOKEN_ACCURACY: float(right / tokens), PERPLEXITY: perplexity(self.loss(labels, made))}
 
     def loss(self, labels: np.ndarray, made: np.ndarray) -> float:
         """The mean over all answers' tokens of −log softmax, natural logarithm."""

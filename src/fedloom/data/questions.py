@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedloom.data.tasks import Column, DataError, Outcomes
+from fedloom.data.tasks import ANSWER_F1, Column, DataError, Outcomes
 
 if TYPE_CHECKING:
     from fedloom.data.rows import Rows
@@ -28,7 +28,6 @@ QUESTIONS = ("question", "query")
 CONTEXTS = ("context", "passage", "paragraph")
 ANSWERS = ("answers", "answer")
 ARTICLES = ("title", "article", "category", "topic", "article of the context")
-METRIC = "answer_f1"
 EXACT = "exact_match"
 ARTICLE = "article of the context"
 """The column that is made: what a question is counted as, where devices are skewed by labels."""
@@ -54,7 +53,7 @@ class Questions:
     @property
     def metric(self) -> str:
         """The headline."""
-        return METRIC
+        return ANSWER_F1
 
     @property
     def further(self) -> tuple[str, ...]:
@@ -82,7 +81,7 @@ class Questions:
         return [rows[self.question], [with_place(text, place) for text, place in zip(rows[self.context], places, strict=True)]]
 
     def scores(self, labels: np.ndarray, made: np.ndarray) -> dict[str, float]:
-        """The means over questions of F1 (:data:`METRIC`) and of exact match, from ``made`` (n, 3): loss, F1, exact match.
+        """The means over questions of F1 (:data:`ANSWER_F1`) and of exact match, from ``made`` (n, 3): loss, F1, exact match.
 
         Raises:
             DataError: no question, or a number that is not finite.
@@ -92,7 +91,7 @@ class Questions:
         if not np.isfinite(made).all():
             row = int(np.flatnonzero(~np.isfinite(made).all(1))[0])
             raise DataError(f"the loss of example {row} is not finite; training has diverged")
-        return {METRIC: float(made[:, 1].mean(dtype=np.float64)), EXACT: float(made[:, 2].mean(dtype=np.float64))}
+        return {ANSWER_F1: float(made[:, 1].mean(dtype=np.float64)), EXACT: float(made[:, 2].mean(dtype=np.float64))}
 
     def loss(self, labels: np.ndarray, made: np.ndarray) -> float:
         """The mean over questions of the mean over a question's windows."""

@@ -25,12 +25,25 @@ from fedloom.cache import remembered
 from fedloom.data import chats, instructions, questions, tagging
 from fedloom.data.examples import Examples, flat
 from fedloom.data.files import SUFFIXES, match_splits, read_file, read_folder, split_of
-from fedloom.data.instructions import EVERYTHING, METRIC, Instructions
+from fedloom.data.instructions import EVERYTHING, Instructions
 from fedloom.data.labels import Label, class_ids, given_ids, label_values, some
 from fedloom.data.questions import ARTICLE, OTHER, Questions
 from fedloom.data.rows import Rows, class_names, whole_numbers
 from fedloom.data.tagging import TYPE, Tagging
-from fedloom.data.tasks import SPLITS, Classification, Column, DataError, Split, Task, TaskKind, choose_columns, metric_for
+from fedloom.data.tasks import (
+    ANSWER_F1,
+    ENTITY_F1,
+    SPLITS,
+    TOKEN_ACCURACY,
+    Classification,
+    Column,
+    DataError,
+    Split,
+    Task,
+    TaskKind,
+    choose_columns,
+    metric_for,
+)
 from fedloom.hub import reachable
 from fedloom.seeds import derive
 
@@ -99,7 +112,7 @@ def load(
     columns = {column: _describe(tables["train"], column) for column in tables["train"].rows.column_names}
     if task == "tagging" or (task == "auto" and tagging.looks_like_tagging(columns)):
         if metric != "auto":
-            raise DataError(f"tags are scored by {tagging.METRIC}, not by {metric}; leave metric (--metric) at auto")
+            raise DataError(f"tags are scored by {ENTITY_F1}, not by {metric}; leave metric (--metric) at auto")
         words, tagged = tagging.choose_columns(columns, text, label)
         tags = tags or _tag_names(tables["train"], tagged)
         kinds = tagging.types_of(tags)
@@ -109,19 +122,19 @@ def load(
         made: Task = Tagging(words, tagged, tags, classes)
     elif task == "qa" or (task == "auto" and questions.looks_like_questions(columns)):
         if metric != "auto":
-            raise DataError(f"found answers are scored by {questions.METRIC}, not by {metric}; leave metric (--metric) at auto")
+            raise DataError(f"found answers are scored by {ANSWER_F1}, not by {metric}; leave metric (--metric) at auto")
         made, tables = _questions(tables, questions.choose_columns(columns, text, label), bool(classes), notes)
     elif task == "chat" or (task == "auto" and chats.looks_like_chats(columns)):
-        if metric not in ("auto", METRIC):
-            raise DataError(f"answers are scored by {METRIC}, not by {metric}; leave metric (--metric) at auto")
+        if metric not in ("auto", TOKEN_ACCURACY):
+            raise DataError(f"answers are scored by {TOKEN_ACCURACY}, not by {metric}; leave metric (--metric) at auto")
         made, tables = _chats(tables, chats.choose_columns(columns, text), columns, label, notes)
     elif task == "classification" or (task == "auto" and (label or not instructions.looks_like_instructions(columns))):
         texts, label = choose_columns(columns, text, label)
         tables, classes = _labelled(tables, texts, label, notes, classes)
         made = Classification(texts, label, classes, metric_for(name) if metric == "auto" else metric)
     else:
-        if metric not in ("auto", METRIC):
-            raise DataError(f"answers are scored by {METRIC}, not by {metric}; leave metric (--metric) at auto")
+        if metric not in ("auto", TOKEN_ACCURACY):
+            raise DataError(f"answers are scored by {TOKEN_ACCURACY}, not by {metric}; leave metric (--metric) at auto")
         prompts, answer, label = instructions.choose_columns(columns, text, label, task == "text")
         label = label or EVERYTHING
         for split in tables:

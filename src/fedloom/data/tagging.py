@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedloom.data.tasks import Column, DataError, Outcomes
+from fedloom.data.tasks import ENTITY_F1, Column, DataError, Outcomes
 
 if TYPE_CHECKING:
     from fedloom.data.rows import Rows
 
 WORDS = ("tokens", "words", "text", "sentence")
 TAGS = ("ner_tags", "tags", "labels", "label", "ner", "pos_tags", "chunk_tags")
-METRIC = "entity_f1"
+WORD_ACCURACY = "word_accuracy"
 TYPE = "entity type"
 """The column that is made: what a sentence is counted as, where devices are skewed by labels."""
 NONE = "none"
@@ -41,12 +41,12 @@ class Tagging:
     @property
     def metric(self) -> str:
         """The headline."""
-        return METRIC
+        return ENTITY_F1
 
     @property
     def further(self) -> tuple[str, ...]:
         """The share of words that are tagged rightly."""
-        return ("word_accuracy",)
+        return (WORD_ACCURACY,)
 
     @property
     def unit(self) -> int:
@@ -68,7 +68,7 @@ class Tagging:
         return [rows[self.words], rows[self.tagged]]
 
     def scores(self, labels: np.ndarray, made: np.ndarray) -> dict[str, float]:
-        """F1 of whole entities (:data:`METRIC`; 0 where there are none and none is predicted), and the share of words tagged rightly.
+        """F1 of whole entities (:data:`ENTITY_F1`; 0 where there are none and none is predicted), and the share of words tagged rightly.
 
         Raises:
             DataError: no word, or a number that is not finite.
@@ -80,7 +80,7 @@ class Tagging:
             row = int(np.flatnonzero(~np.isfinite(made).all(1))[0])
             raise DataError(f"the loss of example {row} is not finite; training has diverged")
         right, predicted, true = made[:, 3:].sum(0, dtype=np.float64)
-        return {METRIC: float(2 * right / max(predicted + true, 1)), "word_accuracy": float(made[:, 1].sum(dtype=np.float64) / words)}
+        return {ENTITY_F1: float(2 * right / max(predicted + true, 1)), WORD_ACCURACY: float(made[:, 1].sum(dtype=np.float64) / words)}
 
     def loss(self, labels: np.ndarray, made: np.ndarray) -> float:
         """The mean over all words of −log softmax."""

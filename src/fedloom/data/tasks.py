@@ -18,7 +18,10 @@ if TYPE_CHECKING:  # PyArrow is not needed to know what tasks there are
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+HELD_OUT: tuple[Split, ...] = ("validation", "test")
 METRICS = ("accuracy", "mcc", "f1")
+TOKEN_ACCURACY, ENTITY_F1, ANSWER_F1 = "token_accuracy", "entity_f1", "answer_f1"
+"""The headlines of answers, of tags, and of answers that are found: one each, whatever is asked for."""
 TaskKind = Literal["auto", "classification", "instructions", "text", "chat", "tagging", "qa"]
 
 PAIRS = (
@@ -203,14 +206,14 @@ def headline(metric: str, right: np.ndarray, true: np.ndarray, predicted: np.nda
         DataError: there is no such metric.
     """
     n = true.sum(-1)
-    if metric in ("accuracy", "token_accuracy", "answer_f1"):
+    if metric in ("accuracy", TOKEN_ACCURACY, ANSWER_F1):
         return right.sum(-1) / np.maximum(n, 1)
     if metric == "mcc":
         return _matthews(right.sum(-1), true, predicted, n)
     if metric == "f1":
         each = 2 * right / np.maximum(true + predicted, 1)  # 0 for a class that neither occurs nor is predicted
         return each[..., 1] if each.shape[-1] == 2 else each.mean(-1)
-    if metric == "entity_f1":  # class 1 are entities, class 0 what is none
+    if metric == ENTITY_F1:  # class 1 are entities, class 0 what is none
         return 2 * right[..., 1] / np.maximum(true[..., 1] + predicted[..., 1], 1)
     raise DataError(f"no metric '{metric}'; there are {', '.join(METRICS)}")
 

@@ -90,10 +90,9 @@ class Patience:
 
 @dataclass
 class Sent:
-    """A task on its way: when it was laid out, how large, whether the device is only being greeted yet, and how often it has been."""
+    """A task on its way: when it was laid out, whether the device is only being greeted yet, and how often it has been."""
 
     task: Task
-    size: int
     since: float
     greeting: bool
     greeted: int = 0
@@ -265,7 +264,7 @@ class Federation:
         message = Message(content, self.link.nodes[task.client], kind, ttl=self.patience.deadline + 60)
         if list(self.link.push_messages([message])):
             sizes[task.client] = sizes.get(task.client, 0) + size
-            out[message.metadata.message_id] = Sent(task, size, time.monotonic(), greeting, greeted)
+            out[message.metadata.message_id] = Sent(task, time.monotonic(), greeting, greeted)
         else:
             answers[task.client] = Failure(task.client, "LookupError: the link took no message for it")
 

@@ -120,7 +120,7 @@ class AdaLora:
         """P and Q are drawn, once for all; they are shared from then on."""
         pool.insist_on_no_mask(self.name, "it trains triplets of several ranks")
         pool.insist_on_no_optimizer(self.name, "its triplets become fewer, and moments would be of triplets that are gone")
-        pool.insist_on_no_controls(self.name, "its triplets become fewer, and a device's control would be of triplets that are gone")
+        pool.insist_on_what_was_sent(self.name, "its triplets become fewer, and a device's control would be of triplets that are gone")
         pairs, triplets = state.server, dict[str, torch.Tensor]()
         rank, first = rank_in(pairs), 0
         for p in sorted(filter(is_up, pairs)):

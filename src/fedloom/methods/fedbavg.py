@@ -39,7 +39,7 @@ class FedBAvg:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """As inner, which need not know by what rule the blocks will be averaged."""
-        pool.insist_on_no_controls(self.name, "a device trains one block in a turn, and is sent what has changed of the others")
+        pool.insist_on_what_was_sent(self.name, "a device trains one block in a turn, and is sent what has changed of the others")
         return self.inner.setup(state, pool.plain())
 
     def round(self, state: State, pool: Pool) -> Flow[State]:

@@ -69,7 +69,7 @@ class Flasc:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """As inner."""
-        pool.insist_on_no_controls(self.name, "what is averaged is the largest changes, and not the factors that were trained")
+        pool.insist_on_what_was_sent(self.name, "what is averaged is the largest changes, and not the factors that were trained")
         return self.inner.setup(state, pool)
 
     def round(self, state: State, pool: Pool) -> Flow[State]:

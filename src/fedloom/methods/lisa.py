@@ -68,7 +68,7 @@ class Lisa:
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """As inner."""
-        pool.insist_on_no_controls(self.name, "each device trains other layers, and others again a few steps later")
+        pool.insist_on_what_was_sent(self.name, "each device trains other layers, and others again a few steps later")
         return self.inner.setup(state, pool)
 
     def round(self, state: State, pool: Pool) -> Flow[State]:

@@ -54,7 +54,7 @@ class Scaffold:
     def setup(self, state: State, pool: Pool) -> Flow[State]:
         """As inner."""
         pool.insist_on_every_layer(self.name, "its controls are of all that a device trains; lora with --controls can")
-        pool.insist_on_no_controls(self.name, "it has them anyway")
+        pool.insist_on_what_was_sent(self.name, "it has them anyway")
         return self.inner.setup(state, pool)
 
     def round(self, state: State, pool: Pool) -> Flow[State]:

@@ -35,6 +35,7 @@ from fedloom.model.layout import Attention, Owners
 from fedloom.model.modes import Mode, entered
 from fedloom.model.outputs import last_caught, of_layers
 from fedloom.model.recomputed import Recomputed
+from fedloom.model.skipped import stack_of
 from fedloom.model.texts import FILL, Texts, filled, padded
 
 ATTENTION = "fedloom"
@@ -277,17 +278,18 @@ class Packed:
         for part in self.module.modules():
             if "config" in vars(part):
                 vars(part)["config"]._attn_implementation = ATTENTION
-        stacks = [part for part in self.module.modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
-        if not stacks:
-            raise Unpackable(f"no list of {depth} transformer layers in {type(module).__name__}")
+        try:
+            stack = stack_of(self.module, depth)
+        except LookupError as none:
+            raise Unpackable(str(none)) from none
         self.causal, self.kinds, self.positions, self.rate, self.weights, self.reads = causal, kinds, positions, rate, weights, reads
         self.kinds_of = kinds_of
         self.table = self.module.get_input_embeddings()
         self.table.register_forward_pre_hook(lambda _, __: (self._ids,))
         self.table.register_forward_hook(lambda _, __, made: made if self._given is None else self._given)
         if trims:
-            stacks[0][-1].register_forward_pre_hook(self._before_last, with_kwargs=True)
-        stacks[0][-1].register_forward_hook(self._after_last)
+            stack[-1].register_forward_pre_hook(self._before_last, with_kwargs=True)
+        stack[-1].register_forward_hook(self._after_last)
         self.depth, self._ids, self._given = depth, torch.zeros(1, 1, dtype=torch.int64), None
         self.recomputed = Recomputed(self.module, depth, int(trims)) if recomputes else None
         names = [(name, id(parameter)) for name, parameter in self.module.named_parameters(remove_duplicate=False)]

@@ -62,6 +62,24 @@ def issue(folder: Path, devices: int, names: Sequence[str]) -> list[Path]:
     return made
 
 
+def uncertified(folder: Path, names: Sequence[str]) -> list[str]:
+    """Which of the ``names`` the server's certificate in ``folder`` is not for: it stays as it was made.
+
+    Raises:
+        CertificateError: what lies there is no certificate.
+    """
+    path = folder / "server" / "server.pem"
+    try:
+        found = x509.load_pem_x509_certificate(path.read_bytes()).extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except x509.ExtensionNotFound:
+        return list(names)
+    except ValueError as error:
+        raise CertificateError(
+            f"{path} is no certificate ({error}); delete it and server.key beside it, and fedloom certs makes both"
+        ) from error
+    return [name for name in names if _named(name) not in found.value]
+
+
 def public_keys(folder: Path) -> dict[int, bytes]:
     """Each client's public key, PEM, from ``folder/devices/K.pub``.
 

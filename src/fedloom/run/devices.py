@@ -49,8 +49,6 @@ PROFILES = {
 }
 """Named profiles. Each comment says what is arithmetic and what is assumed."""
 
-DEFAULT = PROFILES["jetson"]
-
 MIXES: dict[str, dict[str, float]] = {"mixed": {"phone": 1 / 3, "jetson": 1 / 3, "laptop": 1 / 3}}
 """Named distributions: the share of devices that each profile is drawn for. Thirds are assumed: nobody's census."""
 

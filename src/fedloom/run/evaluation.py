@@ -24,7 +24,7 @@ from fedloom.compute.work import Predict
 from fedloom.data.instructions import PERPLEXITY, perplexity
 from fedloom.data.numbers import EXACT as NUMBERS
 from fedloom.data.questions import EXACT
-from fedloom.data.tasks import FURTHER, Classification, Outcomes, Split, Task, headline
+from fedloom.data.tasks import FURTHER, HELD_OUT, Classification, Outcomes, Split, Task, headline
 from fedloom.engines.engine import Engine, drive
 from fedloom.messages import Asking, Flow, Tensors, Update, ask, whole
 from fedloom.methods.method import AS_SENT, State
@@ -35,7 +35,6 @@ from fedloom.run.world import World
 
 log = logging.getLogger("fedloom")
 
-SPLITS: tuple[Split, ...] = ("validation", "test")
 MANY = 2**32
 """More examples than any device holds: counts stay below it, so that their sums can be."""
 AT_ONCE = 512
@@ -70,7 +69,7 @@ NOTHING: dict[Split, dict[str, Any]] = {
 def nothing(world: World) -> dict[Split, dict[str, Any]]:
     """The scores of a round that was not evaluated, with whatever else this run tells of one that was."""
     more = {**({NUMBERS: NOT_WRITTEN} if tells(world) else {}), **({FURTHER: None} if world.source.task.further else {})}
-    return {split: {**NOTHING[split], **more} for split in SPLITS}
+    return {split: {**NOTHING[split], **more} for split in HELD_OUT}
 
 
 def evaluate(world: World, state: State, engine: Engine, among: Sequence[int] | None = None, store: Store | None = None) -> Evaluation:
@@ -91,7 +90,7 @@ def _evaluated_here(world: World, state: State, engine: Engine) -> Evaluation:
     scores: dict[Split, dict[str, Any]] = {}
     correct, held, owner, order = (np.zeros(0, np.int64) for _ in range(4))
     confusion: dict[str, list[list[list[int]]] | None] = {"personalised": None, "global": None}
-    for split in SPLITS:
+    for split in HELD_OUT:
         shards = world.partition.shards(split)
         made = world.judge.judged(split, np.concatenate(shards), logits[split])
         labels = world.labels(split)[np.concatenate(shards)]
@@ -134,7 +133,7 @@ def _evaluated_there(world: World, state: State, engine: Engine, among: Sequence
     classes, own = max(2, len(world.classes)), Personalising(world.fleet)
     asking = world.experiment.share.over(_counts(world, state, world.pool.clients if among is None else among), state.facts)
     updates = [update for update in drive(asking, engine, quorum=0, seen=own.hear) if counts_well(update, classes)]
-    for split in SPLITS:
+    for split in HELD_OUT:
         told = {update.client: update.tensors[split].tolist() for update in updates}
         right, true, predicted = tallies(list(told.values()), classes).sum(0)
         scores[split] = {"personalised": float(headline(task.metric, right, true, predicted)) if true.sum() else None, "global": None}
@@ -151,8 +150,8 @@ def _evaluated_there(world: World, state: State, engine: Engine, among: Sequence
     correct = np.array([sum(n for true, said, n in of if true == said) for of in confusion["personalised"] or []], np.int64) / task.unit
     assembled = world.experiment.method.assembled(state)
     if assembled is not None:
-        done = world.compute.run([Predict(assembled, world.splits[split]) for split in SPLITS])
-        for split, one in zip(SPLITS, done, strict=True):
+        done = world.compute.run([Predict(assembled, world.splits[split]) for split in HELD_OUT])
+        for split, one in zip(HELD_OUT, done, strict=True):
             labels = world.labels(split)
             whole_split = task.scores(labels, world.judge.judged(split, np.arange(len(labels)), one.result.numpy()))
             scores[split] |= {"global": whole_split[task.metric], **further(task, others_of(scores[split]), whole_split)}
@@ -185,7 +184,7 @@ def _told_besides(updates: Sequence[Update], told: Mapping[int, list[list[int]]]
 def counts_well(update: Update, classes: int) -> bool:
     """Whether a device's counts are such: of each split int64 (m, 3) of classes that there are and numbers that can be added up, and the
     mean loss on the validation split where it holds any of it. Others are left out, with a warning."""
-    for split in SPLITS:
+    for split in HELD_OUT:
         told = update.tensors.get(split, torch.zeros(0))
         fits = told.dtype == torch.int64 and told.ndim == 2 and told.shape[1] == 3 and len(told) <= classes**2
         fits = fits and bool((told >= 0).all() and (told[:, :2] < classes).all() and (told[:, 2] < MANY).all())
@@ -201,7 +200,7 @@ def counts_well(update: Update, classes: int) -> bool:
 def _counts(world: World, state: State, among: Sequence[int]) -> Flow[list[Update]]:
     """What each device that answers tells of its predictions."""
     method = world.experiment.method
-    return (yield Asking([ask(method.predict, k, state.shared, splits=list(SPLITS)) for k in among], whole, 0))
+    return (yield Asking([ask(method.predict, k, state.shared, splits=list(HELD_OUT)) for k in among], whole, 0))
 
 
 def cells(owner: np.ndarray, found: Outcomes, devices: int) -> list[list[list[int]]]:
@@ -217,18 +216,18 @@ def cells(owner: np.ndarray, found: Outcomes, devices: int) -> list[list[list[in
 
 def _of_one_model(world: World, tensors: Tensors) -> dict[Split, np.ndarray]:
     """The logits of a model of all rows, float32 (n, C) a split."""
-    done = world.compute.run([Predict(tensors, world.splits[split]) for split in SPLITS])
-    return {split: one.result.numpy() for split, one in zip(SPLITS, done, strict=True)}
+    done = world.compute.run([Predict(tensors, world.splits[split]) for split in HELD_OUT])
+    return {split: one.result.numpy() for split, one in zip(HELD_OUT, done, strict=True)}
 
 
 def _rearranged(world: World, logits: Mapping[Split, np.ndarray]) -> dict[Split, np.ndarray]:
     """The same where all devices have predicted with that very model: theirs, in the rows' own order."""
-    return {split: logits[split][np.argsort(np.concatenate(world.partition.shards(split)))] for split in SPLITS}
+    return {split: logits[split][np.argsort(np.concatenate(world.partition.shards(split)))] for split in HELD_OUT}
 
 
 def _each_row_once(world: World) -> bool:
     """Whether every row that is evaluated is on exactly one device."""
-    held = ((np.concatenate(world.partition.shards(split)), len(world.splits[split])) for split in SPLITS)
+    held = ((np.concatenate(world.partition.shards(split)), len(world.splits[split])) for split in HELD_OUT)
     return all(np.array_equal(np.sort(rows), np.arange(count)) for rows, count in held)
 
 
@@ -236,11 +235,11 @@ def _predictions(world: World, state: State) -> Flow[tuple[dict[Split, np.ndarra
     """Each device's logits of its own rows, float32 (n, C) a split: device 0's rows first, then those of device 1, and so on; and whether
     all of them predicted with what they were sent and nothing else."""
     clients, method = world.pool.clients, world.experiment.method
-    made: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}
+    made: dict[Split, list[np.ndarray]] = {split: [] for split in HELD_OUT}
     as_sent = True
     for at in range(0, len(clients), AT_ONCE):
-        updates = yield [ask(method.predict, k, state.shared, splits=list(SPLITS)) for k in clients[at : at + AT_ONCE]]
-        for split in SPLITS:
+        updates = yield [ask(method.predict, k, state.shared, splits=list(HELD_OUT)) for k in clients[at : at + AT_ONCE]]
+        for split in HELD_OUT:
             made[split].append(np.concatenate([update.tensors[split].float().numpy() for update in updates]))
         as_sent = as_sent and all(update.metrics.get(AS_SENT) is True for update in updates)
     return {split: np.concatenate(parts) for split, parts in made.items()}, as_sent

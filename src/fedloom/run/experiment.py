@@ -5,12 +5,13 @@ Recipes build it, the command line is generated from it, its JSON lies in every 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -376,14 +377,32 @@ def _value(hint: Any, value: Any, what: str) -> Any:
         return _build(hint, value, what)  # type: ignore[arg-type]
     origin = get_origin(hint)
     if origin is tuple and isinstance(value, list | tuple):
-        return tuple(value)
+        return _tuple(get_args(hint), value, what)
     if origin is Literal:
         if value in get_args(hint):
             return value
     elif origin in (Union, types.UnionType):
-        return value
+        if found := _as_any_of(get_args(hint), value, what):
+            return next((one for one in found if type(one) is type(value)), found[0])
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool) and not FAR < abs(value) < math.inf:
         return float(value)
     elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ExperimentError(f"{what} is {value!r}; it must be {hint.__name__ if isinstance(hint, type) else hint}")
+
+
+def _tuple(hints: tuple[Any, ...], value: Sequence[Any], what: str) -> tuple[Any, ...]:
+    """``value`` as a tuple of these types: the first throughout where ``...`` follows it, and otherwise one for each place."""
+    each = hints[:1] * len(value) if hints[1:] == (...,) else hints
+    if len(each) != len(value):
+        raise ExperimentError(f"{what} is {value!r}; it must be {len(each)} values")
+    return tuple(_value(hint, item, f"{what}[{i}]") for i, (hint, item) in enumerate(zip(each, value, strict=True)))
+
+
+def _as_any_of(hints: Sequence[Any], value: Any, what: str) -> list[Any]:
+    """``value`` as each of these types that takes it."""
+    found = []
+    for hint in hints:
+        with contextlib.suppress(ExperimentError):
+            found.append(_value(hint, value, what))
+    return found

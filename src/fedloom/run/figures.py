@@ -95,9 +95,7 @@ class Track:
         return so_far + np.array(own, float) if protocol == "personalised" else so_far
 
 
-def metric_curve(
-    tracks: Sequence[Track], protocol: Protocol, against: Against, metric: str, kind: Kind = "svg", target: float | None = None
-) -> bytes:
+def metric_curve(tracks: Sequence[Track], protocol: Protocol, against: Against, metric: str, target: float | None = None) -> bytes:
     """One protocol's test metric, evaluated points only; a ring marks the round that validation chose, a thin line the target.
 
     Both protocols of the same tracks get the same vertical scale, so that their pictures can be compared.
@@ -130,10 +128,10 @@ def metric_curve(
         ax.xaxis.set_major_locator(MaxNLocator(integer=against == "round", nbins=7))
         _legend(ax, len(tracks))
 
-    return render(draw, kind, height=_height(len(tracks)))
+    return render(draw, height=_height(len(tracks)))
 
 
-def loss_curve(tracks: Sequence[Track], kind: Kind = "svg") -> bytes:
+def loss_curve(tracks: Sequence[Track]) -> bytes:
     """Mean training loss of each round over the cohort's examples."""
 
     def draw(figure: matplotlib.figure.Figure) -> None:
@@ -147,10 +145,10 @@ def loss_curve(tracks: Sequence[Track], kind: Kind = "svg") -> bytes:
         _rounds(ax)
         _legend(ax, len(tracks))
 
-    return render(draw, kind, height=_height(len(tracks)))
+    return render(draw, height=_height(len(tracks)))
 
 
-def pacing(fractions: Sequence[float], opens: Opens = "batches", kind: Kind = "svg") -> bytes:
+def pacing(fractions: Sequence[float], opens: Opens = "batches") -> bytes:
     """The share of each device's batches, examples or text length that the curriculum opens in rounds 1, 2, ..."""
     title, label = {
         "batches": ("Data opened by the curriculum, easy first", "share of batches"),
@@ -168,10 +166,10 @@ def pacing(fractions: Sequence[float], opens: Opens = "batches", kind: Kind = "s
         ax.set_ylabel(label)
         _rounds(ax)
 
-    return render(draw, kind)
+    return render(draw)
 
 
-def layer_scores(scores: Sequence[float], chosen: Sequence[int], kind: Kind = "svg") -> bytes:
+def layer_scores(scores: Sequence[float], chosen: Sequence[int]) -> bytes:
     """Sensitivity of each layer; ``chosen`` are the indices of the global aggregation layers (GAL).
 
     Raises:
@@ -195,10 +193,10 @@ def layer_scores(scores: Sequence[float], chosen: Sequence[int], kind: Kind = "s
         ax.grid(False, axis="x")
         _legend(ax, 2)
 
-    return render(draw, kind, height=_height(2))
+    return render(draw, height=_height(2))
 
 
-def shared_layers(chosen: Mapping[int, Sequence[int]], depth: int, rounds: int, kind: Kind = "svg") -> bytes:
+def shared_layers(chosen: Mapping[int, Sequence[int]], depth: int, rounds: int) -> bytes:
     """Which layers are shared in which rounds; ``chosen``: by the number of completed rounds at which they were chosen, from 0 on."""
 
     def draw(figure: matplotlib.figure.Figure) -> None:
@@ -214,7 +212,7 @@ def shared_layers(chosen: Mapping[int, Sequence[int]], depth: int, rounds: int, 
         ax.grid(False, axis="y")
         _rounds(ax)
 
-    return render(draw, kind)
+    return render(draw)
 
 
 def partition_picture(counts: np.ndarray, classes: Sequence[str], kind: Kind = "svg") -> bytes:
@@ -322,7 +320,7 @@ def _height(lines: int) -> float:
     return 2.9 + (0.19 * ((lines + 1) // 2) + 0.05 if lines > 1 else 0)
 
 
-def render(draw: Callable[[matplotlib.figure.Figure], None], kind: Kind, width: float = 4.8, height: float = 2.9) -> bytes:
+def render(draw: Callable[[matplotlib.figure.Figure], None], kind: Kind = "svg", width: float = 4.8, height: float = 2.9) -> bytes:
     """Draw on a fresh figure and return its bytes; matplotlib's settings are put back as they were."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from font")  # a box in a picture; an SVG keeps the text

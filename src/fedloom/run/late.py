@@ -23,6 +23,7 @@ from fedloom.engines.engine import Engine
 from fedloom.messages import Asking, Flow, Replies, Setting, Take, Task, Tensors, whole
 from fedloom.methods import all_methods
 from fedloom.server.participation import Pool
+from fedloom.tensors import identical
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,10 @@ class Remembering:
     def _those_asked(self, task: Task) -> set[int]:
         """Those who have answered this task but for their number, tried again or not: its tensors are the same objects then."""
         for step, answered in self._asked:
-            if (step.op, step.settings) == (task.op, task.settings) and _same(step.tensors, task.tensors):
+            if (step.op, step.settings) == (task.op, task.settings) and identical(step.tensors, task.tensors):
                 return answered
         self._asked.append((Step(task.op, task.tensors, task.settings, task.exact), answered := set[int]()))
         return answered
-
-
-def _same(first: Tensors, second: Tensors) -> bool:
-    return list(first) == list(second) and all(second[name] is tensor for name, tensor in first.items())
 
 
 def welcome(steps: Sequence[Step], clients: Sequence[int]) -> Flow[list[int]]:

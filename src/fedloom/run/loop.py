@@ -209,7 +209,7 @@ def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str
         try:
             state, missed = drive(one_round(method, state, pool), hurried, e.quorum, section.hear), 0
         except CohortFailed as failed:
-            state, missed = _missed(world, state, store, section, missed + 1, failed, show), missed + 1
+            state, missed = _missed(state, store, section, missed + 1, failed, show), missed + 1
         trained, found = section.seconds, _evaluated(world, state, engine, show, late, store)
         show.round(row := ledger.write(state.round, section, trained, found.scores if found else unknown, told_of(late, world, found)))
         saved = kept(state, late, saved.parts)
@@ -276,7 +276,7 @@ def told_of(late: Late | None, world: World, found: Evaluation | None) -> dict[s
     return {"personalising": found.personalising if found else None, **({} if late is None else late.told(world.pool))}
 
 
-def _missed(world: World, state: State, store: Store, section: Section, times: int, failed: CohortFailed, show: Show) -> State:
+def _missed(state: State, store: Store, section: Section, times: int, failed: CohortFailed, show: Show) -> State:
     """The state after a round to which too few devices came: as before. In one process that is an error; of devices that are elsewhere it
     is told, and what those who did come have done has not happened.
 

@@ -17,25 +17,23 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from fedloom.client.elsewhere import Elsewhere, Store
 from fedloom.data.instructions import Instructions
 from fedloom.data.numbers import due, last, marked
-from fedloom.data.tasks import Split
+from fedloom.data.tasks import HELD_OUT, Split
 from fedloom.messages import Tensors
 from fedloom.methods.method import State
 from fedloom.run.personal import as_sent, personal
 from fedloom.run.world import World
 from fedloom.seeds import derive
+from fedloom.tensors import equal
 
 LONGEST = 256
 """Tokens of an answer at most."""
 
 TOGETHER = 16
 """Prompts that are answered at once."""
-
-SPLITS: tuple[Split, ...] = ("validation", "test")
 
 
 class Drawn(NamedTuple):
@@ -73,14 +71,14 @@ NOT_WRITTEN: dict[str, float | None] = {"personalised": None, "global": None}
 
 def tells(world: World) -> bool:
     """Whether this run tells exact match: prompts are to be written to, and some held-out answer ends in a number."""
-    return any(_held(world, split) for split in SPLITS)
+    return any(_held(world, split) for split in HELD_OUT)
 
 
 def drawn(world: World) -> dict[Split, Drawn]:
     """At most ``--exact-match`` prompts of each split whose answers end in ``#### number``, drawn by seed, cut at their end where an answer
     of :data:`LONGEST` tokens (half of what the model reads, if that is less) would not fit behind them. Splits without any are left out."""
     e, speaker, made = world.experiment, world.model.speaker, {}
-    for split in SPLITS:
+    for split in HELD_OUT:
         held = _held(world, split)
         if not held or speaker is None:
             continue
@@ -103,7 +101,7 @@ def solved(world: World, state: State, store: Store) -> Solved | None:
         "global": None if assembled is None else _continued(world, assembled, asked),
     }
     written["personalised"] = None if isinstance(store, Elsewhere) else _personally(world, state, store, of, assembled, written["global"])
-    shares: dict[Split, dict[str, Share | None]] = {split: dict.fromkeys(NOT_WRITTEN) for split in SPLITS}
+    shares: dict[Split, dict[str, Share | None]] = {split: dict.fromkeys(NOT_WRITTEN) for split in HELD_OUT}
     at = 0
     for split, one in of.items():
         for protocol, texts in written.items():
@@ -154,7 +152,7 @@ def _personally(
     asked = [prompt for one in of.values() for prompt in one.prompts]
     written: list[str | None] = [None] * len(asked)
     for model, places in _alike(world, state, store, _holders(world, of)):
-        known = assembled is not None and general is not None and _same(model, assembled)
+        known = assembled is not None and general is not None and equal(model, assembled)
         texts = [general[i] for i in places] if known and general else _continued(world, model, [asked[i] for i in places])
         for place, text in zip(places, texts, strict=True):
             written[place] = text
@@ -167,7 +165,7 @@ def _alike(world: World, state: State, store: Any, holders: Mapping[int, list[in
     model, places = None, []
     for client, mine in holders.items():
         own = personal(world, store, client, shared, state.facts).tensors
-        if model is not None and _same(own, model):
+        if model is not None and equal(own, model):
             places = places + mine
             continue
         if model is not None:
@@ -187,11 +185,6 @@ def _holders(world: World, of: Mapping[Split, Drawn]) -> dict[int, list[int]]:
                 held.setdefault(client, []).extend(mine)
         at += len(one.rows)
     return dict(sorted(held.items()))
-
-
-def _same(one: Tensors, other: Tensors) -> bool:
-    """Whether two models are the same, bit for bit."""
-    return one.keys() == other.keys() and all(tensor is other[n] or torch.equal(tensor, other[n]) for n, tensor in one.items())
 
 
 def _share(texts: Sequence[str | None], wanted: Sequence[Decimal | None]) -> Share | None:

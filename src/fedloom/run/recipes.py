@@ -171,9 +171,10 @@ def _with_curriculum(recipe: Recipe, name: str) -> Recipe:
     return Recipe(recipe.kind, dataclasses.replace(recipe.experiment, method=method) if recipe.experiment else None, method)
 
 
-def default_folder(experiment: Experiment) -> Path:
-    """``runs/METHOD-DATA-DIGEST``: the same experiment has the same folder, another one another."""
-    return Path("runs") / f"{experiment.method_name}-{data_name(experiment)}-{experiment.digest()[:8]}"
+def default_folder(experiment: Experiment, served: bool = False) -> Path:
+    """``runs/METHOD-DATA-DIGEST``: the same experiment has the same folder, another one another; and another one if it is ``served``, for
+    the same experiment says nothing of the data that devices bring."""
+    return Path("runs") / f"{experiment.method_name}-{data_name(experiment)}-{experiment.digest()[:8]}{'-served' if served else ''}"
 
 
 def comparison_folder(experiments: Sequence[Experiment], shared: bool = False) -> Path:

@@ -72,7 +72,7 @@ class Pool:
         """
         if not steps:
             self.insist_on_no_optimizer(method, because)
-        self.insist_on_no_controls(method, because)
+        self.insist_on_what_was_sent(method, because)
         if self.rule != Rule():
             raise ValueError(
                 f"'{method}' cannot follow aggregation '{self.rule.name}': {because}. Leave --aggregation out, or choose a method that "
@@ -91,7 +91,7 @@ class Pool:
                 "method that averages tensor by tensor (lora, ffa, rolora, fedsa, federa, fibecfed, flasc, ...)"
             )
 
-    def insist_on_no_controls(self, method: str, because: str) -> None:
+    def insist_on_what_was_sent(self, method: str, because: str) -> None:
         """For methods whose devices do not all train what they were sent, as it was sent, and send that back; of which no layer can stay
         on a device either.
 
