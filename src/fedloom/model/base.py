@@ -54,7 +54,7 @@ class ModelError(ValueError):
 class Batch(NamedTuple):
     """Tensors of one padded batch.
 
-    ids, segments: int64 (B, L); mask: bool (B, L); labels: int64 (B,); weights: float32 (B,), 0 for filler rows.
+    ids, segments: int64 (B, L); mask: bool (B, L); labels: int64 (B,); weights: float32 (B,).
     """
 
     ids: torch.Tensor
