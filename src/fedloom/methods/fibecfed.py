@@ -302,7 +302,7 @@ class FibecFed:
             handed = yield from insist([ask(self.hand_over, k, layers=joining) for k in pool.clients])
             copies = [replace(one, tensors=completed(one.tensors, {})) for one in handed]
             left = {n: t for n, t in shared.items() if layer_of(n) in leaving}
-            yield from insist([ask(self.regroup, k, left, gal=chosen) for k in pool.clients])
+            yield from insist([replace(ask(self.regroup, k, left, gal=chosen), exact=True) for k in pool.clients])  # kept for good
             shared = dict(sorted({**without(shared, left), **pool.mean(copies)}.items()))
         now = {"gal": chosen, **now}
         history = [*state.facts["gal_history"], {"round": state.round, **now}]
