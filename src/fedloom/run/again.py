@@ -16,7 +16,7 @@ from typing import Any
 from fedloom.data.numbers import EXACT as NUMBERS
 from fedloom.data.tasks import FURTHER
 from fedloom.engines.engine import drive
-from fedloom.methods.method import State, set_up
+from fedloom.methods.method import State, says, set_up
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.evaluation import evaluate
@@ -86,7 +86,7 @@ def _as_method(experiment: Experiment, kind: type[Any]) -> Experiment:
             f"'{kind.name}' trains by '{type(kind().inner).name}', and the run by '{experiment.method_name}'; "
             "give a method that trains alike"
         )
-    if not vars(kind).get("trains_as_inner", False):
+    if not says(kind(), "trains_as_inner"):
         raise ExperimentError(
             f"'{kind.name}' does not train as '{experiment.method_name}' does, whatever it shares; it must be trained. "
             "A method that only predicts otherwise says so: trains_as_inner = True"
