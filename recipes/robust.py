@@ -24,6 +24,7 @@ from fedloom.engines.wrap import Hostile, Lies, noise, scaled
 from fedloom.methods import named
 from fedloom.run.evaluation import evaluate
 from fedloom.run.experiment import Experiment
+from fedloom.run.recipes import with_learning_rate
 from fedloom.run.world import World, build
 from fedloom.server.robust import RULES
 
@@ -53,8 +54,7 @@ def main() -> int:
     parser.add_argument("--lr", type=float, default=8e-3)
     parser.add_argument("--max-train", type=int, default=320)
     given = parser.parse_args()
-    method = named(given.method)()
-    method = replace(method, inner=replace(method.inner, lr=given.lr)) if "inner" in vars(method) else replace(method, lr=given.lr)
+    method = with_learning_rate(named(given.method)(), given.lr)
     print(f"| alpha | rule | {' | '.join(LIES)} |\n|---|---|{'---|' * len(LIES)}")
     for alpha in given.alphas:
         size = {"max_train": given.max_train, "max_validation": 40, "max_test": 300, "max_length": 32}

@@ -14,7 +14,7 @@ a step that is smaller than the grid is not lost.
 ``up:NAME`` (``up:bf16``) encodes what goes up and sends down every bit.
 
 Encoded are the float32 tensors of a task, and of an update those whose name and shape its task had. Everything else crosses exactly, and so
-does a task that says so (``Task.exact``), which is how a set-up hands out what is sent once and for all.
+does a task that says so (``Task.exact``), which is how what is sent once and for all is handed out.
 All of a message's encoded tensors are one vector, in order of names.
 
 This module does not know engines, methods or how bytes are laid out (``wire.py``).
@@ -30,7 +30,7 @@ from typing import Any, Literal
 import torch
 
 from fedloom.messages import Setting, Task, Tensors, Update
-from fedloom.tensors import identical
+from fedloom.tensors import identical, rounded_up
 from fedloom.wire import Packer, WireError
 
 NAMES = ("exact", "bf16", "fp16", "int8", "nf4", "top-k")
@@ -207,7 +207,7 @@ class Encoding:
             case "int8" | "nf4":
                 return dict(zip((CODES, SCALES), coded(vector, self.name), strict=True))
             case _:
-                places = vector.abs().topk(math.ceil(self.share * len(vector) - 1e-9)).indices.sort().values
+                places = vector.abs().topk(rounded_up(self.share, len(vector))).indices.sort().values
                 return {CODES: vector[places], PLACES: places.to(torch.int32)}
 
     @torch.no_grad()
@@ -226,7 +226,7 @@ class Encoding:
             case "nf4":
                 wanted = {CODES: (-(-length // 2), torch.uint8), SCALES: (-(-length // BLOCK["nf4"]), torch.float32)}
             case _:
-                sent = math.ceil(self.share * length - 1e-9)
+                sent = rounded_up(self.share, length)
                 wanted = {CODES: (sent, torch.float32), PLACES: (sent, torch.int32)}
         found = {n: (t.numel(), t.dtype) for n, t in pieces.items() if n in (CODES, SCALES, PLACES) and t.dim() == 1}
         if found != wanted:

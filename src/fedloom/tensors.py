@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, groupby
 
@@ -18,6 +19,11 @@ STRETCH = 2**19
 
 Piece = tuple[str, int, int]
 """A tensor's name, and which of its numbers."""
+
+
+def rounded_up(share: float, of: int) -> int:
+    """⌈share·of⌉. Float noise below 1e-9 makes no further one: 0.07·100 is 7.000000000000001, and 7."""
+    return math.ceil(share * of - 1e-9)
 
 
 def only(tensors: Tensors, names: Collection[str]) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from fedloom.engines.agreement import agreeing
 from fedloom.engines.engine import Engine, drive
 from fedloom.engines.local import Local, taken
 from fedloom.messages import Flow, Replies, Take, Task, Update, ask, whole
-from fedloom.methods.method import State, one_round, set_up
+from fedloom.methods.method import SAYS, State, one_round, says, set_up
 from fedloom.model.base import Model
 from fedloom.server.participation import Pool
 from tests import tiny
@@ -54,8 +54,8 @@ class Played:
 
     def __init__(self, method: Any, pool: Pool, start: str = "", stacked: bool = True, kind: str = "") -> None:
         """``start``: of LoRA, where the method does not say its own. ``kind``: of adapter, instead of the method's."""
-        said = vars(type(method))
-        self.of = _model(kind or said.get("adapter_kind", "lora"), said.get("adapter_start", start or "zero"))
+        own = says(method, "adapter_start")
+        self.of = _model(kind or says(method, "adapter_kind"), start if start and own == SAYS["adapter_start"] else own)
         self.compute: Any = (Stacked if stacked else Serial)(self.of)
         self.fits, self.method, self.pool, self.store = list[Fit](), method, pool, ClientStore()
         ran, devices = self.compute.run, tiny.clients()

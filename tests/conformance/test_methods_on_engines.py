@@ -26,7 +26,7 @@ from fedloom.methods import all_methods
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.methods.hetlora import HetLora
-from fedloom.methods.method import State, one_round
+from fedloom.methods.method import State, one_round, says
 from fedloom.model.adapters import is_up
 from fedloom.model.base import Model
 from fedloom.model.factors import rank_in
@@ -96,9 +96,9 @@ def play(
 ) -> Played:
     """Set-up, two rounds and, twice, the personal predictions of one method, or of the one ``given``, under a mask if there is one."""
     method, store = given or all_methods()[name](), ClientStore()
-    own = vars(type(method))
-    model = MODEL(start=own.get("adapter_start", "zero"), kind=own.get("adapter_kind", "lora"))
-    computing, pool = compute(own.get("adapter_kind", "lora"), model), replace(POOL, mask=mask or Mask(), encoding=Encoding.of(wire))
+    kind = says(method, "adapter_kind")
+    model = MODEL(start=says(method, "adapter_start"), kind=kind)
+    computing, pool = compute(kind, model), replace(POOL, mask=mask or Mask(), encoding=Encoding.of(wire))
     host = Host(method, device, computing, store, DIGEST, encoding=pool.encoding, doing=carried_out)
     recording = Recording(disturbed(engine_over(host)))
     state = drive(method.setup(method.init(model), pool), recording, quorum=0)

@@ -31,7 +31,7 @@ from fedloom.methods.fedopt import FedOpt
 from fedloom.methods.ffa import FfaLora
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
 from fedloom.methods.local import Local as Alone
-from fedloom.methods.method import State, one_round
+from fedloom.methods.method import State, one_round, says
 from fedloom.methods.rolora import RoLora
 from fedloom.methods.scaffold import Scaffold
 from fedloom.methods.slora import SLora
@@ -76,8 +76,7 @@ class Played:
     """A method over made-up devices, whose rounds can be tried on copies of them."""
 
     def __init__(self, method: Any, pool: Pool) -> None:
-        said = vars(type(method))
-        self.of = model(said.get("adapter_kind", "lora"), said.get("adapter_start", "zero"))
+        self.of = model(says(method, "adapter_kind"), says(method, "adapter_start"))
         self.method, self.pool, self.devices, self.store = method, pool, tiny.clients(), ClientStore()
         self.state: State = drive(method.setup(method.init(self.of), pool), self.engine(self.store), quorum=0)
 

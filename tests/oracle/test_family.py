@@ -17,7 +17,7 @@ import torch
 
 from fedloom.methods.fedex import FedExLora
 from fedloom.methods.fedprox import FedProx
-from fedloom.methods.flasc import CHANGE, PLACES, VALUES, Flasc
+from fedloom.methods.flasc import CHANGE, PLACES, VALUES, Flasc, largest
 from fedloom.methods.flexlora import FlexLora
 from fedloom.methods.flora import FLoRA
 from fedloom.methods.hetlora import HetLora
@@ -391,6 +391,16 @@ def test_slora_trains_pairs_from_round_r_1_on_also_if_the_round_before_was_misse
         u, s, vt = np.linalg.svd(change.reshape(w.shape))
         np.testing.assert_allclose(S * sent[b] @ sent[a], u[:, :2] * s[:2] @ vt[:2], atol=2e-3)
         assert change.any() == (missed != (0, 1)) == (not np.array_equal(sent[a], own[a]))
+
+
+def test_shares_that_are_whole_numbers_are_these() -> None:
+    """R_1 = .28·25 = 7 rounds, δ·100 = 7 entries, d·100 = 7 entries: floats have them a little above, and ⌈·⌉ is not of that."""
+    method, pool = SLora(first=0.28, density=0.07), replace(ONE_SEED, rounds=25)
+    assert method.count(torch.zeros(10, 10)) == 7
+    begin = method.init(real.model())
+    stages = [method.staged(replace(begin, round=t, facts={**begin.facts, "seed": 1}), pool).server == {} for t in range(9)]
+    assert stages == [False] * 7 + [True] * 2
+    assert len(largest(torch.arange(100.0), 0.07)[PLACES]) == 7
 
 
 @kinds

@@ -150,6 +150,7 @@ def test_a_pooler_that_the_files_lack_is_head_and_a_layer_that_they_lack_is_refu
     of = load(str(tmp_path), num_labels=3, adapter=Adapter(rank=2), max_length=16)
     new = {f"base_model.model.{n}.{end}" for n in ("classifier", "bert.pooler.dense") for end in ("weight", "bias")}
     assert of.head == new and all(is_factor(n) for n in set(of.initial) - new)
+    assert of.fresh == new, "which of what is trained no file brought"
     held = load_file(tmp_path / "model.safetensors")
     save_file({n: t for n, t in held.items() if "layer.1.attention" not in n}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from itertools import chain
+from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
+from transformers import AutoModelForMaskedLM
 
 from fedloom.methods.fedbavg import FedBAvg
 from fedloom.methods.fedcybgd import FedCyBGD
-from fedloom.model.adapters import is_head
+from fedloom.model.adapters import Adapter, is_head
 from fedloom.model.blocks import End, cover, in_attention
-from tests import families
+from fedloom.model.loading import load
+from tests import families, tiny
 
 FAMILIES = ("bert", "roberta", "deberta-v2", "modernbert", "gpt2", "llama", "qwen2", "mistral", "bloom")
 BEHIND = {"bert": ["output"], "roberta": [], "deberta-v2": []}
@@ -60,6 +64,25 @@ def test_an_end_that_the_model_has_not_is_refused_with_those_it_has(family: str,
     (missing,) = {*get_args(End)} - {*there}
     with pytest.raises(ValueError, match=rf"ends names {missing}, .* it has {' '.join(there)}$"):
         FedBAvg(inner=FedCyBGD(ends=(there[0], missing))).init(of)
+
+
+def test_a_pooler_that_no_file_brought_is_trained_or_refused(tmp_path: Path) -> None:
+    """It is drawn at random and stands before the head: frozen, nobody would ever make anything of it."""
+    torch.manual_seed(5)
+    AutoModelForMaskedLM.from_config(families.CONFIGS["bert"]()).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    of = load(str(tmp_path), num_labels=3, adapter=Adapter(kind="full"), max_length=16)
+    pooler = {f"bert.pooler.dense.{end}" for end in ("weight", "bias")}
+    assert of.fresh == pooler | of.head and not pooler & of.head
+    for method in (FedCyBGD(), FedBAvg(inner=FedCyBGD(ends=("embeddings",)))):
+        named = "embeddings output" if isinstance(method, FedBAvg) else "output"
+        with pytest.raises(
+            ValueError, match=rf"no file .*'bert\.pooler\.dense\.bias', .*--method\.ends {named} .*or a model whose files hold"
+        ):
+            method.init(of)
+    state = FedCyBGD(ends=("output",)).init(of)
+    assert pooler < state.shared.keys() and state.facts["blocks"] == ["layer 0", "layer 1", "output"]
+    assert not families.of_kind("bert", "full").fresh - families.of_kind("bert", "full").head, "whose files have one"
 
 
 def test_an_end_named_twice_is_refused() -> None:

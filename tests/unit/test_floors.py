@@ -28,6 +28,7 @@ FLOOR = {
     "fleet.py": 0,
     "cache.py": 0,
     "folders.py": 0,
+    "finding.py": 0,
     "native": 0,
 }
 FLOOR |= {"data": 1, "model": 1, "server": 1, "client": 2, "compute": 2, "methods": 3, "engines": 3, "run": 4}

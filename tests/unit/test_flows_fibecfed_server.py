@@ -109,6 +109,7 @@ def test_layers_are_scored_again_where_scores_decide(gal: Gal, asked: list[str])
     _, state = play(method.setup(State(0, start()), POOL), told)
     askings, after = play(method.round(replace(state, round=2), POOL), answer)
     assert [tasks[0].op for tasks in askings] == asked
+    assert all(task.exact for tasks in askings for task in tasks if task.op == "regroup"), "devices keep it for good"
     due = choose_gal(np.zeros(4), [0, 1, 2, 3], gal, POOL.seed, 2) if gal.which == "random" else state.facts["gal"]
     assert after.facts["gal"] == due and set(after.shared) == of_layers(*due) | set(HEAD)
     told_again = [set(entry) for entry in after.facts["gal_history"][1:]]

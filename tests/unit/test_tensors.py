@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +11,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom import tensors as module
-from fedloom.tensors import Mean, clone, equal, fingerprint, identical, nbytes, only, same_names, weighted_mean, without
+from fedloom.tensors import (
+    Mean,
+    clone,
+    equal,
+    fingerprint,
+    identical,
+    nbytes,
+    only,
+    rounded_up,
+    same_names,
+    weighted_mean,
+    without,
+)
 
 
 def three() -> dict[str, torch.Tensor]:
     return {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[3.0]]), "c": torch.tensor([4.0])}
+
+
+@given(st.integers(0, 1000), st.integers(0, 3000))
+def test_a_share_is_rounded_up_as_its_decimals_are_written(thousandths: int, of: int) -> None:
+    """⌈share·of⌉ in whole numbers, and not of what a float makes of the share."""
+    exact = Fraction(thousandths, 1000) * of
+    assert rounded_up(thousandths / 1000, of) == -(-exact.numerator // exact.denominator)
+
+
+def test_float_noise_makes_no_further_one() -> None:
+    assert 0.07 * 100 > 7
+    assert [rounded_up(0.07, 100), rounded_up(0.28, 25), rounded_up(0.55, 100), rounded_up(0.0701, 100)] == [7, 7, 55, 8]
 
 
 def test_only_keeps_the_named_in_the_order_of_the_tensors() -> None:

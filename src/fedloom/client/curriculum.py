@@ -17,6 +17,7 @@ from fedloom.client.client import Client
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors, Work
 from fedloom.seeds import Part, derive
+from fedloom.tensors import rounded_up
 
 Pacing = Literal["linear", "sqrt", "quadratic", "exp", "none"]
 Granularity = Literal["batch", "example", "unsorted"]
@@ -170,4 +171,4 @@ def fraction(pacing: Pacing, round: int, rounds: int, start: float, full_at: flo
 
 def open_count(share: float, batches: int) -> int:
     """How many of a client's batches are open: ``ceil(share · batches)``, at least one. Float noise below 1e-9 does not open another."""
-    return min(batches, max(1, math.ceil(share * batches - 1e-9)))
+    return min(batches, max(1, rounded_up(share, batches)))

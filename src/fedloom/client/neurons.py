@@ -7,7 +7,6 @@ A B (d_out, r) of which all rows but k are zero for ever lies as these rows (k, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -16,7 +15,7 @@ from fedloom.client.client import Client
 from fedloom.model.adapters import partner
 from fedloom.model.blocks import layer_of, layers
 from fedloom.model.some_rows import whole
-from fedloom.tensors import packed, unpacked
+from fedloom.tensors import packed, rounded_up, unpacked
 
 KEPT = "kept/"
 
@@ -63,7 +62,7 @@ def neuron_masks(fisher: Mapping[str, torch.Tensor], keep: float) -> dict[str, t
         rows = [fisher[b].double().sum(1) + share for b, share in zip(ups, shares, strict=True)]
         scores = torch.cat(rows)
         kept = torch.zeros_like(scores)
-        kept[torch.argsort(-scores, stable=True)[: max(1, math.ceil(keep * len(scores) - 1e-9))]] = 1
+        kept[torch.argsort(-scores, stable=True)[: max(1, rounded_up(keep, len(scores)))]] = 1
         for name, part in zip(ups, kept.split([len(r) for r in rows]), strict=True):
             masks[name] = part.float()[:, None]
     return masks

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from dataclasses import is_dataclass
 from types import ModuleType
 from typing import Any
 
+from fedloom.finding import chosen, found_below, found_in
+from fedloom.methods.method import insist_on_what_is_said
+
 
 def methods_in(module: ModuleType) -> dict[str, type[Any]]:
-    """The methods that a module defines (not those it imports): dataclasses with the class attributes ``name`` and ``paper``."""
-    found = (value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__)
-    return {kind.name: kind for kind in found if is_dataclass(kind) and {"name", "paper"} <= set(vars(kind))}  # type: ignore[attr-defined]
+    """The methods that a module defines (not those it imports): dataclasses with the class attributes ``name`` and ``paper``.
+
+    Raises:
+        ValueError: two of them have the same name, or one says of itself what nobody listens to.
+    """
+    found = found_in(module)
+    for kind in found.values():
+        insist_on_what_is_said(kind)
+    return found
 
 
 def all_methods() -> dict[str, type[Any]]:
-    """Every method of this package, by name, in order of names."""
-    names = [f"{__name__}.{module.name}" for module in pkgutil.iter_modules(__path__)]
-    found: dict[str, type[Any]] = {}
-    for name in names:
-        found |= methods_in(importlib.import_module(name))
-    return dict(sorted(found.items()))
+    """Every method of this package, by name, in order of names.
+
+    Raises:
+        ValueError: as :func:`methods_in`.
+    """
+    return found_below(__name__, __path__, methods_in)
 
 
 def named(name: str) -> type[Any]:
@@ -30,7 +36,4 @@ def named(name: str) -> type[Any]:
     Raises:
         ValueError: there is none; the message lists those that exist.
     """
-    found = all_methods()
-    if name not in found:
-        raise ValueError(f"no method '{name}'; there are {', '.join(found)}. A Python file that defines one works too")
-    return found[name]
+    return chosen(all_methods(), name, "method", ". A Python file that defines one works too")

@@ -17,9 +17,9 @@ refused.
 
 Deviations: the paper's devices take part in every round. Here a cohort is drawn, so the server keeps the LoRA that each device sent last,
 and the mean is over those others who sent one (none: B_-k = 0). Going down it is the mean M of all N of them and the list of who they are;
-a device takes itself out, A_-k = (N·M − A_k)/(N − 1), and one message serves the whole cohort. Where a device's answer was lost, what it
-takes out is newer than what the mean holds, until it answers again. As in the authors' code the factors are averaged, not their products,
-all devices alike, and softmax has no temperature. The head, which a classification needs, is the device's own. AdamW, fresh at each
+a device takes itself out, A_-k = (N·M − A_k)/(N − 1), and one message serves the whole cohort. What it takes out is what the mean holds,
+also after a lost answer, which has not happened on either side. As in the authors' code the factors are averaged, not their products, all
+devices alike, and softmax has no temperature. The head, which a classification needs, is the device's own. AdamW, fresh at each
 participation. Every device receives the start of its part once, in the set-up.
 """
 

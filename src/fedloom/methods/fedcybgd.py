@@ -10,8 +10,7 @@ several. In turn s of a cycle client s mod K trains block b = s mod D (``order``
 
 Nothing is averaged. With ``subset`` ρ < 1 only a random share ρ of the other changed blocks goes down, and of the rest the client keeps
 what it was sent before, or the pre-trained weights: it then trains against a model that is not quite the server's. Scores are always
-those of the server's model. A client that does not answer costs its turn and nothing else: it may have kept what it was sent or not, and
-is sent it again.
+those of the server's model. A client that does not answer costs its turn and nothing else: it has what it had, and is sent the rest again.
 
 What goes down besides w_b and the head can be made smaller still, and then C(w_j) takes the place of w_j on the device:
 
@@ -96,7 +95,8 @@ class FedCyBGD:
         """w_0: all blocks and the head. What is in neither keeps its pre-trained weights.
 
         Raises:
-            ValueError: what is trained has no layers to make blocks of, or not one of the ``ends``.
+            ValueError: what is trained has no layers to make blocks of, or not one of the ``ends``; or what is in neither has no
+                pre-trained weights.
         """
         there = ends_of(n for n in model.initial if not is_head(n))
         if missing := [end for end in self.ends if end not in there]:
@@ -111,6 +111,12 @@ class FedCyBGD:
                 f"one ({sorted(model.initial)[:3]}); give --adapter.kind full"
             )
         shared = only(model.initial, [*(n for block in blocks for n in block.names), *filter(is_head, model.initial)])
+        if idle := sorted(model.fresh - shared.keys()):
+            ends = " ".join([*self.ends, *ends_of(idle)])
+            raise ValueError(
+                f"no file of '{model.name}' holds '{idle[0]}', which is drawn at random, is in no block and no head, and would stay so: "
+                f"give --method.ends {ends} (fedbavg: --method.inner.ends {ends}), or a model whose files hold it"
+            )
         return State(0, shared, {"changed": torch.zeros(len(blocks), dtype=torch.int64)}, {"blocks": [block.label for block in blocks]})
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
@@ -133,7 +139,7 @@ class FedCyBGD:
 
     def turn(self, state: State, pool: Pool, place: int, at: int) -> tuple[Task, torch.Tensor]:
         """What the client at ``place`` is asked in a turn on block ``at``, and the versions (D,) that it has of the blocks if it answers.
-        Of one that does not nobody knows what it kept."""
+        One that does not has those that it had."""
         blocks, changed, seen = self.blocks(state.shared), state.server["changed"], state.server["seen"][place].clone()
         skips = self.skips(blocks, at, state.round, pool, pool.clients[place])
         others = [j for j in range(len(blocks)) if j != at and changed[j] > seen[j] and blocks[j].layer not in skips]

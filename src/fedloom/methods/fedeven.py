@@ -39,12 +39,12 @@ from typing import ClassVar
 import torch
 
 from fedloom.client.client import Client
-from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
+from fedloom.messages import Flow, Task, Tensors, Update, Work, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.methods.prior import label_prior
 from fedloom.model.base import Model
-from fedloom.server.participation import Pool, uniform
+from fedloom.server.participation import Pool
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,7 @@ class FedEven:
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """S_t trains evenly; the server takes the mean by m_k."""
-        cohort = uniform(pool, state.round)
-        mean = pool.average(state.shared)
-        yield Asking([ask(self.train, k, state.shared, **self.inner.clock(state.round, pool)) for k in cohort], mean.take)
-        return state.after_round(mean.value())
+        return self.inner.round(state, pool)
 
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:

@@ -52,7 +52,7 @@ from fedloom.seeds import derive_int
 from fedloom.server.masks import ROWS, completed
 from fedloom.server.participation import Pool, uniform
 from fedloom.server.sharing import Which, choose_gal, how_many
-from fedloom.tensors import nbytes, only, without
+from fedloom.tensors import nbytes, only, rounded_up, without
 
 WARM_UP = -1000
 """The "round" of the first warm-up epoch in the seeds' paths; no real round has it."""
@@ -302,7 +302,7 @@ class FibecFed:
             handed = yield from insist([ask(self.hand_over, k, layers=joining) for k in pool.clients])
             copies = [replace(one, tensors=completed(one.tensors, {})) for one in handed]
             left = {n: t for n, t in shared.items() if layer_of(n) in leaving}
-            yield from insist([ask(self.regroup, k, left, gal=chosen) for k in pool.clients])
+            yield from insist([replace(ask(self.regroup, k, left, gal=chosen), exact=True) for k in pool.clients])  # kept for good
             shared = dict(sorted({**without(shared, left), **pool.mean(copies)}.items()))
         now = {"gal": chosen, **now}
         history = [*state.facts["gal_history"], {"round": state.round, **now}]
@@ -427,4 +427,4 @@ def lossless_gal(gal: Gal, prunable: float, told: float, adapted: int) -> tuple[
     if not told:
         return gal, {}
     facts = {"prunable": prunable, "examples_on_devices_with_a_gap": told}
-    return replace(gal, count=max(1, math.ceil((1 - prunable) * adapted - 1e-9))) if gal.lossless else gal, facts
+    return replace(gal, count=max(1, rounded_up(1 - prunable, adapted))) if gal.lossless else gal, facts

@@ -29,7 +29,7 @@ from fedloom.model.adapters import is_factor, need_pairs
 from fedloom.model.base import Model
 from fedloom.model.factors import need_zero_start
 from fedloom.server.participation import Pool, uniform
-from fedloom.tensors import only, without
+from fedloom.tensors import only, rounded_up, without
 
 VALUES, PLACES = "values", "places"
 CHANGE = "change/"
@@ -128,7 +128,7 @@ def parted(entries: torch.Tensor, like: Tensors) -> dict[str, torch.Tensor]:
 
 def largest(entries: torch.Tensor, share: float) -> dict[str, torch.Tensor]:
     """The ⌈share·P⌉ entries of (P,) that are largest in size, the first of equals, as values and ascending places."""
-    count = -int(-share * len(entries) // 1)
+    count = rounded_up(share, len(entries))
     places = entries.abs().sort(descending=True, stable=True).indices[:count].sort().values
     return {VALUES: entries[places], PLACES: places.to(torch.int32)}
 

@@ -25,11 +25,11 @@ import torch
 from fedloom.client.client import Client
 from fedloom.compute.lowrank import projected
 from fedloom.compute.work import LowRank
-from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
+from fedloom.messages import Flow, Task, Tensors, Update, Work, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
-from fedloom.server.participation import Pool, uniform
+from fedloom.server.participation import Pool
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,7 @@ class GaLore:
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """S_t trains; the server takes the mean by numbers of examples."""
-        cohort = uniform(pool, state.round)
-        mean = pool.average(state.shared)
-        yield Asking([ask(self.train, k, state.shared, **self.inner.clock(state.round, pool)) for k in cohort], mean.take)
-        return state.after_round(mean.value())
+        return self.inner.round(state, pool)
 
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:

@@ -6,8 +6,8 @@ client operations (``@on_client``). Anything that satisfies :class:`Method` is o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -54,8 +54,26 @@ class Predictor(NamedTuple):
     bias: torch.Tensor | None = None
 
 
+SAYS: dict[str, str | bool] = {
+    "adapter_kind": "lora",
+    "adapter_start": "zero",
+    "one_at_a_time": False,
+    "rounds_differ": False,
+    "trains_as_inner": False,
+    "joins_late": False,
+}
+"""What a method may say of itself, in class attributes or properties, and what is so where it says nothing. See :class:`Method`."""
+
+BY_ITSELF = frozenset({"trains_as_inner", "joins_late"})
+"""What counts only if a method's own class says it: what another class adds to the one that it is made from may make it untrue, and what
+rests on it would be wrong in silence."""
+
+
 class Method(Protocol):
     """The protocol of a method. ``name`` is its name on the command line, ``paper`` its source.
+
+    What else it may say of itself is in :data:`SAYS`. :func:`says` reads it, of the class that it is made from too, but for the first two
+    (:data:`BY_ITSELF`).
 
     A method that trains exactly as its field ``inner`` and only predicts otherwise may say ``trains_as_inner = True``; then what ``inner``
     trained can be evaluated as this method (``fedloom evaluate RUN --method``).
@@ -63,6 +81,7 @@ class Method(Protocol):
     asked of all is what a device needs that comes later (``run/late.py``).
     One whose rounds cost what depends on the rounds before says ``rounds_differ = True``: it sends what has changed since a device was last
     sent it, or has stages, or drops ranks, or chooses something anew. ``fedloom describe`` then plays all of them.
+    One whose rounds ask one device, whatever the cohort, says ``one_at_a_time = True``; costs and memory are then told of one.
     One that trains something else than LoRA, or needs LoRA to start elsewhere than at zero, says so: ``adapter_kind = "full"``,
     ``adapter_start = "svd"``; an experiment may still say otherwise.
     """
@@ -93,6 +112,36 @@ class Method(Protocol):
     def predict(self, client: Client, task: Task) -> Work[Update]:
         """The client operation behind personalised evaluation; every method says ``predict = predict``."""
         ...
+
+
+def says(method: Any, what: str) -> Any:
+    """What a method says of itself, or what :data:`SAYS` has where it says nothing."""
+    silent, kinds = SAYS[what], type(method).__mro__
+    said = any(what in vars(kind) for kind in (kinds[:1] if what in BY_ITSELF else kinds))
+    return getattr(method, what) if said else silent
+
+
+def insist_on_what_is_said(kind: type[Any]) -> None:
+    """Insist that a method says nothing of itself that nobody listens to: what is misspelt would be as if it were not said.
+
+    Raises:
+        ValueError: a word or a yes or no that is no setting, in small letters, and not in :data:`SAYS`.
+    """
+    known = {"name", "paper", *SAYS, *(one.name for one in fields(kind))}
+    said = [n for base in kind.__mro__ for n, v in vars(base).items() if isinstance(v, str | bool) and n.islower() and n[0] != "_"]
+    if unknown := [name for name in said if name not in known]:
+        raise ValueError(
+            f"{kind.__name__} says {unknown[0]} of itself, which nobody asks a method; it may say {', '.join(SAYS)} (a constant is written "
+            "in capitals, or stands outside the class)"
+        )
+
+
+def parts(method: Any) -> Iterator[Any]:
+    """The method, the one that it holds as ``inner``, the one that this holds, and so on."""
+    yield method
+    while "inner" in vars(method):
+        method = method.inner
+        yield method
 
 
 def set_up(method: Method, model: Model, pool: Pool) -> Flow[State]:
@@ -133,13 +182,9 @@ def batch_of(method: Any) -> dict[str, Any]:
     Raises:
         ValueError: neither says.
     """
-    inner = method
-    while "batch_size" not in vars(inner):
-        if "inner" not in vars(inner):
-            raise ValueError(
-                f"'{method.name}' has no batch_size, by which layers are scored; give --share.which random, or leave --share out"
-            )
-        inner = inner.inner
+    inner = next((part for part in parts(method) if "batch_size" in vars(part)), None)
+    if inner is None:
+        raise ValueError(f"'{method.name}' has no batch_size, by which layers are scored; give --share.which random, or leave --share out")
     by_memory = {"by_memory": True} if vars(inner).get("batch_by_memory") else {}
     return {"batch_size": int(inner.batch_size), **by_memory}
 

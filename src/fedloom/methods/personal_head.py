@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedloom.client.client import Client
-from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
+from fedloom.messages import Flow, Task, Tensors, Update, Work, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, hand_out, predict, receive
 from fedloom.model.adapters import is_head, need_head
 from fedloom.model.base import Model
-from fedloom.server.participation import Pool, uniform
+from fedloom.server.participation import Pool
 from fedloom.tensors import only, without
 
 
@@ -49,10 +49,7 @@ class PersonalHead:
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """FedAvg on the factors."""
-        cohort = uniform(pool, state.round)
-        mean = pool.average(state.shared)
-        yield Asking([ask(self.train, k, state.shared, **self.inner.clock(state.round, pool)) for k in cohort], mean.take)
-        return state.after_round(mean.value())
+        return self.inner.round(state, pool)
 
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:

@@ -31,7 +31,7 @@ from fedloom.model.base import Model
 from fedloom.model.factors import need_room, need_zero_start, refactored
 from fedloom.seeds import derive_int
 from fedloom.server.participation import Pool, uniform
-from fedloom.tensors import only, without
+from fedloom.tensors import only, rounded_up, without
 
 MOVED = "moved/"
 """Before the name of a weight: its entries under the mask, less those of W_0 (⌈δ·d_out·d_in⌉,)."""
@@ -95,7 +95,7 @@ class SLora:
     def staged(self, state: State, pool: Pool) -> State:
         """The state in the stage that its round is of, t < R_1 or t ≥ R_1."""
         first = any(n.startswith(MOVED) for n in state.shared)
-        return self.begun(state, pool.seed) if first and state.round >= -int(-self.first * pool.rounds // 1) else state
+        return self.begun(state, pool.seed) if first and state.round >= rounded_up(self.first, pool.rounds) else state
 
     def begun(self, state: State, seed: int) -> State:
         """The second stage's start."""
@@ -151,6 +151,6 @@ class SLora:
 
     def count(self, weight: torch.Tensor) -> int:
         """⌈δ·d_out·d_in⌉."""
-        return -int(-self.density * weight.numel() // 1)
+        return rounded_up(self.density, weight.numel())
 
     predict = predict

@@ -68,7 +68,8 @@ class Batch(NamedTuple):
 class Model:
     """A frozen base with an adapter. ``initial``: float32 start of every trainable tensor, by saved name. ``beneath``: the frozen weights
     under LoRA's pairs, which a method may change as well (:meth:`stand_on`). ``alone``: why it cannot run for many owners at once, or
-    nothing; ``together_by``: how it does. ``still``: what of the head no loss depends on, which is not trained. ``recomputes``: whether
+    nothing; ``together_by``: how it does. ``fresh``: of the names in ``initial`` those of the base and its head that no file brought, so
+    that they were drawn. ``still``: what of the head no loss depends on, which is not trained. ``recomputes``: whether
     its layers are computed again in backward passes, and what is inside them not kept (``recomputed.py``). ``split``: the fingerprint of
     the weights under the pairs before their principal parts were taken out, or nothing where none were; ``split_fast``:
     whether those were found by random subspace iteration (``principal.py``). ``quantised``: what of the module
@@ -95,6 +96,7 @@ class Model:
     speaker: Speaker | None = None
     tagger: Tagger | None = None
     finder: Finder | None = None
+    fresh: frozenset[str] = frozenset()
     still: dict[str, torch.Tensor] = field(default_factory=dict)
     recomputes: bool = False
     split: str = ""

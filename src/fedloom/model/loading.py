@@ -42,6 +42,7 @@ from fedloom.messages import Tensors
 from fedloom.model.adapters import (
     BESIDE,
     HEADS,
+    PEFT,
     SPLITTING,
     Adapter,
     attach,
@@ -191,6 +192,7 @@ def load(
     model.recomputes = recompute
     _learn_to_call(model, base)
     _leave_unreached_out(model)
+    model.fresh = frozenset(saved for saved in model.initial if saved.removeprefix(PEFT) in new)
     _learn_to_pack(model)
     if model.dtype is not torch.float32:
         model.settle()

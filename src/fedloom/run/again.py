@@ -15,6 +15,7 @@ from typing import Any
 
 from fedloom.data.numbers import EXACT as NUMBERS
 from fedloom.data.tasks import FURTHER
+from fedloom.methods.method import says
 from fedloom.run import checkpoint
 from fedloom.run.adopt import prepared_for
 from fedloom.run.checkpoint import CheckpointError
@@ -82,7 +83,7 @@ def _as_method(experiment: Experiment, kind: type[Any]) -> Experiment:
             f"'{kind.name}' trains by '{type(kind().inner).name}', and the run by '{experiment.method_name}'; "
             "give a method that trains alike"
         )
-    if not vars(kind).get("trains_as_inner", False):
+    if not says(kind(), "trains_as_inner"):
         raise ExperimentError(
             f"'{kind.name}' does not train as '{experiment.method_name}' does, whatever it shares; it must be trained. "
             "A method that only predicts otherwise says so: trains_as_inner = True"

@@ -22,7 +22,7 @@ from fedloom.data.sources import Source
 from fedloom.engines.engine import drive
 from fedloom.messages import Replies, Task
 from fedloom.methods.embracingfl import EmbracingFL
-from fedloom.methods.method import one_round, set_up
+from fedloom.methods.method import one_round, says, set_up
 from fedloom.model.base import Model
 from fedloom.model.memory import Needs, fitting, needs, resident, texts_that_fit
 from fedloom.model.quantised import numbers
@@ -180,8 +180,7 @@ def played(world: World) -> Played:
     """Play an experiment whose ``world`` has a compute that counts (``pretended.py``). What a method asks of its devices follows from what
     is chosen in its set-up, and the first and the last round tell it; one that ``rounds_differ`` is played through."""
     e, method, fleet = world.experiment, world.experiment.method, world.fleet
-    differ = "rounds_differ" in vars(type(method)) and bool(method.rounds_differ)  # type: ignore[attr-defined]
-    through = differ or e.controls or e.mask.keep < 1  # the first round is another
+    through = says(method, "rounds_differ") or e.controls or e.mask.keep < 1  # the first round is another
     engine = Counting(world) if through else world.engine(ClientStore(None))
     setup, rounds, steps = Section(fleet), list[Section](), Counter[str]()
 

@@ -20,6 +20,7 @@ from fedloom.client.curriculum import Curriculum
 from fedloom.data.tasks import TaskKind
 from fedloom.encodings import Encoding
 from fedloom.methods import named
+from fedloom.methods.method import parts, says
 from fedloom.model.adapters import OF_THE_BASE, Adapter, Kind
 from fedloom.model.base import Precision
 from fedloom.run.devices import insist as insist_on_devices
@@ -208,7 +209,7 @@ class Experiment:
     @property
     def asked(self) -> int:
         """Devices that a round asks: the cohort, or one where the method asks one at a time."""
-        return 1 if vars(type(self.method)).get("one_at_a_time") else self.cohort
+        return 1 if says(self.method, "one_at_a_time") else self.cohort
 
     @property
     def rule(self) -> Rule:
@@ -253,19 +254,17 @@ class Experiment:
         Raises:
             ExperimentError: it has.
         """
-        inner = self.method
-        while "prox" not in vars(inner) and "inner" in vars(inner):
-            inner = inner.inner
-        if vars(inner).get("prox"):
+        prox = next((part.prox for part in parts(self.method) if "prox" in vars(part)), 0.0)
+        if prox:
             raise ExperimentError(
-                f"--mask.keep is {self.mask.keep}, and FedProx's term, which is not defined for some rows of B, has prox {inner.prox}; "
+                f"--mask.keep is {self.mask.keep}, and FedProx's term, which is not defined for some rows of B, has prox {prox}; "
                 "leave one of the two out"
             )
 
     @property
     def trained(self) -> Adapter:
         """The adapter with its kind as the method has it, where that is left to it; LoRA where it has none."""
-        own = vars(type(self.method)).get("adapter_kind", "lora") if self.adapter.kind == "auto" else self.adapter.kind
+        own = says(self.method, "adapter_kind") if self.adapter.kind == "auto" else self.adapter.kind
         return dataclasses.replace(self.adapter, kind=own)
 
     def digest(self) -> str:

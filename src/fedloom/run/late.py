@@ -22,6 +22,7 @@ from typing import Any
 from fedloom.engines.engine import Engine
 from fedloom.messages import Asking, Flow, Replies, Setting, Take, Task, Tensors, whole
 from fedloom.methods import all_methods
+from fedloom.methods.method import says
 from fedloom.server.participation import Pool
 from fedloom.tensors import identical
 
@@ -106,7 +107,7 @@ def welcome(steps: Sequence[Step], clients: Sequence[int]) -> Flow[list[int]]:
 
 def may_join_late(method: Any) -> bool:
     """Whether devices may come to this method after its set-up."""
-    return "joins_late" in vars(type(method)) and bool(method.joins_late)
+    return bool(says(method, "joins_late"))
 
 
 def those_who_may() -> list[str]:

@@ -20,6 +20,7 @@ from fedloom.engines.engine import drive
 from fedloom.engines.local import Local
 from fedloom.fleet import Fleet
 from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.method import parts
 from fedloom.run.ledger import Section
 from fedloom.run.pretended import Pretended
 from fedloom.run.world import World
@@ -55,11 +56,7 @@ def first_paid(setup: float, mine: Sequence[float], theirs: Sequence[float]) -> 
 
 def plain_of(method: Any) -> FedAvg | None:
     """Plain LoRA with the method's own local training; None where it has another kind."""
-    while not isinstance(method, FedAvg):
-        if "inner" not in vars(method):
-            return None
-        method = method.inner
-    return replace(method, curriculum=Everything())
+    return next((replace(part, curriculum=Everything()) for part in parts(method) if isinstance(part, FedAvg)), None)
 
 
 def played(world: World, plain: FedAvg, fleet: Fleet) -> list[dict[str, float]]:

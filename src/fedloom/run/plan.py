@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fedloom.methods.method import says
 from fedloom.run.experiment import Experiment, ExperimentError, as_json
 from fedloom.run.reading import full_name
 from fedloom.run.recipes import with_learning_rate
@@ -210,7 +211,7 @@ class Plan:
 def trains_as(method: Any) -> str:
     """The name of the method that this one trains exactly as, only predicting otherwise; "" if it is none. A conformance test holds
     methods to what they say of it (``Method``)."""
-    return full_name(as_json(method.inner)) if vars(type(method)).get("trains_as_inner", False) else ""
+    return full_name(as_json(method.inner)) if says(method, "trains_as_inner") else ""
 
 
 def validation(results: Mapping[str, Any]) -> float:

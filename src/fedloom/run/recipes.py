@@ -22,6 +22,7 @@ from typing import Any
 
 from fedloom.client.curricula import all_curricula
 from fedloom.methods import all_methods, methods_in
+from fedloom.methods.method import parts
 from fedloom.run.experiment import Experiment, ExperimentError, as_meant, from_json
 from fedloom.run.reading import flat_settings
 
@@ -136,12 +137,10 @@ def with_learning_rate(method: Any, lr: float) -> Any:
     Raises:
         ExperimentError: it has neither.
     """
-    names = [f.name for f in dataclasses.fields(method)]
-    if "lr" in names:
-        return dataclasses.replace(method, lr=lr)
-    if "inner" in names:
-        return dataclasses.replace(method, inner=with_learning_rate(method.inner, lr))
-    raise ExperimentError(f"--lr: {type(method).__name__} has no field 'lr' or 'inner'; it has {names}")
+    if (made := _replaced(method, "lr", lr)) is None:
+        *_, last = parts(method)
+        raise ExperimentError(f"--lr: {type(last).__name__} has no field 'lr' or 'inner'; it has {_fields(last)}")
+    return made
 
 
 def with_curriculum(method: Any, curriculum: Any) -> Any:
@@ -150,15 +149,31 @@ def with_curriculum(method: Any, curriculum: Any) -> Any:
     Raises:
         ExperimentError: it has neither, or takes no curriculum.
     """
-    names = [f.name for f in dataclasses.fields(method)]
     try:
-        if "curriculum" in names:
-            return dataclasses.replace(method, curriculum=curriculum)
-        if "inner" in names:
-            return dataclasses.replace(method, inner=with_curriculum(method.inner, curriculum))
+        made = _replaced(method, "curriculum", curriculum)
     except ValueError as refused:
         raise ExperimentError(str(refused)) from refused
-    raise ExperimentError(f"{type(method).__name__} takes no curriculum: it has no field 'curriculum' or 'inner'; it has {names}")
+    if made is None:
+        *_, last = parts(method)
+        raise ExperimentError(f"{type(last).__name__} takes no curriculum: it has no field 'curriculum' or 'inner'; it has {_fields(last)}")
+    return made
+
+
+def _replaced(method: Any, name: str, value: Any) -> Any:
+    """``method`` with the field of that name, its own or that of the first below it that has it, replaced; None if none has."""
+    above = list[Any]()
+    for part in parts(method):
+        if name in _fields(part):
+            made = dataclasses.replace(part, **{name: value})
+            for outer in reversed(above):
+                made = dataclasses.replace(outer, inner=made)
+            return made
+        above.append(part)
+    return None
+
+
+def _fields(method: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(method)]
 
 
 def _with_curriculum(recipe: Recipe, name: str) -> Recipe:
@@ -226,7 +241,10 @@ def _with_a_name_of_its_own(recipe: Recipe, path: Path) -> Recipe:
 
 
 def _methods_of(module: ModuleType, path: Path) -> dict[str, type[Any]]:
-    methods = methods_in(module)
+    try:
+        methods = methods_in(module)
+    except ValueError as refused:
+        raise ExperimentError(f"{path}: {refused}") from refused
     if not methods:
         raise ExperimentError(
             f"{path} defines no method (a dataclass with the class attributes 'name' and 'paper') and no Experiment named "

@@ -39,6 +39,7 @@ from fedloom.engines.local import WAVE, Local
 from fedloom.engines.workers import Start, Workers
 from fedloom.fleet import Fleet
 from fedloom.messages import CENTRE
+from fedloom.methods.method import parts, says
 from fedloom.model.adapters import Adapter
 from fedloom.model.base import DTYPES, Model
 from fedloom.model.cloze import Cloze
@@ -349,8 +350,8 @@ def build_far(experiment: Experiment, far: Far) -> World:
 
 def adapter_of(experiment: Experiment) -> Adapter:
     """The adapter with its kind and start as the method has them, where that is left to it."""
-    made, wanted = experiment.trained, vars(type(experiment.method))
-    return replace(made, start=wanted.get("adapter_start", "zero") if made.start == "auto" else made.start)
+    made = experiment.trained
+    return replace(made, start=says(experiment.method, "adapter_start") if made.start == "auto" else made.start)
 
 
 CUTTING = (LengthWarmup, Staged)
@@ -358,8 +359,7 @@ CUTTING = (LengthWarmup, Staged)
 
 def curriculum_of(method: Any) -> Any:
     """The curriculum that a method follows, its own or that of what it holds."""
-    own = vars(method)
-    return own["curriculum"] if "curriculum" in own else curriculum_of(own["inner"]) if "inner" in own else None
+    return next((part.curriculum for part in parts(method) if "curriculum" in vars(part)), None)
 
 
 def cloze_of(experiment: Experiment, source: Source) -> Cloze | None:

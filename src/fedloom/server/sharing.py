@@ -11,7 +11,6 @@ It does not know methods: their rounds pass through it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar
@@ -20,6 +19,7 @@ import numpy as np
 
 from fedloom.messages import Asking, Flow, Task, through
 from fedloom.seeds import Part, derive
+from fedloom.tensors import rounded_up
 
 T = TypeVar("T")
 
@@ -94,7 +94,7 @@ def how_many(choice: Choice, adapted: int) -> int:
     Raises:
         ValueError: a count or fraction that is not between 1 layer and all of them.
     """
-    count = choice.count or math.ceil(choice.fraction * adapted - 1e-9)
+    count = choice.count or rounded_up(choice.fraction, adapted)
     if not 1 <= count <= adapted:
         raise ValueError(f"the GAL must hold 1 to {adapted} layers; fraction {choice.fraction}, count {choice.count} give {count}")
     return count

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from dataclasses import is_dataclass
 from types import ModuleType
 from typing import Any
 
+from fedloom.finding import chosen, found_below, found_in
+
 
 def curricula_in(module: ModuleType) -> dict[str, type[Any]]:
-    """The curricula that a module defines (not those it imports): dataclasses with the class attributes ``name`` and ``paper``."""
-    found = (value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__)
-    return {kind.name: kind for kind in found if is_dataclass(kind) and {"name", "paper"} <= set(vars(kind))}  # type: ignore[attr-defined]
+    """The curricula that a module defines (not those it imports): dataclasses with the class attributes ``name`` and ``paper``.
+
+    Raises:
+        ValueError: two of them have the same name.
+    """
+    return found_in(module)
 
 
 def all_curricula() -> dict[str, type[Any]]:
-    """Every curriculum of this package, by name, in order of names."""
-    names = [f"{__name__}.{module.name}" for module in pkgutil.iter_modules(__path__)]
-    found: dict[str, type[Any]] = {}
-    for name in names:
-        found |= curricula_in(importlib.import_module(name))
-    return dict(sorted(found.items()))
+    """Every curriculum of this package, by name, in order of names.
+
+    Raises:
+        ValueError: two of them have the same name.
+    """
+    return found_below(__name__, __path__)
 
 
 def named(name: str) -> type[Any]:
@@ -30,7 +32,4 @@ def named(name: str) -> type[Any]:
     Raises:
         ValueError: there is none; the message lists those that exist.
     """
-    found = all_curricula()
-    if name not in found:
-        raise ValueError(f"no curriculum '{name}'; there are {', '.join(found)}")
-    return found[name]
+    return chosen(all_curricula(), name, "curriculum")
