@@ -199,5 +199,6 @@ def insist(tasks: Sequence[Task], attempts: int = 3, take: Take = whole) -> Flow
 
 
 def quorum_of(asked: int, share: float) -> int:
-    """How many of ``asked`` clients must answer for a round to count: ``ceil(share * asked)``, at least one."""
-    return max(1, math.ceil(share * asked)) if asked else 0
+    """How many of ``asked`` clients must answer for a round to count: ``ceil(share * asked)``, at least one. Float noise below 1e-9 asks
+    for no further one."""
+    return max(1, math.ceil(share * asked - 1e-9)) if asked else 0

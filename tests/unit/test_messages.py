@@ -137,7 +137,7 @@ def test_insist_on_nobody_asks_nobody() -> None:
 
 @pytest.mark.parametrize(
     ("asked", "share", "needed"),
-    [(10, 0.5, 5), (10, 0.51, 6), (3, 0.5, 2), (10, 0.0, 1), (10, 1.0, 10), (1, 0.1, 1), (0, 0.5, 0)],
+    [(10, 0.5, 5), (10, 0.51, 6), (100, 0.07, 7), (3, 0.5, 2), (10, 0.0, 1), (10, 1.0, 10), (1, 0.1, 1), (0, 0.5, 0)],
 )
 def test_quorum_rounds_up_and_is_at_least_one_of_anybody(asked: int, share: float, needed: int) -> None:
     assert quorum_of(asked, share) == needed

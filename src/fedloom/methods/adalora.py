@@ -34,7 +34,6 @@ time. P and Q start in N(0, 0.02²), the paper's Gaussian with PEFT's deviation,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -51,7 +50,7 @@ from fedloom.model.base import Model
 from fedloom.model.factors import need_zero_start, rank_in
 from fedloom.seeds import derive
 from fedloom.server.participation import Pool, uniform
-from fedloom.tensors import only, without
+from fedloom.tensors import only, rounded_up, without
 
 VALUES = "values/"
 """Before the name of a P, which is that of a B: its λ (r,)."""
@@ -125,7 +124,7 @@ class AdaLora:
         rank, first = rank_in(pairs), 0
         for p in sorted(filter(is_up, pairs)):
             q, tall, wide = partner(p), len(pairs[p]), pairs[partner(p)].shape[1]
-            most = min(math.ceil(self.initial * rank), tall, wide)
+            most = min(rounded_up(self.initial, rank), tall, wide)
             for name, shape in ((p, (tall, most)), (q, (most, wide))):
                 triplets[name] = torch.from_numpy(derive(pool.seed, "triplets", name).normal(0, DEVIATION, shape)).float()
             triplets[f"{VALUES}{p}"] = torch.zeros(most)

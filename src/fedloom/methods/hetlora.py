@@ -109,7 +109,7 @@ class HetLora:
         """Train at the rank that came; give up its last directions if they shrank."""
         fitted = yield from self.inner.learn(c, task.tensors, task, penalty=self.held_down if self.penalty else None)
         rank, made = rank_in(task.tensors), fitted.tensors
-        fewer = max(1, math.floor(self.keep * rank))
+        fewer = max(1, math.floor(self.keep * rank + 1e-9))
         if self.penalty and fewer < rank and float(tail(made, fewer)) < float(tail(task.tensors, fewer)):
             rank, made = fewer, cut(made, fewer)
         c.memory["rank"] = torch.tensor(rank)
@@ -117,7 +117,7 @@ class HetLora:
 
     def held_down(self, now: Tensors, start: Tensors) -> torch.Tensor:
         """λ times the size of the directions that pruning would take, and FedProx's term over the pair as it was sent, if there is one."""
-        held = self.penalty * tail(now, max(1, math.floor(self.keep * rank_in(now))))
+        held = self.penalty * tail(now, max(1, math.floor(self.keep * rank_in(now) + 1e-9)))
         return held + Held(self.inner.prox, frozenset(start))(now, start) if self.inner.prox else held
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:

@@ -32,6 +32,7 @@ from fedloom.compute.stacked import TOKENS, pass_bytes
 from fedloom.engines.local import HEAVY, WAVE
 from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.methods.fibecfed import FibecFed
+from fedloom.methods.method import parts
 from fedloom.model.adapters import is_head
 from fedloom.model.base import Model, Precision
 from fedloom.model.blocks import Block, cover, layer_of
@@ -210,7 +211,7 @@ def blocks_of(method: Any, tensors: Mapping[str, torch.Tensor]) -> list[Block]:
 
 def of_blocks(method: Any) -> FedCyBGD | None:
     """The method, or what it holds, that says what a block is; None if nothing does."""
-    return method if isinstance(method, FedCyBGD) else of_blocks(vars(method)["inner"]) if "inner" in vars(method) else None
+    return next((part for part in parts(method) if isinstance(part, FedCyBGD)), None)
 
 
 def sizes_before(experiment: Experiment) -> Sizes | None:
