@@ -32,7 +32,6 @@ TABLE = Table(
         "wnut17": "--max-length 64 --max-train 600",
         "squad_v1": "--max-length 192",
     },
-    mark="federa {task}",
 )
 
 if __name__ == "__main__":

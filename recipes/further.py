@@ -25,7 +25,6 @@ TABLE = replace(
     shape=CORE.shape.replace("--share-training ", "").replace(" --adapter.kind lora", ""),
     methods=("lora", *CURRICULA, "ffa", "fedsa", "slora", "rolora", "adalora", "deltalora", "fedalt", "fedeven"),
     shapes={task: CORE.shapes[task] for task in ("trec", "rte")},
-    mark="further {task}",
 )
 
 if __name__ == "__main__":

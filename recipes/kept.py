@@ -55,8 +55,8 @@ class Table:
         shape: every task's options, and
         shapes: by task those that come after them, where the later one counts; its keys are the tasks that there are.
         packaged: tasks whose data set comes with the program; those of all others lie in a folder of their name.
-        page: the text in which a task's tables go between ``<!-- MARK -->`` and ``<!-- /MARK -->``.
-        mark: a task's mark, with ``{task}``; what is told of all tasks goes where the task is ``overall``.
+        page: the text in which what is told of all tasks goes between ``<!-- NAME -->`` and ``<!-- /NAME -->``; a task's own tables are a
+            page beside its archive.
     """
 
     name: str
@@ -68,7 +68,6 @@ class Table:
     shapes: Mapping[str, str]
     packaged: tuple[str, ...] = ()
     page: Path = PAGE
-    mark: str = "{task}"
 
     @property
     def kept(self) -> Path:
@@ -99,24 +98,34 @@ class Table:
 
         return tuple(alpha for alpha in self.alphas if all(whole(alpha, method) for method in self.methods))
 
-    def write(self, tables: Mapping[str, str]) -> None:
-        """Put each task's tables, and what is told of all (``overall``), between its two marks on the page.
+    def tables(self, task: str) -> Path:
+        """The page of a task's tables."""
+        return self.kept / f"{task}.md"
+
+    def write(self, overall: str) -> None:
+        """Put what is told of all tasks between its two marks on the page.
 
         Raises:
-            ValueError: the page has no place for one.
+            ValueError: the page has no place for it.
         """
         text = self.page.read_text(encoding="utf-8")
-        for what, told in tables.items():
-            mark = self.mark.format(task=what)
-            begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
-            if text.count(begin) != 1 or text.count(end) != 1:
-                raise ValueError(f"{self.page} has no place for {what}: it needs one line {begin} and one line {end}")
-            text = re.sub(f"{begin}.*{end}", lambda _, b=begin, e=end, t=told: f"{b}\n\n{t}\n{e}", text, flags=re.DOTALL)
-        write_atomically(self.page, text)
+        begin, end = f"<!-- {self.name} -->", f"<!-- /{self.name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"{self.page} has no place for {self.name}: it needs one line {begin} and one line {end}")
+        told = re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n\n{overall}\n{end}", text, flags=re.DOTALL)
+        write_atomically(self.page, told)
+
+    def told(self, task: str, tables: str) -> str:
+        """The page of a task's tables: where they are from, and these."""
+        return (
+            f"# {task}\n\nThe tables of `fedloom compare` for the runs in `{task}.zip`, which lies beside this page, as "
+            f"`python recipes/{self.name}.py --page` makes them. What they say, of which commits the runs are and what was asked stands in "
+            f"[Results](../../results.md).\n\n{tables}"
+        )
 
     def paged(self) -> int:
         """The tables of every archived task; nothing is trained. The exit code."""
-        tables, cases, seconds, code = {}, [], {}, 0
+        written, cases, seconds, code = [], [], {}, 0
         with tempfile.TemporaryDirectory() as scratch:
             for kept in sorted(self.kept.glob("*.zip")):
                 out = Path(scratch) / kept.stem
@@ -126,17 +135,15 @@ class Table:
                     print(f"{kept}: no α has all of its runs yet; left out")
                     continue
                 code = max(code, self.compare(kept.stem, alphas, out, ["--plain"]))
-                tables[kept.stem] = (out / "comparison.md").read_text(encoding="utf-8")
+                write_atomically(self.tables(kept.stem), self.told(kept.stem, (out / "comparison.md").read_text(encoding="utf-8")))
+                written.append(kept.stem)
                 mine = json.loads((out / "summary.json").read_text(encoding="utf-8"))["cases"]
                 seconds |= hours(out, mine)
                 cases += mine
-        whole = (
-            f"{scores(cases, self.methods)}\n{board(cases, self.methods)}\n{took(seconds, len(self.shapes) * len(self.alphas))}"
-            if cases
-            else ""
-        )
-        self.write({**tables, "overall": whole} if cases else tables)
-        print(f"written: {self.page} ({', '.join(tables) or 'nothing'})")
+        if cases:
+            told = took(seconds, len(self.shapes) * len(self.alphas))
+            self.write(f"{scores(cases, self.methods)}\n{board(cases, self.methods)}\n{told}")
+        print(f"written: {self.page}, and the tables of {', '.join(written) or 'nothing'} in {self.kept}")
         return code
 
     def command(self, description: str | None) -> int:

@@ -40,6 +40,9 @@ from tests.conformance.test_methods import TURNS, rows, without_clock
 from tests.oracle.test_answers import TEMPLATE
 from tests.oracle.test_cloze import folder as language_model
 
+pytestmark = pytest.mark.no_cover
+"""The same lines again for every method, kind or size: which lines are reached at all, other tests tell (conftest.py)."""
+
 COUNTS_LABELS = {"lora-prior", "fedeven"}
 OWN_HEAD = {"lora-personal-head", "fedalt-partial"}
 NO_BIASES = {"fedbf"}

@@ -26,6 +26,9 @@ from fedloom.model.base import Model, as_batch
 from fedloom.server.participation import Pool
 from tests import families, tiny
 
+pytestmark = pytest.mark.no_cover
+"""The same lines again for every method, kind or size: which lines are reached at all, other tests tell (conftest.py)."""
+
 COVER: list[tuple[str, Kind]] = [
     ("bert", "full"), ("llama", "full"), ("roberta", "bitfit"), ("gpt2", "bitfit"), ("deberta-v2", "houlsby"), ("qwen2", "houlsby"),
     ("bert", "pfeiffer"), ("llama", "pfeiffer"), ("roberta", "ia3"), ("qwen2", "ia3"), ("gpt2", "full"), ("deberta-v2", "bitfit"),

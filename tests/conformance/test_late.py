@@ -53,7 +53,8 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     from fedloom.engines.node import Credentials, Node
     from fedloom.run.federation import Joined, insist_may_start, shown
 
-pytestmark = pytest.mark.flower
+pytestmark = [pytest.mark.flower, pytest.mark.no_cover]
+"""Which lines are reached at all, other tests tell (conftest.py)."""
 
 DEVICES, LATE, ROUNDS = 4, 3, 5
 TOLD = [("fibecfed", "round 4/"), ("federa", ""), ("lora", ""), ("lora in part", "round 3/")]

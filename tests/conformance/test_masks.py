@@ -37,6 +37,9 @@ from fedloom.tensors import packed, unpacked
 from tests import small, tiny
 from tests.conformance.played import Played
 
+pytestmark = pytest.mark.no_cover
+"""The same lines again for every method, kind or size: which lines are reached at all, other tests tell (conftest.py)."""
+
 POOL = Pool((0, 1, 2, 3), 3, 2, 3, mask=Mask(0.4))
 METHODS: dict[str, Any] = {name: kind() for name, kind in all_methods().items()} | {"slora": SLora(first=0.4)}
 REFUSING = {"fibecfed", "hetlora", "adalora", "fedalt", "deltalora", "fedsb", "embracingfl", "ditto"}

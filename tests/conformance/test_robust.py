@@ -18,6 +18,9 @@ from fedloom.run.world import World, build
 from fedloom.server.robust import RULES
 from tests import small
 
+pytestmark = pytest.mark.no_cover
+"""The same lines again for every method, kind or size: which lines are reached at all, other tests tell (conftest.py)."""
+
 REFUSING = {"fedcybgd", "handover", "flora", "fedex", "flexlora", "hetlora", "deltalora", "fedalt", "local", "centralised", "embracingfl"}
 """Whose server does not average tensor by tensor."""
 STEADY = {"fedopt"}

@@ -49,6 +49,9 @@ from fedloom.server.robust import Rule
 from tests import small, tiny
 from tests.flows import SIZES, play, start
 
+pytestmark = pytest.mark.no_cover
+"""The same lines again for every method, kind or size: which lines are reached at all, other tests tell (conftest.py)."""
+
 Step = Any
 RULES: list[Step] = ["momentum", "adagrad", "yogi", "adam"]
 NUMBERS = {"lr": 0.3, "beta1": 0.8, "beta2": 0.95, "tau": 0.05}

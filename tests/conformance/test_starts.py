@@ -27,6 +27,9 @@ from fedloom.run.recipes import with_curriculum
 from fedloom.server.participation import Pool
 from tests import small, tiny
 
+pytestmark = pytest.mark.no_cover
+"""The same lines again for every method, kind or size: which lines are reached at all, other tests tell (conftest.py)."""
+
 POOL = Pool((0, 1, 2), 2, 2, 8)
 FROM_ZERO = {"flora", "slora", "fedsb", "adalora", "hetlora", "flexlora", "flasc"}
 BLOCKS = {"fedcybgd", "fedbavg"}

@@ -26,6 +26,9 @@ from tests import small
 from tests.conformance.test_instructions import COUNTS_LABELS
 from tests.conformance.test_methods import rows, without_clock
 
+pytestmark = pytest.mark.no_cover
+"""The same lines again for every method, kind or size: which lines are reached at all, other tests tell (conftest.py)."""
+
 RUNS = [name for name in all_methods() if name not in COUNTS_LABELS]
 
 
