@@ -39,6 +39,7 @@ LEVEL = "level: the paired bootstrap over devices does not separate it at 95 % f
 """What the board calls level."""
 APART = 0.02
 """Means over three seeds that are no further apart are not taken for an order."""
+NO_SCORES: Mapping[str, Any] = {"mean": None, "count": 0}
 FILES = ("experiment.json", "rounds.jsonl", "results.json", DIVERGED)
 """What a run that has ended is known by, without its checkpoint; one that diverged has no results, any other no ``diverged.json``."""
 
@@ -182,29 +183,30 @@ def scores(cases: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
     told = []
     for protocol in PROTOCOLS:
         unread = protocol == "personalised" and any(case.get("commonest") for case in cases)
-        lines, shown = [], [m for m in methods if any(mean_of(case, m, protocol) is not None for case in cases)]
+        lines, shown = [], [m for m in methods if any(final_of(case, m, protocol)["count"] for case in cases)]
         for case in cases:
-            means = [mean_of(case, method, protocol) for method in shown]
-            means = [case["commonest"]["score"]["mean"] if case.get("commonest") else None, *means] if unread else means
-            best = max(score for score in means if score is not None)
-            lines.append([case["label"], *(score_cell(score, best) for score in means)])
+            each = [final_of(case, method, protocol) for method in shown]
+            each = [case["commonest"]["score"] if case.get("commonest") else NO_SCORES, *each] if unread else each
+            whole = max(score["count"] for score in each)  # a mean over fewer seeds is no match for one over all
+            best = max((score["mean"] for score in each if score["count"] == whole and score["mean"] is not None), default=None)
+            lines.append([case["label"], *(score_cell(score, best if score["count"] == whole else None) for score in each)])
         headers = ["", *([COMMONEST] if unread else []), *shown]
         told += [f"**{protocol.capitalize()}, mean over seeds (bold: within {APART:g} of the highest)**", ""]
         told += [f"| {' | '.join(line)} |" for line in (headers, ["---"] * len(headers), *lines)] + [""]
     return "\n".join(told)
 
 
-def mean_of(case: Mapping[str, Any], method: str, protocol: str) -> float | None:
-    """A method's score in a case, over its seeds."""
-    return next(row for row in case["rows"] if row["method"] == method)["scores"]["final"][protocol]["mean"]
+def final_of(case: Mapping[str, Any], method: str, protocol: str) -> Mapping[str, Any]:
+    """A method's score in a case: its mean over ``count`` seeds."""
+    return next(row for row in case["rows"] if row["method"] == method)["scores"]["final"][protocol]
 
 
-def score_cell(score: float | None, best: float) -> str:
+def score_cell(score: Mapping[str, Any], best: float | None) -> str:
     """Three decimals, bold where no order can be told from the best."""
-    if score is None:
+    if score["mean"] is None:
         return "-"
-    text = f"{score:.3f}".replace("0.", ".", 1)
-    return f"**{text}**" if score >= best - APART - 1e-9 else text
+    text = f"{score['mean']:.3f}".replace("0.", ".", 1)
+    return f"**{text}**" if best is not None and score["mean"] >= best - APART - 1e-9 else text
 
 
 def board(cases: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:

@@ -256,12 +256,14 @@ def test_the_board_counts_firsts_and_what_is_level_and_finds_the_furthest_leads(
 
 
 def test_all_scores_stand_in_two_tables_and_those_that_are_no_order_are_bold(kept: ModuleType) -> None:
-    def row(method: str, personalised: float | None, shared: float | None) -> dict[str, Any]:
-        return {"method": method, "scores": {"final": {"personalised": {"mean": personalised}, "global": {"mean": shared}}}}
+    def row(method: str, personalised: float | None, shared: float | None, count: int = 3) -> dict[str, Any]:
+        told = {p: {"mean": of, "count": 0 if of is None else count} for p, of in (("personalised", personalised), ("global", shared))}
+        return {"method": method, "scores": {"final": told}}
 
     cases = [
-        {"label": "a", "rows": [row("lora", 0.5, 0.5), row("local", 0.93, None)], "commonest": {"score": {"mean": 0.9499}}},
+        {"label": "a", "rows": [row("lora", 0.5, 0.5), row("local", 0.93, None)], "commonest": {"score": {"mean": 0.9499, "count": 3}}},
         {"label": "b", "rows": [row("lora", 0.25, -0.01), row("local", 0.271, None)], "commonest": None},
+        {"label": "c", "rows": [row("lora", 0.3, None), row("local", 0.9, None, 2)], "commonest": None},  # of a seed less
     ]
     assert kept.scores(cases, ("lora", "local")).splitlines() == [
         "**Personalised, mean over seeds (bold: within 0.02 of the highest)**",
@@ -270,6 +272,7 @@ def test_all_scores_stand_in_two_tables_and_those_that_are_no_order_are_bold(kep
         "| --- | --- | --- | --- |",
         "| a | **.950** | .500 | **.930** |",
         "| b | - | .250 | **.271** |",
+        "| c | - | **.300** | .900 |",
         "",
         "**Global, mean over seeds (bold: within 0.02 of the highest)**",
         "",
@@ -277,6 +280,7 @@ def test_all_scores_stand_in_two_tables_and_those_that_are_no_order_are_bold(kep
         "| --- | --- |",
         "| a | **.500** |",
         "| b | **-.010** |",
+        "| c | - |",
     ]
 
 

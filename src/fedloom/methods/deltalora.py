@@ -114,7 +114,7 @@ class DeltaLora:
         weights = {name: tensor for name, tensor in task.tensors.items() if is_beneath(name)}
         start = without(task.tensors, weights)
         begun = {f"{BEGUN}{name}": tensor for name, tensor in start.items() if is_factor(name)} if task.settings["moving"] else {}
-        opened = yield from self.inner.open(c, task.tensors, task)
+        opened = yield from self.inner.open(c, task.tensors, task, start)
         t = int(task.settings["round"])  # type: ignore[arg-type]
         fit = self.inner.fit(c, start, opened.batches, t, fixed={**weights, **begun}, examples=opened.examples)
         fitted = yield replace(fit, through=self.moving if begun else None)

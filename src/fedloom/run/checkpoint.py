@@ -58,18 +58,18 @@ class Saved:
     names: tuple[str, ...] = ()
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str, ending: str = "tmp") -> None:
     """Replace ``path`` by ``text``: a reader sees the old file or the whole new one, also after a power cut. Nothing is left beside it
-    where the disk does not take it."""
+    where the disk does not take it. ``ending``: of the file that is written first, where another process may write to ``path`` too."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.tmp")
+    scratch = path.with_name(f"{path.name}.{ending}")
     try:
         with scratch.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
             scratch.unlink()
         raise

@@ -377,6 +377,10 @@ def _value(hint: Any, value: Any, what: str) -> Any:
     origin = get_origin(hint)
     if origin is tuple and isinstance(value, list | tuple):
         return _tuple(get_args(hint), value, what)
+    if origin is list and isinstance(value, list):
+        return [_value(get_args(hint)[0], item, f"{what}[{i}]") for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, Mapping):
+        return {key: _value(get_args(hint)[1], item, f"{what}[{key!r}]") for key, item in value.items()}
     if origin is Literal:
         if value in get_args(hint):
             return value

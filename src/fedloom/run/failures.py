@@ -28,9 +28,9 @@ def explain(error: BaseException, resumes: bool = True, served: bool = False) ->
     kept = f" {RESUMES}" if resumes else ""
     said = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, CohortFailed):
-        mend = "--engine.stack 1 computes devices one by one; --quorum 0.5 goes on without some"
+        mend = "--engine.stack 1 computes devices one by one; a smaller --quorum, in another --out, does without some"
         if served:
-            mend = "fedloom status says who is there; a smaller --quorum goes on with fewer"
+            mend = "A longer --wait and --deadline are more patient; a smaller --quorum, in another --out, does with fewer"
         if diverged(error):
             mend = "A number that is not finite asks for a smaller learning rate, in another --out"
         return f"{_shortened(said.rstrip('.'))}." + (f"{kept} {mend}" if resumes else ""), 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def write_report(folders: Sequence[Path], out: Path, summary: Mapping[str, Any] 
     if out.is_dir():
         raise ValueError(f"{out} is a folder; name the file to write, such as {out / 'report.html'}")
     page = page_of([read(Path(folder)) for folder in folders], summary)
-    write_atomically(out, page)
+    write_atomically(out, page, f"{os.getpid()}.tmp")
     return out
 
 

@@ -39,7 +39,8 @@ class ByFisher:
         granularity: sort fixed batches, or sort examples and then cut, or sort nothing: batches as they were cut.
         refresh: score anew at the current model when the scores are this many rounds old (0: never).
         over: whose gradient is the score, of what the device is about to train when it scores (of FFA-LoRA B, of FedCyBGD a block): of all
-            of it but the head, or of the head too. A mask leaves nothing out: of SLoRA's first stage it is the whole weights.
+            of it but the head (unless that is all), or of the head too. A mask leaves nothing out: of SLoRA's first stage it is the whole
+            weights; of LISA it is the whole model, and of Fed-SB and AdaLoRA the pairs that they make.
     """
 
     name: ClassVar[str] = "fisher"
@@ -67,7 +68,7 @@ class ByFisher:
         if known and not (self.refresh and round - int(c.memory["scored_at"]) >= self.refresh):
             return
         mine = frozenset(trained or at)
-        over = frozenset(n for n in mine if not is_head(n)) if self.over == "adapter" else mine if trained else None
+        over = (frozenset(n for n in mine if not is_head(n)) or mine) if self.over == "adapter" else mine if trained else None
         difficulty = yield Score(at, c.train, over)
         c.memory |= {"difficulty": torch.from_numpy(difficulty), "scored_at": torch.tensor(round)}
 
