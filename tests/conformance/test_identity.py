@@ -18,7 +18,7 @@ from fedloom.data.shards import write_shards
 from fedloom.messages import Failure, Task
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fedcybgd import FedCyBGD
-from fedloom.model import base
+from fedloom.model import machine
 from fedloom.model.adapters import Adapter, Kind, Start, beneath, is_down, partner, under
 from fedloom.model.base import Model, ModelError
 from fedloom.model.loading import load
@@ -92,7 +92,7 @@ def test_a_device_that_cannot_hold_the_model_says_so_before_it_is_loaded(tmp_pat
         hosted(order(greeting, replace(own, memory=1, said=True)))
     assert not loaded
     with monkeypatch.context() as full, pytest.raises(ExperimentError, match=r"this device needs about .* and 10\.0 kB are there"):
-        full.setattr(base, "free_bytes", lambda device: 10**4)
+        full.setattr(machine, "free_bytes", lambda device: 10**4)
         hosted(order(greeting, replace(own, memory=10**12)))
     assert not loaded
     host, said = hosted(order(greeting, replace(own, memory=10**12, said=True)))
