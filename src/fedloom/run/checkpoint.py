@@ -60,7 +60,8 @@ class Saved:
 
 def write_atomically(path: Path, text: str, ending: str = "tmp") -> None:
     """Replace ``path`` by ``text``: a reader sees the old file or the whole new one, also after a power cut. Nothing is left beside it
-    where the disk does not take it, or Ctrl-C comes. ``ending``: of the file that is written first, where another process may write to ``path`` too."""
+    where the disk does not take it, or Ctrl-C comes. ``ending``: of the file that is written first, where another process may write to
+    ``path`` too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.{ending}")
     try:
