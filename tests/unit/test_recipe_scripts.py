@@ -284,6 +284,12 @@ def test_all_scores_stand_in_two_tables_and_those_that_are_no_order_are_bold(kep
     ]
 
 
+def test_some_bytes_more_are_the_same_traffic() -> None:
+    """Two orders of the same blocks send the same numbers under other names, and neither ends before the other."""
+    rows = [{"bytes_up": up, "bytes_down": 500, "validation": {"loss": loss}} for up, loss in ((500, 3.0), (501, 2.0), (510, 1.0))]
+    assert [loaded("cycles")._within(rows, budget) for budget in (999, 1000, 2000, 3000)] == [None, 3.0, 2.0, 2.0]
+
+
 def test_training_that_was_taken_over_is_spent_once_and_set_up_counts(kept: ModuleType) -> None:
     trained = {"notes": ["800 rows"], "host_seconds": 60.0, "setup_host_seconds": 5.0}
     assert kept.spent(trained) == 65.0
