@@ -146,7 +146,7 @@ def serve(folder: Path, parts: Sequence[Part]) -> None:
     """Be the server."""
     from fedloom.engines.federation import Federation, Patience
     from fedloom.engines.link import Link, Tls
-    from fedloom.run.certificates import public_keys
+    from fedloom.run.deployment.certificates import public_keys
 
     place, count = folder / "server", max(part.devices for part in parts)
     keys = {k: key for k, key in public_keys(place).items() if k < count}

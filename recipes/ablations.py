@@ -26,9 +26,9 @@ from places import place, refusing
 from fedloom.client.curricula.everything import Everything
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
-from fedloom.run.compare import compare
+from fedloom.run.comparison.compare import compare
+from fedloom.run.comparison.plan import Plan
 from fedloom.run.experiment import Experiment
-from fedloom.run.plan import Plan
 
 WHOLE = FibecFed()
 SHAPE = Experiment(

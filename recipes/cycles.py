@@ -34,11 +34,11 @@ from fedloom.methods.kinds import FedFFT
 from fedloom.methods.lisa import Lisa
 from fedloom.model.adapters import Adapter
 from fedloom.run.checkpoint import write_atomically
-from fedloom.run.compare import compare
+from fedloom.run.comparison.compare import compare
+from fedloom.run.comparison.plan import Plan
+from fedloom.run.comparison.statistics import spread
 from fedloom.run.experiment import Experiment
-from fedloom.run.plan import Plan
 from fedloom.run.reading import read
-from fedloom.run.statistics import spread
 
 CLIENTS, CYCLES, COHORT = 24, 4, 4
 TURNS = CLIENTS * CYCLES

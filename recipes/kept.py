@@ -22,12 +22,12 @@ from zipfile import ZIP_LZMA, ZipFile, ZipInfo
 from fedloom.cli import main
 from fedloom.run.adopt import TAKEN_OVER
 from fedloom.run.checkpoint import write_atomically
+from fedloom.run.comparison.standing import COMMONEST
+from fedloom.run.comparison.statistics import mean_rank
+from fedloom.run.comparison.summary import PROTOCOLS
+from fedloom.run.comparison.tables import UNCOUNTED, remark
 from fedloom.run.loop import DIVERGED
 from fedloom.run.reading import full_name
-from fedloom.run.standing import COMMONEST
-from fedloom.run.statistics import mean_rank
-from fedloom.run.summary import PROTOCOLS
-from fedloom.run.tables import UNCOUNTED, remark
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = DOCS / "results.md"

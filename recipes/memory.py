@@ -48,8 +48,8 @@ from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.model.memory import kept
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import Saved, write_atomically
+from fedloom.run.costs.memory import needed, on_a_device, sizes_of
 from fedloom.run.experiment import EngineSettings, Experiment
-from fedloom.run.memory import needed, on_a_device, sizes_of
 from fedloom.run.starting import begin_on_disk
 from fedloom.run.world import build, store_in
 from fedloom.tensors import nbytes

@@ -26,9 +26,9 @@ from fedloom.encodings import NAMES
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fibecfed import FibecFed
 from fedloom.run.checkpoint import write_atomically
-from fedloom.run.compare import compare
+from fedloom.run.comparison.compare import compare
+from fedloom.run.comparison.plan import Plan
 from fedloom.run.experiment import Experiment
-from fedloom.run.plan import Plan
 
 METHODS = {"lora": FedAvg(), "fibecfed": FibecFed()}
 SHAPE = Experiment(

@@ -17,9 +17,9 @@ from fedloom.compute.work import Fit
 from fedloom.methods import named
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
 from fedloom.model.loading import load
-from fedloom.run.console import Progress
 from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.run.loop import run
+from fedloom.run.terminal.console import Progress
 from fedloom.run.world import build
 from tests import tiny
 

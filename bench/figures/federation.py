@@ -33,7 +33,7 @@ from fedloom.encodings import NAMES
 from fedloom.engines.engine import drive
 from fedloom.engines.local import Local
 from fedloom.messages import Replies
-from fedloom.run.certificates import issue
+from fedloom.run.deployment.certificates import issue
 
 DEVICES, NODES = 4, 50
 SIZES = {"1 MB": (250_000, 20, 1.0), "32 MB": (8_000_000, 5, 5.0)}

@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedloom.run import arguments
-from fedloom.run.ending import Terminated, quiet, terminable
-from fedloom.run.overview import COMPARE, HELP, what_it_is
+from fedloom.run.terminal import arguments
+from fedloom.run.terminal.ending import Terminated, quiet, terminable
+from fedloom.run.terminal.overview import COMPARE, HELP, what_it_is
 
 T = TypeVar("T")
 
@@ -43,8 +43,9 @@ def run(words: Sequence[str]) -> int:
     """One method."""
     (word, *_), rest = _named(words, "fedloom run METHOD", "one method, such as: fedloom run fibecfed")
     with loading():
-        from fedloom.run import options, recipes
+        from fedloom.run import recipes
         from fedloom.run.loop import run as run_experiment
+        from fedloom.run.terminal import options
 
     recipe = recipes.resolve(word)
     given = _parse(options.for_run(recipe), rest, f"fedloom run {word}", f"Run {recipe.kind.name}: {recipe.kind.paper}.")
@@ -58,11 +59,12 @@ def compare(words: Sequence[str]) -> int:
     wanted = "methods, such as: fedloom compare lora fibecfed"
     names, rest = _named(words, "fedloom compare METHOD METHOD ...", wanted, several=True, about=f"{COMPARE}\n\n")
     with loading():
-        from fedloom.run import compare as comparing
-        from fedloom.run import options, recipes
-        from fedloom.run.console import results_table
-        from fedloom.run.plan import Plan, named_methods, trains_as
-        from fedloom.run.tables import labelled, terminal
+        from fedloom.run import recipes
+        from fedloom.run.comparison import compare as comparing
+        from fedloom.run.comparison.plan import Plan, named_methods, trains_as
+        from fedloom.run.comparison.tables import labelled, terminal
+        from fedloom.run.terminal import options
+        from fedloom.run.terminal.console import results_table
 
     found = [recipes.resolve(name) for name in names]
     methods = named_methods([recipe.method for recipe in found])
@@ -103,11 +105,12 @@ def serve(words: Sequence[str]) -> int:
     """The server of a real federation."""
     (word, *_), rest = _named(words, "fedloom serve METHOD", "one method, such as: fedloom serve fibecfed --certs certs/server")
     with loading():
-        from fedloom.run import options, recipes
-        from fedloom.run.certificates import public_keys
+        from fedloom.run import recipes
+        from fedloom.run.deployment.certificates import public_keys
+        from fedloom.run.deployment.federation import Patience
+        from fedloom.run.deployment.federation import serve as serve_experiment
         from fedloom.run.experiment import EngineSettings
-        from fedloom.run.federation import Patience
-        from fedloom.run.federation import serve as serve_experiment
+        from fedloom.run.terminal import options
 
     recipe = recipes.resolve(word)
     given = _parse(options.for_serve(recipe), rest, f"fedloom serve {word}", f"Serve {recipe.kind.name}: {recipe.kind.paper}.")
@@ -124,8 +127,8 @@ def join(words: Sequence[str]) -> int:
     """A device of a real federation."""
     given = _parse(arguments.Join, words, "fedloom join")
     with loading():
-        from fedloom.run.device import Own, folder_of
-        from fedloom.run.federation import join as join_federation
+        from fedloom.run.deployment.device import Own, folder_of
+        from fedloom.run.deployment.federation import join as join_federation
     import threading
 
     def said(text: str) -> None:
@@ -140,7 +143,7 @@ def join(words: Sequence[str]) -> int:
 def certs(words: Sequence[str]) -> int:
     """Certificates and keys."""
     given = _parse(arguments.Certs, words, "fedloom certs")
-    from fedloom.run.certificates import issue, uncertified
+    from fedloom.run.deployment.certificates import issue, uncertified
 
     made = issue(given.folder, given.devices, given.names)
     for path in made:
@@ -159,7 +162,7 @@ def certs(words: Sequence[str]) -> int:
 def status(words: Sequence[str]) -> int:
     """How a federation stands."""
     given = _parse(arguments.Status, words, "fedloom status")
-    from fedloom.run.federation import asked
+    from fedloom.run.deployment.federation import asked
 
     _show("", ("", ""), asked(given.server, given.certs))
     return 0
@@ -167,8 +170,8 @@ def status(words: Sequence[str]) -> int:
 
 def report(words: Sequence[str]) -> int:
     """A page about runs."""
-    from fedloom.run.compare import run_folders, summary_in
-    from fedloom.run.report import write_report
+    from fedloom.run.comparison.compare import run_folders, summary_in
+    from fedloom.run.pages.report import write_report
 
     given = _parse(arguments.Report, words, "fedloom report")
     alone = len(given.folders) == 1
@@ -180,9 +183,10 @@ def report(words: Sequence[str]) -> int:
 def describe(words: Sequence[str]) -> int:
     """What would be run."""
     (word, *_), rest = _named(words, "fedloom describe METHOD", "one method, such as: fedloom describe fibecfed")
-    from fedloom.run import options, recipes
-    from fedloom.run.console import partition_table
+    from fedloom.run import recipes
     from fedloom.run.describe import describe as described
+    from fedloom.run.terminal import options
+    from fedloom.run.terminal.console import partition_table
 
     recipe = recipes.resolve(word)
     given = _parse(options.for_describe(recipe), rest, f"fedloom describe {word}", "What would be run and what it would cost.")
@@ -194,9 +198,9 @@ def describe(words: Sequence[str]) -> int:
 
 def partition(words: Sequence[str]) -> int:
     """Who would hold what."""
-    from fedloom.run import options
-    from fedloom.run.console import partition_table
     from fedloom.run.describe import dealt, draw
+    from fedloom.run.terminal import options
+    from fedloom.run.terminal.console import partition_table
 
     bare = [i for i, w in enumerate(words) if w == "--plot" and (i + 1 == len(words) or words[i + 1].startswith("--"))]
     words = [part for i, w in enumerate(words) for part in ([w, "partition.png"] if i in bare else [w])]
@@ -240,7 +244,7 @@ def evaluate(words: Sequence[str]) -> int:
     from fedloom.data.numbers import EXACT as NUMBERS
     from fedloom.run import recipes
     from fedloom.run.again import evaluate_again
-    from fedloom.run.console import score_text
+    from fedloom.run.terminal.console import score_text
 
     given = _parse(arguments.Evaluate, words, "fedloom evaluate")
     experiment = recipes.experiment_in(given.folder, given.recipe)
@@ -271,7 +275,7 @@ def export(words: Sequence[str]) -> int:
 def doctor(words: Sequence[str]) -> int:
     """Whether this machine has what is needed."""
     _parse(arguments.Nothing, words, "fedloom doctor", "Whether this machine has what is needed. Exit code 1 if it has not.")
-    from fedloom.run.doctor import examine
+    from fedloom.run.terminal.doctor import examine
 
     found = examine(Path())
     _show("", ("", "", ""), [(f.name, {True: "ok", False: "BAD", None: "-"}[f.ok], f.text) for f in found])
@@ -311,7 +315,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if isinstance(error, Usage):
             _complain(str(error))
             return 2
-        from fedloom.run.failures import explain
+        from fedloom.run.terminal.failures import explain
 
         explained = explain(error, resumes=bool(words) and words[0] in RESUMING, served=words[:1] == ["serve"])
         if explained is None:  # a fault of the program: where it is must be seen
@@ -358,13 +362,13 @@ def version() -> str:
 
 def _told(out: Path, running: Callable[[], dict[str, Any]]) -> int:
     """The end of a run in ``out``: its results, its report, and whether anything was run for them."""
-    from fedloom.run.console import further_text, personalising_text, results_table, solved_text
+    from fedloom.run.terminal.console import further_text, personalising_text, results_table, solved_text
 
     before = (out / "results.json").exists()
     results = running()
     if before:
         print(f"{out} holds this run's results already, and nothing was run; delete it, or give another --out, to run anew")
-    from fedloom.run.report import write_report  # loads matplotlib, which no run should wait for
+    from fedloom.run.pages.report import write_report  # loads matplotlib, which no run should wait for
 
     report = write_report([out], out / "report.html")
     Console().print(results_table([results]))

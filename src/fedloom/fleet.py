@@ -1,6 +1,6 @@
 """What devices are like: a profile each, as a value that the server's half of a method and the ledger of a run both read.
 
-This module does not know where profiles come from (``run/devices.py``) or what is done with them.
+This module does not know where profiles come from (``run/costs/profiles.py``) or what is done with them.
 """
 
 from __future__ import annotations

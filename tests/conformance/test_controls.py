@@ -18,9 +18,9 @@ from fedloom.methods.slora import SLora
 from fedloom.model.adapters import is_down, is_factor, is_head, is_up
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import fingerprint_of
+from fedloom.run.deployment.federation import insist_may_start
 from fedloom.run.describe import describe
 from fedloom.run.experiment import Experiment, ExperimentError
-from fedloom.run.federation import insist_may_start
 from fedloom.run.loop import run
 from fedloom.run.recipes import with_curriculum
 from fedloom.run.world import store_in

@@ -14,11 +14,11 @@ from fedloom.compute.flops import start_operations
 from fedloom.fleet import DeviceProfile, Fleet
 from fedloom.model.adapters import Adapter, Start
 from fedloom.model.principal import operations
+from fedloom.run.costs.ledger import Section
+from fedloom.run.costs.profiles import PROFILES
 from fedloom.run.describe import describe
-from fedloom.run.devices import PROFILES
-from fedloom.run.ledger import Section
 from fedloom.run.loop import begin, run
-from fedloom.run.spent import spent
+from fedloom.run.pages.spent import spent
 from tests import small, tiny
 
 ONE = 6 * (8192 + 16384 / 3 + 4096 + 8192)

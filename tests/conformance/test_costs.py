@@ -15,13 +15,13 @@ from fedloom.methods import named
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
 from fedloom.model.adapters import is_up
 from fedloom.model.blocks import layer_of
+from fedloom.run.costs.payback import KEYS, first_paid, plain_of, played
+from fedloom.run.costs.pretended import Pretended
+from fedloom.run.costs.profiles import named as device_named
 from fedloom.run.describe import describe
 from fedloom.run.describe import played as foretold_by
-from fedloom.run.devices import named as device_named
 from fedloom.run.experiment import Experiment
 from fedloom.run.loop import run
-from fedloom.run.payback import KEYS, first_paid, plain_of, played
-from fedloom.run.pretended import Pretended
 from fedloom.run.world import build, store_in
 from fedloom.tensors import nbytes
 from tests import small

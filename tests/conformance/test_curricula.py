@@ -20,11 +20,11 @@ from fedloom.compute.stacked import Stacked
 from fedloom.compute.work import AdamW, Fit, Predict, Score
 from fedloom.methods import all_methods
 from fedloom.run.checkpoint import fingerprint_of
-from fedloom.run.console import Progress
 from fedloom.run.describe import describe
 from fedloom.run.experiment import Experiment
 from fedloom.run.loop import run
 from fedloom.run.recipes import with_curriculum
+from fedloom.run.terminal.console import Progress
 from tests import small, tiny
 
 pytestmark = pytest.mark.no_cover

@@ -19,13 +19,13 @@ from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.model.adapters import is_head
 from fedloom.run import checkpoint, parts
 from fedloom.run.checkpoint import fingerprint_of
-from fedloom.run.console import Progress, human_bytes
-from fedloom.run.counting import Counting
+from fedloom.run.costs.counting import Counting
+from fedloom.run.costs.pretended import Pretended
 from fedloom.run.describe import describe, played
 from fedloom.run.experiment import Experiment
 from fedloom.run.loop import run
 from fedloom.run.parts import tensors_of
-from fedloom.run.pretended import Pretended
+from fedloom.run.terminal.console import Progress, human_bytes
 from fedloom.run.world import store_in
 from fedloom.tensors import nbytes, only
 from tests import small

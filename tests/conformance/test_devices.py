@@ -23,15 +23,16 @@ from fedloom.methods.flora import FLoRA
 from fedloom.methods.hetlora import HetLora
 from fedloom.model.adapters import is_down
 from fedloom.model.memory import needs, output_side
-from fedloom.run import checkpoint, targets
+from fedloom.run import checkpoint
 from fedloom.run.checkpoint import CheckpointError, fingerprint_of
+from fedloom.run.comparison import targets
+from fedloom.run.costs.ledger import Section
+from fedloom.run.deployment.federation import serve
 from fedloom.run.describe import describe
 from fedloom.run.experiment import Experiment, ExperimentError
-from fedloom.run.federation import serve
-from fedloom.run.ledger import Section
 from fedloom.run.loop import run
+from fedloom.run.pages.report import page_of
 from fedloom.run.reading import read
-from fedloom.run.report import page_of
 from fedloom.run.world import build
 from fedloom.server.participation import uniform
 from tests import small

@@ -53,8 +53,8 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     from fedloom.engines.gate import LARGEST, authenticated, only_own
     from fedloom.engines.link import SMALL, STATUS, Link, LinkError, Tls
     from fedloom.engines.node import Credentials, Node, Refused, asked
-    from fedloom.run.certificates import issue, public_keys
-    from fedloom.run.federation import Joined
+    from fedloom.run.deployment.certificates import issue, public_keys
+    from fedloom.run.deployment.federation import Joined
 
 pytestmark = pytest.mark.flower
 

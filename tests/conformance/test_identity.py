@@ -26,12 +26,12 @@ from fedloom.run import checkpoint, parts, world
 from fedloom.run.adopt import adopt
 from fedloom.run.again import evaluate_again
 from fedloom.run.checkpoint import CheckpointError
-from fedloom.run.console import Progress
-from fedloom.run.device import Own, greeting_of, hosted, order
+from fedloom.run.deployment.device import Own, greeting_of, hosted, order
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.export import export
 from fedloom.run.loop import run
 from fedloom.run.starting import identity
+from fedloom.run.terminal.console import Progress
 from fedloom.run.world import build, read_data
 from fedloom.tensors import weighted_mean
 from fedloom.wire import pack

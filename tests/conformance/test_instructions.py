@@ -24,14 +24,14 @@ from fedloom.run import checkpoint
 from fedloom.run.adopt import adopt
 from fedloom.run.again import evaluate_again
 from fedloom.run.checkpoint import fingerprint_of
-from fedloom.run.console import Progress
+from fedloom.run.comparison.rehearsal import rehearse
 from fedloom.run.describe import describe
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.export import export
 from fedloom.run.loop import run
+from fedloom.run.pages.report import write_report
 from fedloom.run.recipes import resolve
-from fedloom.run.rehearsal import rehearse
-from fedloom.run.report import write_report
+from fedloom.run.terminal.console import Progress
 from fedloom.run.tracking import numbers as tracked
 from fedloom.run.world import build, store_in
 from fedloom.server.participation import Pool

@@ -32,10 +32,10 @@ from fedloom.methods.fibecfed import FibecFed, Gal
 from fedloom.methods.method import State, one_round, set_up
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import Saved
-from fedloom.run.console import Show
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.late import Late, Remembering, Step, may_join_late, welcome
 from fedloom.run.loop import run
+from fedloom.run.terminal.console import Show
 from fedloom.run.world import World, build, build_far
 from fedloom.server.participation import Pool
 from fedloom.server.sharing import Sharing
@@ -51,7 +51,7 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     from fedloom.engines.federation import Patience, device_app
     from fedloom.engines.link import Link
     from fedloom.engines.node import Credentials, Node
-    from fedloom.run.federation import Joined, insist_may_start, shown
+    from fedloom.run.deployment.federation import Joined, insist_may_start, shown
 
 pytestmark = [pytest.mark.flower, pytest.mark.no_cover]
 """Which lines are reached at all, other tests tell (conftest.py)."""

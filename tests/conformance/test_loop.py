@@ -25,8 +25,8 @@ from fedloom.run import checkpoint, evaluation, loop
 from fedloom.run.again import evaluate_again
 from fedloom.run.checkpoint import CheckpointError, fingerprint_of
 from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError
-from fedloom.run.failures import explain
 from fedloom.run.loop import run
+from fedloom.run.terminal.failures import explain
 from fedloom.run.world import World, build, store_in
 from tests import small
 

@@ -33,13 +33,13 @@ from fedloom.model.blocks import layer_of
 from fedloom.run import checkpoint
 from fedloom.run.adopt import adopt
 from fedloom.run.checkpoint import fingerprint_of
-from fedloom.run.console import Progress
+from fedloom.run.comparison.plan import trains_as
+from fedloom.run.costs.memory import Portion
 from fedloom.run.evaluation import evaluate
 from fedloom.run.experiment import Experiment, ExperimentError, from_json
 from fedloom.run.export import ExportError, export, predictor_of
 from fedloom.run.loop import run
-from fedloom.run.memory import Portion
-from fedloom.run.plan import trains_as
+from fedloom.run.terminal.console import Progress
 from fedloom.run.world import World, build, store_in
 from fedloom.server.participation import uniform
 from fedloom.tensors import fingerprint

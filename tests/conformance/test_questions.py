@@ -23,13 +23,13 @@ from fedloom.messages import Replies, Task, Traffic, Update, ask
 from fedloom.methods import all_methods
 from fedloom.model.spans import SECOND
 from fedloom.run import evaluation
-from fedloom.run.device import Own, greeting_of, hosted, order
+from fedloom.run.deployment.device import Own, greeting_of, hosted, order
 from fedloom.run.evaluation import evaluate
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.export import export, predictor_of
 from fedloom.run.loop import run
+from fedloom.run.pages.report import write_report
 from fedloom.run.recipes import resolve
-from fedloom.run.report import write_report
 from fedloom.run.tracking import flat
 from fedloom.run.world import build, read_data, store_in
 from tests import small

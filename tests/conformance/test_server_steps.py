@@ -39,9 +39,9 @@ from fedloom.model.adapters import is_down, is_up
 from fedloom.model.base import Model
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import fingerprint_of
-from fedloom.run.console import Progress
 from fedloom.run.experiment import Experiment
 from fedloom.run.loop import run
+from fedloom.run.terminal.console import Progress
 from fedloom.run.world import store_in
 from fedloom.server.optimizers import ServerStep, Steps
 from fedloom.server.participation import Pool

@@ -29,12 +29,12 @@ from fedloom.run import checkpoint
 from fedloom.run.adopt import adopt
 from fedloom.run.again import evaluate_again
 from fedloom.run.checkpoint import fingerprint_of
+from fedloom.run.costs.pretended import Pretended
 from fedloom.run.describe import describe, played
 from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError
 from fedloom.run.export import export
 from fedloom.run.loop import run
 from fedloom.run.personal import personal
-from fedloom.run.pretended import Pretended
 from fedloom.run.world import World, build, store_in
 from fedloom.server.masks import Mask
 from fedloom.server.participation import Pool

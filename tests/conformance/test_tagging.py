@@ -19,8 +19,8 @@ from fedloom.methods import all_methods
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.export import export, predictor_of
 from fedloom.run.loop import run
+from fedloom.run.pages.report import write_report
 from fedloom.run.recipes import resolve
-from fedloom.run.report import write_report
 from fedloom.run.world import build, read_data
 from tests import small
 from tests.conformance.test_instructions import COUNTS_LABELS

@@ -30,9 +30,9 @@ from fedloom.methods import named
 from fedloom.methods.method import State
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import CheckpointError, Saved
+from fedloom.run.comparison.statistics import tallies
 from fedloom.run.evaluation import counts_well
 from fedloom.run.experiment import Experiment, as_json, from_json
-from fedloom.run.statistics import tallies
 from fedloom.tensors import fingerprint
 from fedloom.wire import Blob, WireError, checked_settings, digest_of, pack, unpack
 from tests.fuzz import mutations
@@ -47,7 +47,7 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     from fedloom.engines.link import Link
     from fedloom.engines.node import Credentials, Node
     from fedloom.engines.resident import Resident
-    from fedloom.run import federation as both_ends
+    from fedloom.run.deployment import federation as both_ends
 
     # isort: split
     from fastapi import HTTPException

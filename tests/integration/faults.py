@@ -47,7 +47,7 @@ from fedloom.engines.local import Local
 from fedloom.engines.wrap import Hostile, scaled
 from fedloom.methods import named
 from fedloom.methods.fibecfed import FibecFed
-from fedloom.run.certificates import issue
+from fedloom.run.deployment.certificates import issue
 from fedloom.run.evaluation import evaluate
 from fedloom.run.experiment import Experiment
 from fedloom.run.world import build

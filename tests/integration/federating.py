@@ -34,7 +34,7 @@ from fedloom.messages import Task
 from fedloom.methods import named
 from fedloom.methods.fibecfed import FibecFed
 from fedloom.methods.method import State
-from fedloom.run.certificates import issue
+from fedloom.run.deployment.certificates import issue
 from fedloom.run.experiment import Experiment
 from fedloom.run.world import build, read_data
 from tests import tiny

@@ -37,10 +37,10 @@ from fedloom.model.base import Model, ModelError, Precision
 from fedloom.model.loading import load
 from fedloom.model.memory import needs
 from fedloom.model.quantised import Base, Quantised, quantise, size_of
+from fedloom.run.costs.memory import Sizes, needed, needed_there, on_a_device, sizes_before, sizes_of, told
 from fedloom.run.experiment import Experiment
 from fedloom.run.export import export, predictor_of
 from fedloom.run.loop import run
-from fedloom.run.memory import Sizes, needed, needed_there, on_a_device, sizes_before, sizes_of, told
 from fedloom.run.starting import identity, stand_at, start_of
 from fedloom.run.world import build
 from tests import families, small, tiny

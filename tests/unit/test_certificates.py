@@ -12,7 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 from fedloom import cli
-from fedloom.run.certificates import CertificateError, insist_secret, issue, public_keys, uncertified
+from fedloom.run.deployment.certificates import CertificateError, insist_secret, issue, public_keys, uncertified
 
 
 @pytest.fixture

@@ -27,12 +27,13 @@ from fedloom.methods import all_methods, named
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.prior import PriorCorrected
 from fedloom.model.adapters import Adapter
-from fedloom.run import options, recipes
+from fedloom.run import recipes
 from fedloom.run.checkpoint import CheckpointError
-from fedloom.run.compare import Comparison
+from fedloom.run.comparison.compare import Comparison
 from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError, as_json
-from fedloom.run.failures import RESUMES, explain
-from fedloom.run.overview import what_it_is
+from fedloom.run.terminal import options
+from fedloom.run.terminal.failures import RESUMES, explain
+from fedloom.run.terminal.overview import what_it_is
 
 
 def names(text: str) -> list[str]:
@@ -315,7 +316,7 @@ def test_what_a_saved_experiment_says_besides_its_method_is_told_where_it_is_not
 ) -> None:
     """Values that some run of the comparison has are as they are there, the kind of adapter that the method brings too; and how a run
     computes is no part of it."""
-    monkeypatch.setattr("fedloom.run.compare.compare", lambda *_: Comparison([], None, {}, None))
+    monkeypatch.setattr("fedloom.run.comparison.compare.compare", lambda *_: Comparison([], None, {}, None))
     saved = Experiment(named("fedbf")(), data="rte", rounds=7, seed=2, adapter=Adapter(kind="bitfit"), engine=EngineSettings(threads=2))
     (tmp_path / "saved.json").write_text(json.dumps(as_json(saved)))
     words = ["compare", str(tmp_path / "saved.json"), "lora", "--out", str(tmp_path / "c")]
@@ -428,7 +429,7 @@ def test_a_recipe_that_is_none_says_why(
 
 def test_what_a_device_is_told_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("fedloom.run.federation.join", lambda server, certs, own, *_: seen.append(own))
+    monkeypatch.setattr("fedloom.run.deployment.federation.join", lambda server, certs, own, *_: seen.append(own))
     for words in ([], ["--recompute", "--threads", "2"]):
         assert cli.main(["join", "127.0.0.1:9", "mine", *words]) == 0
     assert [(own.data, own.recompute, own.threads) for own in seen] == [("mine", False, 0), ("mine", True, 2)]
@@ -456,8 +457,8 @@ def test_a_federation_that_has_ended_says_that_nothing_was_run(
         (folder / "results.json").touch()
         return results
 
-    monkeypatch.setattr("fedloom.run.federation.serve", ended)
-    monkeypatch.setattr("fedloom.run.report.write_report", lambda folders, page: page)
+    monkeypatch.setattr("fedloom.run.deployment.federation.serve", ended)
+    monkeypatch.setattr("fedloom.run.pages.report.write_report", lambda folders, page: page)
     for again in (False, True):
         assert cli.main(["serve", "lora", "--certs", "certs"]) == 0
         told = capsys.readouterr().out
@@ -508,11 +509,11 @@ def test_a_refused_permission_names_an_option_that_the_command_has() -> None:
 
 
 def test_doctor_tells_a_cache_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedloom.run.doctor import examine
+    from fedloom.run.terminal.doctor import examine
 
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("fedloom.run.doctor._trec", str)
-    monkeypatch.setattr("fedloom.run.doctor._minilm", str)
+    monkeypatch.setattr("fedloom.run.terminal.doctor._trec", str)
+    monkeypatch.setattr("fedloom.run.terminal.doctor._minilm", str)
     for place, ok in ((tmp_path / "file" / "below", None), (tmp_path / "new", True)):
         monkeypatch.setenv("FEDLOOM_CACHE", str(place))
         (found,) = [finding for finding in examine(tmp_path) if finding.name == "cache"]

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from fedloom.run.console import Progress, human_bytes, human_seconds, partition_table, results_table, solved_text, sparkline
+from fedloom.run.terminal.console import Progress, human_bytes, human_seconds, partition_table, results_table, solved_text, sparkline
 from tests.unit.run_folder import CLASSES, experiment_of, results_of, rows_of
 
 

@@ -14,7 +14,7 @@ import pytest
 from fedloom.fleet import DeviceProfile, Fleet
 from fedloom.messages import CENTRE
 from fedloom.methods.fedavg import FedAvg
-from fedloom.run.devices import MIXES, PROFILES, by_name, drawn, fleet_of, insist, named, round_seconds, seconds
+from fedloom.run.costs.profiles import MIXES, PROFILES, by_name, drawn, fleet_of, insist, named, round_seconds, seconds
 from fedloom.run.experiment import Experiment
 from fedloom.seeds import derive
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fedloom.engines.environment import environment
-from fedloom.run import jobs, world
+from fedloom.run import world
+from fedloom.run.comparison import jobs
 
 
 def test_each_process_has_one_thread_unless_told_and_none_for_its_tokenizer() -> None:

@@ -52,14 +52,14 @@ DOORS = {
     "starlette": {"engines/gate.py", "engines/link.py"},
     "uvicorn": {"engines/link.py"},
     "httpx": {"engines/node.py"},
-    "cryptography": {"engines/node.py", "run/certificates.py"},
+    "cryptography": {"engines/node.py", "run/deployment/certificates.py"},
     "tyro": {"cli.py"},
-    "matplotlib": {"run/figures.py"},
-    "jinja2": {"run/report.py"},
+    "matplotlib": {"run/pages/figures.py"},
+    "jinja2": {"run/pages/report.py"},
     "tensorboard": {"run/trackers/tensorboard.py"},
     "mlflow": {"run/trackers/mlflow.py"},
     "wandb": {"run/trackers/wandb.py"},
-    "rich": {"run/console.py", "run/watching.py", "cli.py"},
+    "rich": {"run/terminal/console.py", "run/comparison/watching.py", "cli.py"},
 }
 """Each third-party library and the files that may import it; a folder stands for all its files."""
 
@@ -297,8 +297,16 @@ except ImportError:
 
 def test_a_run_loads_nothing_it_does_not_need_before_its_first_round() -> None:
     loaded = loaded_by(
-        {"cli.py", "run/options.py", "run/recipes.py", "run/console.py", "run/compare.py", "run/loop.py", "methods/fedavg.py"}
+        {
+            "cli.py",
+            "run/terminal/options.py",
+            "run/recipes.py",
+            "run/terminal/console.py",
+            "run/comparison/compare.py",
+            "run/loop.py",
+            "methods/fedavg.py",
+        }
     )
     assert {"torch", "peft", "transformers", "pyarrow", "tyro", "rich"} <= set(loaded), "it looks far enough"
     assert {name: file for name, file in loaded.items() if name in LATE} == {}
-    assert {"matplotlib", "jinja2"} <= set(loaded_by({"run/report.py"}))
+    assert {"matplotlib", "jinja2"} <= set(loaded_by({"run/pages/report.py"}))

@@ -13,16 +13,16 @@ from typing import Any, ClassVar
 import pytest
 
 from fedloom.methods.fedavg import FedAvg
-from fedloom.run import jobs
 from fedloom.run.adopt import TAKEN_OVER
 from fedloom.run.checkpoint import CheckpointError
-from fedloom.run.compare import homes
+from fedloom.run.comparison import jobs
+from fedloom.run.comparison.compare import homes
+from fedloom.run.comparison.job import Event, failed, obey
+from fedloom.run.comparison.jobs import Crew, Process, carry_out, order_of
+from fedloom.run.comparison.plan import Ended, Run
+from fedloom.run.costs.memory import Portion
 from fedloom.run.experiment import Experiment, as_json
-from fedloom.run.job import Event, failed, obey
-from fedloom.run.jobs import Crew, Process, carry_out, order_of
 from fedloom.run.loop import claim
-from fedloom.run.memory import Portion
-from fedloom.run.plan import Ended, Run
 from fedloom.run.worker import ordered_experiment
 from tests import tiny
 
@@ -162,7 +162,7 @@ def test_what_diverged_is_not_run_again_until_its_folder_is_another_experiments(
 def test_training_that_is_taken_over_comes_first_and_its_failure_is_passed_on(
     tmp_path: Path, pretended: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedloom.run.jobs.holds_training", lambda folder: True)
+    monkeypatch.setattr("fedloom.run.comparison.jobs.holds_training", lambda folder: True)
     watch, ended = carried(tmp_path, run("b", "a"), run("a"), run("c", "bad-nan"), run("bad-nan"))
     assert [name for what, name in watch.said if what == "started"] == ["a", "b", "bad-nan"]
     assert ended["b"].results == {"name": "b", "trained": "a"}

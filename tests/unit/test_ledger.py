@@ -14,10 +14,10 @@ import pytest
 from fedloom.data.tasks import DataError
 from fedloom.fleet import DeviceProfile, Fleet
 from fedloom.messages import Failure, Replies, Task, Traffic, Update
-from fedloom.run import ledger as of_runs
 from fedloom.run.checkpoint import CheckpointError
+from fedloom.run.costs import ledger as of_runs
+from fedloom.run.costs.ledger import Ledger, Personalising, peak_rss_bytes
 from fedloom.run.experiment import Experiment
-from fedloom.run.ledger import Ledger, Personalising, peak_rss_bytes
 from fedloom.run.loop import run
 from fedloom.run.world import World
 from tests import small

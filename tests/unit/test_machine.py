@@ -11,8 +11,8 @@ import torch
 
 from fedloom.model import machine
 from fedloom.model.machine import all_bytes, free_bytes, groups_of
-from fedloom.run import doctor
-from fedloom.run.console import human_bytes
+from fedloom.run.terminal import doctor
+from fedloom.run.terminal.console import human_bytes
 
 GB = 10**9
 

@@ -24,10 +24,8 @@ from fedloom.methods.fibecfed import FibecFed
 from fedloom.methods.kinds import FedFFT
 from fedloom.model import loading
 from fedloom.model.base import Model
-from fedloom.run import memory
-from fedloom.run.describe import describe
-from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError
-from fedloom.run.memory import (
+from fedloom.run.costs import memory
+from fedloom.run.costs.memory import (
     SERVER,
     Portion,
     Sizes,
@@ -41,6 +39,8 @@ from fedloom.run.memory import (
     told,
     weights_in,
 )
+from fedloom.run.describe import describe
+from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError
 from fedloom.server.masks import Mask
 from fedloom.server.sharing import Sharing
 from tests import tiny

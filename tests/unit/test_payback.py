@@ -12,7 +12,7 @@ from fedloom.methods.ditto import Ditto
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fibecfed import FibecFed
 from fedloom.methods.finetuned import FineTuned
-from fedloom.run.payback import first_paid, plain_of
+from fedloom.run.costs.payback import first_paid, plain_of
 from fedloom.server.participation import Pool
 
 

@@ -13,8 +13,8 @@ from fedloom.methods.fibecfed import FibecFed
 from fedloom.methods.finetuned import FineTuned
 from fedloom.methods.local import Local
 from fedloom.methods.prior import PriorCorrected
+from fedloom.run.comparison.plan import Case, Ended, Plan, data_labels, named_methods
 from fedloom.run.experiment import Experiment, ExperimentError
-from fedloom.run.plan import Case, Ended, Plan, data_labels, named_methods
 
 BASE = Experiment(FedAvg(), clients=6, cohort=3, rounds=2)
 

@@ -19,14 +19,14 @@ import torch
 
 from fedloom import cli
 from fedloom.encodings import NAMES
-from fedloom.run import options
 from fedloom.run.adopt import TAKEN_OVER
 from fedloom.run.checkpoint import CheckpointError
-from fedloom.run.compare import Comparison
+from fedloom.run.comparison.compare import Comparison
+from fedloom.run.comparison.plan import Plan, named_methods
 from fedloom.run.experiment import as_json
-from fedloom.run.plan import Plan, named_methods
 from fedloom.run.reading import ROW_KEYS
 from fedloom.run.recipes import resolve
+from fedloom.run.terminal import options
 from fedloom.server.cycle import block_at, turns
 from fedloom.tensors import nbytes
 from tests.unit.run_folder import write_run

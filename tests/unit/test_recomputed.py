@@ -35,10 +35,10 @@ from fedloom.model.loading import load
 from fedloom.model.memory import needs
 from fedloom.model.modes import Mode, as_now, entered
 from fedloom.model.recomputed import Recomputed
+from fedloom.run.costs.memory import insist_on_room, sizes_of
 from fedloom.run.describe import describe
 from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError
 from fedloom.run.loop import run
-from fedloom.run.memory import insist_on_room, sizes_of
 from tests import families, small, tiny
 
 BATCHES = [np.array([0, 3, 4]), np.array([1, 2])]

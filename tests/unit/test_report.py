@@ -13,10 +13,10 @@ import matplotlib.axes
 import numpy as np
 import pytest
 
-from fedloom.run import figures
+from fedloom.run.pages import figures
+from fedloom.run.pages.report import write_report
+from fedloom.run.pages.spent import spent
 from fedloom.run.reading import label_runs, read
-from fedloom.run.report import write_report
-from fedloom.run.spent import spent
 from tests.unit.run_folder import CLASSES, counts_of, rows_of, write_run
 
 FACTS = {"gal": [0, 1, 3], "layer_scores": [0.1, 0.2, 0.5, 0.3], "pacing": [0.6, 0.8, 1.0], "scored": "after a head warm-up"}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from fedloom.run import statistics
-from fedloom.run.statistics import Bootstrap, mean_rank, ranks, resampled, spread, tallies, tallies_of
+from fedloom.run.comparison import statistics
+from fedloom.run.comparison.statistics import Bootstrap, mean_rank, ranks, resampled, spread, tallies, tallies_of
 from fedloom.seeds import derive
 
 CLASSES = 3

@@ -12,14 +12,14 @@ import pytest
 
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.local import Local
-from fedloom.run.compare import run_folders, summary_in
-from fedloom.run.comparison_page import track_of
+from fedloom.run.comparison.compare import run_folders, summary_in
+from fedloom.run.comparison.plan import Ended, Plan
+from fedloom.run.comparison.summary import summarise
+from fedloom.run.comparison.tables import as_csv, as_markdown, as_tex, reached_text, terminal
 from fedloom.run.experiment import Experiment
-from fedloom.run.plan import Ended, Plan
+from fedloom.run.pages.comparison_page import track_of
+from fedloom.run.pages.report import write_report
 from fedloom.run.reading import read
-from fedloom.run.report import write_report
-from fedloom.run.summary import summarise
-from fedloom.run.tables import as_csv, as_markdown, as_tex, reached_text, terminal
 from tests.unit.run_folder import write_run
 
 SEEDS = (1, 2)

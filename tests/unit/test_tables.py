@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedloom.run.tables import (
+from fedloom.run.comparison.tables import (
     as_csv,
     as_markdown,
     as_tex,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedloom.run.targets import Cost, costs, mean_cost, personalising, reached
+from fedloom.run.comparison.targets import Cost, costs, mean_cost, personalising, reached
 
 RESULT = {"setup_device_seconds": 10.0, "setup_bytes_up": 100}
 

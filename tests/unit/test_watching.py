@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from fedloom.run.plan import Ended
-from fedloom.run.watching import SELDOM, Watching
+from fedloom.run.comparison.plan import Ended
+from fedloom.run.comparison.watching import SELDOM, Watching
 
 WELL = Ended({"final": {"personalised": 0.9, "global": None}})
 

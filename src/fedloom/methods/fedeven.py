@@ -21,7 +21,7 @@ What a device learns for itself beyond the others counts as far as its labels ar
 even; where there is one label only towards 1 as n_k grows against C·ε): few and even examples mislead more than they tell. Traffic and
 rounds are those of plain federated LoRA, and there is no set-up: a device counts its labels whenever it needs to. Of its training labels a
 message tells m_k, besides what the trained tensors give away. Evaluation is another message: in a real federation a device tells its
-held-out examples counted by true and predicted class (``run/device.py``), and their labels are spread much as those that it trains on.
+held-out examples counted by true and predicted class (``run/deployment/device.py``), and their labels are spread as those it trains on.
 Every personalised evaluation pays for u^k, as that of ``lora-finetuned`` does. Under ``--mask.keep`` u^k has all rows trained:
 a mask is of the rounds (decision 0042).
 

@@ -18,13 +18,13 @@ from fedloom.messages import Replies, Task
 from fedloom.methods.method import State, set_up
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import CheckpointError, Saved, told_at_the_end, write_atomically
-from fedloom.run.console import Show
+from fedloom.run.costs.ledger import Ledger
+from fedloom.run.costs.memory import Portion
 from fedloom.run.evaluation import Evaluation, evaluate, nothing
 from fedloom.run.experiment import Experiment, ExperimentError
-from fedloom.run.ledger import Ledger
 from fedloom.run.loop import Told, begin, check, claim, engine_of, finish, loaded
-from fedloom.run.memory import Portion
 from fedloom.run.starting import OR_ANOTHER, stand_at, start_of
+from fedloom.run.terminal.console import Show
 from fedloom.run.tracking import insist, track_ended
 from fedloom.run.world import World, build, store_in
 

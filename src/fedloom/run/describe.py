@@ -26,17 +26,17 @@ from fedloom.methods.method import one_round, says, set_up
 from fedloom.model.base import Model
 from fedloom.model.memory import Needs, fitting, needs, resident, texts_that_fit
 from fedloom.model.quantised import numbers
-from fedloom.run.console import human_bytes, human_seconds
-from fedloom.run.counting import Counting
+from fedloom.run.costs.counting import Counting
+from fedloom.run.costs.ledger import Section
+from fedloom.run.costs.memory import insist_on_room, needed, needed_there, sizes_before, sizes_of, told
+from fedloom.run.costs.payback import plain_of
+from fedloom.run.costs.pretended import Pretended, silent
 from fedloom.run.experiment import EngineSettings, Experiment
-from fedloom.run.figures import Kind, partition_picture
-from fedloom.run.ledger import Section
 from fedloom.run.loop import begin
-from fedloom.run.memory import insist_on_room, needed, needed_there, sizes_before, sizes_of, told
 from fedloom.run.numbers import drawn, most
-from fedloom.run.payback import plain_of
-from fedloom.run.pretended import Pretended, silent
-from fedloom.run.spent import profiles_told
+from fedloom.run.pages.figures import Kind, partition_picture
+from fedloom.run.pages.spent import profiles_told
+from fedloom.run.terminal.console import human_bytes, human_seconds
 from fedloom.run.world import World, adapter_of, build, read_data
 
 WAYS = {

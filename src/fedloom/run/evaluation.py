@@ -28,9 +28,9 @@ from fedloom.data.tasks import FURTHER, HELD_OUT, Classification, Outcomes, Spli
 from fedloom.engines.engine import Engine, drive
 from fedloom.messages import Asking, Flow, Tensors, Update, ask, whole
 from fedloom.methods.method import AS_SENT, State
-from fedloom.run.ledger import Personalising
+from fedloom.run.comparison.statistics import tallies
+from fedloom.run.costs.ledger import Personalising
 from fedloom.run.numbers import NOT_WRITTEN, Solved, solved, tells
-from fedloom.run.statistics import tallies
 from fedloom.run.world import World
 
 log = logging.getLogger("fedloom")

@@ -23,7 +23,7 @@ from fedloom.methods import named
 from fedloom.methods.method import parts, says
 from fedloom.model.adapters import OF_THE_BASE, Adapter, Kind
 from fedloom.model.base import Precision
-from fedloom.run.devices import insist as insist_on_devices
+from fedloom.run.costs.profiles import insist as insist_on_devices
 from fedloom.run.reading import full_name
 from fedloom.server.masks import Mask
 from fedloom.server.optimizers import ServerStep

@@ -25,19 +25,19 @@ from fedloom.methods.centralised import Centralised
 from fedloom.methods.method import State, one_round, set_up
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import CheckpointError, Saved, holds_training, told_at_the_end, write_atomically
-from fedloom.run.console import Progress, Show
+from fedloom.run.costs.holdings import held
+from fedloom.run.costs.ledger import Ledger, Section, forget_peak
+from fedloom.run.costs.memory import RUN, SERVER, Asker, Need, Portion, Sizes, insist_on_room, sizes_before, sizes_of, told
+from fedloom.run.costs.payback import paid_back
 from fedloom.run.evaluation import Evaluation, evaluate, nothing
 from fedloom.run.experiment import Experiment, as_json, as_meant, completed, first_difference
 from fedloom.run.export import write_global
-from fedloom.run.holdings import held
 from fedloom.run.late import Late, Remembering, welcome
-from fedloom.run.ledger import Ledger, Section, forget_peak
-from fedloom.run.memory import RUN, SERVER, Asker, Need, Portion, Sizes, insist_on_room, sizes_before, sizes_of, told
 from fedloom.run.numbers import as_told
 from fedloom.run.parts import Part
-from fedloom.run.payback import paid_back
 from fedloom.run.samples import samples
 from fedloom.run.starting import OR_ANOTHER, begin_on_disk, identity, stand_at, start_of
+from fedloom.run.terminal.console import Progress, Show
 from fedloom.run.tracking import Tracking, insist, track_ended
 from fedloom.run.world import World, build
 

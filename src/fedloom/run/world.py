@@ -45,7 +45,7 @@ from fedloom.model.base import DTYPES, Model
 from fedloom.model.cloze import Cloze
 from fedloom.model.loading import load as load_model
 from fedloom.model.memory import Needs, needs, texts_that_fit
-from fedloom.run.devices import fleet_of, is_file
+from fedloom.run.costs.profiles import fleet_of, is_file
 from fedloom.run.experiment import Experiment, ExperimentError, as_json
 from fedloom.run.judging import Judge
 from fedloom.run.recipes import file_of

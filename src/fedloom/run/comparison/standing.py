@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fedloom.data.tasks import METRICS
-from fedloom.run.statistics import Bootstrap, spread, tallies_of
+from fedloom.run.comparison.statistics import Bootstrap, spread, tallies_of
 from fedloom.seeds import Part
 
 Protocol = Literal["personalised", "global"]
@@ -40,8 +40,8 @@ def drawn(results: Results, seeds: Sequence[int], path: Sequence[Part]) -> Boots
 
 
 def unread_of(result: Mapping[str, Any]) -> np.ndarray | None:
-    """(K, 3, C) as :func:`~fedloom.run.statistics.tallies`, of the answer that reads no text: each device's commonest training label, the
-    first of equals, to all of its test examples. None where it is no label that is predicted, or predictions or labels are not told."""
+    """(K, 3, C) as :func:`~fedloom.run.comparison.statistics.tallies`, of the answer that reads no text: each device's commonest training
+    label, the first of equals, to all of its test examples. None where no label is predicted, or predictions or labels are not told."""
     counted = tallies_of(result, "personalised") if result["metric"] in METRICS else None
     labels = [device.get("labels") for device in result["per_device"]]
     if counted is None or any(of is None for of in labels):

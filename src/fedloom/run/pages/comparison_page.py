@@ -11,12 +11,12 @@ from statistics import mean
 from typing import Any
 
 from fedloom.data.numbers import EXACT
-from fedloom.run import figures
+from fedloom.run.comparison.standing import PROTOCOLS
+from fedloom.run.comparison.statistics import spread
+from fedloom.run.comparison.tables import terminal
+from fedloom.run.comparison.targets import personalising
+from fedloom.run.pages import figures
 from fedloom.run.reading import Run, solved
-from fedloom.run.standing import PROTOCOLS
-from fedloom.run.statistics import spread
-from fedloom.run.tables import terminal
-from fedloom.run.targets import personalising
 
 COSTS = ("bytes_up", "bytes_down", "device_seconds")
 

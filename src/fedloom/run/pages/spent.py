@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedloom.data.tasks import FURTHER
-from fedloom.run.console import further_text, human_bytes, human_seconds
+from fedloom.run.terminal.console import further_text, human_bytes, human_seconds
 
 
 def spent(results: Mapping[str, Any]) -> dict[str, str]:

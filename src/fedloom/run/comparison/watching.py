@@ -19,8 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedloom.run.console import human_seconds, score_text
-from fedloom.run.plan import Ended
+from fedloom.run.comparison.plan import Ended
+from fedloom.run.terminal.console import human_seconds, score_text
 
 SELDOM = 30.0
 """Seconds between plain lines about runs that go on."""
@@ -38,7 +38,7 @@ class Going:
 
 
 class Watching:
-    """A context manager (and a :class:`~fedloom.run.jobs.Watch`). ``plain=None`` means live if the stream is a terminal.
+    """A context manager (and a :class:`~fedloom.run.comparison.jobs.Watch`). ``plain=None`` means live if the stream is a terminal.
 
     ``expected`` tells how many runs there will be, from how those that are over ended; ``rounds`` is how many each has.
     """

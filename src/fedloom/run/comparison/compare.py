@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.run.checkpoint import CheckpointError, data_of, only_one, write_atomically
+from fedloom.run.comparison.jobs import carry_out, ended_before, order_of
+from fedloom.run.comparison.plan import Ended, Plan, Run
+from fedloom.run.comparison.rehearsal import rehearse
+from fedloom.run.comparison.summary import summarise
+from fedloom.run.comparison.tables import as_csv, as_markdown, as_tex
+from fedloom.run.comparison.watching import Watching
 from fedloom.run.experiment import ExperimentError, as_meant, completed, digest_of
-from fedloom.run.jobs import carry_out, ended_before, order_of
 from fedloom.run.loop import check
-from fedloom.run.plan import Ended, Plan, Run
-from fedloom.run.rehearsal import rehearse
-from fedloom.run.summary import summarise
-from fedloom.run.tables import as_csv, as_markdown, as_tex
 from fedloom.run.tracking import insist
-from fedloom.run.watching import Watching
 from fedloom.run.world import read_data
 
 
@@ -126,7 +126,7 @@ def _told(
     write_atomically(out / "comparison.csv", as_csv(summary))
     write_atomically(out / "comparison.md", as_markdown(summary))
     write_atomically(out / "comparison.tex", as_tex(summary))
-    from fedloom.run.report import write_report  # loads matplotlib, which no run should wait for
+    from fedloom.run.pages.report import write_report  # loads matplotlib, which no run should wait for
 
     return Comparison([results for _, results in told], summary, lost, write_report(run_folders([out]), out / "report.html", summary))
 

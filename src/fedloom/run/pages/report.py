@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fedloom.run import figures
 from fedloom.run.checkpoint import write_atomically
-from fedloom.run.comparison_page import comparison_of, solved_curves
-from fedloom.run.console import human_bytes, human_seconds, score_text
+from fedloom.run.pages import figures
+from fedloom.run.pages.comparison_page import comparison_of, solved_curves
+from fedloom.run.pages.spent import spent
 from fedloom.run.reading import Run, flat_settings, label_runs, read
-from fedloom.run.spent import spent
+from fedloom.run.terminal.console import human_bytes, human_seconds, score_text
 
 DRAWN_FACTS = ("layer_scores", "pacing", "opens", "gal_history", "adapted")
 """Facts that are shown as figures rather than as text."""
@@ -55,7 +55,7 @@ def page_of(runs: Sequence[Run], summary: Mapping[str, Any] | None = None) -> st
     kept = runs if compared is None else _some(runs)
     omitted, runs = len(runs) - len(kept), kept
     environment = Environment(
-        loader=PackageLoader("fedloom.run", "templates"),
+        loader=PackageLoader("fedloom.run.pages", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -27,13 +27,13 @@ from fedloom.engines.environment import environment
 from fedloom.model.machine import free_bytes
 from fedloom.run.adopt import TAKEN_OVER
 from fedloom.run.checkpoint import holds_training, told_at_the_end, write_atomically
-from fedloom.run.ending import TRACEBACK
+from fedloom.run.comparison.job import Event, perform
+from fedloom.run.comparison.plan import Ended, Run
+from fedloom.run.costs.memory import Portion
 from fedloom.run.experiment import Experiment, ExperimentError, as_json
-from fedloom.run.job import Event, perform
 from fedloom.run.loop import DIVERGED, check, claim
-from fedloom.run.memory import Portion
-from fedloom.run.plan import Ended, Run
 from fedloom.run.recipes import file_of
+from fedloom.run.terminal.ending import TRACEBACK
 
 LAST_BREATH = 5.0
 """Seconds that a process may take to end once its standard input is closed."""
@@ -269,7 +269,7 @@ class Crew:
         return name, event
 
     def _start(self, slot: int, threads: int) -> Process:
-        words, own = [sys.executable, "-m", "fedloom.run.job"], environment(slot, threads)
+        words, own = [sys.executable, "-m", "fedloom.run.comparison.job"], environment(slot, threads)
         pipe = subprocess.PIPE
         started = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **own})
         one = Process(started)

@@ -13,10 +13,10 @@ from typing import Any
 
 from fedloom.data.numbers import EXACT
 from fedloom.data.tasks import FURTHER
-from fedloom.run.console import NOTHING, human_bytes, human_seconds, score_text
-from fedloom.run.plan import Case, Plan
-from fedloom.run.standing import COMMONEST, PROTOCOLS
-from fedloom.run.summary import SETUP
+from fedloom.run.comparison.plan import Case, Plan
+from fedloom.run.comparison.standing import COMMONEST, PROTOCOLS
+from fedloom.run.comparison.summary import SETUP
+from fedloom.run.terminal.console import NOTHING, human_bytes, human_seconds, score_text
 
 Summary = Mapping[str, Any]
 Cells = Sequence[Sequence[str]]

@@ -1,4 +1,4 @@
-"""The process that computes on a device of a real federation: ``python -m fedloom.run.device SOCKET``.
+"""The process that computes on a device of a real federation: ``python -m fedloom.run.deployment.device SOCKET``.
 
 It reads its order (:func:`order`), loads the device's own data and the model, and answers tasks until nobody asks any more. It is started
 and looked after by :class:`fedloom.engines.resident.Resident`. Nothing that came over the wire is executed or names a file: the method must
@@ -157,10 +157,10 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     from fedloom.data.tasks import SPLITS
     from fedloom.model.base import ModelError
     from fedloom.model.memory import needs, texts_that_fit
-    from fedloom.run.devices import by_name
+    from fedloom.run.costs.memory import insist_on_a_devices_room, sizes_before, sizes_of
+    from fedloom.run.costs.profiles import by_name
     from fedloom.run.experiment import EngineSettings, ExperimentError, from_json
     from fedloom.run.judging import Judge
-    from fedloom.run.memory import insist_on_a_devices_room, sizes_before, sizes_of
     from fedloom.run.starting import begin_aside, identity
     from fedloom.run.world import cut, model_of, tokens_of
 
@@ -298,7 +298,7 @@ def main() -> int:
 
 def command() -> tuple[str, ...]:
     """How this process is started; the number of its socket comes last."""
-    return (sys.executable, "-m", "fedloom.run.device")
+    return (sys.executable, "-m", "fedloom.run.deployment.device")
 
 
 def folder_of(out: Path | None, data: str) -> Path:

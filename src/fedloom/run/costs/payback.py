@@ -21,8 +21,8 @@ from fedloom.engines.local import Local
 from fedloom.fleet import Fleet
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import parts
-from fedloom.run.ledger import Section
-from fedloom.run.pretended import Pretended
+from fedloom.run.costs.ledger import Section
+from fedloom.run.costs.pretended import Pretended
 from fedloom.run.world import World
 
 Row = Mapping[str, Any]

@@ -1,5 +1,6 @@
-"""A process that carries out runs: ``python -m fedloom.run.job`` reads one order a line and tells what happens, one JSON object a line.
+"""A process that carries out runs: it reads one order a line and tells what happens, one JSON object a line.
 
+``python -m fedloom.run.comparison.job`` starts it.
 Whatever else would be printed goes to the error output, so that nothing mixes with what is told. The process ignores Ctrl-C, which
 reaches every process of a terminal, and ends at once when its standard input is closed, by whatever: at most the round in progress is
 lost. Nothing heavy is imported before the first order. The other side is ``jobs.py``.
@@ -20,8 +21,8 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedloom.run.costs.memory import Portion
     from fedloom.run.experiment import Experiment
-    from fedloom.run.memory import Portion
 
 Event = Mapping[str, Any]
 """What is told: an object with ``kind``: phase, note, round, resume, done or failed."""
@@ -31,7 +32,7 @@ SHOWN = ("round", "loss", "personalised", "global")
 
 
 class Teller:
-    """A run's progress as events (a :class:`~fedloom.run.console.Show`)."""
+    """A run's progress as events (a :class:`~fedloom.run.terminal.console.Show`)."""
 
     def __init__(self, tell: Callable[[Event], None]) -> None:
         self.tell = tell
@@ -81,7 +82,7 @@ def perform(
 
 def failed(error: Exception) -> Event:
     """What is told of an error: a paragraph; of a fault of the program also where it is."""
-    from fedloom.run.failures import diverged, explain
+    from fedloom.run.terminal.failures import diverged, explain
 
     explained = explain(error)
     if explained is not None:
@@ -93,7 +94,7 @@ def failed(error: Exception) -> Event:
 def obey(order: Mapping[str, Any], tell: Callable[[Event], None]) -> None:
     """Carry out what was ordered (``jobs.order_of``), or tell why not."""
     try:
-        from fedloom.run.memory import Portion
+        from fedloom.run.costs.memory import Portion
         from fedloom.run.worker import ordered_experiment
 
         experiment, portion = ordered_experiment(order), None if order["portion"] is None else Portion(**order["portion"])
@@ -111,7 +112,7 @@ def main() -> int:
     orders: SimpleQueue[str] = SimpleQueue()
     threading.Thread(target=_read, args=(orders,), daemon=True).start()
     warnings.simplefilter("ignore", FutureWarning)  # the libraries' own, about calls between them
-    from fedloom.run.ending import quiet
+    from fedloom.run.terminal.ending import quiet
 
     def tell(event: Event) -> None:
         out.write(json.dumps(event) + "\n")

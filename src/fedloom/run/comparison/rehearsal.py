@@ -23,9 +23,9 @@ from fedloom.engines.heap import give_memory_back
 from fedloom.engines.local import Local
 from fedloom.methods.method import set_up
 from fedloom.model.base import Model
+from fedloom.run.costs.memory import insist_on_room, sizes_before
+from fedloom.run.costs.pretended import Pretended, silent
 from fedloom.run.experiment import Experiment, ExperimentError
-from fedloom.run.memory import insist_on_room, sizes_before
-from fedloom.run.pretended import Pretended, silent
 from fedloom.run.world import World, adapter_of, insist_on_curriculum, model_of, read_data, tokens_of
 
 

@@ -16,10 +16,10 @@ from typing import Any
 
 from fedloom.data.numbers import EXACT
 from fedloom.data.tasks import FURTHER
-from fedloom.run import standing, statistics, targets
-from fedloom.run.plan import Case, Ended, Plan, Run
+from fedloom.run.comparison import standing, statistics, targets
+from fedloom.run.comparison.plan import Case, Ended, Plan, Run
+from fedloom.run.comparison.standing import PROTOCOLS
 from fedloom.run.reading import read, solved
-from fedloom.run.standing import PROTOCOLS
 
 COSTS = ("bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down", "examples", "device_seconds", "setup_device_seconds")
 SETUP = ("device_seconds", "flops", "bytes_up", "bytes_down")

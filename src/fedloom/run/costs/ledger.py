@@ -24,7 +24,7 @@ import numpy as np
 from fedloom.fleet import Fleet
 from fedloom.messages import Replies, Task
 from fedloom.run.checkpoint import CheckpointError, write_atomically
-from fedloom.run.devices import round_seconds
+from fedloom.run.costs.profiles import round_seconds
 
 PROCESS = Path("/proc/self")
 """Where Linux tells a process of itself."""

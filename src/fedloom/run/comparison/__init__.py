@@ -1,0 +1,1 @@
+"""Comparisons: what is run, in how many processes, and what it comes to."""

@@ -1,0 +1,1 @@
+"""What a run costs, foreseen and measured: bytes, operations, memory, time on simulated devices."""

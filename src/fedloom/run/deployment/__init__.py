@@ -1,0 +1,1 @@
+"""A real federation: both its ends, a device's process, and the certificates."""
