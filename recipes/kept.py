@@ -22,10 +22,10 @@ from zipfile import ZIP_LZMA, ZipFile, ZipInfo
 from fedloom.cli import main
 from fedloom.run.adopt import TAKEN_OVER
 from fedloom.run.checkpoint import write_atomically
+from fedloom.run.comparison.cells import UNCOUNTED, remark
 from fedloom.run.comparison.standing import COMMONEST
 from fedloom.run.comparison.statistics import mean_rank
 from fedloom.run.comparison.summary import PROTOCOLS
-from fedloom.run.comparison.tables import UNCOUNTED, remark
 from fedloom.run.loop import DIVERGED
 from fedloom.run.reading import full_name
 

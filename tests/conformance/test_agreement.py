@@ -24,7 +24,7 @@ from fedloom.methods.flora import FLoRA
 from fedloom.methods.hetlora import HetLora
 from fedloom.methods.lisa import Lisa
 from fedloom.methods.method import one_round
-from fedloom.model.adapters import is_down, is_factor, is_up
+from fedloom.model.names import is_down, is_factor, is_up
 from fedloom.server.masks import Mask
 from fedloom.server.participation import Pool
 from fedloom.tensors import packed, unpacked

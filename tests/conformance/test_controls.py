@@ -15,7 +15,7 @@ from fedloom.methods import all_methods
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
 from fedloom.methods.slora import SLora
-from fedloom.model.adapters import is_down, is_factor, is_head, is_up
+from fedloom.model.names import is_down, is_factor, is_head, is_up
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.deployment.federation import insist_may_start

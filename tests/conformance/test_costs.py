@@ -13,8 +13,8 @@ from fedloom.compute.flops import Flops
 from fedloom.compute.work import Spectral, Spectrum
 from fedloom.methods import named
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
-from fedloom.model.adapters import is_up
 from fedloom.model.blocks import layer_of
+from fedloom.model.names import is_up
 from fedloom.run.costs.payback import KEYS, first_paid, plain_of, played
 from fedloom.run.costs.pretended import Pretended
 from fedloom.run.costs.profiles import named as device_named

@@ -16,7 +16,7 @@ import torch
 from fedloom.engines.engine import drive
 from fedloom.methods.fedbavg import FedBAvg
 from fedloom.methods.fedcybgd import FedCyBGD
-from fedloom.model.adapters import is_head
+from fedloom.model.names import is_head
 from fedloom.run import checkpoint, parts
 from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.costs.counting import Counting

@@ -21,8 +21,8 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.flexlora import FlexLora
 from fedloom.methods.flora import FLoRA
 from fedloom.methods.hetlora import HetLora
-from fedloom.model.adapters import is_down
 from fedloom.model.memory import needs, output_side
+from fedloom.model.names import is_down
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import CheckpointError, fingerprint_of
 from fedloom.run.comparison import targets

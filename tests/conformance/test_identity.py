@@ -19,9 +19,10 @@ from fedloom.messages import Failure, Task
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.model import machine
-from fedloom.model.adapters import Adapter, Kind, Start, beneath, is_down, partner, under
+from fedloom.model.adapters import Adapter, Kind, Start, beneath
 from fedloom.model.base import Model, ModelError
 from fedloom.model.loading import load
+from fedloom.model.names import is_down, partner, under
 from fedloom.run import checkpoint, parts, world
 from fedloom.run.adopt import adopt
 from fedloom.run.again import evaluate_again

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedloom.model.adapters import Adapter, is_down, is_factor, is_up, partner, under
+from fedloom.model.adapters import Adapter
+from fedloom.model.names import is_down, is_factor, is_up, partner, under
 from fedloom.run import checkpoint
 from fedloom.run.again import evaluate_again
 from fedloom.run.checkpoint import CheckpointError

@@ -22,8 +22,9 @@ from fedloom.methods import all_methods
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import State
 from fedloom.methods.slora import SLora
-from fedloom.model.adapters import Adapter, Start, is_down, is_factor, is_up
+from fedloom.model.adapters import Adapter, Start
 from fedloom.model.blocks import layer_of
+from fedloom.model.names import is_down, is_factor, is_up
 from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.describe import describe
 from fedloom.run.experiment import Experiment, ExperimentError

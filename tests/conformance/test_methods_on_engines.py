@@ -27,9 +27,9 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.methods.hetlora import HetLora
 from fedloom.methods.method import State, one_round, says
-from fedloom.model.adapters import is_up
 from fedloom.model.base import Model
 from fedloom.model.factors import rank_in
+from fedloom.model.names import is_up
 from fedloom.server.masks import Mask
 from fedloom.server.participation import Pool
 from fedloom.tensors import fingerprint

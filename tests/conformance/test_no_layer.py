@@ -18,10 +18,11 @@ from fedloom.engines.local import Local
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fibecfed import FibecFed, Gal
 from fedloom.methods.method import State, one_round, set_up
-from fedloom.model.adapters import Adapter, is_factor
+from fedloom.model.adapters import Adapter
 from fedloom.model.base import Model
 from fedloom.model.blocks import layer_of
 from fedloom.model.loading import load
+from fedloom.model.names import is_factor
 from fedloom.server.masks import Mask
 from fedloom.server.participation import Pool
 from fedloom.server.sharing import Sharing

@@ -35,8 +35,8 @@ from fedloom.methods.method import State, one_round, says
 from fedloom.methods.rolora import RoLora
 from fedloom.methods.scaffold import Scaffold
 from fedloom.methods.slora import SLora
-from fedloom.model.adapters import is_down, is_up
 from fedloom.model.base import Model
+from fedloom.model.names import is_down, is_up
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.experiment import Experiment
@@ -45,7 +45,7 @@ from fedloom.run.terminal.console import Progress
 from fedloom.run.world import store_in
 from fedloom.server.optimizers import ServerStep, Steps
 from fedloom.server.participation import Pool
-from fedloom.server.robust import Rule
+from fedloom.server.robust import Aggregation
 from tests import small, tiny
 from tests.flows import SIZES, play, start
 
@@ -116,8 +116,8 @@ def arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(("name", "rule"), COVER)
 def test_every_round_is_one_step_towards_what_the_method_averages(name: str, rule: Step) -> None:
-    aggregation = Rule("median", 0.3) if name == "lora+robust" else Rule()
-    here = Played(METHODS[name], replace(POOL, rule=aggregation, optimizer=ServerStep(rule, **NUMBERS).optimizer))
+    aggregation = Aggregation("median", 0.3) if name == "lora+robust" else Aggregation()
+    here = Played(METHODS[name], replace(POOL, aggregation=aggregation, optimizer=ServerStep(rule, **NUMBERS).optimizer))
     m: dict[str, np.ndarray] = {}
     v: dict[str, np.ndarray] = {}
     moved = set()

@@ -23,8 +23,9 @@ from fedloom.messages import Flow, Update, ask
 from fedloom.methods import all_methods
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import State, set_up
-from fedloom.model.adapters import Adapter, is_factor
+from fedloom.model.adapters import Adapter
 from fedloom.model.blocks import layer_of
+from fedloom.model.names import is_factor
 from fedloom.run import checkpoint
 from fedloom.run.adopt import adopt
 from fedloom.run.again import evaluate_again

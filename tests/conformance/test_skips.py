@@ -15,9 +15,9 @@ from fedloom.compute.serial import Serial
 from fedloom.compute.stacked import Stacked
 from fedloom.compute.work import AdamW, Fit
 from fedloom.messages import Tensors
-from fedloom.model.adapters import is_head
 from fedloom.model.base import Model, ModelError
 from fedloom.model.blocks import layer_of
+from fedloom.model.names import is_head
 from fedloom.model.packed import logits_of
 from tests import families, tiny
 

@@ -18,9 +18,10 @@ from fedloom.compute.stacked import Stacked, _chunks, _states_that_fit, pass_byt
 from fedloom.compute.work import AdamW, Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, Smoothing, WorkItem
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
-from fedloom.model.adapters import Adapter, is_factor
+from fedloom.model.adapters import Adapter
 from fedloom.model.base import Model, kept_in
 from fedloom.model.loading import load
+from fedloom.model.names import is_factor
 from fedloom.model.packed import Unpackable
 from fedloom.model.some_rows import whole as whole_tensor
 from fedloom.tensors import fingerprint

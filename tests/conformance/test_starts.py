@@ -20,9 +20,9 @@ from fedloom.engines.engine import drive
 from fedloom.engines.local import Local
 from fedloom.messages import ask
 from fedloom.methods import all_methods, named
-from fedloom.model.adapters import is_factor
 from fedloom.model.base import Model
 from fedloom.model.blocks import layer_of
+from fedloom.model.names import is_factor
 from fedloom.run.recipes import with_curriculum
 from fedloom.server.participation import Pool
 from tests import small, tiny

@@ -31,8 +31,9 @@ from fedloom.methods.hetlora import HetLora
 from fedloom.methods.method import State
 from fedloom.methods.rolora import RoLora
 from fedloom.methods.slora import MOVED, SLora
-from fedloom.model.adapters import Beneath, is_beneath, is_down, is_factor, is_up, partner, under
+from fedloom.model.adapters import Beneath
 from fedloom.model.mixing import OWN, REST
+from fedloom.model.names import is_beneath, is_down, is_factor, is_up, partner, under
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import without
 from tests import tiny

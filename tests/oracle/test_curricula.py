@@ -21,7 +21,7 @@ from fedloom.client.curricula.voc import ByRarity
 from fedloom.client.curriculum import shuffled
 from fedloom.compute.work import Fit, Predict, Score
 from fedloom.methods import all_methods
-from fedloom.model.adapters import is_head
+from fedloom.model.names import is_head
 from fedloom.run.recipes import with_curriculum
 from fedloom.server.participation import Pool, uniform
 from tests import flows

@@ -10,7 +10,7 @@ import pytest
 
 from fedloom.methods.deltalora import DeltaLora
 from fedloom.server.participation import Pool
-from fedloom.server.robust import Rule
+from fedloom.server.robust import Aggregation
 from tests import tiny
 from tests.oracle import real
 from tests.oracle.numpy_encoder import pad
@@ -100,4 +100,4 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="'deltalora' moves W by what moves the pair.*dropout 0.1.*--adapter.dropout 0"):
         METHOD.init(tiny.model(dropout=0.1))
     with pytest.raises(ValueError, match="'deltalora' cannot follow aggregation 'median'.*mean of the products"):
-        METHOD.setup(METHOD.init(tiny.model()), Pool((0, 1, 2), 3, 2, 8, Rule("median")))
+        METHOD.setup(METHOD.init(tiny.model()), Pool((0, 1, 2), 3, 2, 8, Aggregation("median")))

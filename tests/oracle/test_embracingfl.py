@@ -27,10 +27,10 @@ from fedloom.messages import Asking, Update
 from fedloom.methods.embracingfl import EmbracingFL
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import State
-from fedloom.model.adapters import is_head
 from fedloom.model.base import Model
 from fedloom.model.memory import Needs, fitting, needs, output_side, parts
-from fedloom.server.robust import Rule
+from fedloom.model.names import is_head
+from fedloom.server.robust import Aggregation
 from fedloom.tensors import nbytes
 from tests import tiny
 from tests.oracle import real
@@ -176,7 +176,7 @@ def test_a_device_that_not_even_the_head_fits_is_named() -> None:
     with pytest.raises(ValueError, match=rf"device 2 \('of {taken(0) - 1:g} bytes'\) has .* the head alone, takes {taken(0):,}"):
         drive(METHOD.setup(METHOD.init(real.model()), small), Local(None))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'embracingfl' cannot follow aggregation 'median'"):
-        drive(METHOD.setup(METHOD.init(real.model()), replace(POOL, rule=Rule("median"))), Local(None))  # type: ignore[arg-type]
+        drive(METHOD.setup(METHOD.init(real.model()), replace(POOL, aggregation=Aggregation("median"))), Local(None))  # type: ignore[arg-type]
     layers_only = State(0, {n: t for n, t in real.model().initial.items() if not is_head(n)}, {"needed": torch.tensor([5, 9])})
     assert METHOD.layers(layers_only, replace(POOL, fleet=Fleet((profile(9),))), 0) == 1
     with pytest.raises(ValueError, match="the least that can be trained, one layer, takes 9"):

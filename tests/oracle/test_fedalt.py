@@ -21,7 +21,7 @@ from fedloom.encodings import NAMES, Encoding
 from fedloom.methods.fedalt import FedAlt
 from fedloom.model.base import Model
 from fedloom.server.participation import Pool, uniform
-from fedloom.server.robust import Rule
+from fedloom.server.robust import Aggregation
 from tests import families, tiny
 from tests.oracle import real
 from tests.oracle.numpy_training import adamw_step, clip_to
@@ -196,7 +196,7 @@ def test_what_a_device_sent_before_is_replaced_and_not_added_to() -> None:
 
 
 def test_another_rule_than_the_mean_is_refused() -> None:
-    pool = replace(Pool((0, 1, 2, 3), 3, 3, 8), rule=Rule("median"))
+    pool = replace(Pool((0, 1, 2, 3), 3, 3, 8), aggregation=Aggregation("median"))
     assert uniform(pool, 0)
     with pytest.raises(ValueError, match="'fedalt' cannot follow aggregation 'median'.*what all the others sent last"):
         next(FedAlt().setup(FedAlt().init(model()), pool))

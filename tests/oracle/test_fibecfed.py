@@ -16,8 +16,8 @@ from fedloom.client.curriculum import Pacing
 from fedloom.compute.flops import Flops
 from fedloom.compute.work import Fit, Score
 from fedloom.methods.fibecfed import Gal, choose_gal
-from fedloom.model.adapters import is_factor, partner
 from fedloom.model.blocks import layer_of
+from fedloom.model.names import is_factor, partner
 from fedloom.server.participation import Pool
 from tests.oracle import numpy_fibecfed as numpy
 from tests.oracle import real

@@ -11,8 +11,8 @@ import torch
 
 from fedloom.client.neurons import KEPT
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
-from fedloom.model.adapters import is_factor, is_up
 from fedloom.model.blocks import layer_of
+from fedloom.model.names import is_factor, is_up
 from fedloom.server.masks import ROWS, completed
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import nbytes, packed

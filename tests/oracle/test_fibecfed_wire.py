@@ -7,7 +7,7 @@ import torch
 
 from fedloom.compute.work import Predict
 from fedloom.messages import Tensors
-from fedloom.model.adapters import is_factor
+from fedloom.model.names import is_factor
 from fedloom.tensors import nbytes
 from tests.oracle import real
 from tests.oracle.fibecfed_cases import COHORTS, Case, every_case

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fedloom.methods.lisa import Lisa
-from fedloom.model.adapters import is_head
 from fedloom.model.blocks import layer_of
+from fedloom.model.names import is_head
 from fedloom.seeds import derive
 from fedloom.server.participation import Pool, uniform
 from tests.oracle import real

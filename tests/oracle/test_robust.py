@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedloom.messages import CohortFailed, Update
 from fedloom.server.participation import Pool
-from fedloom.server.robust import RULES, Rule
+from fedloom.server.robust import RULES, Aggregation
 
 SENT = {"a": torch.tensor([[1.0, -2.0], [0.5, 3.0]]), "b": torch.tensor([10.0])}
 ROBUST = [name for name in RULES if name != "mean"]
@@ -24,7 +24,7 @@ Point = list[float]
 
 def aggregated(rule: str, points: Sequence[Point], asked: int = 0, sent: bool = True) -> Point:
     """What the rule makes of points of five numbers each, sent as two tensors. Everybody claims another size."""
-    average = Rule.of(rule).averaging(SENT if sent else {}, asked or len(points))
+    average = Aggregation.of(rule).averaging(SENT if sent else {}, asked or len(points))
     for k, x in enumerate(points):
         tensors = {"a": torch.tensor(x[:4], dtype=torch.float64).view(2, 2), "b": torch.tensor(x[4:], dtype=torch.float64)}
         assert not average.take(Update(k, 10**k, tensors)).tensors
@@ -115,7 +115,7 @@ def test_clipping_shortens_every_way_to_the_median_length(n: int) -> None:
     together=st.booleans(),
 )
 def test_f_hostile_devices_cannot_take_the_aggregate_away(rule: str, n: int, seed: int, size: float, together: bool) -> None:
-    f, rng = Rule.of(rule).hostile(n), np.random.default_rng(seed)
+    f, rng = Aggregation.of(rule).hostile(n), np.random.default_rng(seed)
     honest = [[w + d for w, d in zip(W, x, strict=True)] for x in drawn(n - f, seed)]
     one = rng.standard_normal(5)
     lies = [(size * (one if together else rng.standard_normal(5))).tolist() for _ in range(f)]
@@ -143,7 +143,7 @@ def test_what_a_device_says_of_its_size_counts_for_nothing(rule: str) -> None:
 
 
 def test_devices_that_sent_other_tensors_are_compared_by_name() -> None:
-    average = Rule.of("median").averaging({}, 4)
+    average = Aggregation.of("median").averaging({}, 4)
     for k in range(8):
         average.take(Update(k, 1, {"all": torch.tensor([float(k)]), f"{'even' if k % 2 == 0 else 'odd'}": torch.tensor([10.0 * k])}))
     made = average.value()
@@ -154,7 +154,7 @@ def test_devices_that_sent_other_tensors_are_compared_by_name() -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_each_tensor_keeps_its_dtype_and_shape(rule: str) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        average = Rule.of(rule).averaging({"x": torch.zeros(2, 3, dtype=dtype)}, 5)
+        average = Aggregation.of(rule).averaging({"x": torch.zeros(2, 3, dtype=dtype)}, 5)
         for k in range(5):
             average.take(Update(k, 1, {"x": torch.full((2, 3), 1.5, dtype=dtype)}))
         made = average.value()["x"]
@@ -181,21 +181,21 @@ def test_a_round_to_which_too_few_came_does_not_count(rule: str, answered: int) 
 )
 def test_a_rule_that_makes_no_sense_is_refused(text: str, told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        Rule.of(text)
+        Aggregation.of(text)
 
 
 def test_a_cohort_in_which_nobody_could_be_hostile_is_refused() -> None:
     with pytest.raises(ValueError, match=r"takes 0 of 3 devices to be hostile .* wants a cohort of 4 or more"):
-        Rule.of("median").insist_on(3)
+        Aggregation.of("median").insist_on(3)
     with pytest.raises(ValueError, match=r"takes 1 of 4 devices to be hostile and needs 5 .* wants a cohort of 5 or more"):
-        Rule.of("krum").insist_on(4)
-    Rule.of("krum").insist_on(5)
-    Rule.of("median:0.1").insist_on(10)
-    Rule.of("mean").insist_on(1)
+        Aggregation.of("krum").insist_on(4)
+    Aggregation.of("krum").insist_on(5)
+    Aggregation.of("median:0.1").insist_on(10)
+    Aggregation.of("mean").insist_on(1)
 
 
 def test_the_pool_hands_out_the_experiments_rule() -> None:
-    pool = Pool((0, 1, 2, 3), 4, 1, 5, Rule.of("median"))
+    pool = Pool((0, 1, 2, 3), 4, 1, 5, Aggregation.of("median"))
     assert float(pool.mean([Update(k, 1, {"x": torch.tensor(float(x))}) for k, x in enumerate([0, 0, 1, 1e9])])["x"]) == 0.5
     with pytest.raises(ValueError, match="'flora' cannot follow aggregation 'median': it adds products"):
         pool.insist_on_the_mean("flora", "it adds products")

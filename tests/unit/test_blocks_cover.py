@@ -12,9 +12,10 @@ from transformers import AutoModelForMaskedLM
 
 from fedloom.methods.fedbavg import FedBAvg
 from fedloom.methods.fedcybgd import FedCyBGD
-from fedloom.model.adapters import Adapter, is_head
+from fedloom.model.adapters import Adapter
 from fedloom.model.blocks import End, cover, in_attention
 from fedloom.model.loading import load
+from fedloom.model.names import is_head
 from tests import families, tiny
 
 FAMILIES = ("bert", "roberta", "deberta-v2", "modernbert", "gpt2", "llama", "qwen2", "mistral", "bloom")

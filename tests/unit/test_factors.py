@@ -12,9 +12,10 @@ from fedloom.methods import named
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.flexlora import FlexLora
 from fedloom.methods.hetlora import HetLora
-from fedloom.model.adapters import Adapter, is_down, is_factor, partner
+from fedloom.model.adapters import Adapter
 from fedloom.model.factors import cut, need_ranks, need_room, rank_in, refactored
 from fedloom.model.loading import load
+from fedloom.model.names import is_down, is_factor, partner
 from fedloom.model.principal import noise, principal_factors
 from fedloom.server.aggregation import Average
 from tests import tiny

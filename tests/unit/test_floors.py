@@ -44,7 +44,7 @@ LIBRARIES = FLOOR_0_LIBRARIES | {"scipy"}
 DOORS = {
     "peft": {"model/adapters.py"},
     "transformers": {"model/loading.py"},
-    "datasets": {"data/sources.py"},
+    "datasets": {"data/opening.py"},
     "pyarrow": {"data/"},
     "psutil": {"model/machine.py", "engines/resident.py"},
     "flwr": {"engines/flower.py", "engines/gate.py", "engines/link.py", "engines/node.py", "engines/federation.py", "flower_app.py"},

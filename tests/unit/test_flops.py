@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedloom.compute.flops import LENGTHS, Flops
 from fedloom.compute.serial import Serial, cost
 from fedloom.compute.work import AdamW, Fisher, Fit, Predict, Score, Sensitivity, Spectrum
-from fedloom.model.adapters import is_factor, is_up
 from fedloom.model.blocks import layer_of
 from fedloom.model.factors import cut
+from fedloom.model.names import is_factor, is_up
 from tests import families, tiny
 
 HIDDEN, INNER, LAYERS, RANK, CLASSES = 16, 32, 3, 2, 3

@@ -16,7 +16,7 @@ from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
 from fedloom.methods.method import State
 from fedloom.seeds import derive_int
 from fedloom.server.participation import Pool
-from fedloom.server.robust import Rule
+from fedloom.server.robust import Aggregation
 from tests.flows import POOL, SIZES, Answer, client, of_layers, play, start, told, work
 from tests.unit.test_flows_fibecfed_device import drive
 
@@ -165,13 +165,13 @@ def test_of_a_spectrum_that_may_be_pruned_whole_a_row_of_each_layer_is_kept(shar
 
 def test_under_a_rule_of_aggregation_the_share_is_that_rule_over_the_devices_that_have_a_gap() -> None:
     """Of four one has none: the median of .9, .5 and .6, and not that of these and a zero."""
-    pool = replace(POOL, rule=Rule("median"))
+    pool = replace(POOL, aggregation=Aggregation("median"))
     _, facts = chosen(Gal(lossless=True, fraction=1.0), {0: 0.9, 1: 0.5, 2: 0.6}, pool=pool)
     found = {"prunable": pytest.approx(0.6), "examples_on_devices_with_a_gap": pytest.approx(26 / 33)}
     assert facts == {**found, "without_a_gap": f"1 of 4 {GAPLESS}; used instead: what the others tell"}
 
 
-TWELVE = Pool(tuple(range(12)), 10, 8, 5, Rule("median"))
+TWELVE = Pool(tuple(range(12)), 10, 8, 5, Aggregation("median"))
 """Of a cohort of ten, the rule takes two to be hostile, and needs five."""
 
 
@@ -191,7 +191,7 @@ def test_a_rule_that_too_few_devices_with_a_gap_can_hold_decides_nothing() -> No
 
 def test_what_spectra_tell_does_not_move_the_layers_that_a_rule_chooses() -> None:
     """Krum takes the scores of the device that is nearest to the others, device 0's, also when it alone has no gap."""
-    pool = Pool(tuple(range(8)), 8, 8, 5, Rule("krum"))
+    pool = Pool(tuple(range(8)), 8, 8, 5, Aggregation("krum"))
     scores = np.array([0.3, 0.31, 0.32, 0.33]) + 0.1 * np.vstack([np.zeros((1, 4)), np.eye(4), -np.eye(4)[:3]])
 
     def answer(task: Task) -> Update:

@@ -23,9 +23,10 @@ from fedloom.compute.work import AdamW, Fit, Predict
 from fedloom.messages import Failure, Task, Update
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fedcybgd import FedCyBGD
-from fedloom.model.adapters import Adapter, is_head, merged
+from fedloom.model.adapters import Adapter, merged
 from fedloom.model.base import Model
 from fedloom.model.loading import load
+from fedloom.model.names import is_head
 from fedloom.run.export import export
 from fedloom.run.loop import run
 from fedloom.wire import pack, unpack

@@ -28,12 +28,13 @@ from fedloom.compute.work import AdamW, Fisher, Fit, Predict, Score, Sensitivity
 from fedloom.data.examples import Examples
 from fedloom.methods.embracingfl import EmbracingFL
 from fedloom.methods.fedcybgd import FedCyBGD
-from fedloom.model.adapters import Adapter, Kind, is_head
+from fedloom.model.adapters import Adapter, Kind
 from fedloom.model.base import Batch, Model, ModelError
 from fedloom.model.blocks import layer_of
 from fedloom.model.loading import load
 from fedloom.model.memory import needs
 from fedloom.model.modes import Mode, as_now, entered
+from fedloom.model.names import is_head
 from fedloom.model.recomputed import Recomputed
 from fedloom.run.costs.memory import insist_on_room, sizes_of
 from fedloom.run.describe import describe

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from fedloom.methods.adalora import AdaLora
 from fedloom.methods.slora import SLora
-from fedloom.model.adapters import is_down, is_factor
 from fedloom.model.factors import drawn as new
+from fedloom.model.names import is_down, is_factor
 from fedloom.seeds import derive, derive_int
 from tests import flows, tiny
 

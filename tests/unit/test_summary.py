@@ -12,10 +12,11 @@ import pytest
 
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.local import Local
+from fedloom.run.comparison.cells import reached_text
 from fedloom.run.comparison.compare import run_folders, summary_in
 from fedloom.run.comparison.plan import Ended, Plan
 from fedloom.run.comparison.summary import summarise
-from fedloom.run.comparison.tables import as_csv, as_markdown, as_tex, reached_text, terminal
+from fedloom.run.comparison.tables import as_csv, as_markdown, as_tex, terminal
 from fedloom.run.experiment import Experiment
 from fedloom.run.pages.comparison_page import track_of
 from fedloom.run.pages.report import write_report

@@ -33,7 +33,7 @@ from fedloom.client.neurons import KEPT, keep, neuron_masks, whole_private
 from fedloom.client.sharing import beside
 from fedloom.compute.work import Fisher, Fit, Fitted
 from fedloom.messages import Task, Tensors, Update, Work
-from fedloom.model.adapters import is_factor, is_up
+from fedloom.model.names import is_factor, is_up
 from fedloom.seeds import derive_int
 from fedloom.server.controls import plain
 from fedloom.server.masks import KEEP, ROWS

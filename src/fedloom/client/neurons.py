@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 
 from fedloom.client.client import Client
-from fedloom.model.adapters import partner
 from fedloom.model.blocks import layer_of, layers
+from fedloom.model.names import partner
 from fedloom.model.some_rows import whole
 from fedloom.tensors import packed, rounded_up, unpacked
 

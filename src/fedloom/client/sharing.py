@@ -21,7 +21,7 @@ from fedloom.client.client import Client
 from fedloom.client.curriculum import shuffled
 from fedloom.compute.work import Fit, Held, Initial, Sensitivity
 from fedloom.messages import Task, Tensors, Update, Work, on_client
-from fedloom.model.adapters import is_factor, is_up, stays
+from fedloom.model.names import is_factor, is_up, stays
 from fedloom.server.sharing import LAYERS
 from fedloom.tensors import without
 

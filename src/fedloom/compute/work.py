@@ -21,8 +21,8 @@ import torch
 
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
-from fedloom.model.adapters import is_beneath
 from fedloom.model.blocks import layer_of
+from fedloom.model.names import is_beneath
 from fedloom.tensors import same_names, without
 
 Indices = np.ndarray

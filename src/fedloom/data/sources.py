@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
-from importlib.resources import as_file, files
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,11 +22,11 @@ import pyarrow.compute as pc
 from fedloom.cache import remembered
 from fedloom.data import chats, instructions, questions, tagging
 from fedloom.data.examples import Examples, flat
-from fedloom.data.files import SUFFIXES, match_splits, read_file, read_folder, split_of
 from fedloom.data.instructions import EVERYTHING, Instructions
 from fedloom.data.labels import Label, class_ids, given_ids, label_values, some
+from fedloom.data.opening import Table, read
 from fedloom.data.questions import ARTICLE, OTHER, Questions
-from fedloom.data.rows import Rows, class_names, whole_numbers
+from fedloom.data.rows import Rows, whole_numbers
 from fedloom.data.tagging import TYPE, Tagging
 from fedloom.data.tasks import (
     ANSWER_F1,
@@ -44,16 +42,14 @@ from fedloom.data.tasks import (
     choose_columns,
     metric_for,
 )
-from fedloom.hub import reachable
 from fedloom.seeds import derive
 
-if TYPE_CHECKING:  # ``datasets`` takes a third of a second to load, and files need none of it
-    import datasets
+if TYPE_CHECKING:
+    from fedloom.data.opening import Data
 
 Encode = Callable[[list[str], list[str] | None], tuple[list[list[int]], list[list[int]]]]
 """(texts, their pairs or None) -> (token ids, token-type ids) of each example, truncated to the model's length."""
 
-PACKAGED = ("trec",)
 CUT = 0.1
 """The share of the training rows that becomes a missing split."""
 
@@ -68,20 +64,8 @@ class Source:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Table:
-    """One split: its rows, the class names its label columns carry, and (once known) a label id for every row."""
-
-    rows: pa.Table
-    names: dict[str, list[str]]
-    ids: np.ndarray
-
-    def take(self, rows: np.ndarray) -> _Table:
-        return _Table(self.rows.take(whole_numbers(rows)), self.names, self.ids[rows])
-
-
 def load(
-    data: str | Path | datasets.Dataset | datasets.DatasetDict,
+    data: Data,
     *,
     seed: int,
     text: tuple[str, ...] = (),
@@ -105,7 +89,7 @@ def load(
     Raises:
         DataError: whatever is wrong with the data, with what would be right.
     """
-    name, tables, notes = _read(data)
+    name, tables, notes = read(data)
     if "train" not in tables or not tables["train"].rows.num_rows:
         held = ", ".join(tables) or "none"
         raise DataError(f"'{name}' has no training rows; its splits are: {held}. Give a training split, or one split alone")
@@ -151,8 +135,8 @@ def load(
 
 
 def _chats(
-    tables: dict[Split, _Table], column: str, columns: dict[str, Column], label: str, notes: list[str]
-) -> tuple[Instructions, dict[Split, _Table]]:
+    tables: dict[Split, Table], column: str, columns: dict[str, Column], label: str, notes: list[str]
+) -> tuple[Instructions, dict[Split, Table]]:
     """The task, and the splits with conversations as texts."""
     label = label or instructions.category(columns, (column,)) or EVERYTHING
     for split, table in tables.items():
@@ -166,7 +150,7 @@ def _chats(
     return Instructions((), column, label, classes, chats=True), tables
 
 
-def _prepared(table: _Table, contexts: Sequence[str], label: str) -> _Table:
+def _prepared(table: Table, contexts: Sequence[str], label: str) -> Table:
     """Missing contexts as empty ones, and one label for all where there is none."""
     rows = table.rows
     for name in contexts:
@@ -177,7 +161,7 @@ def _prepared(table: _Table, contexts: Sequence[str], label: str) -> _Table:
     return replace(table, rows=rows)
 
 
-def _tag_names(table: _Table, column: str) -> tuple[str, ...]:
+def _tag_names(table: Table, column: str) -> tuple[str, ...]:
     """The tags' names: those that the file gives its numbers, else the words that the training split has, O first."""
     if column in table.names:
         return tuple(table.names[column])
@@ -192,7 +176,7 @@ def _tag_names(table: _Table, column: str) -> tuple[str, ...]:
     return tuple(sorted(seen, key=lambda tag: (tag != "O", tag[2:], tag)))
 
 
-def _flattened(table: _Table, words: str, tagged: str, tags: tuple[str, ...], kinds: tuple[str, ...], split: Split) -> _Table:
+def _flattened(table: Table, words: str, tagged: str, tags: tuple[str, ...], kinds: tuple[str, ...], split: Split) -> Table:
     """Words, tags and their sentence's type as texts. A split without tags comes back without types."""
     rows = table.rows
     if words not in rows.column_names or tagged not in rows.column_names:
@@ -208,8 +192,8 @@ def _flattened(table: _Table, words: str, tagged: str, tags: tuple[str, ...], ki
 
 
 def _questions(
-    tables: dict[Split, _Table], columns: tuple[str, str, str, str], keeps: bool, notes: list[str]
-) -> tuple[Questions, dict[Split, _Table]]:
+    tables: dict[Split, Table], columns: tuple[str, str, str, str], keeps: bool, notes: list[str]
+) -> tuple[Questions, dict[Split, Table]]:
     """The task, and the splits with answers as texts and each question's article. A held-out split without rows is left out, unless it is
     somebody's who ``keeps`` it."""
     question, context, answers, article = columns
@@ -277,101 +261,7 @@ def _encoded(split: Split, columns: list[list[str]], encode: Encode, several: bo
     return flat(ids, segments)
 
 
-def _read(data: str | Path | datasets.Dataset | datasets.DatasetDict) -> tuple[str, dict[Split, _Table], list[str]]:
-    """Name, splits and notes of whatever ``data`` is."""
-    if not isinstance(data, str | Path):
-        import datasets
-
-        if isinstance(data, datasets.DatasetDict):
-            return "dataset", *_of_splits(data, "the DatasetDict")
-        if isinstance(data, datasets.Dataset):
-            return "dataset", {"train": _of_dataset(data)}, []
-        raise DataError(f"data is a {type(data).__name__}; give a name, a path, or a Dataset or DatasetDict of the datasets library")
-    if isinstance(data, str) and data in PACKAGED:
-        with as_file(files("fedloom.data") / data) as folder:
-            tables, notes = read_folder(folder)
-        notes += [f"the packaged '{data}' is used; for the folder of that name write ./{data}"] if Path(data).exists() else []
-        return data, {split: _of_table(table) for split, table in tables.items()}, notes
-    path = Path(data).expanduser()
-    if path.is_dir():
-        where = path.resolve()
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            import datasets
-
-            saved = datasets.load_from_disk(str(path))
-            return where.name, *_read(saved)[1:]
-        tables, notes = read_folder(path)
-        return where.name, {split: _of_table(table) for split, table in tables.items()}, notes
-    if path.is_file():
-        where = path.resolve()
-        name = where.parent.name if split_of(where.stem) else where.stem
-        return name, {"train": _of_table(read_file(path))}, []
-    insist_on_a_place(data)
-    return str(data), *_of_splits(_from_hub(str(data)), f"'{data}'")
-
-
-def insist_on_a_place(data: str | Path) -> None:
-    """Whether what names a file or folder, and no data set by name, is there.
-
-    Raises:
-        DataError: it is not.
-    """
-    path = Path(data).expanduser()
-    local = isinstance(data, Path) or data.startswith((".", "/", "~")) or data.count("/") > 1 or path.suffix.lower() in SUFFIXES
-    if not path.exists() and (local or (path.parent != Path() and path.parent.is_dir())):
-        raise DataError(f"there is no file or folder '{data}'; {_nearby(path)}")
-
-
-def _nearby(path: Path) -> str:
-    """What the nearest existing parent of a missing path has."""
-    near = next(parent for parent in path.absolute().parents if parent.is_dir())
-    names = sorted(entry.name for entry in near.iterdir() if not entry.name.startswith("."))
-    return f"'{near}' has: {', '.join(names[:20]) or 'nothing'}{', ...' if len(names) > 20 else ''}"
-
-
-def _from_hub(name: str) -> datasets.DatasetDict:
-    """A data set of the Hugging Face Hub, 'name' or 'name:config'. Without a network, only what its cache holds."""
-    import datasets
-    from datasets import config as hub
-
-    datasets.disable_progress_bars()
-    path, _, config = name.partition(":")
-    offline = hub.HF_HUB_OFFLINE
-    hub.HF_HUB_OFFLINE = offline or not reachable()
-    try:
-        return datasets.load_dataset(path, config or None)
-    except Exception as error:  # the Hub's client raises many kinds; each is told, none is hidden
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"
-        raise DataError(
-            f"'{name}' is no local file or folder, and the Hugging Face Hub did not give it ({reason}). Data is the packaged "
-            f"{', '.join(PACKAGED)}, a folder or file, or a Hub name, with its config where it has several ('name:config'); "
-            f"{_nearby(Path(name))}"
-        ) from error
-    finally:
-        hub.HF_HUB_OFFLINE = offline
-
-
-def _of_splits(splits: datasets.DatasetDict, where: str) -> tuple[dict[Split, _Table], list[str]]:
-    if len(splits) == 1:
-        return {"train": _of_dataset(next(iter(splits.values())))}, []
-    chosen, unused = match_splits([str(name) for name in splits], where)
-    notes = [f"splits not used: {', '.join(unused)}"] if unused else []
-    return {split: _of_dataset(splits[names[0]]) for split, names in chosen.items()}, notes
-
-
-def _of_dataset(rows: datasets.Dataset) -> _Table:
-    import datasets
-
-    inner = {name: kind.feature if isinstance(kind, datasets.List) else kind for name, kind in rows.features.items()}
-    names = {name: list(kind.names) for name, kind in inner.items() if isinstance(kind, datasets.ClassLabel)}
-    return _Table(rows.with_format("arrow")[:], names, np.zeros(0, np.int64))
-
-
-def _of_table(table: pa.Table) -> _Table:
-    return _Table(table, class_names(table.schema), np.zeros(0, np.int64))
-
-
-def _describe(table: _Table, name: str) -> Column:
+def _describe(table: Table, name: str) -> Column:
     """What kind of column it is, with its number of distinct values."""
     column = table.rows[name]
     if _holds_chats(column, name):
@@ -405,8 +295,8 @@ def _holds_chats(column: pa.ChunkedArray, name: str) -> bool:
 
 
 def _labelled(
-    tables: dict[Split, _Table], texts: tuple[str, ...], label: str, notes: list[str], given: tuple[str, ...] = ()
-) -> tuple[dict[Split, _Table], tuple[str, ...]]:
+    tables: dict[Split, Table], texts: tuple[str, ...], label: str, notes: list[str], given: tuple[str, ...] = ()
+) -> tuple[dict[Split, Table], tuple[str, ...]]:
     """The splits that have labels, with their ids, and the class names; all splits where the names are given."""
     values: dict[Split, list[Label | None]] = {}
     for split, table in tables.items():
@@ -421,10 +311,10 @@ def _labelled(
     for split in ids:
         for column in texts:
             _insist_text(tables[split], column, split)
-    return {split: _Table(tables[split].rows, tables[split].names, of) for split, of in ids.items()}, classes
+    return {split: Table(tables[split].rows, tables[split].names, of) for split, of in ids.items()}, classes
 
 
-def _insist_text(table: _Table, column: str, split: Split) -> None:
+def _insist_text(table: Table, column: str, split: Split) -> None:
     if column not in table.rows.column_names:
         listed = ", ".join(table.rows.column_names)
         raise DataError(f"the {split} split has no column '{column}', which the training split has; its columns are: {listed}")
@@ -433,7 +323,7 @@ def _insist_text(table: _Table, column: str, split: Split) -> None:
         raise DataError(f"row {row} of the {split} split has no text in column '{column}'; give it one ('' is fine) or remove it")
 
 
-def _three_splits(tables: dict[Split, _Table], seed: int, notes: list[str]) -> dict[Split, _Table]:
+def _three_splits(tables: dict[Split, Table], seed: int, notes: list[str]) -> dict[Split, Table]:
     """Make the missing splits: a lone validation split becomes the test split; the rest is cut from the training rows."""
     tables = dict(tables)
     if "test" not in tables and "validation" in tables:
@@ -448,7 +338,7 @@ def _three_splits(tables: dict[Split, _Table], seed: int, notes: list[str]) -> d
     return tables
 
 
-def _cut(table: _Table, size: int, seed: int, split: str) -> tuple[_Table, _Table]:
+def _cut(table: Table, size: int, seed: int, split: str) -> tuple[Table, Table]:
     """(what stays, ``size`` rows drawn by seed). One row of every label stays, so that no label is held out only."""
     order = derive(seed, "split", split).permutation(len(table.ids))
     _, first = np.unique(table.ids[order], return_index=True)
@@ -462,7 +352,7 @@ def _cut(table: _Table, size: int, seed: int, split: str) -> tuple[_Table, _Tabl
     return table.take(kept), table.take(np.sort(drawn))
 
 
-def _capped(table: _Table, split: Split, most: int, task: Task, seed: int, notes: list[str]) -> _Table:
+def _capped(table: Table, split: Split, most: int, task: Task, seed: int, notes: list[str]) -> Table:
     """At most ``most`` rows, drawn by seed (0: all)."""
     if most < 0:
         raise DataError(f"max_{split} must be 0 (all rows) or more, not {most}")
@@ -476,7 +366,7 @@ def _capped(table: _Table, split: Split, most: int, task: Task, seed: int, notes
     return table.take(rows)
 
 
-def _tell_overlap(tables: dict[Split, _Table], texts: tuple[str, ...], notes: list[str]) -> None:
+def _tell_overlap(tables: dict[Split, Table], texts: tuple[str, ...], notes: list[str]) -> None:
     """Say how many held-out texts also occur in train."""
     content = {split: list(zip(*(tables[split].rows[name].to_pylist() for name in texts), strict=True)) for split in SPLITS}
     trained = set(content["train"])
@@ -486,7 +376,7 @@ def _tell_overlap(tables: dict[Split, _Table], texts: tuple[str, ...], notes: li
             notes.append(f"{shared} of the {len(content[split])} {split} texts also occur in train")
 
 
-def _tell_blank(tables: dict[Split, _Table], task: Task, notes: list[str]) -> None:
+def _tell_blank(tables: dict[Split, Table], task: Task, notes: list[str]) -> None:
     """Say how many texts have no word to classify by: a gap in a file is easily one."""
     if not isinstance(task, Classification):
         return
@@ -496,7 +386,7 @@ def _tell_blank(tables: dict[Split, _Table], task: Task, notes: list[str]) -> No
             notes.append(f"{blank} of the {tables[split].rows.num_rows} {split} texts are empty; they are kept")
 
 
-def _rows(table: _Table, label: str) -> Rows:
+def _rows(table: Table, label: str) -> Rows:
     """A split as the user sees it: labels as ids, plain columns kept (a partition may use one), nested ones left out."""
     plain = [field.name for field in table.rows.schema if not pa.types.is_nested(field.type)]
     rows = table.rows.select(plain).replace_schema_metadata(None)

@@ -4,7 +4,7 @@ A Flower SuperNode does the same with a process of its own for every message, wh
 messages every three seconds. A :class:`Node` speaks the same Fleet API with the same authentication and stays one process: an app
 (:func:`fedloom.engines.flower.client_app` or any Flower ``ClientApp``) answers in its thread.
 
-It never ends because the server is away: it comes back again and again, at most :data:`LONGEST` seconds apart, and announces itself anew.
+It never ends because the server is away: it comes back again and again, at most :data:`LONGEST_WAIT` seconds apart, announcing itself anew.
 It does end when it is told that it does not belong: a certificate that is not the federation's, a key that the server does not know.
 """
 
@@ -57,7 +57,7 @@ App = Callable[[Message, Context], Message]
 QUICKEST, SLOWEST = 0.02, 0.5
 """Seconds between two looks for a message: at once after one came, more and more slowly while none comes."""
 
-LONGEST = 10.0
+LONGEST_WAIT = 10.0
 """Seconds between two attempts to reach the server, at most."""
 
 AGAIN = (0.2, 1.0)
@@ -177,7 +177,7 @@ class Node:
                 self._insist_belonging(error)
                 self._tell_away(_why(error))
                 failed += 1
-                stop.wait(min(0.2 * 2**failed, LONGEST))
+                stop.wait(min(0.2 * 2**failed, LONGEST_WAIT))
 
     @contextmanager
     def _client(self) -> Iterator[FleetHttpClient]:

@@ -45,9 +45,9 @@ from fedloom.compute.work import Smoothing
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
-from fedloom.model.adapters import is_down, is_factor, is_up, need_pairs, partner
 from fedloom.model.base import Model
 from fedloom.model.factors import need_zero_start, rank_in
+from fedloom.model.names import is_down, is_factor, is_up, need_pairs, partner
 from fedloom.seeds import derive
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import only, rounded_up, without

@@ -126,14 +126,13 @@ class FedAvg:
         penalty: Penalty | None = None,
         fixed: Tensors | None = None,
         bias: torch.Tensor | None = None,
-        correction: Tensors | None = None,
         through: Through | None = None,
         watch: Smoothing | None = None,
         skips: frozenset[int] = frozenset(),
         optimizer: AdamW | None = None,
     ) -> Work[Fitted]:
-        """Train ``start`` on what the curriculum opens, under tensors that stay ``fixed``, with ``bias`` (C,) on the logits and
-        ``correction`` on the gradients. ``through``: what the model is called with, where that is not these themselves.
+        """Train ``start`` on what the curriculum opens, under tensors that stay ``fixed``, with ``bias`` (C,) on the logits.
+        ``through``: what the model is called with, where that is not these themselves.
         ``watch``: how each number's importance is watched. ``skips``: layers that are left out, of which no tensor is given.
         ``optimizer``: another than this method's."""
         given = {**(fixed or {}), **start}
@@ -141,7 +140,7 @@ class FedAvg:
         opened = yield from self.open(c, at, task, trained)
         t, own = int(task.settings["round"]), c.private.keys() - task.tensors.keys()  # type: ignore[arg-type]
         fit = self.fit(c, start, opened.batches, t, mask, penalty, fixed=fixed, examples=opened.examples, bias=bias, own=own)
-        more = {"correction": correction or {}, "through": through, "watch": watch, "skips": skips, "optimizer": optimizer or fit.optimizer}
+        more = {"through": through, "watch": watch, "skips": skips, "optimizer": optimizer or fit.optimizer}
         return (yield replace(fit, **more))
 
     def whole(self, c: Client) -> Opened:

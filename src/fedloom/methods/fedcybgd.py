@@ -38,9 +38,9 @@ from fedloom.encodings import Encoding
 from fedloom.messages import Asking, Flow, Setting, Task, Tensors, Update, Work, ask, on_client, whole
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
-from fedloom.model.adapters import is_head
 from fedloom.model.base import Model
 from fedloom.model.blocks import Block, End, Parts, cover, ends_of, layer_of
+from fedloom.model.names import is_head
 from fedloom.model.proxies import restored, smaller
 from fedloom.seeds import derive
 from fedloom.server.cycle import Order, block_at, turns

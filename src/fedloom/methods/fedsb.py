@@ -41,9 +41,9 @@ from fedloom.compute.work import AdamW, Fit, Pretrained
 from fedloom.messages import Flow, Task, Tensors, Update, Work, ask, insist, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, hand_out, predict, receive
-from fedloom.model.adapters import is_factor, is_up, need_pairs, partner, under
 from fedloom.model.base import Model
 from fedloom.model.factors import need_room, need_zero_start
+from fedloom.model.names import is_factor, is_up, need_pairs, partner, under
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import only, without
 

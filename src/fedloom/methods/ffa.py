@@ -25,8 +25,8 @@ from fedloom.client.client import Client
 from fedloom.messages import Flow, Task, Tensors, Update, Work, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, hand_out, predict, receive
-from fedloom.model.adapters import is_down, need_pairs
 from fedloom.model.base import Model
+from fedloom.model.names import is_down, need_pairs
 from fedloom.server.participation import Pool
 from fedloom.tensors import only, without
 

@@ -45,9 +45,9 @@ from fedloom.compute.work import Fisher, Norm, Sensitivity, Spectrum
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, insist, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
-from fedloom.model.adapters import is_factor, is_head, need_pairs, stays
 from fedloom.model.base import Model
 from fedloom.model.blocks import layer_of, layers
+from fedloom.model.names import is_factor, is_head, need_pairs, stays
 from fedloom.seeds import derive_int
 from fedloom.server.masks import ROWS, completed
 from fedloom.server.participation import Pool, uniform
@@ -264,8 +264,8 @@ class FibecFed:
     def _without_loss(self, answers: Sequence[Update], pool: Pool, adapted: int) -> tuple[Gal, dict[str, Any]]:
         """The GAL's size as spectra have it, and what is told. Fewer devices with a gap than the pool's rule needs decide nothing."""
         gap = [a for a in answers if float(a.tensors["prunable"][1])]
-        needed = pool.rule.needed(max(pool.cohort, len(gap)))
-        few = f", and {len(gap)} with one are too few for aggregation '{pool.rule.name}', which needs {needed}" if gap else ""
+        needed = pool.aggregation.needed(max(pool.cohort, len(gap)))
+        few = f", and {len(gap)} with one are too few for aggregation '{pool.aggregation.name}', which needs {needed}" if gap else ""
         heard = gap if len(gap) >= needed else []
         share = sum(a.num_examples for a in heard) / sum(a.num_examples for a in answers)
         prunable = float(mean_of(pool, heard, "prunable")[0]) if heard else 0.0

@@ -25,9 +25,9 @@ from fedloom.client.client import Client
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
-from fedloom.model.adapters import is_factor, need_pairs
 from fedloom.model.base import Model
 from fedloom.model.factors import need_zero_start
+from fedloom.model.names import is_factor, need_pairs
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import only, rounded_up, without
 

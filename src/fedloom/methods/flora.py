@@ -25,9 +25,9 @@ from fedloom.client.client import Client
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
-from fedloom.model.adapters import is_beneath, is_down, is_factor, need_pairs, partner, under
 from fedloom.model.base import Model
 from fedloom.model.factors import Products, cut, drawn, moved, need_ranks, need_zero_start, rank_in, rank_of
+from fedloom.model.names import is_beneath, is_down, is_factor, need_pairs, partner, under
 from fedloom.server.aggregation import Average
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import only, without

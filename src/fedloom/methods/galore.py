@@ -66,7 +66,7 @@ class GaLore:
         Raises:
             ValueError: nothing that is trained can be projected.
         """
-        self.insist(model.initial)
+        self.insist_on_matrices(model.initial)
         return self.inner.init(model)
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
@@ -92,7 +92,7 @@ class GaLore:
         """The shared model."""
         return state.shared
 
-    def insist(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def insist_on_matrices(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Whether there is a matrix that GaLore is for.
 
         Raises:

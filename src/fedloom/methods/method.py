@@ -16,9 +16,9 @@ import torch
 from fedloom.client.client import Client
 from fedloom.compute.work import Predict
 from fedloom.messages import Flow, Task, Tensors, Update, Work, ask, insist, on_client
-from fedloom.model.adapters import is_factor, stays
 from fedloom.model.base import Model
 from fedloom.model.blocks import layers
+from fedloom.model.names import is_factor, stays
 from fedloom.server.controls import Controls
 from fedloom.server.optimizers import Steps
 from fedloom.server.participation import Pool

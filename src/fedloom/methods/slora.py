@@ -26,9 +26,9 @@ from fedloom.compute.work import Pretrained
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
-from fedloom.model.adapters import is_beneath, is_factor, need_pairs
 from fedloom.model.base import Model
 from fedloom.model.factors import need_room, need_zero_start, refactored
+from fedloom.model.names import is_beneath, is_factor, need_pairs
 from fedloom.seeds import derive_int
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import only, rounded_up, without

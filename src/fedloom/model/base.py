@@ -25,13 +25,14 @@ from torch import nn
 from torch.func import functional_call
 
 from fedloom.messages import Tensors
-from fedloom.model.adapters import Beneath, is_beneath, is_down, is_head, partner, under
+from fedloom.model.adapters import Beneath
 from fedloom.model.answers import Speaker, asked, asked_in_rows, first_of
 from fedloom.model.asked import Asked
 from fedloom.model.calls import CALLS, Call, Shape
 from fedloom.model.cloze import Filler
 from fedloom.model.kernels import computes_bf16
 from fedloom.model.machine import free_bytes
+from fedloom.model.names import is_beneath, is_down, is_head, partner, under
 from fedloom.model.outputs import last_caught, of_layers
 from fedloom.model.packed import Mapped, Packed, Rows, Unpackable, Way, Weights, logits_of
 from fedloom.model.quantised import Base, Quantised, numbers, numbers_in_few

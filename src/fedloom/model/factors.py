@@ -1,7 +1,7 @@
 """Arithmetic on LoRA's pairs: their products, pairs of another rank, and pairs made from a product.
 
 A pair is A (r, d_in) and B (d_out, r) under partner names; its update of the weight W (d_out, d_in) that it stands on is s·B·A. Products
-are kept by the name of that weight (:func:`~fedloom.model.adapters.under`), in float64. Where devices have pairs of different ranks, one of
+are kept by the name of that weight (:func:`~fedloom.model.names.under`), in float64. Where devices have pairs of different ranks, one of
 rank r_k is the first r_k rows of A and columns of B, and all others are zero.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fedloom.messages import Tensors
-from fedloom.model.adapters import is_beneath, is_down, is_factor, is_up, partner, under
+from fedloom.model.names import is_beneath, is_down, is_factor, is_up, partner, under
 from fedloom.model.principal import principal_factors
 from fedloom.seeds import derive, derive_int
 

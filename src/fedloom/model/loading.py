@@ -39,25 +39,14 @@ from transformers.utils.hub import cached_file
 
 from fedloom.hub import reachable
 from fedloom.messages import Tensors
-from fedloom.model.adapters import (
-    BESIDE,
-    HEADS,
-    PEFT,
-    SPLITTING,
-    Adapter,
-    attach,
-    beneath,
-    in_few_bits,
-    is_head,
-    take_principal_parts,
-    trainable_names,
-)
+from fedloom.model.adapters import SPLITTING, Adapter, attach, beneath, in_few_bits, take_principal_parts, trainable_names
 from fedloom.model.answers import Form, Speaker
 from fedloom.model.base import Batch, Model, ModelError, Precision, reach
 from fedloom.model.calls import CALLS, from_zero
 from fedloom.model.cloze import Cloze, Filler, keep_rows
 from fedloom.model.dropout import SeededDropout
 from fedloom.model.machine import free_bytes
+from fedloom.model.names import BESIDE, HEADS, PEFT, is_head
 from fedloom.model.packed import ATTENTION, Way, attend, logits_of
 from fedloom.model.spans import Finder
 from fedloom.model.tags import Tagger

@@ -24,9 +24,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple, get_args
 
-from fedloom.model.adapters import is_head
 from fedloom.model.base import Model
 from fedloom.model.blocks import End, cover, layer_of
+from fedloom.model.names import is_head
 from fedloom.model.quantised import Base, numbers, size_of
 
 MOMENTS = 2

@@ -25,7 +25,7 @@ from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.loop import Told, begin, check, claim, engine_of, finish, loaded
 from fedloom.run.starting import OR_ANOTHER, stand_at, start_of
 from fedloom.run.terminal.console import Show
-from fedloom.run.tracking import insist, track_ended
+from fedloom.run.tracking import insist_on_trackers, track_ended
 from fedloom.run.world import World, build, store_in
 
 TAKEN_OVER = "trained by "
@@ -43,7 +43,7 @@ def adopt(
         ExperimentError: the method shares other tensors than were trained, layers stay on devices, there is no room for the model, or a
             tracker does not exist or lacks its library.
     """
-    insist(track)
+    insist_on_trackers(track)
     if experiment.share.some:
         raise ExperimentError(
             "layers that stay on devices (--share) lie in the folder of the run that trained them and nowhere else; train "

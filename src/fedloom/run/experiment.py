@@ -23,11 +23,11 @@ from fedloom.methods import named
 from fedloom.methods.method import parts, says
 from fedloom.model.adapters import OF_THE_BASE, Adapter, Kind
 from fedloom.model.base import Precision
-from fedloom.run.costs.profiles import insist as insist_on_devices
+from fedloom.run.costs.profiles import insist_on_device
 from fedloom.run.reading import full_name
 from fedloom.server.masks import Mask
 from fedloom.server.optimizers import ServerStep
-from fedloom.server.robust import Rule
+from fedloom.server.robust import Aggregation
 from fedloom.server.sharing import Sharing
 
 FAR = 10**300
@@ -193,7 +193,7 @@ class Experiment:
             raise ExperimentError(
                 f"--engine.workers {self.engine.workers} needs --engine.kind local; kind {self.engine.kind} is one process"
             )
-        insist_on_devices(self.device)
+        insist_on_device(self.device)
         self._insist_on_a_frozen_base()
         if self.mask.keep < 1:
             self._insist_on_pairs(f"--mask.keep is {self.mask.keep}")
@@ -212,9 +212,9 @@ class Experiment:
         return 1 if says(self.method, "one_at_a_time") else self.cohort
 
     @property
-    def rule(self) -> Rule:
+    def rule(self) -> Aggregation:
         """The rule of aggregation."""
-        return Rule.of(self.aggregation)
+        return Aggregation.of(self.aggregation)
 
     @property
     def encoding(self) -> Encoding:

@@ -15,9 +15,10 @@ from fedloom.data.tasks import Classification
 from fedloom.folders import whole_or_gone
 from fedloom.messages import Tensors
 from fedloom.methods.method import Predictor
-from fedloom.model.adapters import is_beneath, merged, saved_as, write_adapter
+from fedloom.model.adapters import merged, saved_as, write_adapter
 from fedloom.model.base import Model
 from fedloom.model.loading import folder_of
+from fedloom.model.names import is_beneath
 from fedloom.run import checkpoint
 from fedloom.run.experiment import Experiment
 from fedloom.run.personal import personal

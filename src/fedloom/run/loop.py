@@ -38,7 +38,7 @@ from fedloom.run.parts import Part
 from fedloom.run.samples import samples
 from fedloom.run.starting import OR_ANOTHER, begin_on_disk, identity, stand_at, start_of
 from fedloom.run.terminal.console import Progress, Show
-from fedloom.run.tracking import Tracking, insist, track_ended
+from fedloom.run.tracking import Tracking, insist_on_trackers, track_ended
 from fedloom.run.world import World, build
 
 log = logging.getLogger("fedloom")
@@ -103,7 +103,7 @@ def run(
         CheckpointError: the folder belongs to another experiment, another process, other data, or its checkpoint is corrupt.
         ExperimentError: there is no such tracker, or its library is missing.
     """
-    insist(track)
+    insist_on_trackers(track)
     check(folder, experiment)
     with checkpoint.only_one(folder):
         results = folder / "results.json"

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from fedloom.messages import Tensors
-from fedloom.model.adapters import is_drawn, is_factor, saved_as
+from fedloom.model.adapters import saved_as
 from fedloom.model.base import Model
 from fedloom.model.factors import products
+from fedloom.model.names import is_drawn, is_factor
 from fedloom.model.quantised import as_common
 from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.parts import Part, put, tensors_of

@@ -103,7 +103,7 @@ KINDS: dict[str, Kind] = {
 """Every kind by its name."""
 
 
-def insist(names: Sequence[str]) -> None:
+def insist_on_trackers(names: Sequence[str]) -> None:
     """Check, before anything is computed, that these trackers exist and that what they need is installed. Imports nothing.
 
     Raises:
@@ -131,7 +131,7 @@ class Tracking:
     """
 
     def __init__(self, names: Sequence[str], experiment: Experiment, folder: Path) -> None:
-        insist(names)
+        insist_on_trackers(names)
         self.folder, self.last = folder, 0
         self.settings = {**flat(as_json(experiment), "."), "digest": experiment.digest()} if names else {}
         self.names = [name for name in dict.fromkeys(names) if not (folder / name / COMPLETE).exists()]

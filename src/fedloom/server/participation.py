@@ -13,7 +13,7 @@ from fedloom.messages import Tensors, Update
 from fedloom.seeds import derive
 from fedloom.server.masks import Mask
 from fedloom.server.optimizers import ServerOptimizer, Steps
-from fedloom.server.robust import Averaging, Rule
+from fedloom.server.robust import Aggregation, Averaging
 from fedloom.server.sharing import Sharing
 
 
@@ -29,7 +29,7 @@ class Pool:
     cohort: int
     rounds: int
     seed: int
-    rule: Rule = field(default_factory=Rule)
+    aggregation: Aggregation = field(default_factory=Aggregation)
     fleet: Fleet | None = None
     optimizer: ServerOptimizer | None = None
     steps: Steps | None = None
@@ -49,7 +49,7 @@ class Pool:
     def average(self, sent: Tensors | None = None) -> Averaging:
         """What a round's updates are aggregated with, by the experiment's rule. ``sent``: the tensors that the devices started from, from
         which the server's optimiser takes its step."""
-        mean = self.rule.averaging(sent or {}, self.cohort)
+        mean = self.aggregation.averaging(sent or {}, self.cohort)
         return mean if self.steps is None or not sent else self.steps.towards(mean, sent)
 
     def mean(self, updates: Sequence[Update], sent: Tensors | None = None) -> dict[str, torch.Tensor]:
@@ -73,10 +73,10 @@ class Pool:
         if not steps:
             self.insist_on_no_optimizer(method, because)
         self.insist_on_what_was_sent(method, because)
-        if self.rule != Rule():
+        if self.aggregation != Aggregation():
             raise ValueError(
-                f"'{method}' cannot follow aggregation '{self.rule.name}': {because}. Leave --aggregation out, or choose a method that "
-                "averages tensor by tensor (lora, fibecfed, federa, fedopt, ...)"
+                f"'{method}' cannot follow aggregation '{self.aggregation.name}': {because}. Leave --aggregation out, or choose a method "
+                "that averages tensor by tensor (lora, fibecfed, federa, fedopt, ...)"
             )
 
     def insist_on_no_optimizer(self, method: str, because: str) -> None:
@@ -145,7 +145,7 @@ class Pool:
 
     def plain(self) -> Pool:
         """The same, by the mean and without an optimiser, controls or a mask, all layers being shared."""
-        return replace(self, rule=Rule(), optimizer=None, steps=None, controls=False, mask=Mask(), sharing=Sharing())
+        return replace(self, aggregation=Aggregation(), optimizer=None, steps=None, controls=False, mask=Mask(), sharing=Sharing())
 
 
 def uniform(pool: Pool, round: int) -> tuple[int, ...]:

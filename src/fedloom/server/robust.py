@@ -122,14 +122,14 @@ RULES = (MEAN, *BY_COORDINATE, *BY_WEIGHT)
 
 
 @dataclass(frozen=True)
-class Rule:
-    """A rule by its name, and the share of the devices that are taken to be hostile."""
+class Aggregation:
+    """A rule of aggregation by its name, and the share of the devices that are taken to be hostile."""
 
     name: str = MEAN
     share: float = SHARE
 
     @staticmethod
-    def of(text: str) -> Rule:
+    def of(text: str) -> Aggregation:
         """``NAME`` or ``NAME:SHARE``.
 
         Raises:
@@ -146,7 +146,7 @@ class Rule:
             raise ValueError(f"'{text}': the share of hostile devices must be a number above 0 and below 0.5, such as {name}:{SHARE}")
         if name == MEAN and colon:
             raise ValueError(f"'{text}': the mean withstands nobody, and takes no share")
-        return Rule(name, given)
+        return Aggregation(name, given)
 
     def hostile(self, asked: int) -> int:
         """f of so many."""
@@ -183,7 +183,7 @@ class Robust:
     In memory are all of them once, and a tensor of each in float64.
     """
 
-    def __init__(self, rule: Rule, sent: Tensors, asked: int) -> None:
+    def __init__(self, rule: Aggregation, sent: Tensors, asked: int) -> None:
         self.rule, self.sent, self.asked = rule, sent, asked
         self._came: list[Tensors] = []
 

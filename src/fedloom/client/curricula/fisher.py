@@ -25,7 +25,7 @@ from fedloom.client.client import Client
 from fedloom.client.curriculum import Granularity, Opened, Pacing, Turn, easy_first, fraction, insist_on_shares, told
 from fedloom.compute.work import Score
 from fedloom.messages import Tensors, Work
-from fedloom.model.adapters import is_head
+from fedloom.model.names import is_head
 
 
 @dataclass(frozen=True)

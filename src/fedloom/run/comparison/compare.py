@@ -23,7 +23,7 @@ from fedloom.run.comparison.tables import as_csv, as_markdown, as_tex
 from fedloom.run.comparison.watching import Watching
 from fedloom.run.experiment import ExperimentError, as_meant, completed, digest_of
 from fedloom.run.loop import check
-from fedloom.run.tracking import insist
+from fedloom.run.tracking import insist_on_trackers
 from fedloom.run.world import read_data
 
 
@@ -54,7 +54,7 @@ def compare(
         CheckpointError: a folder belongs to something else; nothing was started.
         DataError: the data cannot be read or partitioned; nothing was started.
     """
-    insist(track)
+    insist_on_trackers(track)
     reference = reference or next(iter(plan.methods))
     if reference not in plan.methods:
         raise ExperimentError(f"--reference {reference} is not compared; there are {', '.join(plan.methods)}")

@@ -33,12 +33,12 @@ from fedloom.engines.local import HEAVY, WAVE
 from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.methods.fibecfed import FibecFed
 from fedloom.methods.method import parts
-from fedloom.model.adapters import is_head
 from fedloom.model.base import Model, Precision
 from fedloom.model.blocks import Block, cover, layer_of
 from fedloom.model.loading import folder_here
 from fedloom.model.machine import free_bytes
 from fedloom.model.memory import held, resident
+from fedloom.model.names import is_head
 from fedloom.model.quantised import Base, numbers, size_of
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.terminal.console import human_bytes

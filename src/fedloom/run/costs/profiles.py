@@ -75,7 +75,7 @@ def is_file(device: str) -> bool:
     return Path(device).suffix.lower() in FILES
 
 
-def insist(device: str) -> None:
+def insist_on_device(device: str) -> None:
     """Insist that ``--device`` names a profile, a mix or, by its ending, a file, which is not opened.
 
     Raises:

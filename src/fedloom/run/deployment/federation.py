@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.client.elsewhere import Elsewhere
-from fedloom.data.sources import insist_on_a_place
+from fedloom.data.opening import insist_on_a_place
 from fedloom.data.tasks import Split
 from fedloom.engines.engine import Engine
 from fedloom.engines.federation import Enough, Federation, Patience, device_app
@@ -35,7 +35,7 @@ from fedloom.run.late import may_join_late, those_who_may
 from fedloom.run.loop import run
 from fedloom.run.recipes import digest_of_file
 from fedloom.run.terminal.console import Progress, Show, human_seconds
-from fedloom.run.tracking import insist
+from fedloom.run.tracking import insist_on_trackers
 from fedloom.run.world import World, build_far
 from fedloom.wire import COUNTED
 
@@ -110,7 +110,7 @@ def serve(
         CheckpointError: the folder belongs to another experiment.
         CohortFailed: too few devices answered, again and again.
     """
-    insist(track)
+    insist_on_trackers(track)
     if is_file(experiment.device):
         raise ExperimentError(
             f"--device {experiment.device} is a file of this machine, and every device must know what it is like; give one of "

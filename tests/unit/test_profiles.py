@@ -14,7 +14,7 @@ import pytest
 from fedloom.fleet import DeviceProfile, Fleet
 from fedloom.messages import CENTRE
 from fedloom.methods.fedavg import FedAvg
-from fedloom.run.costs.profiles import MIXES, PROFILES, by_name, drawn, fleet_of, insist, named, round_seconds, seconds
+from fedloom.run.costs.profiles import MIXES, PROFILES, by_name, drawn, fleet_of, insist_on_device, named, round_seconds, seconds
 from fedloom.run.experiment import Experiment
 from fedloom.seeds import derive
 
@@ -158,7 +158,7 @@ def test_a_file_that_says_too_little_or_too_much_is_refused(entries: Any, error:
 
 
 def test_a_file_is_known_by_its_ending_and_opened_when_it_is_needed(tmp_path: Path) -> None:
-    insist(str(tmp_path / "gone.csv"))
+    insist_on_device(str(tmp_path / "gone.csv"))
     with pytest.raises(ValueError, match=r"gone.csv cannot be read"):
         fleet_of(str(tmp_path / "gone.csv"), 4, 5)
     (tmp_path / "d.json").write_text("{")
