@@ -24,6 +24,7 @@ help: ## list the targets (this)
 	@echo "Fedloom: make TARGET (times on two cores)"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
+# Without --no-compile a third of this would go into compiling files of which few are ever imported; Python compiles those itself.
 $(STAMP): pyproject.toml constraints.txt
 	@echo "setup: installing the versions of constraints.txt into $(VENV) (about 2 minutes, once)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -31,8 +32,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) \
 		|| { echo "setup: this Python lacks ensurepip; taking pip from $(PYTHON) -m pip" >&2; \
 		     $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,flower,track,docs,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[demo,flower,track,docs,dev]'
 	@touch $@
 	@echo "setup: done; the command is $(BIN)/fedloom"
 
