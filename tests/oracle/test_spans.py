@@ -114,7 +114,7 @@ def test_windows_share_a_quarter_and_only_one_with_the_whole_answer_asks_for_it(
 
 
 def spans_of(lengths: list[int], segments: np.ndarray) -> Any:
-    return model("bert").finder.spans(segments, np.array(lengths), torch.device("cpu"))  # type: ignore[union-attr]
+    return model("bert").finder.due(np.zeros(0), segments, np.array(lengths), torch.device("cpu"))  # type: ignore[union-attr]
 
 
 def test_the_loss_and_the_best_span_of_a_window_by_loops() -> None:

@@ -6,9 +6,11 @@ import hashlib
 import io
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +21,15 @@ from transformers.utils import import_utils
 from fedloom.data.examples import Examples
 from fedloom.model import loading
 from fedloom.model.adapters import Adapter
+from fedloom.model.answers import Speaker
 from fedloom.model.base import Batch, Model, ModelError, as_batch
 from fedloom.model.calls import CALLS, _token_mask
+from fedloom.model.cloze import Filler
 from fedloom.model.loading import folder_of, load
+from fedloom.model.reader import TextError, Whole
 from fedloom.model.skipped import stack_of
+from fedloom.model.spans import Finder
+from fedloom.model.tags import Tagger
 from tests import families, tiny
 
 SPECIAL = {"pad": "[PAD]", "bos": "[CLS]", "eos": "[SEP]", "unk": "[UNK]"}
@@ -181,7 +188,7 @@ def test_texts_are_cut_to_the_length_and_never_empty(monkeypatch: pytest.MonkeyP
 def test_a_length_that_special_tokens_fill_is_refused(length: int, pairs: bool, says: str) -> None:
     """Every text would be the same one to the model."""
     model, texts = load(str(tiny.folder()), num_labels=3, max_length=length), ["w1", "w2"]
-    with pytest.raises(ModelError, match=rf"--max-length {length} leaves no room for a {says} are added to each; give more"):
+    with pytest.raises(TextError, match=rf"--max-length {length} leaves no room for a {says} are added to each; give more"):
         model.encode(texts, texts if pairs else None)
     more = load(str(tiny.folder()), num_labels=3, max_length=length + 1)
     ids, _ = more.encode(texts, texts if pairs else None)
@@ -347,12 +354,19 @@ def test_what_encoding_depends_on_is_in_its_digest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "tokens"),
-    [({}, 16), ({"finder": 1}, None), ({"speaker": SimpleNamespace(form="text")}, None), ({"speaker": SimpleNamespace(form="chat")}, 8),
-     ({"filler": 1}, 8)],
-)  # fmt: skip
-def test_from_how_many_tokens_on_a_text_may_have_been_cut(what: dict[str, object], tokens: int | None) -> None:
+    ("reader", "form", "tokens"),
+    [(Whole, "", 16), (Filler, "", 8), (Tagger, "", 16), (Speaker, "chat", 8), (Speaker, "text", None)],
+)
+def test_from_how_many_tokens_on_a_text_may_have_been_cut(reader: type[Any], form: str, tokens: int | None) -> None:
+    assert vars(reader)["cut_from"].fget(SimpleNamespace(length=16, form=form)) == tokens
+    assert Finder.cut_from is None
+
+
+def test_a_model_reads_as_its_reader_does() -> None:
     model = load(str(tiny.folder()), num_labels=3, max_length=16)
-    for name, value in what.items():
-        setattr(model, name, value)
-    assert model.cut_from == tokens
+    assert (model.cut_from, model.width, model.pooled, model.reads_many, model.first_of) == (16, 3, 0, False, None)
+    assert not (model.filler or model.speaker or model.tagger or model.finder)
+    tagger = Tagger(model.tokenizer, ("O", "B-X", "I-X"), " ", 16)
+    tagging = replace(model, reader=tagger)
+    assert (tagging.tagger, tagging.width, tagging.reads_many, tagging.speaker) == (tagger, 6, True, None)
+    assert tagging.encoding != model.encoding

@@ -63,7 +63,7 @@ class Flops:
     """Operations per example of a forward pass, or a forward and backward pass, by number of tokens."""
 
     def __init__(self, model: Model) -> None:
-        ways = (*model.call, *(type(way) for way in (model.filler, model.speaker, model.tagger, model.finder)))
+        ways = (*model.call, type(model.reader))
         graph = (repr(model.module), model.config.to_json_string(use_diff=False), *model.initial, *(way.__qualname__ for way in ways))
         graph = (*graph, f"recomputes: {model.recomputes}")
         self.model, self._fits = model, _KEPT.setdefault(graph, {})

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from fedloom.model.asked import Asked
+from fedloom.model.reader import Encoded, First
 
 PLAIN = "### Instruction:\n{text}\n\n### Response:\n"
 """What a prompt is put into where the tokenizer has no chat template and nobody gives another."""
@@ -42,25 +43,9 @@ def first_of(segments: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return np.append(np.flatnonzero(segments[offsets[:-1]] == FIRST), len(offsets) - 1)
 
 
-def asked(ids: np.ndarray, segments: np.ndarray, lengths: np.ndarray, device: torch.device) -> Asked:
-    """The tokens after which one of an answer (segment 1) is due, from the tokens (T,) of texts of ``lengths`` (n,), one after another."""
-    texts = np.repeat(np.arange(len(lengths)), lengths)
-    at = np.flatnonzero((segments[1:] > 0) & (texts[1:] == texts[:-1]))
-    made = (np.asarray(of, np.int64) for of in (at, ids[at + 1], texts[at]))
-    return Asked(*(torch.from_numpy(of).to(device) for of in made), count=len(lengths))
-
-
-def asked_in_rows(ids: torch.Tensor, segments: torch.Tensor, mask: torch.Tensor) -> Asked:
-    """The same from a padded batch (B, L)."""
-    due = torch.zeros_like(mask)
-    due[:, :-1] = mask[:, :-1] & mask[:, 1:] & (segments[:, 1:] > 0)
-    at = due.flatten().nonzero()[:, 0]
-    return Asked(at, ids.flatten()[at + 1], at // ids.shape[1], len(ids))
-
-
 @dataclass(frozen=True)
 class Speaker:
-    """Prompts and answers as tokens.
+    """Prompts and answers as tokens: a :class:`~fedloom.model.reader.ReadsMany`.
 
     ``template``: a sentence with ``{text}``, after which the answer comes ("": the tokenizer's chat template, else :data:`PLAIN`).
     ``length``: tokens of an example at most. ``form``: what an example is.
@@ -73,6 +58,10 @@ class Speaker:
     template: str
     length: int
     form: Form = "instructions"
+
+    width = 3
+    segment = 1
+    place = 0
 
     def __post_init__(self) -> None:
         if self.template and self.template.count("{text}") != 1:
@@ -126,8 +115,41 @@ class Speaker:
                 "with --template"
             ) from error
 
-    def encode(self, prompts: Sequence[str], answers: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids and segments (0: prompt, 1: answer) of each example, ``length`` at most.
+    @property
+    def cut_from(self) -> int | None:
+        """Texts within a template are cut between characters, and some tokens stay free: counted as eight, more than there were."""
+        return None if self.form == "text" else self.length - 8
+
+    @property
+    def first_of(self) -> First | None:
+        """:func:`first_of` of plain texts."""
+        return first_of if self.form == "text" else None
+
+    @property
+    def says(self) -> list[Any]:
+        """The template, and what is given."""
+        return [self.chat_template, self.form]
+
+    def kinds_of(self, segments: torch.Tensor) -> torch.Tensor:
+        """The segments themselves."""
+        return segments
+
+    def due(self, ids: np.ndarray, segments: np.ndarray, lengths: np.ndarray, device: torch.device) -> Asked:
+        """The tokens after which one of an answer (segment 1) is due, of the tokens (T,) of texts of ``lengths`` (n,)."""
+        texts = np.repeat(np.arange(len(lengths)), lengths)
+        at = np.flatnonzero((segments[1:] > 0) & (texts[1:] == texts[:-1]))
+        made = (np.asarray(of, np.int64) for of in (at, ids[at + 1], texts[at]))
+        return Asked(*(torch.from_numpy(of).to(device) for of in made), count=len(lengths))
+
+    def due_in_rows(self, ids: torch.Tensor, segments: torch.Tensor, mask: torch.Tensor) -> Asked:
+        """The same from a padded batch (B, L)."""
+        due = torch.zeros_like(mask)
+        due[:, :-1] = mask[:, :-1] & mask[:, 1:] & (segments[:, 1:] > 0)
+        at = due.flatten().nonzero()[:, 0]
+        return Asked(at, ids.flatten()[at + 1], at // ids.shape[1], len(ids))
+
+    def encode(self, texts: Sequence[str], others: Sequence[str] | None) -> Encoded:
+        """Token ids and segments (0: prompt, 1: answer) of each example, ``length`` at most. ``texts``: prompts; ``others``: answers.
 
         Of an example that is too long the prompt's text is cut at its end, never the template around it; the answer keeps half of what the
         template leaves, or all that the prompt does not need. An answer that was cut has no end of text.
@@ -135,6 +157,7 @@ class Speaker:
         Plain texts come as answers to nothing, and so do conversations. All of a text is due, but its first token; one that is too long
         becomes several examples (:func:`first_of`). Of a conversation what the assistant says, and the end of text that follows it.
         """
+        prompts, answers = texts, others or [""] * len(texts)
         if self.form != "instructions":
             of = self._windows if self.form == "text" else self._conversation
             made = [window for text in answers for window in of(text)]

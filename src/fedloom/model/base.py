@@ -26,7 +26,7 @@ from torch.func import functional_call
 
 from fedloom.messages import Tensors
 from fedloom.model.adapters import Beneath
-from fedloom.model.answers import Speaker, asked, asked_in_rows, first_of
+from fedloom.model.answers import Speaker
 from fedloom.model.asked import Asked
 from fedloom.model.calls import CALLS, Call, Shape
 from fedloom.model.cloze import Filler
@@ -36,10 +36,10 @@ from fedloom.model.names import is_beneath, is_down, is_head, partner, under
 from fedloom.model.outputs import last_caught, of_layers
 from fedloom.model.packed import Mapped, Packed, Rows, Unpackable, Way, Weights, logits_of
 from fedloom.model.quantised import Base, Quantised, numbers, numbers_in_few
+from fedloom.model.reader import Reader, ReadsMany
 from fedloom.model.recomputed import Recomputed
 from fedloom.model.skipped import left_out, stack_of
-from fedloom.model.spans import CONTEXT, SECOND, Finder, Spans, overlap
-from fedloom.model.spans import first_of as first_window
+from fedloom.model.spans import Finder, Spans
 from fedloom.model.tags import Tagger
 from fedloom.model.texts import Texts
 from fedloom.tensors import fingerprint, only, without
@@ -67,14 +67,14 @@ class Batch(NamedTuple):
 
 @dataclass
 class Model:
-    """A frozen base with an adapter. ``initial``: float32 start of every trainable tensor, by saved name. ``beneath``: the frozen weights
-    under LoRA's pairs, which a method may change as well (:meth:`stand_on`). ``alone``: why it cannot run for many owners at once, or
-    nothing; ``together_by``: how it does. ``fresh``: of the names in ``initial`` those of the base and its head that no file brought, so
-    that they were drawn. ``still``: what of the head no loss depends on, which is not trained. ``recomputes``: whether
-    its layers are computed again in backward passes, and what is inside them not kept (``recomputed.py``). ``split``: the fingerprint of
-    the weights under the pairs before their principal parts were taken out, or nothing where none were; ``split_fast``:
-    whether those were found by random subspace iteration (``principal.py``). ``quantised``: what of the module
-    is held in 8 or 4 bits, by the names of the weights."""
+    """A frozen base with an adapter. ``reader``: how the task's texts are put before it and read. ``initial``: float32 start of every
+    trainable tensor, by saved name. ``beneath``: the frozen weights under LoRA's pairs, which a method may change as well
+    (:meth:`stand_on`). ``alone``: why it cannot run for many owners at once, or nothing; ``together_by``: how it does. ``fresh``: of the
+    names in ``initial`` those of the base and its head that no file brought, so that they were drawn. ``still``: what of the head no loss
+    depends on, which is not trained. ``recomputes``: whether its layers are computed again in backward passes, and what is inside them not
+    kept (``recomputed.py``). ``split``: the fingerprint of the weights under the pairs before their principal parts were taken out, or
+    nothing where none were; ``split_fast``: whether those were found by random subspace iteration (``principal.py``). ``quantised``: what
+    of the module is held in 8 or 4 bits, by the names of the weights."""
 
     name: str
     module: Any
@@ -85,6 +85,7 @@ class Model:
     precision: Precision
     dropout: float
     device: torch.device
+    reader: Reader
     causal: bool = False
     pad_id: int = 0
     call: Call = CALLS[0]
@@ -93,10 +94,6 @@ class Model:
     beneath: Beneath = field(default_factory=Beneath)
     alone: str = ""
     together_by: str = ""
-    filler: Filler | None = None
-    speaker: Speaker | None = None
-    tagger: Tagger | None = None
-    finder: Finder | None = None
     fresh: frozenset[str] = frozenset()
     still: dict[str, torch.Tensor] = field(default_factory=dict)
     recomputes: bool = False
@@ -145,52 +142,65 @@ class Model:
     @property
     def pooled(self) -> int:
         """The position that the head reads: the last of a causal model, the first of another, or a cloze's gap."""
-        return -1 if self.causal else self.filler.gap if self.filler else 0
+        return -1 if self.causal else self.reader.place
+
+    @property
+    def filler(self) -> Filler | None:
+        """The reader, if it is a cloze's."""
+        return self.reader if isinstance(self.reader, Filler) else None
+
+    @property
+    def speaker(self) -> Speaker | None:
+        """The reader, if the model writes answers."""
+        return self.reader if isinstance(self.reader, Speaker) else None
+
+    @property
+    def tagger(self) -> Tagger | None:
+        """The reader, if the model tags words."""
+        return self.reader if isinstance(self.reader, Tagger) else None
+
+    @property
+    def finder(self) -> Finder | None:
+        """The reader, if the model finds answers."""
+        return self.reader if isinstance(self.reader, Finder) else None
+
+    @property
+    def _many(self) -> ReadsMany | None:
+        """The reader, if many tokens of a text are read."""
+        return self.reader if isinstance(self.reader, Speaker | Tagger | Finder) else None
 
     @property
     def width(self) -> int:
         """Numbers kept of each example's prediction: C logits, or those of what is asked, told (``asked.py``, ``spans.py``)."""
-        return 6 if self.tagger else 4 if self.finder else self.num_labels if self.speaker is None else 3
+        return self.num_labels if self._many is None else self._many.width
 
     @property
     def reads_many(self) -> bool:
         """Whether many tokens of a text are read and not one: those before each of an answer, every word's first, or
         all."""
-        return self.speaker is not None or self.tagger is not None or self.finder is not None
+        return self._many is not None
 
     @property
     def first_of(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
         """Where a row may become several examples, what finds the first of each row, and their number, from segments and offsets."""
-        if self.finder is not None:
-            return first_window
-        return first_of if self.speaker is not None and self.speaker.form == "text" else None
+        return None if self._many is None else self._many.first_of
 
     @property
     def trial_segment(self) -> int:
         """What the tokens of a text are that is like one of the task's, and of the first kind to the model."""
-        return CONTEXT if self.finder else int(self.reads_many)
+        return 0 if self._many is None else self._many.segment
 
     def kinds_of(self, segments: torch.Tensor) -> torch.Tensor:
         """What the model is given as token types: not what segments say is due."""
-        if self.finder is not None:
-            return segments & SECOND
-        return segments if self.tagger is None else torch.zeros_like(segments)
+        return segments if self._many is None else self._many.kinds_of(segments)
 
-    def asked(self, batch: Batch) -> Asked | Spans:
-        """Which tokens of a padded batch are read, and what is due there."""
-        if self.finder is not None:
-            return self.finder.spans_in_rows(batch.segments, batch.mask)
-        if self.tagger is not None:
-            return self.tagger.asked_in_rows(batch.segments, batch.mask)
-        return asked_in_rows(batch.ids, batch.segments, batch.mask)
+    def asked(self, batch: Batch) -> Asked | Spans | None:
+        """Which tokens of a padded batch are read, and what is due there; None where each text is read at one place."""
+        return None if self._many is None else self._many.due_in_rows(batch.ids, batch.segments, batch.mask)
 
     def asking(self, ids: np.ndarray, segments: np.ndarray, lengths: np.ndarray) -> Asked | Spans | None:
-        """The same of the tokens (T,) of texts of ``lengths`` (n,), one after another; None where each text is read at one place."""
-        if self.finder is not None:
-            return self.finder.spans(segments, lengths, self.device)
-        if self.tagger is not None:
-            return self.tagger.asked(segments, lengths, self.device)
-        return None if self.speaker is None else asked(ids, segments, lengths, self.device)
+        """The same of the tokens (T,) of texts of ``lengths`` (n,), one after another."""
+        return None if self._many is None else self._many.due(ids, segments, lengths, self.device)
 
     @property
     def shape(self) -> Shape:
@@ -299,30 +309,14 @@ class Model:
         Of questions those of all windows.
 
         Raises:
-            ModelError: the tokens that the tokenizer adds to a text take all of ``max_length``.
+            ValueError: as the reader's.
         """
-        if self.speaker is not None:
-            return self.speaker.encode(texts, pairs or [""] * len(texts))
-        if self.tagger is not None:
-            return self.tagger.encode(texts, pairs or [""] * len(texts))
-        if self.finder is not None:
-            return self.finder.encode(texts, pairs or [""] * len(texts))
-        if self.filler is not None:
-            texts, pairs = self.filler.fill(texts, pairs), None
-        if (added := self.tokenizer.num_special_tokens_to_add(pair=pairs is not None)) >= self.max_length:
-            what = "pair of texts" if pairs is not None else "text"
-            raise ModelError(f"--max-length {self.max_length} leaves no room for a {what}: {added} tokens are added to each; give more")
-        made = self.tokenizer(texts, pairs, truncation=True, max_length=self.max_length, return_token_type_ids=True)
-        ids = [row or [self.pad_id] for row in made["input_ids"]]
-        return ids, [row or [0] for row in made["token_type_ids"]]
+        return self.reader.encode(texts, pairs)
 
     @property
     def cut_from(self) -> int | None:
-        """Tokens that every text has at least which was cut; None where long ones become several examples. Texts within a template are cut
-        between characters, and some tokens stay free: counted as eight, which is more than there were."""
-        if self.finder is not None or (self.speaker is not None and self.speaker.form == "text"):
-            return None
-        return self.max_length - (8 if self.speaker is not None or self.filler is not None else 0)
+        """Tokens that every text has at least which was cut; None where long ones become several examples."""
+        return self.reader.cut_from
 
     @property
     def encoding(self) -> str:
@@ -334,11 +328,7 @@ class Model:
         rust.no_padding()
         versions = [importlib.metadata.version(library) for library in ("tokenizers", "transformers")]
         said = [type(self.tokenizer).__name__, self.tokenizer.truncation_side, self.max_length, self.pad_id, *versions, rust.to_str()]
-        said += [] if self.filler is None else [self.filler.template]
-        said += [] if self.speaker is None else [self.speaker.chat_template, self.speaker.form]
-        said += [] if self.tagger is None else ["tags", self.tagger.between]
-        said += [] if self.finder is None else ["spans", overlap(self.max_length)]
-        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([*said, *self.reader.says]).encode()).hexdigest()
 
     @contextmanager
     def skipping(self, layers: Collection[int], dtype: torch.dtype) -> Iterator[None]:
@@ -402,7 +392,8 @@ class Model:
 
     def read(self, of: torch.Tensor, batch: Batch) -> torch.Tensor:
         """What the head reads of (B, L, …): one place of each text, or many (r, …)."""
-        return of.flatten(0, 1)[self.asked(batch).at] if self.reads_many else of[:, self.pooled]
+        asked = self.asked(batch)
+        return of[:, self.pooled] if asked is None else of.flatten(0, 1)[asked.at]
 
     def _named(self, tensors: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """By parameter name, as the module keeps them. What lies under a pair can be among them, where it is trained itself."""
@@ -524,13 +515,14 @@ class Model:
 
     def weighted(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Mean over the batch's real rows of the cross-entropies of logits (B, C), or of the losses of what is read, (r, V)."""
-        many = self.reads_many
-        each = self.asked(batch).losses(logits) if many else nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+        asked = self.asked(batch)
+        each = nn.functional.cross_entropy(logits, batch.labels, reduction="none") if asked is None else asked.losses(logits)
         return (each * batch.weights).sum() / batch.weights.sum()
 
     def told(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """What is kept of a prediction, (B, width)."""
-        return self.asked(batch).told(logits) if self.reads_many else logits
+        asked = self.asked(batch)
+        return logits if asked is None else asked.told(logits)
 
     @property
     def reads(self) -> int:

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedloom.model.reader import Encoded, Whole
+
 FIELD = re.compile(r"\{(\w*)\}")
 
 
@@ -60,7 +62,7 @@ class Cloze:
 
 @dataclass(frozen=True)
 class Filler:
-    """A cloze and the tokenizer that it is filled for. ``length``: tokens of an example at most."""
+    """A cloze and the tokenizer that it is filled for: a :class:`~fedloom.model.reader.Reader`. ``length``: tokens of an example."""
 
     cloze: Cloze
     tokenizer: Any
@@ -85,6 +87,21 @@ class Filler:
         """Tokens that are left for texts."""
         empty = FIELD.sub("", self.template)
         return self.length - len(self.tokenizer(empty)["input_ids"]) - 2  # where a text meets the template, pieces may part otherwise
+
+    @property
+    def cut_from(self) -> int:
+        """Texts are cut between characters, and some tokens stay free: counted as eight, which is more than there were."""
+        return self.length - 8
+
+    @property
+    def says(self) -> list[Any]:
+        """The template."""
+        return [self.template]
+
+    @property
+    def place(self) -> int:
+        """The gap."""
+        return self.gap
 
     @cached_property
     def gap(self) -> int:
@@ -111,6 +128,10 @@ class Filler:
             fields: dict[str, str] = dict(zip(["text", "pair"], cut, strict=False))
             made.append(FIELD.sub(lambda found, fields=fields: fields[found[1]], self.template))
         return made
+
+    def encode(self, texts: Sequence[str], others: Sequence[str] | None) -> Encoded:
+        """Each text, or pair, in the template."""
+        return Whole(self.tokenizer, self.length).encode(self.fill(texts, others), None)
 
     def _ends(self, text: str) -> list[int]:
         """Where each token of a text ends, in characters."""

@@ -48,6 +48,7 @@ from fedloom.model.dropout import SeededDropout
 from fedloom.model.machine import free_bytes
 from fedloom.model.names import BESIDE, HEADS, PEFT, is_head
 from fedloom.model.packed import ATTENTION, Way, attend, logits_of
+from fedloom.model.reader import Reader, Whole
 from fedloom.model.spans import Finder
 from fedloom.model.tags import Tagger
 from fedloom.model.texts import Texts, padded
@@ -153,24 +154,24 @@ def load(
         classes = num_labels if cloze is None and answers is None else 0
         base, tokenizer, config, new = _loaded(folder, name, classes, use)
         length = min(max_length, reach(base, config) or max_length, int(tokenizer.model_max_length))
-        filler = None
+        reader: Reader = Whole(tokenizer, length)
         if cloze is not None:
             answers_last = type(base).__name__.endswith(("ForCausalLM", "LMHeadModel"))
             cloze = replace(cloze, template=cloze.after) if answers_last and cloze.after else cloze
             cloze.check(answers_last, num_labels)
-            filler = Filler(cloze, tokenizer, answers_last, length)
+            reader = filler = Filler(cloze, tokenizer, answers_last, length)
             keep_rows(base, filler)
-        speaker = None if answers is None else Speaker(tokenizer, answers, length, form)
-        tagger = Tagger(tokenizer, tags, between, length) if tags else None
-        finder = Finder(tokenizer, length) if finds else None
+        elif answers is not None:
+            reader = Speaker(tokenizer, answers, length, form)
+        elif finds or tags:
+            reader = Finder(tokenizer, length) if finds else Tagger(tokenizer, tags, between, length)
         module = attach(base, adapter, cloze is None and answers is None, bool(tags), finds, new)
         quantised = in_few_bits(module, adapter.base)
         fast = adapter.start == "fast-svd"
         split = take_principal_parts(module, fast) if adapter.start in SPLITTING else ""
     parameters = trainable_names(module)
     module.eval().requires_grad_(False).to(device)
-    model = Model(name, module, config, tokenizer, num_labels, length, precision, adapter.dropout, torch.device(device))
-    model.filler, model.speaker, model.tagger, model.finder = filler, speaker, tagger, finder
+    model = Model(name, module, config, tokenizer, num_labels, length, precision, adapter.dropout, torch.device(device), reader)
     model.parameters, model.beneath, model.split, model.quantised = parameters, beneath(module), split, quantised
     model.split_fast = fast
     own = dict(module.named_parameters())

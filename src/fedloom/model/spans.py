@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from fedloom.model.reader import Encoded, First
+
 SECOND, CONTEXT, BEGIN, END, FIRST = 1, 2, 4, 8, 16
 """Of a token: of the second kind to the model; of the context; where the answer begins; its last; of a question's first window."""
 LONGEST = 30
@@ -94,7 +96,7 @@ def first_of(segments: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Finder:
-    """Questions and contexts as tokens. ``length``: tokens of a window at most.
+    """Questions and contexts as tokens: a :class:`~fedloom.model.reader.ReadsMany`. ``length``: tokens of a window at most.
 
     Raises:
         SpanError: a tokenizer that tells no characters, or one without a first token of its own; or a length with no room.
@@ -102,6 +104,11 @@ class Finder:
 
     tokenizer: Any
     length: int
+
+    width = 4
+    segment = CONTEXT
+    place = 0
+    cut_from = None
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -112,18 +119,28 @@ class Finder:
         if self.length < 12:
             raise SpanError(f"--max-length {self.length} leaves no room for a question and its context; give 12 or more")
 
-    def encode(self, questions: Sequence[str], contexts: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids and segments of all windows of each question, in order. ``contexts``: each after the characters [begin, end) of its
-        answer, "BEGIN END CONTEXT".
+    @property
+    def first_of(self) -> First:
+        """:func:`first_of`."""
+        return first_of
+
+    @property
+    def says(self) -> list[Any]:
+        """That they are spans, and what windows share."""
+        return ["spans", overlap(self.length)]
+
+    def encode(self, texts: Sequence[str], others: Sequence[str] | None) -> Encoded:
+        """Token ids and segments of all windows of each question, in order. ``others``: the contexts, each after the characters
+        [begin, end) of its answer, "BEGIN END CONTEXT".
 
         Raises:
             SpanError: a question that leaves no room for context, or a context without tokens.
         """
         ids: list[list[int]] = []
         segments: list[list[int]] = []
-        before = -1
+        before, contexts = -1, others or [""] * len(texts)
         due = [tuple(map(int, told.split(" ", 2)[:2])) for told in contexts]
-        for window in self._windows(questions, contexts):
+        for window in self._windows(texts, contexts):
             begin, end = due[window.question]
             inside = window.inside
             said = [kind & SECOND | CONTEXT * here for kind, here in zip(window.kinds, inside, strict=True)]
@@ -164,13 +181,17 @@ class Finder:
                 raise SpanError(f"a context has no tokens ({bare[question][:60]!r}); remove the question {questions[question][:60]!r}")
             yield _Window(question, made["input_ids"][i], made["token_type_ids"][i], inside, made["offset_mapping"][i])
 
-    def spans(self, segments: np.ndarray, lengths: np.ndarray, device: torch.device) -> Spans:
-        """What is read of the tokens (T,) of windows of ``lengths`` (n,), one after another, and what is due there."""
+    def kinds_of(self, segments: torch.Tensor) -> torch.Tensor:
+        """The bit that tells them."""
+        return segments & SECOND
+
+    def due(self, ids: np.ndarray, segments: np.ndarray, lengths: np.ndarray, device: torch.device) -> Spans:
+        """All of the tokens (T,) of windows of ``lengths`` (n,), one after another, and where answers begin and end."""
         texts = np.repeat(np.arange(len(lengths)), lengths)
         made = (torch.from_numpy(np.asarray(of, np.int64)).to(device) for of in (segments, np.arange(len(segments)), texts, lengths))
         return _spans(*made)
 
-    def spans_in_rows(self, segments: torch.Tensor, mask: torch.Tensor) -> Spans:
+    def due_in_rows(self, ids: torch.Tensor, segments: torch.Tensor, mask: torch.Tensor) -> Spans:
         """The same from a padded batch (B, L)."""
         at = mask.flatten().nonzero()[:, 0]
         return _spans(segments.flatten()[at], at, at // segments.shape[1], mask.sum(1))

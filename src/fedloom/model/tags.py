@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from fedloom.model.asked import Asked
+from fedloom.model.reader import Encoded
 
 MOST = 126
 """Tags at most: a segment is kept in a byte."""
@@ -44,7 +45,8 @@ def entities(tags: np.ndarray, names: Sequence[str]) -> set[tuple[str, int, int]
 
 @dataclass(frozen=True)
 class Tagger:
-    """Sentences of words as tokens. ``between``: what stands between the words of a text. ``length``: tokens of an example at most.
+    """Sentences of words as tokens: a :class:`~fedloom.model.reader.ReadsMany`. ``between``: what stands between the words of a text.
+    ``length``: tokens of an example at most.
 
     Raises:
         TagError: a tokenizer that tells no words, or more tags than a byte holds.
@@ -55,6 +57,11 @@ class Tagger:
     between: str
     length: int
 
+    width = 6
+    segment = 1
+    place = 0
+    first_of = None
+
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
             raise TagError("tagging needs a fast tokenizer, which tells the word of each piece")
@@ -63,8 +70,19 @@ class Tagger:
         if (added := self.tokenizer.num_special_tokens_to_add()) >= self.length:
             raise TagError(f"--max-length {self.length} leaves no room for a word: {added} tokens are added to each sentence; give more")
 
-    def encode(self, texts: Sequence[str], tags: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids and segments (t + 1 at a word's first piece, 0 elsewhere) of each sentence, ``length`` at most."""
+    @property
+    def cut_from(self) -> int:
+        """A full length."""
+        return self.length
+
+    @property
+    def says(self) -> list[Any]:
+        """That they are tags, and what stands between words."""
+        return ["tags", self.between]
+
+    def encode(self, texts: Sequence[str], others: Sequence[str] | None) -> Encoded:
+        """Token ids and segments (t + 1 at a word's first piece, else 0) of each sentence, ``length`` at most. ``others``: their tags."""
+        tags = others or [""] * len(texts)
         words = [text.split(self.between) for text in texts]
         made = self.tokenizer(words, is_split_into_words=True, truncation=True, max_length=self.length)
         segments = []
@@ -76,14 +94,18 @@ class Tagger:
             segments.append(mine)
         return made["input_ids"], segments
 
-    def asked(self, segments: np.ndarray, lengths: np.ndarray, device: torch.device) -> Asked:
+    def kinds_of(self, segments: torch.Tensor) -> torch.Tensor:
+        """One kind: segments tell tags."""
+        return torch.zeros_like(segments)
+
+    def due(self, ids: np.ndarray, segments: np.ndarray, lengths: np.ndarray, device: torch.device) -> Asked:
         """The words' first pieces, from the segments (T,) of texts of ``lengths`` (n,), one after another."""
         at = np.flatnonzero(segments > 0)
         texts = np.repeat(np.arange(len(lengths)), lengths)[at]
         made = (torch.from_numpy(np.asarray(of, np.int64)).to(device) for of in (at, segments[at] - 1, texts))
         return Asked(*made, count=len(lengths), also=self.counted)
 
-    def asked_in_rows(self, segments: torch.Tensor, mask: torch.Tensor) -> Asked:
+    def due_in_rows(self, ids: torch.Tensor, segments: torch.Tensor, mask: torch.Tensor) -> Asked:
         """The same from a padded batch (B, L)."""
         at = (mask & (segments > 0)).flatten().nonzero()[:, 0]
         return Asked(at, segments.flatten()[at] - 1, at // segments.shape[1], len(segments), self.counted)
