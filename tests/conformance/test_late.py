@@ -40,14 +40,13 @@ from fedloom.run.world import World, build, build_far
 from fedloom.server.participation import Pool
 from fedloom.server.sharing import Sharing
 from tests import tiny
-from tests.federated import Here
+from tests.federated import Bell, Here, rings
 from tests.integration.federating import checkpointed, differs, strayed
 
 with warnings.catch_warnings():  # libraries that Flower imports use deprecated names of their own
     warnings.simplefilter("ignore", DeprecationWarning)
     from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 
-    from fedloom.engines import node
     from fedloom.engines.federation import Patience, device_app
     from fedloom.engines.link import Link
     from fedloom.engines.node import Credentials, Node
@@ -88,14 +87,15 @@ class Federated:
     """A link with four keys, and a node for each device that is there. It is the run's display, and lets device 3 in before round 2."""
 
     def __init__(self, folder: Path, world: World, crash: str = "") -> None:
-        node.SLOWEST = 0.05
         self.folder, self.world, self.crash = folder, world, crash
         self.keys = {k: generate_key_pairs() for k in range(DEVICES)}
         e = world.experiment
         how: Any = {"doing": carried_out, "besides": [layer_scores]}
         self.host = Host(e.method, world.device, world.compute, ClientStore(None), e.digest(), told, **how)
-        self.device, self.stop, self.threads, self.notes = Here(self.host, folder / "states"), threading.Event(), [], list[str]()
+        self.device, self.threads, self.notes = Here(self.host, folder / "states"), list[threading.Thread](), list[str]()
         self.link = Link({k: public_key_to_bytes(public) for k, (_, public) in self.keys.items()})
+        self.bells = {k: Bell() for k in range(DEVICES)}
+        rings(self.link, self.bells)
 
     def __enter__(self) -> Federated:
         self.link.__enter__()
@@ -105,14 +105,15 @@ class Federated:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop.set()
+        for bell in self.bells.values():
+            bell.set()
         for thread in self.threads:
             thread.join(5)
         self.link.__exit__()
 
     def come(self, client: int) -> None:
         one = Node(f"127.0.0.1:{self.link.port}", Credentials(self.keys[client][0], None), device_app(self.device), lambda text: None)
-        self.threads.append(threading.Thread(target=one.serve, args=(self.stop,), daemon=True))
+        self.threads.append(threading.Thread(target=one.serve, args=(self.bells[client],), daemon=True))
         self.threads[-1].start()
         while client not in self.link.present():
             time.sleep(0.02)
