@@ -20,11 +20,11 @@ from fedloom.engines.wrap import Faulty, Lossy, Recording
 from fedloom.messages import CohortFailed, Failure, Replies, Task, Traffic, Update, insist
 from fedloom.tensors import clone, fingerprint
 from fedloom.wire import Packer, WireError, pack
+from tests.conformance.engines import ENGINES
 from tests.conformance.toy import (
     ANSWERS,
     CLIENTS,
     DIGEST,
-    ENGINES,
     World,
     host_of,
     local,
