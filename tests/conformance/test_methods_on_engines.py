@@ -21,7 +21,7 @@ from fedloom.encodings import NAMES, Encoding
 from fedloom.engines.engine import Engine, drive
 from fedloom.engines.local import Local
 from fedloom.engines.wrap import Faulty, Lossy, Recording
-from fedloom.messages import CENTRE, Replies, Task, ask
+from fedloom.messages import CENTRE, Replies, Task, ask, insist
 from fedloom.methods import all_methods
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fedcybgd import FedCyBGD
@@ -68,12 +68,14 @@ def over_federation(host: Host) -> Engine:
 
 @dataclass(frozen=True)
 class Played:
-    """What is left of a run: everything that was said, the server's state, the clients' after training and after predicting."""
+    """What is left of a run: everything that was said, the server's state, the clients' after training and after predicting; over the
+    local engine, what they said when they were asked to predict once more."""
 
     said: list[tuple[tuple[Task, ...], Replies]]
     state: State
     trained: str
     predicted: str
+    again: Replies | None
 
 
 MODEL = cache(partial(tiny.model, layers=4))
@@ -94,20 +96,22 @@ def play(
     given: Any = None,
     mask: Mask | None = None,
 ) -> Played:
-    """Set-up, two rounds and, twice, the personal predictions of one method, or of the one ``given``, under a mask if there is one."""
+    """Set-up, two rounds and the personal predictions of one method, or of the one ``given``, under a mask if there is one."""
     method, store = given or all_methods()[name](), ClientStore()
     kind = says(method, "adapter_kind")
     model = MODEL(start=says(method, "adapter_start"), kind=kind)
     computing, pool = compute(kind, model), replace(POOL, mask=mask or Mask(), encoding=Encoding.of(wire))
     host = Host(method, device, computing, store, DIGEST, encoding=pool.encoding, doing=carried_out)
-    recording = Recording(disturbed(engine_over(host)))
+    engine = disturbed(engine_over(host))
+    recording = Recording(engine)
     state = drive(method.setup(method.init(model), pool), recording, quorum=0)
     for _ in range(POOL.rounds):
         state = drive(one_round(method, state, pool), recording, quorum=0.3)
     trained = store.fingerprint()
-    for _ in range(2):
-        recording.run([ask(method.predict, k, state.shared, splits=["validation", "test"]) for k in POOL.clients])
-    return Played(recording.calls, state, trained, store.fingerprint())
+    asked = [ask(method.predict, k, state.shared, splits=["validation", "test"]) for k in POOL.clients]
+    drive(insist(asked), recording, quorum=0)
+    again = engine.run(asked) if engine_over is over_local else None
+    return Played(recording.calls, state, trained, store.fingerprint(), again)
 
 
 def unlucky(task: Task, attempt: int) -> str | None:
@@ -253,5 +257,5 @@ def test_failure_no_real_operation_fails_on_healthy_devices(name: str) -> None:
 def test_durability_predicting_changes_no_device(name: str) -> None:
     played = play(name, over_local, DISTURBANCES["undisturbed"])
     assert played.trained == played.predicted
-    (_, first), (_, second) = played.said[-2:]
-    assert same_replies(first, second)
+    _, first = played.said[-1]
+    assert played.again is not None and len(first.updates) == len(POOL.clients) and same_replies(first, played.again)
