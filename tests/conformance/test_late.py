@@ -55,12 +55,11 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
 pytestmark = [pytest.mark.flower, pytest.mark.no_cover]
 """Which lines are reached at all, other tests tell (conftest.py)."""
 
-DEVICES, LATE, ROUNDS = 4, 3, 5
-TOLD = [("fibecfed", "round 4/"), ("federa", ""), ("lora", ""), ("lora in part", "round 3/")]
-TOLD += [("fedeven", ""), ("fedfft", ""), ("fedbf", ""), ("fedap", "")]
-"""Methods, and where the server is killed."""
-ALONE = ("fedfft", "fedbf")
-"""Which train keys' biases: these have no gradient but its rounding, which AdamW makes steps of, and rounding is as devices are stacked."""
+DEVICES, LATE, ROUNDS = 4, 3, 3
+TOLD = [("fibecfed", "round 3/"), ("federa", ""), ("lora", ""), ("lora in part", "round 3/"), ("fedeven", ""), ("fedfft", "")]
+"""Methods, and where the server is killed. (``fedbf`` and ``fedap`` are ``fedfft`` over another adapter.)"""
+ALONE = ("fedfft",)
+"""Which trains biases of keys: these have no gradient but rounding, which AdamW makes steps of, and rounding is as devices are stacked."""
 
 
 class Crash(RuntimeError):
@@ -71,7 +70,7 @@ def experiment(method: str) -> Experiment:
     made = named(method.removesuffix(" in part"))()
     if isinstance(made, FibecFed):  # two layers of three stay on the devices, so that there is something to adopt
         made = replace(made, gal=Gal(count=1))
-    shape = {"clients": DEVICES, "cohort": 3, "rounds": ROUNDS, "alpha": 0.5, "evaluate_every": 0, "seed": 5, "quorum": 0.5}
+    shape = {"clients": DEVICES, "cohort": 3, "rounds": ROUNDS, "alpha": 0.5, "evaluate_every": 0, "seed": 0, "quorum": 0.5}
     share = Sharing(count=1) if method.endswith(" in part") else Sharing()
     return Experiment(made, share=share, model=str(tiny.folder()), max_train=60, max_validation=8, max_test=8, max_length=24, **shape)  # type: ignore[arg-type]
 
@@ -172,10 +171,10 @@ def test_a_late_device_takes_part_and_the_run_is_that_of_the_same_participation(
         results = there.served(e)
     body, found = checkpointed(tmp_path / "out")
     rows = [json.loads(line) for line in (tmp_path / "out" / "rounds.jsonl").read_text().splitlines()]
-    assert [row["missing"] for row in rows] == [[3], [3], [], [], [], []]
-    assert [row["joined"] for row in rows] == [{}, {}, *[{"3": 2}] * 4] and results["joined"] == {"3": 2}
+    assert [row["missing"] for row in rows] == [[3], [3], *[[]] * (ROUNDS - 1)]
+    assert [row["joined"] for row in rows] == [{}, {}, *[{"3": 2}] * (ROUNDS - 1)] and results["joined"] == {"3": 2}
     assert rows[1]["answered"] == [0, 1, 2] and all(len(row["answered"]) == 3 and not row["failed"] for row in rows[1:])
-    assert sum(LATE in row["answered"] for row in rows[2:]) >= 2
+    assert all(LATE in row["answered"] for row in rows[2:]), "the seed draws it into every round that is left"
     assert there.notes.count("device 3 takes part from round 2 on") == 1
     if method in ("federa", "lora"):
         start = start_operations(world.model)
