@@ -394,9 +394,9 @@ def test_a_stack_of_two_of_three_ends_at_the_same_bits(name: str) -> None:
 
 
 @pytest.mark.flower
-@pytest.mark.parametrize("name", OF_EVERY_TRAFFIC)
+@pytest.mark.parametrize("name", ["fibecfed", "fedcybgd", "scaffold"])
 def test_local_and_flower_end_at_the_same_bits(name: str) -> None:
-    """Whole runs; that all methods say and hear the same over both engines is in ``test_methods_on_engines.py``."""
+    """Whole runs of a few; that all methods say and hear the same over both engines is in ``test_methods_on_engines.py``."""
     assert_same_end(name, whole(name, 0), whole(name, 0, "flower"))
 
 
@@ -433,10 +433,11 @@ def first_asking_lost(task: Task, attempt: int) -> str | None:
 
 
 WITH_SET_UP = ["fibecfed", "local", "lora-personal-head", "lora-prior", "ffa", "fedsa", "fedalt-partial", "ditto", "fedsb", "fedalt"]
+NEVER_HEARD = ["fibecfed", "local", "fedsb"]
+"""Of an asking that is lost on its way the device knows nothing, whatever the method. Whose answer is lost carries it out twice."""
 
 
-@pytest.mark.parametrize("wrapper", [Faulty, Lossy])
-@pytest.mark.parametrize("name", WITH_SET_UP)
+@pytest.mark.parametrize(("name", "wrapper"), [*((name, Lossy) for name in WITH_SET_UP), *((name, Faulty) for name in NEVER_HEARD)])
 def test_the_set_up_asks_again_and_ends_as_if_nobody_had_failed(
     name: str, wrapper: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -482,10 +483,11 @@ def test_a_round_that_keeps_its_quorum_goes_on_without_who_failed(name: str, tmp
     assert fingerprint_of(tmp_path / "run") != fingerprint_of(whole(name)[0])
 
 
-@pytest.mark.parametrize("name", LOSING)
+@pytest.mark.parametrize("name", ["fibecfed", "scaffold", "slora", "flora", "fedsb"])
 def test_a_round_that_misses_its_quorum_ends_the_run_names_who_and_can_be_resumed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Such a round is thrown away before the method sees an answer: one of each way to keep something between rounds."""
     lost = uniform_of_one()[0]
     with (
         monkeypatch.context() as patch,
