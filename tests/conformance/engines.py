@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from typing import Any
+
 import pytest
 
 from tests.conformance.toy import federation, flower, in_waves, local
@@ -12,3 +15,15 @@ ENGINES = {
     "flower": pytest.param(flower, id="flower", marks=pytest.mark.flower),
     "federation": pytest.param(federation, id="federation", marks=pytest.mark.flower),
 }
+
+
+def over(values: Iterable[Any], far: Collection[Any]) -> list[Any]:
+    """(engine, value): all values on every engine, but over a federation, whose askings take longest, those ``far``.
+
+    For what a host finds before there is an engine: that it crosses alike a few cases show."""
+    return [
+        pytest.param(*engine.values, value, id=f"{name}-{value}", marks=engine.marks)
+        for name, engine in ENGINES.items()
+        for value in values
+        if name != "federation" or value in far
+    ]
