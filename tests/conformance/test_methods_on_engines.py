@@ -145,8 +145,12 @@ def test_determinism_flower_equals_local(name: str, disturbed: Callable[[Engine]
     assert (one.trained, one.predicted) == (other.trained, other.predicted)
 
 
+PLAYED_ELSEWHERE = {"lora": "what some leave out", "fedcybgd": "what goes down smaller", "federa": "test_late.py"}
+"""Where these go over a federation anyhow, with more than they have by themselves."""
+
+
 @pytest.mark.flower
-@pytest.mark.parametrize("name", OF_EVERY_TRAFFIC)
+@pytest.mark.parametrize("name", [name for name in OF_EVERY_TRAFFIC if name not in PLAYED_ELSEWHERE])
 def test_determinism_a_federation_equals_local(name: str) -> None:
     one, other = play(name, over_local, DISTURBANCES["undisturbed"]), play(name, over_federation, DISTURBANCES["undisturbed"])
     assert all(same_replies(mine, theirs) for (_, mine), (_, theirs) in zip(one.said, other.said, strict=True))
@@ -200,8 +204,9 @@ OVER = [("scaffold", wire) for wire in LOSSY] + [
     ("fedcybgd", "up:bf16"),
 ]
 """Every wire with what has states of its own on both sides; methods that send other things over one each. A wire knows no method."""
-OVER_A_FEDERATION = (("fibecfed", "top-k"), ("scaffold", "nf4"), ("fedcybgd", "fp16"))
-"""What is encoded passes through a federation as through Flower's grid: one that owes what it left out, one of codes, one of halves."""
+OVER_A_FEDERATION = (("fibecfed", "top-k"),)
+"""What is encoded passes through a federation as through Flower's grid: one that owes what it left out. Codes go with rows that are left
+out, above; tensors of 16 bits are among the laws'."""
 
 
 @pytest.mark.flower
