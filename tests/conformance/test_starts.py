@@ -83,7 +83,7 @@ def test_who_has_no_pairs_says_so(name: str) -> None:
         named(name)().init(svd())
 
 
-@pytest.mark.parametrize(("name", "curriculum"), PAIRS)
+@pytest.mark.parametrize(("name", "curriculum"), PAIRS, ids=[name for name, _ in PAIRS])
 def test_it_trains_from_singular_vectors_stacked_as_one_by_one(name: str, curriculum: str) -> None:
     alone, together = (played(name, curriculum, stacked) for stacked in (False, True))
     assert set(alone) == set(together)
