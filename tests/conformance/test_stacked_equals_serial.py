@@ -755,7 +755,7 @@ def test_out_of_memory_makes_passes_smaller_and_changes_nothing(error: type[Exce
     """A client's batch that does not fit is halved; its gradient is the same sum in two parts. Smaller passes stay for the next call. By
     whichever error memory is told to be out, it is found out in one place."""
     of = tiny.model()
-    fits = [(k, option) for k in (0, 1) for option in ("plain", "penalty")] if error is MemoryError else [(1, "plain")]
+    fits = [(k, option) for k in (0, 1) for option in (("plain", "penalty") if error is MemoryError else ("plain",))]
     items: list[WorkItem] = [*(fit(of, option, k) for k, option in fits), Score(of.initial, examples(1))]
     wanted = Stacked(of).run(items)
     small = Small(of.way(torch.float32), 20, error)
