@@ -7,6 +7,7 @@ look.
 
 from __future__ import annotations
 
+import atexit
 import tempfile
 import threading
 import time
@@ -114,17 +115,27 @@ class Nodes:
 
 @cache
 def nodes(clients: tuple[int, ...]) -> Nodes:
-    """One node for each of the clients; they end with the process."""
+    """One node for each of the clients; they end with the process, before the interpreter that they run in."""
     keys = {client: generate_key_pairs() for client in clients}
     link = Link({client: public_key_to_bytes(public) for client, (_, public) in keys.items()}).__enter__()
-    at, bells = Whoever(), {client: Bell() for client in clients}
+    at, bells, threads = Whoever(), {client: Bell() for client in clients}, list[threading.Thread]()
     rings(link, bells)
     for client, (private, _) in keys.items():
         one = Node(f"127.0.0.1:{link.port}", Credentials(private, None), device_app(at), lambda text: None)
-        threading.Thread(target=one.serve, args=(bells[client],), daemon=True).start()
+        threads.append(threading.Thread(target=one.serve, args=(bells[client],), daemon=True))
+        threads[-1].start()
+    atexit.register(_ended, link, bells, threads)
     while len(link.present()) < len(clients):
         time.sleep(0.02)
     return Nodes(link, at)
+
+
+def _ended(link: Link, bells: Mapping[int, Bell], threads: Sequence[threading.Thread]) -> None:
+    for bell in bells.values():
+        bell.set()
+    for thread in threads:
+        thread.join(2)
+    link.__exit__()
 
 
 class Copied:
