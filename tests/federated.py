@@ -7,11 +7,12 @@ look.
 
 from __future__ import annotations
 
+import atexit
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,9 +26,10 @@ from fedloom.wire import Blob
 
 with warnings.catch_warnings():  # libraries that Flower imports use deprecated names of their own
     warnings.simplefilter("ignore", DeprecationWarning)
+    from flwr.app import Message
     from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 
-    from fedloom.engines import federation, node
+    from fedloom.engines import federation
     from fedloom.engines.federation import Federation, Patience, device_app
     from fedloom.engines.link import Link
     from fedloom.engines.node import Credentials, Node
@@ -36,29 +38,41 @@ QUICK = Patience(wait=5.0, deadline=60.0, linger=0.2)
 
 
 class Bell(threading.Event):
-    """What nodes wait for. While they are asked they look every moment; when nobody has rung for a while, once a second: nodes of tests
-    that are over would take half a core from those that run."""
+    """What a node waits for: that something was laid out for it, or that it is to stop. Once in a while it looks by itself."""
 
-    WHILE, SELDOM = 2.0, 1.0
+    SELDOM = 1.0
 
     def __init__(self) -> None:
         super().__init__()
-        self.rung, self.last = threading.Condition(), 0.0
+        self.rung = threading.Semaphore(0)
 
     def ring(self) -> None:
-        """Somebody is about to ask."""
-        with self.rung:
-            self.last = time.monotonic()
-            self.rung.notify_all()
+        """Something was laid out."""
+        self.rung.release()
+
+    def set(self) -> None:
+        threading.Event.set(self)
+        self.ring()
 
     def wait(self, timeout: float | None = None) -> bool:
-        with self.rung:
-            asked = time.monotonic() - self.last < self.WHILE
-            self.rung.wait(timeout if asked else self.SELDOM)
+        if self.rung.acquire(timeout=self.SELDOM):
+            while self.rung.acquire(blocking=False):  # whatever was laid out before this, one look and those after it find
+                pass
         return self.is_set()
 
 
-BELL = Bell()
+def rings(link: Link, bells: Mapping[int, Bell]) -> None:
+    """Whatever is laid out on the link from now on rings at the client whom it is for."""
+    push = link.push_messages
+
+    def pushed(messages: Iterable[Message]) -> list[str]:
+        made = list(messages)
+        names = list(push(made))
+        for message in made:
+            bells[link.clients[message.metadata.dst_node_id]].ring()
+        return names
+
+    link.push_messages = pushed  # type: ignore[method-assign]
 
 
 class Here:
@@ -88,7 +102,6 @@ class Whoever:
         return self.device.greet(greeting)
 
     def answer(self, client: int, state: str, blob: Blob) -> tuple[Blob | Failure, str]:
-        BELL.ring()
         return self.device.answer(client, state, blob)
 
 
@@ -100,24 +113,29 @@ class Nodes:
     at: Whoever
 
 
-def nodes(clients: tuple[int, ...]) -> Nodes:
-    """One node for each of the clients, about to be asked; they end with the process."""
-    BELL.ring()
-    return _kept(clients)
-
-
 @cache
-def _kept(clients: tuple[int, ...]) -> Nodes:
-    node.SLOWEST = 0.05  # a test does not wait for an idle node
+def nodes(clients: tuple[int, ...]) -> Nodes:
+    """One node for each of the clients; they end with the process, before the interpreter that they run in."""
     keys = {client: generate_key_pairs() for client in clients}
     link = Link({client: public_key_to_bytes(public) for client, (_, public) in keys.items()}).__enter__()
-    at = Whoever()
-    for private, _ in keys.values():
+    at, bells, threads = Whoever(), {client: Bell() for client in clients}, list[threading.Thread]()
+    rings(link, bells)
+    for client, (private, _) in keys.items():
         one = Node(f"127.0.0.1:{link.port}", Credentials(private, None), device_app(at), lambda text: None)
-        threading.Thread(target=one.serve, args=(BELL,), daemon=True).start()
+        threads.append(threading.Thread(target=one.serve, args=(bells[client],), daemon=True))
+        threads[-1].start()
+    atexit.register(_ended, link, bells, threads)
     while len(link.present()) < len(clients):
         time.sleep(0.02)
     return Nodes(link, at)
+
+
+def _ended(link: Link, bells: Mapping[int, Bell], threads: Sequence[threading.Thread]) -> None:
+    for bell in bells.values():
+        bell.set()
+    for thread in threads:
+        thread.join(2)
+    link.__exit__()
 
 
 class Copied:
@@ -128,7 +146,6 @@ class Copied:
 
     def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
         federation.FIRST = 0.0  # nobody is left out
-        BELL.ring()
         replies = self.inner.run(tasks, take)
         for update in replies.updates:
             client, there = update.client, ClientStore(self.folder)

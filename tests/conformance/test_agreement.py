@@ -40,7 +40,7 @@ LISA = Lisa(layers=1, every=1)
 @pytest.mark.parametrize("name", [name for name in all_methods() if name != "centralised"])
 def test_all_honest_answers_count(name: str) -> None:
     here = Played(all_methods()[name](), POOL)
-    for _ in range(POOL.rounds):
+    for _ in range(2):  # of three: the first round and one that goes on from it
         here.round()
 
 

@@ -27,6 +27,11 @@ from fedloom.tensors import nbytes
 from tests import small
 
 
+@pytest.fixture(autouse=True)
+def models_are_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedloom.run.world.load_model", small.LOADED)
+
+
 def fibecfed(pacing: Pacing = "linear", **fields: object) -> Experiment:
     method = FibecFed(curriculum=Curriculum(head_rounds=1, pacing=pacing), gal=Gal(count=1), keep=0.5)
     return replace(small.experiment("lora", rounds=6, evaluate_every=0), method=replace(method, **fields))

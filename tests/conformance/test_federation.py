@@ -248,20 +248,31 @@ def test_whoever_answers_wrongly_at_once_makes_nobody_late(tmp_path: Path) -> No
 
 
 class Slow(Here):
-    """Client 1 takes its time."""
+    """Client 1 takes its time: until it is told to ``go``."""
+
+    def __init__(self, host: Host, folder: Path) -> None:
+        Here.__init__(self, host, folder)
+        self.go, self.done = threading.Event(), threading.Event()
 
     def answer(self, client: int, state: str, blob: bytes):
-        time.sleep(5.0 if client == 1 else 0.0)
-        return Here.answer(self, client, state, blob)
+        if client != 1:
+            return Here.answer(self, client, state, blob)
+        self.go.wait(10)
+        try:
+            return Here.answer(self, client, state, blob)
+        finally:
+            self.done.set()
 
 
 def test_an_answer_that_comes_late_has_not_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(federation, "FIRST", 0.0)
     *_, host = host_of()
-    engine = far(Slow(host, tmp_path), replace(QUICK, deadline=2.5))
+    device = Slow(host, tmp_path)
+    engine = far(device, replace(QUICK, deadline=1.5))
     replies = engine.run([task(k) for k in (0, 1, 2)])
-    assert [f.reason for f in replies.failures] == ["TimeoutError: no answer within 2.5 s"]
-    time.sleep(4.0)  # it has answered by now, and stored its state
+    assert [f.reason for f in replies.failures] == ["TimeoutError: no answer within 1.5 s"]
+    device.go.set()
+    assert device.done.wait(10), "it has answered now, and stored its state"
     assert engine.states.name(1) == ""
     nodes(tuple(CLIENTS)).at.device = Here(host, tmp_path)
     again = engine.run([task(1)])
@@ -270,11 +281,14 @@ def test_an_answer_that_comes_late_has_not_happened(tmp_path: Path, monkeypatch:
 
 def test_once_enough_have_answered_the_rest_has_a_moment(tmp_path: Path) -> None:
     *_, host = host_of()
-    engine = far(Slow(host, tmp_path), replace(QUICK, linger=0.1))
+    device = Slow(host, tmp_path)
+    engine = far(device, replace(QUICK, linger=0.1))
     replies = Enough(engine, 0.5).run([task(k) for k in (0, 1, 2)])
     assert 1 in {f.client for f in replies.failures} and len(replies.updates) >= 2
     assert {f.reason for f in replies.failures} == {"TimeoutError: it was late, and the others were enough"}
     assert engine._faults == {}, "it is not left out for that"
+    device.go.set()
+    assert device.done.wait(10)
 
 
 def test_whoever_failed_is_left_out_and_let_in_again(monkeypatch: pytest.MonkeyPatch) -> None:

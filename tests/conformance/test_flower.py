@@ -17,7 +17,8 @@ from fedloom.encodings import EXACT
 from fedloom.messages import Failure, Task, Update
 from fedloom.tensors import fingerprint
 from fedloom.wire import Blob, pack, unpack
-from tests.conformance.toy import CLIENTS, DIGEST, ENGINES, flower, host_of, local, payload, same_replies, task
+from tests.conformance.engines import ENGINES
+from tests.conformance.toy import CLIENTS, DIGEST, flower, host_of, local, payload, same_replies, task
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip install 'fedloom[flower]'")
 

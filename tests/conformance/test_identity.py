@@ -99,7 +99,8 @@ def test_a_device_that_cannot_hold_the_model_says_so_before_it_is_loaded(tmp_pat
     host, said = hosted(order(greeting, replace(own, memory=10**12, said=True)))
     assert said["examples"]["train"] > 0 and len(loaded) == 1 and mapped and all(mapped)
     assert not (tmp_path / "device" / "start").exists()
-    assert all(torch.equal(t, build(e).model.initial[n]) for n, t in loaded[0].initial.items())
+    start = build(e).model.initial
+    assert all(torch.equal(t, start[n]) for n, t in loaded[0].initial.items())
     (answer,) = host.answer([pack(Task("train", 0, dict(loaded[0].initial), {"block": [], "round": 0}), e.digest())])
     assert not isinstance(answer, Failure), answer
 

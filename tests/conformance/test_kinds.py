@@ -106,8 +106,18 @@ def ends(name: str, of: Model, compute: Compute) -> Mapping[str, torch.Tensor]:
     return state.shared
 
 
-@pytest.mark.parametrize("kind", ["pfeiffer", "full"])
-@pytest.mark.parametrize("name", [name for name in all_methods() if name not in {"centralised", "local"}])
+TAKING = [name for name in all_methods() if name not in {"centralised", "local"}]
+BY_LAYERS = {"fedcybgd", "fedbavg", "handover", "embracingfl", "lisa"}
+"""Who has to know in which layer a tensor of an adapter stands. To others one name is as another, which the largest kind shows."""
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, "full") for name in TAKING),
+        *((name, "pfeiffer") for name in TAKING if name in {"lora", "galore", *BY_LAYERS, *LORA_ONLY, *MIXED_ONLY}),
+    ],
+)
 def test_a_method_takes_a_kind_or_says_which_it_needs(name: str, kind: Kind) -> None:
     of = families.of_kind("bert", kind)
     if name in LORA_ONLY:

@@ -114,6 +114,13 @@ A_DEVICE = ("client.store", r"the state of device \d+ could not be written to .*
 THE_SERVER = ("run.parts", r"the server's state could not be written to .*server-[0-9a-f]{16}.safetensors .*No space left")
 
 
+@cache
+def undisturbed() -> tuple[Path, dict[str, Any]]:
+    """A run while there is room."""
+    folder = Path(mkdtemp(prefix="undisturbed-")) / "run"
+    return folder, run(small.experiment("ditto"), folder, plain=True)
+
+
 @pytest.mark.parametrize(
     ("of", "let"), [(A_DEVICE, 1), (A_DEVICE, 5), (THE_SERVER, 0), (THE_SERVER, 1)], ids=["set-up", "training", "start", "round"]
 )
@@ -122,9 +129,7 @@ def test_a_full_disk_ends_the_run_and_costs_no_device_its_round(
 ) -> None:
     """The disk is the run's own: devices whose state it does not take have not failed, and the round is done again. Four devices have
     written in the set-up, and the server before the first round."""
-    experiment = small.experiment("ditto")
-    whole = run(experiment, tmp_path / "whole", plain=True)
-    written, (module, says) = 0, of
+    experiment, (expected, whole), written, (module, says) = small.experiment("ditto"), undisturbed(), 0, of
 
     def filling(tensors: Any, path: Path) -> None:
         nonlocal written
@@ -143,7 +148,7 @@ def test_a_full_disk_ends_the_run_and_costs_no_device_its_round(
     assert told is not None and told[1] == 1 and "Free some space" in told[0]
     assert not list((tmp_path / "run").rglob("*.tmp"))
     again = run(experiment, tmp_path / "run", plain=True)
-    assert timeless(rows(tmp_path / "run")) == timeless(rows(tmp_path / "whole"))
+    assert timeless(rows(tmp_path / "run")) == timeless(rows(expected))
     assert again["final"] == whole["final"] and again["bytes_up"] == whole["bytes_up"]
 
 

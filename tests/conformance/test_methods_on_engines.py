@@ -21,7 +21,7 @@ from fedloom.encodings import NAMES, Encoding
 from fedloom.engines.engine import Engine, drive
 from fedloom.engines.local import Local
 from fedloom.engines.wrap import Faulty, Lossy, Recording
-from fedloom.messages import CENTRE, Replies, Task, ask
+from fedloom.messages import CENTRE, Replies, Task, ask, insist
 from fedloom.methods import all_methods
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fedcybgd import FedCyBGD
@@ -68,12 +68,14 @@ def over_federation(host: Host) -> Engine:
 
 @dataclass(frozen=True)
 class Played:
-    """What is left of a run: everything that was said, the server's state, the clients' after training and after predicting."""
+    """What is left of a run: everything that was said, the server's state, the clients' after training and after predicting; over the
+    local engine, what they said when they were asked to predict once more."""
 
     said: list[tuple[tuple[Task, ...], Replies]]
     state: State
     trained: str
     predicted: str
+    again: Replies | None
 
 
 MODEL = cache(partial(tiny.model, layers=4))
@@ -94,20 +96,22 @@ def play(
     given: Any = None,
     mask: Mask | None = None,
 ) -> Played:
-    """Set-up, two rounds and, twice, the personal predictions of one method, or of the one ``given``, under a mask if there is one."""
+    """Set-up, two rounds and the personal predictions of one method, or of the one ``given``, under a mask if there is one."""
     method, store = given or all_methods()[name](), ClientStore()
     kind = says(method, "adapter_kind")
     model = MODEL(start=says(method, "adapter_start"), kind=kind)
     computing, pool = compute(kind, model), replace(POOL, mask=mask or Mask(), encoding=Encoding.of(wire))
     host = Host(method, device, computing, store, DIGEST, encoding=pool.encoding, doing=carried_out)
-    recording = Recording(disturbed(engine_over(host)))
+    engine = disturbed(engine_over(host))
+    recording = Recording(engine)
     state = drive(method.setup(method.init(model), pool), recording, quorum=0)
     for _ in range(POOL.rounds):
         state = drive(one_round(method, state, pool), recording, quorum=0.3)
     trained = store.fingerprint()
-    for _ in range(2):
-        recording.run([ask(method.predict, k, state.shared, splits=["validation", "test"]) for k in POOL.clients])
-    return Played(recording.calls, state, trained, store.fingerprint())
+    asked = [ask(method.predict, k, state.shared, splits=["validation", "test"]) for k in POOL.clients]
+    drive(insist(asked), recording, quorum=0)
+    again = engine.run(asked) if engine_over is over_local else None
+    return Played(recording.calls, state, trained, store.fingerprint(), again)
 
 
 def unlucky(task: Task, attempt: int) -> str | None:
@@ -141,8 +145,12 @@ def test_determinism_flower_equals_local(name: str, disturbed: Callable[[Engine]
     assert (one.trained, one.predicted) == (other.trained, other.predicted)
 
 
+PLAYED_ELSEWHERE = {"lora": "what some leave out", "fedcybgd": "what goes down smaller", "federa": "test_late.py"}
+"""Where these go over a federation anyhow, with more than they have by themselves."""
+
+
 @pytest.mark.flower
-@pytest.mark.parametrize("name", OF_EVERY_TRAFFIC)
+@pytest.mark.parametrize("name", [name for name in OF_EVERY_TRAFFIC if name not in PLAYED_ELSEWHERE])
 def test_determinism_a_federation_equals_local(name: str) -> None:
     one, other = play(name, over_local, DISTURBANCES["undisturbed"]), play(name, over_federation, DISTURBANCES["undisturbed"])
     assert all(same_replies(mine, theirs) for (_, mine), (_, theirs) in zip(one.said, other.said, strict=True))
@@ -188,16 +196,17 @@ def test_determinism_what_goes_down_smaller_is_the_same_on_every_engine() -> Non
 
 
 LOSSY = [wire for wire in NAMES if wire != "exact"]
-OVER = [("fibecfed", wire) for wire in LOSSY] + [
+OVER = [("scaffold", wire) for wire in LOSSY] + [
+    ("fibecfed", "top-k"),
     ("lora", "int8"),
-    ("scaffold", "nf4"),
     ("flasc", "top-k"),
     ("fedcybgd", "fp16"),
     ("fedcybgd", "up:bf16"),
 ]
 """Every wire with what has states of its own on both sides; methods that send other things over one each. A wire knows no method."""
-OVER_A_FEDERATION = (("fibecfed", "top-k"), ("scaffold", "nf4"), ("fedcybgd", "fp16"))
-"""What is encoded passes through a federation as through Flower's grid: one that owes what it left out, one of codes, one of halves."""
+OVER_A_FEDERATION = (("fibecfed", "top-k"),)
+"""What is encoded passes through a federation as through Flower's grid: one that owes what it left out. Codes go with rows that are left
+out, above; tensors of 16 bits are among the laws'."""
 
 
 @pytest.mark.flower
@@ -219,12 +228,17 @@ NO_STEPS = {
 }
 """Methods whose devices send, under the name of what came, something else than a step from it that the next steps add to."""
 
+AS_LORA = {"fedfft", "fedbf", "fedap", "federa", "fedeven", "fedopt", "fedprox", "centralised", "lora-finetuned", "lora-prior", "ffa"}
+AS_LORA |= {"fedsa", "fedsb", "fedalt-partial", "lora-personal-head"}
+"""Methods that go over a wire as ``lora`` does, with other tensors: in every round the same come down, and their mean is taken over."""
 
-@pytest.mark.parametrize("wire", ["nf4", "top-k:0.3"])
-@pytest.mark.parametrize("name", all_methods())
+
+@pytest.mark.parametrize(
+    ("name", "wire"), [(name, wire) for name in all_methods() for wire in ("nf4", "top-k:0.3") if wire == "nf4" or name not in AS_LORA]
+)
 def test_every_method_goes_over_every_wire_with_fewer_bytes(name: str, wire: str) -> None:
     """But for those over top-k that would have what is owed added to what it is not of: they say so before anybody is asked. What a set-up
-    hands out for good arrives as it is."""
+    hands out for good arrives as it is. What is left of an answer and owed is a client's, whatever its tensors are."""
     if name in NO_STEPS and wire.startswith("top-k"):
         with pytest.raises(ValueError, match=f"'{name}' cannot go over wire 'top-k', .*: {NO_STEPS[name]}.*--wire"):
             play(name, over_local, DISTURBANCES["undisturbed"], wire)
@@ -253,5 +267,5 @@ def test_failure_no_real_operation_fails_on_healthy_devices(name: str) -> None:
 def test_durability_predicting_changes_no_device(name: str) -> None:
     played = play(name, over_local, DISTURBANCES["undisturbed"])
     assert played.trained == played.predicted
-    (_, first), (_, second) = played.said[-2:]
-    assert same_replies(first, second)
+    _, first = played.said[-1]
+    assert played.again is not None and len(first.updates) == len(POOL.clients) and same_replies(first, played.again)

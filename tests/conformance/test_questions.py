@@ -70,7 +70,8 @@ def experiment(name: str = "lora", **fields: Any) -> Experiment:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_every_method_finds_answers(name: str, tmp_path: Path) -> None:
+def test_every_method_finds_answers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedloom.run.world.load_model", small.LOADED)
     results = run(experiment(name), tmp_path / "run", plain=True)
     told = rows(tmp_path / "run")
     assert results["metric"] == "answer_f1"

@@ -27,17 +27,37 @@ DIGEST = "abc123"
 GREETING = json.dumps({"digest": DIGEST})
 
 
-@pytest.fixture
-def resident(tmp_path: Path):
+def made(folder: Path) -> Resident:
     """One whose worker is the toy's, under this file's digest."""
 
     def start(greeting: object) -> Start:
         toy = toy_worker.start()
         return Start(toy.command, toy.order, lambda number: {**toy.environment(number), "TOY_DIGEST": DIGEST})
 
-    made = Resident(tmp_path / "states", start, deadline=60.0)
-    yield made
-    made.close()
+    return Resident(folder, start, deadline=60.0)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory):
+    one = made(tmp_path_factory.mktemp("kept"))
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def resident(kept: Resident, tmp_path: Path) -> Resident:
+    """One for all tests, whose worker goes on if a test did not end it. The folder of states is the test's own: it is told with every
+    task."""
+    kept.folder, kept.deadline, kept.memory = tmp_path / "states", 60.0, bytes_of(0.0)
+    return kept
+
+
+@pytest.fixture
+def fresh(tmp_path: Path):
+    """One that nobody has greeted."""
+    one = made(tmp_path / "states")
+    yield one
+    one.close()
 
 
 def asked(resident: Resident, op: str = "where", state: str = "", **settings: object) -> tuple[Update | Failure, str]:
@@ -66,9 +86,9 @@ def test_only_the_last_state_and_the_one_before_are_kept(resident: Resident, tmp
     assert sorted(path.name for path in (tmp_path / "states" / DIGEST).iterdir()) == sorted(names[-2:])
 
 
-def test_a_task_before_any_greeting_asks_for_one(resident: Resident) -> None:
+def test_a_task_before_any_greeting_asks_for_one(fresh: Resident) -> None:
     with pytest.raises(Ungreeted, match=DIGEST):
-        asked(resident)
+        asked(fresh)
 
 
 def test_a_worker_that_dies_is_replaced_and_its_task_begun_again(resident: Resident, tmp_path: Path) -> None:
@@ -134,9 +154,9 @@ def test_a_state_that_is_not_there_is_a_failure(resident: Resident) -> None:
     "greeting",
     ["", "[]", "{}", '{"digest": 3}', '{"digest": "../x"}', '{"digest": ""}', "[" * 100_000, json.dumps({"digest": "\u00e9" * 64})],
 )
-def test_a_greeting_that_is_none_is_refused(resident: Resident, greeting: str, tmp_path: Path) -> None:
+def test_a_greeting_that_is_none_is_refused(fresh: Resident, greeting: str, tmp_path: Path) -> None:
     with pytest.raises(WireError, match="a greeting"):
-        resident.greet(greeting)
+        fresh.greet(greeting)
     assert not (tmp_path / "states").exists()
 
 
@@ -190,10 +210,10 @@ def test_a_worker_that_is_too_large_after_its_answer_is_replaced_and_the_answer_
     assert last.metrics["visits"] == 3.0 and last.metrics["process"] != again.metrics["process"] == first.metrics["process"]
 
 
-def test_a_worker_that_cannot_even_begin_within_its_bound_says_so(resident: Resident) -> None:
-    resident.memory = 2**20
+def test_a_worker_that_cannot_even_begin_within_its_bound_says_so(fresh: Resident) -> None:
+    fresh.memory = 2**20
     with pytest.raises(WorkerError, match="may hold 0.00, before it could begin; give it more: --memory GIB"):
-        resident.greet(GREETING)
+        fresh.greet(GREETING)
 
 
 def test_the_bound_is_what_was_said_or_nine_tenths_of_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,8 +227,8 @@ def test_the_bound_is_what_was_said_or_nine_tenths_of_what_there_is(monkeypatch:
 
 
 def test_what_is_noted_of_its_data_stays_with_the_device(
-    resident: Resident, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    fresh: Resident, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("TOY_NOTES", "9 of 12 texts are cut;2 texts are empty")
-    assert "notes" not in resident.greet(GREETING)
+    assert "notes" not in fresh.greet(GREETING)
     assert [record.getMessage() for record in caplog.records] == ["note: 9 of 12 texts are cut", "note: 2 texts are empty"]

@@ -29,11 +29,17 @@ LIES = {"backwards": scaled(-1e6), "noise": noise(1e6, 3)}
 ROBUST = [rule for rule in RULES if rule != "mean"]
 
 
+@pytest.fixture(autouse=True)
+def models_are_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedloom.run.world.load_model", small.LOADED)
+
+
 @cache
 def world(name: str, rule: str) -> World:
     return build(small.experiment(name, clients=5, cohort=5, aggregation=rule))
 
 
+@cache
 def trained(name: str, rule: str, lies: str | None) -> Tensors:
     """What is shared after the set-up and two rounds, client 2 lying in all of it."""
     here = world(name, rule)
@@ -84,6 +90,7 @@ def test_a_method_that_does_not_average_says_so_before_it_trains(name: str) -> N
 
 
 def test_without_liars_a_rule_is_deterministic_and_another_than_the_mean() -> None:
-    once, again, mean = trained("lora", "trimmed", None), trained("lora", "trimmed", None), trained("lora", "mean", None)
+    once, mean = trained("lora", "trimmed", None), trained("lora", "mean", None)
+    again = trained.__wrapped__("lora", "trimmed", None)
     assert all(torch.equal(t, again[n]) for n, t in once.items())
     assert any(not torch.equal(t, mean[n]) for n, t in once.items())

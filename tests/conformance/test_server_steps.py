@@ -66,8 +66,9 @@ METHODS |= {
 REFUSING = {"fedcybgd", "handover", "fedex", "flexlora", "deltalora", "fedalt", "local", "centralised", "embracingfl"}
 REFUSING |= {"adalora", "fedopt"}
 FOLLOWING = [name for name in METHODS if name not in REFUSING]
-COVER = sorted({*zip(FOLLOWING, cycle(RULES), strict=False), *[("lora", rule) for rule in RULES], ("ffa", "momentum"), ("ffa", "yogi")})
-"""Every method with one rule, every rule with several methods."""
+COVER = {*zip(FOLLOWING, cycle(RULES), strict=False), *[("lora", rule) for rule in RULES], ("ffa", "momentum"), ("ffa", "yogi")}
+COVER = sorted({*COVER, ("rolora", "momentum")})
+"""Every method with one rule, every rule with several methods; and what does not train everything with what goes on by itself."""
 
 
 @cache

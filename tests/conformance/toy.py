@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-import pytest
 import torch
 
 from fedloom.client.client import Client
@@ -190,14 +189,6 @@ def federation() -> World:
 
     toy, adder, store, host = host_of()
     return World(toy, adder, store, host, engine_over(host, CLIENTS))
-
-
-ENGINES = {
-    "local": pytest.param(local, id="local"),
-    "waves": pytest.param(in_waves, id="waves"),
-    "flower": pytest.param(flower, id="flower", marks=pytest.mark.flower),
-    "federation": pytest.param(federation, id="federation", marks=pytest.mark.flower),
-}
 
 
 def payload(seed: int = 0) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,26 @@ def test_mutant_on_the_list_still_fits(mutant: Mutant) -> None:
     assert mutant.tests
     for test in mutant.tests:
         assert (ROOT / test.split("::")[0]).is_file(), f"{mutant.id} names {test}, which is not there"
+
+
+def lost(mutants: Sequence[Mutant], there: set[str]) -> list[str]:
+    """What these mutants name and what is not ``there``, of the files of which anything is."""
+    files = {name.split("::")[0] for name in there}
+    whole = files | {name.split("[")[0] for name in there}
+    return [f"{m.id}: {test}" for m in mutants for test in m.tests if test.split("::")[0] in files and test not in whole | there]
+
+
+def test_what_is_named_and_not_there_is_told() -> None:
+    there = {"tests/test_good.py::test_one[a]", "tests/test_good.py::test_two"}
+    names = ("tests/test_good.py", "tests/test_good.py::test_one", "tests/test_good.py::test_one[a]", "tests/test_good.py::test_two")
+    assert lost([dataclasses.replace(MINUS, tests=(*names, "tests/test_other.py::test_that_was_not_collected"))], there) == []
+    for name in ("tests/test_good.py::test_one[b]", "tests/test_good.py::test_three", "tests/test_good.py::test_two[a]"):
+        assert lost([dataclasses.replace(MINUS, tests=(name,))], there) == [f"minus: {name}"]
+
+
+def test_mutants_name_tests_that_are_there(request: pytest.FixtureRequest) -> None:
+    """Of the files that were collected together with this one, so that nothing is collected for it: of all of them, in the whole suite."""
+    config = request.config
+    if config.option.keyword or config.option.markexpr or config.option.deselect or any("::" in arg for arg in config.args):
+        pytest.skip("not all tests of the files were collected")
+    assert lost(MUTANTS, {item.nodeid for item in request.session.items}) == []
