@@ -50,7 +50,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test by its folder; skip, visibly, what this machine cannot run."""
+    """Mark each test by its folder; skip, visibly, what this machine cannot run; what starts processes first.
+
+    Tests that take half a minute, begun last, would leave one of two processes waiting for the other, or be divided between them, and
+    what a file makes once would be made twice.
+    """
     no_gpu = pytest.mark.skip(reason="no accelerator: torch.cuda.is_available() is False")
     no_flower = pytest.mark.skip(reason="the extra 'flower' is not installed: pip install 'fedloom[flower]'")
     no_track = pytest.mark.skip(reason="the extra 'track' is not installed: pip install 'fedloom[track]'")
@@ -68,6 +72,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_flower)
         if item.get_closest_marker("track") and not has_track:
             item.add_marker(no_track)
+    items.sort(key=lambda item: item.get_closest_marker("integration") is None)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
