@@ -1,7 +1,8 @@
 """What every test has: offline, one thread, an empty cache, the same Hypothesis examples each run, and a marker from its folder.
 
 Watching which lines a test reaches makes it take more than a quarter longer. Files that hold one law for every method, kind or size go
-without (``no_cover``): the coverage that is asked for is that of all the others.
+without (``no_cover``), and so do those of whole commands and of methods whose every round another watched file plays: the coverage that is
+asked for is that of all the others.
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ from fedloom.run.recipes import experiment_in
 from fedloom.run.world import build
 from tests import tiny
 
+pytestmark = pytest.mark.no_cover
+
 CLASSES = 3
 TEXTS = ["w1 w2 w5", "w9", "w30 w31 w32 w33 w34"]
 

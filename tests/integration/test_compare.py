@@ -17,6 +17,8 @@ import pytest
 from fedloom import cli
 from tests.integration.test_cli import command, hashes, refused, small, write_data
 
+pytestmark = pytest.mark.no_cover
+
 RECIPE = """
 import os
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip ins
 
 from tests.integration.faults import one_after_another
 
-pytestmark = pytest.mark.flower
+pytestmark = [pytest.mark.flower, pytest.mark.no_cover]
 
 QUICK = (
     "worker killed",

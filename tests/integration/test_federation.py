@@ -11,7 +11,7 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip ins
 
 from tests.integration.federating import difference, play
 
-pytestmark = pytest.mark.flower
+pytestmark = [pytest.mark.flower, pytest.mark.no_cover]
 
 
 def test_a_federation_with_faults_ends_as_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

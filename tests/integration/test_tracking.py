@@ -26,6 +26,8 @@ from fedloom.run.loop import run
 from fedloom.run.tracking import KINDS, Kind, Tracking, numbers
 from tests import small
 
+pytestmark = pytest.mark.no_cover
+
 Found = dict[str, list[tuple[int, float]]]
 """Of each number the (round, value) pairs, in the order in which the tracker has them."""
 
