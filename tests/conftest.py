@@ -1,7 +1,8 @@
 """What every test has: offline, one thread, an empty cache, the same Hypothesis examples each run, and a marker from its folder.
 
 Watching which lines a test reaches makes it take more than a quarter longer. Files that hold one law for every method, kind or size go
-without (``no_cover``): the coverage that is asked for is that of all the others.
+without (``no_cover``), and so do those of whole commands and of methods whose every round another watched file plays: the coverage that is
+asked for is that of all the others.
 """
 
 from __future__ import annotations
@@ -50,7 +51,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test by its folder; skip, visibly, what this machine cannot run."""
+    """Mark each test by its folder; skip, visibly, what this machine cannot run; what starts processes first.
+
+    Tests that take half a minute, begun last, would leave one of two processes waiting for the other, or be divided between them, and
+    what a file makes once would be made twice.
+    """
     no_gpu = pytest.mark.skip(reason="no accelerator: torch.cuda.is_available() is False")
     no_flower = pytest.mark.skip(reason="the extra 'flower' is not installed: pip install 'fedloom[flower]'")
     no_track = pytest.mark.skip(reason="the extra 'track' is not installed: pip install 'fedloom[track]'")
@@ -68,6 +73,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_flower)
         if item.get_closest_marker("track") and not has_track:
             item.add_marker(no_track)
+    items.sort(key=lambda item: item.get_closest_marker("integration") is None)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

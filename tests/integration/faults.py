@@ -369,10 +369,10 @@ class Standing:
 
 
 @contextlib.contextmanager
-def standing(folder: Path) -> Iterator[Standing]:
-    """The federation, after its set-up; all of it is gone afterwards."""
+def standing(folder: Path, **fields: Any) -> Iterator[Standing]:
+    """The federation, after its set-up; all of it is gone afterwards. ``fields``: of its experiment."""
     port = free_port()
-    experiment = experiment_of(folder, GLOBAL, clients=4, cohort=3, rounds=3000)
+    experiment = experiment_of(folder, GLOBAL, clients=4, cohort=3, rounds=3000, **fields)
     cable: Namespace | Proxy = Namespace(port)
     if isinstance(cable, Namespace) and not cable.made():
         cable = Proxy(port)
@@ -787,10 +787,10 @@ def hostile_device(here: Standing, order: str) -> Row:
 # ---- the table ------------------------------------------------------------------------------------------------------------------
 
 
-def one_after_another(folder: Path, names: Sequence[str], here: Standing | None = None) -> list[Row]:
-    """The faults on one federation, and its state after each against a replay of all of it."""
+def one_after_another(folder: Path, names: Sequence[str], scored: bool = True, **fields: Any) -> list[Row]:
+    """The faults on one federation, and its state after each against a replay of all of it. ``fields``: of its experiment."""
     rows: list[Row] = []
-    with contextlib.nullcontext(here) if here is not None else standing(folder) as there:
+    with standing(folder, **fields) as there:
         for name in names:
             made, order = FAULTS[name]
             begun = time.monotonic()
@@ -811,7 +811,7 @@ def one_after_another(folder: Path, names: Sequence[str], here: Standing | None 
         lines = there.there.rows()
         (folder / "kept.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         snapshots = dict(there.snapshots)
-    compared(there.there.experiment, lines, snapshots, rows)
+    compared(there.there.experiment, lines, snapshots, rows, scored)
     return rows
 
 
@@ -820,7 +820,7 @@ def compared(
     lines: Sequence[dict],
     snapshots: dict[int, tuple[dict, dict[str, torch.Tensor]]],
     rows: Sequence[Row],
-    scored: bool = True,
+    scored: bool,
 ) -> None:
     """Fill in, from one replay of all rounds, what was the same and, if that is wanted, what the devices score."""
     due = {row.rounds[1]: [one for one in rows if one.rounds and one.rounds[1] == row.rounds[1]] for row in rows if row.rounds}

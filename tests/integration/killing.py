@@ -1,9 +1,10 @@
-"""Kill a run with signal 9 at a random moment, resume it, and compare all of its state with a run that was left alone.
+"""Kill a run with signal 9 at random moments, resume it after each, and compare all of its state with a run that was left alone.
 
-    python tests/integration/killing.py FOLDER METHOD STACK TIMES [MODEL]
+    python -m tests.integration.killing FOLDER METHOD:STACK:TIMES ...
 
-The process imports everything once and forks a child for each run, so that a kill can hit any moment of the work and not only the imports.
-Prints one line a kill; exits with 1 at the first difference.
+The process imports everything once and forks a child for each start of a run, so that a kill can hit any moment of the work and not only
+the imports. A run is killed ``TIMES`` times before it may end: first somewhere in its start, then, in random order, within a round's time
+after it has written another row, or somewhere in its start again. Prints one line a kill; exits with 1 at the first difference.
 """
 
 from __future__ import annotations
@@ -61,37 +62,45 @@ def finished(process: int) -> bool:
     return os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0
 
 
+def ended(process: int) -> bool:
+    """Whether a child has ended; it can still be waited for."""
+    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def written(folder: Path) -> int:
     """How many whole rows the run has written."""
     rows = folder / "rounds.jsonl"
     return rows.read_bytes().count(b"\n") if rows.exists() else 0
 
 
-def main() -> int:
-    """See the module."""
-    torch.set_num_threads(1)
-    place, method, stack, times = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    wanted = experiment(method, stack, sys.argv[5] if len(sys.argv) > 5 else str(tiny.folder()))
+def killed(wanted: Experiment, place: Path, times: int) -> bool:
+    """Let a run alone, kill another so many times in a row, and let it end; whether both came to the same."""
     started = time.monotonic()
     if not finished(child(wanted, place / "alone")):
-        return 1
-    took, whole = time.monotonic() - started, fingerprint_of(place / "alone")
+        return False
+    took, folder = time.monotonic() - started, place / "killed"
     rng = np.random.default_rng(int.from_bytes(os.urandom(4), "big"))
-    for i in range(times):
-        folder, rows, more = place / f"killed-{i}", int(rng.integers(0, wanted.rounds)), float(rng.uniform(0, took / wanted.rounds))
+    rows = min(times - times // 3, wanted.rounds)
+    for i, after_a_row in enumerate([False, *rng.permutation(np.arange(1, times) <= rows)]):
+        before, more = written(folder), float(rng.uniform(0, took / wanted.rounds))
         process = child(wanted, folder)
-        while written(folder) < rows and os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        while after_a_row and written(folder) <= before and not ended(process):
             time.sleep(0.002)
         time.sleep(more)
         os.kill(process, signal.SIGKILL)
-        died, done = not finished(process), written(folder)
-        if not finished(child(wanted, folder)):
-            return 1
-        same = fingerprint_of(folder) == whole
-        print(f"kill {i}: {more:.2f} s after row {rows}, {'died' if died else 'had ended'} with {done} rows; equal: {same}", flush=True)
-        if not same:
-            return 1
-    return 0
+        died, after = not finished(process), f"row {before}" if after_a_row else "its start"
+        print(f"kill {i}: {more:.2f} s after {after}, {'died' if died else 'had ended'} with {written(folder)} rows", flush=True)
+    same = finished(child(wanted, folder)) and fingerprint_of(folder) == fingerprint_of(place / "alone")
+    print(f"{wanted.method_name}: {times} kills; equal: {same}", flush=True)
+    return same
+
+
+def main() -> int:
+    """See the module."""
+    torch.set_num_threads(1)
+    place, model = Path(sys.argv[1]), str(tiny.folder())
+    asked = [word.split(":") for word in sys.argv[2:]]
+    return 0 if all(killed(experiment(method, int(stack), model), place / method, int(times)) for method, stack, times in asked) else 1
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from bench.row import Row, dumps, loads
 from bench.timing import interleaved, ratio
 from fedloom.server.aggregation import Average
 
+pytestmark = pytest.mark.no_cover
+
 MORE = Row("speed", 1.0, "x", 5.0, 10.0, "more")
 LESS = Row("wait", 1.0, "s", 5.0, 3.0, "less")
 

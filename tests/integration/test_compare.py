@@ -17,6 +17,8 @@ import pytest
 from fedloom import cli
 from tests.integration.test_cli import command, hashes, refused, small, write_data
 
+pytestmark = pytest.mark.no_cover
+
 RECIPE = """
 import os
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from fedloom.methods.fedavg import FedAvg
 
 @dataclass(frozen=True)
 class Bad(FedAvg):
-    name: ClassVar[str] = "bad"
+    name: ClassVar[str] = "{name}"
     paper: ClassVar[str] = "none"
 
     def round(self, state, pool):
@@ -142,22 +144,24 @@ def test_runs_that_saw_other_data_stand_in_no_table(place: Path, tmp_path: Path,
     assert cli.main([*one[:2], "local", *one[2:]]) == 0
 
 
-@pytest.mark.parametrize("how", ["raise ValueError('this method is broken')", "os._exit(3)"])
-def test_a_run_that_fails_or_a_process_that_dies_loses_no_other(
-    how: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_a_run_that_fails_and_a_process_that_dies_lose_no_other(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("bad.py").write_text(RECIPE.format(how=how))
-    words = ["compare", "bad.py", "lora", *small(place / "data"), "--jobs", "2", "--out", "c"]
-    assert cli.main(words) == 1
-    last = capfd.readouterr().err.splitlines()[-1]
-    assert last.startswith("fedloom: bad failed: ")
-    assert ("this method is broken" if "raise" in how else "its process was ended with code 3") in last
+    wrong = {"bad": "raise ValueError('this method is broken')", "dies": "os._exit(3)"}
+    for name, how in wrong.items():
+        Path(f"{name}.py").write_text(RECIPE.format(name=name, how=how))
+    words = ["compare", "bad.py", "dies.py", "lora", *small(place / "data"), "--out", "c"]
+    assert cli.main([*words, "--jobs", "2"]) == 1
+    bad, dies = sorted(capfd.readouterr().err.splitlines()[-2:])
+    assert bad.startswith("fedloom: bad failed: ") and "this method is broken" in bad
+    assert dies.startswith("fedloom: dies failed: ") and "its process was ended with code 3" in dies
     assert [r["method"] for r in json.loads(Path("c/comparison.json").read_text())] == ["lora"]
-    assert "bad" in json.loads(Path("c/summary.json").read_text())["failed"]
-    Path("bad.py").write_text(RECIPE.format(how="return (yield from FedAvg.round(self, state, pool))"))
+    assert json.loads(Path("c/summary.json").read_text())["failed"].keys() == wrong.keys()
+    for name in wrong:
+        Path(f"{name}.py").write_text(RECIPE.format(name=name, how="return (yield from FedAvg.round(self, state, pool))"))
     assert cli.main(words) == 0
-    assert [r["method"] for r in json.loads(Path("c/comparison.json").read_text())] == ["bad", "lora"]
+    assert [r["method"] for r in json.loads(Path("c/comparison.json").read_text())] == ["bad", "dies", "lora"]
 
 
 def test_a_rate_that_diverges_is_no_failure_of_a_search(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,12 +232,10 @@ def test_stopped_it_ends_its_processes_and_the_same_command_goes_on(place: Path,
         "40",
         "--evaluate-every",
         "0",
-        "--jobs",
-        "2",
         "--out",
         str(out),
     ]
-    process = command(words)
+    process = command([*words, "--jobs", "2"])
 
     def lines(name: str) -> list[str]:
         path = out / name / "rounds.jsonl"

@@ -24,15 +24,6 @@ def house(tmp_path: Path) -> Path:
 MINUS = Mutant("minus", "adds by subtracting", "arithmetic.py", "a + b", "a - b", ("tests/test_good.py",))
 
 
-def test_a_corruption_that_a_test_sees_is_killed(house: Path) -> None:
-    assert judge(MINUS, house).verdict == "killed"
-    assert "a + b" in (house / "src" / "arithmetic.py").read_text(), "the tree itself must stay as it was"
-
-
-def test_a_corruption_that_no_test_sees_survives(house: Path) -> None:
-    assert judge(dataclasses.replace(MINUS, tests=("tests/test_blind.py",)), house).verdict == "SURVIVED"
-
-
 def test_tests_that_do_not_exist_kill_nothing(house: Path) -> None:
     assert judge(dataclasses.replace(MINUS, tests=("tests/test_gone.py",)), house).verdict == "CANNOT RUN"
 
@@ -45,6 +36,7 @@ def test_a_campaign_fails_on_a_survivor_and_says_who(house: Path, capsys: pytest
     assert "unseen: adds by subtracting" in printed
     assert "1 of 2 killed" in printed
     assert campaign([MINUS], house, jobs=1) == 0
+    assert "a + b" in (house / "src" / "arithmetic.py").read_text(), "the tree itself must stay as it was"
 
 
 def test_a_campaign_fails_where_the_tests_were_red_before(house: Path, capsys: pytest.CaptureFixture[str]) -> None:

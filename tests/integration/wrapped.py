@@ -4,6 +4,7 @@
 
 The command runs as it is, but for the points below. ``FOLDER/order`` says what is to go wrong there, and nothing does while it is empty
 or away; ``FOLDER/until`` lets a server go on to that round and no further (there is none: it goes on).
+``LEFT_OUT`` in the environment says for how many seconds a server leaves out at first who has failed.
 
 A server: ``aggregating`` kills it (signal 9) between the first and the second update of an average, ``row`` after a round's row was
 written and before its checkpoint, ``index`` between the checkpoint's tensors and the index that names them.
@@ -32,6 +33,7 @@ import torch
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedloom import cli, wire
+from fedloom.engines import federation
 from fedloom.engines.resident import Resident
 from fedloom.engines.wrap import scaled
 from fedloom.messages import Failure, Task, Update
@@ -113,6 +115,7 @@ def kill(number: int) -> None:
 
 def wrap_server(ordered: Ordered) -> None:
     """The points of a server."""
+    federation.FIRST = float(os.environ.get("LEFT_OUT", federation.FIRST))
     take, save, write = Average.take, checkpoint.save, checkpoint.write_atomically
 
     def taken(average: Average, update: Update) -> Update:

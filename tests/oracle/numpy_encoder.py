@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import erf
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -46,10 +47,11 @@ class Forward(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """Per example, not averaged: tensors[name] (B, *shape) = ∂ℓ_i/∂tensor; embeddings (B, L, H) = ∂ℓ_i/∂E_i."""
+    """Per example, not averaged: tensors[name] (B, *shape) = ∂ℓ_i/∂tensor; embeddings (B, L, H) = ∂ℓ_i/∂E_i. loss: as forward has it."""
 
     tensors: dict[str, np.ndarray]
     embeddings: np.ndarray
+    loss: float
 
 
 def pad(examples: Sequence[Example], pad_id: int = 0) -> Batch:
@@ -110,11 +112,12 @@ class Encoder:
         """
         answer, run = self._run(tensors, batch, embeddings, offset)
         at_embeddings = run.classify_back(answer.logits + offset, batch.labels)
-        return Backward({name: run.found[canonical(name)] for name in tensors}, at_embeddings)
+        return Backward({name: run.found[canonical(name)] for name in tensors}, at_embeddings, answer.loss)
 
     def _run(self, tensors: Tensors, batch: Batch, embeddings: np.ndarray | None, offset: float | np.ndarray) -> tuple[Forward, _Pass]:
         own = {canonical(name): np.asarray(tensor, np.float64) for name, tensor in tensors.items()}
-        run = _Pass({**self.weights, **own}, self.heads, self.scaling, self.eps, self.layers, batch.mask, self.skipped)
+        wanted = frozenset(own)
+        run = _Pass({**self.weights, **own}, wanted, self.heads, self.scaling, self.eps, self.layers, batch.mask, self.skipped)
         logits, layers = run.classify(self.embed(batch) if embeddings is None else embeddings, batch.segments)
         seen = logits + offset
         top = seen.max(1, keepdims=True)
@@ -125,9 +128,11 @@ class Encoder:
 
 @dataclass
 class _Pass:
-    """One forward pass that remembers what its derivative needs (``seen``), and the gradients found so far (``found``)."""
+    """One forward pass that remembers what its derivative needs (``seen``), and the gradients of what is ``wanted`` found so far
+    (``found``)."""
 
     w: Tensors
+    wanted: frozenset[str]
     heads: int
     scaling: float
     eps: float
@@ -147,8 +152,10 @@ class _Pass:
 
     def linear_back(self, at: str, dy: np.ndarray) -> np.ndarray:
         (x,) = self.seen[at]
-        self.found[f"{at}.weight"] = np.einsum("blo,bli->boi", dy, x)
-        self.found[f"{at}.bias"] = dy.sum(1)
+        if f"{at}.weight" in self.wanted:
+            self.found[f"{at}.weight"] = np.einsum("blo,bli->boi", dy, x)
+        if f"{at}.bias" in self.wanted:
+            self.found[f"{at}.bias"] = dy.sum(1)
         dx = dy @ self.w[f"{at}.weight"]
         if f"{at}.lora_A.weight" in self.w:
             a, b = self.w[f"{at}.lora_A.weight"], self.w[f"{at}.lora_B.weight"]
@@ -172,7 +179,7 @@ class _Pass:
 
     def gelu(self, at: str, x: np.ndarray) -> np.ndarray:
         """x·Φ(x) with the exact normal distribution function."""
-        phi = 0.5 * (1 + np.array([math.erf(z) for z in x.ravel() / math.sqrt(2)]).reshape(x.shape))
+        phi = 0.5 * (1 + erf(x / math.sqrt(2)))
         self.seen[at] = (x, phi)
         return x * phi
 

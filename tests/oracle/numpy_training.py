@@ -75,10 +75,10 @@ def train(
         # "cosine within a turn": SGDR's eq. 5 with η_min = 0, T_cur counted from 0
         now_rule = replace(rule, lr=rule.lr * (1 + math.cos(math.pi * (step - 1) / len(batches))) / 2) if rule.cosine else rule
         chosen = pad([examples[i] for i in batch])
-        losses.append(encoder.forward(now, chosen, offset=offset).loss)
-        gradients = encoder.backward(now, chosen, offset=offset).tensors
+        back = encoder.backward(now, chosen, offset=offset)
+        losses.append(back.loss)
         # "Masked-out rows of B get no update". Read as: their gradient is gone before the norm is taken for clipping.
-        pulled = {n: gradients[n].mean(0) + (pull * (now[n] - towards[n]) if towards else 0.0) for n in trained}
+        pulled = {n: back.tensors[n].mean(0) + (pull * (now[n] - towards[n]) if towards else 0.0) for n in trained}
         masked = {n: pulled[n] * masks.get(n, 1.0) for n in trained}
         for n, g in clip_to(masked, rule.clip).items():
             if undecided is not None and step == 1:

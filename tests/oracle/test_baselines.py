@@ -25,6 +25,8 @@ from tests.oracle.numpy_encoder import Tensors, pad
 from tests.oracle.numpy_fibecfed import is_lora
 from tests.oracle.numpy_training import aggregate, payload, train
 
+pytestmark = pytest.mark.no_cover
+
 COHORTS = tuple(uniform(real.POOL, t) for t in range(real.POOL.rounds))
 EVERYBODY = real.POOL.clients
 

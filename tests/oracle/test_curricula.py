@@ -32,6 +32,8 @@ from tests.oracle.numpy_encoder import Example, Tensors
 from tests.oracle.numpy_fibecfed import batch_order, difficulty, fraction, is_lora, open_batches, sample_order
 from tests.oracle.numpy_training import aggregate, train
 
+pytestmark = pytest.mark.no_cover
+
 POOL = Pool((0, 1, 2, 3), 3, 4, 8)
 COHORTS = tuple(uniform(POOL, t) for t in range(POOL.rounds))
 FIRST = {k: next(t for t, cohort in enumerate(COHORTS) if k in cohort) for k in POOL.clients}

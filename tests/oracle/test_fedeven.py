@@ -15,6 +15,8 @@ from tests.oracle import real
 from tests.oracle.numpy_training import aggregate, train
 from tests.oracle.test_baselines import COHORTS, EVERYBODY, epochs, kinds, logits
 
+pytestmark = pytest.mark.no_cover
+
 SMOOTHING = 0.5
 
 

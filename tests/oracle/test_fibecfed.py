@@ -242,15 +242,15 @@ def test_masked_rows_of_b_stay_exactly_zero(case: Case) -> None:
             assert all((tensor != 0).all() for name, tensor in update.tensors.items() if ".lora_B." in name)
 
 
+@cache
+def counted(trained: frozenset[str], length: int, few: tuple[tuple[str, int], ...]) -> int:
+    """Operations of one step on one text of that length, of ``few`` tensors these rows alone."""
+    return Flops(real.model())._count(trained, length, dict(few))
+
+
 @every_case
 def test_masked_rows_take_no_storage_no_optimiser_state_and_no_products(case: Case) -> None:
     """The saving must be real: masked rows take no optimiser state, no upload, no storage; device time counts what was done."""
-    flops = Flops(real.model())
-
-    @cache
-    def counted(trained: frozenset[str], length: int, few: tuple[tuple[str, int], ...]) -> int:
-        return flops._count(trained, length, dict(few))
-
     for t, exchange in enumerate(case.made.asked("train")):
         for k in exchange.up:
             ((fit, fitted),) = [(item, result) for item, result in exchange.work[k] if isinstance(item, Fit)]

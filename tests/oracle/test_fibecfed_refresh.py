@@ -19,6 +19,8 @@ from fedloom.tensors import nbytes, packed
 from tests.oracle import numpy_fibecfed as numpy
 from tests.oracle import real
 
+pytestmark = pytest.mark.no_cover
+
 POOL = Pool(real.POOL.clients, 3, 6, 8)
 EVERY, RHO = 2, 0.8
 METHOD = FibecFed(real.INNER, Curriculum(head_rounds=1), Gal(0.5, rho=RHO, norm="norms", refresh=EVERY), keep=0.4)

@@ -37,6 +37,8 @@ from tests.oracle.numpy_fibecfed import is_lora, layer_of
 from tests.oracle.numpy_training import aggregate, payload, train
 from tests.oracle.test_baselines import COHORTS, EVERYBODY, averaged, epochs, kinds, logits
 
+pytestmark = pytest.mark.no_cover
+
 Arrays = dict[str, np.ndarray]
 
 

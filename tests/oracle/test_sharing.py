@@ -22,6 +22,8 @@ from tests.oracle.numpy_fibecfed import choose_gal, combine, sensitivity, shared
 from tests.oracle.test_baselines import epochs, kinds
 from tests.oracle.test_rivals import assert_predicts, assert_travels, is_a, mean_of, part, trained
 
+pytestmark = pytest.mark.no_cover
+
 Arrays = dict[str, np.ndarray]
 METHOD: Any = real.INNER
 POOL = Pool((0, 1, 2, 3), 2, 2, 3, sharing=Sharing(0.5))

@@ -66,7 +66,7 @@ def test_pairs_of_a_lower_rank_cost_what_their_directions_do(rank: int) -> None:
     assert float(few.step(names, 9, rank=4)) == pytest.approx(float(flops.step(names, 9)), rel=1e-9) or rank == 1, "a higher one too"
 
 
-@pytest.mark.parametrize("length", [3, 11, 13, 30])
+@pytest.mark.parametrize("length", [11, 30])
 @pytest.mark.parametrize("what", ["forward", "all", "factors", "last layer"])
 def test_the_polynomial_reproduces_a_length_that_was_not_counted(length: int, what: str) -> None:
     names = {

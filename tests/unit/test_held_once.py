@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,10 @@ LOW = torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
-def only_what_comes() -> Iterator[None]:
+def only_what_comes() -> None:
     """What was there before a test is neither counted nor looked through."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def live() -> int:
