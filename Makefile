@@ -39,9 +39,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 setup: $(STAMP) ## make .venv from constraints.txt, with .venv/bin/fedloom (about 2 minutes the first time, then nothing)
 
-demo: $(STAMP) ## plain federated LoRA against FibecFed on 100 devices holding TREC questions (4 to 8 minutes)
+demo: $(STAMP) ## plain federated LoRA against FibecFed on 100 devices holding TREC questions (2 to 8 minutes)
 	@echo "demo: $(DEMO_METHODS), each federated over 100 simulated devices that hold real questions (TREC, six classes),"
-	@echo "demo: a real 22M-parameter encoder, 10 devices a round. 4 to 8 minutes on two cores, by their speed. Stop it and run it again: it resumes."
+	@echo "demo: a real 22M-parameter encoder, 10 devices a round. 2 to 8 minutes on two cores, by their speed. Stop it and run it again: it resumes."
 	$(BIN)/fedloom compare $(DEMO_METHODS) $(DEMO_OPTIONS) --out $(DEMO_OUT)
 	@echo "demo: the report, with its plots: $(abspath $(DEMO_OUT))/report.html"
 
