@@ -1,4 +1,4 @@
-"""Kill −9 at a random moment loses at most the round in progress, and a run that was killed ten times in a row ends bit-identical."""
+"""Kill −9 at a random moment loses no round that was written, and a run that was killed ten times in a row ends bit-identical."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def describe(experiment: Experiment) -> Description:
 
     Raises:
         ExperimentError: a model whose files say that it cannot fit; nothing of it is loaded then.
-        DataError, ModelError, AdapterError: as for a run.
+        DataError, ModelError, TextError, AdapterError: as for a run.
     """
     if (before := sizes_before(experiment)) is not None:
         insist_on_room(before, experiment)

@@ -46,7 +46,7 @@ def built(order: Mapping[str, Any]) -> World:
 
     Raises:
         ExperimentError: the order's experiment is not what it was where it was written.
-        DataError, ModelError, AdapterError: whatever is wrong, with the mend.
+        DataError, ModelError, TextError, AdapterError: whatever is wrong, with the mend.
     """
     from fedloom.data.tasks import DataError
     from fedloom.run.world import build

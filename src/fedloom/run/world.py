@@ -251,7 +251,7 @@ def build(experiment: Experiment) -> World:
     """Load everything.
 
     Raises:
-        DataError, ModelError, AdapterError: whatever is wrong, with the mend.
+        DataError, ModelError, TextError, AdapterError: whatever is wrong, with the mend.
     """
     e = experiment
     if e.engine.threads:
@@ -338,7 +338,7 @@ def build_far(experiment: Experiment, far: Far) -> World:
     """Load what the server of a real federation has: the model, and data of its own for classes, choosing and telling.
 
     Raises:
-        DataError, ModelError, AdapterError: whatever is wrong, with the mend.
+        DataError, ModelError, TextError, AdapterError: whatever is wrong, with the mend.
     """
     e = experiment
     source = read_source(e)

@@ -143,7 +143,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     """The host of the order, and what the device says of itself.
 
     Raises:
-        ExperimentError, DataError, ModelError, AdapterError: whatever is wrong, with the mend.
+        ExperimentError, DataError, ModelError, TextError, AdapterError: whatever is wrong, with the mend.
         DiskError: the start of the model could not be written.
     """
     import torch
