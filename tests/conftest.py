@@ -1,8 +1,9 @@
 """What every test has: offline, one thread, an empty cache, the same Hypothesis examples each run, and a marker from its folder.
+Whatever tests put into the system's temporary folder goes with them.
 
-Watching which lines a test reaches makes it take more than a quarter longer. Files that hold one law for every method, kind or size go
-without (``no_cover``), and so do those of whole commands and of methods whose every round another watched file plays: the coverage that is
-asked for is that of all the others.
+Watching which lines a test reaches makes Python take half as long again, in libraries too. Files that hold one law for every method, kind
+or size go without (``no_cover``), and so do those of whole commands, of statistics and pages, and of methods whose every round another
+watched file plays: the coverage that is asked for is that of all the others.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the folder of the process that started them
-    os.environ["FEDLOOM_CACHE"] = tempfile.mkdtemp(prefix="fedloom-tests-cache-")
-    atexit.register(shutil.rmtree, os.environ["FEDLOOM_CACHE"], ignore_errors=True)
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # where pytest keeps the files of its last three runs
+    tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="fedloom-tests-")
+    os.environ["FEDLOOM_CACHE"] = os.path.join(tempfile.tempdir, "cache")
+    atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
 import pytest
 import torch

@@ -22,6 +22,8 @@ from bench.job import experiment, export
 from bench.peers import environment
 from bench.peers.environment import NotInstalled, python_of
 
+pytestmark = pytest.mark.no_cover
+
 BY_TRAINER = RIVALS[4]
 """The research script as its users run it."""
 

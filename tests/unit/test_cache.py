@@ -153,7 +153,7 @@ def test_where_the_folder_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 def test_the_tests_have_a_cache_of_their_own() -> None:
-    assert folder().name.startswith("fedloom-tests-cache-")
+    assert folder().parent.name.startswith("fedloom-tests-")
     code = "from fedloom import cache; print(cache.folder())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == str(folder())
 

@@ -19,6 +19,8 @@ from fedloom.run.pages.spent import spent
 from fedloom.run.reading import label_runs, read
 from tests.unit.run_folder import CLASSES, counts_of, rows_of, write_run
 
+pytestmark = pytest.mark.no_cover
+
 FACTS = {"gal": [0, 1, 3], "layer_scores": [0.1, 0.2, 0.5, 0.3], "pacing": [0.6, 0.8, 1.0], "scored": "after a head warm-up"}
 
 

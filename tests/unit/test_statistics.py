@@ -10,6 +10,8 @@ from fedloom.run.comparison import statistics
 from fedloom.run.comparison.statistics import Bootstrap, mean_rank, ranks, resampled, spread, tallies, tallies_of
 from fedloom.seeds import derive
 
+pytestmark = pytest.mark.no_cover
+
 CLASSES = 3
 DEVICES = 9
 SCORES = {

@@ -23,6 +23,8 @@ from fedloom.run.pages.report import write_report
 from fedloom.run.reading import read
 from tests.unit.run_folder import write_run
 
+pytestmark = pytest.mark.no_cover
+
 SEEDS = (1, 2)
 PLAN = Plan(Experiment(FedAvg(), clients=3, cohort=3, rounds=10), {"lora": FedAvg(), "local": Local()}, ("trec",), (1.0,), SEEDS)
 
