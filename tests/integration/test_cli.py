@@ -18,9 +18,11 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedloom import cli
+from fedloom.client.elsewhere import Elsewhere
+from fedloom.run import checkpoint
 from fedloom.run.export import predictor_of, whole
 from fedloom.run.recipes import experiment_in
-from fedloom.run.world import build
+from fedloom.run.world import build, store_in
 from tests import tiny
 
 pytestmark = pytest.mark.no_cover
@@ -261,6 +263,32 @@ def test_two_devices_export_two_models(ended: Path) -> None:
     for client in (0, 5):
         assert cli.main(["export", str(ended / "lora-prior"), f"out{client}", "--client", str(client)]) == 0
     assert hashes(Path("out0"))["adapter_model.safetensors"] != hashes(Path("out5"))["adapter_model.safetensors"]
+
+
+def served(folder: Path) -> Path:
+    """The run as the server of a real federation would have it: its devices' states are names there, and nothing behind them."""
+    store, names = store_in(folder), Elsewhere()
+    saved = checkpoint.load(folder, store)
+    assert saved is not None
+    for client, name in store.commit().items():
+        names.take(int(client), name)
+    shutil.rmtree(folder / "checkpoints/clients", ignore_errors=True)
+    checkpoint.save(folder, saved, names)
+    return folder
+
+
+def test_of_a_servers_run_the_shared_model_is_exported_and_what_devices_keep_is_refused(
+    ended: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["export", str(ended / "fibecfed"), "before"]) == 0
+    place = str(served(ended / "fibecfed"))
+    assert cli.main(["export", place, "after"]) == 0
+    before, after = (hashes(Path(name))["adapter_model.safetensors"] for name in ("before", "after"))
+    assert before == after
+    refused(capsys, ["export", place, "new", "--client", "0"], "is a server's", "leave --client out")
+    refused(capsys, ["evaluate", place], "is a server's", "only they can predict again")
+    refused(capsys, ["export", str(served(ended / "local")), "new"], "no global model", "keeps it")
+    assert not Path("new").exists()
 
 
 # ---- what is odd but must work ------------------------------------------------------------------------------------------------

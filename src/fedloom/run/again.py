@@ -48,9 +48,14 @@ def evaluate_again(experiment: Experiment, folder: Path, kind: type[Any] | None 
     """Both protocols at the last completed round of the run in ``folder``; ``kind``: as that method instead.
 
     Raises:
-        CheckpointError: no completed round, a corrupt checkpoint, or other data than the run had.
+        CheckpointError: no completed round, a corrupt checkpoint, other data than the run had, or a server's run.
         ExperimentError: a method that cannot use what was trained.
     """
+    if checkpoint.is_served(folder):
+        raise CheckpointError(
+            f"{folder} is a server's: its devices have their data and states, and only they can predict again. What they told is in "
+            "results.json; 'fedloom export' gives the shared model"
+        )
     other = _as_method(experiment, kind) if kind and kind is not type(experiment.method) else None
     with checkpoint.only_one(folder, reading=True), TemporaryDirectory(prefix="fedloom-") as aside:
         store = store_in(folder, Path(aside))

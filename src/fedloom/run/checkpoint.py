@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import torch
 
-from fedloom.client.elsewhere import Store
+from fedloom.client.elsewhere import Elsewhere, Store
 from fedloom.client.store import ClientStore, StoreError, flush
 from fedloom.messages import Tensors
 from fedloom.methods.method import State
@@ -91,6 +91,7 @@ def save(folder: Path, saved: Saved, store: Store) -> Saved:
         "clients": store.commit(),
         "totals": saved.totals,
         "data": saved.data,
+        **({"elsewhere": True} if isinstance(store, Elsewhere) else {}),
         **({"model": saved.model, "names": list(saved.names)} if saved.model else {}),
     }
     if saved.late is not None:
@@ -132,11 +133,21 @@ def told_at_the_end(path: Path) -> dict[str, Any]:
 
 def data_of(folder: Path) -> str | None:
     """The fingerprint of the data that the last completed round was made with; None if there is none, or it cannot be read."""
+    found = _said(folder, "data")
+    return found if isinstance(found, str) else None
+
+
+def is_served(folder: Path) -> bool:
+    """Whether the run is a real federation's, of which the server has this folder: states and data of devices lie with them."""
+    return _said(folder, "elsewhere") is True
+
+
+def _said(folder: Path, what: str) -> object:
+    """One entry of the last completed round; None if there is none, or it cannot be read."""
     try:
-        found = json.loads((folder / "checkpoints" / LATEST).read_text(encoding="utf-8"))["data"]
+        return json.loads((folder / "checkpoints" / LATEST).read_text(encoding="utf-8"))[what]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return found if isinstance(found, str) else None
 
 
 def load(folder: Path, store: Store) -> Saved | None:

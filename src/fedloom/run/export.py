@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from fedloom.client.elsewhere import Elsewhere
 from fedloom.data.labels import some
 from fedloom.data.tasks import Classification
 from fedloom.folders import whole_or_gone
@@ -23,7 +24,7 @@ from fedloom.run import checkpoint
 from fedloom.run.experiment import Experiment
 from fedloom.run.personal import personal
 from fedloom.run.starting import stand_at, start_of
-from fedloom.run.world import World, build, model_of, store_in
+from fedloom.run.world import World, build, build_far, model_of, store_in
 from fedloom.tensors import without
 
 log = logging.getLogger("fedloom")
@@ -89,11 +90,14 @@ def predictor_of(world: World, folder: Path, client: int | None) -> Predictor:
     """The model that the run's last completed round holds: the global one, or that of a device.
 
     Raises:
-        ExportError: no such device, a method without a global model, or data that call the outputs otherwise than the run's did.
+        ExportError: no such device, or one that keeps its own; a method without a global model; or data that call the outputs otherwise
+            than the run's did.
         CheckpointError: LoRA's start was another model's.
     """
-    method, store, named = world.experiment.method, store_in(folder), world.outputs
-    saved = checkpoint.load(folder, store)
+    method, store, named, served = world.experiment.method, store_in(folder), world.outputs, checkpoint.is_served(folder)
+    if served and client is not None:
+        raise ExportError(f"{folder} is a server's, and what device {client} has of its own lies with it; leave --client out")
+    saved = checkpoint.load(folder, Elsewhere() if served else store)
     if saved is None:
         raise ExportError(f"{folder} holds no completed round yet; run it first")
     if said := stand_at(world.model, saved.start, folder, saved.model):
@@ -107,9 +111,8 @@ def predictor_of(world: World, folder: Path, client: int | None) -> Predictor:
     if client is None:
         assembled = method.assembled(saved.state)
         if assembled is None:
-            raise ExportError(
-                f"method '{world.experiment.method_name}' has no global model; give --client 0 to {world.experiment.clients - 1}"
-            )
+            mend = "each device has its own, and keeps it" if served else f"give --client 0 to {world.experiment.clients - 1}"
+            raise ExportError(f"method '{world.experiment.method_name}' has no global model; {mend}")
         return Predictor(assembled)
     if not 0 <= client < world.experiment.clients:
         raise ExportError(f"no device {client}; the run has 0 to {world.experiment.clients - 1}")
@@ -133,7 +136,7 @@ def export(experiment: Experiment, folder: Path, out: Path, client: int | None =
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} exists and is not an empty folder; nothing was overwritten. Give a new folder")
-    world = build(experiment)
+    world = build_far(experiment) if checkpoint.is_served(folder) else build(experiment)
     merge = merge or saved_as(world.model.module) == "model"
     found = predictor_of(world, folder, client)
     tensors = whole(world.model, found.tensors)

@@ -334,8 +334,9 @@ def not_to_be_cut(model: Model) -> str | None:
     return None
 
 
-def build_far(experiment: Experiment, far: Far) -> World:
-    """Load what the server of a real federation has: the model, and data of its own for classes, choosing and telling.
+def build_far(experiment: Experiment, far: Far | None = None) -> World:
+    """Load what the server of a real federation has: the model, and data of its own for classes, choosing and telling. Without ``far`` no
+    device is asked anything: only what the server has is of interest.
 
     Raises:
         DataError, ModelError, TextError, AdapterError: whatever is wrong, with the mend.
