@@ -15,7 +15,7 @@ BENCH_OPTIONS ?=
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 SOURCE := src/fedloom
-FLOORS_0_TO_3 := $(SOURCE)/messages.py,$(SOURCE)/encodings.py,$(SOURCE)/tensors.py,$(SOURCE)/seeds.py,$(SOURCE)/wire.py,$(SOURCE)/data/*,$(SOURCE)/model/*,$(SOURCE)/server/*,$(SOURCE)/client/*,$(SOURCE)/compute/*,$(SOURCE)/methods/*,$(SOURCE)/engines/*
+FLOORS_0_TO_3 := $(SOURCE)/messages.py,$(SOURCE)/encodings.py,$(SOURCE)/tensors.py,$(SOURCE)/seeds.py,$(SOURCE)/wire.py,$(SOURCE)/fleet.py,$(SOURCE)/cache.py,$(SOURCE)/finding.py,$(SOURCE)/folders.py,$(SOURCE)/hub.py,$(SOURCE)/native/*,$(SOURCE)/data/*,$(SOURCE)/model/*,$(SOURCE)/server/*,$(SOURCE)/client/*,$(SOURCE)/compute/*,$(SOURCE)/methods/*,$(SOURCE)/engines/*
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test unit check format docs mutants bench bench-gpu clean

@@ -1,6 +1,6 @@
 """The bench: measure the figures one after another, each in a process of its own, and say what came out.
 
-    python bench/run.py                                     all figures (at most 20 minutes on two cores once the peers' environments exist)
+    python bench/run.py                                     all figures (20 to 35 minutes on two cores once the peers' environments exist)
     python bench/run.py echo scaling                        only these; others keep what they have in results.json
     python bench/run.py --gpu                               those that need an accelerator
     python bench/run.py throughput --bf16                   in bf16 also on a processor without bfloat16 instructions; slow

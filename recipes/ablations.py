@@ -8,9 +8,11 @@
     python recipes/ablations.py parts --data FOLDER          on another data set than TREC
     python recipes/ablations.py --list                       what there is
 
-Each makes a folder under --out with the tables and the report of a comparison (comparison.md, report.html). The learning rate is the one
-that the core table's search found for FibecFed and MiniLM on TREC (docs/results.md); it is not searched again, so another model or data
-set may want another: --lr. Stop it and run it again: finished runs are used as they are.
+Each makes a folder under --out with the tables and the report of a comparison (comparison.md, report.html). Where parts of FibecFed are
+changed the learning rate is the one that the core table's search found for it and MiniLM on TREC (docs/results.md), for plain LoRA beside
+it too, whose own is lower: it is not searched again, so another model or data set may want another, --lr. Where skew, devices, cohort,
+model or head are changed, each method's rate is searched anew in each, among the core table's three, on validation; --lr takes one for all.
+Stop it and run it again: finished runs are used as they are.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from core import TABLE as CORE
 from places import place, refusing
 
 from fedloom.client.curricula.everything import Everything
@@ -38,6 +41,12 @@ OPEN = Curriculum(start=1.0)
 """Everything is open from the start, easy batches first; the head is warmed up and the batches stay as they were cut."""
 OFF = replace(OPEN, granularity="unsorted")
 """Nor is anything sorted: all that is left of the curriculum is what comes before it, the head's warm-up and one cut for ever."""
+
+
+RATE = 8e-3
+"""FibecFed's, by the core table's search on TREC."""
+GRID = tuple(map(float, CORE.rates))
+"""The core table's."""
 
 
 def variants(**changes: Mapping[str, Any]) -> dict[str, FibecFed]:
@@ -104,7 +113,7 @@ def main() -> int:
     parser.add_argument("--data", default=SHAPE.data, help=f"the data set, as for fedloom run (default: {SHAPE.data})")
     parser.add_argument("--alpha", type=float, default=0.1, help="label skew, where it is not varied (default: 0.1)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--lr", type=float, default=8e-3)
+    parser.add_argument("--lr", type=float, help=f"the rate of every method (default: {RATE}, of settings each method's best of {GRID})")
     parser.add_argument("--model", default="", help="the model, a folder or a name, of 'model' and 'head'")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--out", type=Path, help="where they go (default: runs/ablations, with another data set, alpha or rate behind it)")
@@ -139,7 +148,8 @@ def _carried_out(given: argparse.Namespace, changes: Mapping[str, Mapping[str, M
             todo = {f"{within}/{value}": ({"lora": FedAvg(), "fibecfed": WHOLE}, change) for value, change in changes[name].items()}
         for where, (methods, change) in todo.items():
             base = replace(SHAPE, **{"data": given.data, "alpha": given.alpha, **change})
-            plan = Plan(base, methods, (base.data,), (base.alpha,), tuple(given.seeds), (given.lr,))
+            rates = (given.lr,) if given.lr is not None else (RATE,) if name in VARIANTS else GRID
+            plan = Plan(base, methods, (base.data,), (base.alpha,), tuple(given.seeds), rates)
             reference = "lora" if "lora" in methods else "fibecfed"
             ended = compare(plan, out / where, given.jobs, reference=reference)
             failed += len(ended.failed)

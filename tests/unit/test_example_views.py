@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
-from fedloom.data.examples import Examples
+from fedloom.data.examples import Examples, flat
+from tests.tiny import folder
 
 IDS = [[11, 12, 13], [21], [31, 32], [41, 42, 43, 44]]
 SEGMENTS = [[0, 0, 1], [0], [0, 1], [0, 1, 1, 1]]
@@ -66,6 +70,28 @@ def test_a_text_is_cut_to_its_first_tokens_and_its_last() -> None:
     assert cut.pad(np.array([0]), pad_id=0).segments.tolist() == [[0, 0, 1]]
     assert texts(store().truncated(2)) == [[11, 13], [21], [31, 32], [41, 44]]
     assert [store().truncated(2).pad(np.array([i]), pad_id=0).segments[0].tolist() for i in range(4)] == [[0, 1], [0], [0, 1], [0, 1]]
+
+
+def test_a_pair_is_cut_as_the_tokenizer_cuts_it() -> None:
+    """Where it tells the two texts apart; else a pair is one text. At 2 tokens there are the first and the last."""
+    tokenizer = AutoTokenizer.from_pretrained(folder())
+    rng = np.random.default_rng(1)
+    lengths = [*rng.integers(1, 9, size=(30, 2)).tolist(), [1, 14], [14, 1], [6, 6], [1, 1]]
+    ones, others = ([" ".join(f"w{i}" for i in rng.integers(0, 60, size=n)) for n in of] for of in zip(*lengths, strict=True))
+    whole_or_cut = partial(tokenizer, ones, others, return_token_type_ids=True)
+    whole = whole_or_cut()
+    examples = Examples.over(flat(whole["input_ids"], whole["token_type_ids"]), [0] * len(ones), pairs=True)
+    shuffled = rng.permutation(len(ones))
+    for length in range(3, 20):
+        cut, theirs = examples.subset(shuffled).truncated(length), whole_or_cut(truncation=True, max_length=length)
+        assert texts(cut) == [theirs["input_ids"][i] for i in shuffled]
+        assert [cut.pad(np.array([i]), pad_id=0).segments[0].tolist() for i in range(len(cut))] == [
+            theirs["token_type_ids"][i] for i in shuffled
+        ]
+        assert texts(cut.truncated(3)) == texts(examples.subset(shuffled).truncated(3)), "what is cut is still a pair"
+    assert texts(examples.truncated(2)) == [[ids[0], ids[-1]] for ids in whole["input_ids"]]
+    untold = Examples.over(flat(whole["input_ids"]), [0] * len(ones), pairs=True)
+    assert texts(untold.truncated(5)) == [ids if len(ids) <= 5 else [*ids[:4], ids[-1]] for ids in whole["input_ids"]]
 
 
 def test_a_view_is_cut_as_the_view_it_is() -> None:

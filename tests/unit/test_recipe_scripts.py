@@ -424,6 +424,14 @@ def test_an_ablation_is_a_comparison_in_a_folder_of_its_name(
     assert f"cohort/cohort-5: {tmp_path / 'cohort' / 'cohort-5' / 'report.html'}" in capsys.readouterr().out
 
 
+def test_where_methods_meet_in_another_setting_each_has_its_rate_searched(
+    ablations: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among those of the core table; variants of FibecFed have FibecFed's."""
+    _, asked = compared(ablations, ["parts", "skew", "--out", str(tmp_path)], {}, monkeypatch)
+    assert [plan.rates for plan, *_ in asked] == [(8e-3,), *[(5e-4, 2e-3, 8e-3)] * 3]
+
+
 def test_skews_are_those_of_their_names_whatever_alpha_is_given(
     ablations: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -539,6 +539,16 @@ def test_tokenise_encodes_each_split_in_one_pass_with_its_labels():
     assert seen == [None] * 3
 
 
+def test_tokens_know_that_their_texts_are_pairs():
+    def encode(texts, _):
+        return [[1, 2]] * len(texts), [[0, 1]] * len(texts)
+
+    single = load(datasets.Dataset.from_dict(rows(20)), seed=1)
+    assert {made.pairs for made in tokenise(source_of_pairs(), encode).values()} == {True}
+    assert {made.pairs for made in tokenise(single, encode).values()} == {False}
+    assert tokenise(source_of_pairs(), encode)["train"].subset([0]).pairs
+
+
 def test_tokens_are_remembered_by_the_texts_and_what_encodes_them(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDLOOM_CACHE", str(tmp_path))
     calls = []

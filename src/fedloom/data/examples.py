@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -42,7 +42,8 @@ class Examples:
 
     ``tokens`` (int32) and ``segments`` (int8) hold the token ids and token-type ids of all texts one after another; text j is
     ``tokens[offsets[j]:offsets[j + 1]]``. ``store_labels`` (int64) has one label per text. ``rows`` (int64, (n,)) are the
-    texts that this view shows.
+    texts that this view shows. ``pairs``: whether each is a pair of texts, of which the second one's tokens are of segment 1 where the
+    tokenizer tells the two apart.
     """
 
     tokens: np.ndarray
@@ -50,6 +51,7 @@ class Examples:
     offsets: np.ndarray
     store_labels: np.ndarray
     rows: np.ndarray
+    pairs: bool = False
 
     @staticmethod
     def of(ids: Sequence[Sequence[int]], labels: Sequence[int], segments: Sequence[Sequence[int]] | None = None) -> Examples:
@@ -63,24 +65,24 @@ class Examples:
         return Examples.over(flat(ids, segments), labels)
 
     @staticmethod
-    def over(texts: Mapping[str, np.ndarray], labels: Sequence[int]) -> Examples:
+    def over(texts: Mapping[str, np.ndarray], labels: Sequence[int], pairs: bool = False) -> Examples:
         """All of the texts that :func:`flat` packed, with one label each."""
-        return Examples(**texts, store_labels=np.asarray(labels, np.int64), rows=np.arange(len(labels), dtype=np.int64))
+        return Examples(**texts, store_labels=np.asarray(labels, np.int64), rows=np.arange(len(labels), dtype=np.int64), pairs=pairs)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def subset(self, indices: np.ndarray | Sequence[int]) -> Examples:
         """The view that shows only these positions, sharing the arrays."""
-        rows = self.rows[np.asarray(indices, np.int64)]
-        return Examples(self.tokens, self.segments, self.offsets, self.store_labels, rows)
+        return replace(self, rows=self.rows[np.asarray(indices, np.int64)])
 
     def truncated(self, length: int) -> Examples:
         """The examples with texts of at most ``length`` tokens: of a longer one the first ``length`` − 1 tokens stay, and the last.
 
         The last token is the one that tokenizers end a text with ([SEP], </s>) and that models look for; so what is left of a single
         text is what the tokenizer's own truncation leaves. Where a tokenizer ends texts with no such token, the text's last word stays
-        in its place. Of a pair the end of the second text goes first. Everything that counts tokens counts those that are left.
+        in its place. Of a pair the longer text is cut, then both alike, and each keeps its last token, as the tokenizer does it; where
+        it does not tell the two apart they are one text. Everything that counts tokens counts those that are left.
         This view itself comes back if no text is longer; otherwise the tokens of its texts (not of the whole store) are copied.
 
         Raises:
@@ -90,12 +92,28 @@ class Examples:
             raise ValueError(f"a text cannot be cut to {length} tokens; its first and its last one stay")
         if self.lengths.max(initial=0) <= length:
             return self
+        first, begin = self._of_the_first(), self.offsets[self.rows]
+        second = self.lengths - first
+        half, odd = divmod(length - 3, 2)  # of the words that stay, which three tokens are not; one more of the longer text
+        shared = np.minimum(2 + half + odd * (first > second + 1), length - 1)
+        most = np.where(second > 0, np.maximum(length - second, shared), length)
         kept = np.minimum(self.lengths, length)
+        kept_of_first = np.minimum(first, most)
+        begins, wholes, keeps = (
+            np.stack(of, axis=1).ravel() for of in ((begin, begin + first), (first, second), (kept_of_first, kept - kept_of_first))
+        )
+        within = np.arange(keeps.sum()) - np.repeat(np.cumsum(keeps) - keeps, keeps)  # position in the shorter text
+        is_last = (within == np.repeat(keeps - 1, keeps)) & ((within > 0) | np.repeat(np.arange(len(keeps)) % 2 == 1, keeps))
+        source = np.repeat(begins, keeps) + np.where(is_last, np.repeat(wholes - 1, keeps), within)
         offsets = np.concatenate([[0], np.cumsum(kept)])
-        within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], kept)  # position in the shorter text
-        is_last = within == np.repeat(kept - 1, kept)
-        source = np.repeat(self.offsets[self.rows], kept) + np.where(is_last, np.repeat(self.lengths - 1, kept), within)
-        return Examples(self.tokens[source], self.segments[source], offsets, self.labels, np.arange(len(self)))
+        return Examples(self.tokens[source], self.segments[source], offsets, self.labels, np.arange(len(self)), self.pairs)
+
+    def _of_the_first(self) -> np.ndarray:
+        """Tokens of each example that are its first text's, int64 (n,)."""
+        if not self.pairs:
+            return self.lengths
+        before = np.concatenate([[0], np.cumsum(self.segments == 0)])
+        return before[self.offsets[self.rows + 1]] - before[self.offsets[self.rows]]
 
     @property
     def labels(self) -> np.ndarray:

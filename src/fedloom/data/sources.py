@@ -242,7 +242,8 @@ def tokenise(
         labels = np.asarray(rows[source.task.label], np.int64)
         if first is not None:
             labels = np.repeat(labels, np.diff(first(texts["segments"], texts["offsets"])))
-        examples[split] = Examples.over(texts, labels.tolist())
+        pairs = isinstance(source.task, Classification) and len(source.task.texts) == 2
+        examples[split] = Examples.over(texts, labels.tolist(), pairs)
     return examples
 
 

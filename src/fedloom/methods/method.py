@@ -72,8 +72,8 @@ rests on it would be wrong in silence."""
 class Method(Protocol):
     """The protocol of a method. ``name`` is its name on the command line, ``paper`` its source.
 
-    What else it may say of itself is in :data:`SAYS`. :func:`says` reads it, of the class that it is made from too, but for the first two
-    (:data:`BY_ITSELF`).
+    What else it may say of itself is in :data:`SAYS`. :func:`says` reads it, of the class that it is made from too, but for the two of
+    :data:`BY_ITSELF`.
 
     A method that trains exactly as its field ``inner`` and only predicts otherwise may say ``trains_as_inner = True``; then what ``inner``
     trained can be evaluated as this method (``fedloom evaluate RUN --method``).

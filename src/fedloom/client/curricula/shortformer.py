@@ -9,6 +9,7 @@ Every example takes part in every round, in shuffled batches; in the first stage
 
 Deviations: a language model's first stage splits its corpus into short pieces and loses none; a piece of a labelled text has no label of
 its own, so here the rest of a text is left out (``Examples.truncated`` says what stays). The paper's stages are epochs, here rounds.
+Its authors' steps have as many tokens in both stages, so that of short texts there are more in one; here a step has as many texts.
 """
 
 from __future__ import annotations
