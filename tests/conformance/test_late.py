@@ -57,9 +57,10 @@ pytestmark = [pytest.mark.flower, pytest.mark.no_cover]
 
 DEVICES, LATE, ROUNDS = 4, 3, 3
 TOLD = [("fibecfed", "round 3/"), ("federa", ""), ("lora", ""), ("lora in part", "round 3/")]
-TOLD += [("fedeven", ""), ("fedfft", ""), ("fedbf", "")]
-"""Methods, and where the server is killed. (``fedap`` is ``lora`` over another adapter.)"""
-ALONE = ("fedfft", "fedbf")
+TOLD += [("fedeven", ""), ("fedfft", ""), ("ffa", ""), ("fedsa", "")]
+"""Methods, and where the server is killed. (``fedap`` and ``fedbf`` are ``lora`` over other kinds; ``ditto``, ``fedalt-partial`` and
+``lora-personal-head`` hand out what a device keeps as ``ffa`` and ``fedsa`` do.)"""
+ALONE = ("fedfft",)
 """Which train biases of keys: these have no gradient but rounding, which AdamW makes steps of, and rounding is as devices are stacked."""
 
 
@@ -156,6 +157,8 @@ def replayed(world: World, rows: Sequence[dict], store: ClientStore) -> tuple[St
         if row["round"] == 2 and method.name == "fibecfed":
             drive(insist([ask(method.inspect, LATE, at["inspect"])]), engine)
             drive(insist([ask(method.adopt, LATE, gal=state.facts["gal"])]), engine)
+        if row["round"] == 2 and "receive" in at:
+            drive(insist([ask(method.receive, LATE, at["receive"])]), engine)
         state = drive(one_round(method, state, first if row["round"] == 1 else all_four), engine)
     return begun, state
 
