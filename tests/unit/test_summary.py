@@ -102,6 +102,7 @@ def test_a_method_that_lacks_a_seed_has_no_cost_to_the_target_in_the_mean(tmp_pa
     lora, local = rows_of(summed(tmp_path, local=1.1, without=("local-seed2",)))
     found = local["reached"]["personalised"]
     assert (found["reached"], found["seeds"], found["device_seconds"], found["bytes_up"], found["saved"]) == (1, 2, None, None, None)
+    assert found["bytes_down"] is None
     assert found["personalising"] is None and set(found["each"]) == {"1"}
     assert reached_text(found, "device_seconds") == "1 of 2 seeds"
     assert lora["reached"]["personalised"]["device_seconds"] == 295.0
@@ -149,6 +150,7 @@ def test_the_target_is_the_references_end_seed_by_seed_or_what_is_given(tmp_path
     setup = 95.0
     assert lora["reached"]["personalised"]["device_seconds"] == setup + 10 * 20.0
     assert lora["reached"]["personalised"]["bytes_up"] == 5_000_000 + 10 * 3_000_000
+    assert lora["reached"]["personalised"]["bytes_down"] == 20_000_000 + 10 * 4_000_000
     between = summed(tmp_path / "b", target=0.775)
     told = [row["reached"]["personalised"] for row in rows_of(between)]
     assert [(t["reached"], t["device_seconds"]) for t in told] == [(0, None), (1, None)], "of two seeds one is high enough"
@@ -334,7 +336,9 @@ def test_what_is_trained_before_a_prediction_is_in_the_cost_of_the_score_once(tm
     lora, local = rows_of(summarise(PLAN, tell_personalising(tmp_path, local=1.1), lambda run: tmp_path / run.name, "lora"))
     found = local["reached"]["personalised"]
     assert (found["device_seconds"], found["personalising"], found["bytes_up"]) == (275.0, 80.0, 5_000_000 + 5 * 3_000_000)
-    assert found["each"]["1"] == {"round": 5, "device_seconds": 250.0, "bytes_up": 20_000_000, "personalising": 55.0}
+    assert found["each"]["1"] == {"round": 5, "device_seconds": 250.0, "bytes_up": 20_000_000, "bytes_down": 40_000_000} | {
+        "personalising": 55.0
+    }
     assert local["reached"]["global"]["device_seconds"] == 195.0
     assert (lora["reached"]["personalised"]["device_seconds"], lora["reached"]["personalised"]["personalising"]) == (295.0, 0.0)
     over = local["over"]["lora"]["personalised"]
@@ -434,7 +438,7 @@ def test_exact_match_is_a_mean_over_seeds_and_a_curve(tmp_path: Path) -> None:
     )
     assert track.solved["personalised"][5] == pytest.approx(0.1 / 2**0.5)
     page = write_report([tmp_path / "lora-seed1"], tmp_path / "report.html", summary).read_text()
-    assert page.count("Personalised exact match against device time") == page.count("Personalised exact match against uploads") == 1
+    assert [page.count(f"Personalised exact match against {what}") for what in ("device time", "uploads", "traffic")] == [1, 1, 1]
     assert "Global exact match" not in page, "nothing is drawn of what nobody has"
     assert page.count("Personalised exact match against rounds") == 1 and "3 of 4" in page
 

@@ -16,6 +16,7 @@ COSTS: dict[str, Any] = dict.fromkeys(
 )
 COSTS |= {"personalising_flops": 3e9, "personalising_device_seconds": 7.0}
 COSTS |= {"device_seconds": 60.0, "setup_device_seconds": 5.0, "bytes_up": 2_000_000, "setup_bytes_up": 1_000_000}
+COSTS |= {"bytes_down": 9_000_000, "setup_bytes_down": 500_000}
 
 
 def score(mean: float | None, deviation: float | None = 0.01) -> dict[str, Any]:
@@ -51,10 +52,10 @@ def lead(margin: float, time_saved: float | None) -> dict[str, Any]:
 
 BETTER = {"difference": 0.1, "low": 0.02, "high": 0.2, "p": 0.0123, "better": 2, "seeds": 2}
 WORSE = {**BETTER, "difference": -0.1, "low": -0.2, "high": -0.02, "p": 0.0004}
-REACHED: dict[str, Any] = {"device_seconds": 75.0, "bytes_up": 2_000_000, "personalising": 7.0, "reached": 2, "seeds": 2, "each": {}}
-REACHED |= {"at_start": 0, "saved": 0.25}
-HALF: dict[str, Any] = {"device_seconds": None, "bytes_up": None, "personalising": None, "reached": 1, "seeds": 2, "each": {}}
-HALF |= {"at_start": 0, "saved": None}
+REACHED: dict[str, Any] = {"device_seconds": 75.0, "bytes_up": 2_000_000, "bytes_down": 6_000_000, "personalising": 7.0}
+REACHED |= {"reached": 2, "seeds": 2, "each": {}, "at_start": 0, "saved": 0.25}
+HALF: dict[str, Any] = {"device_seconds": None, "bytes_up": None, "bytes_down": None, "personalising": None}
+HALF |= {"reached": 1, "seeds": 2, "each": {}, "at_start": 0, "saved": None}
 
 
 def summary(cases: int = 2, **more: Any) -> dict[str, Any]:
@@ -93,13 +94,14 @@ def test_the_terminal_has_scores_costs_the_search_and_mean_ranks() -> None:
     title, _, rows = tables[4]
     assert title == "r_te, α = 0.1: cost to reach what lora ends with (personalised; seed by seed; 0.2000 in the mean)"
     assert rows == [
-        ["lora", "-", "-", "-"],
-        ["my_method", "1 min 15 s", "2.0 MB", "25%"],
-        ["local", "1 of 2 seeds", "1 of 2 seeds", "-"],
+        ["lora", "-", "-", "-", "-"],
+        ["my_method", "1 min 15 s", "2.0 MB", "6.0 MB", "25%"],
+        ["local", "1 of 2 seeds", "1 of 2 seeds", "1 of 2 seeds", "-"],
     ]
-    title, _, rows = tables[5]
+    title, headers, rows = tables[5]
     assert title == "r_te, α = 0.1: cost of the whole run, and the share of the model that adapter and head are"
-    whole = ["1 min 05 s", "7.0 s", "3.0 MB"]
+    assert list(headers) == ["method", "device time", "before a\nprediction", "uploaded", "downloaded", "trained"]
+    whole = ["1 min 05 s", "7.0 s", "3.0 MB", "9.5 MB"]
     assert rows == [["lora", *whole, "-"], ["my_method", *whole, "1.23%"], ["local", *whole, "-"]]
     assert tables[8][2][0] == ["r_te, α = 0.1", "lora", "0.7500 ↓", "diverged"]
     assert tables[8][0].endswith("after the last round, seed 1 (↓: best at the lowest rate, a lower one may be better)")
@@ -138,7 +140,8 @@ def test_the_global_model_has_tables_of_its_own_where_there_is_one() -> None:
     against = tables["r_te, α = 0.1: global score against lora (paired bootstrap over devices)"]
     assert [row[:2] for row in against] == [["my_method", "-0.1000"]]
     cost = tables["r_te, α = 0.1: cost to reach what lora ends with (global; 0.5000)"]
-    assert cost == [["lora", "1 min 15 s", "2.0 MB", "-"], ["my_method", "1 min 15 s", "2.0 MB", "-50%"], ["local", "-", "-", "-"]]
+    reached = ["1 min 15 s", "2.0 MB", "6.0 MB"]
+    assert cost == [["lora", *reached, "-"], ["my_method", *reached, "-50%"], ["local", *["-"] * 4]]
     for protocol in ("personalised", "global"):
         assert any(title.endswith(f"cost to reach a {protocol} score of 0.8") for title, *_ in terminal({**told, "target": 0.8}))
 
@@ -149,7 +152,7 @@ def test_what_the_start_had_reached_is_no_achievement_and_marked() -> None:
     lora["reached"]["personalised"] = {**REACHED, "at_start": 2, "saved": None}
     mine["reached"]["personalised"] = {**REACHED, "at_start": 1, "saved": None, "personalising": None}
     title, _, rows = terminal(told)[2]
-    assert rows[:2] == [["lora", "before round 1", "before round 1", "-"], ["my_method", "1 min 15 s†‡", "2.0 MB‡", "-"]]
+    assert rows[:2] == [["lora", *["before round 1"] * 3, "-"], ["my_method", "1 min 15 s†‡", "2.0 MB‡", "6.0 MB‡", "-"]]
     assert title.endswith("which these runs do not tell; ‡: in some seeds before the first round)")
     lora["reached"]["personalised"]["personalising"] = None
     assert terminal(told)[2][2][0][1:3] == ["before round 1†", "before round 1"], "devices may have trained before they predicted"
@@ -165,10 +168,10 @@ def test_what_earlier_runs_do_not_tell_of_personalising_is_marked_and_never_a_ze
     local["reached"]["personalised"] = {key: value for key, value in REACHED.items() if key != "personalising"}
     title, headers, rows = terminal(told)[2]
     assert title.endswith("in the mean) (†: without what devices train before they predict, which these runs do not tell)")
-    assert list(headers) == ["method", "device time", "uploaded", "device time\nsaved"]
+    assert list(headers) == ["method", "device time", "uploaded", "downloaded", "device time\nsaved"]
     assert [row[1] for row in rows] == ["-", "1 min 15 s†", "1 min 15 s†"]
     assert [row[2] for row in rows] == ["-", "2.0 MB", "2.0 MB"], "nothing is sent for it"
-    assert [row[3] for row in rows] == ["-", "25%†", "25%†"]
+    assert [row[4] for row in rows] == ["-", "25%†", "25%†"]
     assert [row[2] for row in terminal(told)[3][2]] == ["7.0 s", "-", "none"]
     lines = list(csv.DictReader(io.StringIO(as_csv(told))))
     assert [line["personalising_device_seconds"] for line in lines] == ["7.0", "", "0.0"]
@@ -268,6 +271,7 @@ def test_one_case_without_a_search_has_no_table_of_either() -> None:
 def test_a_target_that_no_seed_reached_is_said() -> None:
     assert reached_text({**HALF, "reached": 0}, "bytes_up") == "not reached"
     assert reached_text(None, "bytes_up") == "-"
+    assert reached_text({key: value for key, value in REACHED.items() if key != "bytes_down"}, "bytes_down") == "-", "an earlier summary"
     assert spread_text(score(0.5, None)) == "0.5000"
     assert (p_text(0.0005), p_text(0.001), p_text(1.0)) == ("< .001", ".001", "1.000")
 
@@ -278,6 +282,8 @@ def test_csv_has_full_numbers_and_nothing_where_nothing_is_known() -> None:
     mine = lines[1]
     assert (mine["final_personalised_mean"], mine["final_global_mean"], mine["lr"], mine["seeds"]) == ("0.9", "", "0.002", "2")
     assert (mine["personalised_against_reference_p"], mine["personalised_to_target_device_seconds"]) == ("0.0123", "75.0")
+    moved = [(line["personalised_to_target_bytes_up"], line["personalised_to_target_bytes_down"]) for line in lines[:3]]
+    assert moved == [("", ""), ("2000000", "6000000"), ("", "")]
     assert (lines[2]["personalised_to_target_device_seconds"], lines[2]["personalised_to_target_reached"]) == ("", "1")
     assert (mine["personalised_to_target_saved"], mine["personalised_to_target_at_start"], mine["trained_share"]) == (
         "0.25",

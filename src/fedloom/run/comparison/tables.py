@@ -33,6 +33,7 @@ from fedloom.run.comparison.cells import (
 from fedloom.run.comparison.plan import Case, Plan
 from fedloom.run.comparison.standing import COMMONEST, PROTOCOLS
 from fedloom.run.comparison.summary import SETUP
+from fedloom.run.comparison.targets import COSTS
 from fedloom.run.terminal.console import NOTHING, human_bytes, human_seconds
 
 Summary = Mapping[str, Any]
@@ -116,16 +117,13 @@ def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
     for case in summary["cases"]:
         for p in PROTOCOLS:
             each = [(row["method"], row["reached"][p]) for row in case["rows"]]
-            rows = [[m, *(reached_text(of, key) for key in ("device_seconds", "bytes_up")), saved_text(of)] for m, of in each]
+            rows = [[m, *(reached_text(of, key) for key in COSTS), saved_text(of)] for m, of in each]
             if p == "personalised" or any(of is not None for _, of in each):
                 title = f"{case['label']}: cost to reach {goal_text(summary, case, p)}{remark(rows)}"
-                shown.append((title, ("method", "device time", "uploaded", "device time\nsaved"), rows))
-        rows = [
-            [row["method"], whole_text(row, "device_seconds"), own_text(row), whole_text(row, "bytes_up"), trained_text(row)]
-            for row in case["rows"]
-        ]
+                shown.append((title, ("method", "device time", "uploaded", "downloaded", "device time\nsaved"), rows))
+        rows = [whole_row(row) for row in case["rows"]]
         title = f"{case['label']}: cost of the whole run, and the share of the model that adapter and head are"
-        shown.append((title, ("method", "device time", "before a\nprediction", "uploaded", "trained"), rows))
+        shown.append((title, ("method", "device time", "before a\nprediction", "uploaded", "downloaded", "trained"), rows))
         if rows := [setup_row(row) for row in case["rows"] if row.get("setup")]:
             title = f"{case['label']}: set-up, and after which round it has paid for itself against plain LoRA"
             headers = ("method", "device\ntime", "FLOPs", "up", "down", "paid in\nuploads", "paid in\ndevice time")
@@ -140,6 +138,12 @@ def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
         rows = [[m, *(rank_text(ranks[p][m]) for p in PROTOCOLS)] for m in summary["methods"]]
         shown.append((f"Mean rank over {len(summary['cases'])} cases", ("method", *PROTOCOLS), rows))
     return shown
+
+
+def whole_row(row: Mapping[str, Any]) -> list[str]:
+    """A method's line in the table of what whole runs cost."""
+    seconds, up, down = (whole_text(row, key) for key in COSTS)
+    return [row["method"], seconds, own_text(row), up, down, trained_text(row)]
 
 
 def brought_row(row: Mapping[str, Any]) -> list[str]:
@@ -244,8 +248,8 @@ def as_csv(summary: Summary) -> str:
             found = unread["over"].get(row["method"]) or {}
             line |= {f"personalised_against_commonest_{key}": found.get(key) for key in ("difference", "low", "high", "p", "better")}
             for p in PROTOCOLS:
-                cost: Mapping[str, Any] = row["reached"][p] or dict.fromkeys(("device_seconds", "bytes_up", "reached"))
-                line |= {f"{p}_to_target_{key}": cost[key] for key in ("device_seconds", "bytes_up", "reached")}
+                cost: Mapping[str, Any] = row["reached"][p] or dict.fromkeys((*COSTS, "reached"))
+                line |= {f"{p}_to_target_{key}": cost[key] for key in (*COSTS, "reached")}
                 line |= {f"{p}_to_target_{key}": cost.get(key) for key in ("at_start", "saved")}
                 line |= {f"{p}_to_target_personalising_device_seconds": cost.get("personalising")} if p == "personalised" else {}
             line |= row["costs"] | {"trained_share": row.get("trained_share")}
