@@ -290,7 +290,7 @@ def test_an_answer_that_reads_no_text_stands_beside_the_methods(tmp_path: Path) 
     lines = list(csv.DictReader(io.StringIO(as_csv(summary))))
     assert [float(line["commonest_personalised_mean"]) for line in lines] == pytest.approx([0.6, 0.6])
     assert [float(line["personalised_against_commonest_difference"]) for line in lines] == pytest.approx([mine - 0.6] * 2)
-    assert r"own commonest label & 0.600 $\pm$ 0.283 & -- \\" in as_tex(summary).splitlines()
+    assert r"own commonest label & 0.600 $\pm$ 0.283 & -- & -- \\" in as_tex(summary).splitlines()
 
 
 def test_there_is_no_such_answer_where_no_label_is_predicted_or_labels_are_not_told(tmp_path: Path) -> None:

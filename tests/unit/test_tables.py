@@ -302,6 +302,7 @@ def test_csv_has_full_numbers_and_nothing_where_nothing_is_known() -> None:
         (r"a\b{c}", r"a\textbackslash{}b\{c\}"),
         ("#1 ~ x^2 $5", r"\#1 \textasciitilde{} x\textasciicircum{}2 \$5"),
         ("α < 1", r"$\alpha$ \textless{} 1"),
+        ("1 s†‡", r"1 s\dag{}\ddag{}"),
     ],
 )
 def test_latex_is_escaped(text: str, wanted: str) -> None:
@@ -311,15 +312,48 @@ def test_latex_is_escaped(text: str, wanted: str) -> None:
 def test_the_tabular_marks_the_best_of_each_column_and_what_the_interval_says() -> None:
     lines = as_tex(summary()).splitlines()
     body = [line for line in lines if line.endswith(r"\\")]
-    assert {line.count("&") for line in body[1:]} == {6}
-    assert body[0].count("multicolumn{2}") == 3
+    assert [line.count("&") for line in body[:5]] == [3, 8, 8, 8, 8]
+    assert (body[0].count("multicolumn{3}"), body[0].count("multicolumn{2}")) == (2, 1)
+    assert body[1] == r"method & " + "personalised & global & rank (global) & " * 2 + r"personalised & global \\"
     assert r"r\_te, $\alpha$ = 0.1" in body[0]
-    assert body[2].startswith(r"lora & -0.200 $\pm$ 0.010 & \textbf{-0.200 $\pm$ 0.010} & "), "the best of a column may be negative"
-    assert body[3].startswith(r"my\_method & \textbf{0.900 $\pm$ 0.010}$^{+}$ & -- & ")
-    assert body[4].startswith(r"local & -0.300 $\pm$ 0.010$^{-}$ & -- & ")
+    lora = r"lora & -0.200 $\pm$ 0.010 & \textbf{-0.200 $\pm$ 0.010} & 2 (2) & "
+    assert body[2].startswith(lora), "the best of a column may be negative"
+    assert body[3].startswith(r"my\_method & \textbf{0.900 $\pm$ 0.010}$^{+}$ & -- & 1 (-) & ")
+    assert body[4].startswith(r"local & -0.300 $\pm$ 0.010$^{-}$ & -- & 3 (-) & ")
     assert body[3].endswith(r" & 1.5 & - \\")
     columns = lines[next(i for i, line in enumerate(lines) if "begin{tabular}" in line)]
-    assert columns == r"\begin{tabular}{lrrrrrr}"
+    assert columns == r"\begin{tabular}{lrrrrrrrr}"
+
+
+def test_a_single_case_has_ranks_in_its_tabular() -> None:
+    body = [line for line in as_tex(summary(1)).splitlines() if line.endswith(r"\\")]
+    assert [line.count("&") for line in body[:5]] == [1, 3, 3, 3, 3]
+    assert [line.rsplit(" & ", 1)[1] for line in body[1:5]] == [r"rank (global) \\", r"2 (2) \\", r"1 (-) \\", r"3 (-) \\"]
+
+
+def test_a_second_tabular_has_what_it_cost_to_reach_the_target() -> None:
+    """A part for each case; of the global model only where anything of it reaches anything; marks as LaTeX sets them, and said."""
+    told = summary(2)
+    mine = told["cases"][0]["rows"][1]
+    mine["reached"]["personalised"] = {**REACHED, "at_start": 1, "personalising": None}
+    lines = as_tex(told).split("\n\n")[1].splitlines()
+    said, goals, table = lines[0], lines[1:3], lines[3:]
+    assert said.startswith("% ") and "†: without what devices train" in said and "‡: in some seeds before the first round" in said
+    assert goals == ["% r_te, α = 0.1: what lora ends with (personalised; seed by seed; 0.2000 in the mean)"] * 2
+    case = [
+        r"\multicolumn{4}{l}{r\_te, $\alpha$ = 0.1} \\",
+        r"lora & - & - & - \\",
+        r"my\_method & 1 min 15 s\dag{}\ddag{} & 2.0 MB\ddag{} & 6.0 MB\ddag{} \\",
+        r"local & 1 of 2 seeds & 1 of 2 seeds & 1 of 2 seeds \\",
+        r"\hline",
+    ]
+    head = [r"\hline", r" & \multicolumn{3}{c}{personalised} \\", r"method & device time & uploaded & downloaded \\", r"\hline"]
+    assert table == [r"\begin{tabular}{lrrr}", *head, *case, *case, r"\end{tabular}"]
+    mine["reached"]["global"] = REACHED
+    body = [line for line in as_tex(told).split("\n\n")[1].splitlines() if line.endswith(r"\\")]
+    assert body[0] == r" & \multicolumn{3}{c}{personalised} & \multicolumn{3}{c}{global} \\"
+    assert [line.count("&") for line in body] == [2, 6, *[0, 6, 6, 6] * 2]
+    assert body[4].endswith(r" & 1 min 15 s & 2.0 MB & 6.0 MB \\") and body[3].endswith(r" & - & - & - \\")
 
 
 def test_bold_is_the_highest_of_those_that_have_every_seed() -> None:
@@ -329,7 +363,7 @@ def test_bold_is_the_highest_of_those_that_have_every_seed() -> None:
     rows = told["cases"][0]["rows"]
     rows[1]["scores"]["final"] = {**rows[1]["scores"]["final"], "personalised": {**score(0.9), "count": 1}}
     rows[2]["scores"]["final"] = {**rows[2]["scores"]["final"], "personalised": {**score(-0.2), "count": 1}}
-    lora, mine, local = [line for line in as_tex(told).splitlines() if line.endswith(r"\\")][2:]
+    lora, mine, local = [line for line in as_tex(told).splitlines() if line.endswith(r"\\")][2:5]
     assert lora.startswith(r"lora & \textbf{-0.200 ") and r"my\_method & 0.900 " in mine and "textbf" not in mine + local
     for row in rows:
         for of in row["scores"]["final"].values():
@@ -361,7 +395,7 @@ def test_exact_match_has_a_table_columns_and_a_part_of_the_tabular_where_it_is_t
     ]
     assert told == [("", "", "")] * 3 + [("0.125", "0.375", "0.01"), ("0.125", "", ""), ("", "", "")]
     body = [line for line in as_tex(made).splitlines() if line.endswith(r"\\")]
-    assert body[0].count("multicolumn{2}") == 4 and body[0].count(", exact match}") == 1
-    assert {line.count("&") for line in body[1:]} == {8}
+    assert [body[0].count(f"multicolumn{{{width}}}") for width in (3, 2)] == [2, 2] and body[0].count(", exact match}") == 1
+    assert {line.count("&") for line in body[1:5]} == {10}
     assert r"& 0.250 $\pm$ 0.010 & \textbf{0.375 $\pm$ 0.010} & 2 & - \\" in body[2]
     assert r"& \textbf{0.750} & -- & " in body[3] and r"& -- & -- & " in body[4]
