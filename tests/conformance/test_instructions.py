@@ -113,7 +113,7 @@ def test_curricula_that_cut_what_is_to_be_written_are_refused(how: str) -> None:
 
 def test_a_comparison_says_which_curricula_do_not_fit_before_it_trains() -> None:
     """All of them, whichever comes first."""
-    asked = [replace(experiment(), method=resolve(how).method) for how in ("lora+slw", "lora", "lora+loss", "lora+fisher")]
+    asked = [(how, replace(experiment(), method=resolve(how).method)) for how in ("lora+slw", "lora", "lora+loss", "lora+fisher")]
     with pytest.raises(ExperimentError, match=r"nothing was started. lora\+slw: this curriculum cuts.*; lora\+loss: this curriculum sorts"):
         rehearse(asked)
     rehearse([asked[1], asked[3]])
@@ -131,7 +131,7 @@ class Broken(FedAvg):
 
 def test_a_method_that_is_broken_is_left_to_its_turn() -> None:
     """It refuses nothing: that its run fails loses no other."""
-    rehearse([experiment(), replace(experiment(), method=Broken())])
+    rehearse([("lora", experiment()), ("broken", replace(experiment(), method=Broken()))])
 
 
 @pytest.mark.parametrize("name", ["lora", "fibecfed", "fedcybgd"])

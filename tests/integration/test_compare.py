@@ -15,7 +15,13 @@ from typing import Any
 import pytest
 
 from fedloom import cli
+from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.fibecfed import FibecFed, Gal
+from fedloom.run.comparison import compare
+from fedloom.run.comparison.plan import Plan
+from fedloom.run.experiment import ExperimentError
 from tests.integration.test_cli import command, hashes, refused, small, write_data
+from tests.small import data, experiment
 
 pytestmark = pytest.mark.no_cover
 
@@ -218,6 +224,21 @@ def test_what_makes_no_sense_is_refused_before_anything_starts(
     methods = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
     asked = ["compare", "lora", "local", *methods, *small(place / "data"), *words[len(methods) :], "--out", str(tmp_path / "c")]
     refused(capsys, asked, *wanted)
+    assert not list(tmp_path.glob("c/*/*"))
+
+
+def test_of_variants_of_one_method_each_is_asked_once_and_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tiny has three layers. Of two data partitions, seeds and rates each variant begins one set-up, whichever of them come first."""
+    begun: list[str] = []
+    rehearse = compare.rehearse
+    monkeypatch.setattr(compare, "rehearse", lambda asked: begun.extend(name for name, _ in asked) or rehearse(asked))
+    monkeypatch.setattr(compare, "carry_out", lambda *_: pytest.fail("something was started"))
+    methods = {"nine": FibecFed(gal=Gal(count=9)), "lora": FedAvg(), "ten": FibecFed(gal=Gal(count=10)), "whole": FibecFed()}
+    plan = Plan(experiment(), methods, (str(data()),), (1.0, 0.5), (1, 2), (1e-3, 2e-3))
+    said = r"nothing was started\. nine: the GAL must hold 1 to 3 layers.* give 9; ten: .* give 10$"
+    with pytest.raises(ExperimentError, match=said):
+        compare.compare(plan, tmp_path / "c", plain=True)
+    assert begun == list(methods)
     assert not list(tmp_path.glob("c/*/*"))
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.local import Local
@@ -18,7 +22,8 @@ from fedloom.run.comparison.plan import Ended, Plan
 from fedloom.run.comparison.summary import summarise
 from fedloom.run.comparison.tables import as_csv, as_markdown, as_tex, terminal
 from fedloom.run.experiment import Experiment
-from fedloom.run.pages.comparison_page import track_of
+from fedloom.run.pages import figures
+from fedloom.run.pages.comparison_page import comparison_of, track_of
 from fedloom.run.pages.report import write_report
 from fedloom.run.reading import read
 from tests.unit.run_folder import write_run
@@ -102,6 +107,7 @@ def test_a_method_that_lacks_a_seed_has_no_cost_to_the_target_in_the_mean(tmp_pa
     lora, local = rows_of(summed(tmp_path, local=1.1, without=("local-seed2",)))
     found = local["reached"]["personalised"]
     assert (found["reached"], found["seeds"], found["device_seconds"], found["bytes_up"], found["saved"]) == (1, 2, None, None, None)
+    assert found["bytes_down"] is None
     assert found["personalising"] is None and set(found["each"]) == {"1"}
     assert reached_text(found, "device_seconds") == "1 of 2 seeds"
     assert lora["reached"]["personalised"]["device_seconds"] == 295.0
@@ -149,6 +155,7 @@ def test_the_target_is_the_references_end_seed_by_seed_or_what_is_given(tmp_path
     setup = 95.0
     assert lora["reached"]["personalised"]["device_seconds"] == setup + 10 * 20.0
     assert lora["reached"]["personalised"]["bytes_up"] == 5_000_000 + 10 * 3_000_000
+    assert lora["reached"]["personalised"]["bytes_down"] == 20_000_000 + 10 * 4_000_000
     between = summed(tmp_path / "b", target=0.775)
     told = [row["reached"]["personalised"] for row in rows_of(between)]
     assert [(t["reached"], t["device_seconds"]) for t in told] == [(0, None), (1, None)], "of two seeds one is high enough"
@@ -288,7 +295,7 @@ def test_an_answer_that_reads_no_text_stands_beside_the_methods(tmp_path: Path) 
     lines = list(csv.DictReader(io.StringIO(as_csv(summary))))
     assert [float(line["commonest_personalised_mean"]) for line in lines] == pytest.approx([0.6, 0.6])
     assert [float(line["personalised_against_commonest_difference"]) for line in lines] == pytest.approx([mine - 0.6] * 2)
-    assert r"own commonest label & 0.600 $\pm$ 0.283 & -- \\" in as_tex(summary).splitlines()
+    assert r"own commonest label & 0.600 $\pm$ 0.283 & -- & -- \\" in as_tex(summary).splitlines()
 
 
 def test_there_is_no_such_answer_where_no_label_is_predicted_or_labels_are_not_told(tmp_path: Path) -> None:
@@ -334,7 +341,9 @@ def test_what_is_trained_before_a_prediction_is_in_the_cost_of_the_score_once(tm
     lora, local = rows_of(summarise(PLAN, tell_personalising(tmp_path, local=1.1), lambda run: tmp_path / run.name, "lora"))
     found = local["reached"]["personalised"]
     assert (found["device_seconds"], found["personalising"], found["bytes_up"]) == (275.0, 80.0, 5_000_000 + 5 * 3_000_000)
-    assert found["each"]["1"] == {"round": 5, "device_seconds": 250.0, "bytes_up": 20_000_000, "personalising": 55.0}
+    assert found["each"]["1"] == {"round": 5, "device_seconds": 250.0, "bytes_up": 20_000_000, "bytes_down": 40_000_000} | {
+        "personalising": 55.0
+    }
     assert local["reached"]["global"]["device_seconds"] == 195.0
     assert (lora["reached"]["personalised"]["device_seconds"], lora["reached"]["personalised"]["personalising"]) == (295.0, 0.0)
     over = local["over"]["lora"]["personalised"]
@@ -371,6 +380,49 @@ def test_a_mean_curve_has_the_deviation_of_its_scores(tmp_path: Path) -> None:
         assert track.deviations["personalised"][t] == pytest.approx(0.01 / 2**0.5)
     assert track.rows[1]["personalised"] is None
     assert track.axis("up").tolist()[:3] == [5_000_000, 8_000_000, 11_000_000]
+
+
+def test_curves_show_every_method_and_the_target_of_their_own_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluated in rounds 0, 5 and 10, after a set-up of 95 s, 5 MB up and 20 MB down, each round 20 s, 3 MB up and 4 MB down: against time
+    (in minutes), uploads and traffic (MB), both protocols' means over two seeds, and across them what lora ends with in the mean: other
+    numbers for the two. What is given as the target is the same for both; without a goal there is no line."""
+    drawn: list[Axes] = []
+
+    def render(draw: Callable[[Figure], None], *_: Any, **__: Any) -> bytes:
+        draw(figure := Figure())
+        drawn.extend(figure.axes)
+        return b"<svg></svg>"
+
+    def lines_of(summary: dict[str, Any]) -> list[dict[str, np.ndarray]]:
+        """Of each picture the points of every line with a name, and of those without one that go from edge to edge."""
+        drawn.clear()
+        comparison_of(summary, [read(tmp_path / name) for row in rows_of(summary) for name in row["runs"].values()])
+        across = [[line for line in ax.lines if line.get_transform() == ax.get_yaxis_transform(which="grid")] for ax in drawn]
+        return [
+            {str(line.get_label()): np.asarray(line.get_xydata()) for line in ax.lines if not str(line.get_label()).startswith("_")}
+            | ({"target": np.array([line.get_ydata() for line in found])} if found else {})
+            for ax, found in zip(drawn, across, strict=True)
+        ]
+
+    monkeypatch.setattr(figures, "render", render)
+    summary = summed(tmp_path)
+    told = lines_of(summary)
+    titles = [ax.get_title() for ax in drawn]
+    assert titles == [f"{p} accuracy against {what}" for what in ("device time", "uploads", "traffic") for p in ("Personalised", "Global")]
+    seen, runs = (0, 5, 10), {m: [read(tmp_path / f"{m}-seed{seed}") for seed in SEEDS] for m in ("lora", "local")}
+    scores = {(m, p): [sum(run.rows[t][p] for run in of) / 2 for t in seen] for m, of in runs.items() for p in ("personalised", "global")}
+    assert scores["lora", "personalised"][-1] > scores["lora", "global"][-1] + 0.01
+    places = [[(95 + 20 * t) / 60 for t in seen], [5.0 + 3 * t for t in seen], [25.0 + 7 * t for t in seen]]
+    for i, found in enumerate(told):
+        xs, p = places[i // 2], ("personalised", "global")[i % 2]
+        due = {m: list(zip(xs, scores[m, p], strict=True)) for m in runs} | {"target": [[scores["lora", p][-1]] * 2]}
+        assert found.keys() == due.keys()
+        for name, points in due.items():
+            np.testing.assert_allclose(found[name], points, rtol=1e-12, err_msg=f"{titles[i]}: {name}")
+    given = lines_of(summed(tmp_path, target=0.625))
+    assert [found["target"].tolist() for found in given] == [[[0.625, 0.625]]] * 6
+    summary["cases"][0]["target"]["global"] = dict.fromkeys(("1", "2"))
+    assert ["target" in found for found in lines_of(summary)] == [True, False] * 3
 
 
 def tell_numbers(out: Path) -> dict[str, Ended]:
@@ -434,7 +486,7 @@ def test_exact_match_is_a_mean_over_seeds_and_a_curve(tmp_path: Path) -> None:
     )
     assert track.solved["personalised"][5] == pytest.approx(0.1 / 2**0.5)
     page = write_report([tmp_path / "lora-seed1"], tmp_path / "report.html", summary).read_text()
-    assert page.count("Personalised exact match against device time") == page.count("Personalised exact match against uploads") == 1
+    assert [page.count(f"Personalised exact match against {what}") for what in ("device time", "uploads", "traffic")] == [1, 1, 1]
     assert "Global exact match" not in page, "nothing is drawn of what nobody has"
     assert page.count("Personalised exact match against rounds") == 1 and "3 of 4" in page
 

@@ -16,6 +16,7 @@ COSTS: dict[str, Any] = dict.fromkeys(
 )
 COSTS |= {"personalising_flops": 3e9, "personalising_device_seconds": 7.0}
 COSTS |= {"device_seconds": 60.0, "setup_device_seconds": 5.0, "bytes_up": 2_000_000, "setup_bytes_up": 1_000_000}
+COSTS |= {"bytes_down": 9_000_000, "setup_bytes_down": 500_000}
 
 
 def score(mean: float | None, deviation: float | None = 0.01) -> dict[str, Any]:
@@ -51,10 +52,10 @@ def lead(margin: float, time_saved: float | None) -> dict[str, Any]:
 
 BETTER = {"difference": 0.1, "low": 0.02, "high": 0.2, "p": 0.0123, "better": 2, "seeds": 2}
 WORSE = {**BETTER, "difference": -0.1, "low": -0.2, "high": -0.02, "p": 0.0004}
-REACHED: dict[str, Any] = {"device_seconds": 75.0, "bytes_up": 2_000_000, "personalising": 7.0, "reached": 2, "seeds": 2, "each": {}}
-REACHED |= {"at_start": 0, "saved": 0.25}
-HALF: dict[str, Any] = {"device_seconds": None, "bytes_up": None, "personalising": None, "reached": 1, "seeds": 2, "each": {}}
-HALF |= {"at_start": 0, "saved": None}
+REACHED: dict[str, Any] = {"device_seconds": 75.0, "bytes_up": 2_000_000, "bytes_down": 6_000_000, "personalising": 7.0}
+REACHED |= {"reached": 2, "seeds": 2, "each": {}, "at_start": 0, "saved": 0.25}
+HALF: dict[str, Any] = {"device_seconds": None, "bytes_up": None, "bytes_down": None, "personalising": None}
+HALF |= {"reached": 1, "seeds": 2, "each": {}, "at_start": 0, "saved": None}
 
 
 def summary(cases: int = 2, **more: Any) -> dict[str, Any]:
@@ -93,13 +94,14 @@ def test_the_terminal_has_scores_costs_the_search_and_mean_ranks() -> None:
     title, _, rows = tables[4]
     assert title == "r_te, α = 0.1: cost to reach what lora ends with (personalised; seed by seed; 0.2000 in the mean)"
     assert rows == [
-        ["lora", "-", "-", "-"],
-        ["my_method", "1 min 15 s", "2.0 MB", "25%"],
-        ["local", "1 of 2 seeds", "1 of 2 seeds", "-"],
+        ["lora", "-", "-", "-", "-"],
+        ["my_method", "1 min 15 s", "2.0 MB", "6.0 MB", "25%"],
+        ["local", "1 of 2 seeds", "1 of 2 seeds", "1 of 2 seeds", "-"],
     ]
-    title, _, rows = tables[5]
+    title, headers, rows = tables[5]
     assert title == "r_te, α = 0.1: cost of the whole run, and the share of the model that adapter and head are"
-    whole = ["1 min 05 s", "7.0 s", "3.0 MB"]
+    assert list(headers) == ["method", "device time", "before a\nprediction", "uploaded", "downloaded", "trained"]
+    whole = ["1 min 05 s", "7.0 s", "3.0 MB", "9.5 MB"]
     assert rows == [["lora", *whole, "-"], ["my_method", *whole, "1.23%"], ["local", *whole, "-"]]
     assert tables[8][2][0] == ["r_te, α = 0.1", "lora", "0.7500 ↓", "diverged"]
     assert tables[8][0].endswith("after the last round, seed 1 (↓: best at the lowest rate, a lower one may be better)")
@@ -138,7 +140,8 @@ def test_the_global_model_has_tables_of_its_own_where_there_is_one() -> None:
     against = tables["r_te, α = 0.1: global score against lora (paired bootstrap over devices)"]
     assert [row[:2] for row in against] == [["my_method", "-0.1000"]]
     cost = tables["r_te, α = 0.1: cost to reach what lora ends with (global; 0.5000)"]
-    assert cost == [["lora", "1 min 15 s", "2.0 MB", "-"], ["my_method", "1 min 15 s", "2.0 MB", "-50%"], ["local", "-", "-", "-"]]
+    reached = ["1 min 15 s", "2.0 MB", "6.0 MB"]
+    assert cost == [["lora", *reached, "-"], ["my_method", *reached, "-50%"], ["local", *["-"] * 4]]
     for protocol in ("personalised", "global"):
         assert any(title.endswith(f"cost to reach a {protocol} score of 0.8") for title, *_ in terminal({**told, "target": 0.8}))
 
@@ -149,7 +152,7 @@ def test_what_the_start_had_reached_is_no_achievement_and_marked() -> None:
     lora["reached"]["personalised"] = {**REACHED, "at_start": 2, "saved": None}
     mine["reached"]["personalised"] = {**REACHED, "at_start": 1, "saved": None, "personalising": None}
     title, _, rows = terminal(told)[2]
-    assert rows[:2] == [["lora", "before round 1", "before round 1", "-"], ["my_method", "1 min 15 s†‡", "2.0 MB‡", "-"]]
+    assert rows[:2] == [["lora", *["before round 1"] * 3, "-"], ["my_method", "1 min 15 s†‡", "2.0 MB‡", "6.0 MB‡", "-"]]
     assert title.endswith("which these runs do not tell; ‡: in some seeds before the first round)")
     lora["reached"]["personalised"]["personalising"] = None
     assert terminal(told)[2][2][0][1:3] == ["before round 1†", "before round 1"], "devices may have trained before they predicted"
@@ -165,10 +168,10 @@ def test_what_earlier_runs_do_not_tell_of_personalising_is_marked_and_never_a_ze
     local["reached"]["personalised"] = {key: value for key, value in REACHED.items() if key != "personalising"}
     title, headers, rows = terminal(told)[2]
     assert title.endswith("in the mean) (†: without what devices train before they predict, which these runs do not tell)")
-    assert list(headers) == ["method", "device time", "uploaded", "device time\nsaved"]
+    assert list(headers) == ["method", "device time", "uploaded", "downloaded", "device time\nsaved"]
     assert [row[1] for row in rows] == ["-", "1 min 15 s†", "1 min 15 s†"]
     assert [row[2] for row in rows] == ["-", "2.0 MB", "2.0 MB"], "nothing is sent for it"
-    assert [row[3] for row in rows] == ["-", "25%†", "25%†"]
+    assert [row[4] for row in rows] == ["-", "25%†", "25%†"]
     assert [row[2] for row in terminal(told)[3][2]] == ["7.0 s", "-", "none"]
     lines = list(csv.DictReader(io.StringIO(as_csv(told))))
     assert [line["personalising_device_seconds"] for line in lines] == ["7.0", "", "0.0"]
@@ -268,6 +271,7 @@ def test_one_case_without_a_search_has_no_table_of_either() -> None:
 def test_a_target_that_no_seed_reached_is_said() -> None:
     assert reached_text({**HALF, "reached": 0}, "bytes_up") == "not reached"
     assert reached_text(None, "bytes_up") == "-"
+    assert reached_text({key: value for key, value in REACHED.items() if key != "bytes_down"}, "bytes_down") == "-", "an earlier summary"
     assert spread_text(score(0.5, None)) == "0.5000"
     assert (p_text(0.0005), p_text(0.001), p_text(1.0)) == ("< .001", ".001", "1.000")
 
@@ -278,6 +282,8 @@ def test_csv_has_full_numbers_and_nothing_where_nothing_is_known() -> None:
     mine = lines[1]
     assert (mine["final_personalised_mean"], mine["final_global_mean"], mine["lr"], mine["seeds"]) == ("0.9", "", "0.002", "2")
     assert (mine["personalised_against_reference_p"], mine["personalised_to_target_device_seconds"]) == ("0.0123", "75.0")
+    moved = [(line["personalised_to_target_bytes_up"], line["personalised_to_target_bytes_down"]) for line in lines[:3]]
+    assert moved == [("", ""), ("2000000", "6000000"), ("", "")]
     assert (lines[2]["personalised_to_target_device_seconds"], lines[2]["personalised_to_target_reached"]) == ("", "1")
     assert (mine["personalised_to_target_saved"], mine["personalised_to_target_at_start"], mine["trained_share"]) == (
         "0.25",
@@ -296,6 +302,7 @@ def test_csv_has_full_numbers_and_nothing_where_nothing_is_known() -> None:
         (r"a\b{c}", r"a\textbackslash{}b\{c\}"),
         ("#1 ~ x^2 $5", r"\#1 \textasciitilde{} x\textasciicircum{}2 \$5"),
         ("α < 1", r"$\alpha$ \textless{} 1"),
+        ("1 s†‡", r"1 s\dag{}\ddag{}"),
     ],
 )
 def test_latex_is_escaped(text: str, wanted: str) -> None:
@@ -305,15 +312,48 @@ def test_latex_is_escaped(text: str, wanted: str) -> None:
 def test_the_tabular_marks_the_best_of_each_column_and_what_the_interval_says() -> None:
     lines = as_tex(summary()).splitlines()
     body = [line for line in lines if line.endswith(r"\\")]
-    assert {line.count("&") for line in body[1:]} == {6}
-    assert body[0].count("multicolumn{2}") == 3
+    assert [line.count("&") for line in body[:5]] == [3, 8, 8, 8, 8]
+    assert (body[0].count("multicolumn{3}"), body[0].count("multicolumn{2}")) == (2, 1)
+    assert body[1] == r"method & " + "personalised & global & rank (global) & " * 2 + r"personalised & global \\"
     assert r"r\_te, $\alpha$ = 0.1" in body[0]
-    assert body[2].startswith(r"lora & -0.200 $\pm$ 0.010 & \textbf{-0.200 $\pm$ 0.010} & "), "the best of a column may be negative"
-    assert body[3].startswith(r"my\_method & \textbf{0.900 $\pm$ 0.010}$^{+}$ & -- & ")
-    assert body[4].startswith(r"local & -0.300 $\pm$ 0.010$^{-}$ & -- & ")
+    lora = r"lora & -0.200 $\pm$ 0.010 & \textbf{-0.200 $\pm$ 0.010} & 2 (2) & "
+    assert body[2].startswith(lora), "the best of a column may be negative"
+    assert body[3].startswith(r"my\_method & \textbf{0.900 $\pm$ 0.010}$^{+}$ & -- & 1 (-) & ")
+    assert body[4].startswith(r"local & -0.300 $\pm$ 0.010$^{-}$ & -- & 3 (-) & ")
     assert body[3].endswith(r" & 1.5 & - \\")
     columns = lines[next(i for i, line in enumerate(lines) if "begin{tabular}" in line)]
-    assert columns == r"\begin{tabular}{lrrrrrr}"
+    assert columns == r"\begin{tabular}{lrrrrrrrr}"
+
+
+def test_a_single_case_has_ranks_in_its_tabular() -> None:
+    body = [line for line in as_tex(summary(1)).splitlines() if line.endswith(r"\\")]
+    assert [line.count("&") for line in body[:5]] == [1, 3, 3, 3, 3]
+    assert [line.rsplit(" & ", 1)[1] for line in body[1:5]] == [r"rank (global) \\", r"2 (2) \\", r"1 (-) \\", r"3 (-) \\"]
+
+
+def test_a_second_tabular_has_what_it_cost_to_reach_the_target() -> None:
+    """A part for each case; of the global model only where anything of it reaches anything; marks as LaTeX sets them, and said."""
+    told = summary(2)
+    mine = told["cases"][0]["rows"][1]
+    mine["reached"]["personalised"] = {**REACHED, "at_start": 1, "personalising": None}
+    lines = as_tex(told).split("\n\n")[1].splitlines()
+    said, goals, table = lines[0], lines[1:3], lines[3:]
+    assert said.startswith("% ") and "†: without what devices train" in said and "‡: in some seeds before the first round" in said
+    assert goals == ["% r_te, α = 0.1: what lora ends with (personalised; seed by seed; 0.2000 in the mean)"] * 2
+    case = [
+        r"\multicolumn{4}{l}{r\_te, $\alpha$ = 0.1} \\",
+        r"lora & - & - & - \\",
+        r"my\_method & 1 min 15 s\dag{}\ddag{} & 2.0 MB\ddag{} & 6.0 MB\ddag{} \\",
+        r"local & 1 of 2 seeds & 1 of 2 seeds & 1 of 2 seeds \\",
+        r"\hline",
+    ]
+    head = [r"\hline", r" & \multicolumn{3}{c}{personalised} \\", r"method & device time & uploaded & downloaded \\", r"\hline"]
+    assert table == [r"\begin{tabular}{lrrr}", *head, *case, *case, r"\end{tabular}"]
+    mine["reached"]["global"] = REACHED
+    body = [line for line in as_tex(told).split("\n\n")[1].splitlines() if line.endswith(r"\\")]
+    assert body[0] == r" & \multicolumn{3}{c}{personalised} & \multicolumn{3}{c}{global} \\"
+    assert [line.count("&") for line in body] == [2, 6, *[0, 6, 6, 6] * 2]
+    assert body[4].endswith(r" & 1 min 15 s & 2.0 MB & 6.0 MB \\") and body[3].endswith(r" & - & - & - \\")
 
 
 def test_bold_is_the_highest_of_those_that_have_every_seed() -> None:
@@ -323,7 +363,7 @@ def test_bold_is_the_highest_of_those_that_have_every_seed() -> None:
     rows = told["cases"][0]["rows"]
     rows[1]["scores"]["final"] = {**rows[1]["scores"]["final"], "personalised": {**score(0.9), "count": 1}}
     rows[2]["scores"]["final"] = {**rows[2]["scores"]["final"], "personalised": {**score(-0.2), "count": 1}}
-    lora, mine, local = [line for line in as_tex(told).splitlines() if line.endswith(r"\\")][2:]
+    lora, mine, local = [line for line in as_tex(told).splitlines() if line.endswith(r"\\")][2:5]
     assert lora.startswith(r"lora & \textbf{-0.200 ") and r"my\_method & 0.900 " in mine and "textbf" not in mine + local
     for row in rows:
         for of in row["scores"]["final"].values():
@@ -355,7 +395,7 @@ def test_exact_match_has_a_table_columns_and_a_part_of_the_tabular_where_it_is_t
     ]
     assert told == [("", "", "")] * 3 + [("0.125", "0.375", "0.01"), ("0.125", "", ""), ("", "", "")]
     body = [line for line in as_tex(made).splitlines() if line.endswith(r"\\")]
-    assert body[0].count("multicolumn{2}") == 4 and body[0].count(", exact match}") == 1
-    assert {line.count("&") for line in body[1:]} == {8}
+    assert [body[0].count(f"multicolumn{{{width}}}") for width in (3, 2)] == [2, 2] and body[0].count(", exact match}") == 1
+    assert {line.count("&") for line in body[1:5]} == {10}
     assert r"& 0.250 $\pm$ 0.010 & \textbf{0.375 $\pm$ 0.010} & 2 & - \\" in body[2]
     assert r"& \textbf{0.750} & -- & " in body[3] and r"& -- & -- & " in body[4]

@@ -8,15 +8,15 @@ import pytest
 
 from fedloom.run.comparison.targets import Cost, costs, mean_cost, personalising, reached
 
-RESULT = {"setup_device_seconds": 10.0, "setup_bytes_up": 100}
+RESULT = {"setup_device_seconds": 10.0, "setup_bytes_up": 100, "setup_bytes_down": 500}
 
 
 def rows(*scores: float | None) -> list[dict[str, Any]]:
-    """Round 0 costs nothing; round t takes t seconds and uploads 10 · t bytes (and downloads, which must not count). Nothing is trained
-    before a prediction."""
+    """Round 0 costs nothing; round t takes t seconds, uploads 10 · t bytes and downloads 70 · t. Nothing is trained before a
+    prediction."""
     nothing = {"flops": 0.0, "device_seconds": 0.0}
     return [
-        {"round": t, "device_seconds": float(t), "bytes_up": 10 * t, "bytes_down": 7777, "personalised": s, "global": None}
+        {"round": t, "device_seconds": float(t), "bytes_up": 10 * t, "bytes_down": 70 * t, "personalised": s, "global": None}
         | {"personalising": None if s is None else nothing}
         for t, s in enumerate(scores)
     ]
@@ -25,10 +25,10 @@ def rows(*scores: float | None) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("scores", "target", "wanted"),
     [
-        ((0.2, 0.5, 0.4, 0.9), 0.5, Cost(1, 11.0, 110)),
-        ((0.2, 0.4, 0.4, 0.9), 0.5, Cost(3, 16.0, 160)),
-        ((0.6, 0.4), 0.5, Cost(0, 10.0, 100)),
-        ((None, None, 0.5, 0.9), 0.5, Cost(2, 13.0, 130)),
+        ((0.2, 0.5, 0.4, 0.9), 0.5, Cost(1, 11.0, 110, 570)),
+        ((0.2, 0.4, 0.4, 0.9), 0.5, Cost(3, 16.0, 160, 920)),
+        ((0.6, 0.4), 0.5, Cost(0, 10.0, 100, 500)),
+        ((None, None, 0.5, 0.9), 0.5, Cost(2, 13.0, 130, 710)),
         ((None, 0.49999), 0.5, None),
     ],
     ids=["as high is reached", "first of all", "set-up alone", "not evaluated is not reached", "never"],
@@ -45,15 +45,15 @@ def test_what_was_trained_before_the_prediction_that_reached_a_target_counts_onc
     made = rows(0.2, 0.3, None, 0.9)
     for t, seconds in ((0, 2.0), (1, 4.0), (3, 8.0)):
         made[t] |= {"personalising": {"flops": 1e9, "device_seconds": seconds}, "global": made[t]["personalised"]}
-    assert reached(made, RESULT, "personalised", 0.5) == Cost(3, 24.0, 160, 8.0)
-    assert reached(made, RESULT, "personalised", 0.1) == Cost(0, 12.0, 100, 2.0), "not for nothing, though no round was needed"
-    assert reached(made, RESULT, "global", 0.5) == Cost(3, 16.0, 160, 0.0)
+    assert reached(made, RESULT, "personalised", 0.5) == Cost(3, 24.0, 160, 920, 8.0)
+    assert reached(made, RESULT, "personalised", 0.1) == Cost(0, 12.0, 100, 500, 2.0), "not for nothing, though no round was needed"
+    assert reached(made, RESULT, "global", 0.5) == Cost(3, 16.0, 160, 920, 0.0)
 
 
 def test_rows_of_an_earlier_version_say_that_they_do_not_tell_it() -> None:
     made = [{key: value for key, value in row.items() if key != "personalising"} for row in rows(0.2, 0.9)]
     found = reached(made, RESULT, "personalised", 0.5)
-    assert found == Cost(1, 11.0, 110, None)
+    assert found == Cost(1, 11.0, 110, 570, None)
     assert personalising({"personalising": None}) is personalising({}) is None
 
 
@@ -62,16 +62,16 @@ def test_a_protocol_that_a_method_lacks_is_never_reached() -> None:
 
 
 def test_costs_are_totals_so_far() -> None:
-    assert [(c.device_seconds, c.bytes_up) for c in costs(rows(None, None, None, None), RESULT)] == [
-        (10, 100),
-        (11, 110),
-        (13, 130),
-        (16, 160),
+    assert [(c.device_seconds, c.bytes_up, c.bytes_down) for c in costs(rows(None, None, None, None), RESULT)] == [
+        (10, 100, 500),
+        (11, 110, 570),
+        (13, 130, 710),
+        (16, 160, 920),
     ]
 
 
 def test_a_mean_needs_every_seed() -> None:
-    one, two = Cost(1, 10.0, 100), Cost(3, 20.0, 400)
-    assert mean_cost([one, two]) == (15.0, 250)
+    one, two = Cost(1, 10.0, 100, 7), Cost(3, 20.0, 400, 9)
+    assert mean_cost([one, two]) == (15.0, 250, 8)
     assert mean_cost([one, None]) is None
     assert mean_cost([]) is None

@@ -33,8 +33,8 @@ def p_text(p: float) -> str:
 
 
 def reached_text(found: Mapping[str, Any] | None, key: str) -> str:
-    """A cost, or in how many seeds the target was reached, or that it was before the first round."""
-    if found is None:
+    """A cost, or in how many seeds the target was reached, or that it was before the first round; a dash where it is not told."""
+    if found is None or key not in found:  # summaries of earlier versions do not tell downloads
         return NOTHING
     if found[key] is not None:
         at_start, mark = found.get("at_start", 0), UNCOUNTED if key == "device_seconds" and found.get("personalising") is None else ""

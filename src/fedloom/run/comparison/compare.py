@@ -79,9 +79,9 @@ def compare(
             insist_on_the_same_data(runs, folder)
             wanted = plan.wanted(known)
             ahead = [run for name, run in wanted.items() if name not in known]
-            if len(begin := {(run.experiment.data, run.experiment.method_name): run.experiment for run in ahead}) > 1:
+            if len(begin := {(run.experiment.data, run.method): run.experiment for run in ahead}) > 1:
                 watch.before(f"seeing that all of {len(begin)} take what is asked")
-                rehearse(begin.values())
+                rehearse([(method, experiment) for (_, method), experiment in begin.items()])
             ended = carry_out(plan.wanted, folder, jobs, watch, track, plan.expected(known) - len(wanted.keys() & known.keys()))
         insist_on_the_same_data(runs, folder)
         return _told(plan, ended, folder, out, reference, target)

@@ -33,11 +33,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Run:
-    """One run by name; ``trained`` is the name of the run whose training it takes over ("": it trains itself)."""
+    """One run by name; ``trained`` is the name of the run whose training it takes over ("": it trains itself), ``method`` what the
+    comparison calls its method: several may be variants of one class."""
 
     name: str
     experiment: Experiment
     trained: str = ""
+    method: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class Plan:
             self.base, method=kind if rate is None else with_learning_rate(kind, rate), data=case.data, alpha=case.alpha, seed=seed
         )
         held = trains_as(kind) if self.shared else ""
-        return Run(self._name(case, method, rate, seed), experiment, self._name(case, held, rate, seed) if held else "")
+        return Run(self._name(case, method, rate, seed), experiment, self._name(case, held, rate, seed) if held else "", method)
 
     def trainer(self, run: Run) -> Run | None:
         """The run whose training ``run`` takes over.
@@ -140,7 +142,7 @@ class Plan:
                 f"--share-training: '{run.experiment.method_name}' holds '{held.method_name}' with other settings than those that it is "
                 "compared with; give both the same, or leave the option out"
             )
-        return Run(run.trained, held)
+        return Run(run.trained, held, method=held.method_name)
 
     @property
     def options(self) -> tuple[float | None, ...]:

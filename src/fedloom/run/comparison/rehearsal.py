@@ -28,16 +28,19 @@ from fedloom.run.costs.pretended import Pretended, silent
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.world import World, adapter_of, insist_on_curriculum, model_of, read_data, tokens_of
 
+Named = tuple[str, Experiment]
+"""What the comparison calls a method, and an experiment with it."""
 
-def rehearse(experiments: Iterable[Experiment]) -> None:
+
+def rehearse(experiments: Iterable[Named]) -> None:
     """Begin each, computing nothing. Those of one data set that train the same of a model share one, and no two models are held at once.
 
     Raises:
         ExperimentError: some refuse what is asked; which, and each one's own words.
     """
-    alike: dict[tuple[str, Any], list[Experiment]] = {}
-    for e in experiments:
-        alike.setdefault((e.data, adapter_of(e)), []).append(e)
+    alike: dict[tuple[str, Any], list[Named]] = {}
+    for name, e in experiments:
+        alike.setdefault((e.data, adapter_of(e)), []).append((name, e))
     refused: dict[str, list[str]] = {}
     for group in alike.values():
         for name, why in _refusals(group):
@@ -51,25 +54,25 @@ def rehearse(experiments: Iterable[Experiment]) -> None:
         raise ExperimentError(f"not every method takes what is asked, and nothing was started. {told}")
 
 
-def _refusals(group: Sequence[Experiment]) -> list[tuple[str, str]]:
+def _refusals(group: Sequence[Named]) -> list[tuple[str, str]]:
     """The names of those that refuse, and why. All have the same model. What goes wrong otherwise is told at a run's turn, and loses no
     other."""
-    first = group[0]
+    _, first = group[0]
     if first.engine.threads:
         torch.set_num_threads(first.engine.threads)
     source, shards = read_data(first)
-    found = [(e, _without_room(e)) for e in group]
-    fit = [e for e, why in found if not why]
-    refused = [(e.method_name, why) for e, why in found if why]
+    found = [(name, e, _without_room(e)) for name, e in group]
+    fit = [(name, e) for name, e, why in found if not why]
+    refused = [(name, why) for name, _, why in found if why]
     if not fit:
         return refused
     try:
         model = model_of(first, source)
     except ValueError as error:
-        return [*refused, *((e.method_name, str(error)) for e in fit)]
+        return [*refused, *((name, str(error)) for name, _ in fit)]
     except Exception:
         return refused
-    return [*refused, *((e.method_name, why) for e in fit if (why := _refusal(e, source, shards, model)))]
+    return [*refused, *((name, why) for name, e in fit if (why := _refusal(e, source, shards, model)))]
 
 
 def _without_room(e: Experiment) -> str:

@@ -235,8 +235,7 @@ def _reached(
     each = {str(s): targets.reached(tells[s], results[s], protocol, goal) for s in able if (goal := goals[str(s)]) is not None}
     together = targets.mean_cost(list(each.values())) if len(each) == seeds else None  # a mean over fewer is of other seeds than another's
     return {
-        "device_seconds": together[0] if together else None,
-        "bytes_up": together[1] if together else None,
+        **dict(zip(targets.COSTS, together or [None] * len(targets.COSTS), strict=True)),
         "personalising": _mean_or_none([cost.personalising for cost in each.values() if cost]) if together else None,
         "reached": sum(cost is not None for cost in each.values()),
         "at_start": sum(cost is not None and cost.at_start for cost in each.values()),

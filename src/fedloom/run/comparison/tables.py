@@ -33,6 +33,7 @@ from fedloom.run.comparison.cells import (
 from fedloom.run.comparison.plan import Case, Plan
 from fedloom.run.comparison.standing import COMMONEST, PROTOCOLS
 from fedloom.run.comparison.summary import SETUP
+from fedloom.run.comparison.targets import COSTS
 from fedloom.run.terminal.console import NOTHING, human_bytes, human_seconds
 
 Summary = Mapping[str, Any]
@@ -42,8 +43,12 @@ NO_SCORE: Mapping[str, Any] = {p: {"mean": None} for p in PROTOCOLS}
 SPECIAL = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "α": r"$\alpha$", "±": r"$\pm$", "<": r"\textless{}", ">": r"\textgreater{}",
+    "†": r"\dag{}", "‡": r"\ddag{}",
 }  # fmt: skip
 """What LaTeX reads otherwise than it is written."""
+
+TEX_COLUMNS: Mapping[str, Sequence[str]] = {"scores": (*PROTOCOLS, "rank (global)"), EXACT: PROTOCOLS}
+"""What the tabular has of a case: of its scores, and of exact match where it is told."""
 
 
 def setup_row(row: Mapping[str, Any]) -> list[str]:
@@ -116,16 +121,13 @@ def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
     for case in summary["cases"]:
         for p in PROTOCOLS:
             each = [(row["method"], row["reached"][p]) for row in case["rows"]]
-            rows = [[m, *(reached_text(of, key) for key in ("device_seconds", "bytes_up")), saved_text(of)] for m, of in each]
+            rows = [[m, *(reached_text(of, key) for key in COSTS), saved_text(of)] for m, of in each]
             if p == "personalised" or any(of is not None for _, of in each):
                 title = f"{case['label']}: cost to reach {goal_text(summary, case, p)}{remark(rows)}"
-                shown.append((title, ("method", "device time", "uploaded", "device time\nsaved"), rows))
-        rows = [
-            [row["method"], whole_text(row, "device_seconds"), own_text(row), whole_text(row, "bytes_up"), trained_text(row)]
-            for row in case["rows"]
-        ]
+                shown.append((title, ("method", "device time", "uploaded", "downloaded", "device time\nsaved"), rows))
+        rows = [whole_row(row) for row in case["rows"]]
         title = f"{case['label']}: cost of the whole run, and the share of the model that adapter and head are"
-        shown.append((title, ("method", "device time", "before a\nprediction", "uploaded", "trained"), rows))
+        shown.append((title, ("method", "device time", "before a\nprediction", "uploaded", "downloaded", "trained"), rows))
         if rows := [setup_row(row) for row in case["rows"] if row.get("setup")]:
             title = f"{case['label']}: set-up, and after which round it has paid for itself against plain LoRA"
             headers = ("method", "device\ntime", "FLOPs", "up", "down", "paid in\nuploads", "paid in\ndevice time")
@@ -140,6 +142,12 @@ def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
         rows = [[m, *(rank_text(ranks[p][m]) for p in PROTOCOLS)] for m in summary["methods"]]
         shown.append((f"Mean rank over {len(summary['cases'])} cases", ("method", *PROTOCOLS), rows))
     return shown
+
+
+def whole_row(row: Mapping[str, Any]) -> list[str]:
+    """A method's line in the table of what whole runs cost."""
+    seconds, up, down = (whole_text(row, key) for key in COSTS)
+    return [row["method"], seconds, own_text(row), up, down, trained_text(row)]
 
 
 def brought_row(row: Mapping[str, Any]) -> list[str]:
@@ -244,8 +252,8 @@ def as_csv(summary: Summary) -> str:
             found = unread["over"].get(row["method"]) or {}
             line |= {f"personalised_against_commonest_{key}": found.get(key) for key in ("difference", "low", "high", "p", "better")}
             for p in PROTOCOLS:
-                cost: Mapping[str, Any] = row["reached"][p] or dict.fromkeys(("device_seconds", "bytes_up", "reached"))
-                line |= {f"{p}_to_target_{key}": cost[key] for key in ("device_seconds", "bytes_up", "reached")}
+                cost: Mapping[str, Any] = row["reached"][p] or dict.fromkeys((*COSTS, "reached"))
+                line |= {f"{p}_to_target_{key}": cost[key] for key in (*COSTS, "reached")}
                 line |= {f"{p}_to_target_{key}": cost.get(key) for key in ("at_start", "saved")}
                 line |= {f"{p}_to_target_personalising_device_seconds": cost.get("personalising")} if p == "personalised" else {}
             line |= row["costs"] | {"trained_share": row.get("trained_share")}
@@ -299,7 +307,7 @@ def as_markdown(summary: Summary) -> str:
 
 
 def escaped(text: str) -> str:
-    r"""Text as LaTeX sets it.
+    r"""Text as LaTeX sets it, outside its mathematics.
 
     >>> print(escaped("50% of my_data & α"))
     50\% of my\_data \& $\alpha$
@@ -308,8 +316,44 @@ def escaped(text: str) -> str:
 
 
 def as_tex(summary: Summary) -> str:
-    """A ``tabular`` with one row a method: both protocols of each case, of the score and, where it is told, of exact match, then the mean
-    ranks; no package is needed.
+    """Two ``tabular``: scores, and what it cost to reach the target. No package is needed."""
+    return f"{scores_tex(summary)}\n{costs_tex(summary)}"
+
+
+def costs_tex(summary: Summary) -> str:
+    """A ``tabular`` with a part a case and in it one row a method: device time, uploads and downloads to the target, of the personalised
+    model and, where any reaches anything, of the global one."""
+    every = [row["reached"] for case in summary["cases"] for row in case["rows"]]
+    shown = [p for p in PROTOCOLS if p == "personalised" or any(reached[p] for reached in every)]
+    parts, marked = [], []
+    for case in summary["cases"]:
+        rows = [[row["method"], *(reached_text(row["reached"][p], key) for p in shown for key in COSTS)] for row in case["rows"]]
+        parts += [rf"\multicolumn{{{1 + 3 * len(shown)}}}{{l}}{{{escaped(case['label'])}}} \\", *map(_tex_line, rows), r"\hline"]
+        marked += rows
+    goals = [f"% {case['label']}: {goal_text(summary, case, p)}" for case in summary["cases"] for p in shown]
+    return "\n".join(
+        [
+            f"% fedloom compare: means over seeds of what it cost to reach{remark(marked)}",
+            *goals,
+            rf"\begin{{tabular}}{{l{'rrr' * len(shown)}}}",
+            r"\hline",
+            " & ".join(["", *(rf"\multicolumn{{3}}{{c}}{{{p}}}" for p in shown)]) + r" \\",
+            " & ".join(["method", *["device time", "uploaded", "downloaded"] * len(shown)]) + r" \\",
+            r"\hline",
+            *parts,
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def _tex_line(cells: Sequence[str]) -> str:
+    return " & ".join(escaped(cell) for cell in cells) + r" \\"
+
+
+def scores_tex(summary: Summary) -> str:
+    """A ``tabular`` with one row a method: both protocols of each case, of the score with its rank (that of the global model in brackets)
+    and, where it is told, of exact match, then the mean ranks.
 
     The highest mean of a column is bold, of those over all seeds. A plus or minus above a score: its interval against the reference does
     not hold 0. Below them what reads no text.
@@ -317,26 +361,27 @@ def as_tex(summary: Summary) -> str:
     cases, methods, sure = summary["cases"], list(summary["methods"]), f"{summary['confidence']:.0%} interval"
     several = len(cases) > 1
     parts = [(case, key) for case in cases for key in ("scores", EXACT) if key == "scores" or any(row.get(EXACT) for row in case["rows"])]
-    names = [case["label"] + ("" if key == "scores" else ", exact match") for case, key in parts]
+    names = [(len(TEX_COLUMNS[key]), case["label"] + ("" if key == "scores" else ", exact match")) for case, key in parts]
     lines = [
         f"% fedloom compare: test scores after the last round, mean and standard deviation over {len(summary['seeds'])} seeds",
         f"% + and -: 0 lies outside the {sure} against {summary['reference']} ({summary['resamples']} resamples)",
         f"% {summary['resampled']}",
-        rf"\begin{{tabular}}{{l{'rr' * len(parts)}{'rr' if several else ''}}}",
+        rf"\begin{{tabular}}{{l{'r' * sum(width for width, _ in names)}{'rr' if several else ''}}}",
         r"\hline",
-        " & ".join(["", *(rf"\multicolumn{{2}}{{c}}{{{escaped(name)}}}" for name in names)])
+        " & ".join(["", *(rf"\multicolumn{{{width}}}{{c}}{{{escaped(name)}}}" for width, name in names)])
         + (r" & \multicolumn{2}{c}{mean rank}" if several else "")
         + r" \\",
-        " & ".join(["method", *["personalised", "global"] * (len(parts) + several)]) + r" \\",
+        " & ".join(["method", *(column for _, key in parts for column in TEX_COLUMNS[key]), *PROTOCOLS * several]) + r" \\",
         r"\hline",
     ]
     for i, method in enumerate(methods):
-        cells = [_tex_cell(case["rows"], i, p, key, len(summary["seeds"])) for case, key in parts for p in PROTOCOLS]
+        cells = [cell for case, key in parts for cell in _tex_cells(case["rows"], i, key, len(summary["seeds"]))]
         ranks = [rank_text(summary["mean_rank"][p][method]) for p in PROTOCOLS] if several else []
         lines.append(" & ".join([escaped(method), *cells, *ranks]) + r" \\")
     if any(case.get("commonest") for case in cases):
         unread = [tex_score(of["score"]) if key == "scores" and (of := case.get("commonest")) else "--" for case, key in parts]
-        cells = [cell for score in unread for cell in (score, "--")] + ["--"] * (2 * several)
+        cells = [cell for score, (width, _) in zip(unread, names, strict=True) for cell in (score, *["--"] * (width - 1))]
+        cells += ["--"] * (2 * several)
         lines += [r"\hline", " & ".join([COMMONEST, *cells]) + r" \\"]
     return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
 
@@ -344,6 +389,12 @@ def as_tex(summary: Summary) -> str:
 def tex_score(score: Mapping[str, Any]) -> str:
     """Mean and deviation as LaTeX sets them."""
     return f"{score['mean']:.3f}" + ("" if score["deviation"] is None else rf" $\pm$ {score['deviation']:.3f}")
+
+
+def _tex_cells(rows: Sequence[Mapping[str, Any]], i: int, key: str, seeds: int) -> list[str]:
+    """A method's cells of a case's part; ``key``: of scores, which have ranks, or of exact match."""
+    cells, ranks = [_tex_cell(rows, i, p, key, seeds) for p in PROTOCOLS], rows[i]["rank"]
+    return cells if key == EXACT else [*cells, "{} ({})".format(*(rank_text(ranks[p]) for p in PROTOCOLS))]
 
 
 def _tex_cell(rows: Sequence[Mapping[str, Any]], i: int, protocol: str, key: str, seeds: int) -> str:

@@ -17,10 +17,12 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
+COSTS = ("device_seconds", "bytes_up", "bytes_down")
+
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run had cost after a round: simulated device seconds and bytes uploaded by all devices, set-up included.
+    """What a run had cost after a round: simulated device seconds, bytes uploaded and bytes downloaded by all devices, set-up included.
 
     ``personalising``: the part of the seconds that devices trained before they predicted; None: the run is of an earlier version and does
     not tell it, so it is missing in them.
@@ -29,6 +31,7 @@ class Cost:
     round: int
     device_seconds: float
     bytes_up: float
+    bytes_down: float
     personalising: float | None = 0.0
 
     @property
@@ -39,10 +42,10 @@ class Cost:
 
 def costs(rows: Sequence[Row], result: Mapping[str, Any]) -> Iterator[Cost]:
     """The cost so far at each row of ``rounds.jsonl``; ``result`` tells that of set-up."""
-    seconds, up = float(result["setup_device_seconds"]), float(result["setup_bytes_up"])
+    seconds, up, down = (float(result[f"setup_{key}"]) for key in COSTS)
     for row in rows:
-        seconds, up = seconds + row["device_seconds"], up + row["bytes_up"]
-        yield Cost(int(row["round"]), seconds, up)
+        seconds, up, down = seconds + row["device_seconds"], up + row["bytes_up"], down + row["bytes_down"]
+        yield Cost(int(row["round"]), seconds, up, down)
 
 
 def reached(rows: Sequence[Row], result: Mapping[str, Any], protocol: str, target: float) -> Cost | None:
@@ -63,9 +66,10 @@ def personalising(row: Row) -> float | None:
     return None if told is None else float(told["device_seconds"])
 
 
-def mean_cost(each: Sequence[Cost | None]) -> tuple[float, float] | None:
-    """Mean (device seconds, bytes up); None unless every run reached the target: a mean over the lucky ones says less than it seems to."""
+def mean_cost(each: Sequence[Cost | None]) -> tuple[float, float, float] | None:
+    """Mean (device seconds, bytes up, bytes down); None unless every run reached the target: a mean over the lucky ones says less than it
+    seems to."""
     known = [c for c in each if c is not None]
     if not known or len(known) < len(each):
         return None
-    return mean(c.device_seconds for c in known), mean(c.bytes_up for c in known)
+    return mean(c.device_seconds for c in known), mean(c.bytes_up for c in known), mean(c.bytes_down for c in known)

@@ -19,6 +19,7 @@ from fedloom.run.pages import figures
 from fedloom.run.reading import Run, solved
 
 COSTS = ("bytes_up", "bytes_down", "device_seconds")
+AGAINST: tuple[figures.Against, ...] = ("device", "up", "bytes")
 
 
 def comparison_of(summary: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
@@ -39,19 +40,19 @@ def comparison_of(summary: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, 
 
 
 def _pictures(case: Mapping[str, Any], by_name: Mapping[str, Run], name: str) -> list[str]:
-    """Both protocols against device time and against uploaded bytes."""
+    """Both protocols against device time, against uploaded bytes and against bytes both ways."""
     tracks = [
         track_of(row["method"], found) for row in case["rows"] if (found := [by_name[f] for f in row["runs"].values() if f in by_name])
     ]
     if not tracks:
         return []
     pictures = []
-    for against in ("device", "up"):
+    for against in AGAINST:
         for protocol in PROTOCOLS:
             goals = [goal for goal in case["target"][protocol].values() if goal is not None]
             svg = figures.metric_curve(tracks, protocol, against, case["metric"], target=mean(goals) if goals else None)
             pictures.append(figures.inline(svg, f"{name}-{protocol}-{against}"))
-    return [*pictures, *(one for of in solved_curves(tracks, f"{name}-numbers", ["device", "up"]).values() for one in of)]
+    return [*pictures, *(one for of in solved_curves(tracks, f"{name}-numbers", AGAINST).values() for one in of)]
 
 
 def solved_curves(tracks: Sequence[figures.Track], name: str, against: Sequence[figures.Against]) -> dict[str, list[str]]:
