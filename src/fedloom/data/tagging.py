@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 WORDS = ("tokens", "words", "text", "sentence")
 TAGS = ("ner_tags", "tags", "labels", "label", "ner", "pos_tags", "chunk_tags")
 WORD_ACCURACY = "word_accuracy"
+COUNTED, RIGHT = "words", "words_right"
+"""What a device that is elsewhere tells of its words: how many there are, and how many are tagged rightly."""
 TYPE = "entity type"
 """The column that is made: what a sentence is counted as, where devices are skewed by labels."""
 NONE = "none"
