@@ -14,14 +14,20 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from fedloom.data.tagging import TYPE
+from fedloom.compute.work import Predict
+from fedloom.data.tagging import BETWEEN, TYPE, Tagging
+from fedloom.engines.local import Local
+from fedloom.messages import Replies, Update
+from fedloom.messages import Task as Asked
 from fedloom.methods import all_methods
+from fedloom.run import evaluation
+from fedloom.run.deployment.device import Own, greeting_of, hosted, order
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.export import export, predictor_of
 from fedloom.run.loop import run
 from fedloom.run.pages.report import write_report
 from fedloom.run.recipes import resolve
-from fedloom.run.world import build, read_data
+from fedloom.run.world import build, read_data, store_in
 from tests import small
 from tests.conformance.test_instructions import COUNTS_LABELS
 from tests.conformance.test_methods import rows, without_clock
@@ -43,6 +49,10 @@ def data() -> Path:
             made.append({"tokens": [f"w{w}" for w in words], "ner_tags": ["B-low" if w < 3 else "B-mid" if w < 6 else "O" for w in words]})
         (path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     return path
+
+
+class Anything:
+    """Some devices that are elsewhere."""
 
 
 def experiment(name: str = "lora", **fields: Any) -> Experiment:
@@ -120,6 +130,44 @@ def test_a_device_without_any_entity_trains_and_is_scored(name: str, tmp_path: P
     assert cells.get((1, 1), 0) == cells.get((1, 0), 0) == 0, "no entity is there to be found or missed"
     assert device["score"] == (0 if device["test"] else None), "nothing to find: without a score, unless something was said to be there"
     assert 0 <= results["final"]["personalised"] <= 1
+
+
+def test_a_device_elsewhere_tells_counts_of_words_and_they_are_the_simulations(tmp_path: Path) -> None:
+    """The loss is the mean over all words, also where a device validates on no sentence with an entity; so is the share of right ones."""
+    e = experiment(partition="iid")
+    built = build(e)
+    kinds = {split: np.asarray(rows[TYPE]) for split, rows in built.source.splits.items()}
+    plain = np.flatnonzero(kinds["validation"] == 2)
+    assert len(plain), "sentences without an entity: device 0 has those and no others to validate on"
+    shards = (plain, *np.array_split(np.flatnonzero(kinds["validation"] < 2), 3))
+    world = replace(built, partition=replace(built.partition, validation=shards))
+    task = world.source.task
+    assert isinstance(task, Tagging)
+    greeting, updates = {**greeting_of(world), "digest": e.digest()}, []
+    for k in range(e.clients):
+        for split, held in world.source.splits.items():
+            mine = [list(held)[i] for i in world.partition.shards(split)[k]]
+            told = [(one["tokens"].split(BETWEEN), [task.tags[int(tag)] for tag in one["ner_tags"].split()]) for one in mine]
+            (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"tokens": w, "ner_tags": t}) + "\n" for w, t in told))
+        host, _ = hosted(order(greeting, Own(str(tmp_path))))
+        client = host.devices(k)
+        there = {s: world.compute.run([Predict(world.model.initial, client.shard(s))])[0].result for s in ("validation", "test")}
+        update = host.leaving(client, Asked("predict", k), Update(k, len(client.train), there))
+        for cells in update.tensors.values():
+            assert cells.dtype == torch.int64 and cells.shape[1] == 3 and len(cells) <= 3, "no word, no sentence"
+        assert evaluation.counts_well(update, len(world.classes))
+        updates.append(update)
+    state = e.method.init(world.model)
+    here = evaluation.evaluate(world, state, Local(world.host(store_in(tmp_path / "store")), 4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "drive", lambda *_, seen, **__: (seen([], Replies((), (), ())), updates)[1])
+        far = evaluation._evaluated_there(replace(world, far=Anything()), state, Local(world.host(store_in(tmp_path)), 4))  # type: ignore[arg-type]
+    for split in ("validation", "test"):
+        assert far.scores[split]["personalised"] == here.scores[split]["personalised"]
+        assert far.scores[split]["further"]["word_accuracy"] == pytest.approx(here.scores[split]["further"]["word_accuracy"])
+    assert far.scores["validation"]["word_accuracy"] == pytest.approx(here.scores["validation"]["word_accuracy"])
+    assert far.scores["validation"]["loss"] == pytest.approx(here.scores["validation"]["loss"], rel=1e-5)
+    assert far.confusion["personalised"] == here.confusion["personalised"]
 
 
 def test_it_learns(tmp_path: Path) -> None:

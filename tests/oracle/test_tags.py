@@ -60,7 +60,7 @@ def sentences(count: int, seed: int = 0) -> tuple[list[list[str]], list[list[int
 
 def examples(of: Model, count: int, seed: int = 0) -> Examples:
     words, tags = sentences(count, seed)
-    texts, ids, _ = as_texts(words, tags, TAGS, "train")
+    texts, ids, _ = as_texts(words, tags, TAGS, "train", TAGS)
     tokens, segments = of.encode(texts, ids)
     return Examples.of(tokens, [0] * count, segments)
 
@@ -160,7 +160,7 @@ def test_what_is_told_counts_whole_entities() -> None:
 def test_every_word_is_read_at_its_first_piece_and_what_does_not_fit_is_not_there() -> None:
     made = model("bert")
     words, tags = [[f"w{i}" for i in range(14)], ["w1", "w2"]], [list(range(5)) * 2 + [0] * 4, [3, 4]]
-    texts, ids, types = as_texts(words, tags, TAGS, "train")
+    texts, ids, types = as_texts(words, tags, TAGS, "train", TAGS)
     tokens, segments = made.encode(texts, ids)
     assert [len(t) for t in tokens] == [12, 4] and types == ["a", "b"]
     assert segments == [[0, *(t + 1 for t in tags[0][:10]), 0], [0, 4, 5, 0]]
@@ -208,7 +208,7 @@ def test_a_word_of_a_byte_level_family_has_the_space_before_it_that_it_has_in_a_
         file.unlink()
     RobertaTokenizer(vocab=vocab, merges=[("Ġ", "w")]).save_pretrained(tmp_path / "roberta")
     of = load(str(tmp_path / "roberta"), num_labels=0, adapter=Adapter(rank=2), seed=1, max_length=16, tags=TAGS, between=BETWEEN)
-    texts, due, _ = as_texts([["w1", "w20"]], [[1, 2]], TAGS, "train")
+    texts, due, _ = as_texts([["w1", "w20"]], [[1, 2]], TAGS, "train", TAGS)
     ids, segments = of.encode(texts, due)
     assert of.tokenizer.convert_ids_to_tokens(ids[0]) == ["<s>", "Ġw", "1", "Ġw", "2", "0", "</s>"]
     assert segments[0] == [0, 2, 0, 3, 0, 0, 0]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from fedloom.messages import Update
-from fedloom.run.evaluation import MANY, counts_well
+from fedloom.run.evaluation import MANY, _told_besides, counts_well
 
 CELLS = torch.tensor([[0, 0, 5], [0, 1, 2]])
 NONE = torch.zeros(0, 3, dtype=torch.int64)
@@ -49,3 +51,25 @@ def test_whoever_tells_no_loss_is_left_out(metrics: dict) -> None:
 
 def test_whoever_tells_of_one_split_only_is_left_out() -> None:
     assert not counts_well(Update(3, 5, {"validation": CELLS}, {"validation_loss": 0.5}), 2)
+
+
+def of_words(client: int, loss: Any, words: Any, right: Any) -> Update:
+    return Update(client, 5, {}, {"validation_loss": loss, "validation_words": words, "validation_words_right": right})
+
+
+def test_losses_of_tags_are_weighed_by_words_and_not_by_entities() -> None:
+    """(10·1 + 30·2) / 40 and (5 + 21) / 40; device 1 has no entity, and has words all the same."""
+    updates = [of_words(0, 1.0, 10, 5), of_words(1, 2.0, 30, 21)]
+    told: dict[int, list[list[int]]] = {0: [[1, 1, 4]], 1: []}
+    made = _told_besides(updates, told, "validation", tags=True)
+    assert made["loss"] == pytest.approx(1.75) and made["word_accuracy"] == pytest.approx(26 / 40)
+    assert _told_besides(updates, told, "test", tags=True) == {}
+    assert _told_besides(updates, told, "validation")["loss"] == 1.0, "of everything else by what is counted"
+
+
+@pytest.mark.parametrize(
+    ("words", "right"), [(None, 1), (True, True), (8.0, 2.0), (-1, -1), (3, 4), (5, -1), (MANY, 0), ([5], [5]), ("5", "5"), (5, None)]
+)
+def test_words_that_are_no_numbers_of_words_count_for_nothing(words: Any, right: Any) -> None:
+    made = _told_besides([of_words(0, 1.0, 10, 5), of_words(1, 9.0, words, right)], {0: [], 1: []}, "validation", tags=True)
+    assert (made["loss"], made["word_accuracy"]) == (1.0, 0.5)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,9 +16,11 @@ from fedloom.data.shards import write_shards
 from fedloom.run import checkpoint
 from fedloom.run.again import evaluate_again
 from fedloom.run.checkpoint import CheckpointError, only_one
+from fedloom.run.costs.ledger import Ledger
+from fedloom.run.evaluation import Evaluation
 from fedloom.run.experiment import as_json
 from fedloom.run.export import ExportError, export
-from fedloom.run.loop import claim, run
+from fedloom.run.loop import claim, results_of, run
 from fedloom.run.world import build, read_data
 from tests import small
 
@@ -114,6 +117,34 @@ def test_a_model_is_not_taken_away_under_other_classes_than_it_was_trained_with(
         file.write_text(file.read_text().replace('"label": "b"', '"label": "z"'))
     with pytest.raises(ExportError, match="are called a, c, z now, and were called a, b, c"):
         export(e, out, tmp_path / "four")
+
+
+@pytest.mark.parametrize(
+    ("validation", "test", "best"),
+    [
+        ((None, 0.2, 0.2, None), (0.9, 0.5, 0.6, 0.7), 1),
+        ((None, 0.1, 0.2, 0.1), (0.9, 0.5, None, 0.7), 2),
+        ((None, None, None, None), (0.9, 0.5, None, 0.7), 3),
+        ((None, None, None, None), (None, None, None, None), 3),
+    ],
+)
+def test_a_round_without_a_validation_score_is_below_every_one_that_has_one(
+    validation: tuple[float | None, ...], test: tuple[float | None, ...], best: int, tmp_path: Path
+) -> None:
+    """Devices that are elsewhere may have no score to tell: none of them answered, or none has an entity and none is predicted."""
+    e = small.experiment("lora", rounds=3)
+    world = build(e)
+    ledger, nobody = Ledger(tmp_path, world.fleet), np.zeros(e.clients, np.int64)
+    for t, (chosen, told) in enumerate(zip(validation, test, strict=True)):
+        blank: dict[str, Any] = {"personalised": None, "global": None}
+        scores = {"validation": {**blank, "loss": None, "personalised": chosen}, "test": {**blank, "personalised": told}}
+        ledger.write(t, ledger.section(), 0.0, scores)
+    found = Evaluation({}, nobody.astype(float), nobody, {"personalised": None, "global": None}, {})
+    results = results_of(world, e.method.init(world.model), ledger, found)
+    assert (results["best"]["round"], results["best"]["personalised"]) == (best, test[best])
+    assert results["validation"]["best"]["personalised"] == validation[best]
+    assert (results["final"]["round"], results["final"]["personalised"]) == (3, test[3])
+    assert results["validation"]["final"]["personalised"] == validation[3]
 
 
 def test_a_run_that_may_only_be_read_is_evaluated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

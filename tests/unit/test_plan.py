@@ -24,7 +24,7 @@ def plan(*methods: Any, **fields: Any) -> Plan:
     return Plan(BASE, named_methods(methods or (FedAvg(), FibecFed())), **{**grid, **fields})
 
 
-def scored(validation: float, test: float = 0.5) -> Ended:
+def scored(validation: float | None, test: float = 0.5) -> Ended:
     return Ended({"validation": {"final": {"personalised": validation}, "best": {"personalised": 1.0}}, "final": {"personalised": test}})
 
 
@@ -79,6 +79,13 @@ def test_of_equals_the_first_named_is_chosen() -> None:
     made = plan(FedAvg(), rates=(0.3, 0.1, 0.2))
     ended = {f"lora-lr{r}": scored(0.5) for r in (0.3, 0.1, 0.2)}
     assert made.choice(made.cases[0], "lora", ended).rate == 0.3
+
+
+def test_a_rate_without_a_validation_score_cannot_win() -> None:
+    made = plan(FedAvg(), rates=(0.1, 0.2))
+    for other, wanted in ((0.3, 0.2), (None, None)):
+        choice = made.choice(made.cases[0], "lora", {"lora-lr0.1": scored(None, 0.9), "lora-lr0.2": scored(other)})
+        assert (choice.rate, choice.made, choice.tried) == (wanted, wanted is not None, {0.1: None, 0.2: other})
 
 
 def test_each_case_is_searched_by_itself() -> None:

@@ -102,7 +102,7 @@ def load(
         kinds = tagging.types_of(tags)
         for split in tables:
             tables[split] = _flattened(tables[split], words, tagged, tags, kinds, split)
-        tables, classes = _labelled(tables, (words, tagged), TYPE, notes, kinds if classes else ())
+        tables, classes = _labelled(tables if classes else _tagged_only(tables, notes), (words, tagged), TYPE, notes, kinds)
         made: Task = Tagging(words, tagged, tags, classes)
     elif task == "qa" or (task == "auto" and questions.looks_like_questions(columns)):
         if metric != "auto":
@@ -176,12 +176,24 @@ def _tag_names(table: Table, column: str) -> tuple[str, ...]:
     return tuple(sorted(seen, key=lambda tag: (tag != "O", tag[2:], tag)))
 
 
+def _tagged_only(tables: dict[Split, Table], notes: list[str]) -> dict[Split, Table]:
+    """The splits that have sentences with tags; of the others it is said that they have none."""
+    without: dict[Split, str] = {
+        split: "no labels" if table.rows.num_rows else "no rows"
+        for split, table in tables.items()
+        if TYPE not in table.names or not table.rows.num_rows
+    }
+    notes += [f"the {split} split has {what} and is not used" for split, what in without.items()]
+    return {split: table for split, table in tables.items() if split not in without}
+
+
 def _flattened(table: Table, words: str, tagged: str, tags: tuple[str, ...], kinds: tuple[str, ...], split: Split) -> Table:
-    """Words, tags and their sentence's type as texts. A split without tags comes back without types."""
+    """Words, tags and their sentence's type as texts; numbers are read by the names that this very split gives them. A split without tags
+    comes back without types."""
     rows = table.rows
     if words not in rows.column_names or tagged not in rows.column_names:
         return table
-    made = tagging.as_texts(rows[words].to_pylist(), rows[tagged].to_pylist(), tags, f"the {split} split")
+    made = tagging.as_texts(rows[words].to_pylist(), rows[tagged].to_pylist(), tags, f"the {split} split", table.names.get(tagged))
     for name, column in zip((words, tagged), made[:2], strict=True):
         rows = rows.set_column(rows.column_names.index(name), name, pa.array(column, pa.string()))
     number = {kind: i for i, kind in enumerate(kinds)}

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 WORDS = ("tokens", "words", "text", "sentence")
 TAGS = ("ner_tags", "tags", "labels", "label", "ner", "pos_tags", "chunk_tags")
 WORD_ACCURACY = "word_accuracy"
+COUNTED, RIGHT = "words", "words_right"
+"""What a device that is elsewhere tells of its words: how many there are, and how many are tagged rightly."""
 TYPE = "entity type"
 """The column that is made: what a sentence is counted as, where devices are skewed by labels."""
 NONE = "none"
@@ -127,12 +129,19 @@ def looks_like_tagging(columns: Mapping[str, Column]) -> bool:
 
 
 def as_texts(
-    words: Sequence[Sequence[str] | None], tags: Sequence[Sequence[str | int] | None], names: Sequence[str], where: str
+    words: Sequence[Sequence[str] | None],
+    tags: Sequence[Sequence[str | int] | None],
+    names: Sequence[str],
+    where: str,
+    numbered: Sequence[str] | None = None,
 ) -> tuple[list[str], list[str], list[str]]:
-    """Of every sentence: its words as one text, the ids of its tags as one text, and its type.
+    """Of every sentence: its words as one text, the ids of its tags as one text, and its type. An id is a tag's place among ``names``.
+
+    ``numbered``: the names that numbers in ``tags`` stand for, which the very file must give them that they are from.
 
     Raises:
-        DataError: a sentence without words or tags, other numbers of them, a word that is empty, or a tag without a name.
+        DataError: a sentence without words or tags, other numbers of them, a word that is empty, a number that stands for no name, or a tag
+            that is none of the ``names``.
     """
     ids = {name: i for i, name in enumerate(names)}
     made: tuple[list[str], list[str], list[str]] = ([], [], [])
@@ -142,7 +151,12 @@ def as_texts(
             raise DataError(f"row {row} of {where} has {had}; every word needs a tag")
         if any(word is None or BETWEEN in word for word in mine):
             raise DataError(f"row {row} of {where} has a word that is missing or holds the character U+001F")
-        told = [names[tag] if isinstance(tag, int) and 0 <= tag < len(names) else tag for tag in theirs]
+        if numbered is None and any(isinstance(tag, int) for tag in theirs):
+            raise DataError(f"row {row} of {where} has tags that are numbers without names; give them as words: O, B-TYPE, I-TYPE")
+        known = numbered or ()
+        if beyond := [tag for tag in theirs if isinstance(tag, int) and not 0 <= tag < len(known)]:
+            raise DataError(f"row {row} of {where} has the tag {beyond[0]}, and its names number 0 to {len(known) - 1}: {', '.join(known)}")
+        told = [known[tag] if isinstance(tag, int) else tag for tag in theirs]
         if odd := [tag for tag in told if tag not in ids]:
             raise DataError(f"row {row} of {where} has the tag {odd[0]!r}; the tags are: {', '.join(names)}")
         first = next((str(tag) for tag in told if tag != "O"), "")

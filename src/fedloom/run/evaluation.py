@@ -24,6 +24,7 @@ from fedloom.compute.work import Predict
 from fedloom.data.instructions import PERPLEXITY, perplexity
 from fedloom.data.numbers import EXACT as NUMBERS
 from fedloom.data.questions import EXACT
+from fedloom.data.tagging import COUNTED, RIGHT, WORD_ACCURACY, Tagging
 from fedloom.data.tasks import FURTHER, HELD_OUT, Classification, Outcomes, Split, Task, headline
 from fedloom.engines.engine import Engine, drive
 from fedloom.messages import Asking, Flow, Tensors, Update, ask, whole
@@ -137,13 +138,13 @@ def _evaluated_there(world: World, state: State, engine: Engine, among: Sequence
         told = {update.client: update.tensors[split].tolist() for update in updates}
         right, true, predicted = tallies(list(told.values()), classes).sum(0)
         scores[split] = {"personalised": float(headline(task.metric, right, true, predicted)) if true.sum() else None, "global": None}
-        others = _told_besides(updates, told, split)
+        others = _told_besides(updates, told, split, isinstance(task, Tagging))
         if isinstance(task, Classification) and true.sum():
             others["accuracy"] = float(headline("accuracy", right, true, predicted))
         scores[split] |= further(task, others)
         if split == "validation":
             scores[split]["loss"] = others.pop("loss", None)
-            scores[split] |= {name: others[name] for name in (PERPLEXITY, EXACT) if name in others and name in task.further}
+            scores[split] |= {name: others[name] for name in (PERPLEXITY, EXACT, WORD_ACCURACY) if name in others and name in task.further}
         else:
             confusion["personalised"] = [told.get(k, []) for k in world.pool.clients]
     held = np.array([sum(count for *_, count in of) for of in confusion["personalised"] or []], np.int64) // task.unit
@@ -169,16 +170,27 @@ def others_of(scores: Mapping[str, Any]) -> dict[str, float]:
     return {name: of["personalised"] for name, of in (scores.get(FURTHER) or {}).items()}
 
 
-def _told_besides(updates: Sequence[Update], told: Mapping[int, list[list[int]]], split: Split) -> dict[str, float]:
+def _told_besides(updates: Sequence[Update], told: Mapping[int, list[list[int]]], split: Split, tags: bool = False) -> dict[str, float]:
     """Of a split the mean loss, e to it, and the share of exact matches among all questions, of those devices that tell theirs; nothing of
-    what none does."""
+    what none does. With ``tags`` the mean is that over words, which are not the entities that are counted, and the share of them that is
+    right is told too."""
     made: dict[str, float] = {}
+    words = {u.client: _words(u, split) for u in updates if tags}
+    if every := sum(count for count, _ in words.values()):
+        made[WORD_ACCURACY] = sum(right for _, right in words.values()) / every
+    weights = {u.client: words[u.client][0] if tags else sum(count for *_, count in told[u.client]) for u in updates}
     for name, most in (("loss", np.inf), (EXACT, 1.0)):
-        mine = [(u.metrics.get(f"{split}_{name}"), sum(count for *_, count in told[u.client])) for u in updates]
+        mine = [(u.metrics.get(f"{split}_{name}"), weights[u.client]) for u in updates]
         known = [(value, count) for value, count in mine if type(value) is float and 0 <= value <= most and count]
         if weight := sum(count for _, count in known):
             made[name] = sum(value * count for value, count in known) / weight
     return {**made, PERPLEXITY: perplexity(made["loss"])} if "loss" in made else made
+
+
+def _words(update: Update, split: Split) -> tuple[int, int]:
+    """How many words a device has in a split, and how many of them are tagged rightly; none where it does not tell two such numbers."""
+    words, right = (update.metrics.get(f"{split}_{name}") for name in (COUNTED, RIGHT))
+    return (words, right) if type(words) is int and type(right) is int and 0 <= right <= words < MANY else (0, 0)
 
 
 def counts_well(update: Update, classes: int) -> bool:

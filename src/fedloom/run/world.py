@@ -154,19 +154,30 @@ class World:
         return len(self.splits["train"]) if client == CENTRE else len(self._held("train", client))
 
     def fingerprint(self) -> str:
-        """16 hex digits over the tokens, labels and partition, and devices read from a file: a resumed run must find the same."""
-        digest = hashlib.sha256()
+        """16 hex digits over the tokens, labels and partition, what is due where tokens do not say it, and devices read from a file: a
+        resumed run must find the same."""
+        digest, task = hashlib.sha256(), self.source.task
         for split, examples in self.splits.items():
             for array in (
                 examples.tokens,
                 examples.offsets,
                 examples.store_labels,
                 np.concatenate(self.partition.shards(split)),
+                *([examples.segments] if self._due_beside_tokens else []),
             ):
                 digest.update(np.ascontiguousarray(array).tobytes())
+        if isinstance(task, Tagging):
+            digest.update(json.dumps(task.tags).encode())
+        if isinstance(task, Questions):  # scored against all answers, in words of the context
+            digest.update(json.dumps([[rows[task.context], rows[task.answers]] for rows in self.source.splits.values()]).encode())
         if is_file(self.experiment.device):
             digest.update(json.dumps(self.fleet.as_json(self.pool.clients)).encode())
         return digest.hexdigest()[:16]
+
+    @property
+    def _due_beside_tokens(self) -> bool:
+        """Whether segments say what is due: of an answer, tags, a place in a context. Of a plain text every token is, but its first."""
+        return self.model.reads_many and (self.model.speaker is None or self.model.speaker.form != "text")
 
     @property
     def wave(self) -> int:

@@ -216,9 +216,10 @@ def trains_as(method: Any) -> str:
     return full_name(as_json(method.inner)) if says(method, "trains_as_inner") else ""
 
 
-def validation(results: Mapping[str, Any]) -> float:
-    """What rates are chosen by."""
-    return float(results["validation"]["final"]["personalised"])
+def validation(results: Mapping[str, Any]) -> float | None:
+    """What rates are chosen by; None where there is no such score, with which no rate can win."""
+    score = results["validation"]["final"]["personalised"]
+    return None if score is None else float(score)
 
 
 def data_labels(data: Sequence[str]) -> dict[str, str]:

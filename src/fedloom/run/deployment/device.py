@@ -248,12 +248,14 @@ def source_of(greeting: Mapping[str, Any], own: Own, seed: int) -> Source:
 
 def counted(judge: Judge) -> Leaving:
     """Predictions as counts: for each split, int64 (m, 3) of true class, predicted class, examples; and the mean loss as a metric, of
-    questions also the share of exact matches. Of a question F1 is all that is counted, no word of it."""
+    questions also the share of exact matches, of tags how many words there are and how many are right. Of a question F1 is all that is
+    counted, no word of it."""
     import numpy as np
     import torch
 
     from fedloom.client.client import Client
     from fedloom.data.questions import EXACT, Questions
+    from fedloom.data.tagging import COUNTED, RIGHT, Tagging
     from fedloom.messages import Task, Update
     from fedloom.run.evaluation import cells
 
@@ -262,7 +264,8 @@ def counted(judge: Judge) -> Leaving:
     def leaving(client: Client, asked: Task, update: Update) -> Update:
         if asked.op != PREDICTS:
             return update
-        tensors, losses = {}, {}
+        tensors: dict[str, torch.Tensor] = {}
+        besides: dict[str, float | int] = {}
         for split, made in update.tensors.items():
             labels = np.asarray(judge.source.splits[split][task.label], np.int64)  # type: ignore[index]
             logits = judge.judged(split, np.arange(len(labels)), made.float().numpy())  # type: ignore[arg-type]
@@ -270,10 +273,13 @@ def counted(judge: Judge) -> Leaving:
             (told,) = cells(np.zeros(len(labels), np.int64), found, 1)
             tensors[split] = torch.tensor(told, dtype=torch.int64).reshape(-1, 3)
             if len(labels):
-                losses[f"{split}_loss"] = float(task.loss(labels, logits))
+                besides[f"{split}_loss"] = float(task.loss(labels, logits))
             if len(labels) and isinstance(task, Questions):
-                losses[f"{split}_{EXACT}"] = float(task.scores(labels, logits)[EXACT])
-        return replace(update, tensors=tensors, metrics={**update.metrics, **losses})
+                besides[f"{split}_{EXACT}"] = float(task.scores(labels, logits)[EXACT])
+            if len(labels) and isinstance(task, Tagging):
+                right, words = logits[:, 1:3].sum(0, dtype=np.float64)
+                besides |= {f"{split}_{COUNTED}": int(words), f"{split}_{RIGHT}": int(right)}
+        return replace(update, tensors=tensors, metrics={**update.metrics, **besides})
 
     return leaving
 
