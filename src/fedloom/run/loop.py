@@ -359,8 +359,8 @@ def check(folder: Path, experiment: Experiment) -> bool:
 
 
 def results_of(world: World, state: State, ledger: Ledger, found: Evaluation) -> dict[str, Any]:
-    """What ``results.json`` holds. ``final`` is the last round, ``best`` the one with the highest personalised validation score, the first of
-    equals; without any such score, as where no device that is elsewhere had one to tell, the last round."""
+    """What ``results.json`` holds. ``final`` is the last round, ``best`` the one with the highest personalised validation score, the first
+    of equals; without any such score, as where no device that is elsewhere had one to tell, the last round."""
     e, rows, totals = world.experiment, ledger.rows(), dict(ledger.totals)
     scored = [row for row in rows if row["validation"]["personalised"] is not None]
     best = max(scored, key=lambda row: (row["validation"]["personalised"], -row["round"]), default=rows[-1])
