@@ -1,5 +1,5 @@
 """What every test has: offline, one thread, an empty cache, the same Hypothesis examples each run, and a marker from its folder.
-Whatever tests put into the system's temporary folder goes with them.
+Whatever tests put into the system's temporary folder goes with them, but what pytest keeps of its last three runs.
 
 Watching which lines a test reaches makes Python take half as long again, in libraries too. Files that hold one law for every method, kind
 or size go without (``no_cover``), and so do those of whole commands, of statistics and pages, and of methods whose every round another

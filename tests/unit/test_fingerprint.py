@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedloom.run import checkpoint
 from fedloom.run.again import evaluate_again
 from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.experiment import Experiment
 from fedloom.run.loop import run
-from fedloom.run.world import build
+from fedloom.run.world import build, store_in
 from tests import small
 from tests.oracle.test_cloze import folder as language_model
 
@@ -49,6 +51,11 @@ def test_changed_tags_are_other_data(tmp_path: Path) -> None:
     e = tagging(write(tmp_path, SENTENCES, [sentence("B-x B-y O")]))
     run(e, tmp_path / "run", plain=True)
     assert evaluate_again(e, tmp_path / "run").equal
+    saved, store = checkpoint.load(tmp_path / "run", store_in(tmp_path / "run")), store_in(tmp_path / "run")
+    assert saved is not None
+    older = Path(shutil.copytree(tmp_path / "run", tmp_path / "older"))
+    checkpoint.save(older, replace(saved, data=saved.data.partition("-")[0]), store)
+    assert evaluate_again(e, older).equal, "an earlier release told tokens alone"
     write(tmp_path, SENTENCES, [sentence("B-x O O")])
     with pytest.raises(CheckpointError, match="changed since it was trained"):
         evaluate_again(e, tmp_path / "run")

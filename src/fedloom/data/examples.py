@@ -112,8 +112,11 @@ class Examples:
         """Tokens of each example that are its first text's, int64 (n,)."""
         if not self.pairs:
             return self.lengths
-        before = np.concatenate([[0], np.cumsum(self.segments == 0)])
-        return before[self.offsets[self.rows + 1]] - before[self.offsets[self.rows]]
+        whole = self.lengths
+        ends = np.cumsum(whole)
+        of_mine = np.repeat(self.offsets[self.rows] - ends + whole, whole) + np.arange(ends[-1])
+        before = np.concatenate([[0], np.cumsum(self.segments[of_mine] == 0)])
+        return before[ends] - before[ends - whole]
 
     @property
     def labels(self) -> np.ndarray:

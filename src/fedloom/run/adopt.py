@@ -60,7 +60,7 @@ def adopt(
             raise CheckpointError(f"the training in {trained} has not ended; run it first")
         show.phase("loading data and model")
         world, _, _ = loaded(experiment, build, portion)
-        if saved.data != world.fingerprint():
+        if not checkpoint.same_data(saved.data, world.fingerprint()):
             raise CheckpointError(f"the data behind {trained} changed since it was trained (fingerprint {saved.data}); give another --out")
         if said := stand_at(world.model, saved.start, trained, saved.model, OR_ANOTHER):
             show.note(said)

@@ -63,7 +63,7 @@ def evaluate_again(experiment: Experiment, folder: Path, kind: type[Any] | None 
         if saved is None:
             raise CheckpointError(f"{folder} holds no completed round yet; run it first")
         world = build(other or experiment)
-        if saved.data != world.fingerprint():
+        if not checkpoint.same_data(saved.data, world.fingerprint()):
             raise CheckpointError(f"the data behind {folder} changed since it was trained (fingerprint {saved.data}); restore the data")
         if said := stand_at(world.model, saved.start, folder, saved.model):
             log.warning(said)

@@ -137,6 +137,16 @@ def data_of(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def same_data(one: str, other: str) -> bool:
+    """Whether two fingerprints may be of the same data: one of an earlier release tells tokens alone, and what the other has behind its
+    dash is not compared.
+
+    >>> same_data("a1", "a1-b2"), same_data("a1-b2", "a1-c3"), same_data("a1", "a2")
+    (True, False, False)
+    """
+    return all(a == b for a, b in zip(one.split("-"), other.split("-"), strict=False))
+
+
 def is_served(folder: Path) -> bool:
     """Whether the run is a real federation's, of which the server has this folder: states and data of devices lie with them."""
     return _said(folder, "elsewhere") is True

@@ -172,7 +172,7 @@ def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str
     engine, data, model, unknown = engine_of(world, store), world.fingerprint(), identity(world.model), nothing(world)
     hurried = engine if world.far is None else world.far.hurried(engine)
     saved = checkpoint.load(folder, store)
-    if saved is not None and saved.data != data:
+    if saved is not None and not checkpoint.same_data(saved.data, data):
         raise CheckpointError(f"the data behind {folder} changed since it began (fingerprint {saved.data}, now {data}); give another --out")
     ledger, begun = Ledger(folder, world.fleet, saved.totals if saved else None), begin_on_disk(world.model, folder)
 

@@ -154,30 +154,35 @@ class World:
         return len(self.splits["train"]) if client == CENTRE else len(self._held("train", client))
 
     def fingerprint(self) -> str:
-        """16 hex digits over the tokens, labels and partition, what is due where tokens do not say it, and devices read from a file: a
-        resumed run must find the same."""
-        digest, task = hashlib.sha256(), self.source.task
+        """16 hex digits over the tokens, labels and partition, and devices read from a file, and behind a dash as many over what is due,
+        where tokens do not say it: a resumed run must find the same (``checkpoint.same_data``)."""
+        digest = hashlib.sha256()
         for split, examples in self.splits.items():
             for array in (
                 examples.tokens,
                 examples.offsets,
                 examples.store_labels,
                 np.concatenate(self.partition.shards(split)),
-                *([examples.segments] if self._due_beside_tokens else []),
             ):
                 digest.update(np.ascontiguousarray(array).tobytes())
+        if is_file(self.experiment.device):
+            digest.update(json.dumps(self.fleet.as_json(self.pool.clients)).encode())
+        return "-".join(filter(None, (digest.hexdigest()[:16], self._due())))
+
+    def _due(self) -> str:
+        """16 hex digits over what is due beside the tokens: of an answer, tags, a place in a context segments say it. Nothing of texts of
+        one class each, and of plain texts, of which every token is due but the first."""
+        task, speaker = self.source.task, self.model.speaker
+        if not self.model.reads_many or (speaker is not None and speaker.form == "text"):
+            return ""
+        digest = hashlib.sha256()
+        for examples in self.splits.values():
+            digest.update(np.ascontiguousarray(examples.segments).tobytes())
         if isinstance(task, Tagging):
             digest.update(json.dumps(task.tags).encode())
         if isinstance(task, Questions):  # scored against all answers, in words of the context
             digest.update(json.dumps([[rows[task.context], rows[task.answers]] for rows in self.source.splits.values()]).encode())
-        if is_file(self.experiment.device):
-            digest.update(json.dumps(self.fleet.as_json(self.pool.clients)).encode())
         return digest.hexdigest()[:16]
-
-    @property
-    def _due_beside_tokens(self) -> bool:
-        """Whether segments say what is due: of an answer, tags, a place in a context. Of a plain text every token is, but its first."""
-        return self.model.reads_many and (self.model.speaker is None or self.model.speaker.form != "text")
 
     @property
     def wave(self) -> int:

@@ -11,10 +11,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from fedloom.run.checkpoint import CheckpointError, data_of, only_one, write_atomically
+from fedloom.run.checkpoint import CheckpointError, data_of, only_one, same_data, write_atomically
 from fedloom.run.comparison.jobs import carry_out, ended_before, order_of
 from fedloom.run.comparison.plan import Ended, Plan, Run
 from fedloom.run.comparison.rehearsal import rehearse
@@ -100,7 +101,7 @@ def insist_on_the_same_data(runs: Sequence[Run], folder: Callable[[Run], Path]) 
             names = seen.setdefault(of, {}).setdefault(data, [])
             names += [folder(run).name] if folder(run).name not in names else []
     for (data, *_), each in seen.items():
-        if len(each) > 1:
+        if not all(same_data(one, other) for one, other in combinations(each, 2)):
             told = " and ".join(f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''} ({found})" for found, names in each.items())
             raise CheckpointError(
                 f"the data behind '{data}' changed between runs that would stand in one table: {told}. Give another --out, or delete the "
