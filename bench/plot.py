@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from bench.figure import told
 from bench.row import Row
-from fedloom.run.pages.figures import INK, Kind, render
+from fedloom.run.pages.drawing import INK, Kind, render
 
 COLOURS = {"aim": "#009e73", "met": "#0072b2", "missed": "#d55e00"}
 WORDS = {"aim": "reaches the aim", "met": "keeps the bound", "missed": "misses the bound"}

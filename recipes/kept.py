@@ -27,6 +27,7 @@ from fedloom.run.comparison.standing import COMMONEST
 from fedloom.run.comparison.statistics import mean_rank
 from fedloom.run.comparison.summary import PROTOCOLS
 from fedloom.run.loop import DIVERGED
+from fedloom.run.pages.standings import standings
 from fedloom.run.reading import full_name
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -39,6 +40,8 @@ LEVEL = "level: the paired bootstrap over devices does not separate it at 95 % f
 """What the board calls level."""
 APART = 0.02
 """Means over three seeds that are no further apart are not taken for an order."""
+PICTURE = "standings.svg"
+"""Of all cells, beside their archives; the page shows it where it likes."""
 NO_SCORES: Mapping[str, Any] = {"mean": None, "count": 0}
 FILES = ("experiment.json", "rounds.jsonl", "results.json", DIVERGED)
 """What a run that has ended is known by, without its checkpoint; one that diverged has no results, any other no ``diverged.json``."""
@@ -143,6 +146,7 @@ class Table:
                 cases += mine
         if cases:
             told = took(seconds, len(self.shapes) * len(self.alphas))
+            (self.kept / PICTURE).write_bytes(standings(cases, self.methods))
             self.write(f"{scores(cases, self.methods)}\n{board(cases, self.methods)}\n{told}")
         print(f"written: {self.page}, and the tables of {', '.join(written) or 'nothing'} in {self.kept}")
         return code

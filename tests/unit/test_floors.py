@@ -54,7 +54,7 @@ DOORS = {
     "httpx": {"engines/node.py"},
     "cryptography": {"engines/node.py", "run/deployment/certificates.py"},
     "tyro": {"cli.py"},
-    "matplotlib": {"run/pages/figures.py"},
+    "matplotlib": {"run/pages/drawing.py", "run/pages/figures.py", "run/pages/standings.py"},
     "jinja2": {"run/pages/report.py"},
     "tensorboard": {"run/trackers/tensorboard.py"},
     "mlflow": {"run/trackers/mlflow.py"},

@@ -34,7 +34,8 @@ from fedloom.run.costs.pretended import Pretended, silent
 from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.run.loop import begin
 from fedloom.run.numbers import drawn, most
-from fedloom.run.pages.figures import Kind, partition_picture
+from fedloom.run.pages.drawing import Kind
+from fedloom.run.pages.figures import partition_picture
 from fedloom.run.pages.spent import profiles_told
 from fedloom.run.terminal.console import human_bytes, human_seconds
 from fedloom.run.world import World, adapter_of, build, read_data

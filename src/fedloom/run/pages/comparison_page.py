@@ -16,6 +16,8 @@ from fedloom.run.comparison.statistics import spread
 from fedloom.run.comparison.tables import terminal
 from fedloom.run.comparison.targets import personalising
 from fedloom.run.pages import figures
+from fedloom.run.pages.drawing import inline
+from fedloom.run.pages.standings import standings
 from fedloom.run.reading import Run, solved
 
 COSTS = ("bytes_up", "bytes_down", "device_seconds")
@@ -34,6 +36,9 @@ def comparison_of(summary: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, 
         "searched": len(summary["rates"]) > 1,
         "chosen_by": summary["chosen_by"],
         "tables": terminal(summary),
+        "standings": inline(standings(summary["cases"], [row["method"] for row in summary["cases"][0]["rows"]]), "standings")
+        if len(summary["cases"]) > 1
+        else None,
         "lost": [*summary["failed"].items(), *((name, f"diverged. {why}") for name, why in summary["diverged"].items())],
         "curves": [(case["label"], _pictures(case, by_name, f"case{i}")) for i, case in enumerate(summary["cases"])],
     }
@@ -51,7 +56,7 @@ def _pictures(case: Mapping[str, Any], by_name: Mapping[str, Run], name: str) ->
         for protocol in PROTOCOLS:
             goals = [goal for goal in case["target"][protocol].values() if goal is not None]
             svg = figures.metric_curve(tracks, protocol, against, case["metric"], target=mean(goals) if goals else None)
-            pictures.append(figures.inline(svg, f"{name}-{protocol}-{against}"))
+            pictures.append(inline(svg, f"{name}-{protocol}-{against}"))
     return [*pictures, *(one for of in solved_curves(tracks, f"{name}-numbers", AGAINST).values() for one in of)]
 
 
@@ -62,7 +67,7 @@ def solved_curves(tracks: Sequence[figures.Track], name: str, against: Sequence[
     if not known:
         return {}
     pictures = [(p, a, figures.metric_curve(told, p, a, "exact match")) for a in against for p in known]
-    return {"Exact match": [figures.inline(svg, f"{name}-{p}-{a}") for p, a, svg in pictures]}
+    return {"Exact match": [inline(svg, f"{name}-{p}-{a}") for p, a, svg in pictures]}
 
 
 def track_of(label: str, runs: Sequence[Run]) -> figures.Track:

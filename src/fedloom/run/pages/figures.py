@@ -1,67 +1,31 @@
-"""Pictures of runs as SVG or PNG bytes. The same data always gives the same bytes.
+"""Pictures of runs: their curves, their layers, their devices' data, drawn as ``drawing.py`` says.
 
-Everything is readable on white and on near-black: no background is painted, text is a middle grey, and the series colours are
-those of Okabe and Ito, which stay apart under the common kinds of colour blindness; dash and marker differ too. Text in an SVG
-stays text. :func:`inline` makes an SVG part of an HTML page, where its ink follows the page's.
-
-This module does not know run folders or HTML pages; it draws the numbers it is given. Nothing else imports matplotlib, and no
-global figure state is kept.
+This module does not know run folders or HTML pages; it draws the numbers it is given.
 """
 
 from __future__ import annotations
 
-import io
-import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import matplotlib
 import matplotlib.axes
 import matplotlib.figure
 import numpy as np
-from matplotlib.colors import to_hex
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedloom.run.comparison.standing import Protocol
+from fedloom.run.pages.drawing import INK, OKABE_ITO, Kind, appearance, class_colours, height_of, legend, render
 
-Kind = Literal["svg", "png"]
 Against = Literal["round", "bytes", "up", "device"]
 Opens = Literal["batches", "batches as cut", "examples", "length"]
 """What a curriculum opens a share of; of length: of the way from its shortest texts to whole ones."""
 
-INK = "#757a82"
-"""Middle grey: contrast about 4.2 on white and on #14171b alike."""
-
-OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-DASHES = ("-", "--", ":", "-.")
-MARKERS = "osD^vP"
 MOST_DEVICES = 240
 """Devices that one partition picture shows; of more, evenly spaced ones are shown and the title says so."""
 
 LARGEST_VECTOR = 4000
 """Bars beyond which a partition picture embeds them as pixels, so that a report stays small."""
-
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "fedloom",
-    "text.parse_math": False,
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "axes.grid": True,
-    "grid.color": INK,
-    "grid.alpha": 0.18,
-}
 
 
 @dataclass(frozen=True)
@@ -126,9 +90,9 @@ def metric_curve(tracks: Sequence[Track], protocol: Protocol, against: Against, 
         ax.set_xlabel(label)
         ax.set_xlim(left=0)
         ax.xaxis.set_major_locator(MaxNLocator(integer=against == "round", nbins=7))
-        _legend(ax, len(tracks))
+        legend(ax, len(tracks))
 
-    return render(draw, height=_height(len(tracks)))
+    return render(draw, height=height_of(len(tracks)))
 
 
 def loss_curve(tracks: Sequence[Track]) -> bytes:
@@ -143,9 +107,9 @@ def loss_curve(tracks: Sequence[Track]) -> bytes:
         ax.set_title("Training loss of each round's cohort")
         ax.set_ylabel("mean loss (nats)")
         _rounds(ax)
-        _legend(ax, len(tracks))
+        legend(ax, len(tracks))
 
-    return render(draw, height=_height(len(tracks)))
+    return render(draw, height=height_of(len(tracks)))
 
 
 def pacing(fractions: Sequence[float], opens: Opens = "batches") -> bytes:
@@ -191,9 +155,9 @@ def layer_scores(scores: Sequence[float], chosen: Sequence[int]) -> bytes:
         ax.set_ylabel("score (relative change)")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
         ax.grid(False, axis="x")
-        _legend(ax, 2)
+        legend(ax, 2)
 
-    return render(draw, height=_height(2))
+    return render(draw, height=height_of(2))
 
 
 def shared_layers(chosen: Mapping[int, Sequence[int]], depth: int, rounds: int) -> bytes:
@@ -267,18 +231,6 @@ def _stack(ax: matplotlib.axes.Axes, heights: np.ndarray, colours: Sequence[str]
     ax.grid(False, axis="x")
 
 
-def class_colours(count: int) -> list[str]:
-    """``count`` colours for labels: Okabe and Ito's up to six, beyond that steps of one map that is even in lightness."""
-    if count <= len(OKABE_ITO):
-        return list(OKABE_ITO[:count])
-    return [to_hex(matplotlib.colormaps["viridis"](v)) for v in np.linspace(0.04, 1, count)]
-
-
-def appearance(i: int) -> tuple[str, str, str]:
-    """Colour, dash and marker of line i; the first 24 differ."""
-    return OKABE_ITO[i % len(OKABE_ITO)], DASHES[i // len(OKABE_ITO) % len(DASHES)], MARKERS[i % len(MARKERS)]
-
-
 WORDS: dict[Against, str] = {"round": "rounds", "bytes": "traffic", "up": "uploads", "device": "device time"}
 
 BYTES = [(1e3, "(kB)"), (1e6, "(MB)"), (1e9, "(GB)"), (1e12, "(TB)")]
@@ -308,36 +260,3 @@ def _scale(ax: matplotlib.axes.Axes, scores: Sequence[float]) -> None:
         low, high = min(finite), max(finite)
         margin = max(0.06 * (high - low), (0.05 - (high - low)) / 2, 0.005)
         ax.set_ylim(low - margin, high + margin)
-
-
-def _legend(ax: matplotlib.axes.Axes, lines: int) -> None:
-    if lines > 1:
-        ax.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.2), ncols=2, fontsize=8, borderaxespad=0)
-
-
-def _height(lines: int) -> float:
-    """Inches: room for a legend of two columns below the axes."""
-    return 2.9 + (0.19 * ((lines + 1) // 2) + 0.05 if lines > 1 else 0)
-
-
-def render(draw: Callable[[matplotlib.figure.Figure], None], kind: Kind = "svg", width: float = 4.8, height: float = 2.9) -> bytes:
-    """Draw on a fresh figure and return its bytes; matplotlib's settings are put back as they were."""
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from font")  # a box in a picture; an SVG keeps the text
-        figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
-        draw(figure)
-        buffer = io.BytesIO()
-        stamps = ("Date", "Creator") if kind == "svg" else ("Software",)
-        figure.savefig(buffer, format=kind, dpi=150, metadata=dict.fromkeys(stamps))
-    return buffer.getvalue()
-
-
-def inline(svg: bytes, name: str) -> str:
-    """The SVG as an HTML element: no prologue, no fixed size, ids prefixed with ``name``, ink in the page's colour."""
-    text = svg.decode("utf-8")
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
-    text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
-    text = re.sub(r"<svg [^>]*>", lambda root: re.sub(r' (width|height)="[^"]*"', "", root.group()), text, count=1)
-    return text.replace(INK, "currentColor")

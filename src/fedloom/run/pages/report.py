@@ -3,7 +3,7 @@
 The page is a pure function of the run folders' files (``reading.py``). A run that has not ended yet is shown as far as it went,
 and the page says so.
 
-This module does not know how a run is made, nor matplotlib (``figures.py``). Nothing else imports jinja2.
+This module does not know how a run is made, nor matplotlib (``drawing.py``). Nothing else imports jinja2.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedloom.run.checkpoint import write_atomically
-from fedloom.run.pages import figures
+from fedloom.run.pages import drawing, figures
 from fedloom.run.pages.comparison_page import comparison_of, solved_curves
 from fedloom.run.pages.spent import spent
 from fedloom.run.reading import Run, flat_settings, label_runs, read
@@ -102,7 +102,7 @@ def _headline(run: Run, label: str, i: int) -> dict[str, Any]:
     nothing = {"personalised": None, "global": None, "round": None}
     evaluated = [row for row in run.rows if row["personalised"] is not None or row["global"] is not None]
     setup = dict.fromkeys(("setup_bytes_up", "setup_bytes_down", "setup_device_seconds"))
-    colour, dash, _ = figures.appearance(i)
+    colour, dash, _ = drawing.appearance(i)
     known = run.results or {"final": evaluated[-1] if evaluated else nothing, "best": nothing, **total, **setup}
     return {
         "label": label,
@@ -144,7 +144,7 @@ def _differing(runs: Sequence[Run]) -> list[str]:
 
 def _picture(svg: bytes, name: str) -> str:
     """An SVG as part of the page. The template does not escape it: matplotlib has escaped the text in it."""
-    return figures.inline(svg, name)
+    return drawing.inline(svg, name)
 
 
 def _curves(runs: Sequence[Run], labels: Sequence[str]) -> dict[str, list[str]]:
