@@ -24,7 +24,7 @@ from fedloom.run.adopt import TAKEN_OVER
 from fedloom.run.checkpoint import write_atomically
 from fedloom.run.comparison.cells import UNCOUNTED, remark
 from fedloom.run.comparison.standing import COMMONEST
-from fedloom.run.comparison.statistics import mean_rank
+from fedloom.run.comparison.statistics import mean_of_all
 from fedloom.run.comparison.summary import PROTOCOLS
 from fedloom.run.loop import DIVERGED
 from fedloom.run.pages.standings import standings
@@ -239,7 +239,7 @@ def board(cases: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
         unread = [found for case in cases if (of := case.get("commonest")) and (found := of["over"][method])]
         cells.append(f"{sum(found['low'] > 0 for found in unread)} of {len(unread)}" if unread else "-")
         for protocol in PROTOCOLS:
-            rank = mean_rank([row["rank"][protocol] for row in mine])
+            rank = mean_of_all([row["rank"][protocol] for row in mine])
             cells.append("-" if rank is None else f"{rank:.1f}")
         sent, most = (sum(row["costs"]["bytes_up"] + row["costs"]["setup_bytes_up"] for row in of) for of in (mine, rows[methods[0]]))
         told.append(f"| {' | '.join([*cells, share_text(sent / most)])} |")

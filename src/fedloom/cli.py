@@ -8,7 +8,6 @@ PyTorch and the rest are imported by the command that needs them: ``fedloom --he
 from __future__ import annotations
 
 import contextlib
-import difflib
 import gc
 import importlib.metadata
 import io
@@ -25,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedloom.finding import meant
 from fedloom.run.terminal import arguments
 from fedloom.run.terminal.ending import Terminated, quiet, terminable
 from fedloom.run.terminal.overview import COMPARE, HELP, what_it_is
@@ -349,9 +349,8 @@ def _dispatch(words: Sequence[str]) -> int:
         print(f"fedloom {version()}")
         return 0
     if words[0] not in COMMANDS:
-        close = difflib.get_close_matches(words[0], COMMANDS, 1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise Usage(f"there is no command '{words[0]}'.{hint} There are: {', '.join(COMMANDS)}. fedloom --help shows what each does")
+        there = f"There are: {', '.join(COMMANDS)}. fedloom --help shows what each does"
+        raise Usage(f"there is no command '{words[0]}'.{meant(words[0], COMMANDS)} {there}")
     return COMMANDS[words[0]](words[1:])
 
 

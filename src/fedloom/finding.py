@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
@@ -42,6 +43,16 @@ def chosen(found: Mapping[str, type[Any]], name: str, what: str, more: str = "")
     if name not in found:
         raise ValueError(f"no {what} '{name}'; there are {', '.join(found)}{more}")
     return found[name]
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """What to put behind "there is no such ..." where ``word`` is nearly one that there is; else nothing.
+
+    >>> meant("fedavgg", ["fedavg", "local"])
+    " Did you mean 'fedavg'?"
+    """
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def _by_name(kinds: Iterable[Any]) -> dict[str, type[Any]]:

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from fedloom.run.comparison import statistics
-from fedloom.run.comparison.statistics import Bootstrap, mean_rank, ranks, resampled, spread, tallies, tallies_of
+from fedloom.run.comparison.statistics import Bootstrap, mean_of_all, ranks, resampled, spread, tallies, tallies_of
 from fedloom.seeds import derive
 
 pytestmark = pytest.mark.no_cover
@@ -164,9 +164,9 @@ def test_ranks(scores: list[float | None], wanted: list[float | None]) -> None:
 
 
 def test_a_mean_rank_needs_every_case() -> None:
-    assert mean_rank([1, 2.5]) == 1.75
-    assert mean_rank([1, None]) is None
-    assert mean_rank([]) is None
+    assert mean_of_all([1, 2.5]) == 1.75
+    assert mean_of_all([1, None]) is None
+    assert mean_of_all([]) is None
 
 
 def test_spread_is_mean_and_sample_deviation() -> None:

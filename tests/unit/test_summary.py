@@ -16,11 +16,13 @@ from matplotlib.figure import Figure
 
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.local import Local
+from fedloom.run.comparison.as_csv import as_csv
+from fedloom.run.comparison.as_tex import as_tex
 from fedloom.run.comparison.cells import reached_text
 from fedloom.run.comparison.compare import run_folders, summary_in
 from fedloom.run.comparison.plan import Ended, Plan
 from fedloom.run.comparison.summary import summarise
-from fedloom.run.comparison.tables import as_csv, as_markdown, as_tex, terminal
+from fedloom.run.comparison.tables import as_markdown, terminal
 from fedloom.run.experiment import Experiment
 from fedloom.run.pages import figures
 from fedloom.run.pages.comparison_page import comparison_of, track_of

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from fedloom.run.comparison.as_csv import as_csv
+from fedloom.run.comparison.as_tex import as_tex, escaped
 from fedloom.run.comparison.cells import p_text, paid_text, reached_text, spread_text
-from fedloom.run.comparison.tables import as_csv, as_markdown, as_tex, escaped, leads, terminal
+from fedloom.run.comparison.tables import as_markdown, leads, terminal
 
 COSTS: dict[str, Any] = dict.fromkeys(
     ("bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down", "examples", "device_seconds", "setup_device_seconds"), 1

@@ -56,7 +56,7 @@ def beside(operation: Callable[[Client, Task], Work[Update]], c: Client, task: T
 
 
 def own_unheld(work: Work[T], own: Tensors) -> Work[T]:
-    """Carry on with FedProx's term over what was sent alone."""
+    """The same work, with FedProx's term over what was sent alone."""
     answer: Any = None
     while True:
         try:

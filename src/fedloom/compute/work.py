@@ -281,8 +281,9 @@ class Spectral:
 
 @dataclass(frozen=True)
 class Predict:
-    """Logits of all ``examples`` at the tensors ``at``. Result: float32 tensor (n, C); of a model that writes answers (n, 3), for each
-    example the sum of −log softmax over its answer's tokens, how many of them were the likeliest, and how many there are.
+    """Logits of all ``examples`` at the tensors ``at``. Result: float32 tensor (n, C) of a classifier; of any other model (n, W), what it
+    keeps of each example (``Model.width``): of one that writes answers (n, 3), the sum of −log softmax over an answer's tokens, how many of
+    them were the likeliest, and how many there are.
 
     ``measures``: this only finds out how good a model is and is no part of what a method does, so it is in no book of costs."""
 

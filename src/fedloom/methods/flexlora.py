@@ -23,8 +23,19 @@ from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
-from fedloom.model.factors import Products, cut, need_ranks, need_room, need_zero_start, quarters, rank_in, rank_of, refactored
-from fedloom.model.names import is_factor, need_pairs, widened
+from fedloom.model.factors import (
+    Products,
+    cut,
+    need_ranks,
+    need_room,
+    need_zero_start,
+    quarters,
+    rank_in,
+    rank_of,
+    refactored,
+    widened,
+)
+from fedloom.model.names import is_factor, need_pairs
 from fedloom.server.aggregation import Average
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import without

@@ -32,8 +32,8 @@ from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
-from fedloom.model.factors import cut, need_ranks, need_zero_start, products, quarters, rank_in, rank_of
-from fedloom.model.names import is_down, is_factor, is_up, need_pairs, partner, widened
+from fedloom.model.factors import cut, need_ranks, need_zero_start, products, quarters, rank_in, rank_of, widened
+from fedloom.model.names import is_down, is_factor, is_up, need_pairs, partner
 from fedloom.server.aggregation import Average
 from fedloom.server.participation import Pool, uniform
 from fedloom.tensors import Mean, only, without

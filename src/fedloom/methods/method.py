@@ -65,8 +65,7 @@ SAYS: dict[str, str | bool] = {
 """What a method may say of itself, in class attributes or properties, and what is so where it says nothing. See :class:`Method`."""
 
 BY_ITSELF = frozenset({"trains_as_inner", "joins_late"})
-"""What counts only if a method's own class says it: what another class adds to the one that it is made from may make it untrue, and what
-rests on it would be wrong in silence."""
+"""Claims that a class does not inherit: what it adds to the class that it is made from may make them untrue, unnoticed."""
 
 
 class Method(Protocol):

@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fedloom.model import bottleneck, mixing
-from fedloom.model.names import HEADS, is_beneath, is_down, is_up, widened
+from fedloom.model.factors import widened
+from fedloom.model.names import HEADS, is_beneath, is_down, is_up
 from fedloom.model.principal import drawn, principal_factors
 from fedloom.model.quantised import Base, Quantised, quantise, restore
 from fedloom.tensors import fingerprint

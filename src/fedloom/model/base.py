@@ -187,11 +187,11 @@ class Model:
 
     @property
     def trial_segment(self) -> int:
-        """What the tokens of a text are that is like one of the task's, and of the first kind to the model."""
+        """The segment number of all tokens of a made-up text: as the task's have, and of the first kind to the model."""
         return 0 if self._many is None else self._many.segment
 
     def kinds_of(self, segments: torch.Tensor) -> torch.Tensor:
-        """What the model is given as token types: not what segments say is due."""
+        """The token types among what ``segments`` say; those also say what is due."""
         return segments if self._many is None else self._many.kinds_of(segments)
 
     def asked(self, batch: Batch) -> Asked | Spans | None:

@@ -76,6 +76,19 @@ def rank_of_pairs(tensors: Tensors) -> int:
     return ranks.pop() if len(ranks) == 1 else 0
 
 
+def widened(tensors: Mapping[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+    """Pairs with zeros behind their directions up to ``rank``: the same function. Other tensors as they are."""
+    made = {}
+    for name, tensor in tensors.items():
+        if is_factor(name):
+            across = 0 if is_down(name) else 1
+            shape = [*tensor.shape]
+            shape[across] = rank - shape[across]
+            tensor = torch.cat([tensor, tensor.new_zeros(shape)], across)
+        made[name] = tensor
+    return made
+
+
 def cut(tensors: Tensors, rank: int) -> dict[str, torch.Tensor]:
     """Pairs of their first ``rank`` directions; other tensors as they are."""
     return {n: _of_rank(n, t, rank).clone() if is_factor(n) else t for n, t in tensors.items()}

@@ -5,9 +5,7 @@ Pure functions of names: this file knows no library's modules. Which names a mod
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-
-import torch
+from collections.abc import Collection
 
 from fedloom.model.blocks import layer_of
 
@@ -94,19 +92,6 @@ def is_down(name: str) -> bool:
 def is_up(name: str) -> bool:
     """Whether a saved name is a B (d_out, r), the factor that projects up."""
     return ".lora_B." in name
-
-
-def widened(tensors: Mapping[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
-    """Pairs with zeros behind their directions up to ``rank``: the same function. Other tensors as they are."""
-    made = {}
-    for name, tensor in tensors.items():
-        if is_factor(name):
-            across = 0 if is_down(name) else 1
-            shape = [*tensor.shape]
-            shape[across] = rank - shape[across]
-            tensor = torch.cat([tensor, tensor.new_zeros(shape)], across)
-        made[name] = tensor
-    return made
 
 
 def partner(name: str) -> str:

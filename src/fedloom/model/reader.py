@@ -63,7 +63,7 @@ class ReadsMany(Reader, Protocol):
 
     @property
     def segment(self) -> int:
-        """What the tokens of a text are that is like one of the task's, and of the first kind to the model."""
+        """The segment number of all tokens of a made-up text: as the task's have, and of the first kind to the model."""
         ...
 
     @property
@@ -72,7 +72,7 @@ class ReadsMany(Reader, Protocol):
         ...
 
     def kinds_of(self, segments: torch.Tensor) -> torch.Tensor:
-        """What the model is given as token types: not what segments say is due."""
+        """The token types among what ``segments`` say; those also say what is due."""
         ...
 
     def due(self, ids: np.ndarray, segments: np.ndarray, lengths: np.ndarray, device: torch.device) -> Asked | Spans:

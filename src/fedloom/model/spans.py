@@ -182,7 +182,7 @@ class Finder:
             yield _Window(question, made["input_ids"][i], made["token_type_ids"][i], inside, made["offset_mapping"][i])
 
     def kinds_of(self, segments: torch.Tensor) -> torch.Tensor:
-        """The bit that tells them."""
+        """The bit that tells the two texts apart."""
         return segments & SECOND
 
     def due(self, ids: np.ndarray, segments: np.ndarray, lengths: np.ndarray, device: torch.device) -> Spans:

@@ -5,8 +5,8 @@ before the rest. What was written in a part of that size is what the file holds 
 wanted, and the system may take them back at any time, which it may not with memory that no file stands behind. A file that is deleted is
 there while it is mapped.
 
-State is a value: what has not changed is the same objects, and whoever brings them again need not have their numbers looked at. Of other
-objects they are: the same numbers have the same name, and are there.
+State is a value: tensors that have not changed are the same objects, and are recognised without reading their numbers. Others are
+recognised by their numbers, which give the name.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ MEND = "Restore its folder from a copy, or delete it and run anew: the same comm
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """What a run folder says. ``results`` is None while the run has not ended; ``torn``: its last row is only half written."""
 
     folder: Path
@@ -59,7 +59,7 @@ def full_name(method: Mapping[str, Any]) -> str:
     return str(method["name"]) if its_own else f"{method['name']}+{chosen}"
 
 
-def read(folder: Path) -> Run:
+def read(folder: Path) -> RunFolder:
     """Read and check a run folder. A last row without its line end is a row being written, not an error.
 
     Raises:
@@ -72,7 +72,7 @@ def read(folder: Path) -> Run:
     rows = [_object(line, ROW_KEYS, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     results = folder / "results.json"
     ended = _object(_text(results), RESULT_KEYS, str(results)) if results.exists() else None
-    return Run(folder, experiment, rows, ended, torn=bool(rest.strip()))
+    return RunFolder(folder, experiment, rows, ended, torn=bool(rest.strip()))
 
 
 def _text(path: Path) -> str:
@@ -101,7 +101,7 @@ def solved(row: Mapping[str, Any], protocol: str) -> float | None:
     return (row.get(EXACT) or {}).get(protocol)
 
 
-def label_runs(runs: Sequence[Run]) -> list[str]:
+def label_runs(runs: Sequence[RunFolder]) -> list[str]:
     """A short label for each run that no other has: its method, with its seed if needed, else its folder."""
     candidates = (
         [run.method for run in runs],

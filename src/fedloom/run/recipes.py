@@ -7,7 +7,6 @@ This module does not know options or the command line.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import importlib.util
 import json
@@ -21,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from fedloom.client.curricula import all_curricula
+from fedloom.finding import meant
 from fedloom.methods import all_methods, methods_in
 from fedloom.methods.method import parts
 from fedloom.run.experiment import Experiment, ExperimentError, as_meant, from_json
@@ -62,10 +62,8 @@ def resolve(word: str) -> Recipe:
         return Recipe(type(saved.method), saved)
     known = all_methods()
     if word not in known:
-        close = difflib.get_close_matches(word, known, 1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
         raise ExperimentError(
-            f"there is no method '{word}'.{hint} There are: {', '.join(known)}. A Python file that defines a method, or the "
+            f"there is no method '{word}'.{meant(word, known)} There are: {', '.join(known)}. A Python file that defines a method, or the "
             "experiment.json of a run, works too"
         )
     return Recipe(known[word])
@@ -179,9 +177,7 @@ def _fields(method: Any) -> list[str]:
 def _with_curriculum(recipe: Recipe, name: str) -> Recipe:
     known = all_curricula()
     if name not in known:
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise ExperimentError(f"there is no curriculum '{name}'.{hint} There are: {', '.join(known)}")
+        raise ExperimentError(f"there is no curriculum '{name}'.{meant(name, known)} There are: {', '.join(known)}")
     method = with_curriculum(recipe.method, known[name]())
     return Recipe(recipe.kind, dataclasses.replace(recipe.experiment, method=method) if recipe.experiment else None, method)
 

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.run.checkpoint import CheckpointError, data_of, only_one, same_data, write_atomically
+from fedloom.run.comparison.as_csv import as_csv
+from fedloom.run.comparison.as_tex import as_tex
 from fedloom.run.comparison.jobs import carry_out, ended_before, order_of
 from fedloom.run.comparison.plan import Ended, Plan, Run
 from fedloom.run.comparison.rehearsal import rehearse
 from fedloom.run.comparison.summary import summarise
-from fedloom.run.comparison.tables import as_csv, as_markdown, as_tex
+from fedloom.run.comparison.tables import as_markdown
 from fedloom.run.comparison.watching import Watching
 from fedloom.run.experiment import ExperimentError, as_meant, completed, digest_of
 from fedloom.run.loop import check

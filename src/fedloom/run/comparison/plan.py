@@ -57,7 +57,7 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Search:
     """A search: validation score by rate (None: diverged, or not known), and what came of it. ``rate`` None: the method's own."""
 
     tried: Mapping[float | None, float | None]
@@ -158,16 +158,16 @@ class Plan:
         pairs = [(case, method) for case in self.cases for method in self.methods]
         return [self.run(*pair, rate, seed) for seed in self.seeds for pair in pairs for rate in self.options]
 
-    def choice(self, case: Case, method: str, ended: Mapping[str, Ended]) -> Choice:
+    def choice(self, case: Case, method: str, ended: Mapping[str, Ended]) -> Search:
         """What the search has come to. It is made when every rate has a score or has diverged, and one has a score."""
         found = {rate: ended.get(run.name) for rate, run in self.tries(case, method).items()}
         tried = {rate: None if e is None or e.results is None else validation(e.results) for rate, e in found.items()}
         if len(self.options) == 1:
-            return Choice(tried, True, self.options[0])
+            return Search(tried, True, self.options[0])
         known = {rate: score for rate, score in tried.items() if score is not None}
         if not known or any(e is None or not e.settled for e in found.values()):
-            return Choice(tried)
-        return Choice(tried, True, max(known, key=lambda rate: known[rate]))
+            return Search(tried)
+        return Search(tried, True, max(known, key=lambda rate: known[rate]))
 
     def chosen(self, case: Case, method: str, ended: Mapping[str, Ended]) -> list[Run]:
         """The runs that the table tells: the chosen rate with each seed; none while nothing is chosen."""

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fedloom.data.tasks import METRICS
-from fedloom.run.comparison.statistics import Bootstrap, spread, tallies_of
+from fedloom.run.comparison.statistics import Bootstrap, by_seed, spread, tallies_of
 from fedloom.seeds import Part
 
 Protocol = Literal["personalised", "global"]
@@ -62,7 +62,7 @@ def beside_the_commonest(known: Bootstrap | None, methods: Iterable[str], seeds:
         return None
     each = dict(zip(map(str, sorted(seeds)), known.scores(unread), strict=True))
     return {
-        "score": {**asdict(spread(list(each.values()))), "each": each},
+        "score": by_seed(each),
         "over": {m: against(known, m, COMMONEST, "personalised") for m in methods},
     }
 

@@ -18,7 +18,7 @@ This module does not know run folders.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import Any
 
@@ -62,6 +62,11 @@ def spread(values: Sequence[float | None]) -> Spread:
     return Spread(mean(known) if known else None, stdev(known) if len(known) > 1 else None, len(known))
 
 
+def by_seed(each: Mapping[str, float | None]) -> dict[str, Any]:
+    """Mean, deviation and count of what is known, and ``each`` by seed, as summaries tell them."""
+    return {**asdict(spread(list(each.values()))), "each": dict(each)}
+
+
 def ranks(scores: Sequence[float | None]) -> list[float | None]:
     """1 for the highest score; equals share the mean of their places; None for None.
 
@@ -72,9 +77,9 @@ def ranks(scores: Sequence[float | None]) -> list[float | None]:
     return [None if s is None else 1 + sum(o > s for o in known) + (known.count(s) - 1) / 2 for s in scores]
 
 
-def mean_rank(each: Sequence[float | None]) -> float | None:
-    """The mean; None where one is missing: means over different cases cannot be compared."""
-    known = [rank for rank in each if rank is not None]
+def mean_of_all(each: Sequence[float | None]) -> float | None:
+    """The mean; None where one is missing, or all: means over different cases or seeds cannot be compared."""
+    known = [one for one in each if one is not None]
     return mean(known) if known and len(known) == len(each) else None
 
 

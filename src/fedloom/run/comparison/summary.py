@@ -21,7 +21,7 @@ from fedloom.run.comparison.plan import Case, Ended, Plan, Run
 from fedloom.run.comparison.standing import PROTOCOLS
 from fedloom.run.reading import read, solved
 
-COSTS = ("bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down", "examples", "device_seconds", "setup_device_seconds")
+TOTALS = ("bytes_up", "bytes_down", "setup_bytes_up", "setup_bytes_down", "examples", "device_seconds", "setup_device_seconds")
 SETUP = ("device_seconds", "flops", "bytes_up", "bytes_down")
 PAID = ("bytes_up", "device_seconds")
 CHOSEN_BY = "the personalised validation score after the last round, at the first seed"
@@ -49,7 +49,7 @@ def summarise(
         "confidence": statistics.CONFIDENCE,
         "resampled": RESAMPLED,
         "cases": cases,
-        "mean_rank": {p: {m: statistics.mean_rank([_row(c, m)["rank"][p] for c in cases]) for m in plan.methods} for p in PROTOCOLS},
+        "mean_rank": {p: {m: statistics.mean_of_all([_row(c, m)["rank"][p] for c in cases]) for m in plan.methods} for p in PROTOCOLS},
         "failed": {name: how.failure for name, how in ended.items() if how.results is None and not how.diverged},
         "diverged": {name: how.failure for name, how in ended.items() if how.diverged},
     }
@@ -90,7 +90,7 @@ def _case(
                 "reached": {p: _reached(known, told[method], p, goals[p], len(plan.seeds)) for p in PROTOCOLS},
                 "over": {},
                 "setup": _setup(known),
-                "costs": {key: mean(r[key] for r in known.values()) if known else None for key in COSTS} | _personalising(known),
+                "costs": {key: mean(r[key] for r in known.values()) if known else None for key in TOTALS} | _personalising(known),
                 "trained_share": _trained(known),
             }
         )
@@ -119,13 +119,13 @@ def _results(ended: Mapping[str, Ended], run: Run) -> Result | None:
 def _spread(results: Any, at: str, protocol: str) -> dict[str, Any]:
     """Mean, deviation and count, and the scores by seed."""
     each = {str(r["seed"]): r[at][protocol] for r in results}
-    return {**asdict(statistics.spread(list(each.values()))), "each": each}
+    return statistics.by_seed(each)
 
 
 def _start(told: Mapping[int, Sequence[Mapping[str, Any]]], protocol: str) -> dict[str, Any]:
     """The same before the first round, of the seeds that were evaluated there."""
     each = {str(seed): rows[0][protocol] if rows and rows[0]["round"] == 0 else None for seed, rows in told.items()}
-    return {**asdict(statistics.spread(list(each.values()))), "each": each}
+    return statistics.by_seed(each)
 
 
 def _solved(results: Collection[Result]) -> dict[str, Any] | None:
@@ -136,9 +136,9 @@ def _solved(results: Collection[Result]) -> dict[str, Any] | None:
     told: dict[str, dict[str, Any]] = {"final": {}, "best": {}}
     for at, p in places:
         each = {str(r["seed"]): solved(r[at], p) for r in results}
-        told[at][p] = {**asdict(statistics.spread(list(each.values()))), "each": each}
+        told[at][p] = statistics.by_seed(each)
     each = {str(r["seed"]): (r.get(EXACT) or {}).get("before") for r in results}
-    return {**told, "before": {**asdict(statistics.spread(list(each.values()))), "each": each}}
+    return {**told, "before": statistics.by_seed(each)}
 
 
 def _further(results: Collection[Result]) -> dict[str, Any] | None:
@@ -149,7 +149,7 @@ def _further(results: Collection[Result]) -> dict[str, Any] | None:
         told[name] = {}
         for at in ("final", "best"):
             values = {p: {str(r["seed"]): ((r[at].get(FURTHER) or {}).get(name) or {}).get(p) for r in results} for p in PROTOCOLS}
-            told[name][at] = {p: {**asdict(statistics.spread(list(each.values()))), "each": each} for p, each in values.items()}
+            told[name][at] = {p: statistics.by_seed(each) for p, each in values.items()}
     return told or None
 
 
@@ -204,13 +204,13 @@ def _setup(known: Mapping[int, Result]) -> dict[str, Any] | None:
 def _personalising(known: Mapping[int, Result]) -> dict[str, float | None]:
     """What devices trained before they predicted after the last round, in the mean over seeds; None where a run does not tell it."""
     each = [r["final"].get("personalising") or {} for r in known.values()]
-    return {f"personalising_{key}": _mean_or_none([one.get(key) for one in each]) for key in ("flops", "device_seconds")}
+    return {f"personalising_{key}": statistics.mean_of_all([one.get(key) for one in each]) for key in ("flops", "device_seconds")}
 
 
 def _trained(known: Mapping[int, Result]) -> float | None:
     """The share of the model's numbers that is trained, the head included; None where a run does not tell it."""
     told = [r.get("numbers") for r in known.values()]
-    return _mean_or_none([of["trained"] / of["model"] if of else None for of in told])
+    return statistics.mean_of_all([of["trained"] / of["model"] if of else None for of in told])
 
 
 def _goals(plan: Plan, reference: Mapping[int, Result], protocol: str, target: float | None) -> dict[str, float | None]:
@@ -236,7 +236,7 @@ def _reached(
     together = targets.mean_cost(list(each.values())) if len(each) == seeds else None  # a mean over fewer is of other seeds than another's
     return {
         **dict(zip(targets.COSTS, together or [None] * len(targets.COSTS), strict=True)),
-        "personalising": _mean_or_none([cost.personalising for cost in each.values() if cost]) if together else None,
+        "personalising": statistics.mean_of_all([cost.personalising for cost in each.values() if cost]) if together else None,
         "reached": sum(cost is not None for cost in each.values()),
         "at_start": sum(cost is not None and cost.at_start for cost in each.values()),
         "saved": None,
@@ -251,8 +251,3 @@ def _saved_to_target(mine: Mapping[str, Any], reference: Mapping[str, Any] | Non
     if reference is None or mine["at_start"] or reference["at_start"]:
         return None
     return _saved(mine["device_seconds"], reference["device_seconds"])
-
-
-def _mean_or_none(each: Sequence[float | None]) -> float | None:
-    known = [one for one in each if one is not None]
-    return mean(known) if known and len(known) == len(each) else None

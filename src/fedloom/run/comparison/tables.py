@@ -1,12 +1,10 @@
-"""The tables of a comparison, from its summary: lines for a terminal, ``comparison.csv``, ``comparison.md``, ``comparison.tex``.
+"""The tables of a comparison, from its summary: lines for a terminal, and ``comparison.md``.
 
-This module computes nothing and knows no run folder.
+``as_csv.py`` and ``as_tex.py`` have what programs and papers read. These modules compute nothing and know no run folder.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
@@ -37,26 +35,10 @@ from fedloom.run.comparison.targets import COSTS
 from fedloom.run.terminal.console import NOTHING, human_bytes, human_seconds
 
 Summary = Mapping[str, Any]
+Table = tuple[str, Sequence[str], Cells]
+"""Title, headers, rows."""
 
 NO_SCORE: Mapping[str, Any] = {p: {"mean": None} for p in PROTOCOLS}
-
-SPECIAL = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "α": r"$\alpha$", "±": r"$\pm$", "<": r"\textless{}", ">": r"\textgreater{}",
-    "†": r"\dag{}", "‡": r"\ddag{}",
-}  # fmt: skip
-"""What LaTeX reads otherwise than it is written."""
-
-TEX_COLUMNS: Mapping[str, Sequence[str]] = {"scores": (*PROTOCOLS, "rank (global)"), EXACT: PROTOCOLS}
-"""What the tabular has of a case: of its scores, and of exact match where it is told."""
-
-
-def setup_row(row: Mapping[str, Any]) -> list[str]:
-    """A method's line in the table of set-ups."""
-    setup = row["setup"]
-    forms = {"device_seconds": human_seconds, "flops": "{:.3g}".format}
-    costs = [NOTHING if setup[key] is None else forms.get(key, human_bytes)(setup[key]) for key in SETUP]
-    return [row["method"], *costs, *(paid_text(setup, key) for key in ("bytes_up", "device_seconds"))]
 
 
 def labelled(results: Sequence[Mapping[str, Any]], plan: Plan) -> list[dict[str, Any]]:
@@ -70,77 +52,79 @@ def labelled(results: Sequence[Mapping[str, Any]], plan: Plan) -> list[dict[str,
     return made
 
 
-def terminal(summary: Summary) -> list[tuple[str, Sequence[str], Cells]]:
-    """(title, headers, rows) of each table: those of a case's scores, differences and costs, then the searches and the mean ranks. Narrow
-    enough for a terminal of 80 columns."""
-    shown: list[tuple[str, Sequence[str], Cells]] = []
-    seeds, searched = len(summary["seeds"]), len(summary["rates"]) > 1
-    for case in summary["cases"]:
-        lr, some = ["lr"] if searched else [], ["seeds"] if any(len(row["runs"]) < seeds for row in case["rows"]) else []
-        title = f"{case['label']}: test {case['metric']} after the last round"
-        title += f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
-        rows = []
-        for row in case["rows"]:
-            final, best = row["scores"]["final"], row["scores"]["best"]
-            cells = [row["method"], *([rate_text(row)] if lr else []), *([str(len(row["runs"]))] if some else [])]
-            ranks = [rank_text(row["rank"][p]) for p in PROTOCOLS]
-            rows.append([*cells, *(spread_text(final[p]) for p in PROTOCOLS), spread_text(best["personalised"]), "{} ({})".format(*ranks)])
-        if unread := case.get("commonest"):
-            rows.append(
-                [COMMONEST, *([NOTHING] if lr else []), *([str(seeds)] if some else []), spread_text(unread["score"]), *[NOTHING] * 3]
-            )
-        shown.append((title, ["method", *lr, *some, *PROTOCOLS, "personalised\nbest", "rank\n(global)"], rows))
-        for p in PROTOCOLS:
-            if rows := [[row["method"], *against_texts(found)] for row in case["rows"] if (found := row["against"][p])]:
-                title = f"{case['label']}: {p} score against {summary['reference']} (paired bootstrap over devices)"
-                shown.append((title, ["method", "difference", f"{summary['confidence']:.0%} interval", "p", "better in"], rows))
-        if unread and (rows := [[m, *against_texts(found)] for m, found in unread["over"].items() if found]):
-            title = f"{case['label']}: personalised score against each device's {COMMONEST}, which reads no text"
-            shown.append((title, ["method", "difference", f"{summary['confidence']:.0%} interval", "p", "better in"], rows))
-        if rows := [
-            brought_row(row) for row in case["rows"] if (row["scores"].get("start") or NO_SCORE)["personalised"]["mean"] is not None
-        ]:
-            title = f"{case['label']}: personalised test {case['metric']} before the first round, and what the rounds brought"
-            shown.append((title, ("method", "before round 1", "after the last", "brought"), rows))
-        if part := case.get("took_part"):
-            headers = ("method", "personalised", f"against\n{part['method']}", f"{summary['confidence']:.0%} interval", "p")
-            shown.append(
-                (
-                    took_part_title(case),
-                    headers,
-                    [took_part_row(part, row["method"]) for row in case["rows"] if row["method"] in part["scores"]],
-                )
-            )
-        for name in further_names(case):
-            title = f"{case['label']}: test {name}, beside {case['metric']}"
-            rows = [further_row(row, name) for row in case["rows"] if name in (row.get(FURTHER) or {})]
-            shown.append((title, ["method", *PROTOCOLS, "personalised\nbest"], rows))
-        if rows := [solved_row(row) for row in case["rows"] if row.get(EXACT)]:
-            title = f"{case['label']}: exact match of numbers written to test prompts"
-            shown.append((title, ["method", "before\ntraining", *PROTOCOLS, "personalised\nbest"], rows))
-    for case in summary["cases"]:
-        for p in PROTOCOLS:
-            each = [(row["method"], row["reached"][p]) for row in case["rows"]]
-            rows = [[m, *(reached_text(of, key) for key in COSTS), saved_text(of)] for m, of in each]
-            if p == "personalised" or any(of is not None for _, of in each):
-                title = f"{case['label']}: cost to reach {goal_text(summary, case, p)}{remark(rows)}"
-                shown.append((title, ("method", "device time", "uploaded", "downloaded", "device time\nsaved"), rows))
-        rows = [whole_row(row) for row in case["rows"]]
-        title = f"{case['label']}: cost of the whole run, and the share of the model that adapter and head are"
-        shown.append((title, ("method", "device time", "before a\nprediction", "uploaded", "downloaded", "trained"), rows))
-        if rows := [setup_row(row) for row in case["rows"] if row.get("setup")]:
-            title = f"{case['label']}: set-up, and after which round it has paid for itself against plain LoRA"
-            headers = ("method", "device\ntime", "FLOPs", "up", "down", "paid in\nuploads", "paid in\ndevice time")
-            shown.append((title, headers, rows))
-    if searched:
+def terminal(summary: Summary) -> list[Table]:
+    """Those of a case's scores and differences, case by case, then those of costs, then the searches and the mean ranks. Narrow enough for
+    a terminal of 80 columns."""
+    cases = summary["cases"]
+    shown = [table for case in cases for table in score_tables(summary, case)] + [
+        table for case in cases for table in cost_tables(summary, case)
+    ]
+    if len(summary["rates"]) > 1:
         headers = ("", "method", *(f"lr {rate:g}" for rate in summary["rates"]))
-        rows = [[case["label"], row["method"], *grid_texts(row)] for case in summary["cases"] for row in case["rows"]]
+        rows = [[case["label"], row["method"], *grid_texts(row)] for case in cases for row in case["rows"]]
         title = f"Search: validation score, personalised, after the last round, seed {summary['seed_of_search']}{remark(rows)}"
         shown.append((title, headers, rows))
-    if len(summary["cases"]) > 1:
+    if len(cases) > 1:
         ranks = summary["mean_rank"]
         rows = [[m, *(rank_text(ranks[p][m]) for p in PROTOCOLS)] for m in summary["methods"]]
-        shown.append((f"Mean rank over {len(summary['cases'])} cases", ("method", *PROTOCOLS), rows))
+        shown.append((f"Mean rank over {len(cases)} cases", ("method", *PROTOCOLS), rows))
+    return shown
+
+
+def score_tables(summary: Summary, case: Mapping[str, Any]) -> list[Table]:
+    """A case's scores; each method against the reference and against what reads no text; what the rounds brought; the devices alone that
+    took part; scores beside the headline; exact match."""
+    shown: list[Table] = []
+    seeds, label, metric, interval = len(summary["seeds"]), case["label"], case["metric"], f"{summary['confidence']:.0%} interval"
+    lr, some = ["lr"] if len(summary["rates"]) > 1 else [], ["seeds"] if any(len(row["runs"]) < seeds for row in case["rows"]) else []
+    title = f"{label}: test {metric} after the last round" + (f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else "")
+    rows = []
+    for row in case["rows"]:
+        final, best = row["scores"]["final"], row["scores"]["best"]
+        cells = [row["method"], *([rate_text(row)] if lr else []), *([str(len(row["runs"]))] if some else [])]
+        ranks = [rank_text(row["rank"][p]) for p in PROTOCOLS]
+        rows.append([*cells, *(spread_text(final[p]) for p in PROTOCOLS), spread_text(best["personalised"]), "{} ({})".format(*ranks)])
+    if unread := case.get("commonest"):
+        cells = [COMMONEST, *([NOTHING] if lr else []), *([str(seeds)] if some else [])]
+        rows.append([*cells, spread_text(unread["score"]), *[NOTHING] * 3])
+    shown.append((title, ["method", *lr, *some, *PROTOCOLS, "personalised\nbest", "rank\n(global)"], rows))
+    against = ("method", "difference", interval, "p", "better in")
+    for p in PROTOCOLS:
+        if rows := [[row["method"], *against_texts(found)] for row in case["rows"] if (found := row["against"][p])]:
+            shown.append((f"{label}: {p} score against {summary['reference']} (paired bootstrap over devices)", against, rows))
+    if unread and (rows := [[m, *against_texts(found)] for m, found in unread["over"].items() if found]):
+        shown.append((f"{label}: personalised score against each device's {COMMONEST}, which reads no text", against, rows))
+    if rows := [brought_row(row) for row in case["rows"] if (row["scores"].get("start") or NO_SCORE)["personalised"]["mean"] is not None]:
+        title = f"{label}: personalised test {metric} before the first round, and what the rounds brought"
+        shown.append((title, ("method", "before round 1", "after the last", "brought"), rows))
+    if part := case.get("took_part"):
+        headers = ("method", "personalised", f"against\n{part['method']}", interval, "p")
+        rows = [took_part_row(part, row["method"]) for row in case["rows"] if row["method"] in part["scores"]]
+        shown.append((took_part_title(case), headers, rows))
+    for name in further_names(case):
+        rows = [further_row(row, name) for row in case["rows"] if name in (row.get(FURTHER) or {})]
+        shown.append((f"{label}: test {name}, beside {metric}", ["method", *PROTOCOLS, "personalised\nbest"], rows))
+    if rows := [solved_row(row) for row in case["rows"] if row.get(EXACT)]:
+        headers = ["method", "before\ntraining", *PROTOCOLS, "personalised\nbest"]
+        shown.append((f"{label}: exact match of numbers written to test prompts", headers, rows))
+    return shown
+
+
+def cost_tables(summary: Summary, case: Mapping[str, Any]) -> list[Table]:
+    """What it cost in a case to reach the target, what whole runs cost, and what set-ups did."""
+    shown: list[Table] = []
+    for p in PROTOCOLS:
+        each = [(row["method"], row["reached"][p]) for row in case["rows"]]
+        rows = [[m, *(reached_text(of, key) for key in COSTS), saved_text(of)] for m, of in each]
+        if p == "personalised" or any(of is not None for _, of in each):
+            title = f"{case['label']}: cost to reach {goal_text(summary, case, p)}{remark(rows)}"
+            shown.append((title, ("method", "device time", "uploaded", "downloaded", "device time\nsaved"), rows))
+    rows = [whole_row(row) for row in case["rows"]]
+    title = f"{case['label']}: cost of the whole run, and the share of the model that adapter and head are"
+    shown.append((title, ("method", "device time", "before a\nprediction", "uploaded", "downloaded", "trained"), rows))
+    if rows := [setup_row(row) for row in case["rows"] if row.get("setup")]:
+        title = f"{case['label']}: set-up, and after which round it has paid for itself against plain LoRA"
+        shown.append((title, ("method", "device\ntime", "FLOPs", "up", "down", "paid in\nuploads", "paid in\ndevice time"), rows))
     return shown
 
 
@@ -148,6 +132,14 @@ def whole_row(row: Mapping[str, Any]) -> list[str]:
     """A method's line in the table of what whole runs cost."""
     seconds, up, down = (whole_text(row, key) for key in COSTS)
     return [row["method"], seconds, own_text(row), up, down, trained_text(row)]
+
+
+def setup_row(row: Mapping[str, Any]) -> list[str]:
+    """A method's line in the table of set-ups."""
+    setup = row["setup"]
+    forms = {"device_seconds": human_seconds, "flops": "{:.3g}".format}
+    costs = [NOTHING if setup[key] is None else forms.get(key, human_bytes)(setup[key]) for key in SETUP]
+    return [row["method"], *costs, *(paid_text(setup, key) for key in ("bytes_up", "device_seconds"))]
 
 
 def brought_row(row: Mapping[str, Any]) -> list[str]:
@@ -220,59 +212,8 @@ def grid_texts(row: Mapping[str, Any]) -> list[str]:
     return [grid_text(t) + (f" {marks[t['lr']]}" if t["lr"] == row["lr"] and t["lr"] in marks else "") for t in row["grid"]]
 
 
-def as_csv(summary: Summary) -> str:
-    """One line a case and method; numbers in full, nothing where nothing is known."""
-    lines = []
-    for case in summary["cases"]:
-        for row in case["rows"]:
-            line: dict[str, Any] = {"data": case["data"], "alpha": case["alpha"], "metric": case["metric"], "method": row["method"]}
-            line |= {"lr": row["lr"], "seeds": len(row["runs"])}
-            for at in ("final", "best"):
-                for p in PROTOCOLS:
-                    line |= {f"{at}_{p}_{what}": row["scores"][at][p][what] for what in ("mean", "deviation")}
-            start = (row["scores"].get("start") or NO_SCORE)["personalised"]
-            line |= {f"start_personalised_{what}": start.get(what) for what in ("mean", "deviation")}
-            if tells(summary):
-                told = row.get(EXACT)
-                places = {f"{at}_{p}": told[at][p] if told else {} for at in ("final", "best") for p in PROTOCOLS}
-                places["before"] = told["before"] if told else {}
-                line |= {f"{EXACT}_{at}_{what}": of.get(what) for at, of in places.items() for what in ("mean", "deviation")}
-            for name in dict.fromkeys(name for of in summary["cases"] for name in further_names(of)):
-                told = (row.get(FURTHER) or {}).get(name)
-                each = {f"{at}_{p}": told[at][p] if told else {} for at in ("final", "best") for p in PROTOCOLS}
-                line |= {f"{FURTHER}_{name}_{at}_{what}": of.get(what) for at, of in each.items() for what in ("mean", "deviation")}
-            line |= {f"rank_{p}": row["rank"][p] for p in PROTOCOLS}
-            part = ((case.get("took_part") or {}).get("scores") or {}).get(row["method"]) or {}
-            line |= {f"took_part_personalised_{what}": part.get(what) for what in ("mean", "deviation")}
-            for p in PROTOCOLS:
-                found = row["against"][p] or dict.fromkeys(("difference", "low", "high", "p", "better"))
-                line |= {f"{p}_against_reference_{key}": found[key] for key in ("difference", "low", "high", "p", "better")}
-            unread = case.get("commonest") or {"score": {}, "over": {}}
-            line |= {f"commonest_personalised_{what}": unread["score"].get(what) for what in ("mean", "deviation")}
-            found = unread["over"].get(row["method"]) or {}
-            line |= {f"personalised_against_commonest_{key}": found.get(key) for key in ("difference", "low", "high", "p", "better")}
-            for p in PROTOCOLS:
-                cost: Mapping[str, Any] = row["reached"][p] or dict.fromkeys((*COSTS, "reached"))
-                line |= {f"{p}_to_target_{key}": cost[key] for key in (*COSTS, "reached")}
-                line |= {f"{p}_to_target_{key}": cost.get(key) for key in ("at_start", "saved")}
-                line |= {f"{p}_to_target_personalising_device_seconds": cost.get("personalising")} if p == "personalised" else {}
-            line |= row["costs"] | {"trained_share": row.get("trained_share")}
-            setup = row.get("setup") or {}
-            line["setup_flops"] = setup.get("flops")
-            for key in ("bytes_up", "device_seconds"):
-                paid = list(((setup.get("paid_back") or {}).get(key) or {}).values())
-                line[f"setup_paid_back_{key}"] = sum(paid) / len(paid) if len(paid) == setup.get("seeds") and None not in paid else None
-            line["grid"] = " ".join(f"{t['lr']!r}:{grid_text(t) if t['diverged'] else t['validation']}" for t in row["grid"] if t["lr"])
-            lines.append({key: "" if value is None else value for key, value in line.items()})
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return out.getvalue()
-
-
-def leads(summary: Summary) -> tuple[str, Sequence[str], Cells]:
-    """(title, headers, rows): whom each method leads by most, in score and in device time to where the other ends; of the global model too
+def leads(summary: Summary) -> Table:
+    """Whom each method leads by most, in score and in device time to where the other ends; of the global model too
     where any method has one that another's can be set against."""
     every = [row for case in summary["cases"] for row in case["rows"]]
     shown = [p for p in PROTOCOLS if p == "personalised" or any(found[p] for row in every for found in row["over"].values())]
@@ -304,105 +245,3 @@ def as_markdown(summary: Summary) -> str:
         lines = [[str(cell).replace("|", r"\|").replace("\n", " ") for cell in line] for line in (headers, ["---"] * len(headers), *rows)]
         parts.append("\n".join([f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in lines)]))
     return "\n\n".join(parts) + "\n"
-
-
-def escaped(text: str) -> str:
-    r"""Text as LaTeX sets it, outside its mathematics.
-
-    >>> print(escaped("50% of my_data & α"))
-    50\% of my\_data \& $\alpha$
-    """
-    return "".join(SPECIAL.get(letter, letter) for letter in text)
-
-
-def as_tex(summary: Summary) -> str:
-    """Two ``tabular``: scores, and what it cost to reach the target. No package is needed."""
-    return f"{scores_tex(summary)}\n{costs_tex(summary)}"
-
-
-def costs_tex(summary: Summary) -> str:
-    """A ``tabular`` with a part a case and in it one row a method: device time, uploads and downloads to the target, of the personalised
-    model and, where any reaches anything, of the global one."""
-    every = [row["reached"] for case in summary["cases"] for row in case["rows"]]
-    shown = [p for p in PROTOCOLS if p == "personalised" or any(reached[p] for reached in every)]
-    parts, marked = [], []
-    for case in summary["cases"]:
-        rows = [[row["method"], *(reached_text(row["reached"][p], key) for p in shown for key in COSTS)] for row in case["rows"]]
-        parts += [rf"\multicolumn{{{1 + 3 * len(shown)}}}{{l}}{{{escaped(case['label'])}}} \\", *map(_tex_line, rows), r"\hline"]
-        marked += rows
-    goals = [f"% {case['label']}: {goal_text(summary, case, p)}" for case in summary["cases"] for p in shown]
-    return "\n".join(
-        [
-            f"% fedloom compare: means over seeds of what it cost to reach{remark(marked)}",
-            *goals,
-            rf"\begin{{tabular}}{{l{'rrr' * len(shown)}}}",
-            r"\hline",
-            " & ".join(["", *(rf"\multicolumn{{3}}{{c}}{{{p}}}" for p in shown)]) + r" \\",
-            " & ".join(["method", *["device time", "uploaded", "downloaded"] * len(shown)]) + r" \\",
-            r"\hline",
-            *parts,
-            r"\end{tabular}",
-            "",
-        ]
-    )
-
-
-def _tex_line(cells: Sequence[str]) -> str:
-    return " & ".join(escaped(cell) for cell in cells) + r" \\"
-
-
-def scores_tex(summary: Summary) -> str:
-    """A ``tabular`` with one row a method: both protocols of each case, of the score with its rank (that of the global model in brackets)
-    and, where it is told, of exact match, then the mean ranks.
-
-    The highest mean of a column is bold, of those over all seeds. A plus or minus above a score: its interval against the reference does
-    not hold 0. Below them what reads no text.
-    """
-    cases, methods, sure = summary["cases"], list(summary["methods"]), f"{summary['confidence']:.0%} interval"
-    several = len(cases) > 1
-    parts = [(case, key) for case in cases for key in ("scores", EXACT) if key == "scores" or any(row.get(EXACT) for row in case["rows"])]
-    names = [(len(TEX_COLUMNS[key]), case["label"] + ("" if key == "scores" else ", exact match")) for case, key in parts]
-    lines = [
-        f"% fedloom compare: test scores after the last round, mean and standard deviation over {len(summary['seeds'])} seeds",
-        f"% + and -: 0 lies outside the {sure} against {summary['reference']} ({summary['resamples']} resamples)",
-        f"% {summary['resampled']}",
-        rf"\begin{{tabular}}{{l{'r' * sum(width for width, _ in names)}{'rr' if several else ''}}}",
-        r"\hline",
-        " & ".join(["", *(rf"\multicolumn{{{width}}}{{c}}{{{escaped(name)}}}" for width, name in names)])
-        + (r" & \multicolumn{2}{c}{mean rank}" if several else "")
-        + r" \\",
-        " & ".join(["method", *(column for _, key in parts for column in TEX_COLUMNS[key]), *PROTOCOLS * several]) + r" \\",
-        r"\hline",
-    ]
-    for i, method in enumerate(methods):
-        cells = [cell for case, key in parts for cell in _tex_cells(case["rows"], i, key, len(summary["seeds"]))]
-        ranks = [rank_text(summary["mean_rank"][p][method]) for p in PROTOCOLS] if several else []
-        lines.append(" & ".join([escaped(method), *cells, *ranks]) + r" \\")
-    if any(case.get("commonest") for case in cases):
-        unread = [tex_score(of["score"]) if key == "scores" and (of := case.get("commonest")) else "--" for case, key in parts]
-        cells = [cell for score, (width, _) in zip(unread, names, strict=True) for cell in (score, *["--"] * (width - 1))]
-        cells += ["--"] * (2 * several)
-        lines += [r"\hline", " & ".join([COMMONEST, *cells]) + r" \\"]
-    return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
-
-
-def tex_score(score: Mapping[str, Any]) -> str:
-    """Mean and deviation as LaTeX sets them."""
-    return f"{score['mean']:.3f}" + ("" if score["deviation"] is None else rf" $\pm$ {score['deviation']:.3f}")
-
-
-def _tex_cells(rows: Sequence[Mapping[str, Any]], i: int, key: str, seeds: int) -> list[str]:
-    """A method's cells of a case's part; ``key``: of scores, which have ranks, or of exact match."""
-    cells, ranks = [_tex_cell(rows, i, p, key, seeds) for p in PROTOCOLS], rows[i]["rank"]
-    return cells if key == EXACT else [*cells, "{} ({})".format(*(rank_text(ranks[p]) for p in PROTOCOLS))]
-
-
-def _tex_cell(rows: Sequence[Mapping[str, Any]], i: int, protocol: str, key: str, seeds: int) -> str:
-    each = [row[key]["final"][protocol] if row.get(key) else {"mean": None} for row in rows]
-    score, found = each[i], rows[i]["against"][protocol] if key == "scores" else None
-    if score["mean"] is None:
-        return "--"
-    whole = [middle for of in each if (middle := of["mean"]) is not None and of["count"] == seeds]
-    text = tex_score(score)
-    sign = "" if found is None else "+" if found["low"] > 0 else "-" if found["high"] < 0 else ""
-    return (rf"\textbf{{{text}}}" if score["count"] == seeds and score["mean"] == max(whole) else text) + (f"$^{{{sign}}}$" if sign else "")

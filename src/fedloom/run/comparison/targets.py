@@ -2,8 +2,8 @@
 
 A run has reached a target at the first *evaluated* round whose test score is at least as high; its cost there is that of set-up and of all
 rounds up to that one; of the personalised score also what devices trained before they predicted there, once: earlier evaluations need not
-have been. Evaluated seldom, it is told late: ``--evaluate-every`` sets how finely this is known. Scores between evaluations
-are not guessed.
+have been. ``--evaluate-every`` sets how finely this is known: with few evaluations a target is noticed late. Scores between
+evaluations are not guessed.
 
 This module does not know run folders.
 """

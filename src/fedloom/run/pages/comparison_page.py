@@ -18,13 +18,13 @@ from fedloom.run.comparison.targets import personalising
 from fedloom.run.pages import figures
 from fedloom.run.pages.drawing import inline
 from fedloom.run.pages.standings import standings
-from fedloom.run.reading import Run, solved
+from fedloom.run.reading import RunFolder, solved
 
 COSTS = ("bytes_up", "bytes_down", "device_seconds")
 AGAINST: tuple[figures.Against, ...] = ("device", "up", "bytes")
 
 
-def comparison_of(summary: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
+def comparison_of(summary: Mapping[str, Any], runs: Sequence[RunFolder]) -> dict[str, Any]:
     """What the template needs; ``runs`` are those of the table, found by their folders' names."""
     by_name = {run.folder.name: run for run in runs}
     return {
@@ -44,7 +44,7 @@ def comparison_of(summary: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, 
     }
 
 
-def _pictures(case: Mapping[str, Any], by_name: Mapping[str, Run], name: str) -> list[str]:
+def _pictures(case: Mapping[str, Any], by_name: Mapping[str, RunFolder], name: str) -> list[str]:
     """Both protocols against device time, against uploaded bytes and against bytes both ways."""
     tracks = [
         track_of(row["method"], found) for row in case["rows"] if (found := [by_name[f] for f in row["runs"].values() if f in by_name])
@@ -70,7 +70,7 @@ def solved_curves(tracks: Sequence[figures.Track], name: str, against: Sequence[
     return {"Exact match": [inline(svg, f"{name}-{p}-{a}") for p, a, svg in pictures]}
 
 
-def track_of(label: str, runs: Sequence[Run]) -> figures.Track:
+def track_of(label: str, runs: Sequence[RunFolder]) -> figures.Track:
     """The mean of a method's runs, row by row, with the deviations of its scores. A score that one run lacks is left out."""
     rows, deviations, apart = [], {p: [] for p in PROTOCOLS}, {p: [] for p in PROTOCOLS}
     for together in zip(*(run.rows for run in runs), strict=False):

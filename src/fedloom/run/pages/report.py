@@ -22,7 +22,7 @@ from fedloom.run.checkpoint import write_atomically
 from fedloom.run.pages import drawing, figures
 from fedloom.run.pages.comparison_page import comparison_of, solved_curves
 from fedloom.run.pages.spent import spent
-from fedloom.run.reading import Run, flat_settings, label_runs, read
+from fedloom.run.reading import RunFolder, flat_settings, label_runs, read
 from fedloom.run.terminal.console import human_bytes, human_seconds, score_text
 
 DRAWN_FACTS = ("layer_scores", "pacing", "opens", "gal_history", "adapted")
@@ -49,7 +49,7 @@ def write_report(folders: Sequence[Path], out: Path, summary: Mapping[str, Any] 
     return out
 
 
-def page_of(runs: Sequence[Run], summary: Mapping[str, Any] | None = None) -> str:
+def page_of(runs: Sequence[RunFolder], summary: Mapping[str, Any] | None = None) -> str:
     """The HTML of the page about these runs, and the comparison that they make."""
     compared = None if summary is None else comparison_of(summary, runs)
     kept = runs if compared is None else _some(runs)
@@ -86,7 +86,7 @@ def page_of(runs: Sequence[Run], summary: Mapping[str, Any] | None = None) -> st
     )
 
 
-def _some(runs: Sequence[Run]) -> list[Run]:
+def _some(runs: Sequence[RunFolder]) -> list[RunFolder]:
     """Those of a comparison that are shown one by one: of the first case, and, if these are many, of the first seed."""
     kept = [
         run
@@ -96,7 +96,7 @@ def _some(runs: Sequence[Run]) -> list[Run]:
     return kept if len(kept) <= SHOWN_RUNS else [run for run in kept if run.experiment["seed"] == runs[0].experiment["seed"]]
 
 
-def _headline(run: Run, label: str, i: int) -> dict[str, Any]:
+def _headline(run: RunFolder, label: str, i: int) -> dict[str, Any]:
     """The run's line in the first table. A run that has not ended shows its last evaluated scores and the costs so far."""
     total = {key: sum(row[key] for row in run.rows) for key in ("bytes_up", "bytes_down", "device_seconds", "host_seconds")}
     nothing = {"personalised": None, "global": None, "round": None}
@@ -116,7 +116,7 @@ def _headline(run: Run, label: str, i: int) -> dict[str, Any]:
     }
 
 
-def _highest(runs: Sequence[Run]) -> dict[str, float | None]:
+def _highest(runs: Sequence[RunFolder]) -> dict[str, float | None]:
     """The highest score of each column, to be set in bold; none for one run or where the metrics differ."""
     ended = [run.results for run in runs if run.results]
     comparable = len(ended) > 1 and len({result["metric"] for result in ended}) == 1
@@ -125,7 +125,7 @@ def _highest(runs: Sequence[Run]) -> dict[str, float | None]:
     return {f"{at}.{protocol}": max(scores[at, protocol], default=None) if comparable else None for at, protocol in columns}
 
 
-def _uncertainty(runs: Sequence[Run]) -> tuple[int, float] | None:
+def _uncertainty(runs: Sequence[RunFolder]) -> tuple[int, float] | None:
     """Test examples and one standard error of the first run's final accuracy, where there is one."""
     result = runs[0].results
     if result is None or result["metric"] != "accuracy" or not result["per_device"]:
@@ -135,7 +135,7 @@ def _uncertainty(runs: Sequence[Run]) -> tuple[int, float] | None:
     return (examples, math.sqrt(score * (1 - score) / examples)) if examples and score is not None else None
 
 
-def _differing(runs: Sequence[Run]) -> list[str]:
+def _differing(runs: Sequence[RunFolder]) -> list[str]:
     """Settings in which the runs are not alike, but for the method's and the engine's (which says how, not what)."""
     flat = [flat_settings(run.experiment) for run in runs]
     keys = dict.fromkeys(key for each in flat for key in each if key.split(".")[0] not in ("method", "engine"))
@@ -147,7 +147,7 @@ def _picture(svg: bytes, name: str) -> str:
     return drawing.inline(svg, name)
 
 
-def _curves(runs: Sequence[Run], labels: Sequence[str]) -> dict[str, list[str]]:
+def _curves(runs: Sequence[RunFolder], labels: Sequence[str]) -> dict[str, list[str]]:
     """Pictures under the heading they stand under; empty while no round has been written."""
     tracks = [_track(run, label) for run, label in zip(runs, labels, strict=True) if run.rows]
     if not tracks:
@@ -166,14 +166,14 @@ def _curves(runs: Sequence[Run], labels: Sequence[str]) -> dict[str, list[str]]:
     return {**pictures, **solved_curves(tracks, "numbers", ["round"]), "Training": [_picture(figures.loss_curve(tracks), "loss")]}
 
 
-def _track(run: Run, label: str) -> figures.Track:
+def _track(run: RunFolder, label: str) -> figures.Track:
     if run.results is None:
         return figures.Track(f"{label} (not ended)", run.rows)
     setup = run.results["setup_bytes_up"] + run.results["setup_bytes_down"]
     return figures.Track(label, run.rows, setup, run.results["setup_device_seconds"], run.results["best"]["round"])
 
 
-def _partitions(runs: Sequence[Run], labels: Sequence[str]) -> list[tuple[str, str]]:
+def _partitions(runs: Sequence[RunFolder], labels: Sequence[str]) -> list[tuple[str, str]]:
     """One picture for each distinct partition, with the runs that have it."""
     groups: dict[str, list[str]] = {}
     for run, label in zip(runs, labels, strict=True):
@@ -187,7 +187,7 @@ def _partitions(runs: Sequence[Run], labels: Sequence[str]) -> list[tuple[str, s
     return pictures
 
 
-def _facts(run: Run, name: str) -> tuple[list[str], dict[str, str]]:
+def _facts(run: RunFolder, name: str) -> tuple[list[str], dict[str, str]]:
     """What only this method has to tell: pictures of what can be drawn, and the rest as text."""
     facts = run.results["facts"] if run.results else {}
     pictures = []
@@ -202,7 +202,7 @@ def _facts(run: Run, name: str) -> tuple[list[str], dict[str, str]]:
     return pictures, {**texts, **spent(run.results)} if run.results else texts
 
 
-def _devices(run: Run) -> list[dict[str, Any]]:
+def _devices(run: RunFolder) -> list[dict[str, Any]]:
     """The per-device table, each row with its most common training label and that label's share."""
     assert run.results is not None
     classes = run.results["partition"]["classes"]
@@ -216,7 +216,7 @@ def _common(labels: Sequence[int], classes: Sequence[str]) -> dict[str, Any]:
     return {"common": classes[top], "share": labels[top] / sum(labels), "held": sum(count > 0 for count in labels)}
 
 
-def _notes(run: Run) -> list[str]:
+def _notes(run: RunFolder) -> list[str]:
     """The run's own notes, and what its rows say that a reader must know."""
     notes = [str(note) for note in run.results["notes"]] if run.results else ["This run has not ended: there is no results.json yet."]
     if run.torn:
@@ -229,7 +229,7 @@ def _notes(run: Run) -> list[str]:
     return notes
 
 
-def _configuration(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
+def _configuration(runs: Sequence[RunFolder]) -> list[tuple[str, list[str], bool]]:
     """(setting, its value in each run, whether they differ) for every setting that a run has."""
     flat = [flat_settings(run.experiment) for run in runs]
     rows = []
