@@ -9,9 +9,10 @@
     python recipes/ablations.py --list                       what there is
 
 Each makes a folder under --out with the tables and the report of a comparison (comparison.md, report.html). Where parts of FibecFed are
-changed the learning rate is the one that the core table's search found for it and MiniLM on TREC (docs/results.md), for plain LoRA beside
-it too, whose own is lower: it is not searched again, so another model or data set may want another, --lr. Where skew, devices, cohort,
-model or head are changed, each method's rate is searched anew in each, among the core table's three, on validation; --lr takes one for all.
+changed the learning rate is the one that the core table's search found for it and MiniLM on TREC (docs/results/fibecfed.md), for plain
+LoRA beside it too, whose own is lower: it is not searched again, so another model or data set may want another, --lr. Where skew, devices,
+cohort, model or head are changed, each method's rate is searched anew in each, among the core table's three, on validation; --lr takes one
+for all.
 Stop it and run it again: finished runs are used as they are.
 """
 

@@ -1,4 +1,4 @@
-"""FedCyBGD beside what its paper compares it with, at equal numbers of examples: the tables of docs/results.md about whole models.
+"""FedCyBGD beside what its paper compares it with, at equal numbers of examples: the tables of docs/results/fedcybgd.md about whole models.
 
     python recipes/cycles.py --data PATH/TO/dolly15k --model PATH/TO/stories260K --jobs 2          answers, skewed by category
     python recipes/cycles.py --data PATH/TO/dolly15k --model PATH/TO/stories260K --skew iid        the same, dealt at random

@@ -3,7 +3,7 @@
     python recipes/further.py trec --jobs 2                             the packaged questions
     python recipes/further.py trec rte --folder PATH/TO/SETS --jobs 2   and whether a sentence follows from another
     python recipes/further.py trec --keep                               put its finished runs into docs/results/further, an archive a task
-    python recipes/further.py --page                                    make the tables of docs/results.md anew from those archives
+    python recipes/further.py --page                                    make the tables of docs/results/fibecfed.md anew from those archives
 
 Plain LoRA with the curricula of VOC, SLW, Shortformer and of the loss, easy first (``lora+CURRICULUM``), what else is done with LoRA's
 factors and ranks, and FedEven, which the core table has as well. Settings and rates are those of ``core.py``, so its ``lora`` and

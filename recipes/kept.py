@@ -1,4 +1,4 @@
-"""Tables of docs/results.md whose runs lie beside the page: what ``core.py`` and ``federa.py`` have in common.
+"""Tables of docs/results whose runs lie beside the page: what ``core.py`` and ``federa.py`` have in common.
 
 A table is ``fedloom compare`` with stated methods and settings on several data sets, each in its own slice. Finished runs are put into an
 archive a data set (``docs/results/NAME/TASK.zip``), and the page is made anew from these without training. What an archive holds has been
@@ -31,7 +31,6 @@ from fedloom.run.pages.standings import standings
 from fedloom.run.reading import full_name
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGE = DOCS / "results.md"
 STOPPED = (130, 143)
 """Exit codes of a comparison that was stopped: the tasks after it are not begun then."""
 BESIDE = {"--plain", "--jobs", *map(str, range(1, 65))}
@@ -58,9 +57,9 @@ class Table:
         seeds, rates: the same for every method, as they are written.
         shape: every task's options, and
         shapes: by task those that come after them, where the later one counts; its keys are the tasks that there are.
-        packaged: tasks whose data set comes with the program; those of all others lie in a folder of their name.
         page: the text in which what is told of all tasks goes between ``<!-- NAME -->`` and ``<!-- /NAME -->``; a task's own tables are a
             page beside its archive.
+        packaged: tasks whose data set comes with the program; those of all others lie in a folder of their name.
     """
 
     name: str
@@ -70,8 +69,8 @@ class Table:
     rates: tuple[str, ...]
     shape: str
     shapes: Mapping[str, str]
+    page: Path
     packaged: tuple[str, ...] = ()
-    page: Path = PAGE
 
     @property
     def kept(self) -> Path:
@@ -124,7 +123,7 @@ class Table:
         return (
             f"# {task}\n\nThe tables of `fedloom compare` for the runs in `{task}.zip`, which lies beside this page, as "
             f"`python recipes/{self.name}.py --page` makes them. What they say, of which commits the runs are and what was asked stands in "
-            f"[Results](../../results.md).\n\n{tables}"
+            f"[Results](../{self.page.name}).\n\n{tables}"
         )
 
     def paged(self) -> int:

@@ -8,7 +8,7 @@ Twenty devices, five of them a round, MiniLM with LoRA r8. Every wire is a compa
 (comparison.md, report.html), and the table of all wires is printed and written there (wires.md): bytes of a round, all devices' messages
 together, set-up and evaluation not among them; their share of what the exact wire takes; the accuracy on the test questions after the last
 round, of each device's own model, in per cent, mean over seeds with the seeds' own beside it. Nothing is chosen by it: one learning rate,
-the one that the core table's search found on TREC (docs/results.md). Stop it and run it again: finished runs are used as they are.
+the one that the core table's search found on TREC (docs/results/fibecfed.md). Stop it and run it again: finished runs are used as they are.
 """
 
 from __future__ import annotations

@@ -171,9 +171,7 @@ def test_what_lies_beside_the_page_are_runs_of_this_recipe(table: Any) -> None:
     assert list(named_methods(kinds)) == list(table.methods), "each word of the command line is the name in the table"
     page = table.page.read_text(encoding="utf-8")
     for archive_path in table.kept.glob("*.zip"):
-        assert f"](results/{table.name}/{archive_path.stem}.md)" in page and table.tables(archive_path.stem).exists(), (
-            "what is kept is told"
-        )
+        assert f"]({table.name}/{archive_path.stem}.md)" in page and table.tables(archive_path.stem).exists(), "what is kept is told"
         words = [w for w in table.options(archive_path.stem).replace(" --adapter.kind lora", "").split() if w != "--share-training"]
         due = {key.strip("-").replace("-", "_"): value for key, value in zip(words[::2], words[1::2], strict=True)}  # the later counts
         due = {"precision": "float32", **due, "data": archive_path.stem}

@@ -35,7 +35,7 @@ def standings(cases: Sequence[Mapping[str, Any]], methods: Sequence[str], kind: 
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower left", ncols=5, fontsize=8)
 
-    return render(draw, kind, width=9.6, height=1.1 + ROW * len(cases) + 0.19 * ((len(methods) + 1) // 5 + 1))
+    return render(draw, kind, width=8.2, height=1.1 + ROW * len(cases) + 0.19 * ((len(methods) + 1) // 5 + 1))
 
 
 def _rows(ax: matplotlib.axes.Axes, cases: Sequence[Mapping[str, Any]], protocol: str, methods: Sequence[str], places: np.ndarray) -> None:
