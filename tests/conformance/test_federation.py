@@ -21,7 +21,7 @@ from fedloom.client.host import Host
 from fedloom.client.store import StoreError
 from fedloom.engines.agreement import agreeing
 from fedloom.engines.local import Local
-from fedloom.messages import CohortFailed, Failure, Replies, Task, Traffic, Update
+from fedloom.messages import CohortFailed, Failure, Replies, Task, Traffic, Update, due
 from fedloom.wire import Blob, WireError, pack, unpack
 from tests.conformance.toy import CLIENTS, DIGEST, host_of, same_replies, task
 from tests.federated import QUICK, Here, engine_over, nodes
@@ -110,7 +110,55 @@ def test_two_cannot_say_who_of_them_is_absurd() -> None:
 
 def test_another_type_than_the_others_have_does_not_count() -> None:
     told = reasons(*replies_of({"w": torch.ones(3)}, {"w": torch.ones(3, dtype=torch.bool)}, {"w": torch.ones(3)}))
-    assert told == {1: "WireError: 'w' is of torch.bool, and the others' of torch.float32"}
+    assert told == {1: "WireError: 'w' came back in torch.bool, and was sent in torch.float32"}
+    told = reasons(
+        *replies_of(*({"w": torch.ones(3), "new": torch.ones(2, dtype=kind)} for kind in (torch.float32, torch.int64, torch.float32)))
+    )
+    assert told == {1: "WireError: 'new' is torch.int64 of shape (2,), and the others' torch.float32 of shape (2,)"}
+
+
+def test_another_shape_than_the_others_have_of_what_nobody_was_sent_does_not_count() -> None:
+    told = reasons(*replies_of(*({"w": torch.ones(3), "control/w": torch.ones(size)} for size in (3, 2, 2, 2))))
+    assert told == {0: "WireError: 'control/w' is torch.float32 of shape (3,), and the others' torch.float32 of shape (2,)"}
+    assert len(reasons(*replies_of({"new": torch.ones(3)}, {"new": torch.ones(2)}))) == 1, "one of two, but never both"
+
+
+def test_each_is_compared_with_those_to_whom_alike_tensors_were_sent() -> None:
+    ranks, made = (1, 1, 1, 2, 2, 2), (1, 1, 1, 2, 2, 1)
+    tasks = [Task("train", k, {"a": torch.zeros(rank, 3)}) for k, rank in enumerate(ranks)]
+    updates = [
+        Update(k, 1, {"a": torch.ones(rank, 3), "b": torch.ones(4, of)}) for k, (rank, of) in enumerate(zip(ranks, made, strict=True))
+    ]
+    told = reasons(tasks, Replies(tuple(updates), (), tuple(Traffic(k, 1, 1, 0.0, 0) for k in range(6))))
+    assert told == {5: "WireError: 'b' is torch.float32 of shape (4, 1), and the others' torch.float32 of shape (4, 2)"}
+
+
+ALONE = {
+    "a name": ({"w": torch.ones(3), "zzz": torch.ones(1)}, r"\[\] missing, \['zzz'\] more than are due"),
+    "none": ({}, r"\['w'\] missing, \[\] more than are due"),
+    "what was sent beside": ({"w": torch.ones(3), "rest": torch.ones(2)}, r"\[\] missing, \['rest'\] more"),
+    "doubles": ({"w": torch.ones(3).double()}, "'w' came back in torch.float64, and was sent in torch.float32"),
+    "integers": ({"w": torch.ones(3).long()}, "'w' came back in torch.int64, and was sent in torch.float32"),
+    "a shape": ({"w": torch.ones(2)}, r"'w' came back with shape \(2,\)"),
+}
+
+
+@pytest.mark.parametrize("lie", ALONE)
+def test_who_answers_alone_is_judged_by_what_is_due(lie: str) -> None:
+    task = due(Task("train", 0, {"w": torch.zeros(3), "rest": torch.zeros(2)}), {"w": torch.zeros(3)})
+    cost = (Traffic(0, 1, 1, 0.0, 0),)
+    assert reasons([task], Replies((Update(0, 1, {"w": torch.ones(3)}),), (), cost)) == {}
+    answer, reason = ALONE[lie]
+    (told,) = reasons([task], Replies((Update(0, 1, answer),), (), cost)).values()
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(told)
+
+
+def test_what_was_not_sent_is_as_it_is_due() -> None:
+    task = due(Task("train", 0, {"w": torch.zeros(3)}), {"score": torch.zeros(2)})
+    for answer in ({"score": torch.ones(3)}, {"score": torch.ones(2).double()}):
+        (told,) = reasons([task], Replies((Update(0, 1, answer),), (), (Traffic(0, 1, 1, 0.0, 0),))).values()
+        assert "'score' is torch.float" in told and "torch.float32 of (2,) is due" in told
 
 
 def test_of_two_types_that_which_was_sent_counts() -> None:
