@@ -184,9 +184,9 @@ class Replaying(Here):
         Here.__init__(self, host, folder)
         self.instead, self.relabel, self.made = instead, relabel, dict[tuple[int, int], tuple[Blob | Failure, str]]()
 
-    def answer(self, client: int, state: str, blob: Blob) -> tuple[Blob | Failure, str]:
+    def answer(self, client: int, state: str, committed: str, blob: Blob) -> tuple[Blob | Failure, str]:
         asked = sum(k == client for k, _ in self.made)
-        self.made[client, asked] = Here.answer(self, client, state, blob)
+        self.made[client, asked] = Here.answer(self, client, state, committed, blob)
         (one, after), again = self.made[client, asked], self.instead.get((client, asked))
         if again is None:
             return one, after
@@ -281,11 +281,11 @@ def test_answers_wait_in_a_file_and_are_taken_in_one_at_a_time() -> None:
 class Hasty(Here):
     """Device 0 answers at once, with what cannot be read; device 2 takes its time."""
 
-    def answer(self, client: int, state: str, blob: Blob) -> tuple[Blob | Failure, str]:
+    def answer(self, client: int, state: str, committed: str, blob: Blob) -> tuple[Blob | Failure, str]:
         if client == 0:
             return b"rubbish", ""
         time.sleep(1.0 if client == 2 else 0.0)
-        return Here(self.host, self.folder).answer(client, state, blob)
+        return Here(self.host, self.folder).answer(client, state, committed, blob)
 
 
 def test_whoever_answers_wrongly_at_once_makes_nobody_late(tmp_path: Path) -> None:
@@ -302,12 +302,12 @@ class Slow(Here):
         Here.__init__(self, host, folder)
         self.go, self.done = threading.Event(), threading.Event()
 
-    def answer(self, client: int, state: str, blob: bytes):
+    def answer(self, client: int, state: str, committed: str, blob: bytes):
         if client != 1:
-            return Here.answer(self, client, state, blob)
+            return Here.answer(self, client, state, committed, blob)
         self.go.wait(10)
         try:
-            return Here.answer(self, client, state, blob)
+            return Here.answer(self, client, state, committed, blob)
         finally:
             self.done.set()
 
@@ -424,10 +424,10 @@ def test_whatever_is_boxed_comes_out_as_it_was(blob: bytes) -> None:
 class Forgetful(Here):
     """Knows no experiment until it has been greeted twice."""
 
-    def answer(self, client: int, state: str, blob: bytes):
+    def answer(self, client: int, state: str, committed: str, blob: bytes):
         if self.greeted < 2:
             raise Ungreeted("who are you?")
-        return Here.answer(self, client, state, blob)
+        return Here.answer(self, client, state, committed, blob)
 
 
 def test_a_device_that_was_started_anew_is_greeted_again(tmp_path: Path) -> None:
@@ -440,8 +440,8 @@ def test_a_device_that_was_started_anew_is_greeted_again(tmp_path: Path) -> None
 class Liar(Here):
     """Names a state of another client."""
 
-    def answer(self, client: int, state: str, blob: bytes):
-        return Here.answer(self, client, state, blob)[0], f"client-{client + 1}-0123456789abcdef.safetensors"
+    def answer(self, client: int, state: str, committed: str, blob: bytes):
+        return Here.answer(self, client, state, committed, blob)[0], f"client-{client + 1}-0123456789abcdef.safetensors"
 
 
 def test_a_state_of_another_client_is_not_taken(tmp_path: Path) -> None:
@@ -531,8 +531,8 @@ class Telling(Here):
 
     state = ""
 
-    def answer(self, client: int, state: str, blob: bytes):
-        return Here.answer(self, client, state, blob)[0], self.state
+    def answer(self, client: int, state: str, committed: str, blob: bytes):
+        return Here.answer(self, client, state, committed, blob)[0], self.state
 
 
 @pytest.mark.parametrize("state", [f"client-{'0' * 5000}-0123456789abcdef.safetensors", "client-00-0123456789abcdef.safetensors", "../x"])
@@ -661,6 +661,31 @@ def test_a_key_of_a_kind_that_nobody_knows_is_no_key() -> None:
 
 
 # the index of states that lie elsewhere
+
+
+class Told(Here):
+    """Remembers from which state it was to start, and which the server has committed."""
+
+    def __init__(self, host: Host, folder: Path) -> None:
+        Here.__init__(self, host, folder)
+        self.told = list[tuple[str, str]]()
+
+    def answer(self, client: int, state: str, committed: str, blob: Blob) -> tuple[Blob | Failure, str]:
+        self.told.append((state, committed))
+        return Here.answer(self, client, state, committed, blob)
+
+
+def test_a_task_names_the_state_of_the_last_commit_beside_the_one_to_start_from(tmp_path: Path) -> None:
+    device = Told(host_of()[-1], tmp_path)
+    engine, names = far(device), [""]
+    for _ in range(2):
+        engine.run([task(0)])
+        names.append(engine.states.name(0))
+    engine.states.commit()
+    for _ in range(2):
+        engine.run([task(0)])
+        names.append(engine.states.name(0))
+    assert device.told == [("", ""), (names[1], ""), (names[2], names[2]), (names[3], names[2])] and len(set(names)) == 5
 
 
 def test_the_index_goes_back_to_the_last_commit() -> None:

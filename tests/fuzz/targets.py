@@ -43,7 +43,7 @@ from tests.fuzz.mutations import NAMES, changed_bytes, changed_json, changed_mes
 with warnings.catch_warnings():  # libraries that Flower imports use deprecated names of their own
     warnings.simplefilter("ignore", DeprecationWarning)
     from fedloom.engines import federation
-    from fedloom.engines.federation import BLOB, CLIENT, GREETING, STATE, TO, TOLD, UNGREETED, Federation, Patience, device_app
+    from fedloom.engines.federation import BLOB, CLIENT, COMMITTED, GREETING, STATE, TO, TOLD, UNGREETED, Federation, Patience, device_app
     from fedloom.engines.flower import REFUSED, boxed, carried, unboxed
     from fedloom.engines.gate import authenticated, only_own
     from fedloom.engines.link import Link
@@ -257,8 +257,8 @@ class Answering(Without):
             Without.greet(self, greeting)
         return {"examples": {"train": 5}}
 
-    def answer(self, client: int, state: str, blob: Blob) -> tuple[Blob | Failure, str]:
-        failure, after = Without.answer(self, client, state, blob)
+    def answer(self, client: int, state: str, committed: str, blob: Blob) -> tuple[Blob | Failure, str]:
+        failure, after = Without.answer(self, client, state, committed, blob)
         return (PACKED[3], after) if client == 3 else (failure, after)
 
 
@@ -306,13 +306,15 @@ class Asked(Target):
         self.resident = Without(folder)
         self.resident.greeting = dict(GREETED)
 
-    def case(self, rng: Random) -> tuple[int, str, bytes]:
+    def case(self, rng: Random) -> tuple[int, str, str, bytes]:
         client = rng.choice([3, 3, 0, -1, 2**63 - 1])
-        state = rng.choice(["", NAME.format(client), changed_text(rng, NAME.format(client)), rng.choice(NAMES)])
+        state, committed = (
+            rng.choice(["", NAME.format(client), changed_text(rng, NAME.format(client)), rng.choice(NAMES)]) for _ in range(2)
+        )
         packed = rng.choice(PACKED_TASKS)
-        return client, state, changed_message(rng, packed, PACKED) if rng.random() < 0.5 else packed
+        return client, state, committed, changed_message(rng, packed, PACKED) if rng.random() < 0.5 else packed
 
-    def put(self, case: tuple[int, str, bytes]) -> str:
+    def put(self, case: tuple[int, str, str, bytes]) -> str:
         answer, after = self.resident.answer(*case)
         assert isinstance(answer, Failure) and after == case[1]
         assert Path(after).name == after and len(after) < 100
@@ -339,7 +341,7 @@ def changed_records(rng: Random, content: RecordDict, blobs: Sequence[bytes]) ->
             made[BLOB] = boxed(changed_bytes(rng, blob, blobs) if rng.random() < 0.3 else changed_message(rng, blob, blobs))
         elif TO in made.config_records:
             record = ConfigRecord(dict(made.config_records[TO]))
-            record[rng.choice([CLIENT, STATE, GREETING, TOLD, "x", *record])] = config_value(rng)
+            record[rng.choice([CLIENT, STATE, COMMITTED, GREETING, TOLD, "x", *record])] = config_value(rng)
             made[TO] = record
     return made
 
@@ -370,7 +372,7 @@ class Device(Target):
             text = text.encode("utf-8", "replace").decode()
             return MessageType.QUERY, changed_records(rng, RecordDict({TO: ConfigRecord({CLIENT: 3, GREETING: text})}), PACKED_TASKS)
         state = rng.choice(["", NAME.format(3), rng.choice(NAMES).encode("utf-8", "replace").decode()])
-        content = RecordDict({BLOB: boxed(rng.choice(PACKED_TASKS)), TO: ConfigRecord({CLIENT: 3, STATE: state})})
+        content = RecordDict({BLOB: boxed(rng.choice(PACKED_TASKS)), TO: ConfigRecord({CLIENT: 3, STATE: state, COMMITTED: state})})
         return MessageType.TRAIN, changed_records(rng, content, PACKED_TASKS)
 
     def put(self, case: tuple[str, RecordDict]) -> str:
