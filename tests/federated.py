@@ -85,7 +85,7 @@ class Here:
         self.greeted += 1
         return {"examples": {"train": 1}}
 
-    def answer(self, client: int, state: str, blob: Blob) -> tuple[Blob | Failure, str]:
+    def answer(self, client: int, state: str, committed: str, blob: Blob) -> tuple[Blob | Failure, str]:
         with self.lock:
             self.host.store = ClientStore(self.folder)
             self.host.store.restore({str(client): state} if state else {})
@@ -101,8 +101,8 @@ class Whoever:
     def greet(self, greeting: str) -> Mapping[str, Any]:
         return self.device.greet(greeting)
 
-    def answer(self, client: int, state: str, blob: Blob) -> tuple[Blob | Failure, str]:
-        return self.device.answer(client, state, blob)
+    def answer(self, client: int, state: str, committed: str, blob: Blob) -> tuple[Blob | Failure, str]:
+        return self.device.answer(client, state, committed, blob)
 
 
 @dataclass

@@ -23,7 +23,8 @@ This module does not know engines, methods or how bytes are laid out (``wire.py`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ import torch
 
 from fedloom.messages import Setting, Task, Tensors, Update
 from fedloom.tensors import identical, rounded_up
-from fedloom.wire import Packer, WireError
+from fedloom.wire import DIMENSIONS, Packer, WireError
 
 NAMES = ("exact", "bf16", "fp16", "int8", "nf4", "top-k")
 SHARE = 0.05
@@ -63,6 +64,21 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
+
+
+@contextmanager
+def whoever_encoded() -> Iterator[None]:
+    """Whatever goes wrong with what came is a fault of what came: an honest message can be decoded, another may be anything.
+
+    Raises:
+        WireError: something went wrong.
+    """
+    try:
+        yield
+    except WireError:
+        raise
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise WireError(f"what is encoded cannot be decoded ({type(error).__name__}: {error})") from error
 
 
 @dataclass(frozen=True)
@@ -135,6 +151,7 @@ class Encoding:
         pieces = self._encoded(_joined(task.tensors, names))
         return replace(task, tensors={**kept, **pieces}, settings={**task.settings, **_shapes(task.tensors, names)})
 
+    @whoever_encoded()
     def arrived(self, task: Task) -> Task:
         """The task as the device sees it: ŵ instead of w.
 
@@ -174,6 +191,7 @@ class Encoding:
         told: dict[str, Setting] = {**update.metrics, WHICH: names}
         return replace(update, tensors={**kept, **pieces}, metrics=told), left
 
+    @whoever_encoded()
     def received(self, update: Update, task: Task) -> Update:
         """The update as the server sees it: w + what was decoded. ``task``: as the server made it.
 
@@ -332,8 +350,11 @@ def _told(settings: Mapping[str, Setting]) -> tuple[list[str], list[list[int]]]:
         WireError: they do not fit each other.
     """
     names, ranks, sizes = _strings(settings[WHICH]), _counts(settings.get(RANKS)), _counts(settings.get(SIZES))
-    if len(ranks) != len(names) or sum(ranks) != len(sizes) or len(set(names)) != len(names):
-        raise WireError(f"{len(names)} encoded tensors of {len(ranks)} ranks with {len(sizes)} sizes; one rank a name, and so many sizes")
+    if len(ranks) != len(names) or sum(ranks) != len(sizes) or len(set(names)) != len(names) or max(ranks) > DIMENSIONS:
+        raise WireError(
+            f"{len(names)} encoded tensors of {len(ranks)} ranks with {len(sizes)} sizes; one rank a name, of {DIMENSIONS} at most, and so "
+            "many sizes"
+        )
     at, shapes = 0, []
     for rank in ranks:
         shapes.append(sizes[at : at + rank])
@@ -342,8 +363,8 @@ def _told(settings: Mapping[str, Setting]) -> tuple[list[str], list[list[int]]]:
 
 
 def _strings(value: object) -> list[str]:
-    if not (isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)):
-        raise WireError(f"the names of encoded tensors are {value!r}; they must be a list of strings")
+    if not (isinstance(value, list | tuple) and value and all(isinstance(item, str) for item in value)):
+        raise WireError(f"the names of encoded tensors are {value!r}; they must be a list of strings, of one at least")
     return [str(item) for item in value]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
@@ -162,6 +162,26 @@ def ask(operation: Callable[..., Any], client: int, tensors: Tensors | None = No
     if not is_client_operation(operation):
         raise TypeError(f"{operation!r} is not a client operation; decorate it with @on_client")
     return Task(operation.__name__, client, dict(tensors or {}), settings)
+
+
+def due(task: Task, like: Tensors | None = None) -> Task:
+    """The task, of whose answers it is known that they have, once completed, tensors of the names of ``like`` (None: of all that are sent)
+    and no others; what was not sent has the shape and the type that it has there. Who answers alone has nobody to be compared with, and is
+    judged all the same."""
+    wanted = task.tensors if like is None else like
+
+    def complete(came: Tensors) -> Tensors:
+        made = task.complete(came)
+        missing, more = sorted(wanted.keys() - made.keys()), sorted(made.keys() - wanted.keys())
+        if missing or more:
+            raise ValueError(f"{missing[:3]} missing, {more[:3]} more than are due")
+        for name in sorted(wanted.keys() - task.tensors.keys()):
+            found, of = made[name], wanted[name]
+            if (found.dtype, found.shape) != (of.dtype, of.shape):
+                raise ValueError(f"'{name}' is {found.dtype} of shape {tuple(found.shape)}; {of.dtype} of {tuple(of.shape)} is due")
+        return made
+
+    return replace(task, complete=complete)
 
 
 def through(flow: Flow[T], change: Callable[[Asking], Asking]) -> Flow[T]:

@@ -21,6 +21,10 @@ Piece = tuple[str, int, int]
 """A tensor's name, and which of its numbers."""
 
 
+class Weightless(ValueError):
+    """What is to be averaged has no weight together: whoever sent it says that it has no examples."""
+
+
 def rounded_up(share: float, of: int) -> int:
     """⌈share·of⌉. Float noise below 1e-9 makes no further one: 0.07·100 is 7.000000000000001, and 7."""
     return math.ceil(share * of - 1e-9)
@@ -124,11 +128,11 @@ class Mean:
         """The mean of all that came.
 
         Raises:
-            ValueError: nothing came, or the weights have no positive sum.
+            Weightless: nothing came, or the weights have no positive sum.
         """
         whole = sum(self.weights)
         if not whole > 0:
-            raise ValueError(f"a mean needs at least one set of tensors and a positive sum of weights; the weights are {self.weights}")
+            raise Weightless(f"a mean needs at least one set of tensors and a positive sum of weights; the weights are {self.weights}")
         mean = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for name, tensor in self._like.items()}
         for pieces, total in self._totals():
             total.div_(whole)

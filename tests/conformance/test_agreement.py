@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,7 +26,8 @@ from fedloom.methods.hetlora import HetLora
 from fedloom.methods.lisa import Lisa
 from fedloom.methods.method import one_round
 from fedloom.model.names import is_down, is_factor, is_up
-from fedloom.server.masks import Mask
+from fedloom.run.evaluation import of_any_length
+from fedloom.server.masks import Mask, completed
 from fedloom.server.participation import Pool
 from fedloom.tensors import packed, unpacked
 from tests.conformance.played import Played
@@ -146,7 +148,7 @@ def elsewhere(bits: torch.Tensor) -> torch.Tensor:
 LIES = {
     "lisa, a shape": (LISA, POOL, one(is_head, lambda t: t[:, 1:]), r"'.*classifier.weight' came back with shape \(3, 15\)"),
     "lisa, a name": (LISA, POOL, more, r"\[\] missing, \['more'\] more"),
-    "lisa, a type": (LISA, POOL, one(is_head, lambda t: t.double()), "is of torch.float64, and the others' of torch.float32"),
+    "lisa, a type": (LISA, POOL, one(is_head, lambda t: t.double()), "came back in torch.float64, and was sent in torch.float32"),
     "lisa, absurd": (LISA, POOL, each(every, absurd), "it moved .*, and the median of the others"),
     "rows, a shape": (FedAvg(), MASKED, one(is_up, lambda t: t[:, :1]), "it cannot be completed with what was sent"),
     "rows, too few": (
@@ -180,9 +182,19 @@ LIES = {
     ),
     "ranks, a shape": (PRUNING, POOL, one(is_down, lambda t: t[:, 1:]), r"'.*lora_A.*' came back with shape \(2, 15\)"),
     "ranks, no pairs": (PRUNING, POOL, none(is_factor), "one rank is needed in all pairs; they have "),
-    "stacked, a shape": (FLoRA(), POOL, one(is_up, lambda t: t[1:]), r"'.*lora_B.*' is to be of shape \(16, 2\); it has \(15, 2\)"),
-    "stacked, a rank": (FLoRA(), POOL, one(is_up, lambda t: t[:, :1]), r"is to be of shape \(16, 2\); it has \(16, 1\)"),
-    "stacked, no pair": (FLoRA(), POOL, none(is_up), "it did not come"),
+    "stacked, a shape": (
+        FLoRA(),
+        POOL,
+        one(is_up, lambda t: t[1:]),
+        r"'.*lora_B.*' is torch.float32 of shape \(15, 2\); torch.float32 of \(16, 2\) is due",
+    ),
+    "stacked, a rank": (
+        FLoRA(),
+        POOL,
+        one(is_up, lambda t: t[:, :1]),
+        r"is torch.float32 of shape \(16, 1\); torch.float32 of \(16, 2\) is due",
+    ),
+    "stacked, no pair": (FLoRA(), POOL, none(is_up), r"\['.*lora_B.*'\] missing, \[\] more"),
     "ranks, absurd": (PRUNING, POOL, each(is_down, absurd), "it moved .*, and the median of the others"),
 }
 """What a device may say where others leave something out, and why it does not count then."""
@@ -195,6 +207,51 @@ def test_whoever_lies_is_refused_and_the_others_count(lie: str) -> None:
     assert set(engine.reasons) == {1}
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(engine.reasons[1])
+
+
+def test_predictions_may_be_of_any_length() -> None:
+    tasks = [Task("predict", k, complete=of_any_length) for k in range(4)]
+    cells = [torch.ones(count, 3, dtype=torch.int64) for count in (2, 0, 5)]
+    updates = tuple(Update(k, 1, {"test": told}) for k, told in enumerate([*cells, torch.ones(2, 4, dtype=torch.int64)]))
+    assert [failure.client for failure in agreeing(tasks, Replies(updates)).failures] == [3]
+
+
+@pytest.mark.parametrize("keep", [0.5, 1.0])
+def test_layers_that_are_handed_over_may_have_other_rows_of_each_device(keep: float) -> None:
+    """One device tells all rows of a B, others those that their mask keeps, and not as many each."""
+    rows = [torch.ones(4), torch.tensor([1, 0, 0, 0.0]), torch.tensor([1, 1, 0, 1.0])]
+    said = [{"b": torch.ones(int(flags.sum()), 2), **({} if flags.all() and keep == 1 else {"rows/b": packed(flags)})} for flags in rows]
+    tasks = [Task("hand_over", k, complete=partial(completed, sent={})) for k in range(3)]
+    replies = Replies(tuple(Update(k, 1, tensors) for k, tensors in enumerate(said)))
+    assert agreeing(tasks, replies) is replies
+
+
+ALONE = [name for name in all_methods() if name not in ("centralised", "local", "embracingfl")]
+"""Methods that take what came for what is shared, if one device answers. EmbracingFL looks at it itself."""
+
+
+@pytest.mark.no_cover
+@pytest.mark.parametrize("name", ALONE)
+def test_who_answers_alone_and_lies_is_refused(name: str) -> None:
+    alone(all_methods()[name](), replace(POOL, cohort=1))
+
+
+@pytest.mark.parametrize("pool", [replace(POOL, controls=True), replace(MASKED, controls=True), MASKED], ids=["controls", "both", "mask"])
+def test_who_answers_alone_and_lies_is_refused_also_with_controls_and_a_mask(pool: Pool) -> None:
+    control = one(lambda n: n.startswith("control/"), lambda t: t[1:])
+    alone(FedAvg(), replace(pool, cohort=1), *([control] if pool.controls else []))
+
+
+def alone(method: Any, pool: Pool, *lies: Lie) -> None:
+    """Have a round of one device, which is refused if it tells one of these lies, or another, and counts otherwise."""
+    here = Played(method, pool)
+    asking: Any = next(one_round(method, here.state, pool))
+    honest = here.engine.inner.run(asking.tasks)
+    assert len(honest.updates) == 1 and agreeing(asking.tasks, honest) is honest
+    left_out = [] if method.name == "lisa" else [lambda ts: {}, lambda ts: dict([*ts.items()][1:])]
+    for lie in (more, each(every, lambda t: t.double()), each(every, lambda t: t[None]), each(every, lambda t: t.bool()), *left_out, *lies):
+        said = replace(honest, updates=tuple(replace(u, tensors=lie(u.tensors)) for u in honest.updates))
+        assert agreeing(asking.tasks, said).updates == (), lie
 
 
 def test_an_answer_is_as_far_as_it_is_when_completed() -> None:

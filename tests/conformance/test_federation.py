@@ -21,7 +21,7 @@ from fedloom.client.host import Host
 from fedloom.client.store import StoreError
 from fedloom.engines.agreement import agreeing
 from fedloom.engines.local import Local
-from fedloom.messages import CohortFailed, Failure, Replies, Task, Traffic, Update
+from fedloom.messages import CohortFailed, Failure, Replies, Task, Traffic, Update, due
 from fedloom.wire import Blob, WireError, pack, unpack
 from tests.conformance.toy import CLIENTS, DIGEST, host_of, same_replies, task
 from tests.federated import QUICK, Here, engine_over, nodes
@@ -110,7 +110,55 @@ def test_two_cannot_say_who_of_them_is_absurd() -> None:
 
 def test_another_type_than_the_others_have_does_not_count() -> None:
     told = reasons(*replies_of({"w": torch.ones(3)}, {"w": torch.ones(3, dtype=torch.bool)}, {"w": torch.ones(3)}))
-    assert told == {1: "WireError: 'w' is of torch.bool, and the others' of torch.float32"}
+    assert told == {1: "WireError: 'w' came back in torch.bool, and was sent in torch.float32"}
+    told = reasons(
+        *replies_of(*({"w": torch.ones(3), "new": torch.ones(2, dtype=kind)} for kind in (torch.float32, torch.int64, torch.float32)))
+    )
+    assert told == {1: "WireError: 'new' is torch.int64 of shape (2,), and the others' torch.float32 of shape (2,)"}
+
+
+def test_another_shape_than_the_others_have_of_what_nobody_was_sent_does_not_count() -> None:
+    told = reasons(*replies_of(*({"w": torch.ones(3), "control/w": torch.ones(size)} for size in (3, 2, 2, 2))))
+    assert told == {0: "WireError: 'control/w' is torch.float32 of shape (3,), and the others' torch.float32 of shape (2,)"}
+    assert len(reasons(*replies_of({"new": torch.ones(3)}, {"new": torch.ones(2)}))) == 1, "one of two, but never both"
+
+
+def test_each_is_compared_with_those_to_whom_alike_tensors_were_sent() -> None:
+    ranks, made = (1, 1, 1, 2, 2, 2), (1, 1, 1, 2, 2, 1)
+    tasks = [Task("train", k, {"a": torch.zeros(rank, 3)}) for k, rank in enumerate(ranks)]
+    updates = [
+        Update(k, 1, {"a": torch.ones(rank, 3), "b": torch.ones(4, of)}) for k, (rank, of) in enumerate(zip(ranks, made, strict=True))
+    ]
+    told = reasons(tasks, Replies(tuple(updates), (), tuple(Traffic(k, 1, 1, 0.0, 0) for k in range(6))))
+    assert told == {5: "WireError: 'b' is torch.float32 of shape (4, 1), and the others' torch.float32 of shape (4, 2)"}
+
+
+ALONE = {
+    "a name": ({"w": torch.ones(3), "zzz": torch.ones(1)}, r"\[\] missing, \['zzz'\] more than are due"),
+    "none": ({}, r"\['w'\] missing, \[\] more than are due"),
+    "what was sent beside": ({"w": torch.ones(3), "rest": torch.ones(2)}, r"\[\] missing, \['rest'\] more"),
+    "doubles": ({"w": torch.ones(3).double()}, "'w' came back in torch.float64, and was sent in torch.float32"),
+    "integers": ({"w": torch.ones(3).long()}, "'w' came back in torch.int64, and was sent in torch.float32"),
+    "a shape": ({"w": torch.ones(2)}, r"'w' came back with shape \(2,\)"),
+}
+
+
+@pytest.mark.parametrize("lie", ALONE)
+def test_who_answers_alone_is_judged_by_what_is_due(lie: str) -> None:
+    task = due(Task("train", 0, {"w": torch.zeros(3), "rest": torch.zeros(2)}), {"w": torch.zeros(3)})
+    cost = (Traffic(0, 1, 1, 0.0, 0),)
+    assert reasons([task], Replies((Update(0, 1, {"w": torch.ones(3)}),), (), cost)) == {}
+    answer, reason = ALONE[lie]
+    (told,) = reasons([task], Replies((Update(0, 1, answer),), (), cost)).values()
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(told)
+
+
+def test_what_was_not_sent_is_as_it_is_due() -> None:
+    task = due(Task("train", 0, {"w": torch.zeros(3)}), {"score": torch.zeros(2)})
+    for answer in ({"score": torch.ones(3)}, {"score": torch.ones(2).double()}):
+        (told,) = reasons([task], Replies((Update(0, 1, answer),), (), (Traffic(0, 1, 1, 0.0, 0),))).values()
+        assert "'score' is torch.float" in told and "torch.float32 of (2,) is due" in told
 
 
 def test_of_two_types_that_which_was_sent_counts() -> None:
@@ -136,9 +184,9 @@ class Replaying(Here):
         Here.__init__(self, host, folder)
         self.instead, self.relabel, self.made = instead, relabel, dict[tuple[int, int], tuple[Blob | Failure, str]]()
 
-    def answer(self, client: int, state: str, blob: Blob) -> tuple[Blob | Failure, str]:
+    def answer(self, client: int, state: str, committed: str, blob: Blob) -> tuple[Blob | Failure, str]:
         asked = sum(k == client for k, _ in self.made)
-        self.made[client, asked] = Here.answer(self, client, state, blob)
+        self.made[client, asked] = Here.answer(self, client, state, committed, blob)
         (one, after), again = self.made[client, asked], self.instead.get((client, asked))
         if again is None:
             return one, after
@@ -233,11 +281,11 @@ def test_answers_wait_in_a_file_and_are_taken_in_one_at_a_time() -> None:
 class Hasty(Here):
     """Device 0 answers at once, with what cannot be read; device 2 takes its time."""
 
-    def answer(self, client: int, state: str, blob: Blob) -> tuple[Blob | Failure, str]:
+    def answer(self, client: int, state: str, committed: str, blob: Blob) -> tuple[Blob | Failure, str]:
         if client == 0:
             return b"rubbish", ""
         time.sleep(1.0 if client == 2 else 0.0)
-        return Here(self.host, self.folder).answer(client, state, blob)
+        return Here(self.host, self.folder).answer(client, state, committed, blob)
 
 
 def test_whoever_answers_wrongly_at_once_makes_nobody_late(tmp_path: Path) -> None:
@@ -254,12 +302,12 @@ class Slow(Here):
         Here.__init__(self, host, folder)
         self.go, self.done = threading.Event(), threading.Event()
 
-    def answer(self, client: int, state: str, blob: bytes):
+    def answer(self, client: int, state: str, committed: str, blob: bytes):
         if client != 1:
-            return Here.answer(self, client, state, blob)
+            return Here.answer(self, client, state, committed, blob)
         self.go.wait(10)
         try:
-            return Here.answer(self, client, state, blob)
+            return Here.answer(self, client, state, committed, blob)
         finally:
             self.done.set()
 
@@ -376,10 +424,10 @@ def test_whatever_is_boxed_comes_out_as_it_was(blob: bytes) -> None:
 class Forgetful(Here):
     """Knows no experiment until it has been greeted twice."""
 
-    def answer(self, client: int, state: str, blob: bytes):
+    def answer(self, client: int, state: str, committed: str, blob: bytes):
         if self.greeted < 2:
             raise Ungreeted("who are you?")
-        return Here.answer(self, client, state, blob)
+        return Here.answer(self, client, state, committed, blob)
 
 
 def test_a_device_that_was_started_anew_is_greeted_again(tmp_path: Path) -> None:
@@ -392,8 +440,8 @@ def test_a_device_that_was_started_anew_is_greeted_again(tmp_path: Path) -> None
 class Liar(Here):
     """Names a state of another client."""
 
-    def answer(self, client: int, state: str, blob: bytes):
-        return Here.answer(self, client, state, blob)[0], f"client-{client + 1}-0123456789abcdef.safetensors"
+    def answer(self, client: int, state: str, committed: str, blob: bytes):
+        return Here.answer(self, client, state, committed, blob)[0], f"client-{client + 1}-0123456789abcdef.safetensors"
 
 
 def test_a_state_of_another_client_is_not_taken(tmp_path: Path) -> None:
@@ -483,8 +531,8 @@ class Telling(Here):
 
     state = ""
 
-    def answer(self, client: int, state: str, blob: bytes):
-        return Here.answer(self, client, state, blob)[0], self.state
+    def answer(self, client: int, state: str, committed: str, blob: bytes):
+        return Here.answer(self, client, state, committed, blob)[0], self.state
 
 
 @pytest.mark.parametrize("state", [f"client-{'0' * 5000}-0123456789abcdef.safetensors", "client-00-0123456789abcdef.safetensors", "../x"])
@@ -613,6 +661,31 @@ def test_a_key_of_a_kind_that_nobody_knows_is_no_key() -> None:
 
 
 # the index of states that lie elsewhere
+
+
+class Told(Here):
+    """Remembers from which state it was to start, and which the server has committed."""
+
+    def __init__(self, host: Host, folder: Path) -> None:
+        Here.__init__(self, host, folder)
+        self.told = list[tuple[str, str]]()
+
+    def answer(self, client: int, state: str, committed: str, blob: Blob) -> tuple[Blob | Failure, str]:
+        self.told.append((state, committed))
+        return Here.answer(self, client, state, committed, blob)
+
+
+def test_a_task_names_the_state_of_the_last_commit_beside_the_one_to_start_from(tmp_path: Path) -> None:
+    device = Told(host_of()[-1], tmp_path)
+    engine, names = far(device), [""]
+    for _ in range(2):
+        engine.run([task(0)])
+        names.append(engine.states.name(0))
+    engine.states.commit()
+    for _ in range(2):
+        engine.run([task(0)])
+        names.append(engine.states.name(0))
+    assert device.told == [("", ""), (names[1], ""), (names[2], names[2]), (names[3], names[2])] and len(set(names)) == 5
 
 
 def test_the_index_goes_back_to_the_last_commit() -> None:

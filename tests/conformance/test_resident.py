@@ -60,9 +60,12 @@ def fresh(tmp_path: Path):
     one.close()
 
 
-def asked(resident: Resident, op: str = "where", state: str = "", **settings: object) -> tuple[Update | Failure, str]:
+def asked(
+    resident: Resident, op: str = "where", state: str = "", committed: str | None = None, **settings: object
+) -> tuple[Update | Failure, str]:
     settings = {"seconds": 0.0, **settings} if op == "where" else settings
-    answer, after = resident.answer(3, state, pack(Task(op, 3, {}, settings), DIGEST))  # type: ignore[arg-type]
+    blob = pack(Task(op, 3, {}, settings), DIGEST)  # type: ignore[arg-type]
+    answer, after = resident.answer(3, state, state if committed is None else committed, blob)
     update = answer if isinstance(answer, Failure) else unpack(answer, DIGEST)
     assert isinstance(update, Update | Failure)
     return update, after
@@ -84,6 +87,18 @@ def test_only_the_last_state_and_the_one_before_are_kept(resident: Resident, tmp
     for _ in range(4):
         names.append(asked(resident, state=names[-1])[1])
     assert sorted(path.name for path in (tmp_path / "states" / DIGEST).iterdir()) == sorted(names[-2:])
+
+
+def test_what_the_server_has_committed_is_kept_however_often_a_round_changes_the_state(resident: Resident, tmp_path: Path) -> None:
+    resident.greet(GREETING)
+    _, first = asked(resident)
+    _, second = asked(resident, state=first, committed=first)
+    _, third = asked(resident, state=second, committed=first)
+    assert sorted(path.name for path in (tmp_path / "states" / DIGEST).iterdir()) == sorted([first, second, third])
+    again, same = asked(resident, state=first, committed=first)  # the round did not count, or the server was killed
+    assert (again.metrics["visits"], same) == (2.0, second)
+    asked(resident, state=third, committed=third)
+    assert len([*(tmp_path / "states" / DIGEST).iterdir()]) == 2
 
 
 def test_a_task_before_any_greeting_asks_for_one(fresh: Resident) -> None:
@@ -138,8 +153,9 @@ def test_a_worker_that_hangs_is_ended_in_time(resident: Resident) -> None:
 )
 def test_a_state_that_is_no_name_of_this_clients_is_refused(resident: Resident, state: str) -> None:
     resident.greet(GREETING)
-    with pytest.raises(WireError, match="is none of client 3"):
-        asked(resident, state=state)
+    for names in ({"state": state}, {"committed": state}):
+        with pytest.raises(WireError, match="is none of client 3"):
+            asked(resident, **names)
 
 
 def test_a_state_that_is_not_there_is_a_failure(resident: Resident) -> None:

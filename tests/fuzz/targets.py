@@ -24,6 +24,8 @@ import torch
 
 from fedloom.client.elsewhere import Elsewhere
 from fedloom.client.store import ClientStore, StoreError, read_index
+from fedloom.encodings import NAMES as WIRES
+from fedloom.encodings import RANKS, SIZES, WHICH, Encoding
 from fedloom.engines.workers import Start, WorkerError, receive
 from fedloom.messages import Failure, Task, Update
 from fedloom.methods import named
@@ -41,7 +43,7 @@ from tests.fuzz.mutations import NAMES, changed_bytes, changed_json, changed_mes
 with warnings.catch_warnings():  # libraries that Flower imports use deprecated names of their own
     warnings.simplefilter("ignore", DeprecationWarning)
     from fedloom.engines import federation
-    from fedloom.engines.federation import BLOB, CLIENT, GREETING, STATE, TO, TOLD, UNGREETED, Federation, Patience, device_app
+    from fedloom.engines.federation import BLOB, CLIENT, COMMITTED, GREETING, STATE, TO, TOLD, UNGREETED, Federation, Patience, device_app
     from fedloom.engines.flower import REFUSED, boxed, carried, unboxed
     from fedloom.engines.gate import authenticated, only_own
     from fedloom.engines.link import Link
@@ -125,6 +127,60 @@ class Unpacked(Target):
         return "task" if isinstance(message, Task) else "update"
 
 
+class Encoded(Target):
+    """What a wire that loses something encodes, down and up: what is accepted has the shapes that are told, and going up is finite."""
+
+    name, weight = "encodings", 10
+
+    def __init__(self, folder: Path) -> None:
+        Target.__init__(self, folder)
+        sent = {"b": torch.randn(7, 11), "a": torch.randn(130), "s": torch.tensor(0.5), "empty": torch.zeros(0, 3), "i": torch.arange(4)}
+        self.task = Task("train", 3, sent, {"round": 1})
+        made = {**{n: t + 0.25 for n, t in sent.items()}, "i": sent["i"], "new": torch.ones(2)}
+        self.packed: list[tuple[Encoding, bytes]] = []
+        for wire in [Encoding.of(name) for name in WIRES if name != "exact"]:
+            told, _ = wire.up(Update(3, 5, made, {"loss": 0.5}), wire.arrived(wire.down(self.task)), {})
+            few, _ = wire.up(Update(3, 5, {"empty": sent["empty"]}), self.task, {})
+            down = [] if wire.exact_down else [wire.down(self.task)]
+            self.packed += [(wire, bytes(pack(message, DIGEST))) for message in (told, few, *down)]
+
+    def case(self, rng: Random) -> tuple[Encoding, bytes]:
+        wire, blob = rng.choice(self.packed)
+        if rng.random() < 0.4:
+            return wire, changed_message(rng, blob, [packed for _, packed in self.packed])
+        message = unpack(blob, DIGEST)
+        told = dict(message.settings if isinstance(message, Task) else message.metrics)
+        names = ["b", "a", "s", "empty", "i", "new", "zzz"]
+        told[WHICH] = rng.choice([[], ["empty"], ["b", "b"], rng.sample(names, rng.randrange(5)), odd(rng), told[WHICH]])
+        if isinstance(message, Task):
+            counts = [0, 1, 2, 3, 64, 65, 2**31, 2**39, 2**40, -1]
+            for name in (RANKS, SIZES):
+                many = [rng.choice(counts) for _ in range(rng.choice([0, 1, 3, 200]))]
+                told[name] = rng.choice([told[name], many, [0, 2**39, 2**39], [], odd(rng)])
+        tensors = {n: rng.choice([t, t, t, t[:0], t.float(), t[:1]]) if t.dim() else t for n, t in message.tensors.items()}
+        try:
+            changes = {"settings" if isinstance(message, Task) else "metrics": checked_settings(told), "tensors": tensors}
+            return wire, bytes(pack(replace(message, **changes), DIGEST))  # type: ignore[arg-type]
+        except WireError:
+            return wire, blob
+
+    def put(self, case: tuple[Encoding, bytes]) -> str:
+        wire, blob = case
+        message = unpack(blob, DIGEST)
+        if isinstance(message, Task):
+            read = wire.arrived(message)
+            assert WHICH not in read.settings
+            return "task"
+        read = wire.received(message, self.task)
+        names = message.metrics.get(WHICH, [])
+        assert all(read.tensors[n].shape == self.task.tensors[n].shape for n in names)  # type: ignore[union-attr]
+        assert all(bool(torch.isfinite(read.tensors[n]).all()) for n in names) and WHICH not in read.metrics  # type: ignore[union-attr]
+        return "update"
+
+    def size(self, case: tuple[Encoding, bytes]) -> int:
+        return len(case[1])
+
+
 class Digest(Target):
     """``wire.digest_of``."""
 
@@ -201,8 +257,8 @@ class Answering(Without):
             Without.greet(self, greeting)
         return {"examples": {"train": 5}}
 
-    def answer(self, client: int, state: str, blob: Blob) -> tuple[Blob | Failure, str]:
-        failure, after = Without.answer(self, client, state, blob)
+    def answer(self, client: int, state: str, committed: str, blob: Blob) -> tuple[Blob | Failure, str]:
+        failure, after = Without.answer(self, client, state, committed, blob)
         return (PACKED[3], after) if client == 3 else (failure, after)
 
 
@@ -250,13 +306,15 @@ class Asked(Target):
         self.resident = Without(folder)
         self.resident.greeting = dict(GREETED)
 
-    def case(self, rng: Random) -> tuple[int, str, bytes]:
+    def case(self, rng: Random) -> tuple[int, str, str, bytes]:
         client = rng.choice([3, 3, 0, -1, 2**63 - 1])
-        state = rng.choice(["", NAME.format(client), changed_text(rng, NAME.format(client)), rng.choice(NAMES)])
+        state, committed = (
+            rng.choice(["", NAME.format(client), changed_text(rng, NAME.format(client)), rng.choice(NAMES)]) for _ in range(2)
+        )
         packed = rng.choice(PACKED_TASKS)
-        return client, state, changed_message(rng, packed, PACKED) if rng.random() < 0.5 else packed
+        return client, state, committed, changed_message(rng, packed, PACKED) if rng.random() < 0.5 else packed
 
-    def put(self, case: tuple[int, str, bytes]) -> str:
+    def put(self, case: tuple[int, str, str, bytes]) -> str:
         answer, after = self.resident.answer(*case)
         assert isinstance(answer, Failure) and after == case[1]
         assert Path(after).name == after and len(after) < 100
@@ -283,7 +341,7 @@ def changed_records(rng: Random, content: RecordDict, blobs: Sequence[bytes]) ->
             made[BLOB] = boxed(changed_bytes(rng, blob, blobs) if rng.random() < 0.3 else changed_message(rng, blob, blobs))
         elif TO in made.config_records:
             record = ConfigRecord(dict(made.config_records[TO]))
-            record[rng.choice([CLIENT, STATE, GREETING, TOLD, "x", *record])] = config_value(rng)
+            record[rng.choice([CLIENT, STATE, COMMITTED, GREETING, TOLD, "x", *record])] = config_value(rng)
             made[TO] = record
     return made
 
@@ -314,7 +372,7 @@ class Device(Target):
             text = text.encode("utf-8", "replace").decode()
             return MessageType.QUERY, changed_records(rng, RecordDict({TO: ConfigRecord({CLIENT: 3, GREETING: text})}), PACKED_TASKS)
         state = rng.choice(["", NAME.format(3), rng.choice(NAMES).encode("utf-8", "replace").decode()])
-        content = RecordDict({BLOB: boxed(rng.choice(PACKED_TASKS)), TO: ConfigRecord({CLIENT: 3, STATE: state})})
+        content = RecordDict({BLOB: boxed(rng.choice(PACKED_TASKS)), TO: ConfigRecord({CLIENT: 3, STATE: state, COMMITTED: state})})
         return MessageType.TRAIN, changed_records(rng, content, PACKED_TASKS)
 
     def put(self, case: tuple[str, RecordDict]) -> str:
@@ -802,6 +860,7 @@ class Told(Target):
 
 TARGETS: list[type[Target]] = [
     Unpacked,
+    Encoded,
     Digest,
     Settings,
     Index,

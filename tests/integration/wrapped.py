@@ -146,7 +146,7 @@ def wrap_device(ordered: Ordered) -> None:
     wire._insist_finite = wire._insist_countable = lambda *_: None  # whoever lies packs what it likes
     answer, push, push_object, send = Resident.answer, FleetHttpClient.PushMessages, FleetHttpClient.PushObject, httpx.Client.send
 
-    def answered(resident: Resident, client: int, state: str, blob: wire.Blob) -> tuple[wire.Blob | Failure, str]:
+    def answered(resident: Resident, client: int, state: str, committed: str, blob: wire.Blob) -> tuple[wire.Blob | Failure, str]:
         task, order = wire.unpack(bytes(blob), wire.digest_of(blob)), ordered.now
         assert isinstance(task, Task)
         honest = task.op == "predict" or not order
@@ -164,7 +164,7 @@ def wrap_device(ordered: Ordered) -> None:
                 kill(whom)
 
             threading.Thread(target=when_it_trains, daemon=True).start()
-        made, after = answer(resident, client, state, blob)
+        made, after = answer(resident, client, state, committed, blob)
         if isinstance(made, Failure):
             return made, after
         ordered.answers.append(made)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedloom.encodings import CODES, NAMES, NF4, PLACES, WHICH, Encoding, Sender
+from fedloom.engines.local import gather
 from fedloom.messages import Task, Update
 from fedloom.tensors import nbytes
 from fedloom.wire import WireError, pack, unpack
@@ -229,6 +230,8 @@ def test_an_update_that_is_not_encoded_so_is_refused(name: str) -> None:
     refused(metrics={WHICH: ["x", "x"]})
     refused(metrics={WHICH: "x"})
     refused(metrics={WHICH: [1]})
+    refused(metrics={WHICH: []})
+    refused(metrics={WHICH: []}, tensors={n: t[:0] for n, t in good.tensors.items()})
     refused(tensors={**good.tensors, "x": torch.zeros(300)})
     with pytest.raises(WireError):
         Encoding.of("exact").received(good, task)
@@ -256,9 +259,38 @@ def test_a_task_that_is_not_encoded_so_is_refused(name: str) -> None:
     for change in ({"encoded/sizes": [3, 99]}, {"encoded/sizes": [3]}, {"encoded/ranks": [2, 2]}, {"encoded/sizes": [-3, -100]}):
         with pytest.raises(WireError):
             encoding.arrived(replace(good, settings={**good.settings, **change}))
+    none = {WHICH: [], "encoded/ranks": [], "encoded/sizes": []}
+    for change in (none, {"encoded/ranks": [1000], "encoded/sizes": [2**39] * 1000}):
+        for there in (good.tensors, {n: t[:0] for n, t in good.tensors.items()}):
+            with pytest.raises(WireError):
+                encoding.arrived(replace(good, settings={**good.settings, **change}, tensors=there))
     for gone in ("encoded/sizes", "encoded/ranks"):
         with pytest.raises(WireError):
             encoding.arrived(replace(good, settings={n: v for n, v in good.settings.items() if n != gone}))
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_an_update_of_no_encoded_tensor_is_its_devices_failure(name: str) -> None:
+    encoding, task = Encoding.of(name), Task("train", 0, {"x": torch.zeros(300)})
+    good, _ = encoding.up(Update(0, 1, {"x": torch.randn(300)}), task, {})
+    blob = pack(replace(good, metrics={WHICH: []}, tensors={n: t[:0] for n, t in good.tensors.items()}), "d")
+    (failure,) = gather([task], [0], [blob], "d", encoding).failures
+    assert failure.reason.startswith("WireError: the names of encoded tensors are []")
+
+
+def test_whatever_goes_wrong_with_what_is_encoded_is_its_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Task("train", 0, {"x": torch.zeros(300)})
+    encoding = Encoding.of("bf16")
+    good, _ = encoding.up(Update(0, 1, {"x": torch.randn(300)}), task, {})
+
+    def broken(self: Encoding, *rest: object) -> torch.Tensor:
+        raise RuntimeError("shape '[-1, 64]' is invalid")
+
+    monkeypatch.setattr(Encoding, "_decoded", broken)
+    with pytest.raises(WireError, match="what is encoded cannot be decoded .RuntimeError: shape"):
+        encoding.received(good, task)
+    with pytest.raises(WireError, match="what is encoded cannot be decoded .RuntimeError: shape"):
+        encoding.arrived(encoding.down(task))
 
 
 @pytest.mark.parametrize(

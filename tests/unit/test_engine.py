@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fedloom.engines.engine import drive
 from fedloom.engines.local import waves
-from fedloom.messages import CohortFailed, Failure, Flow, Replies, Take, Task, Update, whole
+from fedloom.messages import Asking, CohortFailed, Failure, Flow, Replies, Take, Task, Update, whole
+from fedloom.server.aggregation import Average
 
 
 class Half:
@@ -29,6 +31,16 @@ def test_the_flow_hears_the_updates_and_its_value_comes_back() -> None:
     heard: list[tuple[int, int]] = []
     assert drive(asking(2, 1, 0), Half(), 0.6, lambda tasks, replies: heard.append((len(tasks), len(replies.updates)))) == [2, 0]
     assert heard == [(3, 2)]
+
+
+def test_answers_of_no_weight_are_a_round_to_which_nobody_came() -> None:
+    def idle() -> Flow[dict[str, torch.Tensor]]:
+        mean = Average()
+        yield Asking([Task("op", k) for k in (0, 1, 2)], lambda update: mean.take(replace(update, num_examples=0)))
+        return mean.value()
+
+    with pytest.raises(CohortFailed, match=r"0 of 3 clients answered, 2 are needed. client 1: odd; client 0: its answer has no weight"):
+        drive(idle(), Half(), 0.5)
 
 
 def test_a_quorum_is_rounded_up_and_zero_means_that_the_flow_insists_itself() -> None:

@@ -22,6 +22,10 @@ class Elsewhere:
         """The state that is the client's, as the server sees it; empty when it has none."""
         return self._fresh.get(client, self._index.get(client, ""))
 
+    def committed(self, client: int) -> str:
+        """The state that was the client's at the last commit, which a server that is killed goes back to; empty when it had none."""
+        return self._index.get(client, "")
+
     def take(self, client: int, name: str) -> None:
         """Make ``name`` the client's state."""
         self._fresh[client] = name

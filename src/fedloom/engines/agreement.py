@@ -1,9 +1,10 @@
 """Which answers belong with the others: what a real federation asks of them beyond that they can be read.
 
-An answer has the shapes that were sent, the names and types that most have who were asked the same, and is no more than :data:`ABSURD`
-times as far from what was sent as the median of these is. It is looked at as its task says that it is meant (``Task.complete``): what a
-device left out because it is as it came is put back, and nothing else is known here of what the tensors are. One that cannot be completed
-does not belong with the others.
+An answer has the shapes and types that were sent, the names that most have who were asked the same, of what was not sent the shapes and
+types that most of these have to whom alike tensors were sent, and is no more than :data:`ABSURD` times as far from what was sent as the
+median is. It is looked at as its task says that it is meant (``Task.complete``): what a device left out because it is as it came is put
+back, and nothing else is known here of what the tensors are. One that cannot be completed does not belong with the others, nor one that is
+not what is due where a task says what that is (``messages.due``): so who answers alone is judged too, but for how far it is.
 
 What is looked at is an :class:`Outline`; so the answers themselves need not be in memory together.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -68,6 +69,8 @@ def _reasons(asked: Mapping[int, Task], outlines: Sequence[Outline]) -> dict[int
             was = asked[one.client].tensors.get(name)
             if was is not None and was.shape != tensor.shape:
                 reasons[one.client] = f"'{name}' came back with shape {tuple(tensor.shape)}, and was sent with {tuple(was.shape)}"
+            elif was is not None and was.dtype != tensor.dtype:
+                reasons[one.client] = f"'{name}' came back in {tensor.dtype}, and was sent in {was.dtype}"
     left = [one for one in outlines if one.client not in reasons]
     same = {client: f"{task.op} {sorted(task.settings.items())}" for client, task in asked.items()}
     for question in sorted({same[one.client] for one in left}):
@@ -75,21 +78,32 @@ def _reasons(asked: Mapping[int, Task], outlines: Sequence[Outline]) -> dict[int
         sent = asked[alike[0].client].tensors
         counted = Counter(tuple(one.tensors) for one in alike)
         usual = max(counted, key=lambda names: (counted[names], names == tuple(sorted(sent)), names))
-        kinds = {name: _usual_kind([one.tensors[name] for one in alike if name in one.tensors], sent.get(name)) for name in usual}
         for one in alike:
             if tuple(one.tensors) != usual:
                 missing, extra = sorted(set(usual) - set(one.tensors)), sorted(set(one.tensors) - set(usual))
                 reasons[one.client] = f"its tensors are not those of the others: {missing[:3]} missing, {extra[:3]} more than they have"
-            elif other := [name for name in usual if one.tensors[name].dtype != kinds[name]]:
-                reasons[one.client] = f"'{other[0]}' is of {one.tensors[other[0]].dtype}, and the others' of {kinds[other[0]]}"
+        fitting = [one for one in alike if one.client not in reasons]
+        for like in _groups(fitting, lambda one: tuple(sorted((n, *t.shape) for n, t in asked[one.client].tensors.items()))):
+            for name in usual:
+                kinds = Counter(_kind(one.tensors[name]) for one in like)
+                kind = max(kinds, key=lambda kind: (kinds[kind], kind))
+                others = [one for one in like if _kind(one.tensors[name]) != kind]
+                reasons |= {o.client: f"'{name}' is {_kind(o.tensors[name])}, and the others' {kind}" for o in others}
         reasons |= _absurd({one.client: one.far for one in alike if one.client not in reasons})
     return reasons
 
 
-def _usual_kind(alike: Sequence[torch.Tensor], sent: torch.Tensor | None) -> torch.dtype:
-    """The type that most have; of several equally frequent ones that which was sent."""
-    counted = Counter(tensor.dtype for tensor in alike)
-    return max(counted, key=lambda kind: (counted[kind], sent is not None and kind == sent.dtype, str(kind)))
+def _groups(outlines: Sequence[Outline], by: Callable[[Outline], Hashable]) -> list[list[Outline]]:
+    """The outlines, those together that are the same by this."""
+    groups = dict[Hashable, list[Outline]]()
+    for one in outlines:
+        groups.setdefault(by(one), []).append(one)
+    return list(groups.values())
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    """A tensor's type and shape."""
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
 
 
 def _way(tensors: Tensors, sent: Tensors) -> float:

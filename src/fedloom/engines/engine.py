@@ -16,7 +16,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
-from fedloom.messages import Asking, CohortFailed, Flow, Replies, Take, Task, quorum_of, whole
+from fedloom.messages import Asking, CohortFailed, Failure, Flow, Replies, Take, Task, quorum_of, whole
+from fedloom.tensors import Weightless
 
 T = TypeVar("T")
 
@@ -37,7 +38,7 @@ def drive(flow: Flow[T], engine: Engine, quorum: float = 1.0, seen: Callable[[Se
     ``seen`` is called with every asking and its replies (the ledger's ear).
 
     Raises:
-        CohortFailed: fewer clients answered than must, by default ``ceil(quorum * asked)``.
+        CohortFailed: fewer clients answered than must, by default ``ceil(quorum * asked)``, or none who did has examples.
         ValueError: one asking names a client twice.
     """
     try:
@@ -54,6 +55,10 @@ def drive(flow: Flow[T], engine: Engine, quorum: float = 1.0, seen: Callable[[Se
             needed = asking.needed if asking.needed is not None else quorum_of(len(tasks), quorum) if quorum > 0 else 0
             if len(replies.updates) < needed:
                 raise CohortFailed(replies.failures, len(replies.updates), needed)
-            asked = flow.send(list(replies.updates))
+            try:
+                asked = flow.send(list(replies.updates))
+            except Weightless as error:
+                idle = [Failure(update.client, f"its answer has no weight ({error})") for update in replies.updates]
+                raise CohortFailed([*replies.failures, *idle], 0, max(needed, 1)) from error
     except StopIteration as done:
         return done.value

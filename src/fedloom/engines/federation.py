@@ -1,9 +1,10 @@
 """The engine of a real federation: tasks to devices that may be away, slow, dead or hostile, and what of their answers is to be used.
 
-**What a task carries** beside its packed blob: the name of the state from which the device is to start (``store.py``). An answer carries
-the name of the state after it. Only names are here (:class:`~fedloom.client.store.Elsewhere`); the tensors never leave the device. So the
-server's checkpoint decides which state is a device's state: an answer that was lost, came late or was not taken has not happened, on
-either side, and a server that was killed goes on from its last round with devices that have moved on.
+**What a task carries** beside its packed blob: the name of the state from which the device is to start (``store.py``), and of the one that
+the server's checkpoint has, to which it goes back if it is killed or a round does not count; a round may change a state more than once. An
+answer carries the name of the state after it. Only names are here (:class:`~fedloom.client.elsewhere.Elsewhere`); the tensors never leave
+the device. So the server's checkpoint decides which state is a device's state: an answer that was lost, came late or was not taken has not
+happened, on either side, and a server that was killed goes on from its last round with devices that have moved on.
 
 **Greeting**: before its first task a device is told the experiment; it loads its model and data once and says what it found. A device that
 was started anew asks to be greeted again.
@@ -56,7 +57,7 @@ log = logging.getLogger("fedloom")
 UNGREETED = 101
 """Code of an error reply from a device that does not know this experiment (yet, or any more)."""
 
-STATE, GREETING, TOLD = "state", "greeting", "told"
+STATE, COMMITTED, GREETING, TOLD = "state", "committed", "greeting", "told"
 AT_ONCE = 32
 """Tasks that are laid out at a time: the server's memory does not grow with the number of devices asked."""
 
@@ -255,7 +256,7 @@ class Federation:
         greeted: int = 0,
     ) -> None:
         greeting = task.client not in self._greeted
-        head = ConfigRecord({CLIENT: task.client, STATE: self.states.name(task.client)})
+        head = ConfigRecord({CLIENT: task.client, STATE: self.states.name(task.client), COMMITTED: self.states.committed(task.client)})
         if greeting:
             content, kind, size = RecordDict({TO: ConfigRecord({CLIENT: task.client, GREETING: self.greeting})}), MessageType.QUERY, 0
         else:
@@ -349,8 +350,9 @@ class Device(Protocol):
         """Make ready for the experiment that the greeting tells of; what to say of oneself."""
         ...
 
-    def answer(self, client: int, state: str, blob: Blob) -> tuple[Blob | Failure, str]:
-        """The packed update, or why there is none, and the name of the state after it."""
+    def answer(self, client: int, state: str, committed: str, blob: Blob) -> tuple[Blob | Failure, str]:
+        """The packed update, or why there is none, and the name of the state after it. ``state``: that from which to start; ``committed``:
+        that to which the server may go back."""
         ...
 
 
@@ -379,11 +381,11 @@ def device_app(device: Device) -> ClientApp:
     @app.train()
     def carried_out(message: Message, context: Context) -> Message:
         record = _head(message.content)
-        number, state = record.get(CLIENT), record.get(STATE)
-        if not isinstance(number, int) or not isinstance(state, str):
-            return _refusal(message, REFUSED, "WireError: a task that names no client or no state")
+        number, state, committed = record.get(CLIENT), record.get(STATE), record.get(COMMITTED)
+        if not (isinstance(number, int) and isinstance(state, str) and isinstance(committed, str)):
+            return _refusal(message, REFUSED, "WireError: a task that names no client or no states")
         try:
-            answer, after = device.answer(number, state, unboxed(message.content))
+            answer, after = device.answer(number, state, committed, unboxed(message.content))
         except Ungreeted as error:
             return _refusal(message, UNGREETED, str(error))
         except WireError as error:

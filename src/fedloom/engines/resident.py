@@ -10,7 +10,8 @@ task has failed with that reason; after it, its answer counts, and the next task
 (``RLIMIT_AS``) would not do: it counts addresses, of which libraries reserve many times what they use.
 
 A device's states are files named by their content in ``folder``. Which of them a task starts from the server says, so a task can be
-done twice, or again, with the same outcome. Kept are the state that the last task of an experiment began with and the one it made.
+done twice, or again, with the same outcome. Kept are the state that the last task of an experiment began with, the one it made, and the
+one that the server has in its checkpoint, from which it may ask again whatever became of the round.
 """
 
 from __future__ import annotations
@@ -94,8 +95,8 @@ class Resident:
         self._begin()
         return self.told
 
-    def answer(self, client: int, state: str, blob: Blob) -> tuple[Blob | Failure, str]:
-        """Have the task done, starting from ``state``.
+    def answer(self, client: int, state: str, committed: str, blob: Blob) -> tuple[Blob | Failure, str]:
+        """Have the task done, starting from ``state``. ``committed``: that of the server's checkpoint, which is kept.
 
         Raises:
             Ungreeted: a task of an experiment that this device has not been told of.
@@ -104,9 +105,10 @@ class Resident:
         digest = digest_of(blob)
         if digest != self.greeting.get("digest"):
             raise Ungreeted(f"this device has not been greeted for experiment {digest!r}")
-        found = FILE.fullmatch(state)
-        if state and (found is None or int(found[1]) != client):
-            raise WireError(f"state {SHORT.repr(state)} is none of client {client}")
+        for name in filter(None, (state, committed)):
+            found = FILE.fullmatch(name)
+            if found is None or int(found[1]) != client:
+                raise WireError(f"state {SHORT.repr(name)} is none of client {client}")
         folder = self.folder / digest
         clients = [{"client": client, "state": state}]
         for _ in range(ATTEMPTS):
@@ -132,7 +134,7 @@ class Resident:
             (one,) = told["clients"]
             if "reason" in one:
                 return Failure(client, one["reason"]), state
-            self._keep(folder, state, one["state"])
+            self._keep(folder, committed, state, one["state"])
             self._replace_if_too_large(worker)
             return blobs[0], one["state"]
         return Failure(client, f"WorkerError: the worker died {ATTEMPTS} times while it computed this task"), state
@@ -206,9 +208,9 @@ class Resident:
             log.warning("%s; its answer counts, and another takes its place", error)
             self.close()
 
-    def _keep(self, folder: Path, before: str, after: str) -> None:
+    def _keep(self, folder: Path, committed: str, before: str, after: str) -> None:
         """Have the new state survive a power cut before anybody hears of it; forget what can no longer be asked for."""
         if after and after != before:
             flush(folder / after)
             flush(folder)
-            ClientStore(folder).keep({before, after})
+            ClientStore(folder).keep({committed, before, after})

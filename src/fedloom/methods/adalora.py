@@ -42,7 +42,7 @@ import torch
 
 from fedloom.client.client import Client
 from fedloom.compute.work import Smoothing
-from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
+from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, due, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
@@ -147,7 +147,8 @@ class AdaLora:
         cut = budget < sum(state.facts["ranks"].values())
         mean = pool.average(state.shared)
         asked = [ask(self.train, k, state.shared, score=cut, **self.inner.clock(state.round, pool)) for k in uniform(pool, state.round)]
-        yield Asking(asked, mean.take)
+        scored = {f"{SCORES}{n.removeprefix(VALUES)}": t for n, t in state.shared.items() if n.startswith(VALUES)} if cut else {}
+        yield Asking([due(task, {**state.shared, **scored}) for task in asked], mean.take)
         shared = mean.value()
         if cut:
             scores = {n.removeprefix(SCORES): shared.pop(n) for n in list(shared) if n.startswith(SCORES)}

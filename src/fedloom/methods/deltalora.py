@@ -34,7 +34,7 @@ from typing import ClassVar
 import torch
 
 from fedloom.client.client import Client
-from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
+from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, due, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
@@ -100,7 +100,9 @@ class DeltaLora:
             return mean.take(update)
 
         clock = self.inner.clock(state.round, pool)
-        yield Asking([ask(self.train, k, state.shared, moving=moving, **clock) for k in uniform(pool, state.round)], take)
+        trained = without(state.shared, list(filter(is_beneath, state.shared)))
+        asked = [ask(self.train, k, state.shared, moving=moving, **clock) for k in uniform(pool, state.round)]
+        yield Asking([due(task, trained) for task in asked], take)
         if not moving:
             return state.after_round(mean.value())
         begun = products(state.shared)

@@ -31,7 +31,7 @@ from typing import ClassVar
 import torch
 
 from fedloom.client.client import Client
-from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
+from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, due, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, hand_out, predict, receive
 from fedloom.model.base import Model
@@ -87,7 +87,9 @@ class FedAlt:
             sent.add(update.client)
             return replace(update, tensors={})
 
-        yield Asking([ask(self.train, k, state.shared, **self.inner.clock(state.round, pool)) for k in uniform(pool, state.round)], take)
+        own = only(state.shared, list(filter(is_own, state.shared)))
+        asked = [ask(self.train, k, state.shared, **self.inner.clock(state.round, pool)) for k in uniform(pool, state.round)]
+        yield Asking([due(task, own) for task in asked], take)
         places = [place for place, k in enumerate(pool.clients) if k in sent]
         means = {n: t[places].double().mean(0).float() for n, t in kept.items()}
         return replace(state, server=kept).after_round({**means, SENT: torch.tensor(sorted(sent), dtype=torch.int64)})

@@ -23,7 +23,7 @@ from fedloom.client.curricula.everything import Everything
 from fedloom.client.curriculum import Curriculum, Opened, Turn, shuffled, shuffled_epochs
 from fedloom.compute.work import AdamW, Fit, Fitted, Held, Moments, Penalty, Schedule, Smoothing, Through
 from fedloom.data.examples import Examples
-from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
+from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, due, on_client
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
 from fedloom.seeds import derive_int
@@ -84,7 +84,7 @@ class FedAvg:
         """S_t trains; the server takes the mean by numbers of examples."""
         cohort = uniform(pool, state.round)
         mean = pool.average(state.shared)
-        yield Asking([ask(self.train, k, state.shared, **self.clock(state.round, pool)) for k in cohort], mean.take)
+        yield Asking([due(ask(self.train, k, state.shared, **self.clock(state.round, pool))) for k in cohort], mean.take)
         return state.after_round(mean.value())
 
     @on_client

@@ -35,7 +35,7 @@ import torch
 
 from fedloom.client.client import Client
 from fedloom.encodings import Encoding
-from fedloom.messages import Asking, Flow, Setting, Task, Tensors, Update, Work, ask, on_client, whole
+from fedloom.messages import Asking, Flow, Setting, Task, Tensors, Update, Work, ask, due, on_client, whole
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
@@ -147,12 +147,13 @@ class FedCyBGD:
             drawn = derive(pool.seed, "subset", state.round, pool.clients[place]).permutation(len(others))
             others = sorted(others[i] for i in drawn[: round(self.subset * len(others))])
         sent, rest = [at, *others], only(state.shared, [n for j in others for n in blocks[j].names])
-        down: Tensors = {**only(state.shared, [*blocks[at].names, *filter(is_head, state.shared)]), **rest}
+        trained = only(state.shared, [*blocks[at].names, *filter(is_head, state.shared)])
+        down: Tensors = {**trained, **rest}
         told: dict[str, Setting] = {"block": list(blocks[at].names), **({"skips": sorted(skips)} if skips else {})}
         if self.prune or self.rest != "exact":
             pieces, how = smaller(rest, self.prune, self.encoding)
             down, told = {**without(down, rest), **pieces}, {**told, **how}
-        task = ask(self.train, pool.clients[place], down, **told, **self.inner.clock(state.round, pool))
+        task = due(ask(self.train, pool.clients[place], down, **told, **self.inner.clock(state.round, pool)), trained)
         seen[sent] = changed[sent]
         return task, seen
 

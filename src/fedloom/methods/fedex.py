@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedloom.client.client import Client
-from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
+from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, due, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
@@ -63,7 +63,9 @@ class FedExLora:
             ideal.add(update.num_examples, update.tensors)
             return mean.take(update)
 
-        yield Asking([ask(self.train, k, state.shared, **self.inner.clock(state.round, pool)) for k in uniform(pool, state.round)], take)
+        trained = without(state.shared, list(filter(is_beneath, state.shared)))
+        asked = [ask(self.train, k, state.shared, **self.inner.clock(state.round, pool)) for k in uniform(pool, state.round)]
+        yield Asking([due(task, trained) for task in asked], take)
         averaged = mean.value()
         reached = products(averaged)
         residual = {name: wanted - reached[name] for name, wanted in ideal.mean().items()}

@@ -30,6 +30,7 @@ import logging
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -42,7 +43,7 @@ from fedloom.client.curriculum import Granularity, Opened, Pacing, Turn
 from fedloom.client.neurons import KEPT, keep, neuron_masks, rows_kept, whole_private
 from fedloom.compute.spectrum import first_gap
 from fedloom.compute.work import Fisher, Norm, Sensitivity, Spectrum
-from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, insist, on_client
+from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, due, insist, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
@@ -234,7 +235,7 @@ class FibecFed:
         own = self.curriculum if isinstance(self.curriculum, Curriculum) else None
         for i in range(own.head_rounds if own and own.head == "warm" and head else 0):
             cohort = uniform(pool, -1 - i)
-            updates = yield from insist([ask(self.warm_head, k, only(shared, head), round=-1 - i) for k in cohort])
+            updates = yield from insist([due(ask(self.warm_head, k, only(shared, head), round=-1 - i)) for k in cohort])
             shared |= pool.mean(updates, shared)
         answers = yield from insist([replace(ask(self.inspect, k, shared), exact=True) for k in pool.clients])  # kept for good
         scores, adapted = mean_of(pool, answers, "layer_scores").numpy(), sorted(layers(shared))
@@ -254,7 +255,7 @@ class FibecFed:
             state = yield from self._choose_again(state, pool)
         cohort = uniform(pool, state.round)
         mean = pool.average(state.shared)
-        yield Asking([ask(self.train, k, state.shared, **self.local.clock(state.round, pool)) for k in cohort], mean.take)
+        yield Asking([due(ask(self.train, k, state.shared, **self.local.clock(state.round, pool))) for k in cohort], mean.take)
         return state.after_round(mean.value())
 
     def assembled(self, state: State) -> Tensors | None:
@@ -267,7 +268,7 @@ class FibecFed:
         needed = pool.aggregation.needed(max(pool.cohort, len(gap)))
         few = f", and {len(gap)} with one are too few for aggregation '{pool.aggregation.name}', which needs {needed}" if gap else ""
         heard = gap if len(gap) >= needed else []
-        share = sum(a.num_examples for a in heard) / sum(a.num_examples for a in answers)
+        share = sum(a.num_examples for a in heard) / max(1, sum(a.num_examples for a in answers))
         prunable = float(mean_of(pool, heard, "prunable")[0]) if heard else 0.0
         gal, found = lossless_gal(self.gal, prunable, share, adapted)
         return gal, self._tell_lossless(found, len(answers) - len(gap), len(answers), "" if heard else few)
@@ -299,8 +300,9 @@ class FibecFed:
         shared = dict(state.shared)
         if chosen != before:
             joining, leaving = sorted(set(chosen) - set(before)), set(before) - set(chosen)
-            handed = yield from insist([ask(self.hand_over, k, layers=joining) for k in pool.clients])
-            copies = [replace(one, tensors=completed(one.tensors, {})) for one in handed]
+            complete = partial(completed, sent={})  # devices may keep other rows, and so many of them as their spectra say
+            handed = yield from insist([replace(ask(self.hand_over, k, layers=joining), complete=complete) for k in pool.clients])
+            copies = [replace(one, tensors=complete(one.tensors)) for one in handed]
             left = {n: t for n, t in shared.items() if layer_of(n) in leaving}
             yield from insist([replace(ask(self.regroup, k, left, gal=chosen), exact=True) for k in pool.clients])  # kept for good
             shared = dict(sorted({**without(shared, left), **pool.mean(copies)}.items()))

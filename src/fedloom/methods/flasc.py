@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 
 from fedloom.client.client import Client
-from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
+from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, due, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
@@ -87,7 +87,9 @@ class Flasc:
             return mean.take(replace(update, tensors={**heads, VALUES: scattered(sparse, length)}))
 
         cohort = uniform(pool, state.round)
-        yield Asking([ask(self.train, k, sent, **shapes, **self.inner.clock(state.round, pool)) for k in cohort], take)
+        few = torch.empty(rounded_up(self.up, length), device="meta")
+        back = {**without(state.shared, pairs), CHANGE + VALUES: few, CHANGE + PLACES: few.to(torch.int32)}
+        yield Asking([due(ask(self.train, k, sent, **shapes, **self.inner.clock(state.round, pool)), back) for k in cohort], take)
         came = mean.value()
         added = (joined(pairs).double() + came[VALUES].double()).float()
         return state.after_round({**without(came, (VALUES,)), **parted(added, pairs)})

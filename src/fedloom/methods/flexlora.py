@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedloom.client.client import Client
-from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
+from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, due, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
@@ -80,7 +80,7 @@ class FlexLora:
         whole, clock = rank_in(state.shared), self.inner.clock(state.round, pool)
         cohort = uniform(pool, state.round)
         ranks = {k: rank_of(k, self.ranks or quarters(whole), pool.seed, pool.strength(k)) for k in cohort}
-        asked = [ask(self.train, k, cut(state.shared, ranks[k]), **clock) for k in cohort]
+        asked = [due(ask(self.train, k, cut(state.shared, ranks[k]), **clock)) for k in cohort]
         ideal, heads = Products(), Average()
 
         def take(update: Update) -> Update:

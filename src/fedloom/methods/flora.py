@@ -18,11 +18,10 @@ each participation.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import ClassVar
 
 from fedloom.client.client import Client
-from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
+from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, due, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
@@ -74,7 +73,7 @@ class FLoRA:
         clock, asked = self.inner.clock(state.round, pool), list[Task]()
         for k in uniform(pool, state.round):
             sent = {**state.shared, **cut(new, rank_of(k, self.ranks or (whole,), pool.seed, pool.strength(k)))}
-            asked.append(replace(ask(self.train, k, sent, **clock), complete=partial(with_ups, sent=sent)))
+            asked.append(due(ask(self.train, k, sent, **clock), trained(sent)))
         added, heads = Products(), Average()
 
         def take(update: Update) -> Update:
@@ -106,14 +105,8 @@ class FLoRA:
     predict = predict
 
 
-def with_ups(came: Tensors, sent: Tensors) -> Tensors:
-    """An answer as it is; nobody sent its B's, so whether they go with the A's and the weights that were sent is seen here.
-
-    Raises:
-        ValueError: a B is missing or is of another shape.
-    """
-    for down in filter(is_down, sent):
-        up, due = partner(down), (sent[under(down)].shape[0], sent[down].shape[0])
-        if up not in came or tuple(came[up].shape) != due:
-            raise ValueError(f"'{up}' is to be of shape {due}; it {f'has {tuple(came[up].shape)}' if up in came else 'did not come'}")
-    return came
+def trained(sent: Tensors) -> Tensors:
+    """What a device trains: what it was sent but for the weights, and the B's, which nobody sends; of these the shapes alone."""
+    start = without(sent, list(filter(is_beneath, sent)))
+    ups = {partner(a): start[a].new_empty(sent[under(a)].shape[0], start[a].shape[0], device="meta") for a in filter(is_down, start)}
+    return {**start, **ups}

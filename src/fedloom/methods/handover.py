@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from fedloom.client.client import Client
-from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client, whole
+from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, due, on_client, whole
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
@@ -41,7 +41,7 @@ class Handover:
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """One turn. A client that does not answer costs its turn and nothing else."""
         client = pool.clients[state.round % len(pool.clients)]
-        task = ask(self.train, client, state.shared, **self.inner.clock(state.round, pool))
+        task = due(ask(self.train, client, state.shared, **self.inner.clock(state.round, pool)))
         came = yield Asking([task], whole, needed=0)
         return state.after_round(came[0].tensors if came else state.shared)
 

@@ -28,7 +28,7 @@ import torch
 
 from fedloom.client.client import Client
 from fedloom.compute.work import Held
-from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
+from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, due, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
@@ -99,7 +99,7 @@ class HetLora:
         tasks = []
         for k in uniform(pool, state.round):
             rank = int(ranks[place[k]])
-            tasks.append(replace(ask(self.train, k, cut(state.shared, rank), **clock), complete=partial(padded, rank=rank)))
+            tasks.append(due(replace(ask(self.train, k, cut(state.shared, rank), **clock), complete=partial(padded, rank=rank))))
         yield Asking(tasks, take)
         made = pool.stepped(state.shared, {**heads.value(), **with_rest(pairs.value(), state.shared, max(sent))})
         return replace(state, server={**state.server, "ranks": ranks}).after_round(made)

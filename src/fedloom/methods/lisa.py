@@ -21,7 +21,7 @@ from typing import ClassVar
 import numpy as np
 
 from fedloom.client.client import Client
-from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
+from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, due, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
@@ -82,7 +82,7 @@ class Lisa:
             return mean.take(replace(update, tensors=complete(update.tensors)))
 
         asked = [ask(self.train, k, state.shared, **clock) for k in uniform(pool, state.round)]
-        yield Asking([replace(task, complete=complete) for task in asked], take)
+        yield Asking([due(replace(task, complete=complete)) for task in asked], take)
         return state.after_round(mean.value())
 
     @on_client

@@ -23,13 +23,13 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from fedloom.client.client import Client
-from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
+from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, due, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
 from fedloom.model.names import is_down, is_up, need_pairs
 from fedloom.server.participation import Pool, uniform
-from fedloom.tensors import only
+from fedloom.tensors import only, without
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class RoLora:
         """S_t trains one factor and the head; the other factor stays as it is."""
         cohort = uniform(pool, state.round)
         mean = pool.average(state.shared)
-        yield Asking([ask(self.train, k, state.shared, **self.inner.clock(state.round, pool)) for k in cohort], mean.take)
+        trained = without(state.shared, frozen_in(state.round, state.shared.keys()))
+        asked = [ask(self.train, k, state.shared, **self.inner.clock(state.round, pool)) for k in cohort]
+        yield Asking([due(task, trained) for task in asked], mean.take)
         return state.after_round({**state.shared, **mean.value()})
 
     @on_client

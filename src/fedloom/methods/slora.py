@@ -23,7 +23,7 @@ import torch
 
 from fedloom.client.client import Client
 from fedloom.compute.work import Pretrained
-from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
+from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, due, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
@@ -89,7 +89,7 @@ class SLora:
         state = self.staged(state, pool)  # the round before may have been missed
         cohort, mean = uniform(pool, state.round), pool.average(state.shared)
         op = self.tune if any(n.startswith(MOVED) for n in state.shared) else self.train
-        yield Asking([ask(op, k, state.shared, **self.inner.clock(state.round, pool)) for k in cohort], mean.take)
+        yield Asking([due(ask(op, k, state.shared, **self.inner.clock(state.round, pool))) for k in cohort], mean.take)
         return self.staged(state.after_round(mean.value()), pool)
 
     def staged(self, state: State, pool: Pool) -> State:

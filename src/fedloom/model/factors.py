@@ -15,6 +15,7 @@ from fedloom.messages import Tensors
 from fedloom.model.names import is_beneath, is_down, is_factor, is_up, partner, under
 from fedloom.model.principal import principal_factors
 from fedloom.seeds import derive, derive_int
+from fedloom.tensors import Weightless
 
 
 class Products:
@@ -34,10 +35,10 @@ class Products:
         """The mean, float64 (d_out, d_in) by the name of the weight beneath.
 
         Raises:
-            ValueError: nothing came, or weights without a positive sum.
+            Weightless: nothing came, or weights without a positive sum.
         """
         if not self._weight > 0:
-            raise ValueError(f"a mean of products needs weights with a positive sum; it is {self._weight}")
+            raise Weightless(f"a mean of products needs weights with a positive sum; it is {self._weight}")
         return {name: total / self._weight for name, total in self._sums.items()}
 
 

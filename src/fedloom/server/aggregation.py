@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from fedloom.messages import Update
-from fedloom.tensors import Mean
+from fedloom.tensors import Mean, Weightless
 
 HELD = 2**25
 """Bytes of updates that wait to be summed together: summing each by itself would read and write all sums each time."""
@@ -38,8 +38,8 @@ class Average:
         """The mean.
 
         Raises:
-            ValueError: no updates, or no examples.
+            Weightless: no updates, or no examples.
         """
         if self._clients and not any(self._mean.weights):
-            raise ValueError(f"clients {self._clients} trained on no examples; their mean has no weight")
+            raise Weightless(f"clients {self._clients} trained on no examples; their mean has no weight")
         return self._mean.value()

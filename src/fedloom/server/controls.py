@@ -59,7 +59,16 @@ class Controls:
         if "round" not in task.settings:
             return task
         known = {f"{CONTROL}{n}": self.common[n] for n in task.tensors if n in self.common}
-        return replace(task, tensors={**task.tensors, **known}, settings={**task.settings, CORRECTED: True})
+
+        def complete(came: Tensors) -> Tensors:
+            controls, rest = parted(came)
+            for name, control in controls.items():
+                of = task.tensors.get(plain(name))
+                if of is None or (of.dtype, of.shape) != (control.dtype, control.shape):
+                    raise ValueError(f"'{name}' is a control of nothing that was sent, or not as that is")
+            return {**task.complete(rest), **controls}
+
+        return replace(task, tensors={**task.tensors, **known}, settings={**task.settings, CORRECTED: True}, complete=complete)
 
     def _taking(self, others: Take) -> Take:
         def take(update: Update) -> Update:
