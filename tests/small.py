@@ -68,9 +68,10 @@ def method(name: str) -> Any:
 
 def experiment(name: str = "lora", stack: int = 0, kind: str = "local", **fields: Any) -> Experiment:
     """Four devices, three a round, two rounds, evaluated after each; trained together, as a user's are unless asked otherwise."""
-    settings: dict[str, Any] = {"clients": 4, "cohort": 3, "rounds": 2, "evaluate_every": 1, "max_length": 16, "seed": 5, **fields}
+    settings: dict[str, Any] = {"clients": 4, "cohort": 3, "rounds": 2, "evaluate_every": 1, "max_length": 16, "seed": 5}
+    settings |= {"data": str(data()), **fields}
     engine = EngineSettings(kind=kind, stack=stack)  # type: ignore[arg-type]
-    return Experiment(method(name), data=str(data()), model=str(tiny.folder()), engine=engine, **settings)
+    return Experiment(method(name), model=str(tiny.folder()), engine=engine, **settings)
 
 
 BUILT = cache(build)

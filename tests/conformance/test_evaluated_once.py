@@ -15,6 +15,7 @@ from fedloom.run.evaluation import evaluate
 from fedloom.run.world import World
 from fedloom.server.sharing import Sharing
 from tests import small
+from tests.conformance import test_questions as questions
 
 SHARED = ["lora", "federa", "fedex", "scaffold", "fedfft", "fedcybgd", "centralised"]
 """Devices predict with the shared model and nothing else."""
@@ -48,6 +49,19 @@ def test_one_pass_tells_what_two_do(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert (asked, then) == ([], [1])
     assert found.scores == twice.scores and found.confusion == twice.confusion
     assert found.scores["test"]["global"] == found.scores["test"]["personalised"] is not None
+
+
+@pytest.mark.parametrize("partition", ["iid", "label"])
+def test_windows_are_asked_once_too(partition: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of questions of several windows, which devices hold in another order than the data."""
+    fields: dict[str, Any] = {"data": str(questions.data()), "max_length": 16, "partition": partition}
+    world = small.BUILT(small.experiment("lora", **fields))
+    assert all(len(world.splits[split]) > len(world.source.splits[split]) for split in ("validation", "test"))
+    found, asked = evaluated("lora", monkeypatch, again=False, **fields)
+    twice, then = evaluated("lora", monkeypatch, again=True, **fields)
+    assert (asked, then) == ([], [1])
+    assert found.scores == twice.scores and found.confusion == twice.confusion
+    assert found.scores["test"]["global"] == pytest.approx(found.scores["test"]["personalised"]) is not None
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -24,8 +24,9 @@ from fedloom.client.store import ClientStore
 from fedloom.compute.work import Predict
 from fedloom.data.examples import Examples
 from fedloom.engines.engine import Engine
+from fedloom.engines.local import Local
 from fedloom.engines.wrap import Faulty, Lossy
-from fedloom.messages import CohortFailed, Task
+from fedloom.messages import CohortFailed, Task, ask
 from fedloom.methods import all_methods
 from fedloom.methods import fibecfed as fibecfed_module
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
@@ -270,37 +271,57 @@ def said_elsewhere(folder: Path, examples: Examples) -> torch.Tensor:
         return torch.cat([loaded(input_ids=text).logits for text in texts])
 
 
+OTHERWISE: dict[str, Callable[[str], Experiment]] = {
+    "": of,
+    "from singular vectors": lambda name: replace(e := of(name, evaluate_every=0), adapter=replace(e.adapter, start="svd")),
+    "over int8": lambda name: of(name, evaluate_every=0, wire="int8"),
+}
+
+
 @cache
-def from_singular_vectors(name: str) -> tuple[Path, dict[str, Any]]:
-    folder = Path(mkdtemp(prefix="svd-")) / "run"
-    return folder, run(svd_experiment(name), folder, plain=True)
+def otherwise(name: str, how: str) -> Path:
+    """The folder of a whole run."""
+    if not how:
+        return whole(name)[0]
+    folder = Path(mkdtemp(prefix="otherwise-")) / "run"
+    run(OTHERWISE[how](name), folder, plain=True)
+    return folder
 
 
-def svd_experiment(name: str) -> Experiment:
-    e = of(name, evaluate_every=0)
-    return replace(e, adapter=replace(e.adapter, start="svd"))
+def said_by_the_device(world: World, folder: Path, client: int, aside: Path) -> torch.Tensor:
+    """(n, C): what it answers when it is asked for its test shard's predictions, as in an evaluation."""
+    store = store_in(folder, aside)
+    saved = checkpoint.load(folder, store)
+    assert saved is not None
+    asked = ask(world.experiment.method.predict, client, saved.state.shared, splits=["test"])
+    return Local(world.host(store), 1).run([asked]).updates[0].tensors["test"]
 
 
 EXPORTED = [(name, None) for name in METHODS if name not in NO_GLOBAL | NOT_LOADABLE]
 EXPORTED += [(name, 2) for name in METHODS if name not in NO_PERSONAL_PART | NOT_LOADABLE | {"fedalt"}]
 EXPORTED += [(f"{name} from singular vectors", 2) for name in ("fibecfed", "ffa", "rolora")]
+EXPORTED += [(f"{name} over int8", 2) for name in ("lora", "fibecfed", "fedsa", "ditto")]
+EXPORTED += [("lora over int8", None)]
 
 
 @pytest.mark.parametrize(("which", "client"), EXPORTED)
 def test_an_export_says_elsewhere_what_the_run_says(
     which: str, client: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The global model as the run left it in its folder, and a device's own where it has one: logits to 1e-4 of the run's own."""
+    """The global model as the run left it in its folder, and a device's own, which is what it predicts with: logits to 1e-4."""
     monkeypatch.setattr("fedloom.run.export.build", small.BUILT)
-    name, svd = which.split(" ")[0], " " in which
-    experiment = svd_experiment(name) if svd else of(name)
-    world, folder = small.BUILT(experiment), (from_singular_vectors(name) if svd else whole(name))[0]
+    name, _, how = which.partition(" ")
+    experiment, folder = OTHERWISE[how](name), otherwise(name, how)
+    world = small.BUILT(experiment)
     out = folder / ("model" if name in WHOLE_MODEL else "adapter")
+    examples = world.splits["test"]
     if client is not None:
         export(experiment, folder, out := tmp_path / "out", client)
-    examples, found = world.splits["test"], predictor_of(world, folder, client)
-    mine, start = (one.result for one in world.compute.run([Predict(found.tensors, examples), Predict(world.model.initial, examples)]))
-    mine = mine if found.bias is None else mine + found.bias
+        examples = world.device(client).test
+        mine = said_by_the_device(world, folder, client, tmp_path / "aside")
+    else:
+        mine = world.compute.run([Predict(predictor_of(world, folder, None).tensors, examples)])[0].result
+    start = world.compute.run([Predict(world.model.initial, examples)])[0].result
     assert float((mine - start).abs().max()) > 1e-2, "it learnt something that an export could lose"
     torch.testing.assert_close(said_elsewhere(out, examples), mine, atol=1e-4, rtol=0)
 

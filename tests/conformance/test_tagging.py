@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from fedloom.compute.work import Predict
 from fedloom.data.tagging import BETWEEN, TYPE, Tagging
 from fedloom.engines.local import Local
-from fedloom.messages import Replies, Update
+from fedloom.messages import Replies, Update, ask
 from fedloom.messages import Task as Asked
 from fedloom.methods import all_methods
 from fedloom.run import evaluation
@@ -168,6 +168,24 @@ def test_a_device_elsewhere_tells_counts_of_words_and_they_are_the_simulations(t
     assert far.scores["validation"]["word_accuracy"] == pytest.approx(here.scores["validation"]["word_accuracy"])
     assert far.scores["validation"]["loss"] == pytest.approx(here.scores["validation"]["loss"], rel=1e-5)
     assert far.confusion["personalised"] == here.confusion["personalised"]
+
+
+@pytest.mark.parametrize("words", [[], [""]])
+def test_a_device_elsewhere_without_a_word_to_validate_on_tells_its_test_split(words: list[str], tmp_path: Path) -> None:
+    """A mean over no words is no number: no loss is told of them, and none is asked for."""
+    e = experiment(partition="iid")
+    world = build(e)
+    for split, told in {"train": ["w1", "w9"], "validation": words, "test": ["w2", "w8"]}.items():
+        tags = ["B-low" if word in ("w1", "w2") else "O" for word in told]
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"tokens": told, "ner_tags": tags}) + "\n")
+    host, said = hosted(order({**greeting_of(world), "digest": e.digest()}, Own(str(tmp_path))))
+    assert said["examples"] == {"train": 1, "validation": 1, "test": 1}
+    replies = Local(host, 4).run([ask(e.method.predict, 0, world.model.initial, splits=["validation", "test"])])
+    assert not replies.failures
+    (update,) = replies.updates
+    assert "validation_loss" not in update.metrics and update.metrics["validation_words"] == 0 == len(update.tensors["validation"])
+    assert update.metrics["test_words"] == 2 and np.isfinite(update.metrics["test_loss"])
+    assert evaluation.counts_well(update, len(world.classes))
 
 
 def test_it_learns(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from fedloom.data.questions import with_place
-from fedloom.model.spans import BEGIN, CONTEXT, END, Finder
+from fedloom.model.spans import BEGIN, CONTEXT, END, TORN, Finder
 from fedloom.model.tags import Tagger
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -110,3 +110,32 @@ def test_an_answers_characters_are_the_pieces_that_spell_them(kind: str, answer:
     last = next(i for i, (a, b) in zip(inside, spelt, strict=True) if a <= high < b)
     assert [i for i, bits in enumerate(said) if bits & BEGIN] == [first]
     assert [i for i, bits in enumerate(said) if bits & END] == [last]
+
+
+@pytest.mark.parametrize(
+    ("context", "answer", "words"),
+    [
+        ("so said Zoe\u0301", "Zoe\u0301", ["zoe"]),
+        ("so said ada\u00ad", "ada\u00ad", ["ada"]),
+        ("so said ada zoe\u00ad", "ada zoe\u00ad", ["ada", "zoe"]),
+        ("\u200bada said so", "\u200bada", ["ada"]),
+        ("\u00ad\u200bada said so zoe\u0301", "\u00ad\u200bada said so zoe\u0301", ["ada", "said", "so", "zoe"]),
+        ("so Zoe\u0301 said", "Zoe\u0301", ["zoe"]),
+        ("so said\u00ad", "\u00ad", []),
+    ],
+)
+def test_an_answer_goes_as_far_as_its_tokens(context: str, answer: str, words: list[str]) -> None:
+    """At the edge of a context as within it: characters that the tokenizer drops are not looked for. Where it drops all, nothing is due."""
+    names = [*SPECIAL, "so", "said", "ada", "zoe"]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(names)}, unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer()
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    finder = Finder(PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]"), 16)
+    begin = context.index(answer)
+    (ids,), (segments,) = finder.encode(["ada"], [with_place(context, (begin, begin + len(answer)))])
+    marked = [i for bit in (BEGIN, END) for i, segment in enumerate(segments) if segment & bit]
+    assert bool(segments[0] & TORN) == (not words)
+    assert [names[i] for i in ids[marked[0] : marked[1] + 1]] == words if words else not marked

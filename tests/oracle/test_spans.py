@@ -28,8 +28,9 @@ from fedloom.data.rows import Rows
 from fedloom.model.adapters import Adapter
 from fedloom.model.base import Model, ModelError
 from fedloom.model.loading import load
-from fedloom.model.spans import BEGIN, CONTEXT, END, FIRST, SECOND, Finder, SpanError, best_span, first_of
+from fedloom.model.spans import BEGIN, CONTEXT, END, FIRST, SECOND, TORN, Finder, SpanError, best_span, first_of, torn
 from fedloom.run.judging import Judge
+from fedloom.run.world import cut
 from tests import families, tiny
 
 FAMILIES = ("bert", "roberta", "deberta-v2", "deberta-v3", "modernbert")
@@ -111,6 +112,43 @@ def test_windows_share_a_quarter_and_only_one_with_the_whole_answer_asks_for_it(
         assert marked == [(), ()] if window["due"] == (0, 0) else marked == [(window["due"][0],), (window["due"][1],)]
         assert bool(said[0] & FIRST) == (window["question"] not in seen)
         seen.add(window["question"])
+
+
+THIRTY = " ".join(f"w{i}" for i in range(30))
+"""Windows of 16 tokens over it, with a question of one word: words 0 to 11, 8 to 19, 16 to 27, 24 to 29."""
+
+
+@pytest.mark.parametrize(
+    ("answer", "due"),
+    [
+        ((8, 11), ["whole", "whole", "not here", "not here"]),
+        ((7, 11), ["whole", "not here", "not here", "not here"]),
+        ((7, 12), ["torn", "torn", "not here", "not here"]),
+        ((2, 20), ["torn", "torn", "torn", "not here"]),
+        ((10, 27), ["torn", "torn", "torn", "torn"]),
+    ],
+)
+def test_windows_with_a_part_of_an_answer_that_none_holds_whole_have_no_loss(answer: tuple[int, int], due: list[str]) -> None:
+    """Where a window holds the answer whole, it is not here in the others; where none does, windows with a part of it are told nothing."""
+    tokens, segments = model("bert").encode(["w40"], [placed(THIRTY, *answer)])
+    kinds = {(True, False): "whole", (False, True): "torn", (False, False): "not here"}
+    assert [kinds[any(s & BEGIN for s in of) and any(s & END for s in of), bool(of[0] & TORN)] for of in segments] == due
+    of = Examples.of(tokens, [0] * 4, segments)
+    assert torn(of.segments, of.offsets).tolist() == ["torn" in due]
+    start = model("bert").initial
+    for compute in (Serial(model("bert")), Stacked(model("bert"))):
+        told, each = (done.result for done in compute.run([Predict(start, of), Score(start, of)]))
+        assert [float(loss) == 0 for loss in told[:, 0]] == [float(score) == 0 for score in each] == [one == "torn" for one in due]
+
+
+def test_answers_that_no_window_holds_whole_are_told_of() -> None:
+    contexts = [placed(THIRTY, 7, 12), placed(THIRTY, 7, 11), placed(THIRTY, 2, 20)]
+    ids, segments = model("bert").encode(["w40"] * 3, contexts)
+    some, none = Examples.of(ids, [0] * len(ids), segments), examples(model("bert"), 3)
+    said = cut({"train": some, "test": none}, model("bert"))
+    assert len(said) == 1 and said[0].endswith("2 of 3 train, 0 of 3 test")
+    assert "no window of 16 tokens (--max-length) holds these answers whole" in said[0]
+    assert cut({"test": none}, model("bert")) == []
 
 
 def spans_of(lengths: list[int], segments: np.ndarray) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -20,7 +21,7 @@ from transformers import AutoModelForTokenClassification, RobertaTokenizer
 
 from fedloom.compute.serial import Serial
 from fedloom.compute.stacked import Stacked
-from fedloom.compute.work import AdamW, Fit, Predict, Score, WorkItem
+from fedloom.compute.work import AdamW, Fisher, Fit, Predict, Score, Sensitivity, Spectrum, WorkItem
 from fedloom.data.examples import Examples
 from fedloom.data.tagging import BETWEEN, Tagging, as_texts
 from fedloom.model.adapters import Adapter
@@ -107,6 +108,28 @@ def test_many_at_once_are_as_one_by_one(family: str) -> None:
             np.testing.assert_allclose(one.result.losses, many.result.losses, atol=1e-4)
         else:
             torch.testing.assert_close(torch.as_tensor(many.result), torch.as_tensor(one.result), atol=1e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "deberta-v3", "gpt2"])
+@pytest.mark.parametrize("compute", [Serial, Stacked])
+def test_a_sentence_of_which_nothing_is_read_counts_for_nothing(compute: type[Serial | Stacked], family: str) -> None:
+    """An empty sentence by itself, and beside another device's that is read: its loss is 0 and so is all that is made of it."""
+    made = model(family)
+    tokens, segments = made.encode(*as_texts([[], ["w1", "w2"]], [[], [1, 0]], TAGS, "train", TAGS)[:2])
+    both = Examples.of(tokens, [0, 0], segments)
+    assert not both.segments[: both.offsets[1]].any()
+    generator = torch.Generator().manual_seed(0)
+    at = {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in made.initial.items()}
+    one, alone = np.array([0]), both.subset([0])
+    items = [Fit(at, alone, [one, one], AdamW(1e-2)), Predict(at, alone), Score(at, alone), Fisher(at, alone), Sensitivity(at, alone, one)]
+    items += [Spectrum(at, alone, one, steps=3)] if family == "bert" else []
+    read = [replace(item, examples=both.subset([1])) for item in items]
+    for beside in ([], read):
+        fit, told, scores, fisher, layers, *spectra = (done.result for done in compute(made).run([*beside, *items])[len(beside) :])
+        assert fit.losses.tolist() == [0, 0] and all(torch.equal(fit.tensors[n], t) for n, t in at.items())
+        assert told.tolist() == [[0] * 6] and scores.tolist() == [0] and not any(t.any() for t in fisher.values())
+        assert layers.tolist() == [0, 0]
+        assert all(of.lipschitz == 0 and not of.nodes.any() for of in spectra)
 
 
 @pytest.mark.parametrize(

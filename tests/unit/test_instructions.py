@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from fedloom.data.instructions import Instructions, choose_columns, looks_like_instructions
 from fedloom.data.rows import Rows
 from fedloom.data.sources import load
 from fedloom.data.tasks import Column, DataError
+from fedloom.messages import Task, Update
+from fedloom.run.deployment.device import counted
 
 
 def columns(*names: str, repeats: tuple[str, ...] = ()) -> dict[str, Column]:
@@ -96,3 +101,14 @@ def test_missing_contexts_are_empty_and_data_without_labels_has_one(tmp_path: Pa
     with pytest.raises(DataError, match="no text in column 'answer'"):
         (tmp_path / "train.jsonl").write_text('{"question": "q", "answer": null}\n{"question": "p", "answer": "b"}\n' * 9)
         load(tmp_path, seed=1)
+
+
+def test_a_device_elsewhere_tells_no_loss_of_texts_of_which_no_token_is_due() -> None:
+    """As of an empty text, whose only token has nothing before it; of the other split it tells its own."""
+    rows = Rows(pa.table({"text": ["", ""], "all": [0, 0]}))
+    source = SimpleNamespace(task=Instructions((), "text", "all", ("all",)), splits={"validation": rows, "test": rows})
+    judge: Any = SimpleNamespace(source=source, judged=lambda split, which, made: made)
+    made = Update(0, 2, {"validation": torch.zeros(2, 3), "test": torch.tensor([[0.0, 0, 0], [3.0, 1, 2]])})
+    told = counted(judge)(SimpleNamespace(), Task("predict", 0), made)  # type: ignore[arg-type]
+    assert told.metrics == {"test_loss": 1.5}
+    assert told.tensors["validation"].shape == (0, 3) and told.tensors["test"].tolist() == [[0, 0, 1], [0, 1, 1]]

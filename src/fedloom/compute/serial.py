@@ -247,8 +247,13 @@ def sensitivity(model: Model, at: Tensors, batch: Batch, item: Sensitivity) -> t
         after = model.forward(at, batch, torch.float32, moved, layers=True)[1]
     pooled = [(model.read(h.detach() * rows, batch), model.read(m * rows, batch)) for h, m in zip(before, after, strict=True)]
     if item.norm == "difference":
-        return torch.stack([(m - h).norm() / h.norm() for h, m in pooled])
-    return torch.stack([(m.norm() - h.norm()).abs() / h.norm() for h, m in pooled])
+        return torch.stack([(m - h).norm() / above_zero(h.norm()) for h, m in pooled])
+    return torch.stack([(m.norm() - h.norm()).abs() / above_zero(h.norm()) for h, m in pooled])
+
+
+def above_zero(norm: torch.Tensor) -> torch.Tensor:
+    """A norm to divide by: that of what is read of texts in which nothing is, is 0, and so is its change."""
+    return norm.clamp(min=torch.finfo(norm.dtype).tiny)
 
 
 def scored_names(item: Score | Fisher | Spectrum) -> list[str]:

@@ -25,7 +25,7 @@ from fedloom.compute.compute import Done
 from fedloom.compute.flat import Flat
 from fedloom.compute.flops import Flops
 from fedloom.compute.lowrank import directions, down, projected, up
-from fedloom.compute.serial import Serial, brings_a_model, cost, dropout_key, scored_names, twice_differentiated, watch
+from fedloom.compute.serial import Serial, above_zero, brings_a_model, cost, dropout_key, scored_names, twice_differentiated, watch
 from fedloom.compute.spectrum import spectra
 from fedloom.compute.steps import advance, direction, move, norms
 from fedloom.compute.work import (
@@ -395,7 +395,7 @@ class Stacked:
             for h, m in zip(before, after, strict=True):
                 was = norms(h.detach(), texts.read_owners)
                 change = norms(m - h.detach(), texts.read_owners) if norm == "difference" else (norms(m, texts.read_owners) - was).abs()
-                made.append(change / was)
+                made.append(change / above_zero(was))
             for part, mine in zip(parts, torch.stack(made, 1).cpu().numpy().astype(np.float64), strict=True):
                 scores[part.item] = mine
 

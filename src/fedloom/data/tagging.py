@@ -135,13 +135,14 @@ def as_texts(
     where: str,
     numbered: Sequence[str] | None = None,
 ) -> tuple[list[str], list[str], list[str]]:
-    """Of every sentence: its words as one text, the ids of its tags as one text, and its type. An id is a tag's place among ``names``.
+    """Of every sentence: its words as one text, the ids of its tags as one text, and its type. An id is a tag's place among ``names``. A
+    sentence may have no word, as the empty lines of CoNLL's files are one: it is of the type "none", and nothing of it is read.
 
     ``numbered``: the names that numbers in ``tags`` stand for, which the very file must give them that they are from.
 
     Raises:
-        DataError: a sentence without words or tags, other numbers of them, a word that is empty, a number that stands for no name, or a tag
-            that is none of the ``names``.
+        DataError: a sentence whose words or tags are missing, other numbers of them, a word that is missing, a number that stands for no
+            name, or a tag that is none of the ``names``.
     """
     ids = {name: i for i, name in enumerate(names)}
     made: tuple[list[str], list[str], list[str]] = ([], [], [])

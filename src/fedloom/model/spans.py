@@ -8,6 +8,10 @@ not fit into the length is cut into windows, each with the whole question; neigh
 is an example. In one that does not hold the whole answer [CLS] is due as begin and as end, so that its context's scores are low (section
 4.3). Softmax is over all tokens of the window.
 
+An answer that no window holds whole is torn: it is longer than what neighbours share, and across a border, or longer than a window. Windows
+with a part of it have no loss, ℓ = 0: "not here" would be wrong of each. An answer goes from the first to the last character that a token
+has; those that the tokenizer drops (an accent, a soft hyphen) are not looked for. One of such characters alone is torn in all windows.
+
 An example's segments are bits: :data:`SECOND` is what the model is given as token type, the others say what is due. This file knows
 tokenizers by what they do, not transformers. Shapes: n windows, T tokens, r tokens that are read (all), B rows, L columns.
 """
@@ -16,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,8 +28,9 @@ import torch
 
 from fedloom.model.reader import Encoded, First
 
-SECOND, CONTEXT, BEGIN, END, FIRST = 1, 2, 4, 8, 16
-"""Of a token: of the second kind to the model; of the context; where the answer begins; its last; of a question's first window."""
+SECOND, CONTEXT, BEGIN, END, FIRST, TORN = 1, 2, 4, 8, 16, 32
+"""Of a token: of the second kind to the model; of the context; where the answer begins; its last; and of a window's first token: it is a
+question's first window; it has no loss, for it holds a part of a torn answer."""
 LONGEST = 30
 """Tokens of an answer at most, when one is looked for."""
 NOWHERE = -1e30
@@ -39,7 +44,7 @@ class SpanError(ValueError):
 class Spans(NamedTuple):
     """at: int64 (r,), places of all tokens among those of a pass, or of a padded batch laid flat. texts: int64 (r,), whose they are.
     place: int64 (r,), which of its window's it is. begin, end: int64 (n,), what is due in each window, as places in ``at``. inside: bool
-    (r,), the context's. count: number of windows."""
+    (r,), the context's. torn: bool (n,), the windows without a loss. count: number of windows."""
 
     at: torch.Tensor
     texts: torch.Tensor
@@ -47,6 +52,7 @@ class Spans(NamedTuple):
     begin: torch.Tensor
     end: torch.Tensor
     inside: torch.Tensor
+    torn: torch.Tensor
     count: int
 
     def padded(self, mask: torch.Tensor) -> Spans:
@@ -59,7 +65,8 @@ class Spans(NamedTuple):
         top = logits.new_full((self.count, 2), -torch.inf).scatter_reduce(0, whose, logits.detach(), "amax")
         sums = logits.new_zeros(self.count, 2).index_add(0, self.texts, (logits - top[self.texts]).exp())
         whole = top + sums.log()
-        return ((whole[:, 0] - logits[self.begin, 0]) + (whole[:, 1] - logits[self.end, 1])) / 2
+        lost = ((whole[:, 0] - logits[self.begin, 0]) + (whole[:, 1] - logits[self.end, 1])) / 2
+        return torch.where(self.torn, 0.0, lost)
 
     def told(self, logits: torch.Tensor) -> torch.Tensor:
         """What is kept of a prediction, float32 (n, 4): the loss; the highest b_i + e_j of the window; and i and j, as places in it."""
@@ -94,6 +101,13 @@ def first_of(segments: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return np.append(np.flatnonzero(segments[offsets[:-1]] & FIRST), len(offsets) - 1)
 
 
+def torn(segments: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Of every question whether no window holds its answer whole, bool."""
+    first = first_of(segments, offsets)
+    before = np.append(0, np.cumsum((segments[offsets[:-1]] & TORN) > 0))
+    return before[first[1:]] > before[first[:-1]]
+
+
 @dataclass(frozen=True)
 class Finder:
     """Questions and contexts as tokens: a :class:`~fedloom.model.reader.ReadsMany`. ``length``: tokens of a window at most.
@@ -126,8 +140,8 @@ class Finder:
 
     @property
     def says(self) -> list[Any]:
-        """That they are spans, and what windows share."""
-        return ["spans", overlap(self.length)]
+        """That they are spans, what windows share, and that torn answers are told apart."""
+        return ["spans", overlap(self.length), TORN]
 
     def encode(self, texts: Sequence[str], others: Sequence[str] | None) -> Encoded:
         """Token ids and segments of all windows of each question, in order. ``others``: the contexts, each after the characters
@@ -138,20 +152,22 @@ class Finder:
         """
         ids: list[list[int]] = []
         segments: list[list[int]] = []
-        before, contexts = -1, others or [""] * len(texts)
+        contexts = others or [""] * len(texts)
         due = [tuple(map(int, told.split(" ", 2)[:2])) for told in contexts]
-        for window in self._windows(texts, contexts):
-            begin, end = due[window.question]
-            inside = window.inside
-            said = [kind & SECOND | CONTEXT * here for kind, here in zip(window.kinds, inside, strict=True)]
-            mine = [i for i, here in enumerate(inside) if here]
-            if window.places[mine[0]][0] <= begin and end <= window.places[mine[-1]][1]:
-                said[next(i for i in mine if window.places[i][1] > begin)] |= BEGIN
-                said[next(i for i in reversed(mine) if window.places[i][0] < end)] |= END
-            said[0] |= FIRST * (window.question != before)
-            before = window.question
-            ids.append(window.ids)
-            segments.append(said)
+        for question, of in groupby(self._windows(texts, contexts), lambda window: window.question):
+            windows = list(of)
+            begin, end = _covered(windows, *due[question])
+            bounds = [window.bounds for window in windows]
+            whole = [low <= begin < end <= high for low, high in bounds]
+            parts = [not any(whole) and (begin == end or (low < end and begin < high)) for low, high in bounds]
+            for window, holds, part in zip(windows, whole, parts, strict=True):
+                said = [kind & SECOND | CONTEXT * here for kind, here in zip(window.kinds, window.inside, strict=True)]
+                if holds:
+                    said[next(i for i in window.mine if window.places[i][1] > begin)] |= BEGIN
+                    said[next(i for i in reversed(window.mine) if window.places[i][0] < end)] |= END
+                said[0] |= FIRST * (window is windows[0]) | TORN * part
+                ids.append(window.ids)
+                segments.append(said)
         return ids, segments
 
     def places(self, questions: Sequence[str], contexts: Sequence[str]) -> np.ndarray:
@@ -177,9 +193,10 @@ class Finder:
         made = self.tokenizer(list(questions), bare, return_overflowing_tokens=True, return_offsets_mapping=True, **how)
         for i, question in enumerate(made["overflow_to_sample_mapping"]):
             inside = [of == 1 for of in made.sequence_ids(i)]
-            if not any(inside):
+            mine = [at for at, here in enumerate(inside) if here]
+            if not mine:
                 raise SpanError(f"a context has no tokens ({bare[question][:60]!r}); remove the question {questions[question][:60]!r}")
-            yield _Window(question, made["input_ids"][i], made["token_type_ids"][i], inside, made["offset_mapping"][i])
+            yield _Window(question, made["input_ids"][i], made["token_type_ids"][i], inside, mine, made["offset_mapping"][i])
 
     def kinds_of(self, segments: torch.Tensor) -> torch.Tensor:
         """The bit that tells the two texts apart."""
@@ -204,15 +221,28 @@ def _spans(segments: torch.Tensor, at: torch.Tensor, texts: torch.Tensor, length
         torch.full_like(starts, -1).scatter_reduce(0, texts, torch.where((segments & bit) > 0, rows, -1), "amax") for bit in (BEGIN, END)
     )
     whole = (begin >= 0) & (end >= 0)  # a window that was cut short may have lost one of the two
-    due = (torch.where(whole, of, starts) for of in (begin, end))
-    return Spans(at, texts, rows - starts[texts], *due, inside=(segments & CONTEXT) > 0, count=len(lengths))
+    due, lost = (torch.where(whole, of, starts) for of in (begin, end)), (segments[starts] & TORN) > 0
+    return Spans(at, texts, rows - starts[texts], *due, inside=(segments & CONTEXT) > 0, torn=lost, count=len(lengths))
 
 
 class _Window(NamedTuple):
-    """Number of its question; of each token: id, kind, whether it is the context's, characters."""
+    """Number of its question; of each token: id, kind, whether it is the context's; which these are; of each token: characters."""
 
     question: int
     ids: list[int]
     kinds: list[int]
     inside: list[bool]
+    mine: list[int]
     places: list[tuple[int, int]]
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The characters of the context that the window goes from and to."""
+        return self.places[self.mine[0]][0], self.places[self.mine[-1]][1]
+
+
+def _covered(windows: Sequence[_Window], begin: int, end: int) -> tuple[int, int]:
+    """Of an answer's characters [begin, end) those from the first to the last that a token has; [begin, begin) where none has any."""
+    of = [window.places[i] for window in windows for i in window.mine]
+    held = [(max(begin, low), min(end, high)) for low, high in of if max(begin, low) < min(end, high)]
+    return (min(low for low, _ in held), max(high for _, high in held)) if held else (begin, begin)

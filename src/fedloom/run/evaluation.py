@@ -239,13 +239,14 @@ def _of_one_model(world: World, tensors: Tensors) -> dict[Split, np.ndarray]:
 
 
 def _rearranged(world: World, logits: Mapping[Split, np.ndarray]) -> dict[Split, np.ndarray]:
-    """The same where all devices have predicted with that very model: theirs, in the rows' own order."""
-    return {split: logits[split][np.argsort(np.concatenate(world.partition.shards(split)))] for split in HELD_OUT}
+    """The same where all devices have predicted with that very model: theirs, in the examples' own order."""
+    rows = {split: np.concatenate(world.partition.shards(split)) for split in HELD_OUT}
+    return {split: logits[split][np.argsort(world.judge.examples(split, rows[split]))] for split in HELD_OUT}
 
 
 def _each_row_once(world: World) -> bool:
     """Whether every row that is evaluated is on exactly one device."""
-    held = ((np.concatenate(world.partition.shards(split)), len(world.splits[split])) for split in HELD_OUT)
+    held = ((np.concatenate(world.partition.shards(split)), len(world.source.splits[split])) for split in HELD_OUT)
     return all(np.array_equal(np.sort(rows), np.arange(count)) for rows, count in held)
 
 

@@ -22,7 +22,7 @@ from fedloom.model.loading import folder_of
 from fedloom.model.names import is_beneath
 from fedloom.run import checkpoint
 from fedloom.run.experiment import Experiment
-from fedloom.run.personal import personal
+from fedloom.run.personal import as_sent, personal
 from fedloom.run.starting import stand_at, start_of
 from fedloom.run.world import World, build, build_far, model_of, store_in
 from fedloom.tensors import without
@@ -116,7 +116,7 @@ def predictor_of(world: World, folder: Path, client: int | None) -> Predictor:
         return Predictor(assembled)
     if not 0 <= client < world.experiment.clients:
         raise ExportError(f"no device {client}; the run has 0 to {world.experiment.clients - 1}")
-    return personal(world, store, client, saved.state.shared, saved.state.facts)
+    return personal(world, store, client, as_sent(world, saved.state.shared), saved.state.facts)
 
 
 def _names_told(world: World, folder: Path) -> tuple[str, ...]:

@@ -45,6 +45,7 @@ from fedloom.model.base import DTYPES, Model
 from fedloom.model.cloze import Cloze
 from fedloom.model.loading import load as load_model
 from fedloom.model.memory import Needs, needs, texts_that_fit
+from fedloom.model.spans import torn
 from fedloom.run.costs.profiles import fleet_of, is_file
 from fedloom.run.experiment import Experiment, ExperimentError, as_json
 from fedloom.run.judging import Judge
@@ -286,7 +287,15 @@ def tokens_of(source: Source, model: Model) -> dict[Split, Examples]:
 
 
 def cut(splits: Mapping[Split, Examples], model: Model) -> list[str]:
-    """What to say of texts that were cut, of which there may be a few less: one that fills the length to the token was not."""
+    """What to say of texts that were cut, of which there may be a few less: one that fills the length to the token was not; and of answers
+    that no window holds whole."""
+    if model.finder is not None:
+        broken = {split: torn(texts.segments, texts.offsets) for split, texts in splits.items()}
+        told = ", ".join(f"{of.sum():,} of {len(of):,} {split}" for split, of in broken.items())
+        what = (
+            f"no window of {model.max_length} tokens (--max-length) holds these answers whole, and windows with a part have no loss: {told}"
+        )
+        return [what] if any(of.any() for of in broken.values()) else []
     full = model.cut_from
     counts: dict[Split, int] = {} if full is None else {split: int((texts.lengths >= full).sum()) for split, texts in splits.items()}
     if not any(counts.values()):

@@ -247,13 +247,14 @@ def source_of(greeting: Mapping[str, Any], own: Own, seed: int) -> Source:
 
 
 def counted(judge: Judge) -> Leaving:
-    """Predictions as counts: for each split, int64 (m, 3) of true class, predicted class, examples; and the mean loss as a metric, of
-    questions also the share of exact matches, of tags how many words there are and how many are right. Of a question F1 is all that is
-    counted, no word of it."""
+    """Predictions as counts: for each split, int64 (m, 3) of true class, predicted class, examples; and the mean loss as a metric, unless
+    nothing is read (of sentences no word, of texts no token); of questions also the share of exact matches, of tags how many words there
+    are and how many are right. Of a question F1 is all that is counted, no word of it."""
     import numpy as np
     import torch
 
     from fedloom.client.client import Client
+    from fedloom.data.instructions import Instructions
     from fedloom.data.questions import EXACT, Questions
     from fedloom.data.tagging import COUNTED, RIGHT, Tagging
     from fedloom.messages import Task, Update
@@ -272,7 +273,7 @@ def counted(judge: Judge) -> Leaving:
             found = task.outcomes(labels, logits)
             (told,) = cells(np.zeros(len(labels), np.int64), found, 1)
             tensors[split] = torch.tensor(told, dtype=torch.int64).reshape(-1, 3)
-            if len(labels):
+            if len(labels) and (not isinstance(task, Tagging | Instructions) or logits[:, 2].any()):
                 besides[f"{split}_loss"] = float(task.loss(labels, logits))
             if len(labels) and isinstance(task, Questions):
                 besides[f"{split}_{EXACT}"] = float(task.scores(labels, logits)[EXACT])
