@@ -17,6 +17,7 @@ import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,12 +56,13 @@ def order(greeting: Mapping[str, Any], own: Own) -> dict[str, Any]:
 
 
 def greeting_of(world: World) -> dict[str, Any]:
-    """What a device is told of the experiment (JSON): all that decides a result, what labels mean, which model it must be."""
+    """What a device is told of the experiment (JSON): all that decides a result, what labels mean, which model and release it must be."""
     from fedloom.run.experiment import as_json
     from fedloom.run.starting import identity
 
     task = world.source.task
     return {
+        "release": version("fedloom"),
         "experiment": as_json(world.experiment),
         "recipe": recipe_digest(world.experiment.method),
         "task": {
@@ -72,6 +74,22 @@ def greeting_of(world: World) -> dict[str, Any]:
         },
         "model": identity(world.model),
     }
+
+
+def insist_same_release(greeting: Mapping[str, Any]) -> None:
+    """Insist that the server is of this release: others compute, write and check otherwise, and nothing else might show it.
+
+    Raises:
+        ExperimentError: it is not.
+    """
+    from fedloom.run.experiment import ExperimentError
+    from fedloom.wire import SHORT
+
+    theirs, here = str(greeting.get("release", "of an earlier release")), version("fedloom")
+    if theirs != here:
+        raise ExperimentError(
+            f"the server is Fedloom {SHORT.repr(theirs)}, and this device {here!r}; install the same release on both sides"
+        )
 
 
 def recipe_digest(method: Any) -> str:
@@ -165,10 +183,11 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     from fedloom.run.world import cut, model_of, tokens_of
 
     greeting, own = told["greeting"], Own(**{**told["own"], "text": tuple(told["own"]["text"])})
+    insist_same_release(greeting)
     e = from_json(greeting["experiment"], kinds_of(greeting, own))
     if e.digest() != greeting["digest"]:
         raise ExperimentError(
-            f"the experiment comes to {e.digest()} here and to {greeting['digest']} at the server: another release of Fedloom"
+            f"the experiment comes to {e.digest()} here and to {greeting['digest']} at the server: another state of Fedloom's code"
         )
     fleet = by_name(e.device, e.clients, e.seed)
     torch.set_num_threads(own.threads or torch.get_num_threads())
