@@ -389,6 +389,28 @@ def test_a_device_that_was_started_anew_is_greeted_again(tmp_path: Path) -> None
     assert device.greeted == 2
 
 
+class Loose(Here):
+    """Raises what quotes its data, when it is greeted or when it has a task."""
+
+    greets = False
+
+    def greet(self, greeting: str):
+        if not self.greets:
+            raise KeyError("Mrs Miller, born 3 May 1961")
+        return Here.greet(self, greeting)
+
+    def answer(self, client: int, state: str, blob: bytes):
+        raise ValueError("Mrs Miller, born 3 May 1961")
+
+
+def test_what_an_error_quotes_stays_on_the_device(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    device = Loose(host_of()[-1], tmp_path)
+    for device.greets, kind in ((False, "KeyError"), (True, "ValueError")):
+        (failure,) = far(device).run([task(0)]).failures
+        assert f"{kind}, raised at test_federation.py:" in failure.reason and "Miller" not in failure.reason
+        assert "Miller" in caplog.text, "its own log has it"
+
+
 class Liar(Here):
     """Names a state of another client."""
 

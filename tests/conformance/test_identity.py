@@ -34,6 +34,7 @@ from fedloom.run.loop import run
 from fedloom.run.starting import identity
 from fedloom.run.terminal.console import Progress
 from fedloom.run.world import build, read_data
+from fedloom.telling import for_others
 from fedloom.tensors import weighted_mean
 from fedloom.wire import pack
 from tests import small, tiny
@@ -105,6 +106,7 @@ def test_a_device_that_cannot_hold_the_model_says_so_before_it_is_loaded(tmp_pat
     assert not loaded
     host, said = hosted(order(greeting, replace(own, memory=10**12, said=True)))
     assert said["examples"]["train"] > 0 and len(loaded) == 1 and mapped and all(mapped)
+    assert host.telling is for_others
     assert not (tmp_path / "device" / "start").exists()
     start = build(e).model.initial
     assert all(torch.equal(t, start[n]) for n, t in loaded[0].initial.items())

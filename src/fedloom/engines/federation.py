@@ -49,6 +49,7 @@ from fedloom.engines.heap import give_memory_back
 from fedloom.engines.link import PAUSE, Link
 from fedloom.engines.local import gather, joined, may_cross
 from fedloom.messages import CohortFailed, Failure, Replies, Take, Task, Update, quorum_of, whole
+from fedloom.telling import for_others
 from fedloom.wire import LONGEST, SHORT, Blob, WireError
 
 log = logging.getLogger("fedloom")
@@ -373,7 +374,7 @@ def device_app(device: Device) -> ClientApp:
             said = json.dumps(device.greet(text))
         except Exception as error:
             log.warning("this device cannot take part", exc_info=error)
-            return _refusal(message, REFUSED, f"{type(error).__name__}: {error}")
+            return _refusal(message, REFUSED, for_others(error))
         return Message(RecordDict({TO: ConfigRecord({TOLD: said})}), reply_to=message)
 
     @app.train()

@@ -29,6 +29,7 @@ from fedloom.model import bottleneck, mixing
 from fedloom.model.names import HEADS, is_beneath, is_down, is_up, widened
 from fedloom.model.principal import drawn, principal_factors
 from fedloom.model.quantised import Base, Quantised, quantise, restore
+from fedloom.telling import Tellable
 from fedloom.tensors import fingerprint
 
 ADAPTER = "default"
@@ -71,7 +72,7 @@ class Adapter:
     base: Base = "exact"
 
 
-class AdapterError(ValueError):
+class AdapterError(ValueError, Tellable):
     """An adapter that cannot be put on this model; the message lists what could."""
 
 

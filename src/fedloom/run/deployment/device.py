@@ -7,11 +7,13 @@ checked, the data are those that this device was given, and so is the model unle
 that transformers finds.
 
 **What leaves the device** are the tensors that the method sends, and of its predictions not the logits but how many of its examples of
-which class were told as which (:func:`counted`).
+which class were told as which (:func:`counted`); and of what goes wrong the kind and the place, without a word of the data
+(:func:`~fedloom.telling.for_others`).
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import warnings
@@ -181,6 +183,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     from fedloom.run.judging import Judge
     from fedloom.run.starting import begin_aside, identity
     from fedloom.run.world import cut, model_of, tokens_of
+    from fedloom.telling import for_others
 
     greeting, own = told["greeting"], Own(**{**told["own"], "text": tuple(told["own"]["text"])})
     insist_same_release(greeting)
@@ -227,6 +230,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
         e.encoding,
         carried_out,
         [layer_scores],
+        for_others,
     )
     return host, {"examples": {split: len(shards[split]) for split in SPLITS}, "notes": [*source.notes, *cut(shards, model)]}
 
@@ -309,13 +313,15 @@ def main() -> int:
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore", FutureWarning)  # the libraries' own, about calls between them
-    from fedloom.engines.workers import ordered, refuse, serve
+    from fedloom.engines.workers import SAID, ordered, refuse, send, serve
+    from fedloom.telling import for_others, in_full
 
     line, told = ordered(sys.argv[-1])
     try:
         host, said = hosted(told)
     except Exception as error:
-        refuse(line, error)
+        send(line, {"kind": SAID, "level": logging.WARNING, "text": in_full(error)})  # for the device's own log
+        refuse(line, for_others(error))
         return 1
     serve(line, host, said)
     return 0
