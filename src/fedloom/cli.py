@@ -143,7 +143,7 @@ def join(words: Sequence[str]) -> int:
 def certs(words: Sequence[str]) -> int:
     """Certificates and keys."""
     given = _parse(arguments.Certs, words, "fedloom certs")
-    from fedloom.run.deployment.certificates import issue, uncertified
+    from fedloom.run.deployment.certificates import issue, uncertified, without_private
 
     made = issue(given.folder, given.devices, given.names)
     for path in made:
@@ -152,6 +152,12 @@ def certs(words: Sequence[str]) -> int:
         print(
             f"note: the server that is there is not certified for {', '.join(others)}, and devices can't reach it so; to certify it anew, "
             f"delete server.pem and server.key in {given.folder / 'server'} and name all its names (ca.key and the devices' keys stay)",
+            file=sys.stderr,
+        )
+    if elsewhere := without_private(given.folder, given.devices):
+        print(
+            f"note: of device {', '.join(map(str, elsewhere))} only the public half of the key is here, so nothing was made for it: it has "
+            f"its key; to make one anew, delete its K.pub in {given.folder / 'server' / 'devices'}",
             file=sys.stderr,
         )
     print(f"server: fedloom serve METHOD --certs {given.folder / 'server'}")

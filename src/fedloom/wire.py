@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from fedloom.messages import Setting, Task, Tensors, Update
+from fedloom.telling import Tellable
 
 VERSION = 2
 HEADER = "fedloom"
@@ -72,7 +73,7 @@ Blob = bytes | bytearray
 write to, it is copied."""
 
 
-class WireError(ValueError):
+class WireError(ValueError, Tellable):
     """A message that may not cross: what was wrong with it, and what would be right."""
 
     def __init__(self, said: str) -> None:

@@ -32,7 +32,7 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     from fastapi import HTTPException
     from flwr.app import ConfigRecord, Message, RecordDict
     from flwr.app.message import remove_content_from_message
-    from flwr.common.constant import TIMESTAMP_HEADER
+    from flwr.common.constant import TIMESTAMP_HEADER, ErrorCode
     from flwr.common.serde import message_to_proto
     from flwr.proto.fleet_pb2 import PushMessagesRequest
     from flwr.proto.message_pb2 import Message as ProtoMessage
@@ -437,6 +437,28 @@ def test_a_device_that_was_started_anew_is_greeted_again(tmp_path: Path) -> None
     assert device.greeted == 2
 
 
+class Loose(Here):
+    """Raises what quotes its data, when it is greeted or when it has a task."""
+
+    greets = False
+
+    def greet(self, greeting: str):
+        if not self.greets:
+            raise KeyError("Mrs Miller, born 3 May 1961")
+        return Here.greet(self, greeting)
+
+    def answer(self, client: int, state: str, blob: bytes):
+        raise ValueError("Mrs Miller, born 3 May 1961")
+
+
+def test_what_an_error_quotes_stays_on_the_device(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    device = Loose(host_of()[-1], tmp_path)
+    for device.greets, kind in ((False, "KeyError"), (True, "ValueError")):
+        (failure,) = far(device).run([task(0)]).failures
+        assert f"{kind}, raised at test_federation.py:" in failure.reason and "Miller" not in failure.reason
+        assert "Miller" in caplog.text, "its own log has it"
+
+
 class Liar(Here):
     """Names a state of another client."""
 
@@ -507,6 +529,77 @@ def test_a_part_that_the_disk_did_not_take_is_not_there_and_may_come_again(two: 
     assert objects.get(name) == b"" and name in objects.preregister(two.run.run_id, get_object_tree(message)), "still missing"
     objects.put(name, content)
     assert objects.get(name) == content
+
+
+def quiet(link: Link, client: int) -> None:
+    """Nothing is heard of the client's node any more."""
+    link.state.nodes[link.nodes[client]].online_until = time.time() - 1
+
+
+def test_what_a_silent_node_has_to_do_is_not_given_up(two: Link) -> None:
+    """It had failed after 20 s of silence, whatever was to be waited for, and its answer came too late."""
+    name = laid_out(two, 0, 10).object_id
+    (asked,) = two.state.get_message_ins(two.nodes[0], limit=1)
+    quiet(two, 0)
+    there = len(two.state.object_store)
+    assert [list(two.pull_messages([name])) for _ in range(3)] == [[], [], []] and two.present() == {1}
+    assert len(two.state.object_store) == there, "asking leaves nothing behind"
+    assert two.state.acknowledge_node_heartbeat(two.nodes[0], 10.0)
+    reply = Message(RecordDict({"blob": boxed(b"here")}), reply_to=asked)
+    parts = {name: part.deflate() for name, part in get_all_nested_objects(reply).items()}
+    pushed(two, reply, parts, get_object_tree(reply), reply.object_id, client=0)
+    (found,) = two.pull_messages([name])
+    assert unboxed(found.content) == b"here"
+
+
+def test_what_a_node_had_fetched_before_it_began_anew_is_answered_by_an_error_and_the_rest_is_not(two: Link) -> None:
+    first = laid_out(two, 0, 10).object_id
+    assert len(two.state.get_message_ins(two.nodes[0], limit=1)) == 1
+    later = laid_out(two, 0, 20).object_id
+    quiet(two, 0)
+    assert two.state.activate_node(two.nodes[0], 10.0)
+    (error,) = two.pull_messages([first, later])
+    assert error.metadata.reply_to_message_id == first and error.error.code == ErrorCode.NODE_UNAVAILABLE
+    (asked,) = two.state.get_message_ins(two.nodes[0], limit=1)
+    assert asked.metadata.message_id == later and not two.state.dropped
+    two.forget([later])
+    assert len(two.state.object_store) == 0 and not two.state.message_ins_store
+
+
+class Silent(Slow):
+    """Knows when it has begun."""
+
+    began = 0.0
+
+    def answer(self, client: int, state: str, blob: bytes):
+        self.began = self.began or (time.monotonic() if client == 1 else 0.0)
+        return Slow.answer(self, client, state, blob)
+
+
+def silenced(engine: Federation, device: Silent, seconds: float) -> Replies:
+    """An asking of clients 0 and 1, of whom 1 is silent for so long once it has begun with its task, and goes on then."""
+
+    def present() -> set[int]:
+        away = device.began > 0.0 and time.monotonic() < device.began + seconds
+        if device.began and not away:
+            device.go.set()
+        return set(CLIENTS) - ({1} if away else set())
+
+    link, there = engine.link, engine.link.present
+    link.present = present  # type: ignore[method-assign]
+    try:
+        return engine.run([task(0), task(1)])
+    finally:
+        link.present = there  # type: ignore[method-assign]
+        device.go.set()
+        assert device.done.wait(10)
+
+
+def test_a_device_that_is_silent_within_its_task_has_so_long_as_one_that_is_away_before_it(tmp_path: Path) -> None:
+    for wait, seconds, reasons in ((20.0, 0.5, []), (0.3, 9.0, ["TimeoutError: not heard of for 0.3 s"])):
+        device = Silent(host_of()[-1], tmp_path)
+        engine = far(device, replace(QUICK, wait=wait, deadline=30.0))
+        assert [failure.reason for failure in silenced(engine, device, seconds).failures] == reasons
 
 
 def test_replies_are_put_together_one_at_a_time(two: Link) -> None:

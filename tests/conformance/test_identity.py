@@ -34,6 +34,7 @@ from fedloom.run.loop import run
 from fedloom.run.starting import identity
 from fedloom.run.terminal.console import Progress
 from fedloom.run.world import build, read_data
+from fedloom.telling import for_others
 from fedloom.tensors import weighted_mean
 from fedloom.wire import pack
 from tests import small, tiny
@@ -69,6 +70,13 @@ def test_a_device_with_another_query_weight_is_refused_and_one_with_the_same_is_
         hosted(order(greeting, Own(data, model=str(other))))
 
 
+@pytest.mark.parametrize(("greeting", "theirs"), [({"release": "0.0.9"}, "'0.0.9'"), ({}, "'of an earlier release'")])
+def test_a_device_of_another_release_is_refused_before_it_looks_at_anything(greeting: dict[str, Any], theirs: str) -> None:
+    """It took part, whatever the other release computes."""
+    with pytest.raises(ExperimentError, match=rf"the server is Fedloom {theirs}, and this device '\d.*'; install the same release"):
+        hosted(order(greeting, Own("nowhere")))
+
+
 def test_a_device_that_cannot_hold_the_model_says_so_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And one that can has the start of a whole model in 16 bits in a file without a name."""
     shape: dict[str, Any] = {"clients": 2, "cohort": 1, "rounds": 1, "max_train": 24, "max_validation": 4, "max_test": 4, "max_length": 16}
@@ -98,6 +106,7 @@ def test_a_device_that_cannot_hold_the_model_says_so_before_it_is_loaded(tmp_pat
     assert not loaded
     host, said = hosted(order(greeting, replace(own, memory=10**12, said=True)))
     assert said["examples"]["train"] > 0 and len(loaded) == 1 and mapped and all(mapped)
+    assert host.telling is for_others
     assert not (tmp_path / "device" / "start").exists()
     start = build(e).model.initial
     assert all(torch.equal(t, start[n]) for n, t in loaded[0].initial.items())

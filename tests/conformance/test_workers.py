@@ -252,7 +252,7 @@ def test_a_worker_that_dies_while_it_starts_ends_the_run(tmp_path: Path) -> None
 
 def test_why_a_worker_cannot_begin_is_told() -> None:
     here, there = Pipe()
-    refuse(there, LookupError("no model 'x'"))
+    refuse(there, "LookupError: no model 'x'")
     assert receive(here) == ({"kind": "failed", "text": "LookupError: no model 'x'", "blobs": 0}, [])
 
 

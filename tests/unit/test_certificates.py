@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from pathlib import Path
 
@@ -12,13 +13,26 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 from fedloom import cli
-from fedloom.run.deployment.certificates import CertificateError, insist_secret, issue, public_keys, uncertified
+from fedloom.run.deployment.certificates import CertificateError, insist_secret, issue, public_keys, uncertified, without_private
 
 
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
     issue(tmp_path / "certs", 2, ("example.org", "10.0.0.1"))
     return tmp_path / "certs"
+
+
+def insist_whole(folder: Path, devices: int = 2) -> None:
+    """Insist that the server can begin, that every device believes it, and that it knows every device's key."""
+    server = folder / "server"
+    ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(server / "server.pem", server / "server.key")
+    known = public_keys(server)
+    assert sorted(known) == list(range(devices))
+    for k in range(devices):
+        private = load_pem_private_key((folder / f"device-{k}" / "device.key").read_bytes(), None)
+        assert private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo) == known[k]
+        authority = x509.load_pem_x509_certificate((folder / f"device-{k}" / "ca.pem").read_bytes())
+        x509.load_pem_x509_certificate((server / "server.pem").read_bytes()).verify_directly_issued_by(authority)
 
 
 def test_every_private_key_is_its_owners_alone(made: Path) -> None:
@@ -86,10 +100,81 @@ def test_without_the_authoritys_key_nothing_is_added(made: Path) -> None:
     assert not (made / "device-2").exists()
 
 
-def test_an_authority_is_not_made_anew_beside_an_old_key(made: Path) -> None:
-    (made / "server" / "ca.pem").unlink()
-    with pytest.raises(CertificateError, match="bring it back"):
+def test_an_authority_of_another_key_is_refused(made: Path, tmp_path: Path) -> None:
+    issue(tmp_path / "other", 1, ("example.org",))
+    (made / "server" / "ca.pem").write_bytes((tmp_path / "other" / "server" / "ca.pem").read_bytes())
+    with pytest.raises(CertificateError, match=r"ca\.pem is not of .*ca\.key; bring the right one back"):
         issue(made, 2, ("example.org",))
+
+
+@pytest.mark.parametrize("lost", ["server/server.pem", "server/server.key", "server/ca.pem", "server/devices/1.pub", "device-1/ca.pem"])
+def test_what_is_lost_is_made_again_of_the_keys_that_are_there(made: Path, lost: str) -> None:
+    """A certificate of a new key lay beside the old key, and a device without its public half was gone."""
+    keys = {path: path.read_bytes() for path in made.rglob("*.key") if str(path.relative_to(made)) != lost}
+    (made / lost).unlink()
+    assert made / lost in issue(made, 2, ("example.org", "10.0.0.1"))
+    insist_whole(made)
+    assert all(path.read_bytes() == content for path, content in keys.items())
+    assert issue(made, 2, ("example.org",)) == []
+
+
+def test_whatever_was_interrupted_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, written = os.replace, list[int]()
+
+    def cut(at: int):
+        def replaced(*paths: Path) -> None:
+            if len(written) == at:
+                raise OSError("killed")
+            written.append(1)
+            replace(*paths)
+
+        return replaced
+
+    for at in range(9):
+        written.clear()
+        folder = tmp_path / str(at)
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
+            patch.setattr(os, "replace", cut(at))
+            issue(folder, 2, ("example.org",))
+        assert len([path for path in folder.rglob("*") if path.is_file()]) == at, "what is there is whole"
+        issue(folder, 2, ("example.org",))
+        insist_whole(folder)
+        assert len([path for path in folder.rglob("*") if path.is_file()]) == 10
+
+
+def test_what_was_left_of_a_file_that_was_being_written_is_no_hindrance(made: Path) -> None:
+    (made / "server" / "server.pem").unlink()
+    (made / "server" / "server.pem.new").write_text("half")
+    issue(made, 2, ("example.org",))
+    insist_whole(made)
+    assert not list(made.rglob("*.new"))
+
+
+def test_what_is_no_key_and_no_certificate_is_refused(made: Path) -> None:
+    """An empty key, as a full disk leaves it, was taken for one."""
+    for name, told in (("device-1/device.key", "no private key"), ("server/server.pem", "no certificate"), ("ca.key", "no private key")):
+        kept = (made / name).read_bytes()
+        (made / name).write_bytes(b"")
+        with pytest.raises(
+            CertificateError, match=f"{Path(name).name} is {told} .*bring it back, or delete it and fedloom certs makes one"
+        ):
+            issue(made, 2, ("example.org",))
+        (made / name).write_bytes(kept)
+    (made / "server" / "devices" / "0.pub").write_bytes((made / "server" / "devices" / "1.pub").read_bytes())
+    with pytest.raises(CertificateError, match=r"0\.pub is not the public half of .*device\.key; delete 0\.pub"):
+        issue(made, 2, ("example.org",))
+
+
+def test_a_device_that_has_taken_its_key_with_it_keeps_it(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A new one was made here, which the server did not know."""
+    before = public_keys(made / "server")
+    for path in (made / "device-0").iterdir():
+        path.unlink()
+    assert cli.main(["certs", str(made), "--devices", "3", "--names", "example.org"]) == 0
+    assert "of device 0 only the public half of the key is here" in capsys.readouterr().err
+    assert without_private(made, 3) == [0] and not list((made / "device-0").iterdir())
+    after = public_keys(made / "server")
+    assert sorted(after) == [0, 1, 2] and all(after[k] == before[k] for k in before)
 
 
 @pytest.mark.parametrize(("devices", "names"), [(0, ("a",)), (1, ())])

@@ -14,6 +14,7 @@ from fedloom.client.store import ClientStore
 from fedloom.compute.compute import Done
 from fedloom.encodings import CODES, WHICH, Encoding
 from fedloom.messages import Failure, Task, Update, on_client
+from fedloom.telling import for_others
 from fedloom.wire import Blob, pack, unpack
 from tests import tiny
 
@@ -176,6 +177,17 @@ def test_a_good_answer_stores_what_a_bad_one_would_not() -> None:
     h, _, _, store = host()
     opened(h.answer([task(1, "answer", value="fine")])[0])
     assert store.load(1)[0]["rounds"].tolist() == [99]
+
+
+def test_what_leaves_of_an_error_is_what_may_be_told_and_the_log_has_it_all(caplog: pytest.LogCaptureFixture) -> None:
+    h, *_ = host()
+    h.telling = for_others
+    unknown, stranger, negative = h.answer([task(1, "answer", value="else"), task(2, "stranger"), task(3, "ask", amount=-1.0)])
+    for failure, kind in ((unknown, "KeyError"), (stranger, "TypeError"), (negative, "ArithmeticError")):
+        assert isinstance(failure, Failure)
+        assert failure.reason.startswith(f"{kind}, raised at ") and "its text may quote data" in failure.reason
+        assert not any(word in failure.reason for word in ("else", "Update", "negative"))
+    assert "KeyError: 'else'" in caplog.text and "TypeError: the operation returned Update(client=3" in caplog.text
 
 
 def test_an_answer_that_cannot_be_stored_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from fedloom.client.client import Client
 from fedloom.client.store import ClientStore
 from fedloom.encodings import EXACT, Encoding
 from fedloom.messages import Failure, Task, Tensors, Update, Work, is_client_operation
+from fedloom.telling import in_full
 from fedloom.wire import Blob, WireError, pack, unpack
 
 if TYPE_CHECKING:  # it brings the model's libraries, and whoever only carries messages needs none of them
@@ -87,12 +88,14 @@ class Host:
         encoding: Encoding = EXACT,
         doing: Doing = as_it_is,
         besides: Sequence[Callable[[Client, Task], Work[Update]]] = (),
+        telling: Callable[[BaseException], str] = in_full,
     ) -> None:
-        """``besides``: client operations that are the experiment's and not the method's."""
+        """``besides``: client operations that are the experiment's and not the method's. ``telling``: what of an error leaves the device
+        as the reason of a failure; the log has it in full."""
         self.operations = {**operations(method), **{one.__name__: one for one in besides}}
         self.method_name, self.leaving = type(method).__name__, leaving
         self.devices, self.compute, self.store, self.digest, self.encoding = devices, compute, store, digest, encoding
-        self.doing = doing
+        self.doing, self.telling = doing, telling
 
     def answer(self, blobs: Sequence[Blob]) -> list[Blob | Failure]:
         """One packed update or one failure for each packed task, in order. Each client at most once a call. The tasks are let go once they
@@ -148,9 +151,9 @@ class Host:
             return self._failed(run.client.id, error)
 
     def _finish(self, run: Running, update: object) -> Blob | Failure:
-        if not isinstance(update, Update) or update.client != run.client.id:
-            return Failure(run.client.id, f"TypeError: the operation returned {update!r}; an Update of client {run.client.id} is due")
         try:
+            if not isinstance(update, Update) or update.client != run.client.id:
+                raise TypeError(f"the operation returned {update!r}; an Update of client {run.client.id} is due")
             told = self.leaving(run.client, run.task, replace(update, flops=run.flops, examples=run.examples, nonce=run.task.nonce))
             told, unsent = self.encoding.up(told, run.task, run.unsent)
             blob = pack(told, self.digest)
@@ -182,7 +185,7 @@ class Host:
 
     def _failed(self, client: int, error: Exception) -> Failure:
         log.warning("client %d failed", client, exc_info=error)
-        return Failure(client, f"{type(error).__name__}: {error}")
+        return Failure(client, self.telling(error))
 
 
 def _hand_over(run: Running, done: Sequence[Done]) -> None:

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fedloom.telling import Tellable
 from fedloom.tensors import apart, clone, fingerprint
 from fedloom.wire import SHORT
 
@@ -31,7 +32,7 @@ MANY = 64
 """Files in one commit from which on the whole file system is flushed in one call, where the system has such a call."""
 
 
-class StoreError(RuntimeError):
+class StoreError(RuntimeError, Tellable):
     """Stored client state that is missing or not what was written."""
 
 

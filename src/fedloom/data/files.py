@@ -123,7 +123,8 @@ def read_file(path: Path) -> pa.Table:
         raise DataError(
             f"'{path}' is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start} is not valid there. "
             f"Convert it, for example with: iconv -f WINDOWS-1252 -t UTF-8 '{path.name}' > 'utf8_{path.name}' "
-            "(put its real encoding after -f)"
+            "(put its real encoding after -f)",
+            f"a file that is not UTF-8, at offset {error.start}",
         ) from error
     columns = _cells(text, path) if suffix in (".csv", ".tsv") else _records(text, path, lines=suffix != ".json")
     return pa.table({name: _array(values, name, path) for name, values in columns.items()})
@@ -156,12 +157,17 @@ def _table(reader: Any, path: Path) -> dict[str, list[Any]]:
     """The columns of what a csv.reader yields; empty lines are skipped."""
     header = next(reader, [])
     if not header or len(set(header)) < len(header):
-        raise DataError(f"the first line of '{path}' must name each column once; it is: {header}")
+        raise DataError(
+            f"the first line of '{path}' must name each column once; it is: {header}", "the first line does not name each column once"
+        )
     rows = []
     for row in reader:
         if row and len(row) != len(header):
             named = f"the first line names {len(header)}: {', '.join(header)}"
-            raise DataError(f"line {reader.line_num} of '{path}' has {len(row)} cells, and {named}")
+            raise DataError(
+                f"line {reader.line_num} of '{path}' has {len(row)} cells, and {named}",
+                f"line {reader.line_num} has {len(row)} cells, and the first {len(header)}",
+            )
         rows += [row] if row else []
     return {name: [row[i] for row in rows] for i, name in enumerate(header)}
 
@@ -181,7 +187,10 @@ def _records(text: str, path: Path, lines: bool) -> dict[str, list[Any]]:
     records = whole if isinstance(whole, list) else _lines(text, path)
     for number, record in enumerate(records):
         if not isinstance(record, dict):
-            raise DataError(f"record {number} of '{path}' is {json.dumps(record)[:60]}; each must be an object of columns")
+            raise DataError(
+                f"record {number} of '{path}' is {json.dumps(record)[:60]}; each must be an object of columns",
+                f"record {number} is no object of columns",
+            )
     names = dict.fromkeys(name for record in records for name in record)
     return {name: [record.get(name) for record in records] for name in names}
 
@@ -194,7 +203,9 @@ def _lines(text: str, path: Path) -> list[Any]:
             try:
                 records.append(json.loads(line, parse_constant=_constant))
             except json.JSONDecodeError as error:
-                raise DataError(f"line {number} of '{path}' is not JSON: {error.msg}; it begins: {line[:60]}") from error
+                raise DataError(
+                    f"line {number} of '{path}' is not JSON: {error.msg}; it begins: {line[:60]}", f"line {number} is not JSON"
+                ) from error
     return records
 
 
@@ -218,5 +229,6 @@ def _array(values: list[Any], name: str, path: Path) -> pa.Array:
         row = next(i for i, v in enumerate(values) if isinstance(v, str) and v != v.encode("utf-8", "ignore").decode("utf-8"))
         raise DataError(
             f"column '{name}' of '{path}' holds half a character in row {row} (counted from 0): {error.object[error.start]!r}, as a cut "
-            "emoji leaves it; write it whole or take it out"
+            "emoji leaves it; write it whole or take it out",
+            f"row {row} holds half a character",
         ) from error

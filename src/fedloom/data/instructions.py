@@ -91,7 +91,8 @@ class Instructions:
             raise DataError(f"scores take what was predicted of n > 0 answers, (n, 3), and got {made.shape}")
         if not np.isfinite(made).all():
             row = int(np.flatnonzero(~np.isfinite(made).all(1))[0])
-            raise DataError(f"the loss of example {row} is not finite; training has diverged")
+            where = f"the loss of example {row} is not finite"
+            raise DataError(f"{where}; training has diverged", where)
         return {TOKEN_ACCURACY: float(right / tokens), PERPLEXITY: perplexity(self.loss(labels, made))}
 
     def loss(self, labels: np.ndarray, made: np.ndarray) -> float:

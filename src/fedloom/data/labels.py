@@ -34,14 +34,21 @@ def label_values(column: pa.ChunkedArray, names: Sequence[str] | None, where: st
     if names is not None:
         odd = next((v for v in values if v is not None and not -1 <= v < len(names)), None)
         if odd is not None:
-            raise DataError(f"{where} holds {odd}, and its class names number 0 to {len(names) - 1}: {some(names)}")
+            row = values.index(odd)
+            raise DataError(
+                f"{where} holds {odd}, and its class names number 0 to {len(names) - 1}: {some(names)}",
+                f"row {row}: a label without a name",
+            )
         return [None if v is None or v < 0 else str(names[v]) for v in values]
     values = [None if (isinstance(v, str) and not v.strip()) or v != v else v for v in values]  # NaN is how pandas writes a gap
     if all(v is None or (isinstance(v, float) and v.is_integer()) for v in values):
         values = [None if v is None else int(v) for v in values]
     odd = next((v for v in values if v is not None and not isinstance(v, (str, int))), None)
     if odd is not None:
-        raise DataError(f"{where} holds {str(odd)[:60]}; a label is one word or one whole number a row")
+        raise DataError(
+            f"{where} holds {str(odd)[:60]}; a label is one word or one whole number a row",
+            f"row {values.index(odd)}: a label that is neither one word nor one whole number",
+        )
     return values
 
 
@@ -93,7 +100,11 @@ def given_ids(values: Mapping[Split, list[Label | None]], classes: Sequence[str]
         odd = next((row for row, name in enumerate(named) if name not in ids), None)
         if odd is not None:
             had = "no label" if told[odd] is None else f"the label {named[odd]!r}"
-            raise DataError(f"row {odd} of the {split} split has {had} in column '{label}'; the classes are: {some(list(classes))}")
+            row = f"row {odd} of the {split} split"
+            raise DataError(
+                f"{row} has {had} in column '{label}'; the classes are: {some(list(classes))}",
+                f"{row} has a label that is no class, or none",
+            )
         made[split] = np.asarray([ids[name] for name in named], np.int64)
     return made
 
@@ -115,7 +126,8 @@ def _of_kind(values: Sequence[Label | None], names: Sequence[str] | None, whole:
     if all(type(value) is int and value == -1 for value in labels):
         return []
     if missing:
-        raise DataError(f"row {missing[0]} of {where} has no label in column '{label}'; label the row or remove it")
+        row = f"row {missing[0]} of {where} has no label"
+        raise DataError(f"{row} in column '{label}'; label the row or remove it", row)
     return labels
 
 

@@ -90,7 +90,8 @@ class Questions:
             raise DataError(f"scores take what was found for n > 0 questions, (n, 3), and got {made.shape}")
         if not np.isfinite(made).all():
             row = int(np.flatnonzero(~np.isfinite(made).all(1))[0])
-            raise DataError(f"the loss of example {row} is not finite; training has diverged")
+            where = f"the loss of example {row} is not finite"
+            raise DataError(f"{where}; training has diverged", where)
         return {ANSWER_F1: float(made[:, 1].mean(dtype=np.float64)), EXACT: float(made[:, 2].mean(dtype=np.float64))}
 
     def loss(self, labels: np.ndarray, made: np.ndarray) -> float:
@@ -170,9 +171,11 @@ def as_texts(contexts: Sequence[str | None], answers: Sequence[Any], where: str)
             held = begin >= 0 and (context or "")[begin : begin + len(bare)] == bare
             found.append((bare, begin if held else (context or "").find(bare)))
         if not found:
-            raise DataError(f"row {row} of {where} has no answer; every question needs one that stands in its context: remove the row")
+            what = f"row {row} of {where} has no answer"
+            raise DataError(f"{what}; every question needs one that stands in its context: remove the row", what)
         if all(begin < 0 for _, begin in found):
-            raise DataError(f"row {row} of {where} has an answer that is not in its context: {found[0][0][:60]!r}; remove the row")
+            what = f"row {row} of {where} has an answer that is not in its context"
+            raise DataError(f"{what}: {found[0][0][:60]!r}; remove the row", what)
         made.append(json.dumps(found, ensure_ascii=False))
     return made
 

@@ -269,7 +269,8 @@ def _encoded(split: Split, columns: list[list[str]], encode: Encode, several: bo
     if empty is not None:
         raise DataError(
             f"row {empty} of the {split} split has no tokens (its text is {columns[0][empty][:60]!r}), and this tokenizer "
-            "adds none of its own; remove the row"
+            "adds none of its own; remove the row",
+            f"row {empty} of the {split} split has no tokens",
         )
     return flat(ids, segments)
 
@@ -333,7 +334,8 @@ def _insist_text(table: Table, column: str, split: Split) -> None:
         raise DataError(f"the {split} split has no column '{column}', which the training split has; its columns are: {listed}")
     if table.rows[column].null_count:
         row = int(np.flatnonzero(table.rows[column].is_null().to_numpy())[0])
-        raise DataError(f"row {row} of the {split} split has no text in column '{column}'; give it one ('' is fine) or remove it")
+        where = f"row {row} of the {split} split has no text"
+        raise DataError(f"{where} in column '{column}'; give it one ('' is fine) or remove it", where)
 
 
 def _three_splits(tables: dict[Split, Table], seed: int, notes: list[str]) -> dict[Split, Table]:

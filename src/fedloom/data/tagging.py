@@ -80,7 +80,8 @@ class Tagging:
             raise DataError(f"scores take what was predicted of sentences, (n, 6), with a word at least, and got {made.shape}")
         if not np.isfinite(made).all():
             row = int(np.flatnonzero(~np.isfinite(made).all(1))[0])
-            raise DataError(f"the loss of example {row} is not finite; training has diverged")
+            where = f"the loss of example {row} is not finite"
+            raise DataError(f"{where}; training has diverged", where)
         right, predicted, true = made[:, 3:].sum(0, dtype=np.float64)
         return {ENTITY_F1: float(2 * right / max(predicted + true, 1)), WORD_ACCURACY: float(made[:, 1].sum(dtype=np.float64) / words)}
 
@@ -149,17 +150,25 @@ def as_texts(
     for row, (mine, theirs) in enumerate(zip(words, tags, strict=True)):
         if mine is None or theirs is None or len(mine) != len(theirs):
             had = f"{'no' if mine is None else len(mine)} words and {'no' if theirs is None else len(theirs)} tags"
-            raise DataError(f"row {row} of {where} has {had}; every word needs a tag")
+            raise DataError(f"row {row} of {where} has {had}; every word needs a tag", f"row {row} of {where} has words without a tag each")
         if any(word is None or BETWEEN in word for word in mine):
-            raise DataError(f"row {row} of {where} has a word that is missing or holds the character U+001F")
+            what = f"row {row} of {where} has a word that is missing or holds the character U+001F"
+            raise DataError(what, what)
         if numbered is None and any(isinstance(tag, int) for tag in theirs):
-            raise DataError(f"row {row} of {where} has tags that are numbers without names; give them as words: O, B-TYPE, I-TYPE")
+            what = f"row {row} of {where} has tags that are numbers without names"
+            raise DataError(f"{what}; give them as words: O, B-TYPE, I-TYPE", what)
         known = numbered or ()
         if beyond := [tag for tag in theirs if isinstance(tag, int) and not 0 <= tag < len(known)]:
-            raise DataError(f"row {row} of {where} has the tag {beyond[0]}, and its names number 0 to {len(known) - 1}: {', '.join(known)}")
+            raise DataError(
+                f"row {row} of {where} has the tag {beyond[0]}, and its names number 0 to {len(known) - 1}: {', '.join(known)}",
+                f"row {row} of {where} has a tag without a name",
+            )
         told = [known[tag] if isinstance(tag, int) else tag for tag in theirs]
         if odd := [tag for tag in told if tag not in ids]:
-            raise DataError(f"row {row} of {where} has the tag {odd[0]!r}; the tags are: {', '.join(names)}")
+            raise DataError(
+                f"row {row} of {where} has the tag {odd[0]!r}; the tags are: {', '.join(names)}",
+                f"row {row} of {where} has a tag that is none of the server's",
+            )
         first = next((str(tag) for tag in told if tag != "O"), "")
         made[0].append(BETWEEN.join(mine))
         made[1].append(" ".join(str(ids[tag]) for tag in told))  # type: ignore[index]

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from fedloom.telling import Tellable
+
 if TYPE_CHECKING:  # PyArrow is not needed to know what tasks there are
     from fedloom.data.rows import Rows
 
@@ -42,8 +44,18 @@ TEXTS = (
 LABELS = ("label", "labels", "coarse_label", "class", "target", "category", "intent")
 
 
-class DataError(ValueError):
-    """Something about the data is wrong. The message says what was found, what would be right and what exists."""
+class DataError(ValueError, Tellable):
+    """Something about the data is wrong. The message says what was found, what would be right and what exists, so it may quote the data.
+    ``where``: in words that are not the data's, what is wrong and in which row of which split; another machine is told no more."""
+
+    def __init__(self, said: str, where: str = "") -> None:
+        ValueError.__init__(self, said)
+        self.where = where
+
+    @property
+    def told(self) -> str:
+        """``where``."""
+        return self.where
 
 
 @dataclass(frozen=True)
@@ -188,7 +200,8 @@ class Classification:
             raise DataError(f"label {outside[0]} is no class; there are 0 to {shape[1] - 1}")
         if not np.isfinite(logits).all():
             row = int(np.flatnonzero(~np.isfinite(logits).all(1))[0])
-            raise DataError(f"the logits of example {row} are not finite: {logits[row].tolist()}; training has diverged")
+            where = f"the logits of example {row} are not finite"
+            raise DataError(f"{where}: {logits[row].tolist()}; training has diverged", where)
         predicted = logits.argmax(1)
         scores = {"accuracy": float((predicted == labels).mean())}
         counts = np.bincount(shape[1] * labels + predicted, minlength=shape[1] ** 2).reshape(shape[1], shape[1])

@@ -20,7 +20,8 @@ last :data:`REMEMBERED` are known by name; of others it is said that no such tas
 **Memory**: what came is laid aside in a file until all of it is here, looked at one answer at a time, and taken in one at a time. However
 many devices answer, one update is in memory, unless the method wants to see all of them at once.
 
-**Nothing waits for ever**: a device that has not been heard of is waited for ``wait`` seconds, an answer for ``deadline``. Where a share of
+**Nothing waits for ever**: a device that has not been heard of is waited for ``wait`` seconds, before its task and within it, an answer
+for ``deadline``. Where a share of
 those asked is :class:`Enough`, the rest has ``linger`` seconds once as many answers that may be used are here.
 """
 
@@ -50,6 +51,7 @@ from fedloom.engines.heap import give_memory_back
 from fedloom.engines.link import PAUSE, Link
 from fedloom.engines.local import gather, joined, may_cross
 from fedloom.messages import CohortFailed, Failure, Replies, Take, Task, Update, quorum_of, whole
+from fedloom.telling import for_others
 from fedloom.wire import LONGEST, SHORT, Blob, WireError
 
 log = logging.getLogger("fedloom")
@@ -91,12 +93,14 @@ class Patience:
 
 @dataclass
 class Sent:
-    """A task on its way: when it was laid out, whether the device is only being greeted yet, and how often it has been."""
+    """A task on its way: when it was laid out, whether the device is only being greeted yet, how often it has been, and since when it has
+    been silent (inf: it has not)."""
 
     task: Task
     since: float
     greeting: bool
     greeted: int = 0
+    silent: float = math.inf
 
 
 class Federation:
@@ -181,19 +185,20 @@ class Federation:
         sizes, names, sender = dict[int, int](), dict[int, str](), Sender(self.digest, self.encoding)
         waiting, out = deque(self._allowed(tasks, answers)), dict[str, Sent]()
         began, last, looked_at = time.monotonic(), None, 0
+        unheard = f"TimeoutError: not heard of for {self.patience.wait:g} s"
         while waiting or out:
-            now, here = time.monotonic(), self.link.present()
+            now, present = time.monotonic(), self.link.present()
             for _ in range(len(waiting)):
                 task = waiting.popleft()
                 times, until, reason = self._faults.get(task.client, (0, 0.0, ""))
-                if task.client in here and now >= until and len(out) < AT_ONCE:
+                if task.client in present and now >= until and len(out) < AT_ONCE:
                     self._send(task, sender, out, sizes, answers)
-                elif now < began + self.patience.wait or (task.client in here and now >= until):
+                elif now < began + self.patience.wait or (task.client in present and now >= until):
                     waiting.append(task)
                 elif now < until:
                     answers[task.client] = Failure(task.client, f"left out for {until - now:.0f} s more, after {times} in a row: {reason}")
                 else:
-                    answers[task.client] = Failure(task.client, f"TimeoutError: not heard of for {self.patience.wait:g} s")
+                    answers[task.client] = Failure(task.client, unheard)
             for reply in self.link.pull_messages(list(out)):
                 sent = out.pop(reply.metadata.reply_to_message_id)
                 self._hear(sent, reply, sender, out, sizes, answers, names, aside)
@@ -204,11 +209,12 @@ class Federation:
                 if len(self._judged(here, answers, aside).updates) >= enough:  # who answers at once, and wrongly, makes nobody late
                     last = time.monotonic() + self.patience.linger
             for name, sent in list(out.items()):
-                over = last is not None and now > last
-                if over or now > sent.since + self.patience.deadline:
+                sent.silent = math.inf if sent.task.client in present else min(sent.silent, now)
+                over, away = last is not None and now > last, now > sent.silent + self.patience.wait
+                if over or away or now > sent.since + self.patience.deadline:
                     del out[name]
                     self.link.forget([name])
-                    why = LATE if over else f"TimeoutError: no answer within {self.patience.deadline:g} s"
+                    why = LATE if over else unheard if away else f"TimeoutError: no answer within {self.patience.deadline:g} s"
                     answers[sent.task.client] = Failure(sent.task.client, why)
             if last is not None and now > last:
                 answers |= {task.client: Failure(task.client, LATE) for task in waiting}
@@ -375,7 +381,7 @@ def device_app(device: Device) -> ClientApp:
             said = json.dumps(device.greet(text))
         except Exception as error:
             log.warning("this device cannot take part", exc_info=error)
-            return _refusal(message, REFUSED, f"{type(error).__name__}: {error}")
+            return _refusal(message, REFUSED, for_others(error))
         return Message(RecordDict({TO: ConfigRecord({TOLD: said})}), reply_to=message)
 
     @app.train()

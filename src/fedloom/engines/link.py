@@ -38,6 +38,7 @@ from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NOD
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.server.superlink.linkstate import InMemoryLinkState, LinkStateFactory
+from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_res_message
 from flwr.serverapp import Grid
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 from flwr.supercore.error.http import http_error_translator
@@ -101,7 +102,7 @@ class Link(Grid):
         objects = ObjectStoreFactory()
         objects.store_instance = self._objects = Objects()
         factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), objects)
-        self.state = cast(InMemoryLinkState, factory.state())
+        factory.state_instance = self.state = State(NoOpFederationManager(), self._objects)
         self._run, self.node = opened_run(self.state), Node(node_id=SUPERLINK_NODE_ID)
         self.nodes = {k: self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0) for k, key in sorted(keys.items())}
         self.clients = {node: client for client, node in self.nodes.items()}
@@ -196,10 +197,17 @@ class Link(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies to these messages that are here with all their parts, each once; what cannot be put together as an error. They are
-        put together as they are taken, so that one is in memory at a time."""
+        put together as they are taken, so that one is in memory at a time. Of a node that is silent there is no reply, as long as it is;
+        Flower would give up what it has to do after 20 s. What it had to do before it began anew is answered by an error."""
         wanted = set(message_ids)
+        for asked in wanted & self.state.dropped:
+            yield create_message_error_unavailable_res_message(self.state.message_ins_store[asked].metadata, "node_unavail")
+            self.forget([asked])
         for reply in self.state.get_message_res(wanted & set(self.state.message_ins_store), self._run.run_id):
-            self._arriving[reply.metadata.reply_to_message_id] = reply
+            if reply.metadata.src_node_id == SUPERLINK_NODE_ID and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+                self.state.object_store.delete(reply.metadata.message_id)
+            else:
+                self._arriving[reply.metadata.reply_to_message_id] = reply
         for asked in [asked for asked in self._arriving if asked in wanted]:
             reply = self._arriving.get(asked)
             if reply is None:  # forgotten since
@@ -230,6 +238,7 @@ class Link(Grid):
         """Nobody waits for replies to these any more: what may still come is not taken."""
         for asked in message_ids:
             self._arriving.pop(asked, None)
+            self.state.dropped.discard(asked)
             self.state.delete_messages({asked})
             self.state.object_store.delete(asked)
 
@@ -255,6 +264,23 @@ class Link(Grid):
             raise TypeError(f"a {type(whole).__name__} is no message with content")
         # What it is an answer to says the head, which was checked.
         return Message(content=whole.content, metadata=reply.metadata)  # type: ignore[call-overload]
+
+
+class State(InMemoryLinkState):
+    """Flower's, which also knows the messages that nobody will answer any more: ``dropped``."""
+
+    def __init__(self, federations: NoOpFederationManager, objects: Objects) -> None:
+        InMemoryLinkState.__init__(self, federations, objects)
+        self.dropped = set[str]()
+
+    def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
+        """As Flower's. Of what the node has fetched and not answered it knows nothing any more."""
+        with self.lock:
+            done = InMemoryLinkState.activate_node(self, node_id, heartbeat_interval)
+            for name, message in self.message_ins_store.items() if done else ():
+                if message.metadata.dst_node_id == node_id and message.metadata.delivered_at:
+                    self.dropped |= {name} - set(self.message_ins_id_to_message_res_id)
+            return done
 
 
 class Objects(InMemoryObjectStore):

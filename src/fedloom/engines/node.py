@@ -50,6 +50,8 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from fedloom.telling import for_others
+
 log = logging.getLogger("fedloom")
 
 App = Callable[[Message, Context], Message]
@@ -237,7 +239,7 @@ class Node:
             reply = self.app(message, context)
         except Exception as error:
             log.warning("a message could not be answered", exc_info=error)
-            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error).__name__}: {error}"), reply_to=message)
+            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, for_others(error)), reply_to=message)
         self._push_at_last(client, node, reply, time.monotonic() - started)
         return True
 

@@ -34,6 +34,7 @@ from fedloom.encodings import EXACT, Encoding, Sender
 from fedloom.engines.heap import give_memory_back
 from fedloom.engines.local import BREATH, gather, joined, may_cross, taken, waves
 from fedloom.messages import Failure, Replies, Take, Task, Traffic, Update, whole
+from fedloom.telling import Tellable
 from fedloom.wire import Blob
 
 log = logging.getLogger("fedloom")
@@ -51,7 +52,7 @@ READY, FAILED, SAID, ANSWERS = "ready", "failed", "said", "answers"
 """What a worker tells: it can begin; why it cannot; a line for the log; the answers to a wave."""
 
 
-class WorkerError(ChildProcessError):
+class WorkerError(ChildProcessError, Tellable):
     """A worker that could not start, and why."""
 
 
@@ -335,9 +336,9 @@ def ordered(number: str) -> tuple[Connection, dict[str, Any]]:
     return line, receive(line)[0]
 
 
-def refuse(line: Connection, error: BaseException) -> None:
+def refuse(line: Connection, reason: str) -> None:
     """Tell why this worker cannot begin."""
-    send(line, {"kind": FAILED, "text": f"{type(error).__name__}: {error}"})
+    send(line, {"kind": FAILED, "text": reason})
 
 
 def serve(line: Connection, host: Answering, facts: Mapping[str, Any] | None = None) -> None:

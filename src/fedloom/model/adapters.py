@@ -30,6 +30,7 @@ from fedloom.model.factors import widened
 from fedloom.model.names import HEADS, is_beneath, is_down, is_up
 from fedloom.model.principal import drawn, principal_factors
 from fedloom.model.quantised import Base, Quantised, quantise, restore
+from fedloom.telling import Tellable
 from fedloom.tensors import fingerprint
 
 ADAPTER = "default"
@@ -72,7 +73,7 @@ class Adapter:
     base: Base = "exact"
 
 
-class AdapterError(ValueError):
+class AdapterError(ValueError, Tellable):
     """An adapter that cannot be put on this model; the message lists what could."""
 
 

@@ -42,13 +42,14 @@ from fedloom.model.skipped import left_out, stack_of
 from fedloom.model.spans import Finder, Spans
 from fedloom.model.tags import Tagger
 from fedloom.model.texts import Texts
+from fedloom.telling import Tellable
 from fedloom.tensors import fingerprint, only, without
 
 Precision = Literal["float32", "bf16"]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
-class ModelError(ValueError):
+class ModelError(ValueError, Tellable):
     """A model that cannot be used, and what could be."""
 
 

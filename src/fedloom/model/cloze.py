@@ -22,11 +22,12 @@ import torch
 from torch import nn
 
 from fedloom.model.reader import Encoded, Whole
+from fedloom.telling import Tellable
 
 FIELD = re.compile(r"\{(\w*)\}")
 
 
-class ClozeError(ValueError):
+class ClozeError(ValueError, Tellable):
     """A template or words that do not make a cloze; the message says what would."""
 
 

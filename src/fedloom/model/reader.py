@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from fedloom.telling import Tellable
+
 if TYPE_CHECKING:
     from fedloom.model.asked import Asked
     from fedloom.model.spans import Spans
@@ -26,7 +28,7 @@ First = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(segments, offsets) -> the first example of every row, int64, and last the number of examples."""
 
 
-class TextError(ValueError):
+class TextError(ValueError, Tellable):
     """Texts that cannot be put before a model; the message says what would help."""
 
 

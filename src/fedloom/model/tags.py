@@ -19,12 +19,13 @@ import torch
 
 from fedloom.model.asked import Asked
 from fedloom.model.reader import Encoded
+from fedloom.telling import Tellable
 
 MOST = 126
 """Tags at most: a segment is kept in a byte."""
 
 
-class TagError(ValueError):
+class TagError(ValueError, Tellable):
     """A tokenizer or tags that words cannot be tagged with; the message says what could."""
 
 

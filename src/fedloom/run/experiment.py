@@ -29,6 +29,7 @@ from fedloom.server.masks import Mask
 from fedloom.server.optimizers import ServerStep
 from fedloom.server.robust import Aggregation
 from fedloom.server.sharing import Sharing
+from fedloom.telling import Tellable
 
 FAR = 10**300
 """No number of an experiment is as large; beyond, an integer may be no float."""
@@ -36,7 +37,7 @@ LEVELS = 16
 """How deep an experiment's JSON may be nested."""
 
 
-class ExperimentError(ValueError):
+class ExperimentError(ValueError, Tellable):
     """A configuration that makes no sense, with what would."""
 
 

@@ -24,12 +24,13 @@ def main() -> int:
     warnings.simplefilter("ignore", FutureWarning)  # the libraries' own, about calls between them
     from fedloom.client.store import ClientStore
     from fedloom.engines.workers import ordered, refuse, serve
+    from fedloom.telling import in_full
 
     line, order = ordered(sys.argv[-1])
     try:
         world = built(order)
     except Exception as error:
-        refuse(line, error)
+        refuse(line, in_full(error))
         return 1
     serve(line, world.host(ClientStore(None)))
     return 0

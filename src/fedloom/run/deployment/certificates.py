@@ -6,6 +6,9 @@
 
 TLS certifies the server to the devices; Flower's node authentication certifies a device by a signature with its key, whose public half the
 server holds. Private keys are readable by their owner only, and are never shown.
+
+A private key is written before what is made of it, and every file is there as a whole or not at all. So whatever was interrupted, or lost a
+file, is mended by the same command: certificates and public halves are made of the keys that are there.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import ipaddress
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -34,32 +38,42 @@ class CertificateError(ValueError):
 
 
 def issue(folder: Path, devices: int, names: Sequence[str]) -> list[Path]:
-    """Make what is missing in ``folder`` for a server under these names and addresses and for devices 0 to ``devices`` − 1; what is there
-    stays. Returns what was made.
+    """Make what is missing in ``folder`` for a server under these names and addresses and for devices 0 to ``devices`` − 1; keys that are
+    there stay, and so does the server's certificate where it is of its key. For a device whose public half alone is here
+    (:func:`without_private`) nothing is made: it has its key. Returns what was made.
 
     Raises:
-        CertificateError: no names or devices, or an authority without its key.
+        CertificateError: no names or devices, an authority without its key, or a file that is no key, no certificate, or of another key.
     """
     if devices < 1 or not names:
         raise CertificateError(f"a federation needs a device and a name of its server; got {devices} devices and names {list(names)}")
     made: list[Path] = []
     key, certificate = _authority(folder, made)
-    server = folder / "server"
-    pem = certificate.public_bytes(Encoding.PEM)
-    if not (server / "server.pem").exists():
-        own = ec.generate_private_key(CURVE())
-        _write(server / "server.key", _private(own), made, secret=True)
-        _write(server / "server.pem", _certified(own, key, certificate, names).public_bytes(Encoding.PEM) + pem, made)
-    _write(server / "ca.pem", pem, made)
-    for k in range(devices):
-        place = folder / f"device-{k}"
-        if not (place / "device.key").exists():
-            own = ec.generate_private_key(CURVE())
-            _write(place / "device.key", _private(own), made, secret=True)
-            public = own.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-            _write(server / "devices" / f"{k}.pub", public, made)
-        _write(place / "ca.pem", pem, made)
+    server, pem = folder / "server", certificate.public_bytes(Encoding.PEM)
+    own, place = _key(server / "server.key", made), server / "server.pem"
+    if not place.exists() or _certificate(place).public_key() != own.public_key():
+        _write(place, _certified(own, key, certificate, names).public_bytes(Encoding.PEM) + pem, made)
+    there = set(range(devices)) - set(without_private(folder, devices))
+    for k in sorted(there):
+        private, public = folder / f"device-{k}" / "device.key", server / "devices" / f"{k}.pub"
+        half = _key(private, made).public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        if not public.exists():
+            _write(public, half, made)
+        elif public.read_bytes() != half:
+            raise CertificateError(
+                f"{public} is not the public half of {private}; delete {public.name}, and fedloom certs makes it of this key, or bring "
+                "back the key that the device has"
+            )
+        authority = private.with_name("ca.pem")
+        if not authority.exists() or authority.read_bytes() != pem:
+            _write(authority, pem, made)
     return made
+
+
+def without_private(folder: Path, devices: int) -> list[int]:
+    """The devices, of the first ``devices``, whose public keys lie in ``folder`` without the private ones."""
+    places = [(folder / "server" / "devices" / f"{k}.pub", folder / f"device-{k}" / "device.key") for k in range(devices)]
+    return [k for k, (public, private) in enumerate(places) if public.exists() and not private.exists()]
 
 
 def uncertified(folder: Path, names: Sequence[str]) -> list[str]:
@@ -68,15 +82,10 @@ def uncertified(folder: Path, names: Sequence[str]) -> list[str]:
     Raises:
         CertificateError: what lies there is no certificate.
     """
-    path = folder / "server" / "server.pem"
     try:
-        found = x509.load_pem_x509_certificate(path.read_bytes()).extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        found = _certificate(folder / "server" / "server.pem").extensions.get_extension_for_class(x509.SubjectAlternativeName)
     except x509.ExtensionNotFound:
         return list(names)
-    except ValueError as error:
-        raise CertificateError(
-            f"{path} is no certificate ({error}); delete it and server.key beside it, and fedloom certs makes both"
-        ) from error
     return [name for name in names if _named(name) not in found.value]
 
 
@@ -112,20 +121,56 @@ def insist_secret(path: Path) -> Path:
     return path
 
 
+def _key(path: Path, made: list[Path]) -> ec.EllipticCurvePrivateKey:
+    """The private key at ``path``, made if there is none.
+
+    Raises:
+        CertificateError: what is there is no such key, or others can read it.
+    """
+    if not path.exists():
+        own = ec.generate_private_key(CURVE())
+        _write(path, own.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), made, secret=True)
+        return own
+    content = insist_secret(path).read_bytes()
+    try:
+        key = load_pem_private_key(content, None)
+    except (ValueError, TypeError) as error:
+        raise _no("private key", path, error) from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise _no("private key of an elliptic curve", path, "of another kind")
+    return key
+
+
+def _certificate(path: Path) -> x509.Certificate:
+    """The first certificate of the file.
+
+    Raises:
+        CertificateError: it holds none.
+    """
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except ValueError as error:
+        raise _no("certificate", path, error) from error
+
+
+def _no(what: str, path: Path, why: object) -> CertificateError:
+    return CertificateError(f"{path} is no {what} ({why}); bring it back, or delete it and fedloom certs makes one")
+
+
 def _authority(folder: Path, made: list[Path]) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
-    """The authority's key and certificate, made if there is none."""
+    """The authority's key and certificate, made if they are not there. Of one key every certificate is as good: whoever has an earlier one
+    believes what was signed under a later."""
     secret, public = folder / "ca.key", folder / "server" / "ca.pem"
+    if public.exists() and not secret.exists():
+        raise CertificateError(
+            f"{secret} is not here, and without it nothing can be added to {folder}; bring it back, or name a new folder"
+        )
+    key = _key(secret, made)
     if public.exists():
-        if not secret.exists():
-            raise CertificateError(
-                f"{secret} is not here, and without it nothing can be added to {folder}; bring it back, or name a new folder"
-            )
-        key = load_pem_private_key(insist_secret(secret).read_bytes(), None)
-        assert isinstance(key, ec.EllipticCurvePrivateKey)
-        return key, x509.load_pem_x509_certificate(public.read_bytes())
-    if secret.exists():
-        raise CertificateError(f"{secret} is here and {public} is not; bring it back, or name a new folder")
-    key = ec.generate_private_key(CURVE())
+        found = _certificate(public)
+        if found.public_key() != key.public_key():
+            raise CertificateError(f"{public} is not of {secret}; bring the right one back, or name a new folder")
+        return key, found
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Fedloom federation")])
     usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
     certificate = (
@@ -135,7 +180,7 @@ def _authority(folder: Path, made: list[Path]) -> tuple[ec.EllipticCurvePrivateK
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA384())
     )
-    _write(secret, _private(key), made, secret=True)
+    _write(public, certificate.public_bytes(Encoding.PEM), made)
     return key, certificate
 
 
@@ -170,16 +215,19 @@ def _dated(builder: x509.CertificateBuilder) -> x509.CertificateBuilder:
     )
 
 
-def _private(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-
-
 def _write(path: Path, content: bytes, made: list[Path], secret: bool = False) -> None:
-    """Write a file that is not there yet; a secret one with nobody else able to read it at any moment."""
-    if path.exists():
-        return
+    """Write a file, whole or not at all; a secret one with nobody else able to read it at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644)
-    with os.fdopen(number, "wb") as file:
-        file.write(content)
+    scratch = path.with_name(f"{path.name}.new")
+    scratch.unlink(missing_ok=True)  # of a command that was killed
+    try:
+        with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        with suppress(OSError):
+            scratch.unlink()
+        raise
     made.append(path)

@@ -7,16 +7,19 @@ checked, the data are those that this device was given, and so is the model unle
 that transformers finds.
 
 **What leaves the device** are the tensors that the method sends, and of its predictions not the logits but how many of its examples of
-which class were told as which (:func:`counted`).
+which class were told as which (:func:`counted`); and of what goes wrong the kind and the place, without a word of the data
+(:func:`~fedloom.telling.for_others`).
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,12 +58,13 @@ def order(greeting: Mapping[str, Any], own: Own) -> dict[str, Any]:
 
 
 def greeting_of(world: World) -> dict[str, Any]:
-    """What a device is told of the experiment (JSON): all that decides a result, what labels mean, which model it must be."""
+    """What a device is told of the experiment (JSON): all that decides a result, what labels mean, which model and release it must be."""
     from fedloom.run.experiment import as_json
     from fedloom.run.starting import identity
 
     task = world.source.task
     return {
+        "release": version("fedloom"),
         "experiment": as_json(world.experiment),
         "recipe": recipe_digest(world.experiment.method),
         "task": {
@@ -72,6 +76,22 @@ def greeting_of(world: World) -> dict[str, Any]:
         },
         "model": identity(world.model),
     }
+
+
+def insist_same_release(greeting: Mapping[str, Any]) -> None:
+    """Insist that the server is of this release: others compute, write and check otherwise, and nothing else might show it.
+
+    Raises:
+        ExperimentError: it is not.
+    """
+    from fedloom.run.experiment import ExperimentError
+    from fedloom.wire import SHORT
+
+    theirs, here = str(greeting.get("release", "of an earlier release")), version("fedloom")
+    if theirs != here:
+        raise ExperimentError(
+            f"the server is Fedloom {SHORT.repr(theirs)}, and this device {here!r}; install the same release on both sides"
+        )
 
 
 def recipe_digest(method: Any) -> str:
@@ -163,12 +183,14 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     from fedloom.run.judging import Judge
     from fedloom.run.starting import begin_aside, identity
     from fedloom.run.world import cut, model_of, tokens_of
+    from fedloom.telling import for_others
 
     greeting, own = told["greeting"], Own(**{**told["own"], "text": tuple(told["own"]["text"])})
+    insist_same_release(greeting)
     e = from_json(greeting["experiment"], kinds_of(greeting, own))
     if e.digest() != greeting["digest"]:
         raise ExperimentError(
-            f"the experiment comes to {e.digest()} here and to {greeting['digest']} at the server: another release of Fedloom"
+            f"the experiment comes to {e.digest()} here and to {greeting['digest']} at the server: another state of Fedloom's code"
         )
     fleet = by_name(e.device, e.clients, e.seed)
     torch.set_num_threads(own.threads or torch.get_num_threads())
@@ -208,6 +230,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
         e.encoding,
         carried_out,
         [layer_scores],
+        for_others,
     )
     return host, {"examples": {split: len(shards[split]) for split in SPLITS}, "notes": [*source.notes, *cut(shards, model)]}
 
@@ -291,13 +314,15 @@ def main() -> int:
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore", FutureWarning)  # the libraries' own, about calls between them
-    from fedloom.engines.workers import ordered, refuse, serve
+    from fedloom.engines.workers import SAID, ordered, refuse, send, serve
+    from fedloom.telling import for_others, in_full
 
     line, told = ordered(sys.argv[-1])
     try:
         host, said = hosted(told)
     except Exception as error:
-        refuse(line, error)
+        send(line, {"kind": SAID, "level": logging.WARNING, "text": in_full(error)})  # for the device's own log
+        refuse(line, for_others(error))
         return 1
     serve(line, host, said)
     return 0

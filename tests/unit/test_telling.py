@@ -1,0 +1,89 @@
+"""What a machine says to another of an error: the kind and the place, and no word of the data."""
+
+from __future__ import annotations
+
+import re
+import sys
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from fedloom.data.sources import load
+from fedloom.data.tasks import DataError
+from fedloom.engines import workers
+from fedloom.engines.workers import WorkerError, receive
+from fedloom.model.spans import SpanError
+from fedloom.run import worker
+from fedloom.run.deployment import device
+from fedloom.telling import for_others, in_full
+from fedloom.wire import WireError
+
+SECRET = "Mrs Miller, born 3 May 1961"
+RAISED = r"raised at test_telling.py:\d+: its text may quote data, and is in the device's own log alone"
+
+
+def raised(error: Exception) -> Exception:
+    try:
+        raise error
+    except Exception as caught:
+        return caught
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (DataError(f"row 3 is {SECRET}", "row 3 of the train split is odd"), "^DataError: row 3 of the train split is odd$"),
+        (DataError(f"the columns are: {SECRET}"), f"^DataError, {RAISED}$"),
+        (SpanError(f"remove the question {SECRET}"), f"^SpanError, {RAISED}$"),
+        (KeyError(SECRET), f"^KeyError, {RAISED}$"),
+        (UnicodeEncodeError("utf-8", SECRET, 0, 1, "no"), f"^UnicodeEncodeError, {RAISED}$"),
+        (WireError("tensor 'x' holds NaN"), "^WireError: tensor 'x' holds NaN$"),
+        (WorkerError("worker 0 could not start"), "^WorkerError: worker 0 could not start$"),
+        (MemoryError("one pass needs 3 GiB"), "^MemoryError: one pass needs 3 GiB$"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_only_words_that_may_be_told_are_told(error: Exception, told: str) -> None:
+    assert re.search(told, for_others(raised(error))) and SECRET not in for_others(raised(error))
+    assert in_full(error) == f"{type(error).__name__}: {error}"
+
+
+BAD = {
+    "label": (
+        "train.csv",
+        f'text,label\nhello,a\nhi,"{SECRET}"\n',
+        "DataError: row 1 of the train split has a label that is no class, or none",
+    ),
+    "torn line": ("train.jsonl", f'{{"text": "x", "label": "a"}}\n{{"text": "{SECRET}, has', "DataError: line 2 is not JSON"),
+    "no object": ("train.json", f'["{SECRET}"]', "DataError: record 0 is no object of columns"),
+    "cells": ("train.csv", f"{SECRET}\nx,y,z\n", "DataError: line 2 has 3 cells, and the first 2"),
+    "no header": ("train.csv", f'"{SECRET}","{SECRET}"\n', "DataError: the first line does not name each column once"),
+    "columns": ("train.csv", f'"{SECRET}",1.5\n"x",2.5\n', "DataError, raised at "),
+}
+
+
+@pytest.mark.parametrize(("name", "text", "told"), BAD.values(), ids=BAD)
+def test_no_row_and_no_label_is_quoted_to_another_machine(name: str, text: str, told: str, tmp_path: Path) -> None:
+    """They were in the server's log, and in what every other device may ask it for."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match="Mrs Miller") as caught:
+        load(tmp_path, seed=3, task="classification", metric="accuracy", classes=("a", "b"))
+    assert for_others(caught.value).startswith(told) and "Miller" not in for_others(caught.value)
+
+
+def test_a_device_that_cannot_begin_tells_its_own_log_all_and_the_server_no_word_of_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = Pipe()
+
+    def refused(_: object) -> NoReturn:
+        raise DataError(f"row 1 of the train split has the label {SECRET!r}", "row 1 of the train split has a label that is no class")
+
+    monkeypatch.setattr(workers, "ordered", lambda number: (there, {}))
+    monkeypatch.setattr(worker, "end_with_parent", lambda: None)
+    monkeypatch.setattr(device, "hosted", refused)
+    monkeypatch.setattr(sys, "argv", ["device", "0"])
+    assert device.main() == 1
+    said, failed = receive(here)[0], receive(here)[0]
+    assert said["kind"] == "said" and said["text"] == f"DataError: row 1 of the train split has the label {SECRET!r}"
+    assert failed["kind"] == "failed" and failed["text"] == "DataError: row 1 of the train split has a label that is no class"
