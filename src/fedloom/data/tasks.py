@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from fedloom.messages import DIVERGED
+
 if TYPE_CHECKING:  # PyArrow is not needed to know what tasks there are
     from fedloom.data.rows import Rows
 
@@ -188,7 +190,7 @@ class Classification:
             raise DataError(f"label {outside[0]} is no class; there are 0 to {shape[1] - 1}")
         if not np.isfinite(logits).all():
             row = int(np.flatnonzero(~np.isfinite(logits).all(1))[0])
-            raise DataError(f"the logits of example {row} are not finite: {logits[row].tolist()}; training has diverged")
+            raise DataError(f"the logits of example {row} are not finite: {logits[row].tolist()}; {DIVERGED}")
         predicted = logits.argmax(1)
         scores = {"accuracy": float((predicted == labels).mean())}
         counts = np.bincount(shape[1] * labels + predicted, minlength=shape[1] ** 2).reshape(shape[1], shape[1])

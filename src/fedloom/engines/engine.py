@@ -37,7 +37,7 @@ def drive(flow: Flow[T], engine: Engine, quorum: float = 1.0, seen: Callable[[Se
     ``seen`` is called with every asking and its replies (the ledger's ear).
 
     Raises:
-        CohortFailed: fewer clients answered than must, by default ``ceil(quorum * asked)``.
+        CohortFailed: fewer clients answered than must, by default ``ceil(quorum * asked)``; or the flow gave up.
         ValueError: one asking names a client twice.
     """
     try:
@@ -54,6 +54,9 @@ def drive(flow: Flow[T], engine: Engine, quorum: float = 1.0, seen: Callable[[Se
             needed = asking.needed if asking.needed is not None else quorum_of(len(tasks), quorum) if quorum > 0 else 0
             if len(replies.updates) < needed:
                 raise CohortFailed(replies.failures, len(replies.updates), needed)
-            asked = flow.send(list(replies.updates))
+            try:
+                asked = flow.send(list(replies.updates))
+            except CohortFailed as failed:  # it insisted, and does not hear reasons
+                raise failed.because(replies.failures) from None
     except StopIteration as done:
         return done.value
