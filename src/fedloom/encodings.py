@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import torch
 
-from fedloom.messages import Setting, Task, Tensors, Update
+from fedloom.messages import DIVERGED, Setting, Task, Tensors, Update
 from fedloom.tensors import identical, rounded_up
 from fedloom.wire import DIMENSIONS, Packer, WireError
 
@@ -179,7 +179,7 @@ class Encoding:
             return update, left
         change = _joined(update.tensors, names) - _joined(task.tensors, names)
         if not bool(torch.isfinite(change).all()):
-            raise WireError("the update holds NaN or infinity; training diverged (a lower lr is the usual mend)")
+            raise WireError(f"the update holds NaN or infinity; {DIVERGED} (a lower lr is the usual mend)")
         if self.name == "top-k":
             owed = [unsent[n] if _changed(update.tensors[n], unsent.get(n)) else torch.zeros_like(update.tensors[n]) for n in names]
             change = change + torch.cat([t.reshape(-1) for t in owed])
@@ -208,7 +208,7 @@ class Encoding:
         change = self._decoded(update.tensors, sum(map(math.prod, shapes)))
         sums = _joined(task.tensors, names) + change
         if not bool(torch.isfinite(sums).all()):
-            raise WireError("an encoded update whose numbers are too large")
+            raise WireError(f"an encoded update whose numbers are too large; {DIVERGED}")
         whole = _parted(sums, names, shapes)
         return replace(update, tensors=dict(sorted({**_plain(update.tensors), **whole}.items())), metrics=_rest(update.metrics))
 

@@ -72,6 +72,11 @@ class Update:
     nonce: str = ""
 
 
+DIVERGED = "training diverged"
+"""Words in every message about numbers that have stopped being finite. Of a failure nothing but its reason travels, whatever lies between
+the device and the server, and it is by these words that what a smaller learning rate may mend is known there."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """A client that did not answer, and why."""
@@ -82,7 +87,11 @@ class Failure:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one task cost: whole messages in bytes as packed, floating-point operations and examples on the device."""
+    """What one task cost: whole messages in bytes as packed, floating-point operations and examples on the device.
+
+    What a device did is told by its update alone. So of one whose update did not come, or could not be read, there is what was sent down
+    and nothing else, also where it had trained to the end.
+    """
 
     client: int
     bytes_down: int
@@ -95,7 +104,7 @@ class Traffic:
 class Replies:
     """The updates that came back, in task order, and the clients that failed: each task has one entry in one of the two.
 
-    ``traffic`` has one entry a task, in task order; a failed client's ``bytes_up`` is 0.
+    ``traffic`` has one entry a task, in task order.
     """
 
     updates: tuple[Update, ...]
@@ -138,7 +147,13 @@ class CohortFailed(RuntimeError):
     def __init__(self, failures: Sequence[Failure], answered: int, needed: int) -> None:
         named = "; ".join(f"client {f.client}: {f.reason}" for f in failures)
         super().__init__(f"{answered} of {answered + len(failures)} clients answered, {needed} are needed. {named}")
-        self.failures = tuple(failures)
+        self.failures, self.answered, self.needed = tuple(failures), answered, needed
+
+    def because(self, last: Sequence[Failure]) -> CohortFailed:
+        """The same, with why each of these clients failed ``last``."""
+        known = {f.client: f" (the last time: {f.reason})" for f in last}
+        told = [Failure(f.client, f"{f.reason}{known.get(f.client, '')}") for f in self.failures]
+        return CohortFailed(told, self.answered, self.needed)
 
 
 def on_client(operation: F) -> F:

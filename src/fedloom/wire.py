@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fedloom.messages import Setting, Task, Tensors, Update
+from fedloom.messages import DIVERGED, Setting, Task, Tensors, Update
 from fedloom.telling import Tellable
 
 VERSION = 2
@@ -351,7 +351,7 @@ def _insist_finite(bits: memoryview, places: Iterable[Place]) -> None:
 
 
 def _not_finite(name: str) -> WireError:
-    return WireError(f"tensor '{name}' holds NaN or infinity; training diverged (a lower lr is the usual mend)")
+    return WireError(f"tensor '{name}' holds NaN or infinity; {DIVERGED} (a lower lr is the usual mend)")
 
 
 def _finite(bits: memoryview, dtype: torch.dtype) -> bool:
@@ -423,6 +423,6 @@ def _setting(name: str, value: Any) -> Setting:
         return _text(f"setting '{name}'", value)
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise WireError(f"setting '{name}' is {value}; settings must be finite")
+            raise WireError(f"setting '{name}' is {value}; settings must be finite, and are not where {DIVERGED}")
         return value
     raise WireError(f"setting '{name}' is {SHORT.repr(value)}; a setting is a str, int, float or bool, or a list of one of these kinds")

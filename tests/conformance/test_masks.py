@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -14,13 +15,16 @@ import pytest
 import torch
 
 from fedloom.client.curricula import all_curricula
+from fedloom.client.curricula.loss import ByLoss
+from fedloom.client.curriculum import shuffled
+from fedloom.client.masks import carried_out
 from fedloom.client.neurons import whole_private
 from fedloom.compute.serial import Serial
 from fedloom.compute.work import Predict
 from fedloom.messages import ask
 from fedloom.methods import all_methods
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.method import State
+from fedloom.methods.method import State, one_round
 from fedloom.methods.slora import SLora
 from fedloom.model.adapters import Adapter, Start
 from fedloom.model.blocks import layer_of
@@ -241,6 +245,29 @@ def test_the_warm_up_behind_a_mask_is_training_as_the_method_trains() -> None:
         seed = derive_int(3, "fit", 0, k) if fit.rows else derive_int(3, "fit mask", k)
         assert fit.dropout_seed == seed
     assert sum(bool(fit.rows) for fit in here.fits) == POOL.cohort
+
+
+def test_the_warm_up_has_the_methods_batches_whatever_a_curriculum_opens() -> None:
+    """Nine examples in batches of eight, of which the lone ninth is easiest and alone is open; by memory too."""
+    c, start = tiny.clients()[1], dict(tiny.model().initial)
+    lone = shuffled(9, 8, c.seed, "batches", c.id)[1][0]
+    logits = torch.zeros(9, 3)
+    logits[lone, c.train.labels[lone]] = 10.0
+    for by_memory, texts, sizes in ((False, 4, [8, 1]), (True, 4, [4, 4, 1]), (True, None, [8, 1])):
+        method = FedAvg(batch_size=8, batch_by_memory=by_memory, curriculum=ByLoss(start=0.4))
+        asking: Any = next(one_round(method, State(0, start), replace(POOL, cohort=4)))
+        told = {n: v for n, v in asking.tasks[1].settings.items() if n.startswith("mask_")}
+        assert told == {"mask_keep": 0.4, "mask_batch_size": 8} | ({"mask_by_memory": True} if by_memory else {})
+        work = carried_out(method.train, replace(c, texts=texts, private={}, memory={}), asking.tasks[1])
+        assert isinstance(next(work)[0], Predict)
+        (warm,) = work.send([logits])
+        assert [len(batch) for batch in warm.batches] == sizes
+        assert np.concatenate(warm.batches).tolist() == shuffled(9, 9, c.seed, "mask", c.id)[0].tolist()
+
+
+def test_a_method_without_a_batch_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="'none' has no batch_size, by which a mask's warm-up goes; leave --mask.keep out"):
+        next(one_round(SimpleNamespace(name="none", round=lambda *_: iter(())), State(0, {}), POOL))  # type: ignore[arg-type]
 
 
 def test_what_came_as_rows_is_completed_with_what_was_sent() -> None:

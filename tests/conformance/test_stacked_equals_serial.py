@@ -15,7 +15,7 @@ import torch
 from fedloom.compute.compute import Done
 from fedloom.compute.serial import Serial
 from fedloom.compute.stacked import Stacked, _chunks, _states_that_fit, pass_bytes
-from fedloom.compute.work import AdamW, Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, Smoothing, WorkItem
+from fedloom.compute.work import AdamW, Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, Smoothing, Spectrum, WorkItem
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
 from fedloom.model.adapters import Adapter
@@ -746,6 +746,9 @@ class Small:
             raise self.error("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
         return self.way(tensors, texts, *rest, **named)
 
+    def mapped(self, tensors: Tensors, texts: Any) -> Any:
+        return self(tensors, texts)
+
     def embed(self, texts: Any) -> Any:
         return self.way.embed(texts)
 
@@ -777,6 +780,23 @@ def test_a_text_that_does_not_fit_alone_is_an_error_that_says_so() -> None:
     of._ways[torch.float32] = Small(of.way(torch.float32), 3)  # type: ignore[assignment]
     with pytest.raises(MemoryError, match=r"one text of \d+ tokens does not fit"):
         Stacked(of).run([Predict(of.initial, examples(1))])
+
+
+@pytest.mark.parametrize("kind", [Sensitivity, Spectrum])
+def test_a_batch_that_must_be_whole_and_does_not_fit_is_an_error_that_says_so(kind: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """It is not halved, and what does not fit at all makes no later pass smaller."""
+    of = tiny.model()
+    small = Small(of.way(torch.float32), 20)
+    of._ways[torch.float32] = small  # type: ignore[assignment]
+    of.mapped = small.mapped  # type: ignore[method-assign]
+    compute = Stacked(of)
+    before = compute.tokens
+    items = [kind(of.initial, examples(k), np.arange(8)) for k in (1, 3)]
+    for some in (items[:1], items):
+        with pytest.raises(MemoryError, match=rf"^a batch of 8 texts does not .* {kind.__name__.lower()} .*; take a smaller batch size$"):
+            compute.run(some)
+        assert compute.tokens == before
+        assert len(some) > 1 or "ran out of memory" not in caplog.text
 
 
 def test_other_errors_are_not_taken_for_memory() -> None:

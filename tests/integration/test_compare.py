@@ -170,16 +170,23 @@ def test_a_run_that_fails_and_a_process_that_dies_lose_no_other(
     assert [r["method"] for r in json.loads(Path("c/comparison.json").read_text())] == ["bad", "dies", "lora"]
 
 
-def test_a_rate_that_diverges_is_no_failure_of_a_search(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["compare", "local", *small(place / "data"), "--rounds", "3", "--lrs", "1e38", "0.01", "--out", str(tmp_path / "c")]
+@pytest.mark.parametrize(("methods", "wire"), [(["local"], "exact"), (["lora", "fibecfed"], "up:int8")])
+def test_a_rate_that_diverges_is_no_failure_of_a_search(
+    methods: list[str], wire: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a set-up too, as FibecFed's warm-up of the head does."""
+    words = ["compare", *methods, *small(place / "data"), "--rounds", "3", "--lrs", "1e38", "0.01"]
+    words += ["--wire", wire, "--out", str(tmp_path / "c")]
     assert cli.main(words) == 0
     assert "diverged" in capsys.readouterr().out
-    row = json.loads((tmp_path / "c" / "summary.json").read_text())["cases"][0]["rows"][0]
-    assert row["lr"] == 0.01
-    assert row["grid"][0] == {"lr": 1e38, "validation": None, "diverged": True}
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c").glob("local*/*")}
+    rows = json.loads((tmp_path / "c" / "summary.json").read_text())["cases"][0]["rows"]
+    assert [row["method"] for row in rows] == methods
+    for row in rows:
+        assert row["lr"] == 0.01
+        assert row["grid"][0] == {"lr": 1e38, "validation": None, "diverged": True}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c").glob("*-lr*/*")}
     assert cli.main(words) == 0
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "c").glob("local*/*")} == before, "neither rate is run again"
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "c").glob("*-lr*/*")} == before, "neither rate is run again"
 
 
 def test_shared_training_is_evaluated_and_not_done_again(place: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedloom.client.curricula.loss import ByLoss
 from fedloom.client.curriculum import shuffled
 from fedloom.compute.work import Fit
 from fedloom.server.masks import Mask
@@ -16,16 +17,15 @@ from fedloom.tensors import unpacked
 from tests.oracle import real
 from tests.oracle.numpy_fibecfed import fisher_diagonal, is_lora, neuron_masks
 from tests.oracle.numpy_training import train
-from tests.oracle.test_baselines import COHORTS, EVERYBODY, epochs
+from tests.oracle.test_baselines import COHORTS, EVERYBODY, epochs, lists
 from tests.oracle.test_rivals import assert_predicts, is_b, mean_of
 
 Arrays = dict[str, np.ndarray]
 KEEP = 0.3
 
 
-def derived(k: int, at: Arrays) -> Arrays:
+def derived(k: int, at: Arrays, size: int = real.INNER.batch_size) -> Arrays:
     """ "Warm up all LoRA … the warm-up weights are thrown away"; "keep the highest-scoring fraction", in every layer."""
-    size = real.INNER.batch_size
     batches = shuffled(real.SIZES[k], size, real.SEED, "mask", k)
     lora = [n for n in at if is_lora(n)]
     warm, _ = train(real.encoder(), at, lora, real.questions(k), batches, real.RULE)
@@ -63,6 +63,21 @@ def test_a_device_trains_sends_and_remembers_its_rows_and_the_server_averages_wh
         real.assert_close(made.states[t + 1].shared, shared)
     assert len({str(m) for m in masks.values()}) == len(masks) > 1, "devices differ"
     assert_predicts(made, dict.fromkeys(EVERYBODY, shared))
+
+
+def test_a_mask_is_chosen_in_the_methods_batches_whatever_a_curriculum_opens() -> None:
+    """Of 13, 6, 18 and 9 examples in batches of 4 the last batches have 1, 2, 2 and 1; of some devices it is the first that opens."""
+    method: Any = replace(real.INNER, batch_size=4, curriculum=ByLoss(start=0.05))
+    made = real.watch(method, real.compute("stacked"), replace(real.POOL, cohort=4, rounds=1, mask=Mask(KEEP)))
+    (exchange,) = made.asked("train")
+    short = 0
+    for k in EVERYBODY:
+        warm, fit = exchange.fits(k)
+        assert lists(warm.batches) == lists(shuffled(real.SIZES[k], 4, real.SEED, "mask", k))
+        kept = {n.removeprefix("rows/"): unpacked(t).tolist() for n, t in exchange.up[k].tensors.items() if n.startswith("rows/")}
+        assert kept == {n: (m[:, 0] > 0).tolist() for n, m in derived(k, real.start(), 4).items()}
+        short += max(map(len, fit.batches)) < 4
+    assert short
 
 
 def test_rows_over_others_are_a_mask() -> None:

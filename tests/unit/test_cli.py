@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import json
+import math
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -22,7 +24,10 @@ from fedloom.client.curricula import all_curricula
 from fedloom.client.curricula.slw import LengthWarmup
 from fedloom.client.curricula.voc import ByRarity
 from fedloom.client.store import DiskError, StoreError
-from fedloom.messages import CohortFailed, Failure
+from fedloom.compute.lowrank import directions
+from fedloom.data.tasks import Classification
+from fedloom.encodings import CODES, WHICH, Encoding
+from fedloom.messages import DIVERGED, CohortFailed, Failure, Task, Update
 from fedloom.methods import all_methods, named
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.prior import PriorCorrected
@@ -32,8 +37,9 @@ from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.comparison.compare import Comparison
 from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError, as_json
 from fedloom.run.terminal import options
-from fedloom.run.terminal.failures import RESUMES, explain
+from fedloom.run.terminal.failures import RESUMES, diverged, explain
 from fedloom.run.terminal.overview import what_it_is
+from fedloom.wire import WireError, pack
 
 
 def names(text: str) -> list[str]:
@@ -228,7 +234,7 @@ def test_errors_have_a_code_and_a_mend() -> None:
     full = OSError(errno.ENOSPC, "No space left on device", "/a/b")
     cases = [
         (cohort, 1, ["client 3: ValueError: no", "--quorum", "the same command"]),
-        (CohortFailed([Failure(0, "setting 'loss' is nan")], 0, 1), 1, ["learning rate"]),
+        (CohortFailed([Failure(0, f"WireError: x is NaN; {DIVERGED}")], 0, 1), 1, ["learning rate"]),
         (full, 1, ["/a/b", "free some space", "the same command"]),
         (PermissionError(errno.EACCES, "Permission denied", "/a"), 1, ["/a", "--out"]),
         (FileNotFoundError(errno.ENOENT, "No such file", "/a"), 2, ["check the path"]),
@@ -245,6 +251,27 @@ def test_errors_have_a_code_and_a_mend() -> None:
         assert [text for text in wanted if text not in explained[0]] == []
     assert explain(TypeError("a fault of ours")) is None
     assert explain(KeyError("a fault of ours")) is None
+
+
+def test_numbers_that_stopped_being_finite_ask_for_a_smaller_rate_however_they_are_told() -> None:
+    bad, task = torch.tensor([[1.0, math.nan]]), Task("train", 0, {"w": torch.full((1, 2), 3e38)})
+    large = Update(0, 1, {CODES: task.tensors["w"].flatten().bfloat16()}, {WHICH: ["w"]})
+    ways: dict[str, Any] = {
+        "a tensor": lambda: pack(Update(0, 1, {"w": bad}), "x"),
+        "a loss": lambda: pack(Update(0, 1, {}, {"loss": math.nan}), "x"),
+        "over a wire that loses something": lambda: Encoding.of("up:int8").up(Update(0, 1, {"w": bad}), task, {}),
+        "at the server": lambda: Encoding.of("up:bf16").received(large, task),
+        "logits": lambda: Classification(("text",), "label", ("a", "b"), "accuracy").scores(np.zeros(1, int), bad.numpy()),
+        "a gradient": lambda: directions(bad, 1),
+    }
+    for name, way in ways.items():
+        with pytest.raises((ValueError, FloatingPointError)) as told:
+            way()
+        cohort = CohortFailed([Failure(0, f"{type(told.value).__name__}: {told.value}")], 0, 1)
+        assert diverged(cohort) and "smaller learning rate" in (explain(cohort) or ("", 0))[0], name
+    with pytest.raises(WireError, match="not finite") as counted:
+        pack(Update(0, 1, flops=-1.0), "x")
+    assert not diverged(counted.value), "this is no matter of a rate"
 
 
 def test_a_fault_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,7 +509,7 @@ def test_a_method_of_turns_asks_one_device_a_round(name: str, asked: int) -> Non
     "error",
     [
         *(OSError(28, "No space left on device", "x"), DiskError("x is full"), MemoryError("much"), SafetensorError("x")),
-        *(CohortFailed([Failure(1, "gone")], 1, 2), CohortFailed([Failure(1, "its loss is nan")], 1, 2)),
+        *(CohortFailed([Failure(1, "gone")], 1, 2), CohortFailed([Failure(1, DIVERGED)], 1, 2)),
     ],
 )
 def test_only_a_command_that_resumes_promises_to(error: Exception) -> None:

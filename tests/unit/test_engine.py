@@ -10,7 +10,7 @@ import torch
 
 from fedloom.engines.engine import drive
 from fedloom.engines.local import waves
-from fedloom.messages import Asking, CohortFailed, Failure, Flow, Replies, Take, Task, Update, whole
+from fedloom.messages import Asking, CohortFailed, Failure, Flow, Replies, Take, Task, Update, insist, whole
 from fedloom.server.aggregation import Average
 
 
@@ -49,6 +49,12 @@ def test_a_quorum_is_rounded_up_and_zero_means_that_the_flow_insists_itself() ->
     with pytest.raises(CohortFailed, match="0 of 1 clients answered, 1 are needed"):
         drive(asking(1), Half(), 0.01)
     assert drive(asking(1), Half(), 0) == []
+
+
+def test_who_insisted_in_vain_is_told_why() -> None:
+    why = r"1 of 2 clients answered, 2 are needed. client 1: no answer to 'op' in 2 attempts \(the last time: odd\)$"
+    with pytest.raises(CohortFailed, match=why):
+        drive(insist([Task("op", 0), Task("op", 1)], attempts=2), Half(), 0)
 
 
 def test_what_was_heard_is_told_before_the_cohort_fails() -> None:

@@ -139,5 +139,5 @@ def test_scores_need_questions_and_finite_numbers() -> None:
     task = Questions("q", "c", "a", ("all",))
     with pytest.raises(DataError, match="n > 0 questions"):
         task.scores(np.zeros(0), np.zeros((0, 3)))
-    with pytest.raises(DataError, match="training has diverged"):
+    with pytest.raises(DataError, match="training diverged"):
         task.scores(np.zeros(1), np.array([[np.nan, 1, 1]]))

@@ -192,5 +192,5 @@ def test_scores_need_words_and_finite_numbers() -> None:
     task = Tagging("w", "t", NAMES, ("x", "y", NONE))
     with pytest.raises(DataError, match="with a word at least"):
         task.scores(np.zeros(1), np.zeros((1, 6)))
-    with pytest.raises(DataError, match="training has diverged"):
+    with pytest.raises(DataError, match="training diverged"):
         task.scores(np.zeros(1), np.array([[np.nan, 1, 2, 0, 0, 0]]))

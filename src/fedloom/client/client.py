@@ -34,6 +34,10 @@ class Client:
     private: dict[str, torch.Tensor] = field(default_factory=dict)
     memory: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    def texts_a_step(self, batch_size: int, by_memory: bool) -> int:
+        """Examples in a step of ``batch_size``; ``by_memory``: no more than its memory holds."""
+        return min(batch_size, self.texts) if by_memory and self.texts is not None else batch_size
+
     def shard(self, split: Split) -> Examples:
         """The device's own examples of one split.
 

@@ -1,8 +1,8 @@
 """Masks on a device: which output neurons of LoRA's pairs it trains, chosen as FibecFed chooses them (2410.00131), under any method.
 
 Before a device first trains a B (d_out, r), at the tensors that it is about to train, it warms the pairs up for an epoch over all of its
-examples, takes the diagonal Fisher information there, and throws what it trained away; of each layer's output neurons it keeps the share of
-highest Fisher (``neurons.neuron_masks``), for good. From then on
+examples, in batches of the method's size whatever a curriculum opens, takes the diagonal Fisher information there, and throws what it
+trained away; of each layer's output neurons it keeps the share of highest Fisher (``neurons.neuron_masks``), for good. From then on
 
     B[μ, :] <- as the method trains it, μ kept;   B[μ, :] stays as it came, μ not kept
 
@@ -36,7 +36,7 @@ from fedloom.messages import Task, Tensors, Update, Work
 from fedloom.model.names import is_factor, is_up
 from fedloom.seeds import derive_int
 from fedloom.server.controls import plain
-from fedloom.server.masks import KEEP, ROWS
+from fedloom.server.masks import BY_MEMORY, KEEP, MASK, ROWS, SIZE
 from fedloom.tensors import nbytes, packed, unpacked, without
 
 Operation = Callable[[Client, Task], Work[Update]]
@@ -57,7 +57,8 @@ def masked(operation: Operation, c: Client, task: Task) -> Work[Update]:
         store_rows(c)
         return update
     share = float(task.settings[KEEP])  # type: ignore[arg-type]
-    bare = replace(task, settings={name: value for name, value in task.settings.items() if name != KEEP})
+    size = c.texts_a_step(int(task.settings[SIZE]), BY_MEMORY in task.settings)  # type: ignore[arg-type]
+    bare = replace(task, settings={name: value for name, value in task.settings.items() if not name.startswith(MASK)})
     work, answer, held = operation(c, bare), None, (0, 0)
     while True:
         try:
@@ -68,7 +69,7 @@ def masked(operation: Operation, c: Client, task: Task) -> Work[Update]:
         items = asked if isinstance(asked, list) else [asked]
         for item in items:
             if isinstance(item, Fit) and (new := [n for n in item.start if is_up(n) and ROWS + n not in c.memory]):
-                chosen = yield from _choose(c, item, share)
+                chosen = yield from _choose(c, item, share, size)
                 c.memory |= {ROWS + n: packed(chosen[n]) for n in new}
         done = yield [_few(c, item, bare.tensors) for item in items]
         held = max([held, *[_held(item, one) for item, one in zip(items, done, strict=True) if isinstance(item, Fit)]])
@@ -97,11 +98,10 @@ def _rows(c: Client, name: str) -> torch.Tensor:
     return unpacked(c.memory[ROWS + name])
 
 
-def _choose(c: Client, item: Fit, share: float) -> Work[dict[str, torch.Tensor]]:
-    """The masks (d_out, 1) of every B that the item trains."""
+def _choose(c: Client, item: Fit, share: float, size: int) -> Work[dict[str, torch.Tensor]]:
+    """The masks (d_out, 1) of every B that the item trains. ``size``: examples a step of the warm-up."""
     pairs = {n: t for n, t in item.start.items() if is_factor(n)}
     rest = {**item.fixed, **without(item.start, pairs)}
-    size = max(len(batch) for batch in item.batches)
     batches = shuffled(len(c.train), size, c.seed, "mask", c.id)
     seed = derive_int(c.seed, "fit mask", c.id)
     (fitted,) = yield [Fit(pairs, c.train, batches, item.optimizer, fixed=rest, dropout_seed=seed, bias=item.bias)]

@@ -32,8 +32,7 @@ T = TypeVar("T")
 def layer_scores(c: Client, task: Task) -> Work[Update]:
     """s_l^k of every layer, float64 (D,), on the first of the device's batches of ``task.settings["batch_size"]``, or of as many texts as
     it takes where the method follows its memory (``by_memory``), at the start with what came in its place. Nothing is kept."""
-    size = int(task.settings["batch_size"])  # type: ignore[arg-type]
-    size = min(size, c.texts) if task.settings.get("by_memory") and c.texts is not None else size
+    size = c.texts_a_step(int(task.settings["batch_size"]), "by_memory" in task.settings)  # type: ignore[arg-type]
     start = yield Initial()
     batch = shuffled(len(c.train), size, c.seed, "batches", c.id)[0]
     scores = yield Sensitivity({**start, **task.tensors}, c.train, batch)

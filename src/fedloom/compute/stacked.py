@@ -141,15 +141,18 @@ class Stacked:
 
     # ---- passes -------------------------------------------------------------------------------------------------------------
 
-    def _passes(self, items: Sequence[Any], parts: Sequence[Part], do: Callable[[list[Part]], None], each: int = 0) -> None:
+    def _passes(
+        self, items: Sequence[Any], parts: Sequence[Part], do: Callable[[list[Part]], None], each: int = 0, whole: str = ""
+    ) -> None:
         """Have ``do`` done to all ``parts``, as many at once as a pass may hold. ``each``: bytes that a part needs besides its tokens.
+        ``whole``: for what the texts of a part must be together.
 
-        When memory runs out all the same, passes get smaller, for good; a part that does not fit alone is halved.
+        When memory runs out all the same, passes get smaller, for good; a part that does not fit alone is halved, unless it must be whole.
 
         Raises:
-            MemoryError: a single text does not fit.
+            MemoryError: a single text does not fit, or a part that must be whole. Passes then hold what they held before.
         """
-        waiting = list(reversed(parts))
+        waiting, before = list(reversed(parts)), self.tokens
         per_token = pass_bytes(self.model)
         while waiting:
             free = MEMORY_SHARE * free_bytes(self.model.device)
@@ -166,10 +169,11 @@ class Stacked:
             except (MemoryError, RuntimeError) as error:
                 if not _out_of_memory(error):
                     raise
-                if len(taken) == 1 and len(taken[0].rows) == 1:
-                    raise MemoryError(
-                        f"one text of {tokens} tokens does not fit into memory ({error}); use a shorter --max-length or a smaller model"
-                    ) from error
+                if len(taken) == 1 and (whole or len(taken[0].rows) == 1):
+                    self.tokens, count = before, len(taken[0].rows)
+                    one = f"one text of {tokens} tokens does not fit into memory ({error}); use a shorter --max-length or a smaller model"
+                    many = f"a batch of {count} texts does not fit into memory for its {whole} ({error}); take a smaller batch size"
+                    raise MemoryError(one if count == 1 else many) from error
                 self.tokens = max(1, tokens // 2)
                 log.warning("a pass of %d tokens ran out of memory; passes hold at most %d from here on", tokens, self.tokens)
                 if len(taken) == 1:
@@ -371,10 +375,6 @@ class Stacked:
 
         def measure(parts: list[Part]) -> None:
             batches = [items[p.item].batch for p in parts]
-            if any(len(p.rows) < len(batch) for p, batch in zip(parts, batches, strict=True)):
-                raise MemoryError(
-                    f"a batch of {len(batches[0])} texts does not fit into memory for its sensitivity; take a smaller batch size"
-                )
             tensors = flat.split(at[[p.item for p in parts]])
             texts = self._texts(items, parts, range(len(parts)), [1 / len(batch) for batch in batches])
             clean, owners = model.way(torch.float32).embed(texts)
@@ -399,7 +399,7 @@ class Stacked:
             for part, mine in zip(parts, torch.stack(made, 1).cpu().numpy().astype(np.float64), strict=True):
                 scores[part.item] = mine
 
-        self._passes(items, [Part(k, item.batch) for k, item in enumerate(items)], measure)
+        self._passes(items, [Part(k, item.batch) for k, item in enumerate(items)], measure, whole="sensitivity")
         return scores
 
     def _spectrum(self, items: Sequence[Spectrum]) -> list[Spectral]:
@@ -412,10 +412,6 @@ class Stacked:
 
         def measure(parts: list[Part]) -> None:
             batches, of = [items[p.item].batch for p in parts], [p.item for p in parts]
-            if any(len(p.rows) < len(batch) for p, batch in zip(parts, batches, strict=True)):
-                raise MemoryError(
-                    f"a batch of {len(batches[0])} texts does not fit into memory for its spectrum; take a smaller batch size"
-                )
             texts = self._texts(items, parts, range(len(parts)), [1 / len(batch) for batch in batches])
 
             def gradient(where: torch.Tensor, twice: bool) -> torch.Tensor:
@@ -428,7 +424,7 @@ class Stacked:
         each = 8 * (items[0].steps + 8) * flat.size + 4 * longest * pass_bytes(
             self.model, twice=True
         )  # the basis; the graph of the gradient
-        self._passes(items, [Part(k, item.batch) for k, item in enumerate(items)], measure, each)
+        self._passes(items, [Part(k, item.batch) for k, item in enumerate(items)], measure, each, whole="spectrum")
         return [found[k] for k in range(len(items))]
 
     def _predict(self, items: Sequence[Predict]) -> list[torch.Tensor]:

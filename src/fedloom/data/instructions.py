@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from fedloom.data.tasks import TEXTS, TOKEN_ACCURACY, Column, DataError, Outcomes
+from fedloom.messages import DIVERGED
 
 if TYPE_CHECKING:
     from fedloom.data.rows import Rows
@@ -91,8 +92,8 @@ class Instructions:
             raise DataError(f"scores take what was predicted of n > 0 answers, (n, 3), and got {made.shape}")
         if not np.isfinite(made).all():
             row = int(np.flatnonzero(~np.isfinite(made).all(1))[0])
-            where = f"the loss of example {row} is not finite"
-            raise DataError(f"{where}; training has diverged", where)
+            where = f"the loss of example {row} is not finite; {DIVERGED}"
+            raise DataError(where, where)
         return {TOKEN_ACCURACY: float(right / tokens), PERPLEXITY: perplexity(self.loss(labels, made))}
 
     def loss(self, labels: np.ndarray, made: np.ndarray) -> float:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedloom.data.tasks import ANSWER_F1, Column, DataError, Outcomes
+from fedloom.messages import DIVERGED
 
 if TYPE_CHECKING:
     from fedloom.data.rows import Rows
@@ -90,8 +91,8 @@ class Questions:
             raise DataError(f"scores take what was found for n > 0 questions, (n, 3), and got {made.shape}")
         if not np.isfinite(made).all():
             row = int(np.flatnonzero(~np.isfinite(made).all(1))[0])
-            where = f"the loss of example {row} is not finite"
-            raise DataError(f"{where}; training has diverged", where)
+            where = f"the loss of example {row} is not finite; {DIVERGED}"
+            raise DataError(where, where)
         return {ANSWER_F1: float(made[:, 1].mean(dtype=np.float64)), EXACT: float(made[:, 2].mean(dtype=np.float64))}
 
     def loss(self, labels: np.ndarray, made: np.ndarray) -> float:

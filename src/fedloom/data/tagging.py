@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedloom.data.tasks import ENTITY_F1, Column, DataError, Outcomes
+from fedloom.messages import DIVERGED
 
 if TYPE_CHECKING:
     from fedloom.data.rows import Rows
@@ -80,8 +81,8 @@ class Tagging:
             raise DataError(f"scores take what was predicted of sentences, (n, 6), with a word at least, and got {made.shape}")
         if not np.isfinite(made).all():
             row = int(np.flatnonzero(~np.isfinite(made).all(1))[0])
-            where = f"the loss of example {row} is not finite"
-            raise DataError(f"{where}; training has diverged", where)
+            where = f"the loss of example {row} is not finite; {DIVERGED}"
+            raise DataError(where, where)
         right, predicted, true = made[:, 3:].sum(0, dtype=np.float64)
         return {ENTITY_F1: float(2 * right / max(predicted + true, 1)), WORD_ACCURACY: float(made[:, 1].sum(dtype=np.float64) / words)}
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from fedloom.messages import DIVERGED
 from fedloom.telling import Tellable
 
 if TYPE_CHECKING:  # PyArrow is not needed to know what tasks there are
@@ -201,7 +202,7 @@ class Classification:
         if not np.isfinite(logits).all():
             row = int(np.flatnonzero(~np.isfinite(logits).all(1))[0])
             where = f"the logits of example {row} are not finite"
-            raise DataError(f"{where}: {logits[row].tolist()}; training has diverged", where)
+            raise DataError(f"{where}: {logits[row].tolist()}; {DIVERGED}", f"{where}; {DIVERGED}")
         predicted = logits.argmax(1)
         scores = {"accuracy": float((predicted == labels).mean())}
         counts = np.bincount(shape[1] * labels + predicted, minlength=shape[1] ** 2).reshape(shape[1], shape[1])

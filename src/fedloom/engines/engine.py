@@ -38,7 +38,7 @@ def drive(flow: Flow[T], engine: Engine, quorum: float = 1.0, seen: Callable[[Se
     ``seen`` is called with every asking and its replies (the ledger's ear).
 
     Raises:
-        CohortFailed: fewer clients answered than must, by default ``ceil(quorum * asked)``, or none who did has examples.
+        CohortFailed: fewer clients answered than must, by default ``ceil(quorum * asked)``; none who did has examples; or the flow gave up.
         ValueError: one asking names a client twice.
     """
     try:
@@ -60,5 +60,7 @@ def drive(flow: Flow[T], engine: Engine, quorum: float = 1.0, seen: Callable[[Se
             except Weightless as error:
                 idle = [Failure(update.client, f"its answer has no weight ({error})") for update in replies.updates]
                 raise CohortFailed([*replies.failures, *idle], 0, max(needed, 1)) from error
+            except CohortFailed as failed:  # it insisted, and does not hear reasons
+                raise failed.because(replies.failures) from None
     except StopIteration as done:
         return done.value

@@ -159,7 +159,7 @@ class FedAvg:
 
     def size_of(self, c: Client) -> int:
         """Examples a step on this device."""
-        return min(self.batch_size, c.texts) if self.batch_by_memory and c.texts is not None else self.batch_size
+        return c.texts_a_step(self.batch_size, self.batch_by_memory)
 
     def cut(self, c: Client, purpose: str, *path: int) -> list[np.ndarray]:
         """One epoch of seeded batches of the device's training data."""

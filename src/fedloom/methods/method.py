@@ -166,7 +166,8 @@ def set_up(method: Method, model: Model, pool: Pool) -> Flow[State]:
     if pool.sharing.which == "random" or how_many(pool.sharing, len(adapted)) == len(adapted):
         scores = np.zeros(model.depth)
     else:
-        answers = yield from insist([Task("layer_scores", k, moved, batch_of(method)) for k in pool.clients])
+        batch = batch_of(method, "layers are scored; give --share.which random, or leave --share out")
+        answers = yield from insist([Task("layer_scores", k, moved, batch) for k in pool.clients])
         scores = pool.mean(answers)["layer_scores"].numpy()
         facts["layer_scores"] = scores.tolist()
     chosen = choose_gal(scores, adapted, pool.sharing, pool.seed)
@@ -174,16 +175,16 @@ def set_up(method: Method, model: Model, pool: Pool) -> Flow[State]:
     return replace(state, shared=without(state.shared, own), facts={**state.facts, **facts, GAL: chosen})
 
 
-def batch_of(method: Any) -> dict[str, Any]:
+def batch_of(method: Any, what: str) -> dict[str, Any]:
     """Examples a step in the method's local training, which is its own or that of the method that it holds, as settings of a task; and
-    whether a device takes fewer if its memory says so.
+    whether a device takes fewer if its memory says so. ``what`` goes by them, and how to do without.
 
     Raises:
         ValueError: neither says.
     """
     inner = next((part for part in parts(method) if "batch_size" in vars(part)), None)
     if inner is None:
-        raise ValueError(f"'{method.name}' has no batch_size, by which layers are scored; give --share.which random, or leave --share out")
+        raise ValueError(f"'{method.name}' has no batch_size, by which {what}")
     by_memory = {"by_memory": True} if vars(inner).get("batch_by_memory") else {}
     return {"batch_size": int(inner.batch_size), **by_memory}
 
@@ -194,7 +195,9 @@ def one_round(method: Method, state: State, pool: Pool) -> Flow[State]:
     all."""
     flow = _corrected(method, state, pool) if pool.controls else _stepping(method, state, pool)
     flow = pool.sharing.over(flow, state.facts)
-    return (yield from flow if pool.mask.keep == 1 else pool.mask.over(flow))
+    if pool.mask.keep < 1:
+        flow = pool.mask.over(flow, batch_of(method, "a mask's warm-up goes; leave --mask.keep out"))
+    return (yield from flow)
 
 
 def _corrected(method: Method, state: State, pool: Pool) -> Flow[State]:

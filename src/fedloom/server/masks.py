@@ -1,23 +1,23 @@
 """Masks at the server: which share of each layer's output neurons a device trains, and rows that travel instead of whole tensors.
 
-Each round's tasks that are told the round, which are those that train, say the share (``Mask.keep``); predictions are told nothing, and
-what one trains for itself it trains whole. A device answers with the rows of each B (d_out, r) that it trains, and which they are, one bit
-a row; the others are as it was sent them, and are put back here. So a method's server sees whole tensors, and averages over those who
-trained a row and those who left it alone; and whoever judges answers sees them so too (``Task.complete``). The device's half, and how rows
-are chosen: ``client/masks.py``.
+Each round's tasks that are told the round, which are those that train, say the share (``Mask.keep``) and the method's batch size;
+predictions are told nothing, and what one trains for itself it trains whole. A device answers with the rows of each B (d_out, r) that it
+trains, and which they are, one bit a row; the others are as it was sent them, and are put back here. So a method's server sees whole
+tensors, and averages over those who trained a row and those who left it alone; and whoever judges answers sees them so too
+(``Task.complete``). The device's half, and how rows are chosen: ``client/masks.py``.
 
 It does not know methods: their rounds pass through it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 
-from fedloom.messages import Flow, Take, Task, Tensors, through
+from fedloom.messages import Flow, Setting, Take, Task, Tensors, through
 from fedloom.tensors import unpacked
 
 T = TypeVar("T")
@@ -25,8 +25,12 @@ T = TypeVar("T")
 ROWS = "rows/"
 """Before the name of a B: which of its rows there are, packed (``tensors.packed``). In an update, and in a device's memory."""
 
-KEEP = "mask_keep"
-"""The setting that tells a device the share that it trains."""
+MASK = "mask_"
+"""Before the names of all settings that tell a device of its mask."""
+KEEP = f"{MASK}keep"
+"""The share that it trains."""
+SIZE, BY_MEMORY = f"{MASK}batch_size", f"{MASK}by_memory"
+"""Examples a step in the warm-up; and, if it is there, that a device takes no more than its memory holds."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +47,16 @@ class Mask:
         if not 0 < self.keep <= 1:
             raise ValueError(f"a mask keeps a share of the neurons above 0 and at most 1; got keep {self.keep}")
 
-    def over(self, flow: Flow[T]) -> Flow[T]:
-        """The same round, whose devices train some rows."""
-        return through(flow, lambda a: replace(a, tasks=[self._told(task) for task in a.tasks], take=_completing(a.tasks, a.take)))
+    def over(self, flow: Flow[T], batch: Mapping[str, Setting]) -> Flow[T]:
+        """The same round, whose devices train some rows. ``batch``: how many examples a step of the method has, as settings."""
+        told = {MASK + name: value for name, value in {"keep": self.keep, **batch}.items()}
+        return through(flow, lambda a: replace(a, tasks=[_told(task, told) for task in a.tasks], take=_completing(a.tasks, a.take)))
 
-    def _told(self, task: Task) -> Task:
-        if "round" not in task.settings:
-            return task
-        return replace(
-            task, settings={**task.settings, KEEP: self.keep}, complete=lambda came: task.complete(completed(came, task.tensors))
-        )
+
+def _told(task: Task, told: Mapping[str, Setting]) -> Task:
+    if "round" not in task.settings:
+        return task
+    return replace(task, settings={**task.settings, **told}, complete=lambda came: task.complete(completed(came, task.tensors)))
 
 
 def _completing(tasks: Sequence[Task], take: Take) -> Take:

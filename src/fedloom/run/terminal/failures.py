@@ -7,14 +7,13 @@ hidden.
 from __future__ import annotations
 
 import errno
-import re
 
 import torch
 from safetensors import SafetensorError
 
 from fedloom.client.store import DiskError, StoreError
 from fedloom.data.tasks import DataError
-from fedloom.messages import CohortFailed
+from fedloom.messages import DIVERGED, CohortFailed
 from fedloom.run.checkpoint import CheckpointError
 from fedloom.wire import WireError
 
@@ -59,7 +58,7 @@ def explain(error: BaseException, resumes: bool = True, served: bool = False) ->
 
 def diverged(error: BaseException) -> bool:
     """Whether it tells that numbers stopped being finite, which a smaller learning rate may mend and running again does not."""
-    return isinstance(error, CohortFailed | DataError | WireError) and re.search(r"\b(nan|inf|finite)\b", str(error)) is not None
+    return isinstance(error, CohortFailed | DataError | WireError) and DIVERGED in str(error)
 
 
 def _of_system(error: OSError, mend: str) -> str:
