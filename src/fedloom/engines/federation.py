@@ -21,8 +21,8 @@ last :data:`REMEMBERED` are known by name; of others it is said that no such tas
 many devices answer, one update is in memory, unless the method wants to see all of them at once.
 
 **Nothing waits for ever**: a device that has not been heard of is waited for ``wait`` seconds, before its task and within it, an answer
-for ``deadline``. Where a share of
-those asked is :class:`Enough`, the rest has ``linger`` seconds once as many answers that may be used are here.
+for ``deadline``. Where a share of those asked is :class:`Enough`, the rest has ``linger`` seconds once as many answers that may be used
+are here.
 """
 
 from __future__ import annotations
