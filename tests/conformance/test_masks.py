@@ -254,7 +254,7 @@ def test_the_warm_up_has_the_methods_batches_whatever_a_curriculum_opens() -> No
     logits = torch.zeros(9, 3)
     logits[lone, c.train.labels[lone]] = 10.0
     for by_memory, texts, sizes in ((False, 4, [8, 1]), (True, 4, [4, 4, 1]), (True, None, [8, 1])):
-        method = FedAvg(batch_size=8, batch_by_memory=by_memory, curriculum=ByLoss(start=0.4))
+        method: Any = FedAvg(batch_size=8, batch_by_memory=by_memory, curriculum=ByLoss(start=0.4))
         asking: Any = next(one_round(method, State(0, start), replace(POOL, cohort=4)))
         told = {n: v for n, v in asking.tasks[1].settings.items() if n.startswith("mask_")}
         assert told == {"mask_keep": 0.4, "mask_batch_size": 8} | ({"mask_by_memory": True} if by_memory else {})

@@ -207,6 +207,11 @@ class Fitted:
     importance: dict[str, torch.Tensor] = field(default_factory=dict)
     gradient: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def loss(self) -> float:
+        """The mean of all steps' losses."""
+        return float(self.losses.mean())
+
 
 @dataclass(frozen=True)
 class Score:

@@ -162,7 +162,7 @@ class AdaLora:
         penalty = self.held_orthonormal if self.orthogonality else None
         fitted = yield from self.inner.learn(c, task.tensors, task, penalty=penalty, through=whole, watch=watch)
         scores = {f"{SCORES}{b}": score for b, score in importance(fitted.importance).items()}
-        return Update(c.id, len(c.train), {**fitted.tensors, **scores}, {"loss": float(fitted.losses.mean())})
+        return Update(c.id, len(c.train), {**fitted.tensors, **scores}, {"loss": fitted.loss})
 
     def held_orthonormal(self, now: Tensors, start: Tensors) -> torch.Tensor:
         """γ·Σ R(P, Q)."""

@@ -17,7 +17,7 @@ from fedloom.client.curriculum import shuffled
 from fedloom.compute.work import Moments
 from fedloom.messages import CENTRE, Flow, Task, Tensors, Update, Work, ask, on_client
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.method import Predictor, State, nothing_to_set_up, predict
+from fedloom.methods.method import Predictor, State, nothing_to_set_up, predict, round_of
 from fedloom.model.base import Model
 from fedloom.server.participation import Pool
 
@@ -53,7 +53,7 @@ class Centralised:
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:
         """Batches ``begin``..``end`` of the endless sequence of shuffled epochs."""
-        t, share = int(task.settings["round"]), float(task.settings["share"])  # type: ignore[arg-type]
+        t, share = round_of(task), float(task.settings["share"])  # type: ignore[arg-type]
         a_round = max(1, round(share * len(c.train) * self.inner.local_epochs / self.inner.batch_size))
         batches = self._batches(c, t * a_round, (t + 1) * a_round)
         fitted = yield self.inner.fit(c, task.tensors, batches, t, moments=_remembered(c))
@@ -63,7 +63,7 @@ class Centralised:
             **{f"v/{n}": v for n, v in m.second.items()},
             "steps": torch.tensor(m.steps),
         }
-        return Update(c.id, len(c.train), fitted.tensors, {"loss": float(fitted.losses.mean())})
+        return Update(c.id, len(c.train), fitted.tensors, {"loss": fitted.loss})
 
     def _batches(self, c: Client, begin: int, end: int) -> list[np.ndarray]:
         size = self.inner.batch_size

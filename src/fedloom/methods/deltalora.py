@@ -36,7 +36,7 @@ import torch
 from fedloom.client.client import Client
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, due, on_client
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.method import Predictor, State, predict
+from fedloom.methods.method import Predictor, State, predict, round_of
 from fedloom.model.base import Model
 from fedloom.model.factors import Products, moved, products
 from fedloom.model.names import is_beneath, is_down, is_factor, need_pairs, partner
@@ -117,10 +117,10 @@ class DeltaLora:
         start = without(task.tensors, weights)
         begun = {f"{BEGUN}{name}": tensor for name, tensor in start.items() if is_factor(name)} if task.settings["moving"] else {}
         opened = yield from self.inner.open(c, task.tensors, task, start)
-        t = int(task.settings["round"])  # type: ignore[arg-type]
+        t = round_of(task)
         fit = self.inner.fit(c, start, opened.batches, t, fixed={**weights, **begun}, examples=opened.examples)
         fitted = yield replace(fit, through=self.moving if begun else None)
-        return Update(c.id, len(c.train), fitted.tensors, {"loss": float(fitted.losses.mean())})
+        return Update(c.id, len(c.train), fitted.tensors, {"loss": fitted.loss})
 
     def moving(self, tensors: Tensors) -> dict[str, torch.Tensor]:
         """Pairs of rank 3r whose product is B·A, with gradients, and λ·(B·A − B_t·A_t), without. (S, …) as well as (…)."""

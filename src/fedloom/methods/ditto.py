@@ -27,7 +27,7 @@ import torch
 from fedloom.client.client import Client
 from fedloom.messages import Flow, Task, Tensors, Update, Work, on_client
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.method import Predictor, State, hand_out, predict, receive
+from fedloom.methods.method import Predictor, State, hand_out, predict, receive, round_of
 from fedloom.model.base import Model
 from fedloom.seeds import derive_int
 from fedloom.server.participation import Pool
@@ -71,13 +71,13 @@ class Ditto:
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:
         """Train w^k and send it; train v_k and keep it."""
-        t = int(task.settings["round"])  # type: ignore[arg-type]
+        t = round_of(task)
         examples, batches = yield from self.inner.open(c, task.tensors, task)
         personal = self.inner.fit(c, c.private, batches, t, penalty=self.proximal, examples=examples)
         personal = replace(personal, anchor=task.tensors, dropout_seed=derive_int(c.seed, "fit personal", t, c.id))
         common, own = yield [self.inner.fit(c, task.tensors, batches, t, examples=examples), personal]
         c.private = own.tensors
-        return Update(c.id, len(c.train), common.tensors, {"loss": float(common.losses.mean())})
+        return Update(c.id, len(c.train), common.tensors, {"loss": common.loss})
 
     def proximal(self, now: Tensors, anchor: Tensors) -> torch.Tensor:
         """(λ/2)·‖v − w_t‖²."""

@@ -125,7 +125,7 @@ class EmbracingFL:
         """Train the output side that was asked for on top of what came; send it."""
         start = only(task.tensors, output_side(task.tensors, int(task.settings["layers"])))  # type: ignore[arg-type]
         fitted = yield from self.inner.learn(c, start, task, fixed=without(task.tensors, start))
-        return Update(c.id, len(c.train), fitted.tensors, {"loss": float(fitted.losses.mean())})
+        return Update(c.id, len(c.train), fitted.tensors, {"loss": fitted.loss})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
         """The shared model as it is."""

@@ -100,7 +100,7 @@ class FedAlt:
         fitted = yield from self.inner.learn(c, c.private, task, fixed=rest_of_world(c, task.tensors))
         c.private = fitted.tensors
         own = only(fitted.tensors, list(filter(is_own, fitted.tensors)))
-        return Update(c.id, len(c.train), own, {"loss": float(fitted.losses.mean())})
+        return Update(c.id, len(c.train), own, {"loss": fitted.loss})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
         """The device's part beside the rest of the world's LoRA."""

@@ -31,7 +31,7 @@ from typing import ClassVar
 from fedloom.client.client import Client
 from fedloom.messages import Flow, Task, Tensors, Update, Work, on_client
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.method import Predictor, State, hand_out, predict, receive
+from fedloom.methods.method import Predictor, State, hand_out, predict, receive, round_of
 from fedloom.model.base import Model
 from fedloom.model.blocks import layer_of, layers
 from fedloom.model.names import is_head, need_head
@@ -80,14 +80,14 @@ class FedAltPartial:
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:
         """Train v_k under u_t and keep it, then u under v_k and send it."""
-        t = int(task.settings["round"])  # type: ignore[arg-type]
+        t = round_of(task)
         first = replace(self.inner, local_epochs=self.epochs)
         examples, batches = yield from first.open(c, {**task.tensors, **c.private}, task)
         own = self.inner.fit(c, c.private, batches, t, fixed=task.tensors, examples=examples, own=c.private)
         own = yield replace(own, dropout_seed=derive_int(c.seed, "fit local part", t, c.id))
         common = yield from self.inner.learn(c, task.tensors, task, fixed=own.tensors)
         c.private = own.tensors
-        loss = (float(own.losses.mean()) + float(common.losses.mean())) / 2
+        loss = (own.loss + common.loss) / 2
         return Update(c.id, len(c.train), common.tensors, {"loss": loss})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:

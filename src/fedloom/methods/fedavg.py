@@ -24,7 +24,7 @@ from fedloom.client.curriculum import Curriculum, Opened, Turn, shuffled, shuffl
 from fedloom.compute.work import AdamW, Fit, Fitted, Held, Moments, Penalty, Schedule, Smoothing, Through
 from fedloom.data.examples import Examples
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, due, on_client
-from fedloom.methods.method import Predictor, State, predict
+from fedloom.methods.method import Predictor, State, predict, round_of
 from fedloom.model.base import Model
 from fedloom.seeds import derive_int
 from fedloom.server.participation import Pool, uniform
@@ -91,7 +91,7 @@ class FedAvg:
     def train(self, c: Client, task: Task) -> Work[Update]:
         """ClientUpdate(k, w_t)."""
         fitted = yield from self.learn(c, task.tensors, task)
-        return Update(c.id, len(c.train), fitted.tensors, {"loss": float(fitted.losses.mean())})
+        return Update(c.id, len(c.train), fitted.tensors, {"loss": fitted.loss})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
         """The shared model as it is."""
@@ -138,7 +138,7 @@ class FedAvg:
         given = {**(fixed or {}), **start}
         at, trained = (given, start) if through is None else (through(given), ())
         opened = yield from self.open(c, at, task, trained)
-        t, own = int(task.settings["round"]), c.private.keys() - task.tensors.keys()  # type: ignore[arg-type]
+        t, own = round_of(task), c.private.keys() - task.tensors.keys()
         fit = self.fit(c, start, opened.batches, t, mask, penalty, fixed=fixed, examples=opened.examples, bias=bias, own=own)
         more = {"through": through, "watch": watch, "skips": skips, "optimizer": optimizer or fit.optimizer}
         return (yield replace(fit, **more))
@@ -211,7 +211,7 @@ class FedAvg:
         return self.curriculum != Everything()
 
     def _turn(self, c: Client, task: Task) -> Turn:
-        t = int(task.settings["round"])  # type: ignore[arg-type]
+        t = round_of(task)
         if self.has_curriculum and "rounds" not in task.settings:
             raise ValueError(
                 f"'{task.op}' was asked without the number of rounds, on which {self.curriculum} depends; ask with clock(t, pool)"

@@ -181,7 +181,7 @@ class FedCyBGD:
             c.private[name] = came.pop(name).to(c.frozen)
         fixed = {n: t for n, t in without(c.private, start).items() if layer_of(n) not in skips}
         fitted = yield from self.inner.learn(c, start, task, fixed=fixed, skips=skips)
-        return Update(c.id, len(c.train), fitted.tensors, {"loss": float(fitted.losses.mean())})
+        return Update(c.id, len(c.train), fitted.tensors, {"loss": fitted.loss})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
         """The server's model."""

@@ -91,7 +91,7 @@ class FedEven:
         """ClientUpdate(k, w_t) under log π_k."""
         log_prior = self.log_prior(c)
         fitted = yield from self.inner.learn(c, task.tensors, task, bias=log_prior)
-        return Update(c.id, weight(log_prior, len(c.train)), fitted.tensors, {"loss": float(fitted.losses.mean())})
+        return Update(c.id, weight(log_prior, len(c.train)), fitted.tensors, {"loss": fitted.loss})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
         """v^k under log π_k."""

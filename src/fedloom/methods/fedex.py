@@ -76,7 +76,7 @@ class FedExLora:
         """Train the pairs and the head on the weights that came; send them."""
         weights = only(task.tensors, list(filter(is_beneath, task.tensors)))
         fitted = yield from self.inner.learn(c, without(task.tensors, weights), task, fixed=weights)
-        return Update(c.id, len(c.train), fitted.tensors, {"loss": float(fitted.losses.mean())})
+        return Update(c.id, len(c.train), fitted.tensors, {"loss": fitted.loss})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
         """The shared model as it is."""

@@ -64,7 +64,7 @@ class FedSaLora:
         """Train A, B and the head; keep B and the head; send A."""
         fitted = yield from self.inner.learn(c, {**c.private, **task.tensors}, task)
         c.private = without(fitted.tensors, task.tensors.keys())
-        return Update(c.id, len(c.train), only(fitted.tensors, task.tensors.keys()), {"loss": float(fitted.losses.mean())})
+        return Update(c.id, len(c.train), only(fitted.tensors, task.tensors.keys()), {"loss": fitted.loss})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
         """The device's B and head on the shared A."""

@@ -121,7 +121,7 @@ class FedSb:
     def train(self, c: Client, task: Task) -> Work[Update]:
         """Train R and the head under B and A; send them."""
         fitted = yield from self.inner.learn(c, task.tensors, task, fixed=c.private, through=whole)
-        return Update(c.id, len(c.train), fitted.tensors, {"loss": float(fitted.losses.mean())})
+        return Update(c.id, len(c.train), fitted.tensors, {"loss": fitted.loss})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
         """The shared model: R and the head under the device's B and A."""

@@ -64,7 +64,7 @@ class FfaLora:
     def train(self, c: Client, task: Task) -> Work[Update]:
         """Train B and the head under A_0; send them."""
         fitted = yield from self.inner.learn(c, task.tensors, task, fixed=c.private)
-        return Update(c.id, len(c.train), fitted.tensors, {"loss": float(fitted.losses.mean())})
+        return Update(c.id, len(c.train), fitted.tensors, {"loss": fitted.loss})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
         """The shared model: B and the head over A_0."""

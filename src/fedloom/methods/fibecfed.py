@@ -45,7 +45,7 @@ from fedloom.compute.spectrum import first_gap
 from fedloom.compute.work import Fisher, Norm, Sensitivity, Spectrum
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, due, insist, on_client
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.method import Predictor, State, predict
+from fedloom.methods.method import Predictor, State, predict, round_of
 from fedloom.model.base import Model
 from fedloom.model.blocks import layer_of, layers
 from fedloom.model.names import is_factor, is_head, need_pairs, stays
@@ -315,9 +315,9 @@ class FibecFed:
     @on_client
     def warm_head(self, c: Client, task: Task) -> Work[Update]:
         """Step 0: train the head only, on the frozen pre-trained features."""
-        t = int(task.settings["round"])  # type: ignore[arg-type]
+        t = round_of(task)
         fitted = yield self.inner.fit(c, task.tensors, self.inner.cut(c, "warm-head", t), t)
-        return Update(c.id, len(c.train), fitted.tensors, {"loss": float(fitted.losses.mean())})
+        return Update(c.id, len(c.train), fitted.tensors, {"loss": fitted.loss})
 
     @on_client
     def inspect(self, c: Client, task: Task) -> Work[Update]:
@@ -359,7 +359,7 @@ class FibecFed:
         whole = only(c.private, at)
         opened = yield from self.local.open(c, {**whole_private(c), **task.tensors}, task)
         few = {n: whole[n][rows] for n, rows in at.items()}
-        start, t = {**c.private, **few, **task.tensors}, int(task.settings["round"])  # type: ignore[arg-type]
+        start, t = {**c.private, **few, **task.tensors}, round_of(task)
         rows = {**rows_kept(c), **at}
         fitted = yield self.inner.fit(c, start, opened.batches, t, fixed=whole, examples=opened.examples, rows=rows, own=c.private)
         trained = without(fitted.tensors, task.tensors.keys())
@@ -367,7 +367,7 @@ class FibecFed:
         held = nbytes(fitted.moments.first) + nbytes(fitted.moments.second)
         all_rows = held + 2 * (nbytes(whole_private(c)) - nbytes(trained))
         c.memory |= {"optimizer_bytes": torch.tensor(held), "optimizer_bytes_whole": torch.tensor(all_rows)}
-        return Update(c.id, len(c.train), only(fitted.tensors, task.tensors.keys()), {"loss": float(fitted.losses.mean())})
+        return Update(c.id, len(c.train), only(fitted.tensors, task.tensors.keys()), {"loss": fitted.loss})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
         """The device's local layers under the shared ones."""

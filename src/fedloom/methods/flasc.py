@@ -104,7 +104,7 @@ class Flasc:
         fitted = yield from self.inner.learn(c, {**heads, **arrived}, task)
         change = joined(only(fitted.tensors, list(shaped))) - joined(arrived)
         made = {**only(fitted.tensors, list(heads)), **{CHANGE + n: t for n, t in largest(change, self.up).items()}}
-        return Update(c.id, len(c.train), made, {"loss": float(fitted.losses.mean())})
+        return Update(c.id, len(c.train), made, {"loss": fitted.loss})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
         """The shared model as it is."""

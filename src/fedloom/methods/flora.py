@@ -91,7 +91,7 @@ class FLoRA:
         start = without(task.tensors, weights)
         ups = {partner(a): start[a].new_zeros(weights[under(a)].shape[0], start[a].shape[0]) for a in filter(is_down, start)}
         fitted = yield from self.inner.learn(c, {**start, **ups}, task, fixed=weights)
-        return Update(c.id, len(c.train), fitted.tensors, {"loss": float(fitted.losses.mean())})
+        return Update(c.id, len(c.train), fitted.tensors, {"loss": fitted.loss})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
         """The shared model: W_t and the head. The next pairs start at B = 0 and change nothing."""

@@ -82,7 +82,7 @@ class GaLore:
         """ClientUpdate(k, w_t) by GaLore's steps."""
         optimizer = replace(self.inner.optimizer, low_rank=self.low_rank)
         fitted = yield from self.inner.learn(c, task.tensors, task, optimizer=optimizer)
-        return Update(c.id, len(c.train), fitted.tensors, {"loss": float(fitted.losses.mean())})
+        return Update(c.id, len(c.train), fitted.tensors, {"loss": fitted.loss})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
         """The shared model as it is."""

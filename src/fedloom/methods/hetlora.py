@@ -113,7 +113,7 @@ class HetLora:
         if self.penalty and fewer < rank and float(tail(made, fewer)) < float(tail(task.tensors, fewer)):
             rank, made = fewer, cut(made, fewer)
         c.memory["rank"] = torch.tensor(rank)
-        return Update(c.id, len(c.train), made, {"loss": float(fitted.losses.mean())})
+        return Update(c.id, len(c.train), made, {"loss": fitted.loss})
 
     def held_down(self, now: Tensors, start: Tensors) -> torch.Tensor:
         """λ times the size of the directions that pruning would take, and FedProx's term over the pair as it was sent, if there is one."""

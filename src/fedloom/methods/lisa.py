@@ -23,7 +23,7 @@ import numpy as np
 from fedloom.client.client import Client
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, due, on_client
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.method import Predictor, State, predict
+from fedloom.methods.method import Predictor, State, predict, round_of
 from fedloom.model.base import Model
 from fedloom.model.blocks import layers
 from fedloom.seeds import derive, derive_int
@@ -88,7 +88,7 @@ class Lisa:
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:
         """ClientUpdate(k, w_t), period after period."""
-        now, t = dict(task.tensors), int(task.settings["round"])  # type: ignore[arg-type]
+        now, t = dict(task.tensors), round_of(task)
         opened = yield from self.inner.open(c, now, task)
         losses, changed = [], set[str]()
         for i, at in enumerate(range(0, len(opened.batches), self.every)):

@@ -49,7 +49,7 @@ class Local:
         """Train on from where this device was."""
         fitted = yield from self.inner.learn(c, c.private, task)
         c.private = fitted.tensors
-        return Update(c.id, len(c.train), metrics={"loss": float(fitted.losses.mean())})
+        return Update(c.id, len(c.train), metrics={"loss": fitted.loss})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
         """The device's own model."""

@@ -214,6 +214,11 @@ def _stepping(method: Method, state: State, pool: Pool) -> Flow[State]:
     return replace(after, moments=steps.moments())
 
 
+def round_of(task: Task) -> int:
+    """The round that a task says it is of."""
+    return int(task.settings["round"])  # type: ignore[arg-type]
+
+
 AS_SENT = "as_sent"
 """Of a prediction, among its metrics: it was made with the tensors that came and nothing else."""
 

@@ -56,7 +56,7 @@ class PersonalHead:
         """Train factors and head; send the factors."""
         fitted = yield from self.inner.learn(c, {**c.private, **task.tensors}, task)
         c.private = without(fitted.tensors, task.tensors.keys())
-        return Update(c.id, len(c.train), only(fitted.tensors, task.tensors.keys()), {"loss": float(fitted.losses.mean())})
+        return Update(c.id, len(c.train), only(fitted.tensors, task.tensors.keys()), {"loss": fitted.loss})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
         """The device's head on the shared factors."""

@@ -25,7 +25,7 @@ from typing import ClassVar
 from fedloom.client.client import Client
 from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, due, on_client
 from fedloom.methods.fedavg import FedAvg
-from fedloom.methods.method import Predictor, State, predict
+from fedloom.methods.method import Predictor, State, predict, round_of
 from fedloom.model.base import Model
 from fedloom.model.names import is_down, is_up, need_pairs
 from fedloom.server.participation import Pool, uniform
@@ -67,10 +67,10 @@ class RoLora:
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:
         """Train this round's factor and the head under the other factor; send what was trained."""
-        frozen = frozen_in(int(task.settings["round"]), task.tensors.keys())  # type: ignore[arg-type]
+        frozen = frozen_in(round_of(task), task.tensors.keys())
         start = only(task.tensors, task.tensors.keys() - frozen)
         fitted = yield from self.inner.learn(c, start, task, fixed=only(task.tensors, frozen))
-        return Update(c.id, len(c.train), fitted.tensors, {"loss": float(fitted.losses.mean())})
+        return Update(c.id, len(c.train), fitted.tensors, {"loss": fitted.loss})
 
     def personalise(self, client: Client, shared: Tensors) -> Work[Predictor]:
         """The shared model as it is."""

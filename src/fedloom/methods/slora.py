@@ -116,7 +116,7 @@ class SLora:
         slow = replace(self.inner, lr=self.sparse_lr)
         fitted = yield from slow.learn(c, {**heads, **now}, task, mask=masks)
         change = {f"{MOVED}{n}": (fitted.tensors[n] - w).reshape(-1)[self.places(n, w, c.seed)] for n, w in own.items()}
-        return Update(c.id, len(c.train), {**only(fitted.tensors, list(heads)), **change}, {"loss": float(fitted.losses.mean())})
+        return Update(c.id, len(c.train), {**only(fitted.tensors, list(heads)), **change}, {"loss": fitted.loss})
 
     @on_client
     def train(self, c: Client, task: Task) -> Work[Update]:
