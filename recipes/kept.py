@@ -40,7 +40,7 @@ LEVEL = "level: the paired bootstrap over devices does not separate it at 95 % f
 APART = 0.02
 """Means over three seeds that are no further apart are not taken for an order."""
 PICTURE = "standings.svg"
-"""Of all cells, beside their archives; the page shows it where it likes."""
+"""File name of the picture of all cells; it lies beside the archives."""
 NO_SCORES: Mapping[str, Any] = {"mean": None, "count": 0}
 FILES = ("experiment.json", "rounds.jsonl", "results.json", DIVERGED)
 """What a run that has ended is known by, without its checkpoint; one that diverged has no results, any other no ``diverged.json``."""

@@ -180,9 +180,9 @@ def ask(operation: Callable[..., Any], client: int, tensors: Tensors | None = No
 
 
 def due(task: Task, like: Tensors | None = None) -> Task:
-    """The task, of whose answers it is known that they have, once completed, tensors of the names of ``like`` (None: of all that are sent)
-    and no others; what was not sent has the shape and the type that it has there. Who answers alone has nobody to be compared with, and is
-    judged all the same."""
+    """The task, with a check of its answers: completed, they must have exactly the tensors named in ``like`` (None: all that were sent).
+    Those not sent must have the shape and type that they have in ``like``. So a device that answers alone is judged too, with nobody to be
+    compared with."""
     wanted = task.tensors if like is None else like
 
     def complete(came: Tensors) -> Tensors:

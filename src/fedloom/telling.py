@@ -12,12 +12,18 @@ from traceback import extract_tb
 
 
 class Tellable(Exception):
-    """An error that another machine may be told of in words."""
+    """An error that another machine may be told of in words: ``others``, or, where there are none, its own."""
+
+    others: str | None = None
+
+    def __init__(self, said: str, others: str | None = None) -> None:
+        Exception.__init__(self, said)
+        self.others = others if others is not None else self.others
 
     @property
     def told(self) -> str:
-        """In which words: its own, unless those may quote data. Empty: in none."""
-        return str(self)
+        """In which words. Empty: in none."""
+        return str(self) if self.others is None else self.others
 
 
 def in_full(error: BaseException) -> str:

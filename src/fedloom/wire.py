@@ -423,6 +423,6 @@ def _setting(name: str, value: Any) -> Setting:
         return _text(f"setting '{name}'", value)
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise WireError(f"setting '{name}' is {value}; settings must be finite, and are not where {DIVERGED}")
+            raise WireError(f"setting '{name}' is {value}; a setting must be finite; if it is a loss, {DIVERGED}")
         return value
     raise WireError(f"setting '{name}' is {SHORT.repr(value)}; a setting is a str, int, float or bool, or a list of one of these kinds")

@@ -226,8 +226,8 @@ def test_layers_that_are_handed_over_may_have_other_rows_of_each_device(keep: fl
     assert agreeing(tasks, replies) is replies
 
 
-ALONE = [name for name in all_methods() if name not in ("centralised", "local", "embracingfl")]
-"""Methods that take what came for what is shared, if one device answers. EmbracingFL looks at it itself."""
+ALONE = [name for name in all_methods() if name not in ("centralised", "local")]
+"""Methods that take what came for what is shared, if one device answers."""
 
 
 @pytest.mark.no_cover

@@ -447,7 +447,7 @@ class Loose(Here):
             raise KeyError("Mrs Miller, born 3 May 1961")
         return Here.greet(self, greeting)
 
-    def answer(self, client: int, state: str, blob: bytes):
+    def answer(self, client: int, state: str, committed: str, blob: bytes):
         raise ValueError("Mrs Miller, born 3 May 1961")
 
 
@@ -571,9 +571,9 @@ class Silent(Slow):
 
     began = 0.0
 
-    def answer(self, client: int, state: str, blob: bytes):
+    def answer(self, client: int, state: str, committed: str, blob: bytes):
         self.began = self.began or (time.monotonic() if client == 1 else 0.0)
-        return Slow.answer(self, client, state, blob)
+        return Slow.answer(self, client, state, committed, blob)
 
 
 def silenced(engine: Federation, device: Silent, seconds: float) -> Replies:

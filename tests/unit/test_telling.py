@@ -10,13 +10,19 @@ from typing import NoReturn
 
 import pytest
 
+from fedloom.compute.lowrank import Diverged
 from fedloom.data.sources import load
 from fedloom.data.tasks import DataError
 from fedloom.engines import workers
 from fedloom.engines.workers import WorkerError, receive
+from fedloom.messages import DIVERGED
+from fedloom.model.base import ModelError
+from fedloom.model.loading import folder_of
 from fedloom.model.spans import SpanError
 from fedloom.run import worker
 from fedloom.run.deployment import device
+from fedloom.run.experiment import ExperimentError
+from fedloom.run.recipes import resolve
 from fedloom.telling import for_others, in_full
 from fedloom.wire import WireError
 
@@ -41,6 +47,10 @@ def raised(error: Exception) -> Exception:
         (UnicodeEncodeError("utf-8", SECRET, 0, 1, "no"), f"^UnicodeEncodeError, {RAISED}$"),
         (WireError("tensor 'x' holds NaN"), "^WireError: tensor 'x' holds NaN$"),
         (WorkerError("worker 0 could not start"), "^WorkerError: worker 0 could not start$"),
+        (Diverged(f"a gradient is not finite; {DIVERGED}"), f"^Diverged: a gradient is not finite; {DIVERGED}$"),
+        (ExperimentError(f"line 3: {SECRET}", "line 3"), "^ExperimentError: line 3$"),
+        (ExperimentError("there is no recipe"), "^ExperimentError: there is no recipe$"),
+        (ModelError(f"it has {SECRET}", "a folder"), "^ModelError: a folder$"),
         (MemoryError("one pass needs 3 GiB"), "^MemoryError: one pass needs 3 GiB$"),
     ],
     ids=lambda value: type(value).__name__,
@@ -71,6 +81,19 @@ def test_no_row_and_no_label_is_quoted_to_another_machine(name: str, text: str, 
     with pytest.raises(DataError, match="Mrs Miller") as caught:
         load(tmp_path, seed=3, task="classification", metric="accuracy", classes=("a", "b"))
     assert for_others(caught.value).startswith(told) and "Miller" not in for_others(caught.value)
+
+
+def test_what_a_methods_own_file_or_a_models_folder_quotes_is_not_told(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(f"x = 1\nraise KeyError({SECRET!r})\n")
+    (tmp_path / "miller_1961.csv").write_text("")
+    recipe, model = str(tmp_path / "own.py"), str(tmp_path)
+    for wrong, told in (
+        (lambda: resolve(recipe), r"KeyError in line 2$"),
+        (lambda: folder_of(model), "without config.json$"),
+    ):
+        with pytest.raises((ExperimentError, ModelError), match="(?i)miller") as caught:
+            wrong()
+        assert re.search(told, for_others(caught.value)) and "iller" not in for_others(caught.value)
 
 
 def test_a_device_that_cannot_begin_tells_its_own_log_all_and_the_server_no_word_of_its_data(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ from fedloom.messages import Task, Tensors, Update, Work
 from fedloom.model.names import is_factor, is_up
 from fedloom.seeds import derive_int
 from fedloom.server.controls import plain
-from fedloom.server.masks import BY_MEMORY, KEEP, MASK, ROWS, SIZE
+from fedloom.server.masks import BY_MEMORY, KEEP, MASKS, ROWS, SIZE
 from fedloom.tensors import nbytes, packed, unpacked, without
 
 Operation = Callable[[Client, Task], Work[Update]]
@@ -58,7 +58,7 @@ def masked(operation: Operation, c: Client, task: Task) -> Work[Update]:
         return update
     share = float(task.settings[KEEP])  # type: ignore[arg-type]
     size = c.texts_a_step(int(task.settings[SIZE]), BY_MEMORY in task.settings)  # type: ignore[arg-type]
-    bare = replace(task, settings={name: value for name, value in task.settings.items() if not name.startswith(MASK)})
+    bare = replace(task, settings={name: value for name, value in task.settings.items() if name not in MASKS})
     work, answer, held = operation(c, bare), None, (0, 0)
     while True:
         try:

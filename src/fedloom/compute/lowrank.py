@@ -15,6 +15,11 @@ import torch
 from fedloom.compute.work import LowRank
 from fedloom.messages import DIVERGED
 from fedloom.model.blocks import layer_of
+from fedloom.telling import Tellable
+
+
+class Diverged(Tellable, FloatingPointError):
+    """Numbers that have stopped being finite."""
 
 
 def projected(shapes: Mapping[str, torch.Size], how: LowRank) -> dict[str, torch.Size]:
@@ -27,10 +32,10 @@ def directions(gradient: torch.Tensor, rank: int) -> torch.Tensor:
     """P of a gradient (m, n).
 
     Raises:
-        FloatingPointError: it holds NaN or infinity.
+        Diverged: it holds NaN or infinity.
     """
     if not bool(torch.isfinite(gradient).all()):
-        raise FloatingPointError(f"a gradient holds NaN or infinity; {DIVERGED} (a lower lr is the usual mend)")
+        raise Diverged(f"a gradient holds NaN or infinity; {DIVERGED} (a lower lr is the usual mend)")
     tall = gradient.shape[0] > gradient.shape[1]
     left, _, right = torch.linalg.svd(gradient.float(), full_matrices=False)
     basis = (right.mT if tall else left)[:, :rank]

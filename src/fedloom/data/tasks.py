@@ -45,18 +45,11 @@ TEXTS = (
 LABELS = ("label", "labels", "coarse_label", "class", "target", "category", "intent")
 
 
-class DataError(ValueError, Tellable):
+class DataError(Tellable, ValueError):
     """Something about the data is wrong. The message says what was found, what would be right and what exists, so it may quote the data.
-    ``where``: in words that are not the data's, what is wrong and in which row of which split; another machine is told no more."""
+    Another machine is told in words that are not the data's what is wrong and in which row of which split, or nothing."""
 
-    def __init__(self, said: str, where: str = "") -> None:
-        ValueError.__init__(self, said)
-        self.where = where
-
-    @property
-    def told(self) -> str:
-        """``where``."""
-        return self.where
+    others = ""
 
 
 @dataclass(frozen=True)

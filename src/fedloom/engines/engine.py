@@ -60,7 +60,7 @@ def drive(flow: Flow[T], engine: Engine, quorum: float = 1.0, seen: Callable[[Se
             except Weightless as error:
                 idle = [Failure(update.client, f"its answer has no weight ({error})") for update in replies.updates]
                 raise CohortFailed([*replies.failures, *idle], 0, max(needed, 1)) from error
-            except CohortFailed as failed:  # it insisted, and does not hear reasons
+            except CohortFailed as failed:  # `insist` gave up; it is not given the reasons
                 raise failed.because(replies.failures) from None
     except StopIteration as done:
         return done.value

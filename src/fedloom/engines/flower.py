@@ -167,7 +167,8 @@ def client_app(host_factory: Callable[[Context], Answering]) -> ClientApp:
     """A Flower app that answers one packed task a message, and says which client it is when queried.
 
     ``host_factory`` is called for every message with the node's context; what should outlive a message (the base model) is the
-    factory's to keep. Client state belongs to the host's store and never to ``context.state``: what fails must leave it alone.
+    factory's to keep. Client state belongs to the host's store and never to ``context.state``: what fails must leave it alone. Where nodes
+    are other people's machines, make hosts with ``telling=for_others`` (``telling.py``): what they say of an error then quotes no data.
     """
     app = ClientApp()
 

@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 
 from fedloom.client.client import Client
-from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, on_client
+from fedloom.messages import Asking, Flow, Task, Tensors, Update, Work, ask, due, on_client
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Predictor, State, predict
 from fedloom.model.base import Model
@@ -116,7 +116,8 @@ class EmbracingFL:
                     trained.add(part)
             return replace(update, tensors={})
 
-        yield Asking([ask(self.train, k, state.shared, layers=layers[k], **clock) for k in uniform(pool, state.round)], take)
+        asked = [ask(self.train, k, state.shared, layers=layers[k], **clock) for k in uniform(pool, state.round)]
+        yield Asking([due(task, only(state.shared, output_side(state.shared, layers[task.client]))) for task in asked], take)
         made = {n: t for part in means if part in trained for n, t in means[part].value().items()}
         return state.after_round({n: made.get(n, t) for n, t in state.shared.items()})
 

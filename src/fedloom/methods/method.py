@@ -148,8 +148,10 @@ def set_up(method: Method, model: Model, pool: Pool) -> Flow[State]:
 
     Raises:
         ValueError: more layers are to be shared than there are, the method shares none, or its set-up leaves them elsewhere than at the
-            start that every device makes for itself.
+            start that every device makes for itself; or devices are to have masks, and the method says no batch size.
     """
+    if pool.mask.keep < 1:
+        masked_batch(method)
     state = yield from method.setup(method.init(model), pool)
     if not pool.sharing.some:
         return state
@@ -189,6 +191,15 @@ def batch_of(method: Any, what: str) -> dict[str, Any]:
     return {"batch_size": int(inner.batch_size), **by_memory}
 
 
+def masked_batch(method: Any) -> dict[str, Any]:
+    """Examples a step in a mask's warm-up, as settings of a task.
+
+    Raises:
+        ValueError: the method does not say.
+    """
+    return batch_of(method, "a mask's warm-up goes; leave --mask.keep out")
+
+
 def one_round(method: Method, state: State, pool: Pool) -> Flow[State]:
     """A round of the method, in which the pool's server optimiser, if it has one, goes over what is averaged, gradients are corrected by
     the controls, if there are any, devices train the rows of their masks, if they have some, and are told which layers they share, if not
@@ -196,7 +207,7 @@ def one_round(method: Method, state: State, pool: Pool) -> Flow[State]:
     flow = _corrected(method, state, pool) if pool.controls else _stepping(method, state, pool)
     flow = pool.sharing.over(flow, state.facts)
     if pool.mask.keep < 1:
-        flow = pool.mask.over(flow, batch_of(method, "a mask's warm-up goes; leave --mask.keep out"))
+        flow = pool.mask.over(flow, masked_batch(method))
     return (yield from flow)
 
 

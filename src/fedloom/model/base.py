@@ -49,7 +49,7 @@ Precision = Literal["float32", "bf16"]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
-class ModelError(ValueError, Tellable):
+class ModelError(Tellable, ValueError):
     """A model that cannot be used, and what could be."""
 
 

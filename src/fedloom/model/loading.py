@@ -84,8 +84,10 @@ def folder_of(name: str) -> str:
     looks_local = name.startswith((".", "/", "~")) or (os.sep in name and name.count("/") > 1)
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "config.json").exists():
+        there = sorted(p.name for p in path.iterdir())[:8]
         raise ModelError(
-            f"folder '{name}' holds no config.json; it has {sorted(p.name for p in path.iterdir())[:8]}. Give a Hugging Face model folder"
+            f"folder '{name}' holds no config.json; it has {there}. Give a Hugging Face model folder",
+            "a model's folder without config.json",
         )
     if looks_local and not path.is_dir():
         raise ModelError(

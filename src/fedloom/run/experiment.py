@@ -37,7 +37,7 @@ LEVELS = 16
 """How deep an experiment's JSON may be nested."""
 
 
-class ExperimentError(ValueError, Tellable):
+class ExperimentError(Tellable, ValueError):
     """A configuration that makes no sense, with what would."""
 
 

@@ -261,7 +261,8 @@ def _module(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the file does wrong is told, with its place
         place = f"line {error.lineno}" if isinstance(error, SyntaxError) else _last_line(error, path)
-        raise ExperimentError(f"the recipe {path} cannot be loaded: {type(error).__name__} in {place}: {error}") from error
+        said = f"the recipe {path} cannot be loaded: {type(error).__name__} in {place}"
+        raise ExperimentError(f"{said}: {error}", said) from error
     return module
 
 

@@ -26,11 +26,13 @@ ROWS = "rows/"
 """Before the name of a B: which of its rows there are, packed (``tensors.packed``). In an update, and in a device's memory."""
 
 MASK = "mask_"
-"""Before the names of all settings that tell a device of its mask."""
+"""Before the names of what a device is told of its mask."""
 KEEP = f"{MASK}keep"
 """The share that it trains."""
 SIZE, BY_MEMORY = f"{MASK}batch_size", f"{MASK}by_memory"
 """Examples a step in the warm-up; and, if it is there, that a device takes no more than its memory holds."""
+MASKS = frozenset({KEEP, SIZE, BY_MEMORY})
+"""All of these settings."""
 
 
 @dataclass(frozen=True)
