@@ -40,7 +40,7 @@ LEVEL = "level: the paired bootstrap over devices does not separate it at 95 % f
 APART = 0.02
 """Means over three seeds that are no further apart are not taken for an order."""
 PICTURE = "standings.svg"
-"""File name of the picture of all cells; it lies beside the archives."""
+"""File name of the picture of all cells, beside the archives; it is made for a page that shows it."""
 NO_SCORES: Mapping[str, Any] = {"mean": None, "count": 0}
 FILES = ("experiment.json", "rounds.jsonl", "results.json", DIVERGED)
 """What a run that has ended is known by, without its checkpoint; one that diverged has no results, any other no ``diverged.json``."""
@@ -145,7 +145,8 @@ class Table:
                 cases += mine
         if cases:
             told = took(seconds, len(self.shapes) * len(self.alphas))
-            (self.kept / PICTURE).write_bytes(standings(cases, self.methods))
+            if f"]({self.name}/{PICTURE})" in self.page.read_text(encoding="utf-8"):
+                (self.kept / PICTURE).write_bytes(standings(cases, self.methods))
             self.write(f"{scores(cases, self.methods)}\n{board(cases, self.methods)}\n{told}")
         print(f"written: {self.page}, and the tables of {', '.join(written) or 'nothing'} in {self.kept}")
         return code
