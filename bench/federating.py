@@ -209,7 +209,7 @@ class Light:
         """Nothing to make ready."""
         return {}
 
-    def answer(self, client: int, state: str, blob: Blob) -> tuple[Blob | Failure, str]:
+    def answer(self, client: int, state: str, committed: str, blob: Blob) -> tuple[Blob | Failure, str]:
         """The echo."""
         with self.lock:
             (answer,) = self.host.answer([blob])
