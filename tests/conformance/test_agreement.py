@@ -257,7 +257,7 @@ def alone(method: Any, pool: Pool, *lies: Lie) -> None:
 def test_an_answer_is_as_far_as_it_is_when_completed() -> None:
     """What a device left out did not move; of what it sent the way counts, and not the size."""
     sent = {"b": torch.full((4, 3), 5.0), "a": torch.ones(2)}
-    asking: Any = next(Mask(0.5).over(asked([Task("train", 0, sent, {"round": 0})])))
+    asking: Any = next(Mask(0.5).over(asked([Task("train", 0, sent, {"round": 0})]), {"batch_size": 2}))
     (task,) = asking.tasks
     came = {"a": torch.ones(2), "b": torch.full((2, 3), 5.5), "rows/b": packed(torch.tensor([0, 1, 0, 1.0]))}
     found = outlined(task, Update(0, 1, came))
