@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fedloom import folders
 from fedloom.client.store import ClientStore
 from fedloom.methods.method import State
 from fedloom.run import checkpoint, parts
@@ -213,7 +214,7 @@ def test_a_kill_between_parts_leaves_the_round_before(moment: int, tmp_path: Pat
     """Four parts are renamed into place, one after another, then the index; what lies there of the round that was lost is swept."""
     in_parts(monkeypatch)
     checkpoint.save(tmp_path, several(1, 1.0), stores(tmp_path))
-    before, rename, left = fingerprint_of(tmp_path), checkpoint.os.replace, [moment]
+    before, rename, left = fingerprint_of(tmp_path), folders.os.replace, [moment]
     moved = {n: t + 9 for n, t in several(2, 2.0).state.shared.items()}
     wanted = Saved(State(2, moved, {"seen": torch.tensor(2)}), {}, "data-1")
 
@@ -224,7 +225,7 @@ def test_a_kill_between_parts_leaves_the_round_before(moment: int, tmp_path: Pat
         rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "replace", killed)
+        patch.setattr(folders.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save(tmp_path, wanted, stores(tmp_path))
     assert left == [0] and fingerprint_of(tmp_path) == before
@@ -252,7 +253,7 @@ def test_a_kill_within_a_part_leaves_no_half_of_it_under_its_name(tmp_path: Path
 def test_a_kill_while_saving_leaves_the_round_before(moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Saving renames three files into place: the server's, the client's, the index. Killed at any of them, the old round stands."""
     written(tmp_path, 1, 1.0)
-    before, renames, rename = fingerprint_of(tmp_path), 0, checkpoint.os.replace
+    before, renames, rename = fingerprint_of(tmp_path), 0, folders.os.replace
 
     def killed(source: Path, target: Path) -> None:
         nonlocal renames
@@ -262,7 +263,7 @@ def test_a_kill_while_saving_leaves_the_round_before(moment: int, tmp_path: Path
         rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "replace", killed)
+        patch.setattr(folders.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             written(tmp_path, 2, 2.0)
     assert renames == moment + 1
@@ -280,7 +281,7 @@ def test_write_atomically_never_shows_half_a_file(tmp_path: Path, monkeypatch: p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "fsync", killed)
+        patch.setattr(folders.os, "fsync", killed)
         with pytest.raises(KeyboardInterrupt):
             write_atomically(path, "new" * 1000)
     assert path.read_text() == "old"
@@ -291,7 +292,7 @@ def test_write_atomically_never_shows_half_a_file(tmp_path: Path, monkeypatch: p
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(folders.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_atomically(path, "newer" * 1000)
     assert path.read_text() == "new" and [p.name for p in path.parent.iterdir()] == ["file.json"]

@@ -321,7 +321,7 @@ def test_what_comes_out_of_an_archive_is_there_whole_or_not_at_all(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("fedloom.run.checkpoint.os.replace", killed)
+        patch.setattr("fedloom.folders.os.replace", killed)
         kept.unpack(tmp_path / "kept.zip", tmp_path / "b")
     assert not [path for path in (tmp_path / "b").rglob("*") if path.is_file()]
     kept.unpack(tmp_path / "kept.zip", tmp_path / "b")

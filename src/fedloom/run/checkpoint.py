@@ -10,10 +10,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 
 from fedloom.client.elsewhere import Elsewhere, Store
 from fedloom.client.store import ClientStore, StoreError, flush
+from fedloom.folders import replacing
 from fedloom.messages import Tensors
 from fedloom.methods.method import State
 from fedloom.run.late import Late, Step
@@ -59,21 +59,10 @@ class Saved:
 
 
 def write_atomically(path: Path, text: str, ending: str = "tmp") -> None:
-    """Replace ``path`` by ``text``: a reader sees the old file or the whole new one, also after a power cut. Nothing is left beside it
-    where the disk does not take it, or Ctrl-C comes. ``ending``: of the file that is written first, where another process may write to
-    ``path`` too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.{ending}")
-    try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except BaseException:
-        with suppress(OSError):
-            scratch.unlink()
-        raise
+    """Replace ``path`` by ``text`` in one step (:func:`~fedloom.folders.replacing`). ``ending``: of the file that is written first, where
+    another process may write to ``path`` too."""
+    with replacing(path, ending) as file:
+        file.write(text.encode("utf-8"))
 
 
 def save(folder: Path, saved: Saved, store: Store) -> Saved:

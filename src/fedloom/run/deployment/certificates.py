@@ -14,9 +14,7 @@ file, is mended by the same command: certificates and public halves are made of 
 from __future__ import annotations
 
 import ipaddress
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -25,6 +23,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedloom.folders import replacing
 
 YEARS = 5
 """How long certificates are good."""
@@ -217,17 +217,6 @@ def _dated(builder: x509.CertificateBuilder) -> x509.CertificateBuilder:
 
 def _write(path: Path, content: bytes, made: list[Path], secret: bool = False) -> None:
     """Write a file, whole or not at all; a secret one with nobody else able to read it at any moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.new")
-    scratch.unlink(missing_ok=True)  # of a command that was killed
-    try:
-        with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except BaseException:
-        with suppress(OSError):
-            scratch.unlink()
-        raise
+    with replacing(path, "new", 0o600 if secret else 0o644) as file:
+        file.write(content)
     made.append(path)
