@@ -63,7 +63,7 @@ class Toy:
         third = yield Add(first, float(task.settings.get("amount", 1.0)))
         c.private["last"] = next(iter(third.values()), torch.zeros(0))
         noise = torch.rand(3, generator=torch.Generator().manual_seed(c.seed + c.id))
-        return Update(c.id, 10 + c.id, {**third, "half": second["w"], "noise": noise}, {"visits": float(c.private["visits"])})
+        return Update(c.id, 10 + c.id, {**third, "nearer": second["w"], "noise": noise}, {"visits": float(c.private["visits"])})
 
     @on_client
     def echo(self, c: Client, task: Task):
