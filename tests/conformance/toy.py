@@ -27,7 +27,7 @@ other layers of each."""
 
 @dataclass(frozen=True)
 class Add:
-    """A work item: every tensor plus ``amount``. A negative amount makes the compute raise."""
+    """A work item: every tensor plus ``amount``, in its own type. A negative amount makes the compute raise."""
 
     tensors: Tensors
     amount: float
@@ -43,7 +43,7 @@ class Adder:
         self.calls.append(len(items))
         if any(item.amount < 0 for item in items):
             raise ArithmeticError("the amount is negative")
-        return [Done({n: t + item.amount for n, t in item.tensors.items()}, 2.0 * item.amount, 3) for item in items]
+        return [Done({n: (t + item.amount).to(t.dtype) for n, t in item.tensors.items()}, 2.0 * item.amount, 3) for item in items]
 
 
 @dataclass(frozen=True)
