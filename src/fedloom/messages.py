@@ -211,6 +211,19 @@ def through(flow: Flow[T], change: Callable[[Asking], Asking]) -> Flow[T]:
         answer = yield change(asked if isinstance(asked, Asking) else Asking(asked, whole))
 
 
+def done_by(work: Work[T], way: Callable[[list[Any]], Work[list[Any]]]) -> Work[T]:
+    """The same work, whose items are done by ``way``: it is given those that are asked for together, in order, and returns a result for
+    each. What it changes of items and results the work knows nothing of."""
+    answer: Any = None
+    while True:
+        try:
+            asked = work.send(answer)
+        except StopIteration as ended:
+            return ended.value
+        made = yield from way(asked if isinstance(asked, list) else [asked])
+        answer = made if isinstance(asked, list) else made[0]
+
+
 def insist(tasks: Sequence[Task], attempts: int = 3, take: Take = whole) -> Flow[list[Update]]:
     """Ask, and ask again whoever did not answer; every client must have answered once.
 

@@ -22,7 +22,7 @@ import torch
 
 from fedloom.client.client import Client
 from fedloom.compute.work import Fit
-from fedloom.messages import Task, Tensors, Update, Work
+from fedloom.messages import Task, Tensors, Update, Work, done_by
 from fedloom.server.controls import CONTROL, CORRECTED, parted, plain
 
 
@@ -38,22 +38,18 @@ def corrected(operation: Callable[[Client, Task], Work[Update]], c: Client, task
         return (yield from operation(c, task))
     common, sent = parted(task.tensors)
     settings = {name: value for name, value in task.settings.items() if name != CORRECTED}
-    work, answer = operation(c, replace(task, tensors=sent, settings=settings)), None
     towards = {n: _at(common, n, t) - _at(c.memory, n, t) for n, t in sent.items() if f"{CONTROL}{n}" in {**common, **c.memory}}
     sums, steps = dict[str, torch.Tensor](), dict[str, int]()
-    while True:
-        try:
-            asked = work.send(answer)  # type: ignore[arg-type]
-        except StopIteration as ended:
-            update: Update = ended.value
-            break
-        items = [_corrected(item, sent, towards) for item in (asked if isinstance(asked, list) else [asked])]
-        done = yield items
+
+    def by_controls(items: list[Any]) -> Work[list[Any]]:
+        done = yield [_corrected(item, sent, towards) for item in items]
         for item, made in zip(items, done, strict=True):
             for name in _from(item, sent):
                 sums[name] = sums.get(name, 0) + made.gradient[name] * len(item.batches)
                 steps[name] = steps.get(name, 0) + len(item.batches)
-        answer = done if isinstance(asked, list) else done[0]
+        return done
+
+    update = yield from done_by(operation(c, replace(task, tensors=sent, settings=settings)), by_controls)
     if lost := sorted(sums.keys() - update.tensors.keys()):
         raise ValueError(
             f"'{task.op}' trained '{lost[0]}' as it was sent and sends back {sorted(update.tensors)[:3]}: what is averaged is not what was "

@@ -32,7 +32,7 @@ from fedloom.client.curriculum import shuffled
 from fedloom.client.neurons import KEPT, keep, neuron_masks, whole_private
 from fedloom.client.sharing import beside
 from fedloom.compute.work import Fisher, Fit, Fitted
-from fedloom.messages import Task, Tensors, Update, Work
+from fedloom.messages import Task, Tensors, Update, Work, done_by
 from fedloom.model.names import is_factor, is_up
 from fedloom.seeds import derive_int
 from fedloom.server.controls import plain
@@ -59,22 +59,19 @@ def masked(operation: Operation, c: Client, task: Task) -> Work[Update]:
     share = float(task.settings[KEEP])  # type: ignore[arg-type]
     size = c.texts_a_step(int(task.settings[SIZE]), BY_MEMORY in task.settings)  # type: ignore[arg-type]
     bare = replace(task, settings={name: value for name, value in task.settings.items() if name not in MASKS})
-    work, answer, held = operation(c, bare), None, (0, 0)
-    while True:
-        try:
-            asked = work.send(answer)  # type: ignore[arg-type]
-        except StopIteration as ended:
-            update = ended.value
-            break
-        items = asked if isinstance(asked, list) else [asked]
+    held = (0, 0)
+
+    def by_rows(items: list[Any]) -> Work[list[Any]]:
+        nonlocal held
         for item in items:
             if isinstance(item, Fit) and (new := [n for n in item.start if is_up(n) and ROWS + n not in c.memory]):
                 chosen = yield from _choose(c, item, share, size)
                 c.memory |= {ROWS + n: packed(chosen[n]) for n in new}
         done = yield [_few(c, item, bare.tensors) for item in items]
         held = max([held, *[_held(item, one) for item, one in zip(items, done, strict=True) if isinstance(item, Fit)]])
-        made = [_back(c, item, made) for item, made in zip(items, done, strict=True)]
-        answer = made if isinstance(asked, list) else made[0]
+        return [_back(c, item, made) for item, made in zip(items, done, strict=True)]
+
+    update = yield from done_by(operation(c, bare), by_rows)
     c.memory |= {"optimizer_bytes": torch.tensor(held[0]), "optimizer_bytes_whole": torch.tensor(held[1])}
     store_rows(c)
     return replace(update, tensors=_sent(c, update, bare))

@@ -20,7 +20,7 @@ import torch
 from fedloom.client.client import Client
 from fedloom.client.curriculum import shuffled
 from fedloom.compute.work import Fit, Held, Initial, Sensitivity
-from fedloom.messages import Task, Tensors, Update, Work, on_client
+from fedloom.messages import Task, Tensors, Update, Work, done_by, on_client
 from fedloom.model.names import is_factor, is_up, stays
 from fedloom.server.sharing import LAYERS
 from fedloom.tensors import without
@@ -56,13 +56,11 @@ def beside(operation: Callable[[Client, Task], Work[Update]], c: Client, task: T
 
 def own_unheld(work: Work[T], own: Tensors) -> Work[T]:
     """The same work, with FedProx's term over what was sent alone."""
-    answer: Any = None
-    while True:
-        try:
-            asked = work.send(answer)
-        except StopIteration as ended:
-            return ended.value
-        answer = yield [_unheld(item, own) for item in asked] if isinstance(asked, list) else _unheld(asked, own)
+
+    def unheld(items: list[Any]) -> Work[list[Any]]:
+        return (yield [_unheld(item, own) for item in items])
+
+    return (yield from done_by(work, unheld))
 
 
 def _unheld(item: Any, own: Tensors) -> Any:
