@@ -20,11 +20,13 @@ from fedloom.compute.stacked import Stacked
 from fedloom.compute.work import AdamW, Fit, Predict, Score
 from fedloom.methods import all_methods
 from fedloom.run.checkpoint import fingerprint_of
-from fedloom.run.describe import describe
+from fedloom.run.costs.pretended import Pretended
+from fedloom.run.describe import describe, played
 from fedloom.run.experiment import Experiment
 from fedloom.run.loop import run
 from fedloom.run.recipes import with_curriculum
 from fedloom.run.terminal.console import Progress
+from fedloom.run.world import build
 from tests import small, tiny
 
 pytestmark = pytest.mark.no_cover
@@ -193,3 +195,14 @@ def test_describing_counts_what_a_curriculum_saves_and_asks_for() -> None:
     assert max(flops["slw"], flops["shortformer"], flops["voc"]) < flops["none"]
     assert flops["slw"] == flops["shortformer"], "both begin with texts of four tokens"
     assert flops["loss"] < flops["fisher"], "the same batches; a gradient of every example costs more than its logits"
+
+
+def test_the_last_round_is_told_with_those_who_have_scored_before(tmp_path: Path) -> None:
+    """Who takes part for the first time scores its examples; of the last cohort most have."""
+    e = replace(experiment("lora", "loss"), rounds=5)
+    run(e, tmp_path / "run", plain=True)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
+    world = build(e)
+    foretold = [section.flops for section in played(replace(world, compute=Pretended(world.model))).rounds]
+    assert len(foretold) == 5, "all rounds are played"
+    assert foretold[1:] == pytest.approx([row["flops"] for row in rows[2:]], rel=0.01), "in the first the shortest texts are the easiest"

@@ -47,10 +47,10 @@ pytestmark = pytest.mark.no_cover
 
 POOL = Pool((0, 1, 2, 3), 3, 2, 3, mask=Mask(0.4))
 METHODS: dict[str, Any] = {name: kind() for name, kind in all_methods().items()} | {"slora": SLora(first=0.4)}
-REFUSING = {"fibecfed", "hetlora", "adalora", "fedalt", "deltalora", "fedsb", "embracingfl", "ditto"}
+REFUSING = {"fibecfed", "hetlora", "adalora", "fedalt", "deltalora", "fedsb", "embracingfl", "ditto", "centralised"}
 NO_PAIRS = {"fedfft", "fedbf", "fedap", "fedcybgd", "fedbavg", "handover", "galore", "lisa"}
 """Another kind of adapter, of their own accord."""
-FOLLOWING = [name for name in METHODS if name not in REFUSING | NO_PAIRS | {"centralised", "fedprox"}]
+FOLLOWING = [name for name in METHODS if name not in REFUSING | NO_PAIRS | {"fedprox"}]
 FROM_ZERO = {"flora", "slora", "flexlora", "flasc"}
 ALL, LEAST = Sharing(), Sharing(0.4)
 SHARES = [ALL, LEAST, Sharing(count=2, which="random"), Sharing(count=2, which="most")]
@@ -155,6 +155,8 @@ def test_a_method_without_rows_to_keep_says_so_before_it_trains(name: str) -> No
 
 
 def test_a_kind_without_pairs_and_a_term_in_the_loss_are_refused() -> None:
+    with pytest.raises(ValueError, match="'galore' cannot follow a mask that keeps 0.4 of the neurons: it projects whole matrices"):
+        next(METHODS["galore"].setup(State(0, {}), POOL))  # with --adapter.kind lora
     for name in sorted(NO_PAIRS):
         with pytest.raises(ExperimentError, match=f"--mask.keep is 0.4 and is of LoRA's pairs, and method '{name}', which trains kind"):
             replace(small.experiment(name), mask=Mask(0.4))

@@ -230,7 +230,7 @@ NO_STEPS = {
 }
 """Methods whose devices send, under the name of what came, something else than a step from it that the next steps add to."""
 
-AS_LORA = {"fedfft", "fedbf", "fedap", "federa", "fedeven", "fedprox", "centralised", "lora-finetuned", "lora-prior", "ffa"}
+AS_LORA = {"fedfft", "fedbf", "fedap", "federa", "fedeven", "fedprox", "lora-finetuned", "lora-prior", "ffa"}
 AS_LORA |= {"fedsa", "fedsb", "fedalt-partial", "lora-personal-head"}
 """Methods that go over a wire as ``lora`` does, with other tensors: in every round the same come down, and their mean is taken over (or
 there is but one who sends)."""
@@ -241,8 +241,12 @@ there is but one who sends)."""
 )
 def test_every_method_goes_over_every_wire_with_fewer_bytes(name: str, wire: str) -> None:
     """But for top-k with those that are as ``lora``, which goes over it, and for those over top-k that would have what is owed added to
-    what it is not of: they say so before anybody is asked. What a set-up hands out for good arrives as it is. What is left of an answer
-    and owed is a client's, whatever its tensors are."""
+    what it is not of, and where all data are in one place: they say so before anybody is asked. What a set-up hands out for good arrives as
+    it is. What is left of an answer and owed is a client's, whatever its tensors are."""
+    if name == "centralised":
+        with pytest.raises(ValueError, match="'centralised' has all data in one place, and nothing there goes over a wire"):
+            play(name, over_local, DISTURBANCES["undisturbed"], wire)
+        return
     if name in NO_STEPS and wire.startswith("top-k"):
         with pytest.raises(ValueError, match=f"'{name}' cannot go over wire 'top-k', .*: {NO_STEPS[name]}.*--wire"):
             play(name, over_local, DISTURBANCES["undisturbed"], wire)

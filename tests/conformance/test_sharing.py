@@ -288,3 +288,8 @@ def test_described_rounds_that_build_on_each_other_have_the_devices_layers(tmp_p
         digits = abs(row["bytes_up"] - due.bytes_up)  # of a loss, and of where tensors lie
         assert row["bytes_down"] == due.bytes_down and digits <= 24 * asked.cohort
         assert row["examples"] == due.examples
+
+
+def test_where_all_layers_are_shared_none_is_chosen() -> None:
+    with pytest.raises(ValueError, match="all layers are shared, and there is nothing to choose by 'most'; give --share.fraction below 1"):
+        next(set_up(FedAvg(), tiny.model(), replace(POOL, sharing=Sharing(which="most"))))

@@ -13,10 +13,13 @@ import torch
 
 from fedloom.client.client import Client
 from fedloom.compute.work import Fit, Fitted, Moments, Predict
+from fedloom.encodings import Encoding
 from fedloom.messages import CENTRE, Task, Update, ask
 from fedloom.methods import all_methods, methods_in, named
 from fedloom.methods.centralised import Centralised
 from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.fedbavg import FedBAvg
+from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.methods.fibecfed import FibecFed
 from fedloom.methods.finetuned import FineTuned
 from fedloom.methods.local import Local
@@ -319,3 +322,20 @@ def test_prior_correction_trains_as_its_inner_method() -> None:
     fit = next(method.train(client(), ask(method.train, 1, start(), round=1)))
     assert fit.optimizer.lr == 0.25
     assert method.assembled(State(0, start())) is not None
+
+
+def test_centralised_refuses_what_is_of_devices() -> None:
+    """Nothing there goes over a wire, and every epoch is shuffled anew."""
+    with pytest.raises(ValueError, match="'centralised' has all data in one place, and nothing there goes over a wire; leave --wire out"):
+        next(Centralised().setup(State(0, start()), replace(POOL, encoding=Encoding("nf4"))))
+    with pytest.raises(ValueError, match="'centralised' shuffles all data anew in every epoch; leave --method.inner.no-reshuffle out"):
+        next(Centralised(FedAvg(reshuffle=False)).setup(State(0, start()), POOL))
+
+
+def test_a_cycle_of_fedbavg_is_as_many_rounds_as_there_are_blocks() -> None:
+    """However many clients there are: FedCyBGD's of seven clients and two blocks is seven turns."""
+    shared, pool = {f"m.layer.{i}.w": torch.zeros(1) for i in range(2)}, replace(POOL, clients=tuple(range(7)))
+    state = State(0, shared, {"changed": torch.zeros(2, dtype=torch.int64)}, {"blocks": ["0", "1"]})
+    for method, rounds in ((FedBAvg(), 2), (FedCyBGD(), 7)):
+        _, after = play(method.setup(state, pool), lambda t: Update(t.client, 1))
+        assert after.facts["turns_per_cycle"] == rounds

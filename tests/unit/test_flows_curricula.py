@@ -18,6 +18,7 @@ from fedloom.compute.work import Fit, Predict, Score
 from fedloom.messages import Task, Update, ask
 from fedloom.methods.centralised import Centralised
 from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.methods.fibecfed import Curriculum, FibecFed
 from fedloom.methods.finetuned import FineTuned
 from fedloom.methods.local import Local
@@ -25,7 +26,7 @@ from fedloom.methods.method import State
 from fedloom.methods.personal_head import PersonalHead
 from fedloom.methods.prior import PriorCorrected
 from fedloom.server.participation import uniform
-from tests.flows import HEAD, POOL, client, counted, fitted, play, same, start, told, work
+from tests.flows import HEAD, POOL, client, counted, fitted, of_layers, play, same, start, told, work
 
 SLW = FedAvg(batch_size=4, curriculum=LengthWarmup(3, 0.5))
 FISHER = FedAvg(batch_size=4, local_epochs=3, curriculum=ByFisher(0.4, 0.5))
@@ -157,3 +158,21 @@ def test_fibecfeds_own_curriculum_is_fishers_over_what_the_head_allows() -> None
     for head, over in (("warm", "all"), ("as-is", "all"), ("left-out", "adapter")):
         own = Curriculum(0.5, 0.7, "sqrt", "example", 4, head)  # type: ignore[arg-type]
         assert own.on_device == ByFisher(0.5, 0.7, "sqrt", "example", 4, over)  # type: ignore[arg-type]
+
+
+# a turn without some layers
+
+
+def test_a_turn_that_leaves_layers_out_scores_with_them_as_the_device_has_them() -> None:
+    """The Fit may not name them; the score of a turn is of the whole model, by what the turn trains."""
+    c, block = client(), {n: start()[n] for n in sorted(of_layers(0))}
+    c.private = {n: torch.full_like(start()[n], 7.0) for n in sorted(of_layers(1, 2))}
+    sent = {**block, **{n: start()[n] for n in HEAD}}
+    method = FedCyBGD(inner=FISHER, drop=0.5)
+    operation = method.train(c, ask(method.train, 1, sent, block=list(block), skips=[1], round=0, rounds=8))
+    score = next(operation)
+    assert isinstance(score, Score) and set(score.at) == {*sent, *of_layers(1, 2)}
+    assert all(torch.equal(score.at[n], torch.full_like(score.at[n], 7.0)) for n in of_layers(1))
+    assert set(score.over or ()) == set(block)
+    fit = operation.send(np.arange(9.0))
+    assert isinstance(fit, Fit) and set(fit.start) == set(sent) and set(fit.fixed) == of_layers(2), "and no score is asked for again"

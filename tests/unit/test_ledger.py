@@ -13,10 +13,10 @@ import pytest
 
 from fedloom.data.tasks import DataError
 from fedloom.fleet import DeviceProfile, Fleet
-from fedloom.messages import Failure, Replies, Task, Traffic, Update
+from fedloom.messages import CENTRE, Failure, Replies, Task, Traffic, Update
 from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.costs import ledger as of_runs
-from fedloom.run.costs.ledger import Ledger, Personalising, peak_rss_bytes
+from fedloom.run.costs.ledger import Ledger, Personalising, Section, peak_rss_bytes
 from fedloom.run.experiment import Experiment
 from fedloom.run.loop import run
 from fedloom.run.world import World
@@ -203,3 +203,9 @@ def test_a_loss_that_is_no_number_or_of_no_examples_is_not_counted(tmp_path: Pat
     assert section.loss is None
     section.hear([], replies())
     assert section.loss == (30 * 1.0 + 10 * 3.0) / 40
+
+
+def test_where_all_data_are_in_one_place_nothing_travels() -> None:
+    section = Section(FLEET)
+    section.hear([Task("train", CENTRE)], Replies((), (), (Traffic(CENTRE, 10**6, 10**6, 300.0, 6),)))
+    assert (section.bytes_down, section.bytes_up, section.device_seconds, section.examples) == (0, 0, 3.0, 6)

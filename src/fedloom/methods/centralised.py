@@ -1,7 +1,8 @@
 """All data in one place: the ceiling of every table. Simulation only; no real federation has such a client.
 
 One round trains on as many examples as a cohort of average devices would (share ``cohort / K`` of the data, E epochs), taken in turn
-from seeded shuffles of all training data. AdamW's state is kept over the rounds.
+from seeded shuffles of all training data (always shuffled anew). AdamW's state is kept over the rounds. Nothing travels: no bytes are
+booked, and a wire that loses something is refused.
 """
 
 from __future__ import annotations
@@ -40,8 +41,17 @@ class Centralised:
         return State(0, model.initial)
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
-        """Nothing."""
+        """Nothing.
+
+        Raises:
+            ValueError: what is asked for is of devices: a mask, a wire, another rule than the mean, layers that stay.
+        """
+        if not self.inner.reshuffle:
+            raise ValueError(f"'{self.name}' shuffles all data anew in every epoch; leave --method.inner.no-reshuffle out")
         pool.insist_on_the_mean(self.name, "nothing is averaged")
+        pool.insist_on_no_mask(self.name, "which neurons matter is every device's own choice")
+        if not pool.encoding.exact:
+            raise ValueError(f"'{self.name}' has all data in one place, and nothing there goes over a wire; leave --wire out")
         return nothing_to_set_up(state)
 
     def round(self, state: State, pool: Pool) -> Flow[State]:

@@ -12,7 +12,7 @@ device that never took part predicts with the start's v.
 Which part is local is the paper's choice of architecture: its output layer, here the task head (``top_layers = 0``, the default), or
 transformer layers, here the LoRA pairs of the ``top_layers`` highest adapted layers; with as many as there are, that is its adapter
 personalisation: all LoRA is local and the head is shared. With a local head there is no global model; with a shared head the global model
-is u alone, the local layers being at the start, where B = 0.
+is u alone, the local layers being at the start, where B = 0 or singular vectors.
 
 The paper's other algorithm, FedSim, trains both parts at once; with the head as local part that is ``lora-personal-head``.
 

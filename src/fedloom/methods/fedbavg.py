@@ -10,7 +10,7 @@ FedCyBGD does: compare at equal examples or bytes, not at equal rounds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedloom.client.client import Client
@@ -38,9 +38,10 @@ class FedBAvg:
         return self.inner.init(model)
 
     def setup(self, state: State, pool: Pool) -> Flow[State]:
-        """As inner, which need not know by what rule the blocks will be averaged."""
+        """As inner, which need not know by what rule the blocks will be averaged; a cycle is D rounds."""
         pool.insist_on_what_was_sent(self.name, "a device trains one block in a turn, and is sent what has changed of the others")
-        return self.inner.setup(state, pool.plain())
+        state = yield from self.inner.setup(state, pool.plain())
+        return replace(state, facts={**state.facts, "turns_per_cycle": len(state.server["changed"])})
 
     def round(self, state: State, pool: Pool) -> Flow[State]:
         """S_t trains the round's block; the server takes the mean by numbers of examples."""

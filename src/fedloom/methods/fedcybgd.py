@@ -179,7 +179,10 @@ class FedCyBGD:
         start = only(came, [*task.settings["block"], *filter(is_head, came)])  # type: ignore[misc]
         for name in list(filter(lambda name: not is_head(name), came)):  # of what came in few bits nothing stays in 32
             c.private[name] = came.pop(name).to(c.frozen)
-        fixed = {n: t for n, t in without(c.private, start).items() if layer_of(n) not in skips}
+        own = without(c.private, start)
+        if skips:  # a curriculum scores with all layers, those left out now among them
+            yield from self.inner.open(c, {**own, **start}, task, start)
+        fixed = {n: t for n, t in own.items() if layer_of(n) not in skips}
         fitted = yield from self.inner.learn(c, start, task, fixed=fixed, skips=skips)
         return Update(c.id, len(c.train), fitted.tensors, {"loss": fitted.loss})
 

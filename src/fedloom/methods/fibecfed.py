@@ -259,7 +259,7 @@ class FibecFed:
         return state.after_round(mean.value())
 
     def assembled(self, state: State) -> Tensors | None:
-        """The shared tensors alone; local layers stay at their start, where B = 0."""
+        """The shared tensors alone; local layers stay at their start, where B = 0 (or singular vectors: --adapter.start)."""
         return state.shared
 
     def _without_loss(self, answers: Sequence[Update], pool: Pool, adapted: int) -> tuple[Gal, dict[str, Any]]:

@@ -147,11 +147,17 @@ def set_up(method: Method, model: Model, pool: Pool) -> Flow[State]:
     """The method's set-up, and then, if layers are to stay on devices, which: they are in no state from then on, and in no message.
 
     Raises:
-        ValueError: more layers are to be shared than there are, the method shares none, or its set-up leaves them elsewhere than at the
-            start that every device makes for itself; or devices are to have masks, and the method says no batch size.
+        ValueError: more layers are to be shared than there are, or some are to be chosen where none stays; the method shares none, or its
+            set-up leaves them elsewhere than at the start that every device makes for itself; or devices are to have masks, and the method
+            says no batch size.
     """
     if pool.mask.keep < 1:
         masked_batch(method)
+    if not pool.sharing.some and pool.sharing.which != "least":
+        raise ValueError(
+            f"all layers are shared, and there is nothing to choose by '{pool.sharing.which}'; give --share.fraction below 1, or "
+            "--share.count, or leave --share.which out"
+        )
     state = yield from method.setup(method.init(model), pool)
     if not pool.sharing.some:
         return state

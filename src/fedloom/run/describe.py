@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedloom.client.curricula.fisher import ByFisher
+from fedloom.client.curricula.loss import ByLoss
 from fedloom.client.store import ClientStore
 from fedloom.data.partition import Partition
 from fedloom.data.sources import Source
@@ -38,7 +40,7 @@ from fedloom.run.pages.drawing import Kind
 from fedloom.run.pages.figures import partition_picture
 from fedloom.run.pages.spent import profiles_told
 from fedloom.run.terminal.console import human_bytes, human_seconds
-from fedloom.run.world import World, adapter_of, build, read_data
+from fedloom.run.world import World, adapter_of, build, curriculum_of, read_data
 
 WAYS = {
     "packed": "packed: all texts of a stack in one row, without padding (the fastest way)",
@@ -181,7 +183,8 @@ def played(world: World) -> Played:
     """Play an experiment whose ``world`` has a compute that counts (``pretended.py``). What a method asks of its devices follows from what
     is chosen in its set-up, and the first and the last round tell it; one that ``rounds_differ`` is played through."""
     e, method, fleet = world.experiment, world.experiment.method, world.fleet
-    through = says(method, "rounds_differ") or e.controls or e.mask.keep < 1  # the first round is another
+    scoring = isinstance(curriculum_of(method), ByFisher | ByLoss)  # by whoever takes part for the first time
+    through = says(method, "rounds_differ") or e.controls or e.mask.keep < 1 or scoring
     engine = Counting(world) if through else world.engine(ClientStore(None))
     setup, rounds, steps = Section(fleet), list[Section](), Counter[str]()
 

@@ -23,8 +23,9 @@ MOST = 256
 def held(world: World, store: Store) -> dict[str, Any] | None:
     """Means over the devices that hold anything, in bytes: ``private_bytes`` (tensors that stay there), ``memory_bytes`` (what else they
     remember), ``file_bytes`` (both on disk), ``optimizer_bytes`` (AdamW's state in their last participation, over those that told it, else
-    None), ``step_flops`` (one example of the device's mean length, forth and back, in the method's own training). Each ``…_whole`` is the
-    same with all rows. None if no device holds anything. ``devices``: how many were looked at and hold something.
+    None), ``step_flops`` (one example of the device's mean length, forth and back, of all that the model trains, also where a method trains
+    a part at a time). Each ``…_whole`` is the same with all rows. None if no device holds anything. ``devices``: how many were looked at
+    and hold something.
     """
     if not isinstance(store, ClientStore):  # only they themselves can look
         return None

@@ -15,14 +15,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedloom.fleet import Fleet
-from fedloom.messages import Replies, Task
+from fedloom.messages import CENTRE, Replies, Task
 from fedloom.run.checkpoint import CheckpointError, write_atomically
 from fedloom.run.costs.profiles import round_seconds
 
@@ -47,12 +47,14 @@ class Section:
     failed: dict[str, str] = field(default_factory=dict)
 
     def hear(self, tasks: Sequence[Task], replies: Replies) -> None:
-        """Add one asking. The cohort works in parallel, so its device time is that of its slowest member."""
-        self.bytes_down += sum(t.bytes_down for t in replies.traffic)
-        self.bytes_up += sum(t.bytes_up for t in replies.traffic)
-        self.examples += sum(t.examples for t in replies.traffic)
-        self.flops += sum(t.flops for t in replies.traffic)
-        costs = ((t.client, t.flops, float(t.bytes_down), float(t.bytes_up)) for t in replies.traffic)
+        """Add one asking. The cohort works in parallel, so its device time is that of its slowest member. Where all data are in one place,
+        nothing travels to it."""
+        traffic = [replace(t, bytes_down=0, bytes_up=0) if t.client == CENTRE else t for t in replies.traffic]
+        self.bytes_down += sum(t.bytes_down for t in traffic)
+        self.bytes_up += sum(t.bytes_up for t in traffic)
+        self.examples += sum(t.examples for t in traffic)
+        self.flops += sum(t.flops for t in traffic)
+        costs = ((t.client, t.flops, float(t.bytes_down), float(t.bytes_up)) for t in traffic)
         self.device_seconds += round_seconds(self.fleet, costs)
         told = ((u.metrics.get("loss"), u.num_examples) for u in replies.updates)
         self.losses += [(float(loss), count) for loss, count in told if isinstance(loss, int | float) and count > 0]
