@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,9 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fibecfed import FibecFed
 from fedloom.methods.finetuned import FineTuned
 from fedloom.run.costs.payback import first_paid, plain_of
+from fedloom.run.loop import run
 from fedloom.server.participation import Pool
+from tests import small
 
 
 @pytest.mark.parametrize(
@@ -45,3 +48,9 @@ def test_plain_lora_trains_as_the_method_does_but_on_everything() -> None:
     assert plain_of(inner) == inner
     assert plain_of(replace(Ditto(), inner=inner)) == inner
     assert plain_of(Pool((0,), 1, 1, 1)) is None, "nothing within it that plain LoRA could do"
+
+
+@pytest.mark.parametrize(("name", "told"), [("fibecfed", True), ("fedalt", False)])
+def test_only_who_trains_loras_pairs_is_held_against_plain_lora(name: str, told: bool, tmp_path: Path) -> None:
+    """Of FedALT's two pairs a place plain LoRA would train both, and so be another."""
+    assert (run(small.experiment(name, rounds=1), tmp_path / "run", plain=True)["setup_paid_back"] is not None) == told

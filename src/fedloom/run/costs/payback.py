@@ -2,7 +2,8 @@
 
 A run's cost after a round is that of its set-up and of all rounds up to that one. The set-up has paid for itself after the first round
 at which this is no more than plain LoRA's, which has none: once for what devices upload, once for simulated device time. Plain LoRA is
-the same local training (epochs, batch size, seed, cohorts) with everything shared and without a curriculum. It is not trained for this: it
+the same local training (epochs, batch size, seed, cohorts) with everything shared and without a curriculum. Where other tensors than
+LoRA's pairs are trained, plain LoRA would have another model, and nothing is told. It is not trained for this: it
 is played with a compute that only counts, so its operations are those of a real run of it, and its messages are as long, but for the
 digits of a loss.
 """
@@ -23,7 +24,7 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import parts
 from fedloom.run.costs.ledger import Section
 from fedloom.run.costs.pretended import Pretended
-from fedloom.run.world import World
+from fedloom.run.world import World, adapter_of
 
 Row = Mapping[str, Any]
 KEYS = ("bytes_up", "device_seconds")
@@ -32,11 +33,11 @@ KEYS = ("bytes_up", "device_seconds")
 def paid_back(world: World, fleet: Fleet, totals: Row, rows: Sequence[Row]) -> dict[str, Any] | None:
     """``{"against": "lora", "bytes_up": round or None, "device_seconds": round or None}``; None in it means: not within this run. None
     altogether where set-up asked nothing of devices (a start that each makes for itself saves nothing in a round), or the method's local
-    training is not one that plain LoRA could do.
+    training is not one that plain LoRA could do, or not of LoRA's pairs.
 
     ``totals``, ``rows``: of the run's ledger; rows from round 0 on.
     """
-    plain = plain_of(world.experiment.method)
+    plain = plain_of(world.experiment.method) if adapter_of(world.experiment).kind == "lora" else None
     if world.far is not None or plain is None or not any(totals[f"setup_{key}"] for key in ("bytes_up", "bytes_down")):
         return None
     theirs = played(world, plain, fleet)
