@@ -166,15 +166,16 @@ class Table:
         if unknown or not (given.tasks or given.page):
             parser.error(f"{f'there is no task {unknown[0]}' if unknown else 'no task is named'}; there are {', '.join(self.shapes)}")
         alphas, code = tuple(given.alphas), 0
+        place, folder = given.out.resolve(), given.folder and given.folder.resolve()  # before the first change of folder
         for task in given.tasks:
-            out = given.out.resolve() / (task if alphas == self.alphas else f"{task}-{'-'.join(alphas)}")
+            out = place / (task if alphas == self.alphas else f"{task}-{'-'.join(alphas)}")
             if given.keep:
                 keep(out, self.kept / f"{task}.zip")
                 continue
             if set(more) <= BESIDE:  # with other settings nothing has been measured yet
                 unpack(self.kept / f"{task}.zip", out)
-            if given.folder:
-                os.chdir(given.folder)  # so that an experiment names its data alike wherever the sets are
+            if folder:
+                os.chdir(folder)  # so that an experiment names its data alike wherever the sets are
             code = max(code, self.compare(task, alphas, out, more))
             if code in STOPPED:
                 sys.exit(code)
@@ -241,8 +242,8 @@ def board(cases: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
         for protocol in PROTOCOLS:
             rank = mean_of_all([row["rank"][protocol] for row in mine])
             cells.append("-" if rank is None else f"{rank:.1f}")
-        sent, most = (sum(row["costs"]["bytes_up"] + row["costs"]["setup_bytes_up"] for row in of) for of in (mine, rows[methods[0]]))
-        told.append(f"| {' | '.join([*cells, share_text(sent / most)])} |")
+        sent, most = uploaded(mine), uploaded(rows[methods[0]])
+        told.append(f"| {' | '.join([*cells, share_text(sent / most) if sent is not None and most is not None else '-'])} |")
     metrics = sorted({case["metric"] for case in cases})
     lines = []
     for method, mine in rows.items():
@@ -302,6 +303,12 @@ def took(seconds: Mapping[str, float], cells: int) -> str:
 def ended(runs: Path) -> list[Path]:
     """The folders of the runs that have ended, with results or because they diverged, in order of names."""
     return sorted({path.parent for file in ("results.json", DIVERGED) for path in runs.glob(f"*/{file}")})
+
+
+def uploaded(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Bytes over all of a method's cells, set-up included; None where all of its rates diverged in one."""
+    costs = [(row["costs"]["bytes_up"], row["costs"]["setup_bytes_up"]) for row in rows]
+    return None if any(None in of for of in costs) else sum(map(sum, costs))
 
 
 def share_text(share: float) -> str:

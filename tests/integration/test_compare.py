@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from fedloom import cli
 from fedloom.methods.fedavg import FedAvg
@@ -20,6 +21,7 @@ from fedloom.methods.fibecfed import FibecFed, Gal
 from fedloom.run.comparison import compare
 from fedloom.run.comparison.plan import Plan
 from fedloom.run.experiment import ExperimentError
+from tests import tiny
 from tests.integration.test_cli import command, hashes, refused, small, write_data
 from tests.small import data, experiment
 
@@ -309,3 +311,26 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
     except (ProcessLookupError, FileNotFoundError):
         return False
+
+
+def test_runs_that_began_with_other_weights_stand_in_no_table(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The model's folder is written anew between two commands."""
+    model = Path(shutil.copytree(tiny.folder(), tmp_path / "model"))
+    words = [*small(place / "data"), "--model", str(model), "--seed", "1", "--lr", "1e-3", "--out", str(tmp_path / "c")]
+    assert cli.main(["compare", "lora", "fedsa", "fedalt", *words]) == 0
+    table = (tmp_path / "c" / "comparison.csv").read_text()
+    weights = load_file(model / "model.safetensors")
+    save_file({n: t + 1e-3 if t.is_floating_point() else t for n, t in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    assert cli.main(["compare", "lora", "fedsa", "fedalt", "local", *words]) == 2
+    said = capsys.readouterr().err
+    assert f"the model '{model}' changed between runs that would stand in one table: lora, fedsa (" in said and "local (" in said
+    assert (tmp_path / "c" / "comparison.csv").read_text() == table
+
+
+def test_the_folder_of_one_run_is_no_comparisons(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*small(place / "data"), "--rounds", "1", "--out", str(tmp_path / "r")]
+    assert cli.main(["run", "lora", *words]) == 0
+    before = (tmp_path / "r" / "report.html").read_bytes()
+    assert cli.main(["compare", "lora", "local", *words]) == 2
+    assert "is the folder of one run, whose report would be written over; give another --out" in capsys.readouterr().err
+    assert (tmp_path / "r" / "report.html").read_bytes() == before

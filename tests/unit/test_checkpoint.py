@@ -389,3 +389,21 @@ def test_what_is_being_run_is_not_read_beside_it(tmp_path: Path, monkeypatch: py
             raise AssertionError("two at once")
     with only_one(tmp_path, reading=True), only_one(tmp_path, reading=True):
         assert (tmp_path / ".lock").exists(), "several may read"
+
+
+def test_a_round_that_ends_while_the_one_before_is_read_is_read_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a server's model is exported after any round: what the next round deletes is not called corrupt."""
+    store, found, read = written(tmp_path, 1), [], parts.read
+
+    def meanwhile(*given: Any) -> Any:
+        if not found:
+            found.append(written(tmp_path, 2, 5.0))
+        return read(*given)
+
+    monkeypatch.setattr(checkpoint, "read", meanwhile)
+    loaded = checkpoint.load(tmp_path, stores(tmp_path))
+    assert loaded is not None and loaded.state.round == 2 and torch.equal(loaded.state.shared["w"], torch.full((2, 2), 5.0))
+    for path in (tmp_path / "checkpoints").glob("server-*"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="is corrupt"):
+        checkpoint.load(tmp_path, store)

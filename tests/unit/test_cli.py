@@ -570,3 +570,16 @@ def test_a_full_disk_is_told_by_what_the_command_can_do(monkeypatch: pytest.Monk
     monkeypatch.setattr(cli, "COMMANDS", dict.fromkeys(("run", "export"), full))
     assert said(capsys, "run") == (1, f"fedloom: x: No space left on device; free some space. {RESUMES}\n")
     assert said(capsys, "export") == (1, "fedloom: x: No space left on device; free some space.\n")
+
+
+def test_a_methods_name_is_the_methods_whatever_lies_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``fedloom run lora`` takes nothing from a folder ``lora`` that an earlier command has left; ``./lora`` is that folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("lora", "lora+voc", "lora+voc-trec-1a2b3c4d"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "experiment.json").write_text(json.dumps(as_json(Experiment(method=FedAvg(lr=0.25), rounds=7))))
+    assert recipes.resolve("lora") == recipes.Recipe(FedAvg)
+    assert recipes.resolve("lora+voc").method == FedAvg(curriculum=ByRarity())
+    for word in ("./lora", "./lora+voc", "lora+voc-trec-1a2b3c4d"):
+        there = recipes.resolve(word).experiment
+        assert there is not None and there.rounds == 7, word

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from fedloom.messages import DIVERGED, CohortFailed, Failure
 from fedloom.methods.fedavg import FedAvg
 from fedloom.run.adopt import TAKEN_OVER
 from fedloom.run.checkpoint import CheckpointError
@@ -237,3 +238,11 @@ def test_a_fault_of_the_program_tells_where_it_is() -> None:
     assert "TypeError" in event["trace"]
     assert not event["diverged"]
     assert "trace" not in failed(ValueError("theirs"))
+
+
+def test_what_diverged_is_told_with_what_mends_it_in_a_comparison() -> None:
+    """It is not gone on with, and no other folder is needed."""
+    event = failed(CohortFailed((Failure(3, f"ValueError: {DIVERGED}"),), 0, 1))
+    assert event["diverged"] and event["text"].endswith("name smaller --lrs. This one is not run again while its folder is there")
+    assert "goes on from there" not in event["text"] and "another --out" not in event["text"]
+    assert "goes on from there" in failed(CohortFailed((Failure(3, "MemoryError: none left"),), 0, 1))["text"]

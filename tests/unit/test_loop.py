@@ -181,3 +181,19 @@ def test_what_cannot_be_written_whole_is_not_there(tmp_path: Path, monkeypatch: 
         with pytest.raises(OSError, match="No space"):
             write_shards(*read_data(e), tmp_path / "shards")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_folder_that_is_anothers_now_forgets_what_trackers_were_told(tmp_path: Path) -> None:
+    """They write settings where there are none, and would show those of what was refused."""
+    refused = replace(small.experiment("hetlora"), controls=True)
+    with pytest.raises(ValueError, match="cannot follow SCAFFOLD's controls"):
+        run(refused, tmp_path, plain=True)
+    for name in ("tensorboard", "mlflow"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "id").write_text("the refused one's")
+    (tmp_path / "wandb").mkdir()
+    claim(tmp_path, refused)
+    assert (tmp_path / "mlflow" / "id").exists(), "its own are kept"
+    claim(tmp_path, small.experiment("hetlora", rounds=1))
+    assert not (tmp_path / "tensorboard").exists() and not (tmp_path / "mlflow").exists()
+    assert (tmp_path / "wandb").exists(), "somebody else's"

@@ -92,5 +92,6 @@ def test_what_is_free_is_no_more_than_a_container_may_have(
     assert len(machine.own_groups()) == sum(most < 256 * GB for most in limits), "what does not bound is not looked at again"
     (told,) = [finding for finding in doctor._machine(tmp_path) if finding.name == "memory"]
     assert told.text.startswith(human_bytes(all_here))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (123, 456))
-    assert free_bytes(torch.device("cuda", 0)) == 123, "a GPU's is not the group's"
+    for name, seen in (("mem_get_info", (100, 456)), ("memory_reserved", 40), ("memory_allocated", 17)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, seen=seen: seen)
+    assert free_bytes(torch.device("cuda", 0)) == 123, "a GPU's is not the group's, and what PyTorch holds unused is free"

@@ -243,6 +243,8 @@ def test_the_board_counts_firsts_and_what_is_level_and_finds_the_furthest_leads(
         "| ours | +0.1000 (lora; a) | 75%† (lora; b) |",
     ]
     assert "†: without what devices train" in lines[8]
+    diverged = [{**row, "costs": dict.fromkeys(row["costs"])} if row["method"] == "ours" else row for row in cases[0]["rows"]]
+    assert kept.board([{**cases[0], "rows": diverged}], ("lora", "local", "ours")).splitlines()[6].endswith("| - |")
     none = {"personalised": None, "global": {"level": ["lora"]}}
     lines = kept.board([*cases, {"label": "c", "rows": third, "metric": "mcc", "first": none}], ("lora", "local", "ours")).splitlines()
     assert lines[-5] == "| method | accuracy above it, personalised | mcc above it, personalised | device time saved to where it ends |"
@@ -353,17 +355,16 @@ def test_every_task_of_a_table_is_a_comparison_that_its_command_line_takes(
     """Each task is handed to ``fedloom compare`` in the folder of the data sets, with all methods; what is added comes last."""
     recipe, asked = loaded(name), []
     monkeypatch.setattr(sys.modules[type(recipe.TABLE).__module__], "main", lambda words: asked.append((Path.cwd(), words)) or 0)
+    (tmp_path / "sets").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "sys.argv", ["recipe.py", *recipe.TABLE.shapes, "--folder", str(tmp_path), "--out", "o", "--alphas", "0.1", "--jobs", "2"]
-    )
+    monkeypatch.setattr("sys.argv", ["recipe.py", *recipe.TABLE.shapes, "--folder", "sets", "--out", "o", "--alphas", "0.1", "--jobs", "2"])
     table = replace(recipe.TABLE, name="nothing-is-kept-of-this")
     assert table.command(None) == 0
     assert len(asked) == len(table.shapes)
     for task, (folder, words) in zip(table.shapes, asked, strict=True):
         told = vars(cli._parse(options.for_compare(), words[1 + len(table.methods) :], "x"))
-        assert (words[0], tuple(words[1 : 1 + len(table.methods)]), folder) == ("compare", table.methods, tmp_path)
-        assert Path(told["out"]).name == f"{task}-0.1" and told["jobs"] == 2
+        assert (words[0], tuple(words[1 : 1 + len(table.methods)]), folder) == ("compare", table.methods, tmp_path / "sets")
+        assert Path(told["out"]) == tmp_path / "o" / f"{task}-0.1" and told["jobs"] == 2
 
 
 def test_every_ablation_is_a_plan_of_different_methods(ablations: ModuleType) -> None:

@@ -377,3 +377,15 @@ def test_a_run_goes_by_its_method_and_its_curriculum(tmp_path):
         (folder / "experiment.json").write_text(json.dumps({**written, "method": method}))
         runs.append(read(folder))
     assert label_runs(runs) == ["lora+slw", "lora+voc", "lora-prior"]
+
+
+def test_both_protocols_have_one_scale_with_bands_and_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits, rows = (
+        [],
+        [{"round": t, "personalised": 0.5, "global": 0.6, "bytes_up": 1, "bytes_down": 1, "device_seconds": 1} for t in (0, 1)],
+    )
+    apart = {"personalised": [0.01, 0.02], "global": [0.2, 0.1]}
+    monkeypatch.setattr(figures, "_scale", lambda ax, scores: limits.append((min(scores), max(scores))))
+    for protocol in ("personalised", "global"):
+        figures.metric_curve([figures.Track("a", rows, deviations=apart)], protocol, "round", "accuracy", target=0.95)
+    assert limits == [pytest.approx((0.4, 0.95))] * 2

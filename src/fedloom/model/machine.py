@@ -78,9 +78,10 @@ def all_bytes() -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device; on a processor as far as the control groups of this process allow."""
+    """Memory that is free on a device; on a processor as far as the control groups of this process allow, on a GPU with what PyTorch has
+    of it for later and does not use."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min([psutil.virtual_memory().available, *(group.free for group in own_groups())])
 
 

@@ -126,6 +126,12 @@ def data_of(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def model_of(folder: Path) -> str | None:
+    """The fingerprint of the pre-trained weights that the last completed round began with; None if there is none, or it cannot be read."""
+    found = _said(folder, "model")
+    return found if isinstance(found, str) and found else None
+
+
 def same_data(one: str, other: str) -> bool:
     """Whether two fingerprints may be of the same data: one of an earlier release tells tokens alone, and what the other has behind its
     dash is not compared.
@@ -152,12 +158,24 @@ def _said(folder: Path, what: str) -> object:
 def load(folder: Path, store: Store) -> Saved | None:
     """The last completed round, with ``store`` put back to it; None if there is none.
 
+    What is read while the run goes on may have been followed by the next round, which deletes it; that one is read then.
+
     Raises:
         CheckpointError: the checkpoint is corrupt; nothing is changed.
     """
     path = folder / "checkpoints" / LATEST
-    if not holds_training(folder):
-        return None
+    while holds_training(folder):
+        before = _bytes(path)
+        try:
+            return _read(folder, path, store)
+        except CheckpointError:
+            if _bytes(path) == before:
+                raise
+    return None
+
+
+def _read(folder: Path, path: Path, store: Store) -> Saved:
+    """The round that ``path`` tells of."""
     mend = f"Nothing was overwritten. Delete {folder} to start the run anew, or restore the folder from a copy"
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
@@ -179,6 +197,14 @@ def load(folder: Path, store: Store) -> Saved | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StoreError) as error:
         raise CheckpointError(f"the checkpoint {path} is corrupt: {error}. {mend}") from error
     return Saved(_state(round, facts, tensors), totals, data, late, start, parts, model=model, names=outputs)
+
+
+def _bytes(path: Path) -> bytes:
+    """Those of a file; none of one that cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def fingerprint_of(folder: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def predictor_of(world: World, folder: Path, client: int | None) -> Predictor:
     method, store, named, served = world.experiment.method, store_in(folder), world.outputs, checkpoint.is_served(folder)
     if served and client is not None:
         raise ExportError(f"{folder} is a server's, and what device {client} has of its own lies with it; leave --client out")
-    saved = checkpoint.load(folder, Elsewhere() if served else store)
+    saved = checkpoint.load(folder, Elsewhere() if served or client is None else store)  # the shared model needs no device's state
     if saved is None:
         raise ExportError(f"{folder} holds no completed round yet; run it first")
     if said := stand_at(world.model, saved.start, folder, saved.model):
@@ -133,12 +134,15 @@ def export(experiment: Experiment, folder: Path, out: Path, client: int | None =
 
     Raises:
         ExportError: nothing to export, ``out`` is not empty, or a model that no adapter can hold.
+        CheckpointError: the checkpoint is corrupt, or of a device's model, the run is going on.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} exists and is not an empty folder; nothing was overwritten. Give a new folder")
     world = build_far(experiment) if checkpoint.is_served(folder) else build(experiment)
     merge = merge or saved_as(world.model.module) == "model"
-    found = predictor_of(world, folder, client)
+    alone = client is not None and not checkpoint.is_served(folder)  # a device's state is read after the rest
+    with checkpoint.only_one(folder, reading=True) if alone else nullcontext():
+        found = predictor_of(world, folder, client)
     tensors = whole(world.model, found.tensors)
     if found.bias is not None:
         last = [name for name in world.model.head if name.endswith(".bias") and tensors[name].shape == found.bias.shape]

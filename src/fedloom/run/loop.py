@@ -38,7 +38,7 @@ from fedloom.run.parts import Part
 from fedloom.run.samples import samples
 from fedloom.run.starting import OR_ANOTHER, begin_on_disk, identity, stand_at, start_of
 from fedloom.run.terminal.console import Progress, Show
-from fedloom.run.tracking import Tracking, insist_on_trackers, track_ended
+from fedloom.run.tracking import Tracking, forget, insist_on_trackers, track_ended
 from fedloom.run.world import World, build
 
 log = logging.getLogger("fedloom")
@@ -326,6 +326,7 @@ def claim(folder: Path, experiment: Experiment) -> None:
     so that a misspelt one leaves the folder free."""
     if not check(folder, experiment):
         (folder / DIVERGED).unlink(missing_ok=True)  # it was of another experiment, which has kept nothing else
+        forget(folder)
         write_atomically(folder / "experiment.json", json.dumps(as_json(experiment), indent=1))
 
 

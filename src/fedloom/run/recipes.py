@@ -45,14 +45,17 @@ class Recipe:
 
 def resolve(word: str) -> Recipe:
     """The recipe that ``word`` names: METHOD, FILE.py, FILE.py:METHOD, or an ``experiment.json`` (or the run folder that holds it), each
-    alone or as WORD+CURRICULUM.
+    alone or as WORD+CURRICULUM. Where something lies here that is called as a method is, the method is meant, and the other by ./WORD.
 
     Raises:
         ExperimentError: it names none; the message lists what there is.
     """
     base, plus, curriculum = word.rpartition("+")
-    if plus and not Path(word).exists():
+    known = all_methods()
+    if plus and ((base in known and curriculum in all_curricula()) or not Path(word).exists()):
         return _with_curriculum(resolve(base), curriculum)
+    if word in known:
+        return Recipe(known[word])
     path, _, chosen = word.partition(".py:") if ".py:" in word else (word, "", "")
     path = Path(f"{path}.py" if chosen else path).expanduser()
     if path.suffix == ".py":
@@ -60,13 +63,10 @@ def resolve(word: str) -> Recipe:
     if path.suffix == ".json" or (path / "experiment.json").is_file():
         saved = experiment_in(path)
         return Recipe(type(saved.method), saved)
-    known = all_methods()
-    if word not in known:
-        raise ExperimentError(
-            f"there is no method '{word}'.{meant(word, known)} There are: {', '.join(known)}. A Python file that defines a method, or the "
-            "experiment.json of a run, works too"
-        )
-    return Recipe(known[word])
+    raise ExperimentError(
+        f"there is no method '{word}'.{meant(word, known)} There are: {', '.join(known)}. A Python file that defines a method, or the "
+        "experiment.json of a run, works too"
+    )
 
 
 def experiment_in(path: Path, recipe: Path | None = None) -> Experiment:

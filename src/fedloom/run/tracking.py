@@ -13,6 +13,7 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,6 +193,13 @@ class Tracking:
             said = " ".join(str(error).split())[:MOST]
             mend = "the run goes on without it. Given again once that is mended, the same command fills in what it lacks"
             log.warning(f"--track {name} failed ({type(error).__name__}: {said}); {mend}")
+
+
+def forget(folder: Path) -> None:
+    """Delete what trackers keep in a run's folder: it was of another experiment. A folder without our mark is the user's."""
+    for name in KINDS:
+        if (folder / name / ID).is_file():
+            shutil.rmtree(folder / name)
 
 
 COMPLETE, ID = "complete", "id"

@@ -15,7 +15,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from fedloom.run.checkpoint import CheckpointError, data_of, only_one, same_data, write_atomically
+from fedloom.run.checkpoint import CheckpointError, data_of, holds_training, model_of, only_one, same_data, write_atomically
 from fedloom.run.comparison.as_csv import as_csv
 from fedloom.run.comparison.as_tex import as_tex
 from fedloom.run.comparison.jobs import carry_out, ended_before, order_of
@@ -27,7 +27,7 @@ from fedloom.run.comparison.watching import Watching
 from fedloom.run.experiment import ExperimentError, as_meant, completed, digest_of
 from fedloom.run.loop import check
 from fedloom.run.tracking import insist_on_trackers
-from fedloom.run.world import read_data
+from fedloom.run.world import adapter_of, read_data
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ def compare(
         raise ExperimentError(f"--jobs is {jobs}; it must be at least 1")
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; --out must name a folder")
+    if holds_training(out) or (out / "results.json").exists():
+        raise CheckpointError(f"{out} is the folder of one run, whose report would be written over; give another --out")
     folder = homes(out)
     runs = [*plan.wanted({}).values(), *plan.every()]
     for run in runs:
@@ -91,23 +93,28 @@ def compare(
 
 
 def insist_on_the_same_data(runs: Sequence[Run], folder: Callable[[Run], Path]) -> None:
-    """A table sets methods beside each other that saw the same examples. Checkpoints tell what they saw; runs without one do not.
+    """A table sets methods beside each other that saw the same examples and began with the same pre-trained weights. Checkpoints tell what
+    they saw and began with; runs without one do not.
 
     Raises:
-        CheckpointError: of one data set, α and seed some runs saw other data, because its files changed in between.
+        CheckpointError: of one data set, α and seed some runs saw other data, because files changed in between; or of one data set, seed
+            and adapter some began with another model (what is drawn by seed, or split by the adapter's start, is in its fingerprint).
     """
-    seen: dict[tuple[Any, ...], dict[str, list[str]]] = {}
+    read: dict[tuple[str, Any], dict[str, list[str]]] = {}
     for run in runs:
-        if (data := data_of(folder(run))) is not None:
-            of = run.experiment.data, run.experiment.alpha, run.experiment.seed
-            names = seen.setdefault(of, {}).setdefault(data, [])
-            names += [folder(run).name] if folder(run).name not in names else []
-    for (data, *_), each in seen.items():
+        e, place = run.experiment, folder(run)
+        data = f"the data behind '{e.data}'", (e.alpha, e.seed)
+        model = f"the model '{e.model}'", (e.data, e.seed, e.head, e.precision, adapter_of(e))
+        for what, found in ((data, data_of(place)), (model, model_of(place))):
+            if found is not None:
+                names = read.setdefault(what, {}).setdefault(found, [])
+                names += [place.name] if place.name not in names else []
+    for (what, _), each in read.items():
         if not all(same_data(one, other) for one, other in combinations(each, 2)):
             told = " and ".join(f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''} ({found})" for found, names in each.items())
             raise CheckpointError(
-                f"the data behind '{data}' changed between runs that would stand in one table: {told}. Give another --out, or delete the "
-                "folders of those that are out of date"
+                f"{what} changed between runs that would stand in one table: {told}. Give another --out, or delete the folders of those "
+                "that are out of date"
             )
 
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 Event = Mapping[str, Any]
 """What is told: an object with ``kind``: phase, note, round, resume, done or failed."""
 
+OF_THE_RATE = "It asks for a smaller learning rate: name smaller --lrs. This one is not run again while its folder is there"
+"""What a run that diverged wants."""
+
 SHOWN = ("round", "loss", "personalised", "global")
 """What of a row is told."""
 
@@ -81,12 +84,14 @@ def perform(
 
 
 def failed(error: Exception) -> Event:
-    """What is told of an error: a paragraph; of a fault of the program also where it is."""
+    """What is told of an error: a paragraph; of a fault of the program also where it is. A run that diverged is not begun again."""
     from fedloom.run.terminal.failures import diverged, explain
 
-    explained = explain(error)
+    of_the_rate = diverged(error)
+    explained = explain(error, resumes=not of_the_rate)
     if explained is not None:
-        return {"kind": "failed", "text": explained[0], "diverged": diverged(error)}
+        more = f" {OF_THE_RATE}" if of_the_rate else ""
+        return {"kind": "failed", "text": f"{explained[0]}{more}", "diverged": of_the_rate}
     text = f"a fault of the program: {type(error).__name__}: {error}"
     return {"kind": "failed", "text": text, "diverged": False, "trace": "".join(traceback.format_exception(error))}
 

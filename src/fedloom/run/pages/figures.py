@@ -68,7 +68,6 @@ def metric_curve(tracks: Sequence[Track], protocol: Protocol, against: Against, 
     def draw(figure: matplotlib.figure.Figure) -> None:
         ax = figure.add_subplot()
         size, label = _unit(against, max((track.axis(against, protocol).max(initial=0) for track in tracks), default=0))
-        edges: list[float] = []
         for i, track in enumerate(tracks):
             places, (colour, dash, marker) = track.axis(against, protocol) / size, appearance(i)
             points = [(x, row[protocol], row["round"]) for x, row in zip(places, track.rows, strict=True) if row[protocol] is not None]
@@ -80,11 +79,9 @@ def metric_curve(tracks: Sequence[Track], protocol: Protocol, against: Against, 
             band = [(x, row[protocol] - d, row[protocol] + d) for x, row, d in apart if d is not None]
             low, high = [y for _, y, _ in band], [y for _, _, y in band]
             ax.fill_between([x for x, _, _ in band], low, high, color=colour, alpha=0.15, linewidth=0)
-            edges += low + high
         if target is not None:
             ax.axhline(target, color=INK, linewidth=0.8, linestyle=(0, (1, 3)))
-        scores = [row[p] for track in tracks for row in track.rows for p in ("personalised", "global") if row[p] is not None]
-        _scale(ax, scores + edges)
+        _scale(ax, [*_reach(tracks), *([] if target is None else [target])])
         ax.set_title(f"{protocol.capitalize()} {metric} against {WORDS[against]}")
         ax.set_ylabel(f"test {metric}")
         ax.set_xlabel(label)
@@ -93,6 +90,18 @@ def metric_curve(tracks: Sequence[Track], protocol: Protocol, against: Against, 
         legend(ax, len(tracks))
 
     return render(draw, height=height_of(len(tracks)))
+
+
+def _reach(tracks: Sequence[Track]) -> list[float]:
+    """All scores of both protocols, and the edges of their bands."""
+    reach: list[float] = []
+    for track in tracks:
+        for protocol in ("personalised", "global"):
+            scores = [row[protocol] for row in track.rows]
+            reach += [score for score in scores if score is not None]
+            apart = zip(scores, track.deviations.get(protocol, []), strict=False)
+            reach += [edge for score, d in apart if score is not None and d is not None for edge in (score - d, score + d)]
+    return reach
 
 
 def loss_curve(tracks: Sequence[Track]) -> bytes:
