@@ -26,7 +26,7 @@ from fedloom.run.comparison.cells import UNCOUNTED, remark
 from fedloom.run.comparison.standing import COMMONEST
 from fedloom.run.comparison.statistics import mean_of_all
 from fedloom.run.comparison.summary import PROTOCOLS
-from fedloom.run.loop import DIVERGED
+from fedloom.run.folder import DIVERGED
 from fedloom.run.pages.standings import standings
 from fedloom.run.reading import full_name
 

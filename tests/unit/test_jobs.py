@@ -23,7 +23,7 @@ from fedloom.run.comparison.jobs import Crew, Process, carry_out, order_of
 from fedloom.run.comparison.plan import Ended, Run
 from fedloom.run.costs.memory import Portion
 from fedloom.run.experiment import Experiment, as_json
-from fedloom.run.loop import claim
+from fedloom.run.folder import claim
 from fedloom.run.worker import ordered_experiment
 from tests import tiny
 

@@ -17,12 +17,13 @@ from fedloom.engines.engine import Engine, drive
 from fedloom.messages import Replies, Task
 from fedloom.methods.method import State, set_up
 from fedloom.run import checkpoint
-from fedloom.run.checkpoint import CheckpointError, Saved, told_at_the_end, write_atomically
+from fedloom.run.checkpoint import CheckpointError, Saved, write_atomically
 from fedloom.run.costs.ledger import Ledger
 from fedloom.run.costs.memory import Portion
 from fedloom.run.evaluation import Evaluation, evaluate, nothing
 from fedloom.run.experiment import Experiment, ExperimentError
-from fedloom.run.loop import Told, begin, check, claim, engine_of, finish, loaded
+from fedloom.run.folder import check, claim, only_one, told_at_the_end
+from fedloom.run.loop import Told, begin, engine_of, finish, loaded
 from fedloom.run.starting import OR_ANOTHER, stand_at, start_of
 from fedloom.run.terminal.console import Show
 from fedloom.run.tracking import insist_on_trackers, track_ended
@@ -49,7 +50,7 @@ def adopt(
             "layers that stay on devices (--share) lie in the folder of the run that trained them and nowhere else; train "
             f"'{experiment.method_name}' itself, or evaluate that run: fedloom evaluate RUN --method"
         )
-    with checkpoint.only_one(folder):
+    with only_one(folder):
         if check(folder, experiment) and (folder / "results.json").exists():
             found = told_at_the_end(folder / "results.json")
             track_ended(track, experiment, folder, found)

@@ -21,6 +21,7 @@ from fedloom.run.adopt import prepared_for
 from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.evaluation import evaluate
 from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.folder import only_one
 from fedloom.run.reading import read
 from fedloom.run.starting import stand_at
 from fedloom.run.world import build, store_in
@@ -57,7 +58,7 @@ def evaluate_again(experiment: Experiment, folder: Path, kind: type[Any] | None 
             "results.json; 'fedloom export' gives the shared model"
         )
     other = _as_method(experiment, kind) if kind and kind is not type(experiment.method) else None
-    with checkpoint.only_one(folder, reading=True), TemporaryDirectory(prefix="fedloom-") as aside:
+    with only_one(folder, reading=True), TemporaryDirectory(prefix="fedloom-") as aside:
         store = store_in(folder, Path(aside))
         saved = checkpoint.load(folder, store)
         if saved is None:

@@ -7,16 +7,13 @@ only what a round has changed is written, and once written what is large lies in
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -105,19 +102,6 @@ def save(folder: Path, saved: Saved, store: Store) -> Saved:
 def holds_training(folder: Path) -> bool:
     """Whether a run's last completed round is kept there: a run known by its results alone has none."""
     return (folder / "checkpoints" / LATEST).exists()
-
-
-def told_at_the_end(path: Path) -> dict[str, Any]:
-    """The JSON object that the end of a run has left in its folder (``results.json``, ``diverged.json``).
-
-    Raises:
-        CheckpointError: the file is torn, or holds something else.
-    """
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")).items())
-    except (ValueError, AttributeError) as error:
-        mend = f"Delete {path.parent} and give the command again to have its run done anew, or restore the folder from a copy"
-        raise CheckpointError(f"{path} is corrupt: it is no JSON object ({error}). {mend}") from error
 
 
 def data_of(folder: Path) -> str | None:
@@ -216,45 +200,6 @@ def fingerprint_of(folder: Path) -> str:
     parts = {kind: fingerprint(tensors) for kind, tensors in _parts(saved.state).items()}
     parts |= {"start": fingerprint(saved.start)} if saved.start else {}
     return _digest({"round": saved.state.round, "facts": dict(saved.state.facts), **parts, "clients": store.fingerprint()})
-
-
-@contextmanager
-def only_one(folder: Path, reading: bool = False) -> Iterator[None]:
-    """Keep a second process out of the run folder. ``reading``: nothing will be written there, so that others may read it too, and a folder
-    that is read-only will do.
-
-    Raises:
-        CheckpointError: another process is running there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with _lock_of(folder, reading) as file:
-        try:
-            if file is not None:
-                flock(file, (LOCK_SH if reading else LOCK_EX) | LOCK_NB)
-        except BlockingIOError as error:
-            mend = "wait for it, or stop it" if reading else "wait for it, stop it, or give another --out"
-            raise CheckpointError(f"another process is running in {folder}; {mend}") from error
-        except OSError:
-            if not reading:  # some file systems lock nothing that was opened for reading only
-                raise
-        yield
-
-
-@contextmanager
-def _lock_of(folder: Path, reading: bool) -> Iterator[IO[str] | None]:
-    """The file that is locked; whose folder may not be written to, opened as it lies there, or None if there is none to be had."""
-    path = folder / ".lock"
-    try:
-        opened = path.open("w")
-    except OSError as error:
-        if not reading or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        try:
-            opened = path.open()
-        except OSError:
-            opened = None
-    with opened or nullcontext() as file:
-        yield file
 
 
 def _parts(state: State) -> dict[str, Mapping[str, torch.Tensor]]:

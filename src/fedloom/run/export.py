@@ -23,6 +23,7 @@ from fedloom.model.loading import folder_of
 from fedloom.model.names import is_beneath
 from fedloom.run import checkpoint
 from fedloom.run.experiment import Experiment
+from fedloom.run.folder import only_one
 from fedloom.run.personal import as_sent, personal
 from fedloom.run.starting import stand_at, start_of
 from fedloom.run.world import World, build, build_far, model_of, store_in
@@ -141,7 +142,7 @@ def export(experiment: Experiment, folder: Path, out: Path, client: int | None =
     world = build_far(experiment) if checkpoint.is_served(folder) else build(experiment)
     merge = merge or saved_as(world.model.module) == "model"
     alone = client is not None and not checkpoint.is_served(folder)  # a device's state is read after the rest
-    with checkpoint.only_one(folder, reading=True) if alone else nullcontext():
+    with only_one(folder, reading=True) if alone else nullcontext():
         found = predictor_of(world, folder, client)
     tensors = whole(world.model, found.tensors)
     if found.bias is not None:

@@ -24,30 +24,28 @@ from fedloom.messages import CENTRE, CohortFailed, Replies, Take, Task, whole
 from fedloom.methods.centralised import Centralised
 from fedloom.methods.method import State, one_round, set_up
 from fedloom.run import checkpoint
-from fedloom.run.checkpoint import CheckpointError, Saved, holds_training, told_at_the_end, write_atomically
+from fedloom.run.checkpoint import CheckpointError, Saved, write_atomically
 from fedloom.run.costs.holdings import held
 from fedloom.run.costs.ledger import Ledger, Section, forget_peak
 from fedloom.run.costs.memory import RUN, SERVER, Asker, Need, Portion, Sizes, insist_on_room, sizes_before, sizes_of, told
 from fedloom.run.costs.payback import paid_back
 from fedloom.run.evaluation import Evaluation, evaluate, nothing
-from fedloom.run.experiment import Experiment, as_json, as_meant, completed, first_difference
+from fedloom.run.experiment import Experiment, as_json
 from fedloom.run.export import write_global
+from fedloom.run.folder import check, claim, only_one, told_at_the_end
 from fedloom.run.late import Late, Remembering, welcome
 from fedloom.run.numbers import as_told
 from fedloom.run.parts import Part
 from fedloom.run.samples import samples
 from fedloom.run.starting import OR_ANOTHER, begin_on_disk, identity, stand_at, start_of
 from fedloom.run.terminal.console import Progress, Show
-from fedloom.run.tracking import Tracking, forget, insist_on_trackers, track_ended
+from fedloom.run.tracking import Tracking, insist_on_trackers, track_ended
 from fedloom.run.world import World, build
 
 log = logging.getLogger("fedloom")
 
 LARGE = 10**9
 """Bytes from which on a run tells beforehand how much memory it will take; ``fedloom describe`` always does."""
-
-DIVERGED = "diverged.json"
-"""In the folder of a comparison's run that diverged: what was told of it."""
 
 MISSES = 10
 """Rounds in a row to which too few devices came after which a federation stops."""
@@ -105,7 +103,7 @@ def run(
     """
     insist_on_trackers(track)
     check(folder, experiment)
-    with checkpoint.only_one(folder):
+    with only_one(folder):
         results = folder / "results.json"
         if check(folder, experiment) and results.exists():
             found = told_at_the_end(results)
@@ -319,44 +317,6 @@ def _evaluated(world: World, state: State, engine: Engine, show: Show, late: Lat
         return None
     show.phase(f"evaluating after round {state.round}")
     return evaluate(world, state, engine, None if late is None else [*late.since], store)
-
-
-def claim(folder: Path, experiment: Experiment) -> None:
-    """Write ``experiment.json``, or check that the one there says the same. Called once the data and the model have been found,
-    so that a misspelt one leaves the folder free."""
-    if not check(folder, experiment):
-        (folder / DIVERGED).unlink(missing_ok=True)  # it was of another experiment, which has kept nothing else
-        forget(folder)
-        write_atomically(folder / "experiment.json", json.dumps(as_json(experiment), indent=1))
-
-
-def check(folder: Path, experiment: Experiment) -> bool:
-    """Whether the folder holds this experiment already (False: it is free). Writes nothing. What was asked for and has kept nothing, as
-    where a method refused an option, leaves the folder free.
-
-    Raises:
-        CheckpointError: the folder holds another experiment (naming the first differing field) or something else.
-    """
-    path, wanted = folder / "experiment.json", as_meant(experiment)
-    if not path.exists():
-        if folder.exists() and not folder.is_dir():
-            raise CheckpointError(f"{folder} is a file; --out must name a folder")
-        strangers = [p.name for p in folder.iterdir() if p.name not in (".lock", "experiment.json.tmp")] if folder.is_dir() else []
-        if strangers:
-            raise CheckpointError(f"{folder} is not a run folder (it holds {sorted(strangers)[:4]}); give --out an empty or new one")
-        return False
-    try:
-        there = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is no JSON object ({error}); give another --out") from error
-    there = completed(there, {experiment.method.name: type(experiment.method)})
-    hows = Experiment.HOW
-    difference = first_difference({k: v for k, v in there.items() if k not in hows}, {k: v for k, v in wanted.items() if k not in hows})
-    if difference and not holds_training(folder) and not (folder / "results.json").exists():
-        return False
-    if difference:
-        raise CheckpointError(f"{folder} holds another experiment: {difference}. Give another --out, or the same options to resume")
-    return True
 
 
 def results_of(world: World, state: State, ledger: Ledger, found: Evaluation) -> dict[str, Any]:

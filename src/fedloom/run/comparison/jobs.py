@@ -26,12 +26,12 @@ import torch
 from fedloom.engines.environment import environment
 from fedloom.model.machine import free_bytes
 from fedloom.run.adopt import TAKEN_OVER
-from fedloom.run.checkpoint import holds_training, told_at_the_end, write_atomically
+from fedloom.run.checkpoint import holds_training, write_atomically
 from fedloom.run.comparison.job import Event, perform
 from fedloom.run.comparison.plan import Ended, Run
 from fedloom.run.costs.memory import Portion
 from fedloom.run.experiment import Experiment, ExperimentError, as_json
-from fedloom.run.loop import DIVERGED, check, claim
+from fedloom.run.folder import DIVERGED, check, claim, told_at_the_end
 from fedloom.run.recipes import file_of
 from fedloom.run.terminal.ending import TRACEBACK
 

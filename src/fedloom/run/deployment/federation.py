@@ -26,11 +26,11 @@ from fedloom.engines.node import asked as asked_of
 from fedloom.engines.resident import Resident, bytes_of
 from fedloom.engines.workers import Start
 from fedloom.model.loading import folder_of
-from fedloom.run.checkpoint import only_one
 from fedloom.run.costs.profiles import MIXES, PROFILES, is_file
 from fedloom.run.deployment.certificates import insist_secret, public_keys
 from fedloom.run.deployment.device import Own, command, greeting_of, order
 from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.folder import only_one
 from fedloom.run.late import may_join_late, those_who_may
 from fedloom.run.loop import run
 from fedloom.run.recipes import digest_of_file
