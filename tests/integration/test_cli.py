@@ -21,6 +21,7 @@ from fedloom import cli
 from fedloom.client.elsewhere import Elsewhere
 from fedloom.run import checkpoint
 from fedloom.run.export import predictor_of, whole
+from fedloom.run.folder import only_one
 from fedloom.run.recipes import experiment_in
 from fedloom.run.world import build, store_in
 from tests import tiny
@@ -263,6 +264,15 @@ def test_two_devices_export_two_models(ended: Path) -> None:
     for client in (0, 5):
         assert cli.main(["export", str(ended / "lora-prior"), f"out{client}", "--client", str(client)]) == 0
     assert hashes(Path("out0"))["adapter_model.safetensors"] != hashes(Path("out5"))["adapter_model.safetensors"]
+
+
+def test_beside_a_run_that_goes_on_the_shared_model_alone_is_exported(ended: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a device has is read after the rest, and the next round could have replaced it in between."""
+    place = str(ended / "lora-prior")
+    with only_one(Path(place)):
+        refused(capsys, ["export", place, "own", "--client", "0"], "another process is running", "wait for it, or stop it")
+        assert cli.main(["export", place, "shared"]) == 0
+    assert cli.main(["export", place, "own", "--client", "0"]) == 0
 
 
 def served(folder: Path) -> Path:

@@ -183,8 +183,8 @@ def played(world: World) -> Played:
     """Play an experiment whose ``world`` has a compute that counts (``pretended.py``). What a method asks of its devices follows from what
     is chosen in its set-up, and the first and the last round tell it; one that ``rounds_differ`` is played through."""
     e, method, fleet = world.experiment, world.experiment.method, world.fleet
-    scoring = isinstance(curriculum_of(method), ByFisher | ByLoss)  # by whoever takes part for the first time
-    through = says(method, "rounds_differ") or e.controls or e.mask.keep < 1 or scoring
+    scoring = isinstance(curriculum_of(method), ByFisher | ByLoss)
+    through = says(method, "rounds_differ") or e.controls or e.mask.keep < 1 or scoring  # who takes part for the first time does more
     engine = Counting(world) if through else world.engine(ClientStore(None))
     setup, rounds, steps = Section(fleet), list[Section](), Counter[str]()
 
