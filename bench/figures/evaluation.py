@@ -20,8 +20,9 @@ from bench.trec import moved, world
 from fedloom.compute.work import Predict
 from fedloom.data.tasks import Split
 from fedloom.methods.fedavg import FedAvg
-from fedloom.model.base import Model, Precision, as_batch
+from fedloom.model.base import Model, Precision
 from fedloom.model.kernels import computes_bf16
+from fedloom.model.texts import as_batch
 
 AT_LEAST, AIM, REPEATS, PLAIN = 1.3, 1.05, 5, 64
 SPLITS: tuple[Split, ...] = ("validation", "test")

@@ -20,6 +20,7 @@ from fedloom.methods import all_methods
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.finetuned import FineTuned
 from fedloom.methods.method import State
+from fedloom.model.writing import continued
 from fedloom.run import checkpoint
 from fedloom.run.adopt import adopt
 from fedloom.run.again import evaluate_again
@@ -230,7 +231,7 @@ def test_without_a_global_model_the_device_that_holds_the_prompt_writes(tmp_path
         private, _ = store.load(holder)
         prompt = world.model.speaker.asked(f"w{row}", 30)  # type: ignore[union-attr]
         assert sample["prompt"] == world.model.tokenizer.decode(prompt, skip_special_tokens=True)
-        assert [sample["after"]] == world.model.continued(private, [prompt], 64)
+        assert [sample["after"]] == continued(world.model, private, [prompt], 64)
     assert len({k for row in range(3) for k, held in enumerate(world.partition.shards("test")) if row in held}) > 1
     page = write_report([tmp_path / "run"], tmp_path / "page.html").read_text(encoding="utf-8")
     assert "4 of 16" in page and results["samples"][0]["after"] in page

@@ -22,7 +22,8 @@ from fedloom.engines.engine import drive
 from fedloom.engines.local import Local
 from fedloom.methods import all_methods, named
 from fedloom.model.adapters import AdapterError, Kind, merged, saved_as, write_adapter
-from fedloom.model.base import Model, as_batch
+from fedloom.model.base import Model
+from fedloom.model.texts import as_batch
 from fedloom.server.participation import Pool
 from tests import families, tiny
 

@@ -18,7 +18,7 @@ from fedloom.messages import Tensors
 from fedloom.model.base import Model, ModelError
 from fedloom.model.blocks import layer_of
 from fedloom.model.names import is_head
-from fedloom.model.packed import logits_of
+from fedloom.model.outputs import logits_of
 from tests import families, tiny
 
 FAMILIES = families.APART

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from fedloom.model.adapters import Adapter
 from fedloom.model.base import Model, kept_in
 from fedloom.model.loading import load
 from fedloom.model.names import is_factor
-from fedloom.model.packed import Unpackable
+from fedloom.model.passes import Unpackable
 from fedloom.model.some_rows import whole as whole_tensor
 from fedloom.tensors import fingerprint
 from tests import families, tiny
@@ -224,12 +224,12 @@ def fit_rows(of: Model, client: int, masked: bool = False, **extra: Any) -> Fit:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("way", ["serial", "_packed", "_rows", "_mapped"])
+@pytest.mark.parametrize("way", ["serial", "packed", "padded rows", "vmap"])
 def test_some_rows_train_as_all_would_under_a_mask(way: str, dropout: float) -> None:
     """Tensors, moments and losses; and what it costs is less by the rows' products alone."""
     of = replace(model(dropout))
     if way != "serial":
-        of._ways, of._make_way = {}, getattr(of, way)
+        of._ways, of.together_by = {}, way
     sparse = (Serial(of) if way == "serial" else Stacked(of)).run([fit_rows(of, k) for k in range(4)])
     for k, (one, many) in enumerate(zip(sparse, Serial(of).run([fit_rows(of, k, masked=True) for k in range(4)]), strict=True)):
         rows, few, whole = some_rows(of, k), one.result, many.result
@@ -634,8 +634,7 @@ def test_how_a_family_runs_together(family: str) -> None:
 def test_every_way_gives_the_same(way: str) -> None:
     """The slower ways on a model that could run packed."""
     packed, of = model(), tiny.model()
-    make = {"packed, whole last layer": partial(of._packed, trims=False), "padded rows": of._rows, "vmap": of._mapped}[way]
-    of._ways, of._make_way = {}, make
+    of._ways, of.together_by = {}, way
     items = [item for k in range(3) for item in everything(of, k)]
     for one, other in zip(Stacked(packed).run(items), Stacked(of).run(items), strict=True):
         match one.result:

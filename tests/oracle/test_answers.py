@@ -20,6 +20,7 @@ from fedloom.model.adapters import Adapter, AdapterError, Kind
 from fedloom.model.answers import PLAIN, AnswerError, Speaker, first_of
 from fedloom.model.base import Model, ModelError
 from fedloom.model.loading import load
+from fedloom.model.writing import continued
 from tests import families, tiny
 from tests.oracle.test_cloze import assert_slopes, folder
 
@@ -149,11 +150,11 @@ def test_what_is_written_is_what_the_library_generates(family: str) -> None:
     """With the tensors given, and the model is as it was afterwards."""
     of = model(family)
     moved, prompt = families.moved(of, 3, by=1.0), of.encode(PROMPTS, ANSWERS)[0][0][:5]
-    (plain,) = of.continued({}, [prompt], 6)
-    (other,) = of.continued(moved, [prompt], 6)
+    (plain,) = continued(of, {}, [prompt], 6)
+    (other,) = continued(of, moved, [prompt], 6)
     own = dict(of.module.named_parameters())
     assert all(torch.equal(own[of.parameters[n]], t) for n, t in of.initial.items())
-    (again,) = of.continued({}, [prompt], 6)
+    (again,) = continued(of, {}, [prompt], 6)
     assert plain == again != other
     written = library(family).generate(input_ids=torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=3)
     assert of.tokenizer.decode(written[0, 5:], skip_special_tokens=True) == plain
@@ -165,10 +166,10 @@ def test_prompts_answered_together_are_answered_as_alone(family: str) -> None:
     of = model(family)
     prompts = [row[:k] for row, k in zip(of.encode(PROMPTS, ANSWERS)[0], (5, 2, 9), strict=True)]
     moved = families.moved(of, 3, by=0.3)
-    alone = of.continued(moved, prompts, 6)
-    assert of.continued(moved, prompts, 6, together=2) == alone
-    assert of.continued(moved, prompts, 6, together=3) == alone and len(set(alone)) > 1
-    assert len(of.continued(moved, [[5] * (of.reads - 2)], 6)[0].split()) <= 2
+    alone = continued(of, moved, prompts, 6)
+    assert continued(of, moved, prompts, 6, together=2) == alone
+    assert continued(of, moved, prompts, 6, together=3) == alone and len(set(alone)) > 1
+    assert len(continued(of, moved, [[5] * (of.reads - 2)], 6)[0].split()) <= 2
 
 
 # ---- prompts and answers as tokens ------------------------------------------------------------------------------------------------

@@ -24,10 +24,11 @@ from fedloom.methods.federa import FeDeRA
 from fedloom.methods.fibecfed import FibecFed
 from fedloom.model import adapters
 from fedloom.model.adapters import Adapter, AdapterError, Start, merged, write_adapter
-from fedloom.model.base import Batch, Model
+from fedloom.model.base import Model
 from fedloom.model.loading import load
 from fedloom.model.names import is_down, is_factor, is_head, partner, under
 from fedloom.model.principal import drawn, principal_factors
+from fedloom.model.texts import Batch
 from fedloom.run.starting import identity
 from tests import families, tiny
 

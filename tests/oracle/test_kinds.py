@@ -17,9 +17,10 @@ from fedloom.compute.work import AdamW, Fit
 from fedloom.data.examples import Examples
 from fedloom.model import loading
 from fedloom.model.adapters import Adapter, AdapterError, Kind, attach
-from fedloom.model.base import Batch, Model
+from fedloom.model.base import Model
 from fedloom.model.blocks import layer_of
 from fedloom.model.names import is_head
+from fedloom.model.texts import Batch
 from tests import families, tiny
 
 FAMILIES = ("bert", "roberta", "deberta-v2", "modernbert", "gpt2", "llama", "qwen2", "bloom")

@@ -19,10 +19,10 @@ from transformers import AutoModelForSequenceClassification, T5Config
 from transformers.utils import import_utils
 
 from fedloom.data.examples import Examples
-from fedloom.model import loading
+from fedloom.model import loading, trials
 from fedloom.model.adapters import Adapter
 from fedloom.model.answers import Speaker
-from fedloom.model.base import Batch, Model, ModelError, as_batch
+from fedloom.model.base import Model, ModelError
 from fedloom.model.calls import CALLS, _token_mask
 from fedloom.model.cloze import Filler
 from fedloom.model.loading import folder_of, load
@@ -30,6 +30,7 @@ from fedloom.model.reader import TextError, Whole
 from fedloom.model.skipped import stack_of
 from fedloom.model.spans import Finder
 from fedloom.model.tags import Tagger
+from fedloom.model.texts import Batch, as_batch
 from tests import families, tiny
 
 SPECIAL = {"pad": "[PAD]", "bos": "[CLS]", "eos": "[SEP]", "unk": "[UNK]"}
@@ -229,7 +230,7 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
 def test_a_model_that_cannot_be_called_is_refused_and_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """BLOOM, which counts its distances in the token mask, without the ways that hand it one."""
     assert families.model("bloom").call[0] is _token_mask
-    monkeypatch.setattr(loading, "CALLS", [call for call in CALLS if call[0] is not _token_mask])
+    monkeypatch.setattr(trials, "CALLS", [call for call in CALLS if call[0] is not _token_mask])
     with pytest.raises(ModelError, match=r"\(bloom\) cannot be called; tried _one_mask/from_zero: .*_key_mask/_no_positions: ValueError"):
         load(str(families.folder("bloom")), num_labels=2, max_length=16)
 

@@ -22,7 +22,7 @@ from fedloom.methods.fedbavg import FedBAvg
 from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.methods.fibecfed import FibecFed
 from fedloom.methods.kinds import FedFFT
-from fedloom.model import loading
+from fedloom.model import trials
 from fedloom.model.base import Model
 from fedloom.run.costs import memory
 from fedloom.run.costs.memory import (
@@ -267,8 +267,7 @@ def test_a_name_that_was_downloaded_is_sized_where_it_lies(tmp_path: Path, monke
 PROBE = """
 import sys
 from pathlib import Path
-from fedloom.model import loading
-from fedloom.model import loading
+from fedloom.model import loading, trials
 from fedloom.model.adapters import Adapter
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
@@ -311,7 +310,7 @@ def test_a_model_in_shards_is_loaded_without_a_second_one(tmp_path: Path) -> Non
     tiny.tokenizer().save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors.index.json").exists() and len(list(tmp_path.glob("*.safetensors"))) > 5
     before = sizes_before(Experiment(FedCyBGD(), model=str(tmp_path)))
-    probe = PROBE.replace("import threading", "loading.APART = 2**23\nimport threading")
+    probe = PROBE.replace("import threading", "trials.APART = 2**23\nimport threading")
     done = subprocess.run([sys.executable, "-c", probe, str(tmp_path)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-800:]
     own, peak, way = done.stdout.split(maxsplit=2)
@@ -324,7 +323,7 @@ def test_a_model_in_shards_is_loaded_without_a_second_one(tmp_path: Path) -> Non
 def test_a_trial_has_two_different_owners_in_the_memory_of_one(shape: tuple[int, ...]) -> None:
     """Never two copies of a whole model beside it: each owner's tensor is near the model's, and another than the other's."""
     tensor = torch.full(shape, 3.0)
-    made = loading._of_two(tensor, torch.Generator().manual_seed(0))
+    made = trials._of_two(tensor, torch.Generator().manual_seed(0))
     assert made.shape == (2, *shape) and made.untyped_storage().nbytes() == 4 * (tensor.numel() + 1)
     assert not torch.equal(made[0], made[1]) and float((made - 3).abs().max()) < 3 * 0.1 * 5
     assert made[0].is_contiguous() and made[1].is_contiguous()
@@ -338,20 +337,20 @@ def test_a_trial_of_some_tensors_at_a_time_looks_at_each(blind: bool, monkeypatc
     def mistaken(self: Model, tensors: dict[str, torch.Tensor], *rest: Any, **named: Any) -> Any:
         return together(self, {**tensors, last: tensors[last][:1].expand_as(tensors[last])}, *rest, **named)
 
-    monkeypatch.setattr(loading, "APART", 1)
+    monkeypatch.setattr(trials, "APART", 1)
     if blind:
         monkeypatch.setattr(Model, "together", mistaken)
     model = tiny.model()
-    groups = loading._groups(model.initial)
+    groups = trials._groups(model.initial)
     assert [len(names) for names in groups] == [1] * len(model.initial) and set().union(*groups) == set(model.initial)
     assert groups[0] != {last}
     assert (model.together_by, "packed: results differ" in model.alone) == (("", True) if blind else ("packed", False))
 
 
 def test_a_trial_cuts_where_a_group_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "APART", 40)
+    monkeypatch.setattr(trials, "APART", 40)
     sizes = {"a": 5, "b": 5, "c": 1, "d": 30, "e": 9}  # numbers of four bytes
-    assert loading._groups({name: torch.zeros(n) for name, n in sizes.items()}) == [{"a", "b"}, {"c"}, {"d"}, {"e"}]
+    assert trials._groups({name: torch.zeros(n) for name, n in sizes.items()}) == [{"a", "b"}, {"c"}, {"d"}, {"e"}]
 
 
 def test_the_start_of_a_whole_model_is_the_model() -> None:

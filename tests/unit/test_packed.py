@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedloom.model.kernels import Owners
-from fedloom.model.packed import Layout, Pass, Unpackable, Weights
+from fedloom.model.passes import Layout, Pass, Unpackable, Weights
 from fedloom.model.texts import Texts
 
 ROWS = np.array([2, 0, 3])

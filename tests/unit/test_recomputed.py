@@ -29,13 +29,15 @@ from fedloom.data.examples import Examples
 from fedloom.methods.embracingfl import EmbracingFL
 from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.model.adapters import Adapter, Kind
-from fedloom.model.base import Batch, Model, ModelError
+from fedloom.model.base import Model, ModelError
 from fedloom.model.blocks import layer_of
 from fedloom.model.loading import load
 from fedloom.model.memory import needs
 from fedloom.model.modes import Mode, as_now, entered
 from fedloom.model.names import is_head
 from fedloom.model.recomputed import Recomputed
+from fedloom.model.texts import Batch
+from fedloom.model.writing import continued
 from fedloom.run.costs.memory import insist_on_room, sizes_of
 from fedloom.run.describe import describe
 from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError
@@ -435,7 +437,7 @@ def test_a_call_leaves_the_module_as_it_was_and_caches_off_only_meanwhile(tmp_pa
     layers: Any = Recomputed(of.module, 2).stack
     seen = []
     hook = layers[0].register_forward_hook(lambda *_, **__: seen.append(of.config.use_cache), with_kwargs=True)
-    before = of.continued(of.initial, [[5, 6, 7]], 6)
+    before = continued(of, of.initial, [[5, 6, 7]], 6)
     assert seen[-1] is True
     with again(of):
         given = batch()._replace(segments=torch.ones(3, 12, dtype=torch.int64))
@@ -445,7 +447,7 @@ def test_a_call_leaves_the_module_as_it_was_and_caches_off_only_meanwhile(tmp_pa
         with pytest.raises(RuntimeError):
             of.loss({n: t[:1] for n, t in of.initial.items()}, given, torch.float32)
         assert "forward" not in vars(layers[0]) and of.config.use_cache is True
-        assert of.continued(of.initial, [[5, 6, 7]], 6) == before and seen[-1] is True
+        assert continued(of, of.initial, [[5, 6, 7]], 6) == before and seen[-1] is True
     hook.remove()
 
 

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedloom.model.base import Batch, Model
+from fedloom.model.base import Model
 from fedloom.model.factors import cut, rank_in, rank_of_pairs
 from fedloom.model.names import is_beneath
 from fedloom.model.principal import operations
 from fedloom.model.some_rows import SomeRows
+from fedloom.model.texts import Batch
 
 LENGTHS = (4, 8, 16)
 

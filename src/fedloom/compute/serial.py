@@ -35,11 +35,12 @@ from fedloom.compute.work import (
 )
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
-from fedloom.model.base import Batch, Model, as_batch
+from fedloom.model.base import Model
 from fedloom.model.dropout import SeededDropout
 from fedloom.model.factors import rank_of_pairs
 from fedloom.model.quantised import numbers
 from fedloom.model.some_rows import SomeRows
+from fedloom.model.texts import Batch, as_batch
 from fedloom.seeds import derive_int
 from fedloom.tensors import without
 

@@ -1,7 +1,7 @@
 """The fast compute: the work of many clients in one pass.
 
 Frozen weights are shared; the clients' texts lie one after another without padding, each reading its own client's trainable tensors
-(``model/packed.py``). A pass takes as many texts as :data:`TOKENS` allows, whoever they belong to; a client whose steps are done is simply
+(``model/ways.py``). A pass takes as many texts as :data:`TOKENS` allows, whoever they belong to; a client whose steps are done is simply
 not in the next one. Per-example gradients are the same pass with every text an owner by itself.
 Items go together when they are alike (kind, tensor names and shapes, settings); the rest run in passes of their own. A model that no way is
 known for runs one client at a time, and says so.

@@ -1,7 +1,7 @@
 """The pre-trained model: loaded once (``loading.py``), frozen, shared by all clients.
 
 A forward pass is a pure function of (trainable tensors, batch), for one client (``forward``) or for the texts of many at once
-(``together``, see ``packed.py``). The model gets a ready attention mask and positions, built here from the (B, L) token mask.
+(``together``, see ``ways.py``). The model gets a ready attention mask and positions, built here from the (B, L) token mask.
 
 Encoders are padded on the right and pooled at position 0; causal decoders are padded on the left and pooled at the last position, or
 read before every token of an answer (``answers.py``). This module does not know data sets, clients or methods.
@@ -13,11 +13,10 @@ import copy
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,20 +29,19 @@ from fedloom.model.answers import Speaker
 from fedloom.model.asked import Asked
 from fedloom.model.calls import CALLS, Call, Shape
 from fedloom.model.cloze import Filler
-from fedloom.model.kernels import computes_bf16
-from fedloom.model.machine import free_bytes
 from fedloom.model.names import is_beneath, is_down, is_head, partner, under
-from fedloom.model.outputs import last_caught, of_layers
-from fedloom.model.packed import Mapped, Packed, Rows, Unpackable, Way, Weights, logits_of
+from fedloom.model.outputs import last_caught, logits_of, of_layers
+from fedloom.model.passes import Unpackable
 from fedloom.model.quantised import Base, Quantised, numbers, numbers_in_few
 from fedloom.model.reader import Reader, ReadsMany
 from fedloom.model.recomputed import Recomputed
-from fedloom.model.skipped import left_out, stack_of
+from fedloom.model.skipped import answers_of, left_out, stack_of
 from fedloom.model.spans import Finder, Spans
 from fedloom.model.tags import Tagger
-from fedloom.model.texts import Texts
+from fedloom.model.texts import Batch, Texts
+from fedloom.model.ways import WAYS, Packed, Way, mapped
 from fedloom.telling import Tellable
-from fedloom.tensors import fingerprint, only, without
+from fedloom.tensors import fingerprint
 
 Precision = Literal["float32", "bf16"]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -51,19 +49,6 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 class ModelError(Tellable, ValueError):
     """A model that cannot be used, and what could be."""
-
-
-class Batch(NamedTuple):
-    """Tensors of one padded batch.
-
-    ids, segments: int64 (B, L); mask: bool (B, L); labels: int64 (B,); weights: float32 (B,).
-    """
-
-    ids: torch.Tensor
-    mask: torch.Tensor
-    segments: torch.Tensor
-    labels: torch.Tensor
-    weights: torch.Tensor
 
 
 @dataclass
@@ -108,7 +93,6 @@ class Model:
     _beneath_now: Tensors = field(default_factory=dict)
     _answers: int | None = None
     _own: dict[str, torch.Tensor] = field(default_factory=dict)
-    _make_way: Callable[[torch.dtype], Way] = field(init=False)
 
     @property
     def head(self) -> frozenset[str]:
@@ -352,23 +336,12 @@ class Model:
             raise ModelError(f"no layer of '{self.name}' can be left out: {error}") from error
         if not self._own and not self.quantised:
             _ = self.weights  # all of its own are remembered while they are there
-        with left_out(stacks, layers, self._answers_of(stacks[0], dtype)):
-            yield
-
-    def _answers_of(self, stack: nn.ModuleList, dtype: torch.dtype) -> int:
-        """With how many things a layer answers in a tuple, 0 without one: as its first call shows."""
         if self._answers is None:
-            seen: list[int] = []
-            hook = stack[0].register_forward_hook(lambda _, __, made: seen.append(len(made) if isinstance(made, tuple) else 0))
             ids = torch.full((1, 4), 5, device=self.device)
-            try:
-                with torch.no_grad():
-                    rows = Batch(ids, ids > 0, torch.full_like(ids, self.trial_segment), ids[:, 0] * 0, torch.ones(1, device=self.device))
-                    self.forward({}, rows, dtype)
-            finally:
-                hook.remove()
-            self._answers = seen[0]
-        return self._answers
+            some = Batch(ids, ids > 0, torch.full_like(ids, self.trial_segment), ids[:, 0] * 0, torch.ones(1, device=self.device))
+            self._answers = answers_of(stacks[0], lambda: self.forward({}, some, dtype))
+        with left_out(stacks, layers, self._answers):
+            yield
 
     def embed(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Input embeddings E of token ids, (B, L, d)."""
@@ -388,7 +361,7 @@ class Model:
         so all is kept, whatever :attr:`recomputes` says."""
         named = self._named(tensors, dtype)
         given = (batch.ids, batch.mask, batch.segments, embeddings, layers, twice)
-        logits, hidden = self._call(self.base(dtype), dtype, named, *given)
+        logits, hidden = self.on_rows(self.base(dtype), dtype, named, *given)
         return self.read(logits, batch) if self.reads_many else logits, hidden
 
     def read(self, of: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -401,7 +374,7 @@ class Model:
         beneath = {n: self._turned(n, t).to(dtype) for n, t in tensors.items() if is_beneath(n)}
         return {self.parameters[n]: t.to(dtype) for n, t in tensors.items() if n not in beneath} | beneath
 
-    def _call(
+    def on_rows(
         self,
         module: nn.Module,
         dtype: torch.dtype,
@@ -460,55 +433,13 @@ class Model:
 
     def mapped(self, tensors: Tensors, texts: Texts) -> torch.Tensor:
         """The logits of :meth:`together` in float32, by operations that can be differentiated twice."""
-        return self._mapped(torch.float32)(self._named(tensors, torch.float32), texts)[0]
+        return mapped(self, torch.float32)(self._named(tensors, torch.float32), texts)[0]
 
     def way(self, dtype: torch.dtype) -> Way:
         """How texts of many owners are called in ``dtype``."""
         if dtype not in self._ways:
-            self._ways[dtype] = self._make_way(dtype)
+            self._ways[dtype] = WAYS[self.together_by](self, dtype)
         return self._ways[dtype]
-
-    def _packed(self, dtype: torch.dtype, trims: bool = True) -> Way:
-        return Packed(
-            self.base(dtype),
-            depth=self.depth,
-            causal=self.causal,
-            kinds=self.kinds,
-            positions=self._positions,
-            rate=self.dropout,
-            weights=self._weights(dtype),
-            trims=trims,
-            reads=max(0, self.pooled),
-            many=self.reads_many,
-            kinds_of=self.kinds_of,
-            recomputes=self.recomputes,
-        )
-
-    def _rows(self, dtype: torch.dtype) -> Way:
-        module = self.base(dtype)
-        table: Any = module.get_input_embeddings()  # type: ignore[operator]
-        weights = self._weights(dtype)
-        call, reads = partial(self._call, module, dtype), self.pooled
-        return Rows(call, table, causal=self.causal, pad_id=self.pad_id, rate=self.dropout, weights=weights, reads=reads)
-
-    def _mapped(self, dtype: torch.dtype) -> Way:
-        module = self.base(dtype)
-        table: Any = module.get_input_embeddings()  # type: ignore[operator]
-        call, reads = partial(self._call, module, dtype, twice=True), self.pooled
-        return Mapped(call, table, causal=self.causal, pad_id=self.pad_id, rate=self.dropout, reads=reads)
-
-    def _positions(self, length: int) -> torch.Tensor | None:
-        made = self.call[1](self.shape, torch.ones(1, length, dtype=torch.bool, device=self.device))
-        return None if made is None else made[0]
-
-    def _weights(self, dtype: torch.dtype) -> Weights | None:
-        """Where packed weights are kept; None if two more copies of the base would take more than a quarter of the free memory, and of a
-        model held in 16 bits of which everything is trained: devices bring their own weights to it."""
-        if self.dtype is not torch.float32 and self.is_whole:
-            return None
-        wide = 4 if dtype is torch.bfloat16 and not computes_bf16() else torch.empty(0, dtype=dtype).element_size()
-        copies = 2 * wide * sum(p.numel() for p in self.module.parameters())  # of what is held in few bits none is kept
-        return {} if copies < free_bytes(self.device) / 4 else None
 
     def loss(self, tensors: Tensors, batch: Batch, dtype: torch.dtype, twice: bool = False) -> torch.Tensor:
         """Mean loss over the batch's real rows. ``twice``: see :meth:`forward`."""
@@ -529,34 +460,6 @@ class Model:
     def reads(self) -> int:
         """Tokens of a text, prompt and answer, that the model reads at most: what its positions reach, or, where nothing says so, 2048."""
         return reach(self.module, self.config) or 2048
-
-    def continued(self, tensors: Tensors, prompts: Sequence[Sequence[int]], most: int, together: int = 1) -> list[str]:
-        """What a speaker writes after each prompt's token ids, the likeliest token every time, ``most`` at most, and no more than the model
-        reads; in the precision that training computes in. ``tensors`` override the model's own by saved name while it writes;
-        ``together`` prompts are answered at once, padded on the left."""
-        module: Any = self.base(self.dtype)
-        self.stand_on(only(tensors, [n for n in tensors if is_beneath(n)]))
-        own = dict(module.named_parameters())
-        given = without({**self.initial, **tensors}, self.beneath.names)
-        kept, end = {name: own[self.parameters[name]].data for name in given}, self.tokenizer.eos_token_id
-        try:
-            for name, tensor in given.items():  # a pair has the rank that it comes with, so its own lies aside for the while
-                own[self.parameters[name]].data = tensor.detach().to(kept[name])
-            with torch.no_grad():
-                made = []
-                for at in range(0, len(prompts), together):
-                    some = prompts[at : at + together]
-                    width = max(map(len, some))
-                    ids = torch.tensor([[*[self.pad_id] * (width - len(p)), *p] for p in some], device=self.device)
-                    mask = torch.tensor([[*[0] * (width - len(p)), *[1] * len(p)] for p in some], device=self.device)
-                    how = {"max_new_tokens": max(1, min(most, self.reads - width)), "pad_token_id": self.pad_id, "eos_token_id": end}
-                    how |= {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}  # whatever the model's own settings are
-                    made += module.generate(input_ids=ids, attention_mask=mask, **how)[:, width:].tolist()
-        finally:
-            for name, tensor in kept.items():
-                own[self.parameters[name]].data = tensor
-        ended = [ids[: ids.index(end)] if end in ids else ids for ids in made]
-        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in ended]
 
     def need_classes(self, who: str) -> None:
         """For methods that count labels.
@@ -597,11 +500,6 @@ def kept_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
     return module
-
-
-def as_batch(arrays: Mapping[str, np.ndarray], device: torch.device) -> Batch:
-    """A batch from arrays named as its fields."""
-    return Batch(**{name: torch.from_numpy(arrays[name]).to(device) for name in Batch._fields})
 
 
 def reach(base: nn.Module, config: Any) -> int | None:

@@ -39,3 +39,8 @@ def last_caught(module: nn.Module, depth: int) -> Iterator[list[torch.Tensor]]:
 def of_layers(states: Sequence[torch.Tensor], caught: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """H_1 .. H_D from the states of a call, which begin with the embeddings, and what :func:`last_caught` caught in it."""
     return (*states[1:-1], caught[-1] if caught else states[-1])
+
+
+def logits_of(out: Any) -> torch.Tensor:
+    """The logits of a call of the module; those of begin and end side by side (…, 2), which the library tells apart."""
+    return torch.stack([out.start_logits, out.end_logits], -1) if "start_logits" in out else out.logits

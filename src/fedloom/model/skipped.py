@@ -6,7 +6,7 @@ needed. This module does not know methods; which layers are left out is a work i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,18 @@ def stack_of(module: nn.Module, depth: int) -> nn.ModuleList:
         if isinstance(part, nn.ModuleList) and len(part) == depth:
             return part
     raise LookupError(f"no list of {depth} transformer layers in {type(module).__name__}")
+
+
+def answers_of(stack: nn.ModuleList, call: Callable[[], object]) -> int:
+    """With how many things a layer answers in a tuple, 0 without one: as a ``call`` of the model shows."""
+    seen: list[int] = []
+    hook = stack[0].register_forward_hook(lambda _, __, made: seen.append(len(made) if isinstance(made, tuple) else 0))
+    try:
+        with torch.no_grad():
+            call()
+    finally:
+        hook.remove()
+    return seen[0]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Texts of many owners, one after another without padding, and what their losses are.
+"""What a model is called with: a padded batch, or the texts of many owners one after another, and what their losses are.
 
 Nothing here knows models, clients or methods. Shapes: n texts, T tokens, S owners, C classes.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,24 @@ from fedloom.model.spans import Spans
 
 FILL = 32
 """Packed passes hold a multiple of this many tokens: oneDNN makes, and keeps, a program for every number of rows that it meets."""
+
+
+class Batch(NamedTuple):
+    """Tensors of one padded batch.
+
+    ids, segments: int64 (B, L); mask: bool (B, L); labels: int64 (B,); weights: float32 (B,).
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    segments: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+
+
+def as_batch(arrays: Mapping[str, np.ndarray], device: torch.device) -> Batch:
+    """A batch from arrays named as its fields."""
+    return Batch(**{name: torch.from_numpy(arrays[name]).to(device) for name in Batch._fields})
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from fedloom.data.numbers import due, last, marked
 from fedloom.data.tasks import HELD_OUT, Split
 from fedloom.messages import Tensors
 from fedloom.methods.method import State
+from fedloom.model.writing import continued
 from fedloom.run.personal import as_sent, personal
 from fedloom.run.world import World
 from fedloom.seeds import derive
@@ -142,7 +143,7 @@ def most(world: World) -> int:
 
 
 def _continued(world: World, tensors: Tensors, asked: Sequence[list[int]]) -> list[str]:
-    return world.model.continued(tensors, asked, most(world), TOGETHER)
+    return continued(world.model, tensors, asked, most(world), TOGETHER)
 
 
 def _personally(

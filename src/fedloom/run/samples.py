@@ -6,6 +6,7 @@ import numpy as np
 
 from fedloom.client.elsewhere import Elsewhere, Store
 from fedloom.methods.method import State
+from fedloom.model.writing import continued
 from fedloom.run.personal import as_sent, personal
 from fedloom.run.world import World
 
@@ -34,13 +35,13 @@ def samples(world: World, state: State, store: Store) -> list[dict[str, str]]:
         ended = asked + int(np.argmin([*answer[asked:], False]))  # of a conversation the first answer
         prompts.append(tokens[: max(1, asked)].tolist())
         due.append(model.tokenizer.decode(tokens[asked:ended], skip_special_tokens=True))
-    before = model.continued({}, prompts, LONGEST)
+    before = continued(model, {}, prompts, LONGEST)
     if assembled is not None:
-        after = model.continued(assembled, prompts, LONGEST)
+        after = continued(model, assembled, prompts, LONGEST)
     else:
         shared = as_sent(world, state.shared)
         own = (personal(world, store, whose[row], shared, state.facts).tensors for row in rows)  # type: ignore[arg-type]
-        after = [model.continued(tensors, [prompt], LONGEST)[0] for tensors, prompt in zip(own, prompts, strict=True)]
+        after = [continued(model, tensors, [prompt], LONGEST)[0] for tensors, prompt in zip(own, prompts, strict=True)]
     shown = [model.tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
     return [
         {"prompt": prompt, "due": wanted, "before": first, "after": then}

@@ -1,13 +1,11 @@
-"""A model called on the texts of many owners at once, each owner with trainable tensors of its own, without padding.
+"""The ways in which a model is called on the texts of many owners at once, each owner with trainable tensors of its own.
 
-The module runs on one row of T tokens. Four things make that the same function as calling it for each owner on a padded batch:
-its attention stays within a text (``kernels.ragged_attention``, put in as the library's attention function); positions start anew with each
-text; linear layers read every row's own owner's weights (``kernels.owned_linear``) or frozen ones (``kernels.Frozen``); and the last
-transformer layer is asked only for the tokens that the head reads, one a text, so that the head sees n rows. Dropout masks are those of
-``dropout.py``, entry by entry.
+``Packed``: the module runs on one row of T tokens without padding. What makes that the same function as calling it for each owner on a
+padded batch is in ``passes.py``, and two things here: positions start anew with each text, and the last transformer layer is asked only for
+the tokens that the head reads, one a text, so that the head sees n rows.
 
 An architecture whose attention cannot be replaced runs on padded rows instead, its linear layers the same (``Rows``); one that trains or
-drops what rows do not carry runs under ``vmap`` (``Mapped``). Which of them works is found by trying (``base.py``): logits and layer
+drops what rows do not carry runs under ``vmap`` (``Mapped``). Which of them works is found by trying (``trials.py``): logits and layer
 outputs of two owners must equal the model's own, called for each of them.
 
 This file does not know transformers, PEFT, clients or methods. Shapes: n texts, T tokens, S owners, C classes, d hidden size.
@@ -17,10 +15,10 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -30,20 +28,17 @@ from torch.nn import functional
 
 from fedloom.messages import Tensors
 from fedloom.model import dropout
-from fedloom.model.kernels import Frozen, gelu, owned_linear, packable, ragged_attention
+from fedloom.model.kernels import computes_bf16
 from fedloom.model.layout import Attention, Owners
-from fedloom.model.modes import Mode, entered
-from fedloom.model.outputs import last_caught, of_layers
+from fedloom.model.machine import free_bytes
+from fedloom.model.outputs import last_caught, logits_of, of_layers
+from fedloom.model.passes import ATTENTION, Layout, OneRow, Pass, Seen, Unpackable, Weights, packed_now
 from fedloom.model.recomputed import Recomputed
 from fedloom.model.skipped import stack_of
 from fedloom.model.texts import FILL, Texts, filled, padded
 
-ATTENTION = "fedloom"
-"""The name under which :func:`attend` is known to the library."""
-
-
-class Unpackable(RuntimeError):
-    """Something in a model that packed passes cannot do; the message says what."""
+if TYPE_CHECKING:
+    from fedloom.model.base import Model
 
 
 class Way(Protocol):
@@ -62,190 +57,6 @@ class Way(Protocol):
     def embed(self, texts: Texts) -> tuple[torch.Tensor, torch.Tensor]:
         """Input embeddings (…, d) of all tokens, detached, zero at padding; and every entry's owner (…,)."""
         ...
-
-
-class Kept(NamedTuple):
-    """A frozen parameter as it was at a version of it, packed."""
-
-    parameter: torch.Tensor
-    version: int
-    frozen: Frozen
-
-
-Weights = dict[int, Kept]
-"""Frozen weights packed so far, by the parameter's id (the parameter is kept, so that the id stays its own)."""
-
-
-# ---- inside a pass ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class OneRow:
-    """What a packed pass adds: attention in all layers and in the last, each token's place in its text as dropout counts it (T,), and the
-    tokens that the head reads (n,)."""
-
-    attention: Attention
-    last_attention: Attention
-    places: torch.Tensor
-    read: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a pass' tensors lie. ``owners``: whose rows are whose, by number of rows. ``packed``: for packed passes."""
-
-    texts: Texts
-    causal: bool
-    owners: Mapping[int, Owners]
-    packed: OneRow | None = None
-
-
-class Pass(Mode):
-    """One call of the module: linear layers by owner, frozen ones on packed weights (None: as they are), dropout by owner (rate 0: none).
-
-    ``last``: "look" while the last layer is asked for its keys and values, then those. ``tensors``: what the module is called with.
-    """
-
-    def __init__(self, layout: Layout, weights: Weights | None, rate: float, tensors: Tensors) -> None:
-        self.layout, self.weights, self.rate, self.site = layout, weights, rate, 0
-        self.kept = {id(tensors[name]): kept for name, kept in layout.texts.kept.items()}
-        self.last: _Seen | Literal["look"] | None = None
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is functional.linear:
-            return self._linear(*args, **(kwargs or {}))
-        if func is torch.addmm and len(args) == 3 and not kwargs:  # GPT-2 keeps its weights the other way round
-            bias, x, weight = args
-            return self._linear(x, weight.transpose(-1, -2), bias, of=weight)
-        if func is functional.gelu and len(args) == 1 and not kwargs:
-            return gelu(args[0])
-        if func is functional.dropout and self.rate:
-            x = args[0] if args else kwargs["input"]  # type: ignore[index]
-            return torch.where(dropout.kept(self._entries(x), self.rate), x / (1 - self.rate), 0.0).to(x.dtype)
-        return func(*args, **(kwargs or {}))
-
-    def _linear(
-        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, of: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        rows = input.reshape(-1, input.shape[-1])
-        own_bias = bias if bias is not None and bias.dim() == 2 else None
-        if weight.dim() == 3:
-            made = owned_linear(rows, weight, own_bias, self._owners(rows), self.kept.get(id(weight)))
-            if bias is not None and own_bias is None:
-                made = made + bias
-        else:
-            plain = None if own_bias is not None else bias
-            frozen = self._frozen(weight, weight if of is None else of)
-            made = functional.linear(rows, weight, plain) if frozen is None else frozen(rows, plain)
-            if own_bias is not None:
-                owners = self._owners(rows)
-                counts = torch.from_numpy(owners.counts).to(rows.device)
-                made = made + functional.pad(own_bias.repeat_interleave(counts, 0), (0, 0, 0, owners.total - owners.owned))
-        return made.view(*input.shape[:-1], made.shape[-1])
-
-    def _frozen(self, weight: torch.Tensor, of: torch.Tensor) -> Frozen | None:
-        if self.weights is None or not isinstance(of, nn.Parameter) or of.requires_grad or not packable(of):
-            return None
-        kept = self.weights.get(id(of))
-        if kept is None or kept.version != of._version:  # changed in place since it was packed
-            kept = self.weights[id(of)] = Kept(of, of._version, Frozen(weight.detach()))
-        return kept.frozen
-
-    def _owners(self, rows: torch.Tensor) -> Owners:
-        if len(rows) not in self.layout.owners:
-            raise Unpackable(f"a trained linear layer saw {len(rows)} rows; rows of tokens or texts are {sorted(self.layout.owners)}")
-        return self.layout.owners[len(rows)]
-
-    def _entries(self, x: torch.Tensor) -> torch.Tensor:
-        """The hash of every entry of x: (1, T, d) or (1, n, d), (n, 1, d), (n, d), or padded rows (n, …)."""
-        texts, layout = self.layout.texts, self.layout
-        assert texts.keys is not None
-        h = dropout.at_each(dropout.seeded(texts.keys, self.site)[texts.text_owners], self._rows(texts), 0)
-        self.site += 1
-        if layout.packed is None or x.dim() == 2:
-            for dimension, size in enumerate(x.shape[1:], 1):
-                h = dropout.along(h, size, dimension, layout.causal)
-            return h
-        if x.numel() // x.shape[-1] == len(layout.packed.places):
-            h = dropout.at_each(h.repeat_interleave(torch.from_numpy(texts.lengths).to(h.device)), layout.packed.places, 1)
-        else:
-            h = dropout.at_each(
-                h, torch.zeros((), device=h.device), 1
-            )  # the token that the head reads: the first, or the first from the end
-        return dropout.along(h, x.shape[-1], 2, layout.causal).view(x.shape)
-
-    def attention_entries(self, within: Attention, heads: int, dtype: torch.dtype) -> list[torch.Tensor]:
-        """For each group of the attention what its weights (m·H, L_q, L) are multiplied by: 0, or 1 / (1 − rate)."""
-        texts, causal = self.layout.texts, self.layout.causal
-        assert texts.keys is not None
-        whole = dropout.at_each(dropout.seeded(texts.keys, self.site)[texts.text_owners], self._rows(texts), 0)
-        self.site += 1
-        lengths, made = torch.from_numpy(texts.lengths).to(whole.device), []
-        for group, asks, at in zip(within.texts, within.queries.at, within.keys.at, strict=True):
-            q_places, k_places = ((lengths[group, None] - 1 - place) if causal else place for place in (asks, at))
-            h = dropout.along(whole[group], heads, 1, causal)
-            h = dropout.at_each(h[..., None], q_places[:, None, :], 2)
-            h = dropout.at_each(h[..., None], k_places[:, None, None, :], 3)
-            made.append((dropout.kept(h, self.rate) / (1 - self.rate)).to(dtype).flatten(0, 1))
-        return made
-
-    @staticmethod
-    def _rows(texts: Texts) -> torch.Tensor:
-        return torch.from_numpy(texts.rows).to(texts.ids.device)
-
-
-def _packed_now() -> tuple[Pass, OneRow]:
-    now = next((mode for mode in reversed(entered()) if isinstance(mode, Pass)), None)
-    if now is None or now.layout.packed is None:
-        raise Unpackable("this module runs inside a packed pass only")
-    return now, now.layout.packed
-
-
-class _Seen(Exception):
-    """The last layer's keys and values (T, H_k, D): all that its tokens are needed for."""
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.keys, self.values = keys, values
-
-
-def attend(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention as the library calls it: query (1, H, N, D), key and value (1, H_k, N, D) -> (1, N, H, D). Only inside a packed pass.
-
-    Raises:
-        Unpackable: outside of a pass, or a capped softmax.
-    """
-    now, row = _packed_now()
-    if softcap is not None:
-        raise Unpackable("packed attention caps no scores")
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    within = row.attention
-    if now.last == "look":
-        raise _Seen(k, v)
-    if isinstance(now.last, _Seen):
-        k, v, within = now.last.keys, now.last.values, row.last_attention
-    dtype = q.dtype
-    if q.device.type == "cpu":
-        q, k, v = q.float(), k.float(), v.float()  # products of this size, and above all softmax, are several times slower in bfloat16
-    dropped = now.attention_entries(within, q.shape[1], q.dtype) if now.rate else None
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    made = ragged_attention(q, k, v, within, scale, now.layout.causal, sliding_window or 0, dropped)
-    return made.to(dtype)[None], None
-
-
-# ---- the ways ---------------------------------------------------------------------------------------------------------------------
 
 
 class Packed:
@@ -350,12 +161,12 @@ class Packed:
 
     def _before_last(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Have the layer make its keys and values, then give it the tokens that the head reads and nothing else."""
-        now, row = _packed_now()
+        now, row = packed_now()
         site, now.last = now.site, "look"
         try:
             layer.forward(*args, **kwargs)
             raise Unpackable(f"{type(layer).__name__} does not call the library's attention")
-        except _Seen as seen:
+        except Seen as seen:
             seen.__traceback__ = None  # it would hold its frames, and with them every tensor of the layer
             now.last, now.site = seen, site
         total, read = len(now.layout.texts.ids), row.read
@@ -364,9 +175,9 @@ class Packed:
     @staticmethod
     def _after_last(layer: nn.Module, args: tuple[Any, ...], made: Any) -> Any:
         """(1, n, d) or (1, T, d) -> (n, 1, d): from here on the module sees n rows of one token."""
-        now, row = _packed_now()
+        now, row = packed_now()
         hidden = made[0] if isinstance(made, tuple) else made
-        rows = hidden[0] if isinstance(now.last, _Seen) else hidden[0, row.read]
+        rows = hidden[0] if isinstance(now.last, Seen) else hidden[0, row.read]
         return (rows[:, None], *made[1:]) if isinstance(made, tuple) else rows[:, None]
 
 
@@ -480,13 +291,68 @@ def _read(of: torch.Tensor, texts: Texts, mask: torch.Tensor, place: int) -> tor
     return of[:, place] if texts.asked is None else of.flatten(0, 1)[texts.asked.padded(mask).at]
 
 
-def logits_of(out: Any) -> torch.Tensor:
-    """The logits of a call of the module; those of begin and end side by side (…, 2), which the library tells apart."""
-    return torch.stack([out.start_logits, out.end_logits], -1) if "start_logits" in out else out.logits
-
-
 def _only(value: Any, total: int, read: torch.Tensor) -> Any:
     """What belongs to the tokens ``read``, of whatever has one entry for each of ``total`` tokens on its second axis."""
     if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] == 1 and value.shape[1] == total:
         return value.index_select(1, read)
     return type(value)(_only(part, total, read) for part in value) if type(value) in (tuple, list) else value
+
+
+# ---- made of a model --------------------------------------------------------------------------------------------------------------
+
+
+def packed(model: Model, dtype: torch.dtype, trims: bool = True) -> Packed:
+    """The model's pass as one row."""
+    return Packed(
+        model.base(dtype),
+        depth=model.depth,
+        causal=model.causal,
+        kinds=model.kinds,
+        positions=partial(_positions, model),
+        rate=model.dropout,
+        weights=_weights(model, dtype),
+        trims=trims,
+        reads=max(0, model.pooled),
+        many=model.reads_many,
+        kinds_of=model.kinds_of,
+        recomputes=model.recomputes,
+    )
+
+
+def rows(model: Model, dtype: torch.dtype) -> Rows:
+    """The model's pass on padded rows."""
+    module: Any = model.base(dtype)
+    how: dict[str, Any] = {"causal": model.causal, "pad_id": model.pad_id, "rate": model.dropout, "reads": model.pooled}
+    return Rows(partial(model.on_rows, module, dtype), module.get_input_embeddings(), weights=_weights(model, dtype), **how)
+
+
+def mapped(model: Model, dtype: torch.dtype) -> Mapped:
+    """The model's pass under ``vmap``; its operations can be differentiated twice."""
+    module: Any = model.base(dtype)
+    how: dict[str, Any] = {"causal": model.causal, "pad_id": model.pad_id, "rate": model.dropout, "reads": model.pooled}
+    return Mapped(partial(model.on_rows, module, dtype, twice=True), module.get_input_embeddings(), **how)
+
+
+WAYS: dict[str, Callable[[Model, torch.dtype], Way]] = {
+    "packed": packed,
+    "packed, whole last layer": partial(packed, trims=False),
+    "padded rows": rows,
+    "vmap": mapped,
+}
+"""All there are, the fastest first. Which of them a model can be called by is found by trying (``trials.py``)."""
+
+
+def _positions(model: Model, length: int) -> torch.Tensor | None:
+    """Those of a text of so many tokens (L,), or None where the model takes none."""
+    made = model.call[1](model.shape, torch.ones(1, length, dtype=torch.bool, device=model.device))
+    return None if made is None else made[0]
+
+
+def _weights(model: Model, dtype: torch.dtype) -> Weights | None:
+    """Where packed weights are kept; None if two more copies of the base would take more than a quarter of the free memory, and of a model
+    held in 16 bits of which everything is trained: devices bring their own weights to it."""
+    if model.dtype is not torch.float32 and model.is_whole:
+        return None
+    wide = 4 if dtype is torch.bfloat16 and not computes_bf16() else torch.empty(0, dtype=dtype).element_size()
+    copies = 2 * wide * sum(p.numel() for p in model.module.parameters())  # of what is held in few bits none is kept
+    return {} if copies < free_bytes(model.device) / 4 else None
