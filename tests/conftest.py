@@ -95,3 +95,11 @@ def pytest_runtest_logfinish() -> None:
 def _keep_what_is_there() -> None:
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of runs and comparisons have empty pictures: drawing them takes two thirds of a tiny run's time. What pictures show is
+    ``unit/test_report.py``'s and ``unit/test_summary.py``'s to hold; ``monkeypatch.undo()`` in a test draws them there."""
+    for where in ("figures", "standings"):
+        monkeypatch.setattr(f"fedloom.run.pages.{where}.render", lambda *_, **__: b'<svg xmlns="http://www.w3.org/2000/svg"></svg>')

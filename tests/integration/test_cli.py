@@ -26,7 +26,7 @@ from fedloom.run.recipes import experiment_in
 from fedloom.run.world import build, store_in
 from tests import tiny
 
-pytestmark = pytest.mark.no_cover
+pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("no_pictures")]
 
 CLASSES = 3
 TEXTS = ["w1 w2 w5", "w9", "w30 w31 w32 w33 w34"]
@@ -203,6 +203,7 @@ def test_describe_says_what_would_be_run(world: Path, capsys: pytest.CaptureFixt
 def test_partition_shows_saves_and_draws(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.undo()  # pictures are drawn
     monkeypatch.chdir(tmp_path)
     data = ["--data", str(world / "data"), "--clients", "6"]
     assert cli.main(["partition", *data, "--save", "p.json", "--plot"]) == 0

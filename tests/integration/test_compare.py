@@ -25,7 +25,7 @@ from tests import tiny
 from tests.integration.test_cli import command, hashes, refused, small, write_data
 from tests.small import data, experiment
 
-pytestmark = pytest.mark.no_cover
+pytestmark = [pytest.mark.no_cover, pytest.mark.usefixtures("no_pictures")]
 
 RECIPE = """
 import os
