@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from fedloom.compute.compute import Done
+from fedloom.compute.division import Part, chunks, out_of_memory, pass_bytes, states_that_fit
 from fedloom.compute.serial import Serial
-from fedloom.compute.stacked import Stacked, _chunks, _states_that_fit, pass_bytes
+from fedloom.compute.stacked import Stacked
 from fedloom.compute.work import AdamW, Fisher, Fit, Fitted, Moments, Predict, Score, Sensitivity, Smoothing, Spectrum, WorkItem
 from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
@@ -24,6 +25,7 @@ from fedloom.model.loading import load
 from fedloom.model.names import is_factor
 from fedloom.model.passes import Unpackable
 from fedloom.model.some_rows import whole as whole_tensor
+from fedloom.model.ways import Extent, computed
 from fedloom.tensors import fingerprint
 from tests import families, tiny
 
@@ -616,7 +618,7 @@ def test_the_same_bits_in_any_company(family: str, dropout: float) -> None:
         done = Stacked(of, stack).run([item for items in clients for item in items])
         assert [bits(d) for d in done] == [bit for mine in wanted for bit in mine], stack
     small = Stacked(of, 0)
-    small.tokens = 40
+    small.passes.tokens = 40
     assert [bits(d) for d in small.run([item for items in clients for item in items])] == [bit for mine in wanted for bit in mine]
 
 
@@ -648,9 +650,9 @@ def test_every_way_gives_the_same(way: str) -> None:
 
 def test_chunks_of_one_client_come_back_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client with more tokens than are predicted at once."""
-    monkeypatch.setattr("fedloom.compute.stacked.CHUNK", 20)
+    monkeypatch.setattr("fedloom.compute.division.CHUNK", 20)
     of, mine = model(), examples(1)
-    assert len(_chunks(0, mine)) > 2
+    assert len(chunks(0, mine)) > 2
     (one,), (many,) = (compute.run([Predict(families.moved(of), mine)]) for compute in (Serial(of), Stacked(of)))
     assert torch.allclose(one.result, many.result, atol=LOGITS, rtol=0)
 
@@ -717,10 +719,10 @@ def test_a_pass_holds_what_memory_and_tokens_allow(monkeypatch: pytest.MonkeyPat
     texts = sum(SIZES)
     assert cuts(of, items) == [texts]
     tokens = sum(int(examples(k).lengths.sum()) for k in range(4))
-    monkeypatch.setattr("fedloom.compute.stacked.free_bytes", lambda device: int(pass_bytes(of) * tokens / 2 / 0.4) + 1)
+    monkeypatch.setattr("fedloom.compute.division.free_bytes", lambda device: int(pass_bytes(of) * tokens / 2 / 0.4) + 1)
     held = cuts(of, items)
     assert sum(held) == texts and len(held) in (2, 3)
-    monkeypatch.setattr("fedloom.compute.stacked.free_bytes", lambda device: 0)
+    monkeypatch.setattr("fedloom.compute.division.free_bytes", lambda device: 0)
     assert cuts(of, items) == [12, 9, 5, 1]
 
 
@@ -729,8 +731,8 @@ def test_trainable_state_that_does_not_fit_together_is_cut(monkeypatch: pytest.M
     item = fit(of, "plain", 0)
     each = 4 * 8 * sum(t.numel() for t in item.start.values())
     for clients, size in ((0.0, 1), (2.5, 2), (3.1, 3)):
-        monkeypatch.setattr("fedloom.compute.stacked.free_bytes", lambda device, n=clients: int(n * each / 0.4))
-        assert _states_that_fit(item, torch.device("cpu")) == size
+        monkeypatch.setattr("fedloom.compute.division.free_bytes", lambda device, n=clients: int(n * each / 0.4))
+        assert states_that_fit(item, torch.device("cpu")) == size
 
 
 class Small:
@@ -764,7 +766,7 @@ def test_out_of_memory_makes_passes_smaller_and_changes_nothing(error: type[Exce
     of._ways[torch.float32] = small
     compute = Stacked(of)
     done = compute.run(items)
-    assert small.failed and compute.tokens <= 20 and "ran out of memory" in caplog.text
+    assert small.failed and compute.passes.tokens <= 20 and "ran out of memory" in caplog.text
     for one, other in zip(wanted[:-1], done[:-1], strict=True):
         assert gap(one.result.tensors, other.result.tensors) <= TENSORS
         assert np.abs(one.result.losses - other.result.losses).max() <= LOSSES
@@ -772,6 +774,117 @@ def test_out_of_memory_makes_passes_smaller_and_changes_nothing(error: type[Exce
     before = small.failed
     compute.run(items)
     assert small.failed < 2 * before
+
+
+@pytest.mark.parametrize("option", ["plain", "penalty"])
+def test_two_rests_of_one_batch_may_meet_in_a_pass(option: str) -> None:
+    """A text of 16 tokens and three of 2, where 17 fit: the first half does not and is halved, and its rest goes with the second half."""
+    of = tiny.model()
+    texts = Examples.of([[5 + i % 60 for i in range(n)] for n in (16, 2, 2, 2)], [0, 1, 2, 0])
+    item = replace(fit(of, option, 0), examples=texts, batches=[np.arange(4)])
+    (wanted,) = Stacked(of).run([item])
+    small = Small(of.way(torch.float32), 17)
+    of._ways[torch.float32] = small
+    (done,) = Stacked(of).run([item])
+    assert small.failed == 2
+    assert gap(wanted.result.tensors, done.result.tensors) <= TENSORS
+    assert np.abs(wanted.result.losses - done.result.losses).max() <= LOSSES
+
+
+@pytest.mark.parametrize("way", ["packed", "vmap"])
+def test_a_batch_in_parts_has_the_dropout_of_the_whole(way: str) -> None:
+    """By any way: masks are of a text's row in its batch."""
+    of = replace(model(0.2), _ways={}, together_by=way)
+    items = [fit(of, "plain", k) for k in range(2)]
+    wanted = Stacked(of).run(items)
+    small = Small(of.way(torch.float32), 20)
+    of._ways[torch.float32] = small
+    for one, other in zip(wanted, Stacked(of).run(items), strict=True):
+        assert gap(one.result.tensors, other.result.tensors) <= TENSORS
+    assert small.failed
+
+
+@pytest.mark.parametrize(("way", "tokens"), [("packed", 6 + 6 + 20), ("padded rows", 4 * 10), ("vmap", 3 * 2 * 10)])
+def test_a_pass_is_as_large_as_its_way_makes_it(way: str, tokens: int) -> None:
+    """Of three devices one has two long texts and each other one short: padding is computed like tokens."""
+    extent = Extent().and_of(np.array([6])).and_of(np.array([6])).and_of(np.array([10, 10]))
+    assert computed(way, extent) == tokens
+
+
+def test_passes_by_padded_ways_hold_no_more_with_their_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = replace(model(), _ways={}, together_by="padded rows")
+    short, long = (Examples.of([[5] * n] * 12, [0] * 12) for n in (2, 16))
+    monkeypatch.setattr("fedloom.compute.division.CHUNK", 32)
+    items: list[WorkItem] = [Predict(of.initial, short), Predict(of.initial, long)]
+    compute, widths = Stacked(of), []
+    compute.passes.tokens = 100
+    way = of.way(torch.float32)
+    of._ways[torch.float32] = lambda tensors, texts, *rest, **named: (  # type: ignore[assignment]
+        widths.append(len(texts.lengths) * int(texts.lengths.max())) or way(tensors, texts, *rest, **named)  # type: ignore[func-returns-value]
+    )
+    compute.run(items)
+    assert len(widths) > 2 and max(widths) <= 100
+
+
+def test_what_stays_of_a_model_counts_with_every_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients who bring a rest of their own, for training and for scores of single examples, are no more at a time than fit with it."""
+    of = model()
+    item = fit(of, "plain", 0)
+    rest = {n: t for n, t in of.initial.items() if n not in item.start} or {"rest": torch.zeros(40_000)}
+    trained, stays = sum(t.numel() for t in item.start.values()), sum(t.numel() for t in rest.values())
+    monkeypatch.setattr("fedloom.compute.division.free_bytes", lambda device: int(3.1 * 4 * (8 * trained + stays) / 0.4))
+    assert states_that_fit(replace(item, fixed=rest), torch.device("cpu")) == 3
+    monkeypatch.setattr("fedloom.compute.division.free_bytes", lambda device: 2**40)
+    each, compute = [], Stacked(of)
+    whole = compute.passes.do
+    compute.passes.do = lambda *given, **named: each.append(named["each"]) or whole(*given, **named)  # type: ignore[method-assign,func-returns-value]
+    over = frozenset(list(of.initial)[:2])
+    compute.run([Score(of.initial, examples(1), over)])
+    scored, others = (sum(t.numel() for n, t in of.initial.items() if (n in over) == of_these) for of_these in (True, False))
+    assert each == [4 * (3 * scored + others)]
+
+
+def test_lengths_are_looked_at_once_however_many_parts() -> None:
+    of, looks = model(), []
+
+    class Watched(Examples):
+        @property
+        def lengths(self) -> np.ndarray:
+            looks.append(len(self))
+            return Examples.of([[5] * 3] * len(self), [0] * len(self)).lengths
+
+    texts = Watched.of([[5] * 3] * 300, [0] * 300)
+    watched = Watched(texts.tokens, texts.segments, texts.offsets, texts.store_labels, texts.rows)
+    Stacked(of).passes.do([Score(of.initial, watched)], [Part(0, np.array([i])) for i in range(300)], lambda parts: None)
+    assert len(looks) == 1
+
+
+def test_a_spectrum_that_is_taken_alone_stands_where_it_would_together(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Weights under the pairs that an item names hold for it by the slow way too, and for those after it."""
+    of = tiny.model()
+    moved = {**of.initial, **{n: w + 0.05 for n, w in of.weights.items()}}
+    items: list[WorkItem] = [Spectrum(moved, examples(1), np.arange(4), over=frozenset(of.initial), probes=1, steps=3)]
+    items.append(Predict(moved, examples(1)))
+    wanted = Serial(of).run(items)
+
+    def refused(*_: Any) -> Any:
+        raise NotImplementedError("no batching rule")
+
+    compute = Stacked(of)
+    monkeypatch.setattr(compute, "_spectrum", refused)
+    found, predicted = (done.result for done in compute.run(items))
+    assert "are taken one by one" in caplog.text
+    assert np.allclose(found.nodes, wanted[0].result.nodes, rtol=1e-4)
+    assert torch.allclose(predicted, wanted[1].result, atol=LOGITS)
+
+
+@pytest.mark.parametrize(
+    "words", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "can't allocate"]
+)
+def test_memory_is_out_in_the_words_of_any_library(words: str) -> None:
+    assert out_of_memory(RuntimeError(words)) and not out_of_memory(RuntimeError("CUDA error: invalid argument"))
 
 
 def test_a_text_that_does_not_fit_alone_is_an_error_that_says_so() -> None:
@@ -789,12 +902,12 @@ def test_a_batch_that_must_be_whole_and_does_not_fit_is_an_error_that_says_so(ki
     of._ways[torch.float32] = small  # type: ignore[assignment]
     of.mapped = small.mapped  # type: ignore[method-assign]
     compute = Stacked(of)
-    before = compute.tokens
+    before = compute.passes.tokens
     items = [kind(of.initial, examples(k), np.arange(8)) for k in (1, 3)]
     for some in (items[:1], items):
         with pytest.raises(MemoryError, match=rf"^a batch of 8 texts does not .* {kind.__name__.lower()} .*; take a smaller batch size$"):
             compute.run(some)
-        assert compute.tokens == before
+        assert compute.passes.tokens == before
         assert len(some) > 1 or "ran out of memory" not in caplog.text
 
 

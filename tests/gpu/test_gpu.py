@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fedloom.client.curriculum import shuffled
-from fedloom.compute.stacked import Stacked, pass_bytes
+from fedloom.compute.division import pass_bytes
+from fedloom.compute.stacked import Stacked
 from fedloom.compute.work import AdamW, Fit, Predict, Score
 from fedloom.model.adapters import Adapter
 from fedloom.model.loading import load

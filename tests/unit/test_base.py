@@ -20,7 +20,7 @@ from transformers.utils import import_utils
 
 from fedloom.data.examples import Examples
 from fedloom.model import loading, trials
-from fedloom.model.adapters import Adapter
+from fedloom.model.adapters import Adapter, Kind
 from fedloom.model.answers import Speaker
 from fedloom.model.base import Model, ModelError
 from fedloom.model.calls import CALLS, _token_mask
@@ -371,3 +371,29 @@ def test_a_model_reads_as_its_reader_does() -> None:
     tagging = replace(model, reader=tagger)
     assert (tagging.tagger, tagging.width, tagging.reads_many, tagging.speaker) == (tagger, 6, True, None)
     assert tagging.encoding != model.encoding
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_start_lies_with_the_server_wherever_the_model_computes(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States, answers and checkpoints are on the processor; a start on an accelerator could be compared and added up with none of them."""
+    moved: list[str] = []
+
+    class There:
+        """A tensor on an accelerator, as far as loading has to do with it."""
+
+        def __init__(self, name: str, tensor: torch.Tensor) -> None:
+            self.name, self.tensor = name, tensor
+
+        def cpu(self) -> torch.Tensor:
+            moved.append(self.name)
+            return self.tensor
+
+    learn = loading.learn_to_pack
+
+    def learnt(model: Model) -> None:
+        learn(model)
+        model.initial = {n: There(n, t) for n, t in model.initial.items()}  # type: ignore[misc]
+
+    monkeypatch.setattr(loading, "learn_to_pack", learnt)
+    model = load(str(families.folder("bert")), num_labels=3, adapter=Adapter(kind=kind), max_length=16)
+    assert moved == list(model.initial) and all(type(t) is torch.Tensor for t in model.initial.values())

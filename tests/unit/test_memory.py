@@ -76,7 +76,9 @@ def test_this_machine_by_hand() -> None:
     assert (low["the model in bf16"], low["training a device"]) == (200, 4 * 8 * 10 + 2 * 90)
     assert "the model in float32" not in low and low[CHANGED] == 4 * 10, "the start lies in files too"
     shared = replace(FULL, precision="bf16", engine=EngineSettings(stack=1, workers=2))
-    assert dict(needed(Sizes(100, 100, 10), shared).lines)[CHANGED] == 2 * 400 + 4 * 10, "a worker's does not"
+    by = dict(needed(Sizes(100, 100, 10), shared).lines)
+    assert by[CHANGED] == 2 * 400 + 4 * 10, "a worker's does not"
+    assert by["the model in bf16"] == 3 * 200, "each worker has one, and so has the process that started them"
     several = replace(FULL, method=FedBAvg(), cohort=3, engine=EngineSettings())
     assert dict(needed(Sizes(100, 100, 10), several).lines)[CHANGED] == 3 * 4 * 10, "a block of each device"
     assert dict(needed(Sizes(100, 100, 40), several).lines)[CHANGED] == 400, "all of it at the most"
@@ -211,7 +213,8 @@ def test_what_cannot_fit_a_gpu_is_refused() -> None:
     }
     plain = dict(needed_there(sizes, replace(block, precision="float32"), 1).lines)
     assert (plain["the model in float32"], plain["training a device"]) == (4000, 4 * 8 * 100 + 4 * 900)
-    assert needed_there(sizes, replace(block, engine=EngineSettings(workers=3)), 2).total == 2 * there.total, "two of three share one"
+    shared = needed_there(sizes, replace(block, engine=EngineSettings(workers=3)), 2)
+    assert shared.total == 2 * there.total + 2000, "two of three share one, and the process that started them has a model there"
     few = Sizes(1000, 10, 10)
     assert needed_there(few, block, 1).total == 4000, "it is loaded in float32"
     with pytest.raises(ExperimentError, match=r"needs about .* of a GPU's memory, and .* are there: .*for training a device"):

@@ -21,9 +21,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from fedloom.compute.division import Part, pass_bytes
 from fedloom.compute.flops import Flops
 from fedloom.compute.serial import Serial
-from fedloom.compute.stacked import Part, Stacked, pass_bytes
+from fedloom.compute.stacked import Stacked
 from fedloom.compute.work import AdamW, Fisher, Fit, Predict, Score, Sensitivity, Spectrum, WorkItem
 from fedloom.data.examples import Examples
 from fedloom.methods.embracingfl import EmbracingFL

@@ -50,6 +50,9 @@ def _packed_product(rows: Sequence[int], *_: Any, out_shape: Sequence[int], **__
     return 2 * int(np.prod(out_shape)) * rows[-1]
 
 
+_COUNTED: dict[Any, Any] = {torch.ops.mkldnn._linear_pointwise: _packed_product} if torch.backends.mkldnn.is_available() else {}
+
+
 class _NoModules:
     """Nothing is told apart by module: what follows modules through a backward pass cannot follow a layer that is computed again in it."""
 
@@ -137,7 +140,7 @@ class Flops:
         given = {n: own[n].to(self.model.device) for n in names}
         given = cut(given, 1) if what == "rank 1" else given
         by = {n: (t[: len(some[n])].clone() if n in some else t).requires_grad_(what != "embeddings") for n, t in given.items()}
-        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: _packed_product})
+        counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
         counter.mod_tracker = _NoModules()  # type: ignore[assignment]
         leaves = list(by.values())
         match what:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
+from fedloom.compute.flat import Flat
 from fedloom.compute.work import LowRank
 from fedloom.messages import DIVERGED
 from fedloom.model.blocks import layer_of
@@ -51,3 +52,32 @@ def down(basis: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
 def up(basis: torch.Tensor, inner: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """A matrix of this shape from what was made of R."""
     return inner @ basis.mT if shape[0] > shape[1] else basis @ inner
+
+
+class Few:
+    """Gradients of all clients in few directions. ``inner``: what they are there. One client at a time: what is found for
+    one does not depend on who else is there."""
+
+    def __init__(self, flat: Flat, how: LowRank) -> None:
+        self.flat, self.how = flat, how
+        shapes = {**flat.shapes, **projected(flat.shapes, how)}
+        self.some = sorted(projected(flat.shapes, how))
+        self.inner = Flat({n: torch.empty(shape) for n, shape in shapes.items()})
+        self.bases: list[dict[str, torch.Tensor]] = []
+
+    def down(self, gradients: torch.Tensor, step: int) -> torch.Tensor:
+        """(S, P) to what is remembered of it, (S, p); the directions are found anew where the step is the time for it."""
+        named = [{n: t[0].clone() for n, t in self.flat.split(row[None]).items()} for row in gradients]
+        if step % self.how.every == 0:
+            self.bases = [{n: directions(of[n], self.how.rank) for n in self.some} for of in named]
+        inner = [{**of, **{n: down(basis[n], of[n]) for n in self.some}} for of, basis in zip(named, self.bases, strict=False)]
+        return torch.stack([torch.cat([of[n].reshape(-1) for n in self.inner.shapes]) for of in inner])
+
+    def up(self, steps: torch.Tensor) -> torch.Tensor:
+        """Steps (S, p) as steps of the tensors themselves, (S, P)."""
+        named = [{n: t[0].clone() for n, t in self.inner.split(row[None]).items()} for row in steps]
+        back = [
+            {**of, **{n: up(basis[n], of[n], self.flat.shapes[n]) * self.how.scale for n in self.some}}
+            for of, basis in zip(named, self.bases, strict=False)
+        ]
+        return torch.stack([torch.cat([of[n].reshape(-1) for n in self.flat.shapes]) for of in back])

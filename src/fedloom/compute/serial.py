@@ -5,7 +5,7 @@ When a run misbehaves, use it (``--engine.stack 1``): errors carry the client an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -61,6 +61,10 @@ class Serial:
             self.model.stand_on(weights)
             done.append(Done(self._result(item), *cost(item, self.flops)))
         return done
+
+    def results(self, items: Sequence[WorkItem]) -> list[Any]:
+        """Those of items whose weights under the pairs, if any, the model stands on already."""
+        return [self._result(item) for item in items]
 
     def _result(self, item: WorkItem) -> Any:
         match item:
@@ -162,24 +166,23 @@ class Serial:
             {n: t.detach().cpu() for n, t in now.items()}, np.array(losses), _moments(adam, {**now, **factors}), importance, means
         )
 
-    def _each_gradient(self, at: Tensors, examples: Examples, names: Sequence[str], i: int) -> list[torch.Tensor]:
-        now = {n: t.detach().float().to(self.model.device).requires_grad_(n in names) for n, t in at.items()}
-        loss = self.model.loss(now, self.batch(examples, np.array([i])), torch.float32)
-        return list(torch.autograd.grad(loss, [now[n] for n in names]))
+    def _each_gradient(self, item: Score | Fisher, names: Sequence[str]) -> Iterator[list[torch.Tensor]]:
+        """Of one example after another the gradients by ``names``."""
+        now = {n: t.detach().float().to(self.model.device).requires_grad_(n in names) for n, t in item.at.items()}
+        for i in range(len(item.examples)):
+            loss = self.model.loss(now, self.batch(item.examples, np.array([i])), torch.float32)
+            yield list(torch.autograd.grad(loss, [now[n] for n in names]))
 
     def _score(self, item: Score) -> np.ndarray:
         names = scored_names(item)
-        squares = [
-            sum(g.square().sum(dtype=torch.float64) for g in self._each_gradient(item.at, item.examples, names, i))
-            for i in range(len(item.examples))
-        ]
+        squares = [sum(g.square().sum(dtype=torch.float64) for g in gradients) for gradients in self._each_gradient(item, names)]
         return np.array([float(s) for s in squares])
 
     def _fisher(self, item: Fisher) -> dict[str, torch.Tensor]:
         names = scored_names(item)
         total = {n: torch.zeros_like(item.at[n], dtype=torch.float64) for n in names}
-        for i in range(len(item.examples)):
-            for name, gradient in zip(names, self._each_gradient(item.at, item.examples, names, i), strict=True):
+        for gradients in self._each_gradient(item, names):
+            for name, gradient in zip(names, gradients, strict=True):
                 total[name] += gradient.cpu().double().square()
         return {n: (t / len(item.examples)).float() for n, t in total.items()}
 

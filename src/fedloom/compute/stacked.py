@@ -1,7 +1,7 @@
 """The fast compute: the work of many clients in one pass.
 
 Frozen weights are shared; the clients' texts lie one after another without padding, each reading its own client's trainable tensors
-(``model/ways.py``). A pass takes as many texts as :data:`TOKENS` allows, whoever they belong to; a client whose steps are done is simply
+(``model/ways.py``). A pass takes as many texts as pay (``division.py``), whoever they belong to; a client whose steps are done is simply
 not in the next one. Per-example gradients are the same pass with every text an owner by itself.
 Items go together when they are alike (kind, tensor names and shapes, settings); the rest run in passes of their own. A model that no way is
 known for runs one client at a time, and says so.
@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch.func import vmap
 
 from fedloom.compute.compute import Done
+from fedloom.compute.division import Part, Passes, chunks, out_of_memory, pass_bytes, states_that_fit
 from fedloom.compute.flat import Flat
 from fedloom.compute.flops import Flops
-from fedloom.compute.lowrank import directions, down, projected, up
+from fedloom.compute.lowrank import Few
 from fedloom.compute.serial import Serial, above_zero, brings_a_model, cost, dropout_key, scored_names, twice_differentiated, watch
 from fedloom.compute.spectrum import spectra
 from fedloom.compute.steps import advance, direction, move, norms
@@ -33,7 +34,6 @@ from fedloom.compute.work import (
     Fit,
     Fitted,
     Initial,
-    LowRank,
     Moments,
     Predict,
     Pretrained,
@@ -48,29 +48,10 @@ from fedloom.data.examples import Examples
 from fedloom.messages import Tensors
 from fedloom.model.base import Model
 from fedloom.model.layout import RowsKept
-from fedloom.model.machine import free_bytes
-from fedloom.model.memory import kept as kept_bytes
 from fedloom.model.texts import Texts
 from fedloom.tensors import equal, fingerprint
 
 log = logging.getLogger("fedloom")
-
-TOKENS = {"cpu": 2048, "cuda": 65536}
-"""Tokens in one pass at most: beyond it nothing gets faster."""
-
-CHUNK = 512
-"""Tokens of one client that are predicted together."""
-
-MEMORY_SHARE = 0.4
-"""Share of the free memory that a pass may fill."""
-
-
-class Part(NamedTuple):
-    """Some texts of one item: its number among the items, positions in its examples, and the place in its batch of the first of them."""
-
-    item: int
-    rows: np.ndarray
-    first: int = 0
 
 
 class Stacked:
@@ -78,7 +59,7 @@ class Stacked:
 
     def __init__(self, model: Model, stack: int = 0) -> None:
         self.model, self.stack, self.flops = model, stack, Flops(model)
-        self.tokens = TOKENS.get(model.device.type, TOKENS["cpu"])
+        self.passes = Passes(model)
         if model.alone:
             log.warning("'%s' runs one client at a time, several times slower: %s", model.name, model.alone)
 
@@ -98,7 +79,7 @@ class Stacked:
         for (ground, _), alike in groups.items():
             self.model.stand_on(grounds[ground])
             alike.sort(key=lambda i: (-_work(items[i]), i))
-            size = min(self.stack or len(alike), _states_that_fit(items[alike[0]], self.model.device))
+            size = min(self.stack or len(alike), states_that_fit(items[alike[0]], self.model.device))
             for begin in range(0, len(alike), size):
                 part = alike[begin : begin + size]
                 results |= zip(part, self._together([items[i] for i in part]), strict=True)
@@ -112,7 +93,7 @@ class Stacked:
     def _together(self, items: Sequence[Any]) -> list[Any]:
         match items[0]:
             case Fit() if brings_a_model(items[0], self.model):
-                return [done.result for done in Serial(self.model).run(items)]
+                return Serial(self.model).results(items)
             case Fit():
                 return self._fit(items)
             case Score():
@@ -126,10 +107,10 @@ class Stacked:
                     together = [[item] for item in items] if self._same_to_the_bit else [items]
                     return [found for some in together for found in self._spectrum(some)]
                 except (RuntimeError, NotImplementedError, TypeError) as error:
-                    if _out_of_memory(error):
+                    if out_of_memory(error):
                         raise
                     log.warning("'%s' does not run under vmap (%s); its spectra are taken one by one", self.model.name, str(error)[:120])
-                    return [done.result for done in Serial(self.model).run(items)]
+                    return Serial(self.model).results(items)
             case Predict():
                 return self._predict(items)
             case Pretrained():
@@ -138,49 +119,6 @@ class Stacked:
                 return [self.model.initial for _ in items]
             case unknown:
                 raise TypeError(f"no compute for {type(unknown).__name__}; work items are {WorkItem}")
-
-    # ---- passes -------------------------------------------------------------------------------------------------------------
-
-    def _passes(
-        self, items: Sequence[Any], parts: Sequence[Part], do: Callable[[list[Part]], None], each: int = 0, whole: str = ""
-    ) -> None:
-        """Have ``do`` done to all ``parts``, as many at once as a pass may hold. ``each``: bytes that a part needs besides its tokens.
-        ``whole``: for what the texts of a part must be together.
-
-        When memory runs out all the same, passes get smaller, for good; a part that does not fit alone is halved, unless it must be whole.
-
-        Raises:
-            MemoryError: a single text does not fit, or a part that must be whole. Passes then hold what they held before.
-        """
-        waiting, before = list(reversed(parts)), self.tokens
-        per_token = pass_bytes(self.model)
-        while waiting:
-            free = MEMORY_SHARE * free_bytes(self.model.device)
-            taken, tokens = [], 0
-            while waiting:
-                more = int(items[waiting[-1].item].examples.lengths[waiting[-1].rows].sum())
-                needed = (tokens + more) * per_token + (len(taken) + 1) * each
-                if taken and (tokens + more > self.tokens or needed > free):
-                    break
-                taken.append(waiting.pop())
-                tokens += more
-            try:
-                do(taken)
-            except (MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
-                    raise
-                if len(taken) == 1 and (whole or len(taken[0].rows) == 1):
-                    self.tokens, count = before, len(taken[0].rows)
-                    one = f"one text of {tokens} tokens does not fit into memory ({error}); use a shorter --max-length or a smaller model"
-                    many = f"a batch of {count} texts does not fit into memory for its {whole} ({error}); take a smaller batch size"
-                    raise MemoryError(one if count == 1 else many) from error
-                self.tokens = max(1, tokens // 2)
-                log.warning("a pass of %d tokens ran out of memory; passes hold at most %d from here on", tokens, self.tokens)
-                if len(taken) == 1:
-                    item, rows, first = taken[0]
-                    half = len(rows) // 2
-                    taken = [Part(item, rows[:half], first), Part(item, rows[half:], first + half)]
-                waiting += reversed(taken)
 
     def _texts(
         self,
@@ -263,12 +201,12 @@ class Stacked:
                 values = texts.losses(logits if bias is None else logits + bias[low:high][texts.text_owners])
                 total = values.sum()
                 if penalty is not None:
-                    whole = vmap(penalty)(flat.split(leaf), flat.split(anchor[low:high]))
-                    total = total + whole[[p.first == 0 for p in parts]].sum()
+                    pulls = vmap(penalty)(flat.split(leaf), flat.split(anchor[low:high]))
+                    total = total + pulls[[p.item - low for p in parts if p.first == 0]].sum()
                 gradient[low:high] += torch.autograd.grad(total, leaf)[0]
                 loss[low:high] += values.detach()
 
-            self._passes(items, [Part(k, items[k].batches[i]) for k in range(active)], backward)
+            self.passes.do(items, [Part(k, items[k].batches[i]) for k in range(active)], backward)
             if items[0].watch:
                 watch(mean[:active], apart[:active], now[:active], gradient, items[0].watch)
             if items[0].means:
@@ -339,7 +277,7 @@ class Stacked:
             loss = texts.losses(self.model.together(tensors, texts, torch.float32)[0]).sum()
             reduce(some, flat, torch.autograd.grad(loss, leaf)[0])
 
-        self._passes(items, parts, backward, each=3 * 4 * flat.size)
+        self.passes.do(items, parts, backward, each=4 * (3 * flat.size + rest.size))
 
     def _score(self, items: Sequence[Score]) -> list[np.ndarray]:
         scores = [np.zeros(len(i.examples)) for i in items]
@@ -399,7 +337,7 @@ class Stacked:
             for part, mine in zip(parts, torch.stack(made, 1).cpu().numpy().astype(np.float64), strict=True):
                 scores[part.item] = mine
 
-        self._passes(items, [Part(k, item.batch) for k, item in enumerate(items)], measure, whole="sensitivity")
+        self.passes.do(items, [Part(k, item.batch) for k, item in enumerate(items)], measure, unsplit="sensitivity")
         return scores
 
     def _spectrum(self, items: Sequence[Spectrum]) -> list[Spectral]:
@@ -424,7 +362,7 @@ class Stacked:
         each = 8 * (items[0].steps + 8) * flat.size + 4 * longest * pass_bytes(
             self.model, twice=True
         )  # the basis; the graph of the gradient
-        self._passes(items, [Part(k, item.batch) for k, item in enumerate(items)], measure, each, whole="spectrum")
+        self.passes.do(items, [Part(k, item.batch) for k, item in enumerate(items)], measure, each, unsplit="spectrum")
         return [found[k] for k in range(len(items))]
 
     def _predict(self, items: Sequence[Predict]) -> list[torch.Tensor]:
@@ -442,45 +380,8 @@ class Stacked:
                 logits[part.item][part.rows] = rows
 
         with torch.no_grad():
-            self._passes(items, [part for k, item in enumerate(items) for part in _chunks(k, item.examples)], forward)
+            self.passes.do(items, [part for k, item in enumerate(items) for part in chunks(k, item.examples)], forward)
         return logits
-
-
-class Few:
-    """Gradients of all clients in few directions (``lowrank.py``). ``inner``: what they are there. One client at a time: what is found for
-    one does not depend on who else is there."""
-
-    def __init__(self, flat: Flat, how: LowRank) -> None:
-        self.flat, self.how = flat, how
-        shapes = {**flat.shapes, **projected(flat.shapes, how)}
-        self.some = sorted(projected(flat.shapes, how))
-        self.inner = Flat({n: torch.empty(shape) for n, shape in shapes.items()})
-        self.bases: list[dict[str, torch.Tensor]] = []
-
-    def down(self, gradients: torch.Tensor, step: int) -> torch.Tensor:
-        """(S, P) to what is remembered of it, (S, p); the directions are found anew where the step is the time for it."""
-        named = [{n: t[0].clone() for n, t in self.flat.split(row[None]).items()} for row in gradients]
-        if step % self.how.every == 0:
-            self.bases = [{n: directions(of[n], self.how.rank) for n in self.some} for of in named]
-        inner = [{**of, **{n: down(basis[n], of[n]) for n in self.some}} for of, basis in zip(named, self.bases, strict=False)]
-        return torch.stack([torch.cat([of[n].reshape(-1) for n in self.inner.shapes]) for of in inner])
-
-    def up(self, steps: torch.Tensor) -> torch.Tensor:
-        """Steps (S, p) as steps of the tensors themselves, (S, P)."""
-        named = [{n: t[0].clone() for n, t in self.inner.split(row[None]).items()} for row in steps]
-        back = [
-            {**of, **{n: up(basis[n], of[n], self.flat.shapes[n]) * self.how.scale for n in self.some}}
-            for of, basis in zip(named, self.bases, strict=False)
-        ]
-        return torch.stack([torch.cat([of[n].reshape(-1) for n in self.flat.shapes]) for of in back])
-
-
-def _chunks(item: int, examples: Examples) -> list[Part]:
-    """All examples in parts of about :data:`CHUNK` tokens; where they are cut depends on the item alone."""
-    if not len(examples):
-        return []
-    cuts = np.flatnonzero(np.diff((np.cumsum(examples.lengths) - 1) // CHUNK)) + 1
-    return [Part(item, rows) for rows in np.split(np.arange(len(examples)), cuts)]
 
 
 def _kind(item: WorkItem) -> Hashable:
@@ -518,22 +419,3 @@ def _work(item: WorkItem) -> int:
             return 0
         case _:
             return int(item.examples.lengths.sum())
-
-
-def _states_that_fit(item: WorkItem, device: torch.device) -> int:
-    """How many clients' trainable tensors (and what training keeps beside them) fit into memory at once, at least one."""
-    if isinstance(item, Pretrained | Initial):
-        return 1
-    tensors, copies = (item.start, 8 + 2 * (item.watch is not None) + item.means) if isinstance(item, Fit) else (item.at, 4)
-    each = 4 * copies * sum(t.numel() for t in tensors.values())
-    return max(1, int(MEMORY_SHARE * free_bytes(device) / max(1, each)))
-
-
-def pass_bytes(model: Model, twice: bool = False) -> int:
-    """What a pass through all layers keeps alive for one token (:func:`fedloom.model.memory.kept`). ``twice``: one whose gradients are
-    differentiated again, for which nothing is computed again."""
-    return kept_bytes(model, model.depth, model.recomputes and not twice)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error) or "can't allocate" in str(error)

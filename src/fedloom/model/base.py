@@ -215,8 +215,7 @@ class Model:
 
     def settle(self) -> None:
         """From here on the model is held once, in the precision that training computes in, and what was made of it in another is gone. The
-        start of what is trained stays float32; it lies with the server's state then and not where the model computes."""
-        self.initial, self.still = ({n: t.cpu() for n, t in of.items()} for of in (self.initial, self.still))
+        start of what is trained stays float32."""
         kept_in(self.module, self.dtype)
         self._copies, self._ways = {self.dtype: self.module}, {}
 

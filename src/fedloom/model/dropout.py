@@ -47,27 +47,28 @@ def kept(h: torch.Tensor, rate: float) -> torch.Tensor:
     return (h & 0x7FFFFFFF) >= int(rate * 2**31)
 
 
-def keep_mask(key: torch.Tensor, site: int, shape: torch.Size, rate: float, from_end: bool) -> torch.Tensor:
-    """bool mask of ``shape`` for one client's rectangular batch. Dimension 0 counts from the start, the others from the end if
-    ``from_end`` (left padding), so that padding never moves an entry's coordinates."""
-    h = seeded(key, site)
-    for i, size in enumerate(shape):
-        h = along(h, size, i, from_end and i > 0)
+def keep_mask(key: torch.Tensor, site: int, shape: torch.Size, rate: float, from_end: bool, first: torch.Tensor | int = 0) -> torch.Tensor:
+    """bool mask of ``shape`` for one client's rectangular batch, or for its rows from the ``first`` on. Dimension 0 counts from the start,
+    the others from the end if ``from_end`` (left padding), so that padding never moves an entry's coordinates."""
+    h = at_each(seeded(key, site)[..., None], first + torch.arange(shape[0], dtype=torch.int32, device=key.device), 0)
+    for i, size in enumerate(shape[1:], 1):
+        h = along(h, size, i, from_end)
     return kept(h, rate)
 
 
 class SeededDropout(Mode):
-    """Inside this mode every ``torch.nn.functional.dropout`` uses :func:`keep_mask` with this key and rate (0 < rate < 1)."""
+    """Inside this mode every ``torch.nn.functional.dropout`` uses :func:`keep_mask` with this key and rate (0 < rate < 1); rows are
+    numbered from ``first`` on."""
 
-    def __init__(self, key: torch.Tensor, rate: float, from_end: bool) -> None:
-        self.key, self.rate, self.from_end, self.site = key, rate, from_end, 0
+    def __init__(self, key: torch.Tensor, rate: float, from_end: bool, first: torch.Tensor | int = 0) -> None:
+        self.key, self.rate, self.from_end, self.first, self.site = key, rate, from_end, first, 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is functional.dropout:
             x: torch.Tensor = args[0] if args else kwargs["input"]  # type: ignore[index]
-            keep = keep_mask(self.key, self.site, x.shape, self.rate, self.from_end)
+            keep = keep_mask(self.key, self.site, x.shape, self.rate, self.from_end, self.first)
             self.site += 1
             return torch.where(keep, x / (1 - self.rate), 0.0).to(x.dtype)
         return func(*args, **(kwargs or {}))

@@ -172,6 +172,8 @@ def load(
     leave_unreached_out(model)
     model.fresh = frozenset(saved for saved in model.initial if saved.removeprefix(PEFT) in new)
     learn_to_pack(model)
+    # the start lies with the server's state, wherever the model computes
+    model.initial, model.still = ({n: t.cpu() for n, t in of.items()} for of in (model.initial, model.still))
     if model.dtype is not torch.float32:
         model.settle()
     return model

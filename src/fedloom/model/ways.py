@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -57,6 +57,23 @@ class Way(Protocol):
     def embed(self, texts: Texts) -> tuple[torch.Tensor, torch.Tensor]:
         """Input embeddings (…, d) of all tokens, detached, zero at padding; and every entry's owner (…,)."""
         ...
+
+
+class Extent(NamedTuple):
+    """What decides how large a pass' tensors are: its texts, in how many parts, how many a part has at most, how long the longest is, and
+    their tokens."""
+
+    parts: int = 0
+    texts: int = 0
+    most: int = 0
+    longest: int = 0
+    tokens: int = 0
+
+    def and_of(self, lengths: np.ndarray) -> Extent:
+        """With a part of texts of so many tokens, int64 (n,)."""
+        n = len(lengths)
+        longest = max(self.longest, int(lengths.max(initial=0)))
+        return Extent(self.parts + 1, self.texts + n, max(self.most, n), longest, self.tokens + int(lengths.sum()))
 
 
 class Packed:
@@ -145,10 +162,12 @@ class Packed:
             self._given = functional.pad(embeddings, (0, 0, 0, total - embeddings.shape[1]))
         again = nullcontext() if self.recomputed is None else self.recomputed.forward()
         catching = last_caught(self.module, self.depth) if layers else nullcontext([])
-        with Pass(layout, self.weights, self.rate if texts.keys is not None else 0.0, tensors), again, catching as caught:
-            call = {**given, "output_hidden_states": layers}
-            out = functional_call(self.module, dict(tensors), (), call, tie_weights=not self.tied.isdisjoint(tensors))
-        self._given = None
+        try:
+            with Pass(layout, self.weights, self.rate if texts.keys is not None else 0.0, tensors), again, catching as caught:
+                call = {**given, "output_hidden_states": layers}
+                out = functional_call(self.module, dict(tensors), (), call, tie_weights=not self.tied.isdisjoint(tensors))
+        finally:
+            self._given = None
         hidden = (h.flatten(0, -2) for h in of_layers(out.hidden_states, caught)) if layers else ()
         real = slice(0, int(given_texts.reads.sum()))
         logits = logits_of(out).float()
@@ -243,15 +262,24 @@ class Mapped:
         rate = self.rate if texts.keys is not None else 0.0
         keys = texts.keys if texts.keys is not None else torch.zeros(texts.count, dtype=torch.int64, device=texts.ids.device)
 
+        begins = np.searchsorted(texts.owners, np.arange(texts.count))  # of a batch in parts only the first begins with its first row
+        first = torch.from_numpy(texts.rows[begins].astype(np.int64)).to(keys.device)
+
         def one(
-            named: Tensors, ids: torch.Tensor, mask: torch.Tensor, segments: torch.Tensor, given: torch.Tensor | None, key: torch.Tensor
+            named: Tensors,
+            ids: torch.Tensor,
+            mask: torch.Tensor,
+            segments: torch.Tensor,
+            given: torch.Tensor | None,
+            key: torch.Tensor,
+            row: torch.Tensor,
         ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-            with dropout.SeededDropout(key, rate, self.causal) if rate else nullcontext():
+            with dropout.SeededDropout(key, rate, self.causal, row) if rate else nullcontext():
                 return self.call(named, ids, mask, segments, given, layers)
 
-        each = vmap(one, in_dims=(0, 0, 0, 0, None if embeddings is None else 0, 0))
+        each = vmap(one, in_dims=(0, 0, 0, 0, None if embeddings is None else 0, 0, 0))
         whole = {name: texts.kept[name].whole(tensor) if name in texts.kept else tensor for name, tensor in tensors.items()}
-        logits, hidden = each(whole, *self._padded(texts), embeddings, keys)
+        logits, hidden = each(whole, *self._padded(texts), embeddings, keys, first)
         where, mask = self._where(texts), padded(texts, self.causal, self.pad_id)[1]
         logits = logits[where] if texts.asked is None else _read(logits[where], texts, mask, self.reads)
         return logits, tuple(_read(h[where], texts, mask, self.reads) for h in hidden)
@@ -340,6 +368,17 @@ WAYS: dict[str, Callable[[Model, torch.dtype], Way]] = {
     "vmap": mapped,
 }
 """All there are, the fastest first. Which of them a model can be called by is found by trying (``trials.py``)."""
+
+
+def computed(by: str, extent: Extent) -> int:
+    """Tokens that a pass by this way computes, padding among them."""
+    match by:
+        case "padded rows":
+            return extent.texts * extent.longest
+        case "vmap":
+            return extent.parts * extent.most * extent.longest
+        case _:
+            return extent.tokens
 
 
 def _positions(model: Model, length: int) -> torch.Tensor | None:

@@ -28,7 +28,7 @@ import torch
 from safetensors import safe_open
 
 from fedloom.client.curricula.fisher import ByFisher
-from fedloom.compute.stacked import TOKENS, pass_bytes
+from fedloom.compute.division import TOKENS, pass_bytes
 from fedloom.engines.local import HEAVY, WAVE
 from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.methods.fibecfed import FibecFed
@@ -136,7 +136,7 @@ def needed(sizes: Sizes, experiment: Experiment, gpu: bool = False, serves: bool
     if gpu:
         lines = [*around, ("what a device does not train", processes * _rest(sizes, low))]
     else:
-        model, *work = _computing(sizes, e, processes, _rest(sizes, low))
+        model, *work = _computing(sizes, e, processes, _models(e, processes), _rest(sizes, low))
         lines = [model, *around, *work]
     return _with_loading(4 * sizes.model * (processes if low or gpu or sizes.few else 0), lines)
 
@@ -146,7 +146,13 @@ def needed_there(sizes: Sizes, experiment: Experiment, gpus: int) -> Need:
     places of the model's own in 16 bits (:meth:`Model.lent`), and lies beside it in 32."""
     low = experiment.precision != "float32"
     processes = -(-max(1, experiment.engine.workers) // gpus)
-    return _with_loading(sizes.held(4) * processes, list(_computing(sizes, experiment, processes, 0 if low else _rest(sizes, low))))
+    lines = _computing(sizes, experiment, processes, _models(experiment, processes), 0 if low else _rest(sizes, low))
+    return _with_loading(sizes.held(4) * processes, list(lines))
+
+
+def _models(e: Experiment, processes: int) -> int:
+    """How many models lie together where so many processes compute: where workers do, the one that started them has its own."""
+    return processes + (e.engine.workers > 1)
 
 
 def _rest(sizes: Sizes, low: bool) -> int:
@@ -154,11 +160,11 @@ def _rest(sizes: Sizes, low: bool) -> int:
     return (2 if low else 4) * (sizes.trained - sizes.at_once)
 
 
-def _computing(sizes: Sizes, e: Experiment, processes: int, rest: int) -> Iterator[tuple[str, int]]:
+def _computing(sizes: Sizes, e: Experiment, processes: int, models: int, rest: int) -> Iterator[tuple[str, int]]:
     """What lies where the model computes. ``rest``: bytes of what is there of a device's model beside."""
     low = e.precision != "float32"
     frozen = f", its frozen layers in {sizes.base}" if sizes.few else ""
-    yield f"the model in {e.precision}{frozen}", sizes.held(2 if low else 4) * processes
+    yield f"the model in {e.precision}{frozen}", sizes.held(2 if low else 4) * models
     yield "the model in float32, to score in", 4 * (sizes.model - sizes.few) * processes if low and scores(e) else 0
     yield "training a device", processes * (4 * STATES * sizes.at_once + rest)
     through = f"{PASSING}, layers computed again" if e.engine.recompute else PASSING
