@@ -1,6 +1,9 @@
-"""On an accelerator: the same results as on the CPU within tolerance, and a stack that is not slower in memory than it says."""
+"""On an accelerator: the same results as on the CPU within tolerance, a stack that takes no more memory than it says, and whole runs."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +15,13 @@ from fedloom.compute.stacked import Stacked
 from fedloom.compute.work import AdamW, Fit, Predict, Score
 from fedloom.model.adapters import Adapter
 from fedloom.model.loading import load
-from tests import tiny
+from fedloom.run.again import evaluate_again
+from fedloom.run.export import export
+from fedloom.run.loop import run
+from fedloom.server.masks import Mask
+from fedloom.server.optimizers import ServerStep
+from fedloom.server.sharing import Sharing
+from tests import small, tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator on this machine")
 
@@ -46,3 +55,33 @@ def test_a_stack_stays_within_its_estimate() -> None:
     Stacked(model, 8).run([Fit(model.initial, examples, shuffled(64, 8, k, "x"), AdamW(1e-3)) for k in range(8)])
     tokens = 8 * 8 * int(examples.lengths.max())
     assert torch.cuda.max_memory_allocated() - before <= 2 * tokens * pass_bytes(model)
+
+
+def test_a_start_lies_on_the_processor_and_the_model_on_the_accelerator() -> None:
+    model = load(str(tiny.folder()), num_labels=3, adapter=Adapter(rank=2, start="svd"), seed=1, max_length=16, device="cuda")
+    assert {t.device.type for t in model.initial.values()} == {"cpu"}
+    assert {p.device.type for p in model.module.parameters()} == {"cuda"}
+
+
+RUNS = {
+    "federa": small.experiment("federa"),
+    "a server's Adam": replace(small.experiment("lora"), server=ServerStep(rule="adam")),
+    "flasc": small.experiment("flasc"),
+    "fibecfed": small.experiment("fibecfed"),
+    "fedcybgd": small.experiment("fedcybgd"),
+    "a mask": replace(small.experiment("lora"), mask=Mask(0.4)),
+    "a mask on some layers": replace(small.experiment("lora"), mask=Mask(0.4), share=Sharing(count=1)),
+    "biases": replace(small.experiment("lora"), adapter=Adapter(kind="bitfit")),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_stopped_taken_up_again_evaluated_and_exported(name: str, tmp_path: Path) -> None:
+    """What the server and the devices keep meets what the accelerator gives: in a round, in a checkpoint and after the last one."""
+    small.stopped(RUNS[name], tmp_path / "run", 1)
+    run(RUNS[name], tmp_path / "run", plain=True)
+    again = evaluate_again(RUNS[name], tmp_path / "run")
+    assert again.recorded is not None and again.scores.keys() == again.recorded.keys()
+    if (tmp_path / "run" / "adapter").exists():
+        export(RUNS[name], tmp_path / "run", tmp_path / "out", client=0)
+        assert any((tmp_path / "out").glob("*.safetensors"))
