@@ -357,7 +357,7 @@ def test_a_missing_library_is_an_error_before_anything_is_computed(
         assert cli.main([command, "lora", *words]) == 2
         said = capsys.readouterr().err
         assert f"--track {name} needs {', '.join(libraries)}" in said
-        assert "pip install 'fedloom[track]'" in said
+        assert "pip install -e '.[track]'" in said
         assert not (tmp_path / "run").exists()
 
 

@@ -34,7 +34,9 @@ os.environ["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
 try:
     import flwr  # noqa: F401
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("the Flower engine needs the extra 'flower': pip install 'fedloom[flower]'", name="flwr") from error
+    raise ModuleNotFoundError(
+        "the Flower engine needs the extra 'flower': pip install -e '.[flower]' in Fedloom's folder", name="flwr"
+    ) from error
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp

