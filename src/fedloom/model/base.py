@@ -29,7 +29,8 @@ from fedloom.model.answers import Speaker
 from fedloom.model.asked import Asked
 from fedloom.model.calls import CALLS, Call, Shape
 from fedloom.model.cloze import Filler
-from fedloom.model.names import is_beneath, is_down, is_head, partner, under
+from fedloom.model.ground import Ground
+from fedloom.model.names import is_beneath, is_head
 from fedloom.model.outputs import last_caught, logits_of, of_layers
 from fedloom.model.passes import Unpackable
 from fedloom.model.quantised import Base, Quantised, numbers, numbers_in_few
@@ -41,7 +42,6 @@ from fedloom.model.tags import Tagger
 from fedloom.model.texts import Batch, Texts
 from fedloom.model.ways import WAYS, Packed, Way, mapped
 from fedloom.telling import Tellable
-from fedloom.tensors import fingerprint
 
 Precision = Literal["float32", "bf16"]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -54,13 +54,12 @@ class ModelError(Tellable, ValueError):
 @dataclass
 class Model:
     """A frozen base with an adapter. ``reader``: how the task's texts are put before it and read. ``initial``: float32 start of every
-    trainable tensor, by saved name. ``beneath``: the frozen weights under LoRA's pairs, which a method may change as well
-    (:meth:`stand_on`). ``alone``: why it cannot run for many owners at once, or nothing; ``together_by``: how it does. ``fresh``: of the
-    names in ``initial`` those of the base and its head that no file brought, so that they were drawn. ``still``: what of the head no loss
-    depends on, which is not trained. ``recomputes``: whether its layers are computed again in backward passes, and what is inside them not
-    kept (``recomputed.py``). ``split``: the fingerprint of the weights under the pairs before their principal parts were taken out, or
-    nothing where none were; ``split_fast``: whether those were found by random subspace iteration (``principal.py``). ``quantised``: what
-    of the module is held in 8 or 4 bits, by the names of the weights."""
+    trainable tensor, by saved name, on the processor. ``ground``: what LoRA's pairs stand on. ``alone``: why it cannot run for many owners
+    at once, or nothing; ``together_by``: how it does. ``fresh``: of the names in ``initial`` those of the base and its head that no file
+    brought, so that they were drawn. ``still``: what of the head no loss depends on, which is not trained. ``recomputes``: whether its
+    layers are computed again in backward passes, and what is inside them not kept (``recomputed.py``). ``split``: the fingerprint of the
+    weights under the pairs before their principal parts were taken out, or nothing where none were; ``split_fast``: whether those were
+    found by random subspace iteration (``principal.py``)."""
 
     name: str
     module: Any
@@ -77,7 +76,7 @@ class Model:
     call: Call = CALLS[0]
     initial: dict[str, torch.Tensor] = field(default_factory=dict)
     parameters: dict[str, str] = field(default_factory=dict)
-    beneath: Beneath = field(default_factory=Beneath)
+    ground: Ground = field(default_factory=Ground)
     alone: str = ""
     together_by: str = ""
     fresh: frozenset[str] = frozenset()
@@ -85,14 +84,20 @@ class Model:
     recomputes: bool = False
     split: str = ""
     split_fast: bool = False
-    quantised: dict[str, Quantised] = field(default_factory=dict)
     _copies: dict[torch.dtype, nn.Module] = field(default_factory=dict)
     _ways: dict[torch.dtype, Way] = field(default_factory=dict)
     _recomputed: dict[int, Recomputed] = field(default_factory=dict)
-    _stands_on: str = ""
-    _beneath_now: Tensors = field(default_factory=dict)
     _answers: int | None = None
-    _own: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def beneath(self) -> Beneath:
+        """The frozen weights under LoRA's pairs, which a method may change as well (:meth:`stand_on`)."""
+        return self.ground.beneath
+
+    @property
+    def quantised(self) -> dict[str, Quantised]:
+        """What of the module is held in 8 or 4 bits, by the names of the weights."""
+        return self.ground.quantised
 
     @property
     def head(self) -> frozenset[str]:
@@ -209,8 +214,7 @@ class Model:
         if dtype not in self._copies:
             shared = {id(tensor): tensor for q in self.quantised.values() for tensor in q.held}
             self._copies[dtype] = kept_in(copy.deepcopy(self.module, shared), dtype)
-            if self._stands_on:  # in its own precision
-                self._put_under(self._copies[dtype], self._beneath_now)
+            self.ground.lay(self._copies[dtype])
         return self._copies[dtype]
 
     def settle(self) -> None:
@@ -235,12 +239,7 @@ class Model:
     @property
     def weights(self) -> dict[str, torch.Tensor]:
         """The pre-trained weights under the pairs, float32 (d_out, d_in), by saved name; copies."""
-        if self.quantised:
-            return {n: self.quantised[n].rest().cpu() for n in self.beneath.names}
-        if not self._own:
-            own = dict(self.module.named_parameters())
-            self._own = {n: own[n].detach().float().cpu().clone() for n in self.beneath.names}
-        return {n: self._turned(n, t).clone() for n, t in self._own.items()}
+        return self.ground.weights(self.module)
 
     def stand_on(self, weights: Tensors) -> None:
         """Put these under the pairs, for every call from now on; where there are none, the model's own again. (d_out, d_in), by saved name.
@@ -252,41 +251,18 @@ class Model:
             raise ModelError(f"the base of '{self.name}' is held in few bits and stays as it is; leave --adapter.base out")
         if unknown := sorted(set(weights) - set(self.beneath.names)):
             raise ModelError(f"no LoRA pair of '{self.name}' stands on {unknown[:2]}; they stand on {list(self.beneath.names)[:2]} …")
-        wanted = fingerprint(weights) if weights else ""
-        if wanted == self._stands_on:
-            return
-        _ = self.weights  # its own are remembered before they are written over
-        for module in {id(m): m for m in (self.module, *self._copies.values())}.values():
-            self._put_under(module, weights)
-        self._stands_on, self._beneath_now = wanted, weights
-
-    @torch.no_grad()
-    def _put_under(self, module: nn.Module, weights: Tensors) -> None:
-        own = dict(module.named_parameters())
-        for n, original in self._own.items():
-            own[n].copy_(self._turned(n, weights[n]) if n in weights else original)
+        self.ground.put(weights, self.module, *self._copies.values())
 
     def start_at(self, pairs: Tensors) -> None:
         """Take these A0 and B0 for the start in place of its own, and W_res = W0 − s·B0·A0 for what lies under them; W0 is what the old
         start and its W_res make, to rounding. ``pairs``: all factors by saved name."""
         own = dict(self.module.named_parameters())
+        self.ground.begin_at(pairs, self.initial, own)
         with torch.no_grad():
-            for a in filter(is_down, pairs):
-                b, name = partner(a), under(a)
-                if name in self.quantised:
-                    self.quantised[name].take_out(pairs[a], pairs[b], self.beneath.scaling)
-                else:
-                    old, new = (at[b].double() @ at[a].double() for at in (self.initial, pairs))
-                    change = (self.beneath.scaling * (old - new)).to(own[name].device)
-                    own[name].copy_(own[name].double() + self._turned(name, change))
-                for factor in (a, b):
-                    own[self.parameters[factor]].copy_(pairs[factor])
-                    self.initial[factor] = pairs[factor].clone()
-        self._copies, self._ways, self._own = {self.dtype: self.module}, {}, {}
-
-    def _turned(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """From (d_out, d_in) to as the module keeps it, and back."""
-        return weight.transpose(-1, -2) if name in self.beneath.transposed else weight
+            for name, factor in pairs.items():
+                own[self.parameters[name]].copy_(factor)
+                self.initial[name] = factor.clone()
+        self._copies, self._ways = {self.dtype: self.module}, {}
 
     def encode(self, texts: list[str], pairs: list[str] | None) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids and segment ids of each text (or pair; or prompt and its answer), cut to ``max_length``; at least one token each.
@@ -333,8 +309,7 @@ class Model:
             stacks = [stack_of(module, self.depth) for module in modules]
         except LookupError as error:
             raise ModelError(f"no layer of '{self.name}' can be left out: {error}") from error
-        if not self._own and not self.quantised:
-            _ = self.weights  # all of its own are remembered while they are there
+        self.ground.remember(self.module)  # while all of them are there
         if self._answers is None:
             ids = torch.full((1, 4), 5, device=self.device)
             some = Batch(ids, ids > 0, torch.full_like(ids, self.trial_segment), ids[:, 0] * 0, torch.ones(1, device=self.device))
@@ -370,7 +345,7 @@ class Model:
 
     def _named(self, tensors: Tensors, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """By parameter name, as the module keeps them. What lies under a pair can be among them, where it is trained itself."""
-        beneath = {n: self._turned(n, t).to(dtype) for n, t in tensors.items() if is_beneath(n)}
+        beneath = {n: self.ground.turned(n, t).to(dtype) for n, t in tensors.items() if is_beneath(n)}
         return {self.parameters[n]: t.to(dtype) for n, t in tensors.items() if n not in beneath} | beneath
 
     def on_rows(

@@ -35,6 +35,7 @@ from fedloom.model.adapters import SPLITTING, Adapter, attach, beneath, in_few_b
 from fedloom.model.answers import Form, Speaker
 from fedloom.model.base import Model, ModelError, Precision, reach
 from fedloom.model.cloze import Cloze, Filler, keep_rows
+from fedloom.model.ground import Ground
 from fedloom.model.names import BESIDE, HEADS, PEFT
 from fedloom.model.passes import ATTENTION, attend
 from fedloom.model.reader import Reader, Whole
@@ -162,7 +163,7 @@ def load(
     parameters = trainable_names(module)
     module.eval().requires_grad_(False).to(device)
     model = Model(name, module, config, tokenizer, num_labels, length, precision, adapter.dropout, torch.device(device), reader)
-    model.parameters, model.beneath, model.split, model.quantised = parameters, beneath(module), split, quantised
+    model.parameters, model.split, model.ground = parameters, split, Ground(beneath(module), quantised)
     model.split_fast = fast
     own = dict(module.named_parameters())
     # of a model all of which is trained, the start is the module's own weights: a copy would be a second model
