@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +27,10 @@ from typing import Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 LIST = ROOT / "tools" / "mutants.toml"
-PATIENCE = 300.0
-"""Seconds after which a test run counts as hung, and so as failed."""
+LEAST, TIMES = 30.0, 5.0
+"""A corruption's tests are given up after ``TIMES`` the seconds that they take on the source as it is, and not before ``LEAST``."""
 
-Verdict = Literal["killed", "SURVIVED", "DOES NOT APPLY", "CANNOT RUN"]
+Verdict = Literal["killed", "SURVIVED", "HUNG", "DOES NOT APPLY", "CANNOT RUN"]
 
 
 class Misfit(ValueError):
@@ -100,19 +100,21 @@ def corrupted(mutant: Mutant, source: Path) -> str:
     return mutated
 
 
-def pytest_run(root: Path, source: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """(exit status, end of the output) of these tests with ``source`` in front of every other ``fedloom``."""
+def pytest_run(root: Path, source: Path, tests: Sequence[str], patience: float | None = None) -> tuple[int | None, str]:
+    """(exit status, end of the output) of these tests with ``source`` in front of every other ``fedloom``; the status is None where they
+    were not done after ``patience`` seconds."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", *tests]
     environment = os.environ | {"PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     try:
-        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=patience, check=False)
     except subprocess.TimeoutExpired:
-        return 1, f"hung: stopped after {PATIENCE:.0f} s"
+        return None, f"not done after {patience:.0f} s: that a test failed is not known"
     return done.returncode, "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
 
 
-def judge(mutant: Mutant, root: Path) -> Outcome:
-    """Apply, run, judge. pytest's status 1 means a test failed; any status but 0 and 1 means that it could not run."""
+def judge(mutant: Mutant, root: Path, patience: float) -> Outcome:
+    """Apply, run, judge. pytest's status 1 means a test failed; any status but 0 and 1 means that it could not run. Who is not done after
+    ``patience`` seconds has not been killed: the machine may be slow, and a test that waits for ever notices nothing."""
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fedloom-mutant-") as scratch:
         source = Path(scratch) / "src"
@@ -122,15 +124,43 @@ def judge(mutant: Mutant, root: Path) -> Outcome:
             return Outcome(mutant, "DOES NOT APPLY", 0.0, str(misfit))
         shutil.copytree(root / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
         (source / mutant.file).write_text(mutated, encoding="utf-8")
-        status, said = pytest_run(root, source, mutant.tests)
-    verdicts: dict[int, Verdict] = {0: "SURVIVED", 1: "killed"}
+        status, said = pytest_run(root, source, mutant.tests, patience)
+    verdicts: dict[int | None, Verdict] = {0: "SURVIVED", 1: "killed", None: "HUNG"}
     return Outcome(mutant, verdicts.get(status, "CANNOT RUN"), time.monotonic() - begin, said)
 
 
-def outcomes(mutants: Sequence[Mutant], root: Path, jobs: int) -> Iterator[Outcome]:
+def by_file(tests: Iterable[str]) -> dict[str, list[str]]:
+    """These node ids by the file that they are of."""
+    files: dict[str, list[str]] = {}
+    for test in sorted(set(tests)):
+        files.setdefault(test.split("::")[0], []).append(test)
+    return files
+
+
+def baseline(tests: Iterable[str], root: Path, jobs: int) -> tuple[dict[str, float], dict[str, str]]:
+    """What these tests do on the source as it is, each file in a run of its own, ``jobs`` at a time, however long it takes: the
+    seconds of every file, and what those said that did not pass."""
+
+    def one(named: list[str]) -> tuple[float, int | None, str]:
+        begin = time.monotonic()
+        status, said = pytest_run(root, root / "src", named)
+        return time.monotonic() - begin, status, said
+
+    files = by_file(tests)
+    with ThreadPoolExecutor(jobs) as executor:
+        ran = dict(zip(files, executor.map(one, files.values()), strict=True))
+    return {file: seconds for file, (seconds, _, _) in ran.items()}, {file: said for file, (_, status, said) in ran.items() if status != 0}
+
+
+def patience(mutant: Mutant, seconds: Mapping[str, float]) -> float:
+    """How long the mutant's tests may take, by the ``seconds`` of their files."""
+    return max(LEAST, TIMES * sum(seconds[file] for file in by_file(mutant.tests)))
+
+
+def outcomes(mutants: Sequence[Mutant], root: Path, jobs: int, seconds: Mapping[str, float]) -> Iterator[Outcome]:
     """One outcome per mutant, as they come, ``jobs`` at a time."""
     with ThreadPoolExecutor(jobs) as executor:
-        for future in as_completed([executor.submit(judge, mutant, root) for mutant in mutants]):
+        for future in as_completed([executor.submit(judge, mutant, root, patience(mutant, seconds)) for mutant in mutants]):
             yield future.result()
 
 
@@ -142,13 +172,14 @@ def campaign(mutants: Sequence[Mutant], root: Path, jobs: int) -> int:
         f"mutants: {len(mutants)} corruptions, {jobs} at a time; first their {len(tests)} tests on the source as it is",
         flush=True,
     )
-    status, said = pytest_run(root, root / "src", tests)
-    print(f"  {said.splitlines()[-1] if said else 'pytest said nothing'}", flush=True)
-    if status != 0:
+    seconds, red = baseline(tests, root, jobs)
+    print(f"  {len(seconds) - len(red)} of {len(seconds)} files passed in {time.monotonic() - begin:.0f} s", flush=True)
+    if red:
+        said = "\n".join(f"{file}:\n{text}" for file, text in red.items())
         print(f"{said}\nmutants: these tests must pass before a corruption means anything", file=sys.stderr)
         return 1
     bad: list[Outcome] = []
-    for count, outcome in enumerate(outcomes(mutants, root, jobs), 1):
+    for count, outcome in enumerate(outcomes(mutants, root, jobs, seconds), 1):
         head = f"[{count:>{len(str(len(mutants)))}}/{len(mutants)}] {outcome.verdict:<14} {outcome.seconds:5.1f} s"
         print(f"{head}  {outcome.mutant.id}: {outcome.mutant.says}", flush=True)
         if outcome.verdict != "killed":

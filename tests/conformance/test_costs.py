@@ -7,14 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedloom.client.curriculum import Pacing
+from fedloom.client.store import ClientStore
 from fedloom.compute.flops import Flops
 from fedloom.compute.work import Spectral, Spectrum
 from fedloom.methods import named
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
 from fedloom.model.blocks import layer_of
 from fedloom.model.names import is_up
+from fedloom.run.costs import holdings
 from fedloom.run.costs.payback import KEYS, first_paid, plain_of, played
 from fedloom.run.costs.pretended import Pretended
 from fedloom.run.costs.profiles import named as device_named
@@ -84,6 +87,19 @@ def test_what_devices_hold_is_measured(tmp_path: Path) -> None:
     dense = run(fibecfed(keep=1.0), tmp_path / "dense", plain=True)["device_state"]
     assert dense["private_bytes"] == dense["private_bytes_whole"] == nbytes(local)
     assert dense["optimizer_bytes"] == 2 * nbytes(initial) and dense["file_bytes"] > state["file_bytes"]
+
+
+def test_of_many_devices_evenly_spaced_ones_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device k of five remembers 10^k numbers: the first and the last of two, and the middle one of three besides. Device 1 remembers
+    nothing, and who holds nothing is not counted."""
+    world, store = build(small.experiment("lora", clients=5)), ClientStore(None)
+    for k in (0, 2, 3, 4):
+        store.save(k, {}, {"kept": torch.zeros(10**k)})
+    for most, due in ((2, (0, 4)), (3, (0, 2, 4)), (5, (0, 2, 3, 4))):
+        monkeypatch.setattr(holdings, "MOST", most)
+        found = holdings.held(world, store)
+        assert found is not None and found["devices"] == len(due)
+        assert found["memory_bytes"] == pytest.approx(sum(4 * 10**k for k in due) / len(due))
 
 
 @pytest.mark.parametrize("name", ["lora-finetuned", "fedeven"])

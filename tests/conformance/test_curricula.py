@@ -15,10 +15,15 @@ import numpy as np
 import pytest
 
 from fedloom.client.curricula import all_curricula
+from fedloom.client.store import ClientStore
+from fedloom.compute.flops import Flops
 from fedloom.compute.serial import Serial
 from fedloom.compute.stacked import Stacked
 from fedloom.compute.work import AdamW, Fit, Predict, Score
+from fedloom.engines.engine import drive
+from fedloom.engines.local import Local
 from fedloom.methods import all_methods
+from fedloom.methods.method import one_round, set_up
 from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.costs.pretended import Pretended
 from fedloom.run.describe import describe, played
@@ -26,7 +31,7 @@ from fedloom.run.experiment import Experiment
 from fedloom.run.loop import run
 from fedloom.run.recipes import with_curriculum
 from fedloom.run.terminal.console import Progress
-from fedloom.run.world import build
+from fedloom.run.world import World, build
 from tests import small, tiny
 
 pytestmark = pytest.mark.no_cover
@@ -158,6 +163,46 @@ def test_what_is_closed_or_cut_is_not_paid_for() -> None:
         assert costs(curriculum)[0][0] < everything[0][0], "in fewer tokens"
     for curriculum in ("voc", "fisher", "loss"):
         assert costs(curriculum)[0][1] < everything[0][1]
+
+
+def test_looking_at_every_loss_is_booked_once_a_device_beside_what_is_trained(tmp_path: Path) -> None:
+    """A round costs the steps on the opened batches, each at its longest text, and for who takes part for the first time one forward pass
+    of each of its texts."""
+    e = experiment("lora", "loss")
+    world, store = build(e), ClientStore(None)
+    steps, flops = all_steps(world, store)
+    assert len(set().union(*steps)) == 4, "somebody takes part for the first time in the second round"
+    seen, initial = set[bytes](), frozenset(world.model.initial)
+    run(e, tmp_path / "run", plain=True)
+    for row, cohort in zip(rows(tmp_path / "run")[1:], steps, strict=True):
+        due = 0.0
+        for who, (lengths, batches) in cohort.items():
+            due += sum(len(b) * float(flops.step(initial, int(lengths[b].max()))) for b in batches)
+            due += 0.0 if who in seen else float(np.sum(flops.forward(lengths)))
+            seen.add(who)
+        assert row["flops"] == pytest.approx(due, rel=1e-12)
+        assert row["examples"] == sum(len(b) for _, batches in cohort.values() for b in batches)
+
+
+def all_steps(world: World, store: ClientStore) -> tuple[list[dict[bytes, tuple[np.ndarray, list[np.ndarray]]]], Flops]:
+    """By round and by the rows that a device holds the lengths of its texts and the batches that the compute was given; and what counts
+    operations."""
+    told: list[dict[bytes, tuple[np.ndarray, list[np.ndarray]]]] = []
+
+    class Listening:
+        def run(self, items: Any) -> Any:
+            for item in items:
+                if isinstance(item, Fit):
+                    told[-1][item.examples.rows.tobytes()] = (item.examples.lengths, list(item.batches))
+            return world.compute.run(items)
+
+    engine = Local(replace(world, compute=Listening()).host(store))  # type: ignore[arg-type]
+    method = world.experiment.method
+    state = drive(set_up(method, world.model, world.pool), engine)
+    for _ in range(world.experiment.rounds):
+        told.append({})
+        state = drive(one_round(method, state, world.pool), engine)
+    return told, Flops(world.model)
 
 
 def test_both_computes_count_cut_texts_and_scores() -> None:

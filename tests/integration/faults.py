@@ -518,7 +518,7 @@ def network_cut(here: Standing, _: str) -> Row:
     finally:
         here.cable.mend()
     end = here.answers_again(BEHIND, here.round())
-    must(gone and not here.there.processes[BEHIND].poll(), "the device's process stayed")
+    must(gone and here.there.processes[BEHIND].poll() is None, "the device's process stayed")
     return Row(
         "",
         f"device {BEHIND}: {here.cable.kind}, until the server took it for away; then mended",

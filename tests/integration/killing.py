@@ -1,10 +1,11 @@
 """Kill a run with signal 9 at random moments, resume it after each, and compare all of its state with a run that was left alone.
 
-    python -m tests.integration.killing FOLDER METHOD:STACK:TIMES ...
+    python -m tests.integration.killing FOLDER METHOD:STACK:TIMES[:SEED] ...
 
 The process imports everything once and forks a child for each start of a run, so that a kill can hit any moment of the work and not only
 the imports. A run is killed ``TIMES`` times before it may end: first somewhere in its start, then, in random order, within a round's time
-after it has written another row, or somewhere in its start again. Prints one line a kill; exits with 1 at the first difference.
+after it has written another row, or somewhere in its start again. The moments are drawn from ``SEED``, another one in every process where
+none is given. Prints the seed, and one line a kill; exits with 1 at the first difference.
 """
 
 from __future__ import annotations
@@ -73,14 +74,15 @@ def written(folder: Path) -> int:
     return rows.read_bytes().count(b"\n") if rows.exists() else 0
 
 
-def killed(wanted: Experiment, place: Path, times: int) -> bool:
+def killed(wanted: Experiment, place: Path, times: int, seed: int) -> bool:
     """Let a run alone, kill another so many times in a row, and let it end; whether both came to the same, no kill cost a row that was
     written, and a third of them hit a run that was going on."""
     started = time.monotonic()
     if not finished(child(wanted, place / "alone")):
         return False
     took, folder = time.monotonic() - started, place / "killed"
-    rng = np.random.default_rng(int.from_bytes(os.urandom(4), "big"))
+    rng = np.random.default_rng(seed)
+    print(f"{wanted.method_name}: seed {seed}", flush=True)
     rows, deaths = min(times - times // 3, wanted.rounds), 0
     for i, after_a_row in enumerate([False, *rng.permutation(np.arange(1, times) <= rows)]):
         before, more = written(folder), float(rng.uniform(0, took / wanted.rounds))
@@ -104,7 +106,12 @@ def main() -> int:
     torch.set_num_threads(1)
     place, model = Path(sys.argv[1]), str(tiny.folder())
     asked = [word.split(":") for word in sys.argv[2:]]
-    return 0 if all(killed(experiment(method, int(stack), model), place / method, int(times)) for method, stack, times in asked) else 1
+    drawn = int.from_bytes(os.urandom(4), "big")
+    same = (
+        killed(experiment(method, int(stack), model), place / method, int(times), int(*seed or [drawn]))
+        for method, stack, times, *seed in asked
+    )
+    return 0 if all(same) else 1
 
 
 if __name__ == "__main__":

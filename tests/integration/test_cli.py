@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
@@ -214,6 +215,24 @@ def test_partition_shows_saves_and_draws(
     assert "kind1" in first
     assert cli.main(["partition", *data, "--partition", "p.json", "--seed", "42"]) == 0
     assert capsys.readouterr().out.split("note:")[0] == first
+
+
+def test_partition_writes_every_device_a_folder_of_its_own(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What --save says of each, as text and class; together they are the data."""
+    data, shards = ["--data", str(world / "data"), "--clients", "6"], tmp_path / "shards"
+    assert cli.main(["partition", *data, "--save", str(tmp_path / "p.json"), "--shards", str(shards)]) == 0
+    assert f"shards:  {shards}/0 to {shards}/5 (a device: fedloom join HOST:PORT {shards}/0)" in capsys.readouterr().out
+    clients = json.loads((tmp_path / "p.json").read_text())["clients"]
+    assert sorted(path.name for path in shards.iterdir()) == [str(k) for k in range(6)] and len(clients) == 6
+    for i, (split, rows) in enumerate({"train": 60, "validation": 20, "test": 20}.items()):
+        whole, held = sentences(rows, i), []
+        for k, client in enumerate(clients):
+            table = pq.read_table(shards / str(k) / f"{split}.parquet")
+            mine = list(zip(table["text"].to_pylist(), table["label"].to_pylist(), strict=True))
+            assert mine == [whole[row] for row in client[split]]
+            held += mine
+        assert sorted(held) == sorted(whole)
+    refused(capsys, ["partition", *data, "--shards", str(shards)], "is not empty", "give a new folder")
 
 
 def test_evaluate_gives_what_was_recorded_and_notices_when_not(ended: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,24 @@ MINUS = Mutant("minus", "adds by subtracting", "arithmetic.py", "a + b", "a - b"
 
 
 def test_tests_that_do_not_exist_kill_nothing(house: Path) -> None:
-    assert judge(dataclasses.replace(MINUS, tests=("tests/test_gone.py",)), house).verdict == "CANNOT RUN"
+    assert judge(dataclasses.replace(MINUS, tests=("tests/test_gone.py",)), house, 60.0).verdict == "CANNOT RUN"
+
+
+def test_who_is_not_done_in_time_was_not_killed(house: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = dataclasses.replace(MINUS, new="__import__('time').sleep(60)")
+    told = judge(slow, house, patience=3.0)
+    assert told.verdict == "HUNG"
+    assert "not done after 3 s" in told.said
+    monkeypatch.setattr("tools.mutants.LEAST", 1.0)
+    assert campaign([slow], house, jobs=1) == 1
+    assert "0 of 1 killed" in capsys.readouterr().out
+
+
+def test_the_tests_take_as_long_as_they_take_where_nothing_is_corrupted(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.mutants.LEAST", 0.0)
+    good = house / "tests" / "test_good.py"
+    good.write_text(f"import time\n{good.read_text()}    time.sleep(1)\n")
+    assert campaign([MINUS], house, jobs=1) == 0
 
 
 def test_a_campaign_fails_on_a_survivor_and_says_who(house: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ the set-up and after every round, the server's state and what every device keeps
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from functools import cache
 from typing import Any, Literal
 
 import numpy as np
+import pytest
 import torch
 
 from fedloom.client.client import Client
@@ -32,7 +34,9 @@ from fedloom.engines.local import Local
 from fedloom.messages import CENTRE, Failure, Flow, Task, Tensors, Update, ask
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.method import Method, State, one_round, set_up
+from fedloom.model.adapters import Adapter
 from fedloom.model.base import Model
+from fedloom.model.loading import load
 from fedloom.server.participation import Pool
 from fedloom.wire import Blob, unpack
 from tests import tiny
@@ -45,6 +49,8 @@ LAYERS = 4
 SIZES = (13, 6, 18, 9)
 SEED = 3
 POOL = Pool((0, 1, 2, 3), 3, 3, 8)
+S = 2.0
+"""s = alpha/r of the tiny model: 4/2."""
 INNER = FedAvg(lr=0.02, local_epochs=2, batch_size=3, weight_decay=0.01)
 RULE = AdamW(lr=0.02, weight_decay=0.01)
 """INNER's optimiser as the derivation wants it."""
@@ -52,8 +58,12 @@ RULE = AdamW(lr=0.02, weight_decay=0.01)
 
 @cache
 def model() -> Model:
-    """Four layers, every frozen weight drawn anew: LayerNorms that scale and shift, biases that are not 0."""
-    made = tiny.model(layers=LAYERS)
+    """Four layers, every frozen weight drawn anew: LayerNorms that scale and shift, biases that are not 0; pairs on query and value."""
+    return drawn_anew(tiny.model(layers=LAYERS))
+
+
+def drawn_anew(made: Model) -> Model:
+    """The model, every frozen weight drawn."""
     trained = set(made.parameters.values())
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
@@ -68,7 +78,7 @@ def encoder() -> Encoder:
     """The same frozen weights in NumPy."""
     model().stand_on({})
     weights = {name: tensor.numpy() for name, tensor in model().module.state_dict().items()}
-    return Encoder.of(weights, heads=model().config.num_attention_heads, scaling=2.0, eps=model().config.layer_norm_eps)
+    return Encoder.of(weights, heads=model().config.num_attention_heads, scaling=S, eps=model().config.layer_norm_eps)
 
 
 def start() -> dict[str, np.ndarray]:
@@ -85,6 +95,29 @@ def devices() -> dict[int, Client]:
     """Four devices of different sizes, and the place that holds everything."""
     everything = tiny.examples(sum(SIZES), seed=77)
     return tiny.clients(SIZES, SEED) | {CENTRE: Client(CENTRE, everything, everything, everything, SEED)}
+
+
+WIDE = Adapter(rank=2, alpha=6.0, targets=("query", "intermediate.dense", "output.dense"))
+"""s = alpha/r = 3; pairs on square weights, on tall ones (32, 16) and on wide ones (16, 32)."""
+
+
+@cache
+def wide() -> Model:
+    """As :func:`model`, with other pairs."""
+    made = load(str(tiny.folder(LAYERS)), num_labels=3, adapter=WIDE, seed=1, max_length=16)
+    return drawn_anew(made)
+
+
+def widen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the test ends the world is that of :func:`wide`: no weight under a pair is taken for its transpose, nor A for B, unnoticed."""
+    of = wide()
+    of.stand_on({})
+    weights = {name: tensor.numpy() for name, tensor in of.module.state_dict().items()}
+    derived = Encoder.of(weights, heads=of.config.num_attention_heads, scaling=3.0, eps=of.config.layer_norm_eps)
+    changes = {"model": lambda: of, "encoder": lambda: derived, "S": 3.0, "run": run.__wrapped__}
+    for name, value in changes.items():
+        monkeypatch.setattr(sys.modules[__name__], name, value)
+    assert {tuple(w.shape) for w in of.weights.values()} == {(16, 16), (32, 16), (16, 32)}
 
 
 def as_oracle(examples: Examples) -> list[Example]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
@@ -21,16 +20,16 @@ from tests.oracle import real
 from tests.oracle.numpy_encoder import pad
 from tests.oracle.numpy_training import adamw_step, clip_to
 from tests.oracle.test_baselines import COHORTS, EVERYBODY, epochs, kinds
-from tests.oracle.test_family import heads, other
+from tests.oracle.test_family import beneath, heads, other
 from tests.oracle.test_rivals import assert_predicts, is_b, mean_of
 
 Arrays = dict[str, np.ndarray]
 GAMMA, BETA1, BETA2 = 0.1, 0.7, 0.9
 METHOD = AdaLora(real.INNER, warm_up=0.0, final=1 / 3, beta1=BETA1, beta2=BETA2)
-MODULES, RANK, WIDEST = 8, 2, 3
-"""Four layers' queries and values; the adapter's rank, and one and a half times that."""
+RANK, WIDEST = 2, 3
+"""The adapter's rank, and one and a half times that."""
 BUDGETS = (24, 17, 16, 16)
-"""b_t of T = 3 rounds, t_i = 0 and t_f = 1: b_0 = 8·3, b_T = 8·2, and b_1 = 16 + ⌊8·(1 − 1/2)³⌋."""
+"""b_t of T = 3 rounds, t_i = 0 and t_f = 1, for four layers' queries and values: b_0 = 8·3, b_T = 8·2, and b_1 = 16 + ⌊8·(1 − 1/2)³⌋."""
 
 
 def value(p: str) -> str:
@@ -81,27 +80,34 @@ def cut(shared: Arrays, scores: Mapping[str, np.ndarray], budget: int) -> Arrays
     return made
 
 
-@cache
-def run(kind: real.Kind) -> real.Run:
-    return real.run(METHOD, kind)
-
-
 @kinds
 def test_adalora(kind: real.Kind) -> None:
     """Devices train P, Λ and Q under the regulariser and score their triplets; the server averages and keeps the budget's best of all
     matrices together; who is cut does not travel."""
-    made = run(kind)
+    sizes = follow(real.run(METHOD, kind), BUDGETS)
+    assert sizes[0] * 16 == sizes[1] * 17 and sizes[1] == 4 * 16 * (16 + 16 + 1), "bytes are those of the triplets that are left"
+
+
+def test_adalora_where_weights_are_not_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On weights of 16 × 16, 32 × 16 and 16 × 32, and with s = 3: 16 modules, b_0 = 16·3, b_T = 16·2, b_1 = 32 + ⌊16·(1 − 1/2)³⌋."""
+    real.widen(monkeypatch)
+    follow(real.run(METHOD, "stacked"), (48, 34, 32, 32))
+
+
+def follow(made: real.Run, budgets: Sequence[int]) -> list[int]:
+    """Round after round of a run against the derivation; the bytes of the triplets after each."""
     assert [exchange.op for exchange in made.exchanges] == ["train"] * 3 + ["predict"]
     shared = real.arrays(made.states[0].shared)
     triplets = [n for n in real.start() if is_b(n)]
-    assert set(shared) == {*real.start(), *map(value, triplets)} and len(triplets) == MODULES
+    assert set(shared) == {*real.start(), *map(value, triplets)} and len(triplets) * WIDEST == budgets[0]
     for p in triplets:
-        assert shared[p].shape == (16, WIDEST) and shared[other(p)].shape == (WIDEST, 16) and not shared[value(p)].any()
+        d_out, d_in = real.model().weights[beneath(p)].shape
+        assert shared[p].shape == (d_out, WIDEST) and shared[other(p)].shape == (WIDEST, d_in) and not shared[value(p)].any()
         assert all(abs(t.mean()) < 0.01 and 0.01 < t.std() < 0.03 for t in (shared[p], shared[other(p)])), "N(0, 0.02²)"
     sizes = []
     for t, exchange in enumerate(made.asked("train")):
         assert tuple(exchange.down) == COHORTS[t]
-        cutting, fitted, scores = BUDGETS[t + 1] < BUDGETS[t], dict[int, Arrays](), dict[int, Arrays]()
+        cutting, fitted, scores = budgets[t + 1] < budgets[t], dict[int, Arrays](), dict[int, Arrays]()
         for k in COHORTS[t]:
             real.assert_close(exchange.down[k].tensors, shared)
             fitted[k], scores[k], losses = trained(k, shared, epochs(k, "batches", t))
@@ -115,18 +121,18 @@ def test_adalora(kind: real.Kind) -> None:
             assert (up.num_examples, up.examples) == (real.SIZES[k], 2 * real.SIZES[k])
         shared = mean_of(fitted, shared)
         if cutting:
-            shared = cut(shared, mean_of(scores, scores[COHORTS[t][0]]), BUDGETS[t + 1])
+            shared = cut(shared, mean_of(scores, scores[COHORTS[t][0]]), budgets[t + 1])
         real.assert_close(made.states[t + 1].shared, shared)
         alive = [len(x) for n, x in shared.items() if n.startswith("values/")]
-        assert sum(alive) == BUDGETS[t + 1] == sum(made.states[t + 1].facts["ranks"].values())
+        assert sum(alive) == budgets[t + 1] == sum(made.states[t + 1].facts["ranks"].values())
         sizes.append(sum(4 * x.size for n, x in shared.items() if n not in heads()))
-    assert sizes[0] * 16 == sizes[1] * 17 and sizes[1] == 4 * 16 * (16 + 16 + 1), "bytes are those of the triplets that are left"
     assert len(set(alive)) > 1, "not every module got the same rank"
     assert_predicts(made, dict.fromkeys(EVERYBODY, paired(shared)))
     assert made.assembled is not None
     own = {n: x for n, x in paired(shared).items() if n in made.assembled}
     real.assert_close(made.assembled, own)
     assert not any(kept for now in made.private + made.memory for kept in now.values()), "devices keep nothing"
+    return sizes
 
 
 @pytest.mark.parametrize(("warm", "final", "due"), [(0.2, 0.4, [60, 60, 60, 48, 42, 40, 40, 40, 40, 40, 40]), (0.0, 0.0, None)])
@@ -138,6 +144,9 @@ def test_the_budget(warm: float, final: float, due: list[int] | None) -> None:
         due = [40 + int(20 * ((10 - t) ** 3) / 1000) for t in range(11)]
     assert told == due
     assert [method.budget(t, 1, 60, 40) for t in range(2)] == [60, 40], "one round is enough to cut"
+    whole = AdaLora(warm_up=0.29, final=0.57)  # floats have .29·100 and .57·100 a little below 29 and 57
+    assert [whole.budget(t, 100, 60, 40) for t in (28, 29, 30)] == [60, 60, 40 + int(20 * (1 - 1 / 14) ** 3)]
+    assert [whole.budget(t, 100, 60, 40) for t in (42, 43)] == [40, 40] and whole.budget(34, 100, 60, 40) > 40
 
 
 def test_the_best_of_all_modules_stay() -> None:

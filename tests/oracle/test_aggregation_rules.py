@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from fedloom.messages import Task, Update
+from fedloom.methods.deltalora import DeltaLora
 from fedloom.methods.fedalt import SENT, FedAlt, rest_of_world
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.federa import FeDeRA
@@ -56,6 +57,7 @@ class Made:
     initial: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
     beneath: Beneath = field(default_factory=lambda: Beneath(scaling=S))
+    dropout: float = 0.0
 
     def need_own_weights(self, who: str) -> None:
         """They are its own, in all their bits."""
@@ -258,6 +260,27 @@ def fedalt() -> float:
     return off(dense(rest, REST), ideal, {n: 0 * t for n, t in ideal.items()})
 
 
+def deltalora(whole: bool) -> float:
+    """W alone, which has moved by λ of what its device's pair has; or the whole model, W + s·B·A."""
+    of, ratio, fitted = model("random"), 2.0, dict[int, Any]()
+
+    def answer(task: Task) -> Update | None:
+        if task.client == away(task):
+            return None
+        fitted[task.client] = noisy(task.client, {n: t for n, t in task.tensors.items() if not is_beneath(n)})
+        return Update(task.client, SIZES[task.client], fitted[task.client])
+
+    state, after = played(DeltaLora(ratio=ratio, warm_up=1), of, answer, at=1)
+    begun = product(state.shared)
+    own = {n: w.double().numpy() for n, w in of.weights.items()}
+    pairs = {k: product(tensors) for k, tensors in fitted.items()}
+    s = S if whole else 0.0
+    models = {k: {n: w + ratio * S * (made[n] - begun[n]) + s * made[n] for n, w in own.items()} for k, made in pairs.items()}
+    averaged = product(after.shared)
+    reached = {n: after.shared[n].double().numpy() + s * averaged[n] for n in own}
+    return off(reached, mean(models), {n: w + s * begun[n] for n, w in own.items()})
+
+
 EXACT: dict[str, Callable[[], float]] = {
     "`ffa`: B alone, under one A": lambda: error(FfaLora(), model(), is_down),
     "`rolora`, even rounds: B alone": lambda: error(RoLora(), model(), is_down),
@@ -268,11 +291,13 @@ EXACT: dict[str, Callable[[], float]] = {
     "`fedex` from pairs that are not zero": lambda: error(FedExLora(), model("random")),
     "`fedsb`: R alone, between one B and one A": fedsb,
     "`slora`, first stage: the same entries of W": slora,
+    "`deltalora`: W alone, which moves with the pairs": lambda: deltalora(whole=False),
 }
 INEXACT: dict[str, Callable[[], float]] = {
     "`lora`: means of the factors, from B = 0": lambda: error(FedAvg(), model()),
     "`federa`: the same, from singular vectors": lambda: error(FeDeRA(), model("svd")),
     "`slora`, second stage: the same, from pairs that are not zero": lambda: error(FedAvg(), model("random")),
+    "`deltalora`: W and the means of the factors": lambda: deltalora(whole=True),
     "`fedsa`: A alone, the mean of the devices' own models": fedsa,
     "`flasc`: a quarter of the entries each way": flasc,
     "`flexlora` at rank 4": lambda: error(FlexLora(ranks=(4,)), model()),

@@ -252,6 +252,20 @@ def test_what_is_not_finite_does_not_travel_as_a_number(name: str, wrong: float)
         Encoding.of(name).up(Update(0, 1, {"x": made}), Task("train", 0, {"x": torch.zeros(100)}), {})
 
 
+@pytest.mark.parametrize("name", ["bf16", "int8", "nf4", "top-k"])
+def test_a_change_that_takes_a_number_out_of_float32_is_its_devices_fault(name: str) -> None:
+    """Both are finite, and so is what travels; w + Δ is not. A smaller change is taken."""
+    task = Task("train", 0, {"x": torch.full((100,), 3e38)})
+    for size, well in ((1.5e38, False), (1e37, True)):
+        codes = Update(0, 1, Encoding.of(name)._encoded(torch.full((100,), size)), {WHICH: ["x"]})
+        assert all(bool(torch.isfinite(t.float()).all()) for t in codes.tensors.values())
+        if well:
+            assert bool(torch.isfinite(Encoding.of(name).received(codes, task).tensors["x"]).all())
+        else:
+            with pytest.raises(WireError, match="an encoded update whose numbers are too large"):
+                Encoding.of(name).received(codes, task)
+
+
 @pytest.mark.parametrize("name", BOTH_WAYS)
 def test_a_task_that_is_not_encoded_so_is_refused(name: str) -> None:
     encoding = Encoding.of(name)

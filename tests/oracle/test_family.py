@@ -23,6 +23,7 @@ from fedloom.methods.flora import FLoRA
 from fedloom.methods.hetlora import HetLora
 from fedloom.methods.scaffold import Scaffold
 from fedloom.methods.slora import SLora
+from fedloom.seeds import derive_int
 from fedloom.server.participation import Pool, uniform
 from tests.oracle import real
 from tests.oracle.numpy_encoder import Tensors, pad
@@ -32,8 +33,6 @@ from tests.oracle.test_embracingfl import Grouped
 from tests.oracle.test_rivals import assert_predicts, is_a, is_b, mean_of, part, trained
 
 Arrays = dict[str, np.ndarray]
-S = 2.0
-"""s = alpha/r of the tiny model: 4/2."""
 ONE_SEED = Pool((0, 1, 2, 3), 3, 3, real.SEED)
 """Server and devices have the experiment's seed; here a method needs it on both sides."""
 
@@ -94,7 +93,7 @@ def test_flora(kind: real.Kind) -> None:
         for n in new:  # the stacks themselves
             stack_a = np.concatenate([p * own[n] for p, own in zip(sizes, fitted.values(), strict=True)])
             stack_b = np.concatenate([own[other(n)] for own in fitted.values()], 1)
-            shared[beneath(n)] = shared[beneath(n)] + S * stack_b @ stack_a
+            shared[beneath(n)] = shared[beneath(n)] + real.S * stack_b @ stack_a
         shared |= mean_of({k: part(own, heads()) for k, own in fitted.items()}, heads())
         real.assert_close(made.states[t + 1].shared, shared)
     assert not np.allclose(seen[0][min(seen[0])], seen[1][min(seen[0])]), "drawn anew in every round"
@@ -104,14 +103,14 @@ def test_flora(kind: real.Kind) -> None:
 def test_flora_of_several_ranks() -> None:
     """Exact for any ranks: a device of rank r_k trains and sends r_k directions, and counts with all of them."""
     made = real.run(FLoRA(real.INNER, ranks=(1, 2)), "stacked")
-    (exchange, *_), found = made.asked("train"), set()
+    (exchange, *_) = made.asked("train")
     fitted = {k: real.arrays(update.tensors) for k, update in exchange.up.items()}
+    ranks = {k: (1, 2)[derive_int(real.POOL.seed, "rank", k) % 2] for k in fitted}
+    assert set(ranks.values()) == {1, 2}
     for k, own in fitted.items():
-        assert len({t.shape[0] for n, t in own.items() if is_a(n)} | {t.shape[1] for n, t in own.items() if is_b(n)}) == 1
-        found.add(next(t.shape[0] for n, t in own.items() if is_a(n)))
-        assert {t.shape[0] for n, t in real.arrays(exchange.down[k].tensors).items() if is_a(n)} <= found
-    assert found == {1, 2}
-    due = {n: w + S * ideal(fitted)[n] for n, w in pretrained().items()}
+        assert {t.shape[0] for n, t in own.items() if is_a(n)} | {t.shape[1] for n, t in own.items() if is_b(n)} == {ranks[k]}
+        assert {t.shape[0] for n, t in real.arrays(exchange.down[k].tensors).items() if is_a(n)} == {ranks[k]}
+    due = {n: w + real.S * ideal(fitted)[n] for n, w in pretrained().items()}
     real.assert_close({n: t for n, t in made.states[1].shared.items() if n in due}, due, 1e-5, 1e-6)
 
 
@@ -127,7 +126,7 @@ def test_fedex(kind: real.Kind) -> None:
         means, models = mean_of(fitted, real.start()), ideal(fitted)
         residual = {n: models[n] - means[n.replace("base_layer", "lora_B")] @ means[n.replace("base_layer", "lora_A")] for n in models}
         assert max(float(np.abs(r).max()) for r in residual.values()) > 1e-4, "there is something to correct"
-        shared = {**means, **{n: shared[n] + S * residual[n] for n in residual}}
+        shared = {**means, **{n: shared[n] + real.S * residual[n] for n in residual}}
         real.assert_close(made.states[t + 1].shared, shared)
     assert_predicts_with(made, dict.fromkeys(EVERYBODY, shared))
 
@@ -195,7 +194,7 @@ def pushed(k: int, at: Arrays, batches: Sequence[np.ndarray], rank: int, strengt
 
 @kinds
 @pytest.mark.parametrize(("keep", "mu"), [(0.5, 0.0), (0.75, 0.3)])
-def test_hetlora(kind: real.Kind, keep: float, mu: float) -> None:
+def test_hetlora(kind: real.Kind, keep: float, mu: float, prunes: bool = True) -> None:
     """Truncate on the way down, zero-pad on the way up; weights ∝ ‖B_k A_k‖_F; the last directions, all but ⌊γ·r_k⌋, are held down, and
     given up if they shrank. FedProx's term is added to that."""
     inner = replace(real.INNER, prox=mu)
@@ -231,10 +230,16 @@ def test_hetlora(kind: real.Kind, keep: float, mu: float) -> None:
         shared |= mean_of({k: part(own, heads()) for k, own in fitted.items()}, heads())
         real.assert_close(made.states[t + 1].shared, shared, 1e-5, 1e-6)
         assert made.states[t + 1].server["ranks"].tolist() == [ranks[k] for k in EVERYBODY]
-    assert pruned, "some device gave directions up"
+    assert bool(pruned) == prunes, "some device gave directions up"
     for k in EVERYBODY:
         mine = {n: x[: ranks[k]] if is_a(n) else x[:, : ranks[k]] if is_b(n) else x for n, x in shared.items()}
         np.testing.assert_allclose(made.logits[k]["test"].numpy(), logits(mine, k), atol=3e-3)
+
+
+def test_hetlora_where_weights_are_not_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On weights of 16 × 16, 32 × 16 and 16 × 32, and with s = 3."""
+    real.widen(monkeypatch)
+    test_hetlora("stacked", 0.5, 0.0, prunes=False)
 
 
 @pytest.mark.parametrize("kind", [HetLora, FlexLora, FLoRA])
@@ -308,6 +313,12 @@ def test_flasc(kind: real.Kind) -> None:
     assert_predicts(made, dict.fromkeys(EVERYBODY, real.arrays(made.states[-1].shared)))
 
 
+def test_flasc_where_weights_are_not_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On weights of 16 × 16, 32 × 16 and 16 × 32, and with s = 3."""
+    real.widen(monkeypatch)
+    test_flasc("stacked")
+
+
 @kinds
 def test_fedprox(kind: real.Kind) -> None:
     """(μ/2)·‖w − w_t‖² is added to each device's loss, w_t being what it was sent; the rest is FedAvg."""
@@ -364,7 +375,7 @@ def test_slora(kind: real.Kind) -> None:
     for n, w in weights.items():
         u, s, vt = np.linalg.svd(now[n] - w)
         a, b = begun[n.replace("base_layer", "lora_A")], begun[n.replace("base_layer", "lora_B")]
-        np.testing.assert_allclose(S * b @ a, u[:, :2] * s[:2] @ vt[:2], atol=2e-3)
+        np.testing.assert_allclose(real.S * b @ a, u[:, :2] * s[:2] @ vt[:2], atol=2e-3)
         np.testing.assert_allclose(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=0), rtol=1e-4)
     real.assert_close(part(made.states[2].shared, head), head)  # type: ignore[arg-type]
     (exchange,) = made.asked("train")
@@ -389,8 +400,31 @@ def test_slora_trains_pairs_from_round_r_1_on_also_if_the_round_before_was_misse
         change, a, b = np.zeros(w.size), n.replace("base_layer", "lora_A"), n.replace("base_layer", "lora_B")
         change[method.places(n, torch.from_numpy(w), pool.seed).numpy()] = moved[f"moved/{n}"]
         u, s, vt = np.linalg.svd(change.reshape(w.shape))
-        np.testing.assert_allclose(S * sent[b] @ sent[a], u[:, :2] * s[:2] @ vt[:2], atol=2e-3)
+        np.testing.assert_allclose(real.S * sent[b] @ sent[a], u[:, :2] * s[:2] @ vt[:2], atol=2e-3)
         assert change.any() == (missed != (0, 1)) == (not np.array_equal(sent[a], own[a]))
+
+
+def test_slora_where_weights_are_not_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On weights of 16 × 16, 32 × 16 and 16 × 32, and with s = 3."""
+    real.widen(monkeypatch)
+    test_slora("stacked")
+
+
+def test_sloras_mask_is_random_entries_each_as_likely_and_of_the_seed_and_the_weight() -> None:
+    """⌈δ·d_out·d_in⌉ entries, no two the same, and over many seeds every entry as often as every other."""
+    method, weight, seeds = SLora(density=0.2), torch.zeros(7, 9), 400
+    often = np.zeros(63)
+    for seed in range(seeds):
+        places = method.places("a", weight, seed).numpy()
+        assert len(places) == math.ceil(0.2 * 63) == 13 and (np.diff(places) > 0).all() and 0 <= places[0] <= places[-1] < 63
+        assert (np.diff(places) > 1).any(), "no run of neighbours"
+        often[places] += 1
+    share = 13 / 63
+    assert np.abs(often - seeds * share).max() < 4.5 * math.sqrt(seeds * share * (1 - share))
+    neighbours = np.mean([(np.diff(method.places("a", weight, seed).numpy()) == 1).sum() for seed in range(seeds)])
+    assert neighbours == pytest.approx(62 * share * 12 / 62, abs=0.3), "where one entry is tells nothing of the next"
+    drawn = [tuple(method.places(name, weight, seed).tolist()) for name, seed in (("a", 1), ("a", 1), ("b", 1), ("a", 2))]
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 3
 
 
 def test_shares_that_are_whole_numbers_are_these() -> None:

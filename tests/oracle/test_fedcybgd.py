@@ -183,6 +183,29 @@ def test_with_a_subset_a_client_trains_on_top_of_what_it_has(share: float) -> No
     assert stale > 2
 
 
+def test_which_blocks_go_down_is_drawn_for_every_turn_and_follows_from_the_seed() -> None:
+    """Of seven blocks that are due round(.4·7) = 3, each as likely, for every client and every turn anew."""
+    method = FedCyBGD(subset=0.4, parts="halves")
+    begin = method.init(tiny.model(kind="full", layers=BLOCKS))
+    blocks = method.blocks(begin.shared)
+    assert len(blocks) == 2 * BLOCKS
+    due = {"changed": torch.ones(8, dtype=torch.int64), "seen": torch.zeros(3, 8, dtype=torch.int64)}
+
+    def drawn(seed: int, turn: int, place: int) -> tuple[int, ...]:
+        task, seen = method.turn(replace(begin, round=turn, server=due), replace(FEW, seed=seed), place, 0)
+        sent = tuple(j for j in range(8) if set(blocks[j].names) <= set(task.tensors))
+        assert sent == tuple(torch.nonzero(seen).flatten().tolist()) and len(sent) == 4 and sent[0] == 0
+        return sent[1:]
+
+    found = {(turn, place): drawn(8, turn, place) for turn in range(60) for place in range(3)}
+    assert len({found[0, place] for place in range(3)}) > 1, "of one turn's number, on other clients"
+    assert all(len({found[turn, place] for turn in range(60)}) > 10 for place in range(3)), "of one client, in other turns"
+    assert [drawn(8, turn, 1) for turn in range(6)] == [found[turn, 1] for turn in range(6)]
+    assert [drawn(9, turn, 1) for turn in range(6)] != [found[turn, 1] for turn in range(6)]
+    often, share = Counter(j for some in found.values() for j in some), 3 / 7
+    assert all(abs(often[j] - 180 * share) < 4 * np.sqrt(180 * share * (1 - share)) for j in range(1, 8))
+
+
 def test_a_client_that_dies_costs_its_turn_and_nothing_else() -> None:
     """Client 1 never answers. The others' turns are what they would be had it none."""
     method, pool, store = FedCyBGD(INNER), Pool((0, 1, 2, 3), 4, 6, 8), ClientStore()

@@ -23,7 +23,7 @@ from tests.oracle import real
 from tests.oracle.numpy_encoder import pad
 from tests.oracle.numpy_training import adamw_step, clip_to, payload
 from tests.oracle.test_baselines import COHORTS, EVERYBODY, epochs, kinds
-from tests.oracle.test_family import S, beneath, heads, other, pretrained
+from tests.oracle.test_family import beneath, heads, other, pretrained
 from tests.oracle.test_rivals import assert_predicts, is_b, mean_of
 
 Arrays = dict[str, np.ndarray]
@@ -61,7 +61,7 @@ def test_where_it_starts(kind: real.Kind) -> None:
     (exchange,), (received,) = made.asked("gradient"), made.asked("receive")
     for k, update in exchange.up.items():
         assert set(exchange.down[k].tensors) == set(heads())
-        assert {n: tuple(t.shape) for n, t in update.tensors.items()} == dict.fromkeys(pretrained(), (16, 16))
+        assert {n: tuple(t.shape) for n, t in update.tensors.items()} == {n: w.shape for n, w in pretrained().items()}
     sizes = {k: len(some) for k, some in uploaded(made).items()}
     sent = {k: real.arrays(update.tensors) for k, update in exchange.up.items()}
     mean = {n: sum(sizes[k] * sent[k][n] for k in sent) / sum(sizes.values()) for n in gradient}
@@ -76,10 +76,10 @@ def test_where_it_starts(kind: real.Kind) -> None:
         # near 0 float32 decides about a sign; where it does, the server's own sign is taken
         delta = np.where(np.abs(gradient[beneath(b)]) > 1e-5, step[beneath(b)], -ETA * np.sign(mean[beneath(b)]))
         u, s, vt = np.linalg.svd(delta)
-        np.testing.assert_allclose(S * frozen[b] @ core @ a, u[:, :2] * s[:2] @ vt[:2], atol=1e-6)
+        np.testing.assert_allclose(real.S * frozen[b] @ core @ a, u[:, :2] * s[:2] @ vt[:2], atol=1e-6)
         np.testing.assert_allclose(frozen[b].T @ frozen[b], np.eye(2), atol=1e-6)
         np.testing.assert_allclose(a @ a.T, np.eye(2), atol=1e-6)
-        np.testing.assert_allclose(core, np.diag(s[:2]) / S, atol=1e-6)
+        np.testing.assert_allclose(core, np.diag(s[:2]) / real.S, atol=1e-6)
     assert tuple(received.down) == EVERYBODY
     for k in EVERYBODY:
         real.assert_close(received.down[k].tensors, frozen, 1e-7, 1e-7)
@@ -140,6 +140,13 @@ def test_only_r_is_trained_and_averaged(kind: real.Kind) -> None:
     assert_predicts(made, dict.fromkeys(EVERYBODY, paired(frozen, shared)))
     assert made.assembled is not None
     real.assert_close(made.assembled, paired(frozen, shared))
+
+
+def test_fedsb_where_weights_are_not_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On weights of 16 × 16, 32 × 16 and 16 × 32, and with s = 3."""
+    real.widen(monkeypatch)
+    test_where_it_starts("stacked")
+    test_only_r_is_trained_and_averaged("stacked")
 
 
 def test_the_start_moves_as_the_rate_does() -> None:

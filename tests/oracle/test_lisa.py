@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -72,6 +73,27 @@ def test_every_layer_is_as_likely_and_what_is_in_none_is_always_there() -> None:
         assert {n for n in tensors if is_head(n)} < set(names)
         found[layer or 0] += 1
     assert (abs(found - 50) < 25).all()
+
+
+def test_the_layers_of_a_period_are_drawn_for_it_alone_and_follow_from_the_seed() -> None:
+    """Any two of four as often as any other two; others on another device, in another round, in another period, from another seed."""
+    method, tensors = Lisa(layers=2), real.model().initial
+
+    def drawn(seed: int = 9, client: int = 1, round: int = 0, period: int = 0) -> tuple[int, ...]:
+        names = method.drawn(tensors, replace(real.devices()[client], seed=seed), round, period)
+        layers = tuple(sorted({layer for n in names if (layer := layer_of(n)) is not None}))
+        assert names == [n for n in sorted(tensors) if layer_of(n) in {*layers, None}] and len(layers) == 2
+        return layers
+
+    ways: list[list[tuple[int, ...]]] = [
+        [drawn(seed=i) for i in range(300)],
+        [drawn(client=i % 4, round=i // 4) for i in range(300)],
+        [drawn(period=i) for i in range(300)],
+    ]
+    for found in ways:
+        often = Counter(found)
+        assert len(often) == 6 and all(abs(count - 50) < 26 for count in often.values()), often
+    assert len({drawn(client=k) for k in range(4)}) > 1 and drawn() == drawn()
 
 
 def test_what_makes_no_sense_is_refused() -> None:

@@ -25,7 +25,7 @@ from fedloom.methods.ffa import FfaLora
 from fedloom.methods.local import Local
 from fedloom.methods.method import Method
 from fedloom.methods.rolora import RoLora
-from fedloom.model.adapters import Adapter, merged
+from fedloom.model.adapters import merged
 from fedloom.model.base import Model
 from fedloom.model.loading import load
 from fedloom.server.participation import Pool, uniform
@@ -287,13 +287,10 @@ def test_a_device_that_never_took_part_predicts_with_the_start_where_it_is_its_o
 
 # ---- the distance to the ideal update ------------------------------------------------------------------------------------------
 
-WIDE = Adapter(rank=2, alpha=6.0, targets=("query", "intermediate.dense", "output.dense"))
-"""s = alpha/r = 3; pairs on square weights, on wide ones (32, 16) and on tall ones (16, 32)."""
-
 
 @cache
 def wide() -> Model:
-    return load(str(tiny.folder(real.LAYERS)), num_labels=3, adapter=WIDE, seed=1, max_length=16)
+    return load(str(tiny.folder(real.LAYERS)), num_labels=3, adapter=real.WIDE, seed=1, max_length=16)
 
 
 @cache
@@ -311,7 +308,8 @@ def ideal(exchange: real.Exchange) -> Arrays:
         own = real.arrays({**item.fixed, **result.tensors})
         for name in filter(is_b, own):
             total[name] = (
-                total.get(name, 0) + real.SIZES[k] / n * WIDE.alpha / WIDE.rank * own[name] @ own[name.replace("lora_B", "lora_A")]
+                total.get(name, 0)
+                + real.SIZES[k] / n * real.WIDE.alpha / real.WIDE.rank * own[name] @ own[name.replace("lora_B", "lora_A")]
             )
     return total
 
@@ -322,7 +320,7 @@ def distance(method: Method) -> list[float]:
     for t, exchange in enumerate(run.asked("train")):
         due = ideal(exchange)
         now = real.arrays({**run.states[t + 1].server, **run.states[t + 1].shared})
-        made = {name: WIDE.alpha / WIDE.rank * now[name] @ now[name.replace("lora_B", "lora_A")] for name in due}
+        made = {name: real.WIDE.alpha / real.WIDE.rank * now[name] @ now[name.replace("lora_B", "lora_A")] for name in due}
         assert {tensor.shape for tensor in due.values()} == {(16, 16), (32, 16), (16, 32)}
         off.append(np.sqrt(sum(((made[n] - due[n]) ** 2).sum() for n in due) / sum((due[n] ** 2).sum() for n in due)))
     return off

@@ -93,12 +93,26 @@ def test_no_point_has_less_distance_to_all_than_the_geometric_median(n: int) -> 
                 assert least <= sum(apart(moved, x) for x in points) + 1e-9
 
 
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 1e3])
+def test_how_close_the_geometric_median_comes_goes_by_the_size_of_the_updates(size: float) -> None:
+    """The unit vectors from the first point to the others, (1, 0), (0, 1) and −(1, 1)/√2, add up to less than one: it is the median itself.
+    Weiszfeld's steps stop ν away from it, and ν is 1e-6 of the updates' own size."""
+    others = [[1.0, 0.0], [0.0, 2.0], [-1.0, -1.0]]
+    points = [list(W), *[[W[0] + size * x, W[1] + size * y, *W[2:]] for x, y in others]]
+    assert apart(aggregated("geometric-median", points), W) < 1e-5 * size
+
+
+def clipped(points: Sequence[Point]) -> Point:
+    """w + (1/n) Σ Δ_k·min(1, c/‖Δ_k‖), c the median of all ‖Δ_k‖."""
+    lengths = [apart(x, W) for x in points]
+    c = middle(lengths)
+    return [W[i] + fmean((x[i] - W[i]) * min(1.0, c / d) for x, d in zip(points, lengths, strict=True)) for i in range(5)]
+
+
 @pytest.mark.parametrize("n", [4, 5, 8])
 def test_clipping_shortens_every_way_to_the_median_length(n: int) -> None:
     points = drawn(n, n)
-    lengths = [apart(x, W) for x in points]
-    c = middle(lengths)
-    due = [W[i] + fmean((x[i] - W[i]) * min(1.0, c / d) for x, d in zip(points, lengths, strict=True)) for i in range(5)]
+    due = clipped(points)
     assert aggregated("clip", points) == pytest.approx(due, abs=1e-12)
     assert aggregated("clip", points, sent=False) != pytest.approx(due, abs=1e-3), "without what was sent it is the way from zero"
 
@@ -165,7 +179,27 @@ def test_each_tensor_keeps_its_dtype_and_shape(rule: str) -> None:
 def test_a_round_to_which_too_few_came_does_not_count(rule: str, answered: int) -> None:
     with pytest.raises(CohortFailed, match=f"{answered} of {answered} clients answered, {answered + 1} are needed"):
         aggregated(rule, drawn(answered, 0), asked=5)
-    aggregated(rule, drawn(answered + 1, 0), asked=5)
+    points = drawn(answered + 1, 0)  # one of the five asked is taken to be hostile, also where three came
+    due = {
+        "krum": lambda: points[krum_order(points, 1)[0]],
+        "multi-krum": lambda: [fmean(points[k][i] for k in krum_order(points, 1)[:4]) for i in range(5)],
+        "median": lambda: [middle(x[i] for x in points) for i in range(5)],
+        "trimmed": lambda: [sorted(x[i] for x in points)[1] for i in range(5)],
+        "clip": lambda: clipped(points),
+    }
+    assert aggregated(rule, points, asked=5) == pytest.approx(due[rule](), abs=1e-12)
+
+
+def test_those_who_are_away_may_be_the_honest_ones() -> None:
+    """f = ⌊.25·8⌋ = 2 of the eight that were asked. Seven came, of whom two lie together: on either side two are left out, by number, and
+    the mean of 2, 3, 4 is 3; ⌊.25·7⌋ = 1 would let one of the two in."""
+    points = [[float(k)] * 5 for k in range(5)] + [[1e6] * 5, [1e6 + 1] * 5]
+    assert aggregated("trimmed", points, asked=8) == [3.0] * 5
+    assert aggregated("trimmed", points) == pytest.approx([(1 + 2 + 3 + 4 + 1e6) / 5] * 5)
+    spread = drawn(7, 5)
+    assert aggregated("krum", spread, asked=8) == pytest.approx(spread[krum_order(spread, 2)[0]], abs=1e-12)
+    best = krum_order(spread, 2)[:5]
+    assert aggregated("multi-krum", spread, asked=8) == pytest.approx([fmean(spread[k][i] for k in best) for i in range(5)], abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from fedloom.run import recipes
 from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.comparison.compare import Comparison
 from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError, as_json
-from fedloom.run.terminal import options
+from fedloom.run.terminal import arguments, options
 from fedloom.run.terminal.failures import RESUMES, diverged, explain
 from fedloom.run.terminal.overview import what_it_is
 from fedloom.wire import WireError, pack
@@ -491,6 +491,99 @@ def test_a_federation_that_has_ended_says_that_nothing_was_run(
         told = capsys.readouterr().out
         assert ("holds this run's results already, and nothing was run" in told) == again and "results.json" in told
     assert folders[0] == folders[1] != simulated[0]
+
+
+@pytest.mark.flower
+def test_status_shows_what_the_server_tells(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What that is, and who may ask, is ``test_federation.py``'s of the conformance."""
+    pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip install 'fedloom[flower]'")
+    seen: list[tuple[str, Path]] = []
+
+    def asked(server: str, certs: Path) -> list[tuple[str, str]]:
+        seen.append((server, certs))
+        return [("devices", "4"), ("away", "2, 3")]
+
+    monkeypatch.setattr("fedloom.run.deployment.federation.asked", asked)
+    assert cli.main(["status", "example.org:9092", "--certs", "certs/device-0"]) == 0
+    lines = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    assert ["devices", "4"] in lines and ["away", "2, 3"] in lines
+    assert cli.main(["status", "example.org:9092"]) == 0
+    assert seen == [("example.org:9092", Path("certs/device-0")), ("example.org:9092", Path("certs"))]
+    capsys.readouterr()
+    code, _ = said(capsys, "status")
+    assert code == 2 and len(seen) == 2
+
+
+DEPLOY = Path(__file__).parents[2] / "examples" / "deploy" / "run.sh"
+TOLD = """
+fedloom() { printf '%s\\n' "$@" > "$(mktemp "$TOLD/$1-XXXXXX")"; }
+python() { cat > python.txt; }
+export -f fedloom python
+exec bash "$0" "$@"
+"""
+"""Instead of running Fedloom, write down what it was asked, a word a line."""
+
+
+@pytest.mark.parametrize(
+    ("words", "data", "method", "folder"),
+    [
+        ([], "", "fibecfed", "runs/deploy-fibecfed"),
+        (["federa", "runs/mine", "--method.inner.lr", "4e-3"], "", "federa", "runs/mine"),
+        (["fedcybgd", "runs/cy", "--model", "models/llama"], "--data notes.jsonl --task text", "fedcybgd", "runs/cy"),
+    ],
+)
+def test_the_example_of_a_federation_asks_for_what_there_is(words: list[str], data: str, method: str, folder: str, tmp_path: Path) -> None:
+    """As its own first lines have it. What is served and what is simulated are one experiment, on the data that was dealt for it."""
+    assert subprocess.run(["bash", "-n", DEPLOY], check=False).returncode == 0
+    told = tmp_path / "told"
+    told.mkdir()
+    environment = {**os.environ, "TOLD": str(told), "DATA": data}
+    done = subprocess.run(
+        ["bash", "-c", TOLD, DEPLOY, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    compile((tmp_path / folder / "python.txt").read_text(), "run.sh", "exec")
+    asked: dict[str, list[list[str]]] = {}
+    for path in told.iterdir():
+        command, *rest = path.read_text().splitlines()
+        asked.setdefault(command, []).append(rest)
+    assert {command: len(of) for command, of in asked.items()} == {"certs": 1, "partition": 1, "join": 4, "serve": 1, "run": 1}
+    assert asked["serve"][0][0] == asked["run"][0][0] == method
+    recipe = recipes.resolve(method)
+    serve = cli._parse(options.for_serve(recipe), asked["serve"][0][1:], "x")
+    run = cli._parse(options.for_run(recipe), asked["run"][0][1:], "x")
+    dealt = cli._parse(options.for_partition(), asked["partition"][0], "x")
+    certs = cli._parse(arguments.Certs, asked["certs"][0], "x")
+    differ = {name for name, value in vars(serve).items() if name in vars(run) and vars(run)[name] != value}
+    assert differ == {"out"}, "served and simulated with the same options"
+    assert certs.devices == run.clients == dealt.clients == 4 and certs.folder / "server" == serve.certs
+    both = vars(dealt).keys() & vars(run).keys()
+    assert {"alpha", "seed", "data", "max_train"} <= both and all(vars(dealt)[name] == vars(run)[name] for name in both)
+    joined = [cli._parse(arguments.Join, of, "x") for of in asked["join"]]
+    assert {(of.data, of.certs) for of in joined} == {(f"{dealt.shards}/{k}", certs.folder / f"device-{k}") for k in range(4)}
+    assert {of.server for of in joined} == {serve.listen} and len({of.out for of in joined}) == 4
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_doctor_says_whether_this_machine_has_what_is_needed(
+    broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def data() -> str:
+        if broken:
+            raise OSError("no such data")
+        return "5,452 train"
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDLOOM_CACHE", str(tmp_path / "cache"))
+    for name, value in {"_trec": data, "_minilm": lambda: "22,000,000 parameters", "all_bytes": lambda: 8e9, "LITTLE_DISK": 0.0}.items():
+        monkeypatch.setattr(f"fedloom.run.terminal.doctor.{name}", value)
+    assert cli.main(["doctor"]) == int(broken)
+    *table, last = capsys.readouterr().out.strip().splitlines()
+    rows = {parts[0]: parts[1:] for parts in (re.split(r"\s{2,}", line.strip()) for line in table) if len(parts) == 3}
+    assert rows["torch"] == ["ok", torch.__version__] and rows["memory"][0] == rows["disk"][0] == rows["cache"][0] == "ok"
+    assert rows["data 'trec'"] == (["BAD", "OSError: no such data"] if broken else ["ok", "5,452 train"])
+    assert last == ("mend these: data 'trec'" if broken else f"fedloom {cli.version()} has what it needs")
+    assert [name for name, (mark, _) in rows.items() if mark == "BAD"] == (["data 'trec'"] if broken else [])
 
 
 def test_what_to_do_about_a_lost_state_is_said_once() -> None:

@@ -135,6 +135,7 @@ def test_the_loss_is_that_of_the_true_label_and_asked_for_once() -> None:
     (item,), _ = work(ByLoss().prepare(c, flows.start(), 0), logits)
     assert isinstance(item, Predict)
     assert (item.examples, set(item.at)) == (c.train, set(flows.start()))
+    assert not item.measures, "it is a part of what the method does, and costs what it costs"
     due = [math.log(sum(math.exp(x) for x in row)) - row[label] for row, label in zip(logits.tolist(), c.train.labels, strict=True)]
     assert c.memory["difficulty"].tolist() == pytest.approx(due)
     assert len(set(c.train.labels)) > 1

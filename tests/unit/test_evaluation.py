@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fedloom.messages import Update
+from fedloom.messages import Task, Update
+from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.method import AS_SENT, State
+from fedloom.run import evaluation
 from fedloom.run.evaluation import MANY, _told_besides, counts_well
+from fedloom.server.participation import Pool
+from tests import flows
 
 CELLS = torch.tensor([[0, 0, 5], [0, 1, 2]])
 NONE = torch.zeros(0, 3, dtype=torch.int64)
@@ -16,6 +22,25 @@ NONE = torch.zeros(0, 3, dtype=torch.int64)
 
 def told(**tensors: torch.Tensor) -> Update:
     return Update(3, 5, {"validation": CELLS, "test": CELLS, **tensors}, {"validation_loss": 0.5})
+
+
+@pytest.mark.parametrize(("otherwise", "due"), [((), True), ((0,), False), ((1,), False), ((4,), False)])
+def test_all_predict_with_what_they_were_sent_or_it_is_not_so(
+    otherwise: tuple[int, ...], due: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five devices are asked two at a time; their rows come in the order of the devices, whoever is asked with whom."""
+    monkeypatch.setattr(evaluation, "AT_ONCE", 2)
+    world: Any = SimpleNamespace(pool=Pool((0, 1, 2, 3, 4), 3, 1, 5), experiment=SimpleNamespace(method=FedAvg()))
+
+    def answer(task: Task) -> Update:
+        rows = {"validation": torch.full((1, 2), float(task.client)), "test": torch.full((task.client, 2), float(task.client))}
+        return Update(task.client, 1, rows, {AS_SENT: task.client not in otherwise})
+
+    askings, (logits, as_sent) = flows.play(evaluation._predictions(world, State(1, flows.start())), answer)
+    assert [[task.client for task in tasks] for tasks in askings] == [[0, 1], [2, 3], [4]]
+    assert as_sent is due
+    assert logits["validation"][:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert logits["test"][:, 0].tolist() == [1, 2, 2, 3, 3, 3, 4, 4, 4, 4]
 
 
 def test_counts_are_taken() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -13,12 +15,13 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.flexlora import FlexLora
 from fedloom.methods.hetlora import HetLora
 from fedloom.model.adapters import Adapter
-from fedloom.model.factors import cut, need_ranks, need_room, rank_in, refactored
+from fedloom.model.factors import cut, need_ranks, need_room, quarters, rank_in, refactored
 from fedloom.model.loading import load
 from fedloom.model.names import is_down, is_factor, partner
 from fedloom.model.principal import noise, principal_factors
 from fedloom.server.aggregation import Average
-from tests import tiny
+from fedloom.server.participation import Pool
+from tests import flows, tiny
 
 A, B = "m.lora_A.weight", "m.lora_B.weight"
 
@@ -54,6 +57,16 @@ def test_devices_ranks_lie_within_the_adapters() -> None:
     for method in (HetLora(ranks=(2, 3)), FlexLora(ranks=(2, 3)), named("flora")(ranks=(2, 3))):
         with pytest.raises(ValueError, match=rf"'{method.name}' has devices of rank \[3\], and the adapter's rank is 2"):
             method.init(tiny.model())
+
+
+def test_where_nobody_says_it_devices_have_a_quarter_half_or_all_of_the_rank() -> None:
+    assert [quarters(rank) for rank in (1, 2, 3, 4, 8, 10)] == [(1, 1, 1), (1, 1, 2), (1, 1, 3), (1, 2, 4), (2, 4, 8), (2, 5, 10)]
+    pool, model = Pool(tuple(range(40)), 40, 1, 3), tiny.model(rank=8)
+    for method in (HetLora(), FlexLora()):
+        _, state = flows.play(method.setup(method.init(model), pool), flows.echo)
+        ((*tasks,),), _ = flows.play(method.round(state, pool), lambda task: Update(task.client, 1, dict(task.tensors)))
+        ranks = Counter(rank_in({n: t for n, t in task.tensors.items() if is_factor(n)}) for task in tasks)
+        assert set(ranks) == {2, 4, 8} and min(ranks.values()) > 5, method.name
 
 
 def test_what_is_decomposed_has_room_for_the_rank() -> None:

@@ -270,6 +270,26 @@ def test_masks_rank_the_neurons_of_a_layers_pairs_together_with_as_share() -> No
     assert {n: m.tolist() for n, m in both.items()} == {n: m.tolist() for n, m in masks.items()}
 
 
+def test_as_share_is_over_the_rows_of_its_own_pair() -> None:
+    """With grouped queries a value has fewer output neurons than its query; here it is the query that has fewer. By hand, as in
+    ``test_numpy_fibecfed.py``: best first v2 4, q1 3.5, q0 3, v0 3, v3 3, v1 2."""
+    q, v = "m.layer.1.q.lora_B.weight", "m.layer.1.v.lora_B.weight"
+    fisher = {
+        q: torch.tensor([[1.0, 1.0], [1.0, 1.5]]),  # 2, 2.5
+        v: torch.tensor([[0.5, 0.5], [0.0, 0.0], [2.0, 0.0], [0.0, 1.0]]),  # 1, 0, 2, 1
+        "m.layer.1.q.lora_A.weight": torch.tensor([[1.0, 0.0], [0.0, 1.0]]),  # 2 over two neurons
+        "m.layer.1.v.lora_A.weight": torch.tensor([[4.0, 2.0], [1.0, 1.0]]),  # 8 over four neurons
+    }
+    for keep, due in {
+        0.3: [[0, 1], [0, 0, 1, 0]],
+        0.5: [[1, 1], [0, 0, 1, 0]],
+        4 / 6: [[1, 1], [1, 0, 1, 0]],
+        0.67: [[1, 1], [1, 0, 1, 1]],
+    }.items():
+        masks = neuron_masks(fisher, keep)
+        assert [masks[n].flatten().tolist() for n in (q, v)] == due, keep
+
+
 @pytest.mark.parametrize("keep", [0.0, -0.5, 1.01])
 def test_impossible_keep(keep: float) -> None:
     with pytest.raises(ValueError, match=r"keep must be in \(0, 1\]"):

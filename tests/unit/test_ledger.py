@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,8 +37,25 @@ def replies() -> Replies:
     return Replies(updates, (Failure(9, "offline"),), traffic)
 
 
+NOW = 1000.0
+
+
+def begun(ledger: Ledger, seconds: float) -> Section:
+    """A section that began so many seconds before :data:`NOW`."""
+    section = ledger.section()
+    section.started = NOW - seconds
+    return section
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledger's clock stands still at :data:`NOW`."""
+    monkeypatch.setattr(of_runs, "time", SimpleNamespace(monotonic=lambda: NOW))
+
+
+@pytest.mark.usefixtures("now")
 def test_a_section_adds_up_what_it_hears(tmp_path: Path) -> None:
-    section = Ledger(tmp_path, FLEET).section()
+    section = begun(Ledger(tmp_path, FLEET), 2.5)
     section.hear([Task("train", 4)], replies())
     assert (section.bytes_down, section.bytes_up, section.examples) == (120, 30, 10)
     assert section.device_seconds == 2.0 + 3.0 + 1.0, "the slowest: 40 bytes at 20/s, 300 operations at 100/s, 10 bytes at 10/s"
@@ -45,7 +63,7 @@ def test_a_section_adds_up_what_it_hears(tmp_path: Path) -> None:
     assert (section.answered, section.failed) == ([4, 2], {"9": "offline"})
     section.hear([], replies())
     assert (section.bytes_down, section.device_seconds) == (240, 12.0)
-    assert section.seconds >= 0
+    assert section.seconds == 2.5
 
 
 def test_what_devices_do_before_they_predict_is_the_slowest_ones_time_and_everybodys_operations() -> None:
@@ -76,23 +94,26 @@ def test_a_row_has_exactly_its_keys_and_reaches_the_file(tmp_path: Path) -> None
     assert row["peak_rss_bytes"] > 10_000_000
 
 
+@pytest.mark.usefixtures("now")
 def test_totals_are_sums_of_rows_and_the_set_up_stands_apart(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, FLEET)
-    setup = ledger.section()
+    setup = begun(ledger, 7.0)
     setup.hear([], replies())
     ledger.set_up(setup)
-    ledger.write(0, ledger.section(), 0.0, SCORES)
+    ledger.write(0, begun(ledger, 1.0), 0.0, SCORES)
     for t in (1, 2):
-        section = ledger.section()
+        section = begun(ledger, 2.0 * t)
         section.hear([], replies())
         section.hear([], replies())
         ledger.write(t, section, 0.1, SCORES)
     totals = ledger.totals
-    for name in ("bytes_up", "bytes_down", "examples", "flops", "device_seconds"):
+    for name in ("bytes_up", "bytes_down", "examples", "flops", "device_seconds", "host_seconds"):
         assert totals[name] == sum(row[name] for row in ledger.rows()), name
     assert (totals["bytes_up"], totals["bytes_down"], totals["examples"]) == (120, 480, 40)
     assert (totals["setup_bytes_up"], totals["setup_bytes_down"], totals["setup_examples"]) == (30, 120, 10)
     assert (totals["setup_device_seconds"], totals["device_seconds"]) == (6.0, 24.0)
+    assert (totals["setup_host_seconds"], totals["host_seconds"]) == (7.0, 7.0)
+    assert [row["host_seconds"] for row in ledger.rows()] == [1.0, 2.0, 4.0]
     assert (totals["setup_flops"], totals["flops"]) == (setup.flops, 4 * setup.flops) and setup.flops > 0
     assert totals["peak_rss_bytes"] == max(row["peak_rss_bytes"] for row in ledger.rows())
     assert totals["participations"] == {"4": 2, "2": 2}, "once a round, however often it was asked; a failure is no participation"
@@ -115,11 +136,13 @@ def test_a_resumed_ledger_adds_to_the_saved_totals(tmp_path: Path) -> None:
     section = first.section()
     section.hear([], replies())
     first.write(1, section, 0.1, SCORES)
-    second = Ledger(tmp_path, FLEET, json.loads(json.dumps(first.totals)))
+    most = 10**15
+    second = Ledger(tmp_path, FLEET, json.loads(json.dumps(first.totals | {"peak_rss_bytes": most})))
     section = second.section()
     section.hear([], replies())
     second.write(2, section, 0.1, SCORES)
     assert second.totals["bytes_up"] == 60
+    assert second.totals["peak_rss_bytes"] == most > second.rows()[-1]["peak_rss_bytes"], "more than this process holds, before it began"
     assert second.totals["participations"] == {"4": 2, "2": 2}
     assert [row["round"] for row in second.rows()] == [1, 2]
 
@@ -165,8 +188,12 @@ def test_no_rows_yet(tmp_path: Path) -> None:
     assert Ledger(tmp_path, FLEET).rewind(-1) == []
 
 
-def test_memory_never_falls() -> None:
-    assert peak_rss_bytes() <= peak_rss_bytes()
+def test_the_peak_is_what_was_held_and_never_falls() -> None:
+    of_runs.forget_peak()
+    before, large = peak_rss_bytes(), 2**26
+    held = len(b"x" * (before + large))  # more than there ever was, also where the peak cannot begin anew
+    assert peak_rss_bytes() >= before + large // 2 and held
+    assert peak_rss_bytes() >= before + large // 2, "what was given back still counts"
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system does not let the peak begin anew")

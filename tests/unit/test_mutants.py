@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.mutants import LIST, ROOT, Misfit, Mutant, corrupted, judge, read
+from tools.mutants import LEAST, LIST, ROOT, TIMES, Misfit, Mutant, corrupted, judge, patience, read
 
 MINUS = Mutant("minus", "adds by subtracting", "arithmetic.py", "a + b", "a - b", ("tests/test_good.py",))
 
@@ -29,7 +29,13 @@ def test_a_misfit_says_why(tmp_path: Path, change: dict[str, str], said: str) ->
     misfit = dataclasses.replace(MINUS, **change)
     with pytest.raises(Misfit, match=said):
         corrupted(misfit, tmp_path / "src")
-    assert judge(misfit, tmp_path).verdict == "DOES NOT APPLY"
+    assert judge(misfit, tmp_path, 1.0).verdict == "DOES NOT APPLY"
+
+
+def test_patience_goes_by_what_the_files_took_before() -> None:
+    both = dataclasses.replace(MINUS, tests=("tests/test_good.py::test_one", "tests/test_good.py::test_two", "tests/test_other.py"))
+    assert patience(both, {"tests/test_good.py": 40.0, "tests/test_other.py": 10.0, "tests/test_third.py": 900.0}) == TIMES * 50
+    assert patience(MINUS, {"tests/test_good.py": 0.1}) == LEAST
 
 
 @pytest.mark.parametrize("text", ['[[mutant]]\nid = "a"', '[[mutant]]\nid="a"\nsays=""\nfile=""\nold=""\nnew=""\ntests=[]\nx=1'])

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedloom.data import partition as of_partition
 from fedloom.data.dealing import apportion, draw_sizes, log_gamma
 from fedloom.data.partition import Partition, by_column, iid, label_skew, partition
 from fedloom.data.tasks import DataError
@@ -226,6 +227,13 @@ def test_by_column_gives_each_value_a_client_in_the_order_of_the_values():
     assert made.scheme["values"] == 3
 
 
+def test_values_of_several_types_are_ordered_by_type_and_then_among_themselves():
+    values = ["b", 10, "a", 2, "a", 10]
+    made = by_column(labels_of([0, 1, 0, 1, 0, 1], [0, 1], [1]), values, name="writer", clients=4, seed=0, minimum=1)
+    assert [[values[row] for row in rows] for rows in made.train] == [[2], [10, 10], ["a", "a"], ["b"]]
+    assert_cover(by_column(labels_of([0] * 6), values, name="writer", clients=2, seed=0, minimum=1), labels_of([0] * 6))
+
+
 def test_by_column_packs_whole_values_evenly_where_there_are_more_values_than_clients():
     values = np.repeat([f"v{i}" for i in range(23)], np.arange(1, 24)).tolist()
     labels = labels_of(np.arange(len(values)) % 3, [0, 1, 2], [0, 1, 2])
@@ -299,12 +307,31 @@ def test_a_saved_partition_is_the_same_again(saved, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["parts.json"]
 
 
+def test_a_file_that_could_not_be_replaced_is_whole(saved, tmp_path, monkeypatch):
+    labels, made, path = saved
+    before = path.read_bytes()
+
+    def dying(*_):
+        raise OSError("no")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no"):
+        patch.setattr(of_partition.os, "replace", dying)
+        iid(labels, clients=3, seed=1, minimum=2).save(path)
+    assert path.read_bytes() == before
+    assert again(path, labels).scheme == made.scheme
+
+
 def test_a_saved_partition_of_other_data_is_refused(saved):
     labels, made, path = saved
     with pytest.raises(DataError, match="for 20 validation rows, and the data has 19; it is of other data"):
         again(path, labels | {"validation": labels["validation"][1:]})
     with pytest.raises(DataError, match="the sizes fit but the labels differ"):
         again(path, labels | {"train": labels["train"][::-1].copy()})
+    for held in ("validation", "test"):  # as many rows of every label, in another order
+        other = labels[held][::-1].copy()
+        assert not np.array_equal(other, labels[held])
+        with pytest.raises(DataError, match="the sizes fit but the labels differ"):
+            again(path, labels | {held: other})
     with pytest.raises(DataError, match="has 6 clients, not 7; use 6 clients"):
         again(path, labels, clients=7)
     most = min(map(len, made.train)) + 1

@@ -64,6 +64,20 @@ def test_profiles_are_found_by_their_own_name_and_the_default_is_one_of_them():
         named("toaster")
 
 
+def test_the_named_profiles_are_those_of_the_documentation():
+    """docs/devices.md: 1·10¹¹ FLOP/s, Mbit/s up and down (10⁶ bits, of which eight are a byte), GB."""
+    power = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
+    told = {}
+    for line in (Path(__file__).parents[2] / "docs" / "devices.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("| `"):
+            name, flops, up, down, memory, _ = (cell.strip() for cell in line.strip("| ").split(" | "))
+            digit, ten = flops.split("·10")
+            links = [float(link.removesuffix(" Mbit/s")) * 1e6 / 8 for link in (up, down)]
+            told[name.strip("`")] = (float(digit) * 10 ** int(ten.translate(power)), *links, float(memory.removesuffix(" GB")) * 1e9)
+    known = {n: (p.flops_per_second, p.upload_bytes_per_second, p.download_bytes_per_second, p.memory_bytes) for n, p in PROFILES.items()}
+    assert told == known and len(told) == 3
+
+
 def test_a_stronger_device_is_never_slower_nor_smaller():
     kinds = [named(name) for name in ("phone", "jetson", "laptop")]
     turns = [seconds(kind, 1e12, 3e6, 3e6) for kind in kinds]

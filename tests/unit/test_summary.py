@@ -240,6 +240,15 @@ def test_a_second_reading_is_of_the_devices_that_took_part(tmp_path: Path) -> No
     assert [float(line["took_part_personalised_mean"]) for line in csv.DictReader(io.StringIO(as_csv(summary)))] == pytest.approx(
         [0.8, 0.6]
     )
+    for fewer in (1, 0):  # local is right as often as lora but on one of the two, which a draw may leave out; then on both
+        for name, how in ended.items():
+            undrawn = 2 if name.endswith("1") else 0
+            for k, device in enumerate(how.results["per_device"]):  # type: ignore[index]
+                right = 4 - (k == 1) * fewer * name.startswith("local")
+                device["confusion"]["personalised"] = [[0, 0, right if k != undrawn else 0], [0, 1, 5 - right if k != undrawn else 5]]
+        part = summarise(PLAN, ended, lambda run: tmp_path / run.name, "lora")["cases"][0]["took_part"]
+        assert (part["method"], part["level"], part["against"]["local"]["high"]) == ("lora", ["lora", "local"], 0)
+        assert (part["against"]["local"]["low"] < 0) == bool(fewer)
     lora_only = {name: how for name, how in ended.items() if name != "local-seed2"}
     part = summarise(PLAN, lora_only, lambda run: tmp_path / run.name, "lora")["cases"][0]["took_part"]
     assert (part["method"], part["against"], set(part["scores"])) == ("lora", {}, {"lora"}), "who lacks a seed is left out"

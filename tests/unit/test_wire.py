@@ -557,10 +557,10 @@ def test_a_shape_is_a_short_list_of_numbers_of_64_bits(shape: object, size: int)
 
 
 def test_a_shape_of_very_large_numbers_is_refused_at_once() -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(WireError, match="a shape must be a list"):
         unpack(listing({"a": f32([10**4290] * 400, 0, 4)}, 4), DIGEST)
-    assert time.monotonic() - began < 1.0, "their product alone would take many seconds"
+    assert time.process_time() - began < 1.0, "their product alone would take many seconds"
 
 
 def nested(depth: int) -> list[Any]:
