@@ -15,6 +15,7 @@ from fedloom.data.partition import partition
 from fedloom.data.shards import write_shards
 from fedloom.data.sources import load
 from fedloom.data.tasks import SPLITS, DataError
+from fedloom.run.deployment.device import Own, source_of, task_of
 
 
 def made(tmp_path: Path, clients: int = 5):
@@ -81,3 +82,45 @@ def test_given_classes_are_found_by_name_or_by_value() -> None:
 def test_a_label_that_is_none_of_the_given_classes_is_named(label: str | None, said: str) -> None:
     with pytest.raises(DataError, match=f"row 1 of the train split has {said} in column 'kind'; the classes are: a, b"):
         given_ids({"train": ["a", label]}, ["a", "b"], "kind")
+
+
+def three_columns(path: Path, n: int = 30) -> str:
+    """Two columns of texts, of which by name the first would be taken, and two that could be labels."""
+    rows = [{"text": f"t {i}", "summary": f"s {i}", "label": i % 2, "mood": ["good", "bad"][i // 2 % 2]} for i in range(n)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def test_a_device_reads_the_columns_that_the_server_reads(tmp_path: Path) -> None:
+    """It looked for columns of its own, and trained on others than --text and --label of the server name."""
+    server = load(three_columns(tmp_path / "server.jsonl"), seed=3, text=("summary",), label="mood")
+    told = json.loads(json.dumps({"task": task_of(server)}))
+    here = three_columns(tmp_path / "device.jsonl")
+    mine = source_of(told, Own(here), 3)
+    assert mine.task == server.task and mine.task.texts == ("summary",) and not any("server" in note for note in mine.notes)
+    other = source_of(told, Own(here, text=("text",)), 3)
+    assert (other.task.texts, other.task.label) == (("text",), "mood"), "what its owner names comes first"
+    told["task"] = {name: value for name, value in told["task"].items() if name not in ("text", "label")} | {"classes": ["0", "1"]}
+    earlier = source_of(told, Own(here), 3)
+    assert (earlier.task.texts, earlier.task.label) == (("text",), "label"), "a server that does not say which"
+
+
+def test_a_device_without_the_servers_columns_finds_its_own_and_says_so(tmp_path: Path) -> None:
+    server = load(three_columns(tmp_path / "server.jsonl"), seed=3, text=("summary",), label="mood")
+    told = {"task": task_of(server)}
+    (tmp_path / "device.jsonl").write_text("\n".join(json.dumps({"review": f"r {i}", "class": ["good", "bad"][i % 2]}) for i in range(30)))
+    mine = source_of(told, Own(str(tmp_path / "device.jsonl")), 3)
+    assert (mine.task.texts, mine.task.label) == (("review",), "class")
+    assert "the server reads text summary, which is not here: what to read was found" in mine.notes
+    assert "the server reads label mood, which is not here: the label was found" in mine.notes
+
+
+def test_a_devices_answers_and_tags_are_in_the_servers_columns(tmp_path: Path) -> None:
+    asked = [{"instruction": f"i {i}", "question": f"q {i}", "output": f"o {i}", "reply": f"r {i}"} for i in range(30)]
+    tagged = [{"tokens": ["a", "b"], "words": ["c", "d"], "ner_tags": ["O", "B-x"], "tags": ["B-y", "O"]} for _ in range(30)]
+    for rows, text, label in ((asked, ("question", "reply"), ""), (tagged, ("words",), "tags")):
+        (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        kind = "tagging" if label else "instructions"
+        server = load(tmp_path / "data.jsonl", seed=3, text=text, label=label, task=kind)  # type: ignore[arg-type]
+        mine = source_of({"task": task_of(server)}, Own(str(tmp_path / "data.jsonl")), 3)
+        assert mine.task == server.task and mine.task.texts[: len(text)] == text

@@ -9,7 +9,7 @@ Knows nothing of tokenizers (``tokenise`` is given one), models or devices.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -64,12 +64,21 @@ class Source:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Names:
+    """Columns by their names: of texts, and of labels. Empty: nothing is said of them."""
+
+    text: tuple[str, ...] = ()
+    label: str = ""
+
+
 def load(
     data: Data,
     *,
     seed: int,
     text: tuple[str, ...] = (),
     label: str = "",
+    elsewhere: Names = Names(),
     metric: str = "auto",
     task: TaskKind = "auto",
     max_train: int = 0,
@@ -85,6 +94,7 @@ def load(
     answer); text (all of it to be learnt); chat (conversations, the assistant's turns to be learnt); tagging (a tag for every word); qa (a
     question's answer in a context); or, left to the columns, one of them but text. ``classes`` and
     ``tags``: their names in order where somebody else has fixed them; a file may then hold few of them, and a held-out split no row.
+    ``elsewhere``: the columns that somebody else reads, read here too where none are named and these data have them.
 
     Raises:
         DataError: whatever is wrong with the data, with what would be right.
@@ -94,6 +104,7 @@ def load(
         held = ", ".join(tables) or "none"
         raise DataError(f"'{name}' has no training rows; its splits are: {held}. Give a training split, or one split alone")
     columns = {column: _describe(tables["train"], column) for column in tables["train"].rows.column_names}
+    text, label = _as_elsewhere(columns, Names(text, label), elsewhere, notes)
     if task == "tagging" or (task == "auto" and tagging.looks_like_tagging(columns)):
         if metric != "auto":
             raise DataError(f"tags are scored by {ENTITY_F1}, not by {metric}; leave metric (--metric) at auto")
@@ -132,6 +143,22 @@ def load(
     _tell_overlap(tables, made.texts, notes)
     _tell_blank(tables, made, notes)
     return Source(name, {split: _rows(tables[split], made.label) for split in SPLITS}, made, tuple(notes))
+
+
+def _as_elsewhere(columns: Iterable[str], own: Names, elsewhere: Names, notes: list[str]) -> tuple[tuple[str, ...], str]:
+    """The names of text and label columns that are to be read: ``own`` ones, else those read ``elsewhere`` if they are all here."""
+    text, label = own.text, own.label
+    if not text and elsewhere.text:
+        if {*elsewhere.text} <= {*columns} - {label}:
+            text = elsewhere.text
+        else:
+            notes.append(f"the server reads text {' + '.join(elsewhere.text)}, which is not here: what to read was found")
+    if not label and elsewhere.label:
+        if elsewhere.label in {*columns} - {*text}:
+            label = elsewhere.label
+        else:
+            notes.append(f"the server reads label {elsewhere.label}, which is not here: the label was found")
+    return text, label
 
 
 def _chats(

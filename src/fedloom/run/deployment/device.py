@@ -62,19 +62,25 @@ def greeting_of(world: World) -> dict[str, Any]:
     from fedloom.run.experiment import as_json
     from fedloom.run.starting import identity
 
-    task = world.source.task
     return {
         "release": version("fedloom"),
         "experiment": as_json(world.experiment),
         "recipe": recipe_digest(world.experiment.method),
-        "task": {
-            "kind": kind_of(task),
-            "name": world.source.name,
-            "classes": list(task.classes),
-            "metric": task.metric,
-            "tags": tags_of(task),
-        },
+        "task": task_of(world.source),
         "model": identity(world.model),
+    }
+
+
+def task_of(source: Source) -> dict[str, Any]:
+    """What a device is told of the server's data (JSON): the task, and what names it has for what."""
+    task = source.task
+    return {
+        "kind": kind_of(task),
+        "name": source.name,
+        "classes": list(task.classes),
+        "metric": task.metric,
+        "tags": tags_of(task),
+        **columns_of(task),
     }
 
 
@@ -157,6 +163,16 @@ def tags_of(task: DataTask) -> list[str]:
     from fedloom.data.tagging import Tagging
 
     return list(task.tags) if isinstance(task, Tagging) else []
+
+
+def columns_of(task: DataTask) -> dict[str, Any]:
+    """The columns that are read: of texts, and of labels where the task learns to tell those. Of tagging words and tags are one each."""
+    from fedloom.data.tagging import Tagging
+    from fedloom.data.tasks import Classification
+
+    if isinstance(task, Tagging):
+        return {"text": [task.words], "label": task.tagged}
+    return {"text": list(task.texts), "label": task.label if isinstance(task, Classification) else ""}
 
 
 def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
@@ -246,12 +262,13 @@ def room(own: Own) -> int:
 
 
 def source_of(greeting: Mapping[str, Any], own: Own, seed: int) -> Source:
-    """The device's own data, with labels as the server's task numbers them.
+    """The device's own data, with labels as the server's task numbers them, out of the columns that the server reads where the device has
+    them and its owner names no others.
 
     Raises:
         DataError: it cannot be read so.
     """
-    from fedloom.data.sources import load
+    from fedloom.data.sources import Names, load
 
     task = greeting["task"]
     classes, tags = tuple(map(str, task["classes"])), tuple(map(str, task["tags"]))
@@ -261,6 +278,7 @@ def source_of(greeting: Mapping[str, Any], own: Own, seed: int) -> Source:
         seed=seed,
         text=own.text,
         label=own.label,
+        elsewhere=Names(tuple(map(str, task.get("text", ()))), str(task.get("label", ""))),
         task=task["kind"],
         metric=task["metric"] if task["kind"] == "classification" else "auto",
         classes=classes if learns else (),
