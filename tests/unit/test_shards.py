@@ -15,7 +15,10 @@ from fedloom.data.partition import partition
 from fedloom.data.shards import write_shards
 from fedloom.data.sources import load
 from fedloom.data.tasks import SPLITS, DataError
+from fedloom.methods.fedavg import FedAvg
 from fedloom.run.deployment.device import Own, source_of, task_of
+from fedloom.run.experiment import Experiment
+from fedloom.run.world import read_data
 
 
 def made(tmp_path: Path, clients: int = 5):
@@ -41,6 +44,21 @@ def test_a_device_reads_from_its_shard_what_it_would_hold_in_a_simulation(tmp_pa
             empty += not len(rows)
         assert mine.task.classes == source.task.classes
     assert empty, "a shard without a row is among them, and stays so"
+
+
+def test_a_device_is_tested_on_the_rows_of_its_own_source_where_a_column_names_it(tmp_path: Path) -> None:
+    rows = [{"text": f"t {i}", "label": i % 2, "client": f"c{i % 3}"} for i in range(60)]
+    for split, of in {"train": rows, "test": [*rows[:12], {**rows[0], "client": "c9"}], "validation": rows[:6]}.items():
+        held = [{n: v for n, v in row.items() if n != "client"} for row in of] if split == "validation" else of
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, held)))
+    source, dealt = read_data(Experiment(FedAvg(), data=str(tmp_path), partition="column:client", clients=3, cohort=2, seed=3))
+    for k, shard in enumerate(dealt.test):
+        assert {source.splits["test"]["client"][row] for row in shard} - {"c9"} == {f"c{k}"}
+    assert sum(map(len, dealt.test)) == 13
+    assert source.notes[-2:] == (
+        "the validation split has no column 'client': its rows are dealt by label",
+        "1 of the 13 test rows have a 'client' that no training row has, and are dealt by label",
+    )
 
 
 def test_conversations_are_written_as_they_are_read(tmp_path: Path) -> None:
