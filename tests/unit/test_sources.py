@@ -311,7 +311,31 @@ def test_columns_and_metric_can_be_named():
     data = datasets.Dataset.from_dict(rows(40, title=["t"] * 40, topic=["x", "y"] * 20))
     source = load(data, seed=0, text=("title", "text"), label="topic", metric="f1")
     assert (source.task.texts, source.task.label, source.task.metric) == (("title", "text"), "topic", "f1")
-    assert "columns: text title + text, label topic (2 classes); metric f1" in source.notes
+    assert "columns: text title + text, label topic (2 classes); metric f1 (of class 'y')" in source.notes
+
+
+@pytest.mark.parametrize(
+    ("words", "classes"),
+    [
+        (("equivalent", "not_equivalent"), ("not_equivalent", "equivalent")),
+        (("duplicate", "not duplicate"), ("not duplicate", "duplicate")),
+        (("hate", "Non-hate"), ("Non-hate", "hate")),
+        (("Yes", "no"), ("no", "Yes")),
+        (("ham", "spam"), ("ham", "spam")),
+        (("0", "1"), ("0", "1")),
+    ],
+)
+def test_f1_is_of_the_class_that_is_not_the_others_denial(words, classes):
+    """By the alphabet it was of not_equivalent. Other metrics are of no class, and number the classes as they did."""
+    data = datasets.Dataset.from_dict({"text": [f"t {i}" for i in range(40)], "label": [words[i % 3 // 2] for i in range(40)]})
+    source = load(data, seed=0, metric="f1")
+    assert source.task.classes == classes and f"metric f1 (of class '{classes[1]}')" in said(source)
+    assert all(classes[row["label"]] == words[int(row["text"][2:]) % 3 // 2] for row in source.splits["train"])
+    assert load(data, seed=0).task.classes == tuple(sorted(words))
+    named = dataset({"text": [f"t {i}" for i in range(40)], "label": [i % 2 for i in range(40)]}, names=words)
+    source = load(datasets.DatasetDict({"train": named, "test": datasets.Dataset.from_dict(rows(4))}), seed=0, metric="f1")
+    assert source.task.classes == classes
+    assert [classes[label] for label in source.splits["test"]["label"]] == [words[0], words[1]] * 2
 
 
 def test_nested_columns_are_left_out_and_empty_texts_are_texts():

@@ -22,6 +22,10 @@ WHOLE = re.compile(r"-?(0|[1-9]\d{0,17})(\.0)?")
 """How CSV writes a whole number, or a column of them that once had a gap."""
 
 
+DENIALS = ("no", "not", "non", "none", "un")
+"""What makes a class's name the denial of another's, or, by itself, of whatever the other is."""
+
+
 def label_values(column: pa.ChunkedArray, names: Sequence[str] | None, where: str) -> list[Label | None]:
     """The labels of one split; None where a row has none (missing, blank, or -1 in a column with class names).
 
@@ -53,9 +57,10 @@ def label_values(column: pa.ChunkedArray, names: Sequence[str] | None, where: st
 
 
 def class_ids(
-    values: Mapping[Split, list[Label | None]], names: Sequence[str] | None, label: str
+    values: Mapping[Split, list[Label | None]], names: Sequence[str] | None, label: str, denied_first: bool = False
 ) -> tuple[dict[Split, np.ndarray], tuple[str, ...], list[str]]:
-    """(int64 ids of the splits that have labels, class names, notes). A held-out split without any label is left out and said.
+    """(int64 ids of the splits that have labels, class names, notes). A held-out split without any label is left out and said. With
+    ``denied_first``, of two classes one that denies the other is class 0 (:func:`denies`).
 
     Raises:
         DataError: no training labels, a row without one, or a held-out label that no training row has.
@@ -73,6 +78,8 @@ def class_ids(
             notes.append(f"the {split} split has {'no labels' if values[split] else 'no rows'} and is not used")
     seen = set(kept["train"])
     original = list(names) if names is not None else sorted(seen, key=lambda v: (isinstance(v, str), v))
+    if denied_first and len(original) == 2 and denies(str(original[1]), str(original[0])):
+        original.reverse()
     for split, labels in kept.items():
         unknown = [str(v) for v in dict.fromkeys(labels) if v not in seen]
         if unknown:
@@ -129,6 +136,16 @@ def _of_kind(values: Sequence[Label | None], names: Sequence[str] | None, whole:
         row = f"row {missing[0]} of {where} has no label"
         raise DataError(f"{row} in column '{label}'; label the row or remove it", row)
     return labels
+
+
+def denies(name: str, other: str) -> bool:
+    """Whether a class's name says no more than that it is not the other.
+
+    >>> denies("not_equivalent", "equivalent"), denies("Non-toxic", "toxic"), denies("no", "Yes"), denies("spam", "ham")
+    (True, True, True, False)
+    """
+    bare, said = (re.sub(r"[\W_]+", "", text.casefold()) for text in (name, other))
+    return bare in DENIALS or (bool(said) and bare in {denial + said for denial in DENIALS})
 
 
 def some(values: Sequence[str], most: int = 12) -> str:

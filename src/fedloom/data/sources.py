@@ -41,6 +41,7 @@ from fedloom.data.tasks import (
     TaskKind,
     choose_columns,
     metric_for,
+    metric_told,
 )
 from fedloom.seeds import derive
 
@@ -125,8 +126,9 @@ def load(
         made, tables = _chats(tables, chats.choose_columns(columns, text), columns, label, notes)
     elif task == "classification" or (task == "auto" and (label or not instructions.looks_like_instructions(columns))):
         texts, label = choose_columns(columns, text, label)
-        tables, classes = _labelled(tables, texts, label, notes, classes)
-        made = Classification(texts, label, classes, metric_for(name) if metric == "auto" else metric)
+        metric = metric_for(name) if metric == "auto" else metric
+        tables, classes = _labelled(tables, texts, label, notes, classes, metric == "f1")
+        made = Classification(texts, label, classes, metric)
     else:
         if metric not in ("auto", TOKEN_ACCURACY):
             raise DataError(f"answers are scored by {TOKEN_ACCURACY}, not by {metric}; leave metric (--metric) at auto")
@@ -136,7 +138,7 @@ def load(
             tables[split] = _prepared(tables[split], prompts[1:], label)
         tables, classes = _labelled(tables, (*prompts, answer), label, notes)
         made = Instructions(prompts, answer, label, classes)
-    notes.append(f"columns: {made.told}; metric {made.metric}")
+    notes.append(f"columns: {made.told}; metric {metric_told(made)}")
     tables = _three_splits(tables, seed, notes)
     for split, most in zip(SPLITS, (max_train, max_validation, max_test), strict=True):
         tables[split] = _capped(tables[split], split, most, made, seed, notes)
@@ -336,7 +338,12 @@ def _holds_chats(column: pa.ChunkedArray, name: str) -> bool:
 
 
 def _labelled(
-    tables: dict[Split, Table], texts: tuple[str, ...], label: str, notes: list[str], given: tuple[str, ...] = ()
+    tables: dict[Split, Table],
+    texts: tuple[str, ...],
+    label: str,
+    notes: list[str],
+    given: tuple[str, ...] = (),
+    denied_first: bool = False,
 ) -> tuple[dict[Split, Table], tuple[str, ...]]:
     """The splits that have labels, with their ids, and the class names; all splits where the names are given."""
     values: dict[Split, list[Label | None]] = {}
@@ -347,7 +354,7 @@ def _labelled(
     if given:
         ids, classes = given_ids(values, given, label), given
     else:
-        ids, classes, said = class_ids(values, tables["train"].names.get(label), label)
+        ids, classes, said = class_ids(values, tables["train"].names.get(label), label, denied_first)
         notes += said
     for split in ids:
         for column in texts:

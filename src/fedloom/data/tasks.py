@@ -179,7 +179,7 @@ class Classification:
     def scores(self, labels: np.ndarray, made: np.ndarray) -> dict[str, float]:
         """``metric`` and "accuracy" of the argmax of the logits ``made`` (n, C) against ``labels`` (n,).
 
-        "mcc" is Matthews' correlation; "f1" is that of class 1 with two classes, the macro mean with more.
+        "mcc" is Matthews' correlation; "f1" is that of class 1 with two classes, with more the mean over those that occur or are predicted.
 
         Raises:
             DataError: shapes disagree, there is no example, a label is no class, or a logit is not finite.
@@ -218,8 +218,8 @@ def headline(metric: str, right: np.ndarray, true: np.ndarray, predicted: np.nda
     if metric == "mcc":
         return _matthews(right.sum(-1), true, predicted, n)
     if metric == "f1":
-        each = 2 * right / np.maximum(true + predicted, 1)  # 0 for a class that neither occurs nor is predicted
-        return each[..., 1] if each.shape[-1] == 2 else each.mean(-1)
+        each = 2 * right / np.maximum(true + predicted, 1)
+        return each[..., 1] if each.shape[-1] == 2 else each.sum(-1) / np.maximum((true + predicted > 0).sum(-1), 1)
     if metric == ENTITY_F1:  # class 1 are entities, class 0 what is none
         return 2 * right[..., 1] / np.maximum(true[..., 1] + predicted[..., 1], 1)
     raise DataError(f"no metric '{metric}'; there are {', '.join(METRICS)}")
@@ -230,6 +230,11 @@ def _matthews(right: np.ndarray, true: np.ndarray, predicted: np.ndarray, n: np.
     spread = (n**2 - (true * true).sum(-1)).astype(float) * (n**2 - (predicted * predicted).sum(-1)).astype(float)
     agreement = right * n - (true * predicted).sum(-1)
     return np.where(spread > 0, agreement / np.sqrt(np.where(spread > 0, spread, 1)), 0.0)
+
+
+def metric_told(task: Task) -> str:
+    """The headline for a person, and of which class F1 is where there are two."""
+    return f"{task.metric} (of class '{task.classes[1]}')" if task.metric == "f1" and len(task.classes) == 2 else task.metric
 
 
 def metric_for(name: str) -> str:
