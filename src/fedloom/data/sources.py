@@ -9,6 +9,7 @@ Knows nothing of tokenizers (``tokenise`` is given one), models or devices.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,6 +32,7 @@ from fedloom.data.tagging import TYPE, Tagging
 from fedloom.data.tasks import (
     ANSWER_F1,
     ENTITY_F1,
+    HELD_OUT,
     SPLITS,
     TOKEN_ACCURACY,
     Classification,
@@ -139,10 +141,10 @@ def load(
         tables, classes = _labelled(tables, (*prompts, answer), label, notes)
         made = Instructions(prompts, answer, label, classes)
     notes.append(f"columns: {made.told}; metric {metric_told(made)}")
-    tables = _three_splits(tables, seed, notes)
+    tables = _three_splits(tables, seed, notes, made.context if isinstance(made, Questions) else "")
     for split, most in zip(SPLITS, (max_train, max_validation, max_test), strict=True):
         tables[split] = _capped(tables[split], split, most, made, seed, notes)
-    _tell_overlap(tables, made.texts, notes)
+    _tell_overlap(tables, made, notes)
     _tell_blank(tables, made, notes)
     return Source(name, {split: _rows(tables[split], made.label) for split in SPLITS}, made, tuple(notes))
 
@@ -372,8 +374,9 @@ def _insist_text(table: Table, column: str, split: Split) -> None:
         raise DataError(f"{where} in column '{column}'; give it one ('' is fine) or remove it", where)
 
 
-def _three_splits(tables: dict[Split, Table], seed: int, notes: list[str]) -> dict[Split, Table]:
-    """Make the missing splits: a lone validation split becomes the test split; the rest is cut from the training rows."""
+def _three_splits(tables: dict[Split, Table], seed: int, notes: list[str], together: str = "") -> dict[Split, Table]:
+    """Make the missing splits: a lone validation split becomes the test split; the rest is cut from the training rows. ``together``: a
+    column whose rows with the same value are not parted, if that can be."""
     tables = dict(tables)
     if "test" not in tables and "validation" in tables:
         tables["test"] = tables.pop("validation")
@@ -381,17 +384,19 @@ def _three_splits(tables: dict[Split, Table], seed: int, notes: list[str]) -> di
     rows = len(tables["train"].ids)
     missing: list[Split] = [split for split in SPLITS if split not in tables]
     for split in missing:
-        kept, tables[split] = _cut(tables["train"], max(1, round(CUT * rows)), seed, split)
+        kept, tables[split] = _cut(tables["train"], max(1, round(CUT * rows)), seed, split, together)
         tables["train"] = kept
         notes.append(f"no {split} split: 10 % of train ({len(tables[split].ids)} rows) cut by seed {seed}")
     return tables
 
 
-def _cut(table: Table, size: int, seed: int, split: str) -> tuple[Table, Table]:
+def _cut(table: Table, size: int, seed: int, split: str, together: str) -> tuple[Table, Table]:
     """(what stays, ``size`` rows drawn by seed). One row of every label stays, so that no label is held out only."""
     order = derive(seed, "split", split).permutation(len(table.ids))
     _, first = np.unique(table.ids[order], return_index=True)
-    drawn = np.delete(order, first)[:size]
+    drawn = _unparted(table, together, order, size) if together else order[:0]
+    if not len(drawn):
+        drawn = np.delete(order, first)[:size]
     if not len(drawn):
         raise DataError(
             f"{len(order)} training rows with {len(first)} different labels are too few to cut a {split} split from, for one row of every "
@@ -399,6 +404,22 @@ def _cut(table: Table, size: int, seed: int, split: str) -> tuple[Table, Table]:
         )
     kept = np.setdiff1d(order, drawn)
     return table.take(kept), table.take(np.sort(drawn))
+
+
+def _unparted(table: Table, column: str, order: np.ndarray, size: int) -> np.ndarray:
+    """At most ``size`` rows: all with the same value in ``column`` or none, in the ``order`` of the values' first rows. None where a label
+    would lose its last row by any."""
+    groups: dict[str, list[int]] = {}
+    values = table.rows[column].to_pylist()
+    for row in order.tolist():
+        groups.setdefault(values[row], []).append(row)
+    left, drawn = Counter(table.ids.tolist()), list[int]()
+    for rows in groups.values():
+        labels = Counter(table.ids[rows].tolist())
+        if len(drawn) + len(rows) <= size and all(left[label] > count for label, count in labels.items()):
+            drawn += rows
+            left -= labels
+    return np.asarray(drawn, np.int64)
 
 
 def _capped(table: Table, split: Split, most: int, task: Task, seed: int, notes: list[str]) -> Table:
@@ -415,14 +436,19 @@ def _capped(table: Table, split: Split, most: int, task: Task, seed: int, notes:
     return table.take(rows)
 
 
-def _tell_overlap(tables: dict[Split, Table], texts: tuple[str, ...], notes: list[str]) -> None:
-    """Say how many held-out texts also occur in train."""
-    content = {split: list(zip(*(tables[split].rows[name].to_pylist() for name in texts), strict=True)) for split in SPLITS}
+def _tell_overlap(tables: dict[Split, Table], task: Task, notes: list[str]) -> None:
+    """Say how many held-out texts, and contexts of questions, also occur in train."""
+    content = {split: list(zip(*(tables[split].rows[name].to_pylist() for name in task.texts), strict=True)) for split in SPLITS}
     trained = set(content["train"])
-    for split in ("validation", "test"):
+    for split in HELD_OUT:
         shared = sum(text in trained for text in content[split])
         if shared:
             notes.append(f"{shared} of the {len(content[split])} {split} texts also occur in train")
+    if isinstance(task, Questions):
+        contexts = {split: set(tables[split].rows[task.context].to_pylist()) for split in SPLITS}
+        for split in HELD_OUT:
+            if both := len(contexts[split] & contexts["train"]):
+                notes.append(f"{both} of the {len(contexts[split])} contexts of the {split} split also occur in train")
 
 
 def _tell_blank(tables: dict[Split, Table], task: Task, notes: list[str]) -> None:
