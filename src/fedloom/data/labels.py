@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fedloom.data.tasks import SPLITS, DataError, Split
+from fedloom.data.tasks import LISTS, SPLITS, DataError, Split
 
 Label = str | int
 """A label as the data has it: a class name or a whole number (a truth value is one)."""
@@ -50,7 +50,7 @@ def label_values(column: pa.ChunkedArray, names: Sequence[str] | None, where: st
     odd = next((v for v in values if v is not None and not isinstance(v, (str, int))), None)
     if odd is not None:
         raise DataError(
-            f"{where} holds {str(odd)[:60]}; a label is one word or one whole number a row",
+            f"{where} holds {str(odd)[:60]}; a label is one word or one whole number a row{f': {LISTS}' if isinstance(odd, list) else ''}",
             f"row {values.index(odd)}: a label that is neither one word nor one whole number",
         )
     return values

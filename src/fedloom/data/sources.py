@@ -108,7 +108,7 @@ def load(
         raise DataError(f"'{name}' has no training rows; its splits are: {held}. Give a training split, or one split alone")
     columns = {column: _describe(tables["train"], column) for column in tables["train"].rows.column_names}
     text, label = _as_elsewhere(columns, Names(text, label), elsewhere, notes)
-    if task == "tagging" or (task == "auto" and tagging.looks_like_tagging(columns)):
+    if task == "tagging" or (task == "auto" and tagging.looks_like_tagging(columns, partial(_as_long, tables["train"]))):
         if metric != "auto":
             raise DataError(f"tags are scored by {ENTITY_F1}, not by {metric}; leave metric (--metric) at auto")
         words, tagged = tagging.choose_columns(columns, text, label)
@@ -328,6 +328,12 @@ def _describe(table: Table, name: str) -> Column:
     else:
         return Column("other", 0, len(column))
     return Column(kind, len(column.unique()), len(column))
+
+
+def _as_long(table: Table, one: str, other: str) -> bool:
+    """Whether the lists of two columns are of the same lengths in most rows; of those few that are not it is told later which they are."""
+    same = pc.equal(pc.list_value_length(table.rows[one]), pc.list_value_length(table.rows[other]))
+    return 2 * (pc.sum(same).as_py() or 0) > table.rows.num_rows
 
 
 def _holds_chats(column: pa.ChunkedArray, name: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
@@ -26,6 +26,11 @@ METRICS = ("accuracy", "mcc", "f1")
 TOKEN_ACCURACY, ENTITY_F1, ANSWER_F1 = "token_accuracy", "entity_f1", "answer_f1"
 """The headlines of answers, of tags, and of answers that are found: one each, whatever is asked for."""
 TaskKind = Literal["auto", "classification", "instructions", "text", "chat", "tagging", "qa"]
+LISTS = (
+    "several labels a row (multi-label) are not supported; lists are read as tags, beside lists of as many words (--task tagging); "
+    f"--task is one of {', '.join(get_args(TaskKind))}"
+)
+"""What to say where labels are lists."""
 
 PAIRS = (
     ("sentence1", "sentence2"),
@@ -288,6 +293,8 @@ def _label(columns: Mapping[str, Column], texts: Sequence[str], listed: str) -> 
     if len(found) == 1:
         return found[0]
     what = f"columns {', '.join(found)} could each be the label" if found else "no column looks like a label"
+    if not found and (lists := [name for name, column in left.items() if column.kind in ("words", "numbers")]):
+        raise DataError(f"{what}, and {lists[0]} holds lists: {LISTS}. Or name a label with label= (--label), among: {listed}")
     raise DataError(f"{what}; name it with label= (--label), among: {listed}")
 
 
