@@ -498,6 +498,50 @@ def test_splits_that_do_not_fit_are_named():
     bad(None, datasets.DatasetDict(both), r"c11 and 48 more\. Remove those rows")
 
 
+@pytest.mark.parametrize(
+    ("columns", "other", "match"),
+    [
+        ({"text": "t", "label": "ab"}, {"text": 7}, "column 'text' of the test split holds int64, such as 7; text would be right"),
+        ({"instruction": "i", "input": "c", "output": "o"}, {"input": 3}, "'input' of the test split holds int64, such as 3; text"),
+        ({"instruction": "i", "output": "o"}, {"output": 3}, "'output' of the test split holds int64, such as 3; text"),
+        ({"question": "q", "context": "c", "answer": "c"}, {"answer": 3}, "such as 3; answers, as texts or with their places"),
+        ({"question": "q", "context": "c", "answer": "c"}, {"question": 1}, "'question' of the test split .* 1; text"),
+        ({"tokens": ["a", "b"], "tags": ["O", "B-x"]}, {"tokens": "ab"}, "holds string, such as ab; lists of words"),
+        ({"tokens": ["a", "b"], "tags": ["O", "B-x"]}, {"tags": "O"}, "holds string, such as O; lists of tags"),
+    ],
+)
+def test_a_held_out_column_of_another_kind_is_named(tmp_path, columns, other, match):
+    """It was an AttributeError, or Arrow's own words."""
+    train = [{**columns, **({"label": "ab"[i % 2]} if "label" in columns else {})} for i in range(24)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, train)))
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, [{**train[0], **other}] * 3)))
+    bad(tmp_path, tmp_path, match, task="qa" if "question" in columns else "auto")
+
+
+def test_contexts_that_are_all_missing_are_empty_ones(tmp_path):
+    train = [{"instruction": f"i {i}", "input": "c" if i else "", "output": "o"} for i in range(20)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, train)))
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, [{**train[1], "input": None}] * 2)))
+    source = load(tmp_path, seed=0)
+    assert source.splits["test"]["input"] == ["", ""] and source.task.written(source.splits["test"])[0] == ["i 1"] * 2
+
+
+def test_texts_and_labels_as_arrows_other_types_are_texts_and_labels(tmp_path):
+    """pandas' categories come as dictionaries, and Polars writes views."""
+    columns = {"text": [f"text {i}" for i in range(20)], "label": [["no", "yes"][i % 2] for i in range(20)]}
+    plain, views = pa.table(columns), pa.table({name: pa.array(values, pa.string_view()) for name, values in columns.items()})
+    coded = pa.table({name: pa.array(values).dictionary_encode() for name, values in columns.items()})
+    due = load(datasets.Dataset.from_dict(columns), seed=0)
+    for name, table in {"plain": plain, "views": views, "coded": coded}.items():
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        source = load(tmp_path / f"{name}.parquet", seed=0)
+        assert (source.task, list(source.splits["test"])) == (due.task, list(due.splits["test"]))
+    kind = pa.list_(pa.dictionary(pa.int8(), pa.string()))
+    tagged = {"tokens": pa.array([["a", "b"]] * 20, kind), "tags": pa.array([["O", "B-x"]] * 20, kind)}
+    pq.write_table(pa.table(tagged), tmp_path / "tagged.parquet")
+    assert load(tmp_path / "tagged.parquet", seed=0).task.metric == "entity_f1"
+
+
 # ---- the finer points of files
 
 

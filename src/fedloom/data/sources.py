@@ -26,7 +26,7 @@ from fedloom.data.examples import Examples, flat
 from fedloom.data.instructions import EVERYTHING, Instructions
 from fedloom.data.labels import Label, class_ids, given_ids, label_values, some
 from fedloom.data.opening import Table, read
-from fedloom.data.questions import ARTICLE, OTHER, Questions
+from fedloom.data.questions import ARTICLE, HELD, OTHER, Questions
 from fedloom.data.rows import Rows, whole_numbers
 from fedloom.data.tagging import TYPE, Tagging
 from fedloom.data.tasks import (
@@ -185,8 +185,11 @@ def _prepared(table: Table, contexts: Sequence[str], label: str) -> Table:
     """Missing contexts as empty ones, and one label for all where there is none."""
     rows = table.rows
     for name in contexts:
-        if name in rows.column_names:
-            rows = rows.set_column(rows.column_names.index(name), name, pc.fill_null(rows[name], ""))
+        if name not in rows.column_names:
+            continue  # told with the other columns, as what is no text is
+        told = rows[name].cast(pa.string()) if pa.types.is_null(rows[name].type) else rows[name]
+        if _is_text(told.type):
+            rows = rows.set_column(rows.column_names.index(name), name, pc.fill_null(told, ""))
     if label == EVERYTHING and EVERYTHING not in rows.column_names:
         rows = rows.append_column(EVERYTHING, pa.array([EVERYTHING] * rows.num_rows, pa.string()))
     return replace(table, rows=rows)
@@ -224,6 +227,8 @@ def _flattened(table: Table, words: str, tagged: str, tags: tuple[str, ...], kin
     rows = table.rows
     if words not in rows.column_names or tagged not in rows.column_names:
         return table
+    for name, kinds_of, what in ((words, ("words",), "lists of words"), (tagged, ("words", "numbers"), "lists of tags")):
+        _insist_kind(table, name, split, kinds_of, what)
     made = tagging.as_texts(rows[words].to_pylist(), rows[tagged].to_pylist(), tags, f"the {split} split", table.names.get(tagged))
     for name, column in zip((words, tagged), made[:2], strict=True):
         rows = rows.set_column(rows.column_names.index(name), name, pa.array(column, pa.string()))
@@ -246,8 +251,11 @@ def _questions(
         notes.append(f"the {split} split has no rows and is not used")
     names: dict[Split, list[str | None]] = {}
     for split, table in tables.items():
-        for column in (*columns[:3], *([article] if article else [])):
+        for column in (question, context):
             _insist_text(table, column, split)
+        for column in (answers, *([article] if article else [])):
+            _insist_whole(table, column, split)
+        _insist_kind(table, answers, split, HELD, "answers, as texts or with their places")
         names[split] = [str(name) for name in table.rows[article].to_pylist()] if article else [questions.EVERYTHING] * len(table.rows)
         made = questions.as_texts(table.rows[context].to_pylist(), table.rows[answers].to_pylist(), f"the {split} split")
         rows = table.rows.set_column(table.rows.column_names.index(answers), answers, pa.array(made, pa.string()))
@@ -311,7 +319,7 @@ def _describe(table: Table, name: str) -> Column:
     column = table.rows[name]
     if _holds_chats(column, name):
         return Column("chats", 0, len(column))
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    if _is_text(column.type):
         kind = "string"
     elif name in table.names and not pa.types.is_nested(column.type):
         kind = "classes"
@@ -321,9 +329,8 @@ def _describe(table: Table, name: str) -> Column:
         return Column("answers", 0, len(column))
     elif pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         inner = column.type.value_type
-        strings = pa.types.is_string(inner) or pa.types.is_large_string(inner)
         places = pa.types.is_struct(inner) and {"text", "answer_start"} <= {field.name for field in inner}
-        kind = "words" if strings else "numbers" if pa.types.is_integer(inner) else "answers" if places else "other"
+        kind = "words" if _is_text(inner) else "numbers" if pa.types.is_integer(inner) else "answers" if places else "other"
         return Column(kind, 0, len(column))
     else:
         return Column("other", 0, len(column))
@@ -370,7 +377,36 @@ def _labelled(
     return {split: Table(tables[split].rows, tables[split].names, of) for split, of in ids.items()}, classes
 
 
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
 def _insist_text(table: Table, column: str, split: Split) -> None:
+    """Insist that a column is there, without gaps and of texts."""
+    _insist_whole(table, column, split)
+    if table.rows.num_rows and not _is_text(table.rows[column].type):
+        raise _other_kind(table, column, split, "text")
+
+
+def _insist_kind(table: Table, column: str, split: Split, kinds: Sequence[str], what: str) -> None:
+    """Insist that a column is of one of these kinds, as the training split's is; where nothing is in it there is none."""
+    kind, nothing = table.rows[column].type, pa.types.is_null
+    if nothing(kind) or (pa.types.is_list(kind) and nothing(kind.value_type)) or not table.rows.num_rows:
+        return
+    if _describe(table, column).kind not in kinds:
+        raise _other_kind(table, column, split, what)
+
+
+def _other_kind(table: Table, column: str, split: Split, what: str) -> DataError:
+    held = next((value for value in table.rows[column].to_pylist() if value is not None), None)
+    came = f"column '{column}' of the {split} split holds {table.rows[column].type}, such as {str(held)[:60]}"
+    return DataError(
+        f"{came}; {what} would be right, as in the training split: write it so, or leave the split out",
+        f"a column of the {split} split does not hold {what}",
+    )
+
+
+def _insist_whole(table: Table, column: str, split: Split) -> None:
     if column not in table.rows.column_names:
         listed = ", ".join(table.rows.column_names)
         raise DataError(f"the {split} split has no column '{column}', which the training split has; its columns are: {listed}")
