@@ -202,9 +202,13 @@ def test_a_folder_named_as_a_packaged_set_is_reached_by_its_path(tmp_path, monke
     assert sizes(load("./trec", seed=0))["train"] == 16
 
 
-def test_a_folder_with_a_data_folder_is_read(tmp_path):
+@pytest.mark.parametrize("beside", [None, "dataset_infos.json", "dataset_info.json"])
+def test_a_folder_with_a_data_folder_is_read(tmp_path, beside):
+    """What describes the data set is not taken for it."""
     (tmp_path / "data").mkdir()
     write(tmp_path / "data" / "train.csv", rows(20))
+    if beside:
+        (tmp_path / beside).write_text(json.dumps({"default": {"description": "", "features": {}}}))
     assert sizes(load(tmp_path, seed=0))["train"] == 16
 
 
@@ -400,6 +404,17 @@ def test_numbers_beyond_64_bits_are_text_and_half_a_character_is_named(tmp_path)
         load(str(tmp_path / "cut.jsonl"), seed=0)
 
 
+@pytest.mark.parametrize("cell", [["whole", "\ud83d cut"], {"role": "user", "content": "\ud83d"}, [{"\ud83d": 1}]])
+def test_half_a_character_within_lists_and_objects_is_named(tmp_path, cell):
+    """It was a bare StopIteration."""
+    whole = json.loads(json.dumps(cell).replace("\\ud83d", "x"))
+    records = [{"text": f"text {i}", "label": i % 2, "more": cell if i == 3 else whole} for i in range(20)]
+    (tmp_path / "cut.jsonl").write_text("\n".join(map(json.dumps, records)))
+    bad(tmp_path, tmp_path / "cut.jsonl", r"column 'more' of '.*cut.jsonl' holds half a character in row 3 .*'.ud83d'.*; write it whole")
+    (tmp_path / "name.jsonl").write_text("\n".join(json.dumps({"text": "t", "label": i % 2, "\ud83d": 1}) for i in range(20)))
+    bad(tmp_path, tmp_path / "name.jsonl", r"a column's name in '.*name.jsonl' holds half a character: '.ud83d'")
+
+
 def test_a_parquet_file_with_a_broken_page_is_named(tmp_path):
     path = tmp_path / "all.parquet"
     columns = {"text": [f"a text of some length {i}" for i in range(400)], "label": [0, 1] * 200}
@@ -428,6 +443,19 @@ def test_a_text_that_is_not_utf8_is_named_with_its_offset_and_the_mend(tmp_path)
         ("a.jsonl", "[1]\n", r"record 0 of .* is \[1\]; each must be an object"),
         ("a.json", '{"text": ["x"], "label": [0, 1]}', "differ in length: {'text': 1, 'label': 2}"),
         ("a.json", "[1, 2]", "record 0 of .* is 1"),
+        (
+            "a.json",
+            '[\n{"text": "x", "label": 0},\n{"text": "y" "label": 1}]',
+            "a.json' is not JSON: .*delimiter in line 3, column 14: {\"text",
+        ),
+        ("a.json", '{"text": "x", "label": 0}\n{"text": \n', "line 2 of .*a.json' is not JSON"),
+        ("a.json", '{\n"version": 1,\n"rows": {}}', "no column looks like a label.*among: version, rows"),
+        (
+            "a.json",
+            '{"version": "1", "data": [{"title": "t", "paragraphs": []}]}',
+            "is nested by articles and paragraphs.*a question a line",
+        ),
+        ("a.json", '{"data": [{"title": "t", "paragraphs": []}]}', "is nested by articles and paragraphs, as SQuAD's"),
         ("a.parquet", "PAR1", "not a readable Parquet file"),
         ("a.xlsx", "?", "data files end in .parquet, .csv"),
         ("a.csv", "text,label\n", "no training rows"),
@@ -554,6 +582,8 @@ def test_csv_cells_are_kept_as_they_stand(tmp_path):
     assert csv.field_size_limit() == limit
     (tmp_path / "b.csv").write_text("\ufefftext;label\n" + "".join(f"a, {i};{i % 2}\n\n" for i in range(20)), encoding="utf-8")
     assert load(tmp_path / "b.csv", seed=0).splits["train"]["text"][0].startswith("a, ")
+    (tmp_path / "c.csv").write_text('"text, ""long""";label\n' + "".join(f"a, {i};{i % 2}\n" for i in range(20)), encoding="utf-8")
+    assert load(tmp_path / "c.csv", seed=0).task.texts == ('text, "long"',), "a comma within quotes parts no cells"
 
 
 def test_a_tsv_with_stray_quotes_is_read_as_it_stands_and_a_quoted_one_unquoted(tmp_path):
