@@ -775,6 +775,28 @@ def test_labels_written_as_numbers_in_one_file_and_as_text_in_another_are_the_sa
     assert source.task.classes == ("0", "1") and list(source.splits["test"]["label"]) == [0, 1, 0, 1]
 
 
+@pytest.mark.parametrize(("train", "test"), [((True, False), ("True", "false")), (("true", "false"), (True, False))])
+def test_truth_values_in_one_file_and_as_text_in_another_are_the_same(tmp_path, train, test):
+    """Python writes True into a CSV file, and JSON has true."""
+    for name, of in {"train": train, "test": test}.items():
+        held = [{"text": f"{name} {i}", "label": of[i % 2]} for i in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, held)))
+    source = load(tmp_path, seed=1)
+    assert source.task.classes == (str(train[1]), str(train[0])) and list(source.splits["test"]["label"]) == [1, 0] * 10
+    (tmp_path / "test.jsonl").write_text(json.dumps({"text": "t", "label": "maybe"}))
+    bad(tmp_path, tmp_path, "the test split has label maybe, which no training row has")
+
+
+def test_minus_one_is_no_label_only_where_no_training_row_has_it(tmp_path):
+    """A test split all of whose rows were of class -1 was left out as if it had no labels."""
+    test = datasets.Dataset.from_dict({"text": ["u", "v"], "label": [-1, -1]})
+    for labels, kept in (([-1, 1], True), ([0, 1], False)):
+        train = datasets.Dataset.from_dict(rows(50) | {"label": labels * 25})
+        source = load(datasets.DatasetDict({"train": train, "test": test}), seed=0)
+        assert (sizes(source)["test"] == 2) is kept
+        assert ("the test split has no labels and is not used" in source.notes) is not kept
+
+
 def test_a_gap_among_numbers_is_told_as_one_and_not_as_another_row(tmp_path):
     """pandas writes such a column as 0.0, 1.0, NaN."""
     table = pa.table({"text": [f"a {i}" for i in range(6)], "label": pa.array([0.0, 1.0, 0.0, 1.0, math.nan, 1.0])})

@@ -67,10 +67,13 @@ def class_ids(
     """
     trained = [v for v in values["train"] if v is not None]
     whole = names is None and all(type(v) is int or (isinstance(v, str) and WHOLE.fullmatch(v.strip())) for v in trained)
+    truths = {str(v).strip().casefold(): v for v in trained} if names is None else {}
+    truths = truths if truths.keys() <= {"true", "false"} and len(truths) == len(set(trained)) else {}
     kept: dict[Split, list[Label]] = {}
     notes = []
     for split in SPLITS:
-        if split in values and (labels := _of_kind(values[split], names, whole, f"the {split} split", label)):
+        least = -1 in kept.get("train", ())
+        if split in values and (labels := _of_kind(values[split], names, whole, truths, least, f"the {split} split", label)):
             kept[split] = labels
         elif split == "train":
             raise DataError(f"the training split has no labels in column '{label}'; name the label column with label= (--label)")
@@ -116,10 +119,19 @@ def given_ids(values: Mapping[Split, list[Label | None]], classes: Sequence[str]
     return made
 
 
-def _of_kind(values: Sequence[Label | None], names: Sequence[str] | None, whole: bool, where: str, label: str) -> list[Label]:
-    """One split's labels in the training split's terms; empty if it has none (all missing, or all -1).
+def _of_kind(
+    values: Sequence[Label | None],
+    names: Sequence[str] | None,
+    whole: bool,
+    truths: Mapping[str, Label],
+    least: bool,
+    where: str,
+    label: str,
+) -> list[Label]:
+    """One split's labels in the training split's terms; empty if it has none (all missing, or all -1 where that is no class, ``least``).
 
-    Where training labels carry names, plain integers are their numbers; where those are whole numbers in text, so are these.
+    Where training labels carry names, plain integers are their numbers; where those are whole numbers in text, so are these; where they are
+    truth values, in text or not, these are the same ``truths``.
     """
     labels: list[Label] = []
     missing: list[int] = []
@@ -128,9 +140,11 @@ def _of_kind(values: Sequence[Label | None], names: Sequence[str] | None, whole:
             missing.append(row)
         elif names is not None and type(value) is int and 0 <= value < len(names):
             labels.append(names[value])
+        elif truths:
+            labels.append(truths.get(str(value).strip().casefold(), value))
         else:
             labels.append(int(float(value)) if whole and isinstance(value, str) and WHOLE.fullmatch(value.strip()) else value)
-    if all(type(value) is int and value == -1 for value in labels):
+    if not least and all(type(value) is int and value == -1 for value in labels):
         return []
     if missing:
         row = f"row {missing[0]} of {where} has no label"
