@@ -136,10 +136,10 @@ def kinds_of(greeting: Mapping[str, Any], own: Own) -> dict[str, type[Any]]:
         )
     found = digest_of_file(Path(own.recipe))
     if found != wanted:
-        raise ExperimentError(
-            f"the file {own.recipe} comes to {found}, and the server's to {SHORT.repr(wanted)}; the method's file must be the same on both "
-            "sides, byte for byte"
+        said = (
+            f"comes to {found}, and the server's to {SHORT.repr(wanted)}; the method's file must be the same on both sides, byte for byte"
         )
+        raise ExperimentError(f"the file {own.recipe} {said}", f"this device's recipe {said}")
     return {str(name): kind_in(Path(own.recipe), str(name))}
 
 
@@ -191,7 +191,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     from fedloom.client.store import ClientStore
     from fedloom.compute.stacked import Stacked
     from fedloom.data.tasks import SPLITS
-    from fedloom.model.base import ModelError
+    from fedloom.model.base import of_model
     from fedloom.model.memory import needs, texts_that_fit
     from fedloom.run.costs.memory import insist_on_a_devices_room, sizes_before, sizes_of
     from fedloom.run.costs.profiles import by_name
@@ -217,9 +217,10 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
         insist_on_a_devices_room(before, here, room(own), gpu=gpu)
     model = model_of(here, source)
     if identity(model) != greeting["model"]:
-        raise ModelError(
-            f"the model '{own.model or e.model}' is not the server's: its pre-trained weights come to {identity(model)} here and to "
-            f"{greeting['model']} at the server; give the same one, --model NAME or FOLDER"
+        raise of_model(
+            own.model or e.model,
+            f"'{own.model or e.model}' is not the server's: its pre-trained weights come to {identity(model)} here and to "
+            f"{greeting['model']} at the server; give the same one, --model NAME or FOLDER",
         )
     insist_on_a_devices_room(sizes_of(model, e.method), here, room(own), loaded=True, gpu=gpu)
     if own.folder:
