@@ -460,7 +460,7 @@ def _unparted(table: Table, column: str, order: np.ndarray, size: int) -> np.nda
         labels = Counter(table.ids[rows].tolist())
         if len(drawn) + len(rows) <= size and all(left[label] > count for label, count in labels.items()):
             drawn += rows
-            left -= labels
+            left.subtract(labels)
     return np.asarray(drawn, np.int64)
 
 
