@@ -66,8 +66,11 @@ def test_a_device_with_another_query_weight_is_refused_and_one_with_the_same_is_
     _, said = hosted(order(greeting, Own(data, model=str(shutil.copytree(tiny.folder(), tmp_path / "same")))))
     assert said["examples"]["train"] > 0
     other = altered(tmp_path / "other", QUERY)
-    with pytest.raises(ModelError, match=rf"{other}.* is not the server's.*here and to {greeting['model']} at the server.*--model"):
+    with pytest.raises(
+        ModelError, match=rf"{other}.* is not the server's.*here and to {greeting['model']} at the server.*--model"
+    ) as caught:
         hosted(order(greeting, Own(data, model=str(other))))
+    assert str(tmp_path) not in for_others(caught.value) and "this device's model is not the server's" in for_others(caught.value)
 
 
 @pytest.mark.parametrize(("greeting", "theirs"), [({"release": "0.0.9"}, "'0.0.9'"), ({}, "'of an earlier release'")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedloom.data import partition as of_partition
 from fedloom.data.dealing import apportion, draw_sizes, log_gamma
-from fedloom.data.partition import Partition, by_column, iid, label_skew, partition
+from fedloom.data.partition import Partition, by_column, iid, label_skew, partition, told_of_column
 from fedloom.data.tasks import DataError
 from fedloom.seeds import derive
 
@@ -208,7 +209,7 @@ def test_ten_thousand_clients_take_seconds(classes, alpha):
 
 def test_a_held_out_label_that_no_client_trains_on_goes_by_size():
     labels = labels_of([0] * 30 + [1] * 10, [2] * 8, [])
-    made = by_column(labels, ["a"] * 30 + ["b"] * 10, name="source", clients=2, seed=0, minimum=1)
+    made = by_column(labels, {"train": ["a"] * 30 + ["b"] * 10}, name="source", clients=2, seed=0, minimum=1)
     assert [len(rows) for rows in made.validation] == [6, 2]
 
 
@@ -221,29 +222,52 @@ def test_held_out_rows_of_a_label_are_dealt_at_random_not_in_order():
 
 def test_by_column_gives_each_value_a_client_in_the_order_of_the_values():
     values = [10, 9, 10, 2, 2, 2]
-    made = by_column(labels_of([0, 1, 0, 1, 0, 1], [0, 1], [1]), values, name="writer", clients=3, seed=0, minimum=1)
+    made = by_column(labels_of([0, 1, 0, 1, 0, 1], [0, 1], [1]), {"train": values}, name="writer", clients=3, seed=0, minimum=1)
     assert [rows.tolist() for rows in made.train] == [[3, 4, 5], [1], [0, 2]]
     assert made.scheme["how"] == "column:writer"
     assert made.scheme["values"] == 3
 
 
 def test_values_of_several_types_are_ordered_by_type_and_then_among_themselves():
-    values = ["b", 10, "a", 2, "a", 10]
-    made = by_column(labels_of([0, 1, 0, 1, 0, 1], [0, 1], [1]), values, name="writer", clients=4, seed=0, minimum=1)
+    values: list[Any] = ["b", 10, "a", 2, "a", 10]
+    made = by_column(labels_of([0, 1, 0, 1, 0, 1], [0, 1], [1]), {"train": values}, name="writer", clients=4, seed=0, minimum=1)
     assert [[values[row] for row in rows] for rows in made.train] == [[2], [10, 10], ["a", "a"], ["b"]]
-    assert_cover(by_column(labels_of([0] * 6), values, name="writer", clients=2, seed=0, minimum=1), labels_of([0] * 6))
+    assert_cover(by_column(labels_of([0] * 6), {"train": values}, name="writer", clients=2, seed=0, minimum=1), labels_of([0] * 6))
+
+
+def test_by_column_gives_held_out_rows_to_the_client_of_their_value():
+    """They were dealt by label, so a device was tested on the others' sources."""
+    columns = {"train": list("aabbcc") * 5, "validation": list("cbacba"), "test": ["b"] * 7 + ["z", None]}
+    labels = labels_of([0, 1, 0, 1, 0, 1] * 5, [0, 0, 1, 1, 0, 1], [0, 1, 0, 1, 0, 1, 0, 1, 1])
+    made = by_column(labels, columns, name="v", clients=3, seed=0, minimum=1)
+    assert_cover(made, labels)
+    assert [rows.tolist() for rows in made.validation] == [[2, 5], [1, 4], [0, 3]]
+    assert set(range(7)) <= set(made.test[1].tolist()), "of values that nobody trains on, by label"
+    assert told_of_column("v", columns) == ["2 of the 9 test rows have a 'v' that no training row has, and are dealt by label"]
+    packed = by_column(labels, {"train": list("abcdef") * 5, "test": list("fedcbafed")}, name="v", clients=3, seed=0, minimum=1)
+    held = [{"abcdef"[row % 6] for row in rows} for rows in packed.train]
+    assert [{"fedcbafed"[row] for row in rows} for rows in packed.test] == held
+
+
+def test_a_held_out_split_without_the_column_is_dealt_by_label_as_before():
+    labels = labels_of([0] * 10 + [1] * 10, [0] * 4 + [1] * 2, [0, 1])
+    columns = {"train": ["a"] * 10 + ["b"] * 10, "test": ["b", "a"]}
+    made = by_column(labels, columns, name="v", clients=2, seed=0, minimum=1)
+    assert [rows.tolist() for rows in made.validation] == [[0, 1, 2, 3], [4, 5]]
+    assert [rows.tolist() for rows in made.test] == [[1], [0]]
+    assert told_of_column("v", columns) == ["the validation split has no column 'v': its rows are dealt by label"]
 
 
 def test_by_column_packs_whole_values_evenly_where_there_are_more_values_than_clients():
     values = np.repeat([f"v{i}" for i in range(23)], np.arange(1, 24)).tolist()
     labels = labels_of(np.arange(len(values)) % 3, [0, 1, 2], [0, 1, 2])
-    made = by_column(labels, values, name="v", clients=4, seed=0, minimum=1)
+    made = by_column(labels, {"train": values}, name="v", clients=4, seed=0, minimum=1)
     assert_cover(made, labels)
     held = [{values[row] for row in rows} for rows in made.train]
     assert sum(map(len, held)) == 23
     sizes = [len(rows) for rows in made.train]
     assert max(sizes) - min(sizes) <= 3
-    even = [by_column(labels_of([0] * 6), list("abcdef"), name="v", clients=3, seed=s, minimum=2) for s in (1, 1, 2, 3)]
+    even = [by_column(labels_of([0] * 6), {"train": list("abcdef")}, name="v", clients=3, seed=s, minimum=2) for s in (1, 1, 2, 3)]
     dealt = [tuple(tuple(rows) for rows in made.train) for made in even]
     assert {len(rows) for made in even for rows in made.train} == {2}
     assert dealt[0] == dealt[1]
@@ -267,11 +291,13 @@ def test_by_column_packs_whole_values_evenly_where_there_are_more_values_than_cl
         ({"beta": -1.0}, "beta of the label skew must be a positive number, not -1.0"),
         ({"beta": float("inf")}, "beta"),
         ({"how": "column:doc"}, "'column:doc' needs the values of column 'doc'"),
-        ({"how": "column:doc", "source_column": [1, 2]}, "2 values for 100 training rows"),
-        ({"how": "column:doc", "source_column": [1] * 99 + [None]}, "no value in training row 99"),
-        ({"how": "column:doc", "source_column": [1, 2] * 50}, "2 distinct values, too few for 10 clients; use 2 clients"),
+        ({"how": "column:doc", "source_column": {"train": [1, 2]}}, "2 values for 100 training rows"),
+        ({"how": "column:doc", "source_column": {"train": [1, 2] * 50, "test": []}}, "0 values for 1 test rows"),
+        ({"how": "column:doc", "source_column": {}}, "'column:doc' needs the values of column 'doc'"),
+        ({"how": "column:doc", "source_column": {"train": [1] * 99 + [None]}}, "no value in training row 99"),
+        ({"how": "column:doc", "source_column": {"train": [1, 2] * 50}}, "2 distinct values, too few for 10 clients; use 2 clients"),
         (
-            {"how": "column:doc", "source_column": ["a"] + ["b"] * 99, "clients": 2, "minimum": 2},
+            {"how": "column:doc", "source_column": {"train": ["a"] + ["b"] * 99}, "clients": 2, "minimum": 2},
             "the client of doc = 'a' would have 1 training rows, and the minimum is 2",
         ),
         ({"how": "nowhere.json"}, "cannot read the partition file 'nowhere.json'"),

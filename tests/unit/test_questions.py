@@ -53,6 +53,30 @@ def test_parquet_as_the_hub_has_it_and_a_lone_validation_split(tmp_path: Path) -
     assert [len(source.splits[s]) for s in ("train", "validation", "test")] == [32, 4, 36]
 
 
+def test_questions_of_one_context_are_cut_together(tmp_path: Path) -> None:
+    """A model was validated on paragraphs that it had been trained on, by other questions."""
+    rows = [row(f"c {i // 4} x", ("x", 4 + i // 40), title="uv"[i // 4 % 2], question=f"q {i}") for i in range(200)]
+    rows.append(row("alone", ("alone", 0), title="w"))
+    made = [load(write(tmp_path, rows), seed=seed) for seed in (1, 1, 2)]
+    contexts = [{split: set(source.splits[split]["context"]) for split in source.splits} for source in made]
+    assert contexts[0] == contexts[1] and contexts[0]["test"] != contexts[2]["test"]
+    for source, of in zip(made, contexts, strict=True):
+        assert not of["train"] & of["test"] and not of["train"] & of["validation"] and not of["validation"] & of["test"]
+        assert [len(source.splits[split]) for split in ("train", "validation", "test")] == [161, 20, 20]
+        assert "alone" in of["train"], "the only question of its article"
+        assert not any("contexts" in note for note in source.notes)
+
+
+def test_contexts_that_are_trained_on_too_are_told(tmp_path: Path) -> None:
+    source = load(write(tmp_path, SOME, test=[*SOME[:2], row("m n", ("n", 2))], validation=[row("m n", ("n", 2))]), seed=1)
+    assert "2 of the 3 contexts of the test split also occur in train" in source.notes
+    assert not any("contexts of the validation" in note for note in source.notes)
+    (tmp_path / "few").mkdir()
+    few = load(write(tmp_path / "few", SOME), seed=1)
+    assert len(few.splits["test"]) == 1, "of each article one context: it is parted"
+    assert "1 of the 1 contexts of the test split also occur in train" in few.notes
+
+
 def test_articles_that_are_not_told_are_one(tmp_path: Path) -> None:
     plain = [{"question": "q", "context": "a b", "answer": "b"}] * 8
     source = load(write(tmp_path, plain), seed=1, task="qa")

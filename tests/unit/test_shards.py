@@ -15,6 +15,10 @@ from fedloom.data.partition import partition
 from fedloom.data.shards import write_shards
 from fedloom.data.sources import load
 from fedloom.data.tasks import SPLITS, DataError
+from fedloom.methods.fedavg import FedAvg
+from fedloom.run.deployment.device import Own, source_of, task_of
+from fedloom.run.experiment import Experiment
+from fedloom.run.world import read_data
 
 
 def made(tmp_path: Path, clients: int = 5):
@@ -40,6 +44,21 @@ def test_a_device_reads_from_its_shard_what_it_would_hold_in_a_simulation(tmp_pa
             empty += not len(rows)
         assert mine.task.classes == source.task.classes
     assert empty, "a shard without a row is among them, and stays so"
+
+
+def test_a_device_is_tested_on_the_rows_of_its_own_source_where_a_column_names_it(tmp_path: Path) -> None:
+    rows = [{"text": f"t {i}", "label": i % 2, "client": f"c{i % 3}"} for i in range(60)]
+    for split, of in {"train": rows, "test": [*rows[:12], {**rows[0], "client": "c9"}], "validation": rows[:6]}.items():
+        held = [{n: v for n, v in row.items() if n != "client"} for row in of] if split == "validation" else of
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, held)))
+    source, dealt = read_data(Experiment(FedAvg(), data=str(tmp_path), partition="column:client", clients=3, cohort=2, seed=3))
+    for k, shard in enumerate(dealt.test):
+        assert {source.splits["test"]["client"][row] for row in shard} - {"c9"} == {f"c{k}"}
+    assert sum(map(len, dealt.test)) == 13
+    assert source.notes[-2:] == (
+        "the validation split has no column 'client': its rows are dealt by label",
+        "1 of the 13 test rows have a 'client' that no training row has, and are dealt by label",
+    )
 
 
 def test_conversations_are_written_as_they_are_read(tmp_path: Path) -> None:
@@ -81,3 +100,45 @@ def test_given_classes_are_found_by_name_or_by_value() -> None:
 def test_a_label_that_is_none_of_the_given_classes_is_named(label: str | None, said: str) -> None:
     with pytest.raises(DataError, match=f"row 1 of the train split has {said} in column 'kind'; the classes are: a, b"):
         given_ids({"train": ["a", label]}, ["a", "b"], "kind")
+
+
+def three_columns(path: Path, n: int = 30) -> str:
+    """Two columns of texts, of which by name the first would be taken, and two that could be labels."""
+    rows = [{"text": f"t {i}", "summary": f"s {i}", "label": i % 2, "mood": ["good", "bad"][i // 2 % 2]} for i in range(n)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def test_a_device_reads_the_columns_that_the_server_reads(tmp_path: Path) -> None:
+    """It looked for columns of its own, and trained on others than --text and --label of the server name."""
+    server = load(three_columns(tmp_path / "server.jsonl"), seed=3, text=("summary",), label="mood")
+    told = json.loads(json.dumps({"task": task_of(server)}))
+    here = three_columns(tmp_path / "device.jsonl")
+    mine = source_of(told, Own(here), 3)
+    assert mine.task == server.task and mine.task.texts == ("summary",) and not any("server" in note for note in mine.notes)
+    other = source_of(told, Own(here, text=("text",)), 3)
+    assert (other.task.texts, other.task.label) == (("text",), "mood"), "what its owner names comes first"
+    told["task"] = {name: value for name, value in told["task"].items() if name not in ("text", "label")} | {"classes": ["0", "1"]}
+    earlier = source_of(told, Own(here), 3)
+    assert (earlier.task.texts, earlier.task.label) == (("text",), "label"), "a server that does not say which"
+
+
+def test_a_device_without_the_servers_columns_finds_its_own_and_says_so(tmp_path: Path) -> None:
+    server = load(three_columns(tmp_path / "server.jsonl"), seed=3, text=("summary",), label="mood")
+    told = {"task": task_of(server)}
+    (tmp_path / "device.jsonl").write_text("\n".join(json.dumps({"review": f"r {i}", "class": ["good", "bad"][i % 2]}) for i in range(30)))
+    mine = source_of(told, Own(str(tmp_path / "device.jsonl")), 3)
+    assert (mine.task.texts, mine.task.label) == (("review",), "class")
+    assert "the server reads text summary, which is not here: what to read was found" in mine.notes
+    assert "the server reads label mood, which is not here: the label was found" in mine.notes
+
+
+def test_a_devices_answers_and_tags_are_in_the_servers_columns(tmp_path: Path) -> None:
+    asked = [{"instruction": f"i {i}", "question": f"q {i}", "output": f"o {i}", "reply": f"r {i}"} for i in range(30)]
+    tagged = [{"tokens": ["a", "b"], "words": ["c", "d"], "ner_tags": ["O", "B-x"], "tags": ["B-y", "O"]} for _ in range(30)]
+    for rows, text, label in ((asked, ("question", "reply"), ""), (tagged, ("words",), "tags")):
+        (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        kind = "tagging" if label else "instructions"
+        server = load(tmp_path / "data.jsonl", seed=3, text=text, label=label, task=kind)  # type: ignore[arg-type]
+        mine = source_of({"task": task_of(server)}, Own(str(tmp_path / "data.jsonl")), 3)
+        assert mine.task == server.task and mine.task.texts[: len(text)] == text

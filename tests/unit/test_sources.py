@@ -202,9 +202,13 @@ def test_a_folder_named_as_a_packaged_set_is_reached_by_its_path(tmp_path, monke
     assert sizes(load("./trec", seed=0))["train"] == 16
 
 
-def test_a_folder_with_a_data_folder_is_read(tmp_path):
+@pytest.mark.parametrize("beside", [None, "dataset_infos.json", "dataset_info.json"])
+def test_a_folder_with_a_data_folder_is_read(tmp_path, beside):
+    """What describes the data set is not taken for it."""
     (tmp_path / "data").mkdir()
     write(tmp_path / "data" / "train.csv", rows(20))
+    if beside:
+        (tmp_path / beside).write_text(json.dumps({"default": {"description": "", "features": {}}}))
     assert sizes(load(tmp_path, seed=0))["train"] == 16
 
 
@@ -311,7 +315,31 @@ def test_columns_and_metric_can_be_named():
     data = datasets.Dataset.from_dict(rows(40, title=["t"] * 40, topic=["x", "y"] * 20))
     source = load(data, seed=0, text=("title", "text"), label="topic", metric="f1")
     assert (source.task.texts, source.task.label, source.task.metric) == (("title", "text"), "topic", "f1")
-    assert "columns: text title + text, label topic (2 classes); metric f1" in source.notes
+    assert "columns: text title + text, label topic (2 classes); metric f1 (of class 'y')" in source.notes
+
+
+@pytest.mark.parametrize(
+    ("words", "classes"),
+    [
+        (("equivalent", "not_equivalent"), ("not_equivalent", "equivalent")),
+        (("duplicate", "not duplicate"), ("not duplicate", "duplicate")),
+        (("hate", "Non-hate"), ("Non-hate", "hate")),
+        (("Yes", "no"), ("no", "Yes")),
+        (("ham", "spam"), ("ham", "spam")),
+        (("0", "1"), ("0", "1")),
+    ],
+)
+def test_f1_is_of_the_class_that_is_not_the_others_denial(words, classes):
+    """By the alphabet it was of not_equivalent. Other metrics are of no class, and number the classes as they did."""
+    data = datasets.Dataset.from_dict({"text": [f"t {i}" for i in range(40)], "label": [words[i % 3 // 2] for i in range(40)]})
+    source = load(data, seed=0, metric="f1")
+    assert source.task.classes == classes and f"metric f1 (of class '{classes[1]}')" in said(source)
+    assert all(classes[row["label"]] == words[int(row["text"][2:]) % 3 // 2] for row in source.splits["train"])
+    assert load(data, seed=0).task.classes == tuple(sorted(words))
+    named = dataset({"text": [f"t {i}" for i in range(40)], "label": [i % 2 for i in range(40)]}, names=words)
+    source = load(datasets.DatasetDict({"train": named, "test": datasets.Dataset.from_dict(rows(4))}), seed=0, metric="f1")
+    assert source.task.classes == classes
+    assert [classes[label] for label in source.splits["test"]["label"]] == [words[0], words[1]] * 2
 
 
 def test_nested_columns_are_left_out_and_empty_texts_are_texts():
@@ -376,6 +404,17 @@ def test_numbers_beyond_64_bits_are_text_and_half_a_character_is_named(tmp_path)
         load(str(tmp_path / "cut.jsonl"), seed=0)
 
 
+@pytest.mark.parametrize("cell", [["whole", "\ud83d cut"], {"role": "user", "content": "\ud83d"}, [{"\ud83d": 1}]])
+def test_half_a_character_within_lists_and_objects_is_named(tmp_path, cell):
+    """It was a bare StopIteration."""
+    whole = json.loads(json.dumps(cell).replace("\\ud83d", "x"))
+    records = [{"text": f"text {i}", "label": i % 2, "more": cell if i == 3 else whole} for i in range(20)]
+    (tmp_path / "cut.jsonl").write_text("\n".join(map(json.dumps, records)))
+    bad(tmp_path, tmp_path / "cut.jsonl", r"column 'more' of '.*cut.jsonl' holds half a character in row 3 .*'.ud83d'.*; write it whole")
+    (tmp_path / "name.jsonl").write_text("\n".join(json.dumps({"text": "t", "label": i % 2, "\ud83d": 1}) for i in range(20)))
+    bad(tmp_path, tmp_path / "name.jsonl", r"a column's name in '.*name.jsonl' holds half a character: '.ud83d'")
+
+
 def test_a_parquet_file_with_a_broken_page_is_named(tmp_path):
     path = tmp_path / "all.parquet"
     columns = {"text": [f"a text of some length {i}" for i in range(400)], "label": [0, 1] * 200}
@@ -404,6 +443,19 @@ def test_a_text_that_is_not_utf8_is_named_with_its_offset_and_the_mend(tmp_path)
         ("a.jsonl", "[1]\n", r"record 0 of .* is \[1\]; each must be an object"),
         ("a.json", '{"text": ["x"], "label": [0, 1]}', "differ in length: {'text': 1, 'label': 2}"),
         ("a.json", "[1, 2]", "record 0 of .* is 1"),
+        (
+            "a.json",
+            '[\n{"text": "x", "label": 0},\n{"text": "y" "label": 1}]',
+            "a.json' is not JSON: .*delimiter in line 3, column 14: {\"text",
+        ),
+        ("a.json", '{"text": "x", "label": 0}\n{"text": \n', "line 2 of .*a.json' is not JSON"),
+        ("a.json", '{\n"version": 1,\n"rows": {}}', "no column looks like a label.*among: version, rows"),
+        (
+            "a.json",
+            '{"version": "1", "data": [{"title": "t", "paragraphs": []}]}',
+            "is nested by articles and paragraphs.*a question a line",
+        ),
+        ("a.json", '{"data": [{"title": "t", "paragraphs": []}]}', "is nested by articles and paragraphs, as SQuAD's"),
         ("a.parquet", "PAR1", "not a readable Parquet file"),
         ("a.xlsx", "?", "data files end in .parquet, .csv"),
         ("a.csv", "text,label\n", "no training rows"),
@@ -474,6 +526,50 @@ def test_splits_that_do_not_fit_are_named():
     bad(None, datasets.DatasetDict(both), r"c11 and 48 more\. Remove those rows")
 
 
+@pytest.mark.parametrize(
+    ("columns", "other", "match"),
+    [
+        ({"text": "t", "label": "ab"}, {"text": 7}, "column 'text' of the test split holds int64, such as 7; text would be right"),
+        ({"instruction": "i", "input": "c", "output": "o"}, {"input": 3}, "'input' of the test split holds int64, such as 3; text"),
+        ({"instruction": "i", "output": "o"}, {"output": 3}, "'output' of the test split holds int64, such as 3; text"),
+        ({"question": "q", "context": "c", "answer": "c"}, {"answer": 3}, "such as 3; answers, as texts or with their places"),
+        ({"question": "q", "context": "c", "answer": "c"}, {"question": 1}, "'question' of the test split .* 1; text"),
+        ({"tokens": ["a", "b"], "tags": ["O", "B-x"]}, {"tokens": "ab"}, "holds string, such as ab; lists of words"),
+        ({"tokens": ["a", "b"], "tags": ["O", "B-x"]}, {"tags": "O"}, "holds string, such as O; lists of tags"),
+    ],
+)
+def test_a_held_out_column_of_another_kind_is_named(tmp_path, columns, other, match):
+    """It was an AttributeError, or Arrow's own words."""
+    train = [{**columns, **({"label": "ab"[i % 2]} if "label" in columns else {})} for i in range(24)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, train)))
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, [{**train[0], **other}] * 3)))
+    bad(tmp_path, tmp_path, match, task="qa" if "question" in columns else "auto")
+
+
+def test_contexts_that_are_all_missing_are_empty_ones(tmp_path):
+    train = [{"instruction": f"i {i}", "input": "c" if i else "", "output": "o"} for i in range(20)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, train)))
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, [{**train[1], "input": None}] * 2)))
+    source = load(tmp_path, seed=0)
+    assert source.splits["test"]["input"] == ["", ""] and source.task.written(source.splits["test"])[0] == ["i 1"] * 2
+
+
+def test_texts_and_labels_as_arrows_other_types_are_texts_and_labels(tmp_path):
+    """pandas' categories come as dictionaries, and Polars writes views."""
+    columns = {"text": [f"text {i}" for i in range(20)], "label": [["no", "yes"][i % 2] for i in range(20)]}
+    plain, views = pa.table(columns), pa.table({name: pa.array(values, pa.string_view()) for name, values in columns.items()})
+    coded = pa.table({name: pa.array(values).dictionary_encode() for name, values in columns.items()})
+    due = load(datasets.Dataset.from_dict(columns), seed=0)
+    for name, table in {"plain": plain, "views": views, "coded": coded}.items():
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        source = load(tmp_path / f"{name}.parquet", seed=0)
+        assert (source.task, list(source.splits["test"])) == (due.task, list(due.splits["test"]))
+    kind = pa.list_(pa.dictionary(pa.int8(), pa.string()))
+    tagged = {"tokens": pa.array([["a", "b"]] * 20, kind), "tags": pa.array([["O", "B-x"]] * 20, kind)}
+    pq.write_table(pa.table(tagged), tmp_path / "tagged.parquet")
+    assert load(tmp_path / "tagged.parquet", seed=0).task.metric == "entity_f1"
+
+
 # ---- the finer points of files
 
 
@@ -486,6 +582,8 @@ def test_csv_cells_are_kept_as_they_stand(tmp_path):
     assert csv.field_size_limit() == limit
     (tmp_path / "b.csv").write_text("\ufefftext;label\n" + "".join(f"a, {i};{i % 2}\n\n" for i in range(20)), encoding="utf-8")
     assert load(tmp_path / "b.csv", seed=0).splits["train"]["text"][0].startswith("a, ")
+    (tmp_path / "c.csv").write_text('"text, ""long""";label\n' + "".join(f"a, {i};{i % 2}\n" for i in range(20)), encoding="utf-8")
+    assert load(tmp_path / "c.csv", seed=0).task.texts == ('text, "long"',), "a comma within quotes parts no cells"
 
 
 def test_a_tsv_with_stray_quotes_is_read_as_it_stands_and_a_quoted_one_unquoted(tmp_path):
@@ -675,6 +773,28 @@ def test_labels_written_as_numbers_in_one_file_and_as_text_in_another_are_the_sa
     (tmp_path / "test.jsonl").write_text("".join(json.dumps({"text": f"b {i}", "label": str(i % 2)}) + "\n" for i in range(4)))
     source = load(tmp_path, seed=1)
     assert source.task.classes == ("0", "1") and list(source.splits["test"]["label"]) == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(("train", "test"), [((True, False), ("True", "false")), (("true", "false"), (True, False))])
+def test_truth_values_in_one_file_and_as_text_in_another_are_the_same(tmp_path, train, test):
+    """Python writes True into a CSV file, and JSON has true."""
+    for name, of in {"train": train, "test": test}.items():
+        held = [{"text": f"{name} {i}", "label": of[i % 2]} for i in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, held)))
+    source = load(tmp_path, seed=1)
+    assert source.task.classes == (str(train[1]), str(train[0])) and list(source.splits["test"]["label"]) == [1, 0] * 10
+    (tmp_path / "test.jsonl").write_text(json.dumps({"text": "t", "label": "maybe"}))
+    bad(tmp_path, tmp_path, "the test split has label maybe, which no training row has")
+
+
+def test_minus_one_is_no_label_only_where_no_training_row_has_it(tmp_path):
+    """A test split all of whose rows were of class -1 was left out as if it had no labels."""
+    test = datasets.Dataset.from_dict({"text": ["u", "v"], "label": [-1, -1]})
+    for labels, kept in (([-1, 1], True), ([0, 1], False)):
+        train = datasets.Dataset.from_dict(rows(50) | {"label": labels * 25})
+        source = load(datasets.DatasetDict({"train": train, "test": test}), seed=0)
+        assert (sizes(source)["test"] == 2) is kept
+        assert ("the test split has no labels and is not used" in source.notes) is not kept
 
 
 def test_a_gap_among_numbers_is_told_as_one_and_not_as_another_row(tmp_path):

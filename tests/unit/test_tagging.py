@@ -154,6 +154,26 @@ def test_a_held_out_split_without_tags_or_rows_is_left_out_and_said(tmp_path: Pa
     assert [len(kept.splits[split]) for split in ("train", "validation", "test")] == [12, 0, 0], "a device may have none"
 
 
+@pytest.mark.parametrize(
+    ("name", "beside", "says"),
+    [
+        ("labels", {}, r"column 'labels' .* holds \['[ab]'.*\]; a label is .*multi-label.* not supported.*--task tagging.*qa$"),
+        ("tags", {}, "no column looks like a label, and tags holds lists: several labels a row.*not supported.*--task is one of auto, cl"),
+        ("tags", {"keywords": ["k"] * 5}, "no column looks like a label, and"),
+        ("tags", {"topic": "x", "keywords": ["k"] * 5}, ""),
+    ],
+)
+def test_lists_of_labels_beside_a_text_are_no_tags(name: str, beside: dict[str, Any], says: str, tmp_path: Path) -> None:
+    """They were taken for tags, and a column of words was asked for."""
+    rows = [{"text": f"t {i}", name: ["a", "b"][: 1 + i % 2], **beside} for i in range(12)]
+    if says:
+        with pytest.raises(DataError, match=says):
+            load(write(tmp_path, rows), seed=1)
+        return
+    source = load(write(tmp_path, [{**row, "topic": "xy"[i % 2]} for i, row in enumerate(rows)]), seed=1)
+    assert (source.task.texts, source.task.label) == (("text",), "topic")
+
+
 def test_tags_that_are_no_entities_are_refused() -> None:
     with pytest.raises(DataError, match="'NOUN' is none of them"):
         types_of(("O", "NOUN"))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as theirs
 
-from fedloom.data.tasks import Classification, Column, DataError, choose_columns, metric_for
+from fedloom.data.tasks import Classification, Column, DataError, choose_columns, metric_for, metric_told
 
 
 def task(metric="accuracy", classes=("no", "yes"), texts=("text",)):
@@ -28,11 +28,12 @@ def test_scores_are_those_worked_out_by_hand():
     assert task("mcc").scores(labels, logits) == pytest.approx({"accuracy": 0.75, "mcc": mcc})
 
 
-def test_f1_of_two_classes_is_that_of_class_one_and_of_more_the_mean_over_all_classes():
+def test_f1_of_two_classes_is_that_of_class_one_and_of_more_the_mean_over_those_there_are():
     assert task("f1").scores(np.array([0, 0, 1]), logits_of([0, 0, 0]))["f1"] == 0.0
     assert task("f1").scores(np.array([1, 1, 0]), logits_of([1, 1, 1]))["f1"] == pytest.approx(0.8)
     three = task("f1", classes=("a", "b", "c"))
-    assert three.scores(np.array([0, 0, 1]), logits_of([0, 0, 1], 3))["f1"] == pytest.approx(2 / 3)  # class c never occurs
+    assert three.scores(np.array([0, 0, 1]), logits_of([0, 0, 1], 3))["f1"] == 1.0, "class c neither occurs nor is predicted"
+    assert three.scores(np.array([0, 0, 1]), logits_of([0, 0, 2], 3))["f1"] == pytest.approx(1 / 3), "class c is predicted"
 
 
 @given(st.integers(2, 5), st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=30))
@@ -40,7 +41,7 @@ def test_f1_of_two_classes_is_that_of_class_one_and_of_more_the_mean_over_all_cl
 def test_scores_are_those_of_scikit_learn(classes, pairs):
     labels, predicted = np.array(pairs).T % classes
     names = tuple("abcde"[:classes])
-    average = {"average": "binary"} if classes == 2 else {"average": "macro", "labels": np.arange(classes)}
+    average = {"average": "binary"} if classes == 2 else {"average": "macro"}
     due = {
         "accuracy": theirs.accuracy_score(labels, predicted),
         "mcc": theirs.matthews_corrcoef(labels, predicted),
@@ -143,3 +144,11 @@ def test_named_columns_are_taken():
 def test_columns_that_are_missing_or_ambiguous_are_named(columns, text, label, said):
     with pytest.raises(DataError, match=said):
         choose_columns(columns, text, label)
+
+
+@pytest.mark.parametrize(
+    ("metric", "classes", "told"),
+    [("f1", ("ham", "spam"), "f1 (of class 'spam')"), ("f1", ("a", "b", "c"), "f1"), ("accuracy", ("ham", "spam"), "accuracy")],
+)
+def test_of_which_class_f1_is_is_told(metric, classes, told):
+    assert metric_told(task(metric, classes)) == told

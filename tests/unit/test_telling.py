@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import torch
 
+from fedloom.client import store
+from fedloom.client.store import ClientStore, StoreError
 from fedloom.compute.lowrank import Diverged
 from fedloom.data.sources import load
 from fedloom.data.tasks import DataError
@@ -18,13 +22,16 @@ from fedloom.engines.workers import WorkerError, receive
 from fedloom.messages import DIVERGED
 from fedloom.model.base import ModelError
 from fedloom.model.loading import folder_of
+from fedloom.model.loading import load as load_model
 from fedloom.model.spans import SpanError
 from fedloom.run import worker
 from fedloom.run.deployment import device
+from fedloom.run.deployment.device import Own, kinds_of
 from fedloom.run.experiment import ExperimentError
-from fedloom.run.recipes import resolve
+from fedloom.run.recipes import digest_of_file, kind_in, resolve
 from fedloom.telling import for_others, in_full
 from fedloom.wire import WireError
+from tests.conformance.test_own_methods import MINE
 
 SECRET = "Mrs Miller, born 3 May 1961"
 RAISED = r"raised at test_telling.py:\d+: its text may quote data, and is in the device's own log alone"
@@ -94,6 +101,41 @@ def test_what_a_methods_own_file_or_a_models_folder_quotes_is_not_told(tmp_path:
         with pytest.raises((ExperimentError, ModelError), match="(?i)miller") as caught:
             wrong()
         assert re.search(told, for_others(caught.value)) and "iller" not in for_others(caught.value)
+
+
+def no_room(tensors: object, path: Path) -> NoReturn:
+    raise OSError(28, "No space left on device", str(path))
+
+
+def test_no_folder_of_a_device_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths have names of people and patients in them. Others ask the server what failed, and were told them."""
+    home = tmp_path / "miller_1961"
+    (home / "broken").mkdir(parents=True)
+    (home / "broken" / "config.json").write_text("{}")
+    (home / "both").mkdir()
+    (home / "both" / "config.json").write_text('{"model_type": "t5"}')
+    (home / "empty.py").write_text("")
+    (home / "two.py").write_text(MINE)
+    lost, full = ClientStore(home / "states"), ClientStore(home / "states")
+    lost.restore({"3": f"client-3-{'0' * 16}.safetensors"})
+    monkeypatch.setattr(store, "save_file", no_room)
+    greeting = {"recipe": "0" * 16, "experiment": {"method": {"name": "other"}}}
+    same = {**greeting, "recipe": digest_of_file(home / "two.py")}
+    wrong: dict[str, Callable[[], object]] = {
+        "^ExperimentError: this device's recipe comes to": lambda: kinds_of(greeting, Own("data", recipe=str(home / "two.py"))),
+        "^ExperimentError: the recipe defines no method 'other'; it": lambda: kinds_of(same, Own("data", recipe=str(home / "two.py"))),
+        "^ExperimentError: there is no recipe$": lambda: kinds_of(greeting, Own("data", recipe=str(home / "gone.py"))),
+        "^ExperimentError: the recipe defines no method$": lambda: kind_in(home / "empty.py", "other"),
+        "^ModelError: the model's folder is not there$": lambda: folder_of(str(home / "gone" / "model")),
+        "^ModelError: this device's model cannot be loaded: [A-Za-z]+$": lambda: load_model(str(home / "broken"), num_labels=2),
+        r"^ModelError: this device's model is an encoder-decoder \(t5\);": lambda: load_model(str(home / "both"), num_labels=2),
+        "^DiskError: the state of device 3 could not be written to its folder": lambda: full.save(3, {"a": torch.zeros(1)}, {}),
+        "^StoreError: client state client-3-0+.safetensors cannot be read": lambda: lost.load(3),
+    }
+    for told, fails in wrong.items():
+        with pytest.raises((ExperimentError, ModelError, StoreError), match="miller_1961") as caught:
+            fails()
+        assert re.search(told, for_others(caught.value)) and "iller" not in for_others(caught.value), for_others(caught.value)
 
 
 def test_a_device_that_cannot_begin_tells_its_own_log_all_and_the_server_no_word_of_its_data(monkeypatch: pytest.MonkeyPatch) -> None:

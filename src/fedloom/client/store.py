@@ -32,7 +32,7 @@ MANY = 64
 """Files in one commit from which on the whole file system is flushed in one call, where the system has such a call."""
 
 
-class StoreError(RuntimeError, Tellable):
+class StoreError(Tellable, RuntimeError):
     """Stored client state that is missing or not what was written."""
 
 
@@ -83,7 +83,8 @@ class ClientStore:
                 os.replace(place / f"{name}.tmp", place / name)
             except (OSError, SafetensorError) as error:
                 (place / f"{name}.tmp").unlink(missing_ok=True)
-                raise DiskError(f"the state of device {client} could not be written to {place} ({error})") from error
+                said = f"the state of device {client} could not be written to {place} ({error})"
+                raise DiskError(said, said.replace(str(place), "its folder")) from error
         self.take(client, name)
 
     def name(self, client: int) -> str:
@@ -164,10 +165,13 @@ class ClientStore:
         try:
             tensors = dict(sorted(load_file(path).items()))  # of which bytes are read as they are wanted
         except (OSError, SafetensorError) as error:
-            raise StoreError(f"client state {path} cannot be read ({error})") from error
+            said = f"client state {path} cannot be read ({error})"
+            raise StoreError(said, said.replace(str(path), name)) from error
         found = FILE.fullmatch(name)
         if found is None or fingerprint(tensors)[:16] != found[2]:
-            raise StoreError(f"client state {path} was altered after it was written")
+            raise StoreError(
+                f"client state {path} was altered after it was written", f"client state {name} was altered after it was written"
+            )
         private = {key.removeprefix("private/"): value for key, value in tensors.items() if key.startswith("private/")}
         memory = {key.removeprefix("memory/"): value for key, value in tensors.items() if key.startswith("memory/")}
         return private, memory

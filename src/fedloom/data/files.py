@@ -23,6 +23,9 @@ from fedloom.data.tasks import SPLITS, DataError, Split
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")
+"""What the ``datasets`` library writes of a data set, and is none."""
+
 ALIASES: dict[str, Split] = {
     "train": "train", "training": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "development": "validation",
@@ -67,7 +70,8 @@ def read_folder(folder: Path) -> tuple[dict[Split, pa.Table], list[str]]:
     Raises:
         DataError: no data file, no training file, or a file that cannot be read.
     """
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in SUFFIXES)
+    there = (path for path in folder.iterdir() if path.is_file() and path.name not in DESCRIPTIONS)
+    files = sorted(path for path in there if path.suffix.lower() in SUFFIXES)
     if not files and (folder / "data").is_dir():
         return read_folder(folder / "data")
     if not files:
@@ -135,7 +139,7 @@ def _cells(text: str, path: Path) -> dict[str, list[Any]]:
 
     A TSV that is not well formed with quotes (quotes inside plain text, as in GLUE's files) is read without quoting.
     """
-    first = text.split("\n", 1)[0]
+    first = re.sub(r'"[^"]*"', "", text.split("\n", 1)[0])  # what is within quotes parts no cells
     tabs = path.suffix.lower() == ".tsv"
     delimiter = "\t" if tabs else next((mark for mark in ",;\t" if mark in first), ",")
     limit = csv.field_size_limit(max(len(text), 1))
@@ -176,15 +180,16 @@ def _records(text: str, path: Path, lines: bool) -> dict[str, list[Any]]:
     """The columns of JSON: an object a line, a list of objects, an object of equal lists, or one of these under "data"."""
     try:
         whole = None if lines else json.loads(text, parse_constant=_constant)
-    except json.JSONDecodeError:
-        whole = None  # a .json file may still hold one object a line
+    except json.JSONDecodeError as error:
+        whole = _lines(text, path, error)  # a .json file may still hold one object a line
     if isinstance(whole, dict) and isinstance(whole.get("data"), (list, dict)) and len(whole) == 1:
         whole = whole["data"]
+    _insist_on_rows(whole, path)
     if isinstance(whole, dict) and whole and all(isinstance(v, list) for v in whole.values()):
         if len({len(values) for values in whole.values()}) > 1:
             raise DataError(f"the columns of '{path}' differ in length: { {name: len(v) for name, v in whole.items()} }")
         return whole
-    records = whole if isinstance(whole, list) else _lines(text, path)
+    records = whole if isinstance(whole, list) else _lines(text, path) if lines else [whole]
     for number, record in enumerate(records):
         if not isinstance(record, dict):
             raise DataError(
@@ -195,14 +200,30 @@ def _records(text: str, path: Path, lines: bool) -> dict[str, list[Any]]:
     return {name: [record.get(name) for record in records] for name in names}
 
 
-def _lines(text: str, path: Path) -> list[Any]:
-    """One JSON value for each line that is not blank."""
-    records = []
+def _insist_on_rows(whole: Any, path: Path) -> None:
+    """Insist that JSON is not nested as SQuAD's authors have it, article by article."""
+    articles = whole.get("data") if isinstance(whole, dict) else whole
+    if isinstance(articles, list) and articles and isinstance(articles[0], dict) and isinstance(articles[0].get("paragraphs"), list):
+        raise DataError(
+            f"'{path}' is nested by articles and paragraphs, as SQuAD's authors have it, and that is not read; write a question a line: "
+            '{"title": …, "context": …, "question": …, "answers": {"text": […], "answer_start": […]}}, as the Hub\'s "squad" has it',
+            "a file that is nested by articles and paragraphs",
+        )
+
+
+def _lines(text: str, path: Path, otherwise: json.JSONDecodeError | None = None) -> list[Any]:
+    """One JSON value for each line that is not blank. ``otherwise``: what is wrong with the text as one value, which is told where not even
+    the first line is one."""
+    records: list[Any] = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 records.append(json.loads(line, parse_constant=_constant))
             except json.JSONDecodeError as error:
+                if otherwise is not None and not records:
+                    at = f"{otherwise.msg} in line {otherwise.lineno}, column {otherwise.colno}"
+                    there = text.split("\n")[otherwise.lineno - 1].strip()[:60]
+                    raise DataError(f"'{path}' is not JSON: {at}: {there}", f"line {otherwise.lineno} is not JSON") from error
                 raise DataError(
                     f"line {number} of '{path}' is not JSON: {error.msg}; it begins: {line[:60]}", f"line {number} is not JSON"
                 ) from error
@@ -220,15 +241,28 @@ def _array(values: list[Any], name: str, path: Path) -> pa.Array:
     Raises:
         DataError: text that is half a character.
     """
+    if _halved(name):
+        raise DataError(
+            f"a column's name in '{path}' holds half a character: {name!r}; write it whole", "a column's name is half a character"
+        )
     try:
         try:
             return pa.array(values)
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
             return pa.array([v if v is None or isinstance(v, str) else json.dumps(v) for v in values])
     except UnicodeEncodeError as error:
-        row = next(i for i, v in enumerate(values) if isinstance(v, str) and v != v.encode("utf-8", "ignore").decode("utf-8"))
+        row = next(i for i, v in enumerate(values) if _halved(v))
         raise DataError(
             f"column '{name}' of '{path}' holds half a character in row {row} (counted from 0): {error.object[error.start]!r}, as a cut "
             "emoji leaves it; write it whole or take it out",
             f"row {row} holds half a character",
         ) from error
+
+
+def _halved(value: Any) -> bool:
+    """Whether there is half a character in a text, or in one within lists and objects."""
+    if isinstance(value, dict):
+        return any(_halved(part) for pair in value.items() for part in pair)
+    if isinstance(value, list):
+        return any(map(_halved, value))
+    return isinstance(value, str) and value != value.encode("utf-8", "ignore").decode("utf-8")

@@ -13,13 +13,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fedloom.data.tasks import SPLITS, DataError, Split
+from fedloom.data.tasks import LISTS, SPLITS, DataError, Split
 
 Label = str | int
 """A label as the data has it: a class name or a whole number (a truth value is one)."""
 
 WHOLE = re.compile(r"-?(0|[1-9]\d{0,17})(\.0)?")
 """How CSV writes a whole number, or a column of them that once had a gap."""
+
+
+DENIALS = ("no", "not", "non", "none", "un")
+"""What makes a class's name the denial of another's, or, by itself, of whatever the other is."""
 
 
 def label_values(column: pa.ChunkedArray, names: Sequence[str] | None, where: str) -> list[Label | None]:
@@ -46,26 +50,30 @@ def label_values(column: pa.ChunkedArray, names: Sequence[str] | None, where: st
     odd = next((v for v in values if v is not None and not isinstance(v, (str, int))), None)
     if odd is not None:
         raise DataError(
-            f"{where} holds {str(odd)[:60]}; a label is one word or one whole number a row",
+            f"{where} holds {str(odd)[:60]}; a label is one word or one whole number a row{f': {LISTS}' if isinstance(odd, list) else ''}",
             f"row {values.index(odd)}: a label that is neither one word nor one whole number",
         )
     return values
 
 
 def class_ids(
-    values: Mapping[Split, list[Label | None]], names: Sequence[str] | None, label: str
+    values: Mapping[Split, list[Label | None]], names: Sequence[str] | None, label: str, denied_first: bool = False
 ) -> tuple[dict[Split, np.ndarray], tuple[str, ...], list[str]]:
-    """(int64 ids of the splits that have labels, class names, notes). A held-out split without any label is left out and said.
+    """(int64 ids of the splits that have labels, class names, notes). A held-out split without any label is left out and said. With
+    ``denied_first``, of two classes one that denies the other is class 0 (:func:`denies`).
 
     Raises:
         DataError: no training labels, a row without one, or a held-out label that no training row has.
     """
     trained = [v for v in values["train"] if v is not None]
     whole = names is None and all(type(v) is int or (isinstance(v, str) and WHOLE.fullmatch(v.strip())) for v in trained)
+    truths = {str(v).strip().casefold(): v for v in trained} if names is None else {}
+    truths = truths if truths.keys() <= {"true", "false"} and len(truths) == len(set(trained)) else {}
     kept: dict[Split, list[Label]] = {}
     notes = []
     for split in SPLITS:
-        if split in values and (labels := _of_kind(values[split], names, whole, f"the {split} split", label)):
+        least = -1 in kept.get("train", ())
+        if split in values and (labels := _of_kind(values[split], names, whole, truths, least, f"the {split} split", label)):
             kept[split] = labels
         elif split == "train":
             raise DataError(f"the training split has no labels in column '{label}'; name the label column with label= (--label)")
@@ -73,6 +81,8 @@ def class_ids(
             notes.append(f"the {split} split has {'no labels' if values[split] else 'no rows'} and is not used")
     seen = set(kept["train"])
     original = list(names) if names is not None else sorted(seen, key=lambda v: (isinstance(v, str), v))
+    if denied_first and len(original) == 2 and denies(str(original[1]), str(original[0])):
+        original.reverse()
     for split, labels in kept.items():
         unknown = [str(v) for v in dict.fromkeys(labels) if v not in seen]
         if unknown:
@@ -109,10 +119,19 @@ def given_ids(values: Mapping[Split, list[Label | None]], classes: Sequence[str]
     return made
 
 
-def _of_kind(values: Sequence[Label | None], names: Sequence[str] | None, whole: bool, where: str, label: str) -> list[Label]:
-    """One split's labels in the training split's terms; empty if it has none (all missing, or all -1).
+def _of_kind(
+    values: Sequence[Label | None],
+    names: Sequence[str] | None,
+    whole: bool,
+    truths: Mapping[str, Label],
+    least: bool,
+    where: str,
+    label: str,
+) -> list[Label]:
+    """One split's labels in the training split's terms; empty if it has none (all missing, or all -1 where that is no class, ``least``).
 
-    Where training labels carry names, plain integers are their numbers; where those are whole numbers in text, so are these.
+    Where training labels carry names, plain integers are their numbers; where those are whole numbers in text, so are these; where they are
+    truth values, in text or not, these are the same ``truths``.
     """
     labels: list[Label] = []
     missing: list[int] = []
@@ -121,14 +140,26 @@ def _of_kind(values: Sequence[Label | None], names: Sequence[str] | None, whole:
             missing.append(row)
         elif names is not None and type(value) is int and 0 <= value < len(names):
             labels.append(names[value])
+        elif truths:
+            labels.append(truths.get(str(value).strip().casefold(), value))
         else:
             labels.append(int(float(value)) if whole and isinstance(value, str) and WHOLE.fullmatch(value.strip()) else value)
-    if all(type(value) is int and value == -1 for value in labels):
+    if not least and all(type(value) is int and value == -1 for value in labels):
         return []
     if missing:
         row = f"row {missing[0]} of {where} has no label"
         raise DataError(f"{row} in column '{label}'; label the row or remove it", row)
     return labels
+
+
+def denies(name: str, other: str) -> bool:
+    """Whether a class's name says no more than that it is not the other.
+
+    >>> denies("not_equivalent", "equivalent"), denies("Non-toxic", "toxic"), denies("no", "Yes"), denies("spam", "ham")
+    (True, True, True, False)
+    """
+    bare, said = (re.sub(r"[\W_]+", "", text.casefold()) for text in (name, other))
+    return bare in DENIALS or (bool(said) and bare in {denial + said for denial in DENIALS})
 
 
 def some(values: Sequence[str], most: int = 12) -> str:

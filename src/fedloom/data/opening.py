@@ -126,8 +126,29 @@ def _of_dataset(rows: datasets.Dataset) -> Table:
 
     inner = {name: kind.feature if isinstance(kind, datasets.List) else kind for name, kind in rows.features.items()}
     names = {name: list(kind.names) for name, kind in inner.items() if isinstance(kind, datasets.ClassLabel)}
-    return Table(rows.with_format("arrow")[:], names, np.zeros(0, np.int64))
+    return Table(_decoded(rows.with_format("arrow")[:]), names, np.zeros(0, np.int64))
 
 
 def _of_table(table: pa.Table) -> Table:
-    return Table(table, class_names(table.schema), np.zeros(0, np.int64))
+    return Table(_decoded(table), class_names(table.schema), np.zeros(0, np.int64))
+
+
+def _decoded(table: pa.Table) -> pa.Table:
+    """Texts as texts, however Arrow holds them: as numbers of a dictionary (pandas' categories), or as views."""
+    for i, field in enumerate(table.schema):
+        if (kind := _plain(field.type)) != field.type:
+            table = table.set_column(i, field.name, table.column(i).cast(kind))
+    return table
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The type without dictionaries and views."""
+    if pa.types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_list(kind):
+        return pa.list_(_plain(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_plain(field.type)) for field in kind])
+    return kind

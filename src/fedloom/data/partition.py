@@ -1,7 +1,7 @@
 """Which device holds which rows: IID, Dirichlet label skew, one device a source, or a saved file.
 
 Every row of every split goes to exactly one client. The training rows are dealt first; validation and test rows follow each
-client's training labels, so a device is tested on what it is like.
+client's training labels, so a device is tested on what it is like. Where devices are sources, a row goes to the device of its source.
 
 Label skew has the shape of FibecFed's preset (https://arxiv.org/abs/2410.00131): device sizes (n_1..n_K)/n ~ Dirichlet(beta),
 label priors per device pi_k ~ Dirichlet. As in Hsu et al. 2019 (https://arxiv.org/abs/1909.06335) the priors are centred on the
@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from fedloom.data.dealing import apportion, deal, draw_sizes, group, log_gamma, pack
-from fedloom.data.tasks import SPLITS, DataError, Split
+from fedloom.data.tasks import HELD_OUT, SPLITS, DataError, Split
 from fedloom.seeds import derive
 
 Shards = tuple[np.ndarray, ...]
@@ -103,11 +103,12 @@ def partition(
     beta: float,
     seed: int,
     minimum: int,
-    source_column: Sequence[Any] | None = None,
+    source_column: Mapping[Split, Sequence[Any]] | None = None,
 ) -> Partition:
     """The partition that ``how`` names: "iid", "label", "column:NAME" or the path of a saved file, which must fit the data.
 
-    ``source_column`` holds the training rows' values of the column NAME. ``minimum`` is the fewest training rows of a client.
+    ``source_column`` holds the rows' values of the column NAME, of each split that has it. ``minimum`` is the fewest training rows of a
+    client.
 
     Raises:
         DataError: an unknown ``how``, a number out of range, too few rows, or a file that does not fit.
@@ -117,7 +118,7 @@ def partition(
     if how == "label":
         return label_skew(labels, clients=clients, alpha=alpha, beta=beta, seed=seed, minimum=minimum)
     if how.startswith("column:"):
-        if source_column is None:
+        if source_column is None or "train" not in source_column:
             raise DataError(f"partition '{how}' needs the values of column '{how.removeprefix('column:')}', and none came")
         return by_column(labels, source_column, name=how.removeprefix("column:"), clients=clients, seed=seed, minimum=minimum)
     if not how.endswith(".json") and not Path(how).exists():
@@ -166,11 +167,17 @@ def label_skew(labels: Labels, *, clients: int, alpha: float, beta: float, seed:
     return _with_held_out(group(deal(train, counts, seed, "train"), clients), labels, scheme)
 
 
-def by_column(labels: Labels, values: Sequence[Any], *, name: str, clients: int, seed: int, minimum: int) -> Partition:
-    """One client per distinct value of a training column; more values than clients are packed whole, evenly by rows."""
+def by_column(labels: Labels, columns: Mapping[Split, Sequence[Any]], *, name: str, clients: int, seed: int, minimum: int) -> Partition:
+    """One client per distinct value of a training column; more values than clients are packed whole, evenly by rows.
+
+    A held-out row goes to the client that has its value, or by its label where none has it or its split has no such column.
+    """
+    values = columns["train"]
     rows = len(labels["train"])
-    if len(values) != rows:
-        raise DataError(f"column '{name}' came with {len(values)} values for {rows} training rows; there must be one a row")
+    for split, of in columns.items():
+        if len(of) != len(labels[split]):
+            kind = "training" if split == "train" else split
+            raise DataError(f"column '{name}' came with {len(of)} values for {len(labels[split])} {kind} rows; there must be one a row")
     if None in values:
         raise DataError(f"column '{name}' has no value in training row {list(values).index(None)}; every row needs a source")
     sizes = Counter(values)
@@ -189,25 +196,45 @@ def by_column(labels: Labels, values: Sequence[Any], *, name: str, clients: int,
             f"lower the minimum, or use fewer clients so that sources share a device"
         )
     scheme: Scheme = {"how": f"column:{name}", "clients": clients, "values": len(sizes), "seed": seed, "minimum": minimum}
-    return _with_held_out(shards, labels, scheme)
+    owners = {s: np.fromiter((device.get(v, -1) for v in of), np.int64, len(of)) for s, of in columns.items() if s != "train"}
+    return _with_held_out(shards, labels, scheme, owners)
+
+
+def told_of_column(name: str, columns: Mapping[Split, Sequence[Any]]) -> list[str]:
+    """Which held-out rows :func:`by_column` cannot give to the client of their value, for a person."""
+    trained, told = set(columns["train"]), []
+    for split in HELD_OUT:
+        if split not in columns:
+            told.append(f"the {split} split has no column '{name}': its rows are dealt by label")
+        elif others := sum(value not in trained for value in columns[split]):
+            told.append(
+                f"{others} of the {len(columns[split])} {split} rows have a '{name}' that no training row has, and are dealt by label"
+            )
+    return told
 
 
 def _label_counts(shards: Shards, labels: np.ndarray, classes: int) -> np.ndarray:
     return np.stack([np.bincount(labels[rows], minlength=classes) for rows in shards])
 
 
-def _with_held_out(train: Shards, labels: Labels, scheme: Scheme) -> Partition:
-    """Add the held-out shards: label c's rows in proportion to the clients' training counts n_{k,c}, or n_k if nobody has c."""
+def _with_held_out(train: Shards, labels: Labels, scheme: Scheme, owners: Mapping[Split, np.ndarray] | None = None) -> Partition:
+    """Add the held-out shards: label c's rows in proportion to the clients' training counts n_{k,c}, or n_k if nobody has c.
+
+    ``owners``: whose a split's rows are, where that is settled; -1 where it is not.
+    """
     classes = 1 + max((int(of.max()) for of in labels.values() if len(of)), default=0)
     counts = _label_counts(train, labels["train"], classes)
     held = {}
-    for split in ("validation", "test"):
-        total = np.bincount(labels[split], minlength=classes)
+    for split in HELD_OUT:
+        owner = (owners or {}).get(split, np.full(len(labels[split]), -1))
+        free = np.flatnonzero(owner < 0)
+        total = np.bincount(labels[split][free], minlength=classes)
         parts = np.zeros_like(counts)
         for c in np.flatnonzero(total):
             weights = counts[:, c] if counts[:, c].any() else counts.sum(1)
             parts[:, c] = apportion(int(total[c]), weights, derive(int(scheme["seed"]), "partition", "shares", split, int(c)))
-        held[split] = group(deal(labels[split], parts, int(scheme["seed"]), split), len(train))
+        owner[free] = deal(labels[split][free], parts, int(scheme["seed"]), split)
+        held[split] = group(owner, len(train))
     return Partition(train, held["validation"], held["test"], scheme | {"labels": _digest(labels)})
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 QUESTIONS = ("question", "query")
 CONTEXTS = ("context", "passage", "paragraph")
 ANSWERS = ("answers", "answer")
+HELD = ("answers", "string", "words")
+"""In which kinds of column answers come."""
 ARTICLES = ("title", "article", "category", "topic", "article of the context")
 EXACT = "exact_match"
 ARTICLE = "article of the context"
@@ -212,7 +214,7 @@ def choose_columns(columns: Mapping[str, Column], text: Sequence[str], label: st
             raise DataError(f"the training data has no column '{name}'; its columns are: {listed}")
     if text and not len(set(text)) == len(text) == 3:
         raise DataError(f"questions are read from three columns, question, context and answers, not {list(text)}: --text and three names")
-    kinds = (("string",), ("string",), ("answers", "string", "words"))
+    kinds = (("string",), ("string",), HELD)
     found = list(text) or [_named(columns, names, of) for names, of in zip((QUESTIONS, CONTEXTS, ANSWERS), kinds, strict=True)]
     for what, name, of in zip(("question", "context", "answers"), found, kinds, strict=True):
         if not name or columns[name].kind not in of:

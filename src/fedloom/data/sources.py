@@ -9,7 +9,8 @@ Knows nothing of tokenizers (``tokenise`` is given one), models or devices.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -25,12 +26,13 @@ from fedloom.data.examples import Examples, flat
 from fedloom.data.instructions import EVERYTHING, Instructions
 from fedloom.data.labels import Label, class_ids, given_ids, label_values, some
 from fedloom.data.opening import Table, read
-from fedloom.data.questions import ARTICLE, OTHER, Questions
+from fedloom.data.questions import ARTICLE, HELD, OTHER, Questions
 from fedloom.data.rows import Rows, whole_numbers
 from fedloom.data.tagging import TYPE, Tagging
 from fedloom.data.tasks import (
     ANSWER_F1,
     ENTITY_F1,
+    HELD_OUT,
     SPLITS,
     TOKEN_ACCURACY,
     Classification,
@@ -41,6 +43,7 @@ from fedloom.data.tasks import (
     TaskKind,
     choose_columns,
     metric_for,
+    metric_told,
 )
 from fedloom.seeds import derive
 
@@ -64,12 +67,21 @@ class Source:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Names:
+    """Columns by their names: of texts, and of labels. Empty: nothing is said of them."""
+
+    text: tuple[str, ...] = ()
+    label: str = ""
+
+
 def load(
     data: Data,
     *,
     seed: int,
     text: tuple[str, ...] = (),
     label: str = "",
+    elsewhere: Names = Names(),
     metric: str = "auto",
     task: TaskKind = "auto",
     max_train: int = 0,
@@ -85,6 +97,7 @@ def load(
     answer); text (all of it to be learnt); chat (conversations, the assistant's turns to be learnt); tagging (a tag for every word); qa (a
     question's answer in a context); or, left to the columns, one of them but text. ``classes`` and
     ``tags``: their names in order where somebody else has fixed them; a file may then hold few of them, and a held-out split no row.
+    ``elsewhere``: the columns that somebody else reads, read here too where none are named and these data have them.
 
     Raises:
         DataError: whatever is wrong with the data, with what would be right.
@@ -94,7 +107,8 @@ def load(
         held = ", ".join(tables) or "none"
         raise DataError(f"'{name}' has no training rows; its splits are: {held}. Give a training split, or one split alone")
     columns = {column: _describe(tables["train"], column) for column in tables["train"].rows.column_names}
-    if task == "tagging" or (task == "auto" and tagging.looks_like_tagging(columns)):
+    text, label = _as_elsewhere(columns, Names(text, label), elsewhere, notes)
+    if task == "tagging" or (task == "auto" and tagging.looks_like_tagging(columns, partial(_as_long, tables["train"]))):
         if metric != "auto":
             raise DataError(f"tags are scored by {ENTITY_F1}, not by {metric}; leave metric (--metric) at auto")
         words, tagged = tagging.choose_columns(columns, text, label)
@@ -114,8 +128,9 @@ def load(
         made, tables = _chats(tables, chats.choose_columns(columns, text), columns, label, notes)
     elif task == "classification" or (task == "auto" and (label or not instructions.looks_like_instructions(columns))):
         texts, label = choose_columns(columns, text, label)
-        tables, classes = _labelled(tables, texts, label, notes, classes)
-        made = Classification(texts, label, classes, metric_for(name) if metric == "auto" else metric)
+        metric = metric_for(name) if metric == "auto" else metric
+        tables, classes = _labelled(tables, texts, label, notes, classes, metric == "f1")
+        made = Classification(texts, label, classes, metric)
     else:
         if metric not in ("auto", TOKEN_ACCURACY):
             raise DataError(f"answers are scored by {TOKEN_ACCURACY}, not by {metric}; leave metric (--metric) at auto")
@@ -125,13 +140,29 @@ def load(
             tables[split] = _prepared(tables[split], prompts[1:], label)
         tables, classes = _labelled(tables, (*prompts, answer), label, notes)
         made = Instructions(prompts, answer, label, classes)
-    notes.append(f"columns: {made.told}; metric {made.metric}")
-    tables = _three_splits(tables, seed, notes)
+    notes.append(f"columns: {made.told}; metric {metric_told(made)}")
+    tables = _three_splits(tables, seed, notes, made.context if isinstance(made, Questions) else "")
     for split, most in zip(SPLITS, (max_train, max_validation, max_test), strict=True):
         tables[split] = _capped(tables[split], split, most, made, seed, notes)
-    _tell_overlap(tables, made.texts, notes)
+    _tell_overlap(tables, made, notes)
     _tell_blank(tables, made, notes)
     return Source(name, {split: _rows(tables[split], made.label) for split in SPLITS}, made, tuple(notes))
+
+
+def _as_elsewhere(columns: Iterable[str], own: Names, elsewhere: Names, notes: list[str]) -> tuple[tuple[str, ...], str]:
+    """The names of text and label columns that are to be read: ``own`` ones, else those read ``elsewhere`` if they are all here."""
+    text, label = own.text, own.label
+    if not text and elsewhere.text:
+        if {*elsewhere.text} <= {*columns} - {label}:
+            text = elsewhere.text
+        else:
+            notes.append(f"the server reads text {' + '.join(elsewhere.text)}, which is not here: what to read was found")
+    if not label and elsewhere.label:
+        if elsewhere.label in {*columns} - {*text}:
+            label = elsewhere.label
+        else:
+            notes.append(f"the server reads label {elsewhere.label}, which is not here: the label was found")
+    return text, label
 
 
 def _chats(
@@ -154,8 +185,11 @@ def _prepared(table: Table, contexts: Sequence[str], label: str) -> Table:
     """Missing contexts as empty ones, and one label for all where there is none."""
     rows = table.rows
     for name in contexts:
-        if name in rows.column_names:
-            rows = rows.set_column(rows.column_names.index(name), name, pc.fill_null(rows[name], ""))
+        if name not in rows.column_names:
+            continue  # told with the other columns, as what is no text is
+        told = rows[name].cast(pa.string()) if pa.types.is_null(rows[name].type) else rows[name]
+        if _is_text(told.type):
+            rows = rows.set_column(rows.column_names.index(name), name, pc.fill_null(told, ""))
     if label == EVERYTHING and EVERYTHING not in rows.column_names:
         rows = rows.append_column(EVERYTHING, pa.array([EVERYTHING] * rows.num_rows, pa.string()))
     return replace(table, rows=rows)
@@ -193,6 +227,8 @@ def _flattened(table: Table, words: str, tagged: str, tags: tuple[str, ...], kin
     rows = table.rows
     if words not in rows.column_names or tagged not in rows.column_names:
         return table
+    for name, kinds_of, what in ((words, ("words",), "lists of words"), (tagged, ("words", "numbers"), "lists of tags")):
+        _insist_kind(table, name, split, kinds_of, what)
     made = tagging.as_texts(rows[words].to_pylist(), rows[tagged].to_pylist(), tags, f"the {split} split", table.names.get(tagged))
     for name, column in zip((words, tagged), made[:2], strict=True):
         rows = rows.set_column(rows.column_names.index(name), name, pa.array(column, pa.string()))
@@ -215,8 +251,11 @@ def _questions(
         notes.append(f"the {split} split has no rows and is not used")
     names: dict[Split, list[str | None]] = {}
     for split, table in tables.items():
-        for column in (*columns[:3], *([article] if article else [])):
+        for column in (question, context):
             _insist_text(table, column, split)
+        for column in (answers, *([article] if article else [])):
+            _insist_whole(table, column, split)
+        _insist_kind(table, answers, split, HELD, "answers, as texts or with their places")
         names[split] = [str(name) for name in table.rows[article].to_pylist()] if article else [questions.EVERYTHING] * len(table.rows)
         made = questions.as_texts(table.rows[context].to_pylist(), table.rows[answers].to_pylist(), f"the {split} split")
         rows = table.rows.set_column(table.rows.column_names.index(answers), answers, pa.array(made, pa.string()))
@@ -280,7 +319,7 @@ def _describe(table: Table, name: str) -> Column:
     column = table.rows[name]
     if _holds_chats(column, name):
         return Column("chats", 0, len(column))
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    if _is_text(column.type):
         kind = "string"
     elif name in table.names and not pa.types.is_nested(column.type):
         kind = "classes"
@@ -290,13 +329,18 @@ def _describe(table: Table, name: str) -> Column:
         return Column("answers", 0, len(column))
     elif pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         inner = column.type.value_type
-        strings = pa.types.is_string(inner) or pa.types.is_large_string(inner)
         places = pa.types.is_struct(inner) and {"text", "answer_start"} <= {field.name for field in inner}
-        kind = "words" if strings else "numbers" if pa.types.is_integer(inner) else "answers" if places else "other"
+        kind = "words" if _is_text(inner) else "numbers" if pa.types.is_integer(inner) else "answers" if places else "other"
         return Column(kind, 0, len(column))
     else:
         return Column("other", 0, len(column))
     return Column(kind, len(column.unique()), len(column))
+
+
+def _as_long(table: Table, one: str, other: str) -> bool:
+    """Whether the lists of two columns are of the same lengths in most rows; of those few that are not it is told later which they are."""
+    same = pc.equal(pc.list_value_length(table.rows[one]), pc.list_value_length(table.rows[other]))
+    return 2 * (pc.sum(same).as_py() or 0) > table.rows.num_rows
 
 
 def _holds_chats(column: pa.ChunkedArray, name: str) -> bool:
@@ -309,7 +353,12 @@ def _holds_chats(column: pa.ChunkedArray, name: str) -> bool:
 
 
 def _labelled(
-    tables: dict[Split, Table], texts: tuple[str, ...], label: str, notes: list[str], given: tuple[str, ...] = ()
+    tables: dict[Split, Table],
+    texts: tuple[str, ...],
+    label: str,
+    notes: list[str],
+    given: tuple[str, ...] = (),
+    denied_first: bool = False,
 ) -> tuple[dict[Split, Table], tuple[str, ...]]:
     """The splits that have labels, with their ids, and the class names; all splits where the names are given."""
     values: dict[Split, list[Label | None]] = {}
@@ -320,7 +369,7 @@ def _labelled(
     if given:
         ids, classes = given_ids(values, given, label), given
     else:
-        ids, classes, said = class_ids(values, tables["train"].names.get(label), label)
+        ids, classes, said = class_ids(values, tables["train"].names.get(label), label, denied_first)
         notes += said
     for split in ids:
         for column in texts:
@@ -328,7 +377,36 @@ def _labelled(
     return {split: Table(tables[split].rows, tables[split].names, of) for split, of in ids.items()}, classes
 
 
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
 def _insist_text(table: Table, column: str, split: Split) -> None:
+    """Insist that a column is there, without gaps and of texts."""
+    _insist_whole(table, column, split)
+    if table.rows.num_rows and not _is_text(table.rows[column].type):
+        raise _other_kind(table, column, split, "text")
+
+
+def _insist_kind(table: Table, column: str, split: Split, kinds: Sequence[str], what: str) -> None:
+    """Insist that a column is of one of these kinds, as the training split's is; where nothing is in it there is none."""
+    kind, nothing = table.rows[column].type, pa.types.is_null
+    if nothing(kind) or (pa.types.is_list(kind) and nothing(kind.value_type)) or not table.rows.num_rows:
+        return
+    if _describe(table, column).kind not in kinds:
+        raise _other_kind(table, column, split, what)
+
+
+def _other_kind(table: Table, column: str, split: Split, what: str) -> DataError:
+    held = next((value for value in table.rows[column].to_pylist() if value is not None), None)
+    came = f"column '{column}' of the {split} split holds {table.rows[column].type}, such as {str(held)[:60]}"
+    return DataError(
+        f"{came}; {what} would be right, as in the training split: write it so, or leave the split out",
+        f"a column of the {split} split does not hold {what}",
+    )
+
+
+def _insist_whole(table: Table, column: str, split: Split) -> None:
     if column not in table.rows.column_names:
         listed = ", ".join(table.rows.column_names)
         raise DataError(f"the {split} split has no column '{column}', which the training split has; its columns are: {listed}")
@@ -338,8 +416,9 @@ def _insist_text(table: Table, column: str, split: Split) -> None:
         raise DataError(f"{where} in column '{column}'; give it one ('' is fine) or remove it", where)
 
 
-def _three_splits(tables: dict[Split, Table], seed: int, notes: list[str]) -> dict[Split, Table]:
-    """Make the missing splits: a lone validation split becomes the test split; the rest is cut from the training rows."""
+def _three_splits(tables: dict[Split, Table], seed: int, notes: list[str], together: str = "") -> dict[Split, Table]:
+    """Make the missing splits: a lone validation split becomes the test split; the rest is cut from the training rows. ``together``: a
+    column whose rows with the same value are not parted, if that can be."""
     tables = dict(tables)
     if "test" not in tables and "validation" in tables:
         tables["test"] = tables.pop("validation")
@@ -347,17 +426,19 @@ def _three_splits(tables: dict[Split, Table], seed: int, notes: list[str]) -> di
     rows = len(tables["train"].ids)
     missing: list[Split] = [split for split in SPLITS if split not in tables]
     for split in missing:
-        kept, tables[split] = _cut(tables["train"], max(1, round(CUT * rows)), seed, split)
+        kept, tables[split] = _cut(tables["train"], max(1, round(CUT * rows)), seed, split, together)
         tables["train"] = kept
         notes.append(f"no {split} split: 10 % of train ({len(tables[split].ids)} rows) cut by seed {seed}")
     return tables
 
 
-def _cut(table: Table, size: int, seed: int, split: str) -> tuple[Table, Table]:
+def _cut(table: Table, size: int, seed: int, split: str, together: str) -> tuple[Table, Table]:
     """(what stays, ``size`` rows drawn by seed). One row of every label stays, so that no label is held out only."""
     order = derive(seed, "split", split).permutation(len(table.ids))
     _, first = np.unique(table.ids[order], return_index=True)
-    drawn = np.delete(order, first)[:size]
+    drawn = _unparted(table, together, order, size) if together else order[:0]
+    if not len(drawn):
+        drawn = np.delete(order, first)[:size]
     if not len(drawn):
         raise DataError(
             f"{len(order)} training rows with {len(first)} different labels are too few to cut a {split} split from, for one row of every "
@@ -365,6 +446,22 @@ def _cut(table: Table, size: int, seed: int, split: str) -> tuple[Table, Table]:
         )
     kept = np.setdiff1d(order, drawn)
     return table.take(kept), table.take(np.sort(drawn))
+
+
+def _unparted(table: Table, column: str, order: np.ndarray, size: int) -> np.ndarray:
+    """At most ``size`` rows: all with the same value in ``column`` or none, in the ``order`` of the values' first rows. None where a label
+    would lose its last row by any."""
+    groups: dict[str, list[int]] = {}
+    values = table.rows[column].to_pylist()
+    for row in order.tolist():
+        groups.setdefault(values[row], []).append(row)
+    left, drawn = Counter(table.ids.tolist()), list[int]()
+    for rows in groups.values():
+        labels = Counter(table.ids[rows].tolist())
+        if len(drawn) + len(rows) <= size and all(left[label] > count for label, count in labels.items()):
+            drawn += rows
+            left.subtract(labels)
+    return np.asarray(drawn, np.int64)
 
 
 def _capped(table: Table, split: Split, most: int, task: Task, seed: int, notes: list[str]) -> Table:
@@ -381,14 +478,19 @@ def _capped(table: Table, split: Split, most: int, task: Task, seed: int, notes:
     return table.take(rows)
 
 
-def _tell_overlap(tables: dict[Split, Table], texts: tuple[str, ...], notes: list[str]) -> None:
-    """Say how many held-out texts also occur in train."""
-    content = {split: list(zip(*(tables[split].rows[name].to_pylist() for name in texts), strict=True)) for split in SPLITS}
+def _tell_overlap(tables: dict[Split, Table], task: Task, notes: list[str]) -> None:
+    """Say how many held-out texts, and contexts of questions, also occur in train."""
+    content = {split: list(zip(*(tables[split].rows[name].to_pylist() for name in task.texts), strict=True)) for split in SPLITS}
     trained = set(content["train"])
-    for split in ("validation", "test"):
+    for split in HELD_OUT:
         shared = sum(text in trained for text in content[split])
         if shared:
             notes.append(f"{shared} of the {len(content[split])} {split} texts also occur in train")
+    if isinstance(task, Questions):
+        contexts = {split: set(tables[split].rows[task.context].to_pylist()) for split in SPLITS}
+        for split in HELD_OUT:
+            if both := len(contexts[split] & contexts["train"]):
+                notes.append(f"{both} of the {len(contexts[split])} contexts of the {split} split also occur in train")
 
 
 def _tell_blank(tables: dict[Split, Table], task: Task, notes: list[str]) -> None:

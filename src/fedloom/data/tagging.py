@@ -6,7 +6,7 @@ are skewed by a sentence's type: that of its first entity, or "none". Knows noth
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -123,11 +123,11 @@ def _best(found: list[str], known: Sequence[str]) -> list[str]:
     return [lower[name] for name in known if name in lower][:1] or (found if len(found) == 1 else [])
 
 
-def looks_like_tagging(columns: Mapping[str, Column]) -> bool:
-    """Whether there is a column of words, one of their tags, and no text."""
-    kinds = {column.kind for column in columns.values()}
-    named = {name.lower() for name, column in columns.items() if column.kind in ("words", "numbers")}
-    return "words" in kinds and any(name in named for name in TAGS)
+def looks_like_tagging(columns: Mapping[str, Column], alike: Callable[[str, str], bool]) -> bool:
+    """Whether there is a column named like tags and another of words beside it, ``alike`` in how long their lists are."""
+    words = [name for name, column in columns.items() if column.kind == "words"]
+    tags = [name for name, column in columns.items() if column.kind in ("words", "numbers") and name.lower() in TAGS]
+    return any(alike(word, tag) for tag in tags for word in words if word != tag)
 
 
 def as_texts(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
@@ -26,6 +26,11 @@ METRICS = ("accuracy", "mcc", "f1")
 TOKEN_ACCURACY, ENTITY_F1, ANSWER_F1 = "token_accuracy", "entity_f1", "answer_f1"
 """The headlines of answers, of tags, and of answers that are found: one each, whatever is asked for."""
 TaskKind = Literal["auto", "classification", "instructions", "text", "chat", "tagging", "qa"]
+LISTS = (
+    "several labels a row (multi-label) are not supported; lists are read as tags, beside lists of as many words (--task tagging); "
+    f"--task is one of {', '.join(get_args(TaskKind))}"
+)
+"""What to say where labels are lists."""
 
 PAIRS = (
     ("sentence1", "sentence2"),
@@ -179,7 +184,7 @@ class Classification:
     def scores(self, labels: np.ndarray, made: np.ndarray) -> dict[str, float]:
         """``metric`` and "accuracy" of the argmax of the logits ``made`` (n, C) against ``labels`` (n,).
 
-        "mcc" is Matthews' correlation; "f1" is that of class 1 with two classes, the macro mean with more.
+        "mcc" is Matthews' correlation; "f1" is that of class 1 with two classes, with more the mean over those that occur or are predicted.
 
         Raises:
             DataError: shapes disagree, there is no example, a label is no class, or a logit is not finite.
@@ -218,8 +223,8 @@ def headline(metric: str, right: np.ndarray, true: np.ndarray, predicted: np.nda
     if metric == "mcc":
         return _matthews(right.sum(-1), true, predicted, n)
     if metric == "f1":
-        each = 2 * right / np.maximum(true + predicted, 1)  # 0 for a class that neither occurs nor is predicted
-        return each[..., 1] if each.shape[-1] == 2 else each.mean(-1)
+        each = 2 * right / np.maximum(true + predicted, 1)
+        return each[..., 1] if each.shape[-1] == 2 else each.sum(-1) / np.maximum((true + predicted > 0).sum(-1), 1)
     if metric == ENTITY_F1:  # class 1 are entities, class 0 what is none
         return 2 * right[..., 1] / np.maximum(true[..., 1] + predicted[..., 1], 1)
     raise DataError(f"no metric '{metric}'; there are {', '.join(METRICS)}")
@@ -230,6 +235,11 @@ def _matthews(right: np.ndarray, true: np.ndarray, predicted: np.ndarray, n: np.
     spread = (n**2 - (true * true).sum(-1)).astype(float) * (n**2 - (predicted * predicted).sum(-1)).astype(float)
     agreement = right * n - (true * predicted).sum(-1)
     return np.where(spread > 0, agreement / np.sqrt(np.where(spread > 0, spread, 1)), 0.0)
+
+
+def metric_told(task: Task) -> str:
+    """The headline for a person, and of which class F1 is where there are two."""
+    return f"{task.metric} (of class '{task.classes[1]}')" if task.metric == "f1" and len(task.classes) == 2 else task.metric
 
 
 def metric_for(name: str) -> str:
@@ -283,6 +293,8 @@ def _label(columns: Mapping[str, Column], texts: Sequence[str], listed: str) -> 
     if len(found) == 1:
         return found[0]
     what = f"columns {', '.join(found)} could each be the label" if found else "no column looks like a label"
+    if not found and (lists := [name for name, column in left.items() if column.kind in ("words", "numbers")]):
+        raise DataError(f"{what}, and {lists[0]} holds lists: {LISTS}. Or name a label with label= (--label), among: {listed}")
     raise DataError(f"{what}; name it with label= (--label), among: {listed}")
 
 

@@ -51,6 +51,11 @@ class ModelError(Tellable, ValueError):
     """A model that cannot be used, and what could be."""
 
 
+def of_model(name: str, said: str) -> ModelError:
+    """What is wrong with a model, in words that quote its name; others are told them without it, for it may be a folder of this machine."""
+    return ModelError(said, said.replace(f"'{name}'", "this device's model"))
+
+
 @dataclass
 class Model:
     """A frozen base with an adapter. ``reader``: how the task's texts are put before it and read. ``initial``: float32 start of every
@@ -248,9 +253,11 @@ class Model:
             ModelError: a name that no pair stands on, or a base in few bits, which stays as it is.
         """
         if weights and self.quantised:
-            raise ModelError(f"the base of '{self.name}' is held in few bits and stays as it is; leave --adapter.base out")
+            raise of_model(self.name, f"the base of '{self.name}' is held in few bits and stays as it is; leave --adapter.base out")
         if unknown := sorted(set(weights) - set(self.beneath.names)):
-            raise ModelError(f"no LoRA pair of '{self.name}' stands on {unknown[:2]}; they stand on {list(self.beneath.names)[:2]} …")
+            raise of_model(
+                self.name, f"no LoRA pair of '{self.name}' stands on {unknown[:2]}; they stand on {list(self.beneath.names)[:2]} …"
+            )
         self.ground.put(weights, self.module, *self._copies.values())
 
     def start_at(self, pairs: Tensors) -> None:
@@ -301,14 +308,14 @@ class Model:
             yield
             return
         if wrong := sorted(layer for layer in layers if not 0 <= layer < self.depth):
-            raise ModelError(f"'{self.name}' has no layers {wrong} to leave out; it has 0 to {self.depth - 1}")
+            raise of_model(self.name, f"'{self.name}' has no layers {wrong} to leave out; it has 0 to {self.depth - 1}")
         modules: list[nn.Module] = [self.base(dtype)]
         if not self.alone and isinstance(way := self.way(dtype), Packed):
             modules.append(way.module)
         try:
             stacks = [stack_of(module, self.depth) for module in modules]
         except LookupError as error:
-            raise ModelError(f"no layer of '{self.name}' can be left out: {error}") from error
+            raise of_model(self.name, f"no layer of '{self.name}' can be left out: {error}") from error
         self.ground.remember(self.module)  # while all of them are there
         if self._answers is None:
             ids = torch.full((1, 4), 5, device=self.device)
@@ -388,7 +395,9 @@ class Model:
             try:
                 self._recomputed[id(module)] = Recomputed(module, self.depth)
             except LookupError as error:
-                raise ModelError(f"no layer of '{self.name}' can be computed again: {error}; leave --engine.recompute out") from error
+                raise of_model(
+                    self.name, f"no layer of '{self.name}' can be computed again: {error}; leave --engine.recompute out"
+                ) from error
         return self._recomputed[id(module)]
 
     def together(

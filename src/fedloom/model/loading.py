@@ -33,7 +33,7 @@ from transformers.utils.hub import cached_file
 from fedloom.hub import reachable
 from fedloom.model.adapters import SPLITTING, Adapter, attach, beneath, in_few_bits, take_principal_parts, trainable_names
 from fedloom.model.answers import Form, Speaker
-from fedloom.model.base import Model, ModelError, Precision, reach
+from fedloom.model.base import Model, ModelError, Precision, of_model, reach
 from fedloom.model.cloze import Cloze, Filler, keep_rows
 from fedloom.model.ground import Ground
 from fedloom.model.names import BESIDE, HEADS, PEFT
@@ -68,7 +68,8 @@ def folder_of(name: str) -> str:
         folder = Path(spec.submodule_search_locations[0]) / "model"
         digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
         if digest != MINILM_SHA256:
-            raise ModelError(f"{folder / 'model.safetensors'} has sha256 {digest}, not {MINILM_SHA256}: reinstall the demo extra")
+            altered = f"has sha256 {digest}, not {MINILM_SHA256}: reinstall the demo extra"
+            raise ModelError(f"{folder / 'model.safetensors'} {altered}", f"minilm {altered}")
         return str(folder)
     looks_local = name.startswith((".", "/", "~")) or (os.sep in name and name.count("/") > 1)
     path = Path(name).expanduser()
@@ -80,7 +81,8 @@ def folder_of(name: str) -> str:
         )
     if looks_local and not path.is_dir():
         raise ModelError(
-            f"no model folder '{name}'; give 'minilm', a Hugging Face model folder, or a Hub name such as 'FacebookAI/roberta-base'"
+            f"no model folder '{name}'; give 'minilm', a Hugging Face model folder, or a Hub name such as 'FacebookAI/roberta-base'",
+            "the model's folder is not there",
         )
     return str(path) if path.is_dir() else name
 
@@ -189,51 +191,60 @@ def _loaded(folder: str, name: str, num_labels: int, use: Use) -> tuple[Any, Any
         local: dict[str, Any] = {"local_files_only": Path(folder).is_dir() or not reachable()}
         config = AutoConfig.from_pretrained(folder, **({"num_labels": num_labels} if num_labels else {}), **local)
         if config.is_encoder_decoder:
-            raise ModelError(f"'{name}' is an encoder-decoder ({config.model_type}); give an encoder or a decoder")
+            raise of_model(name, f"'{name}' is an encoder-decoder ({config.model_type}); give an encoder or a decoder")
         spaced = {"add_prefix_space": True} if use == "tags" else {}  # a word by itself is then the word that it is within a sentence
         tokenizer = AutoTokenizer.from_pretrained(folder, **spaced, **local)
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-            raise ModelError(
+            raise of_model(
+                name,
                 f"'{name}' brings no tokenizer: what was found has {len(tokenizer)} special tokens and no word, so that all text would be "
-                "unknown. Save it beside the model: tokenizer.save_pretrained(FOLDER)"
+                "unknown. Save it beside the model: tokenizer.save_pretrained(FOLDER)",
             )
         kind: Any = {"tags": AutoModelForTokenClassification, "finds": AutoModelForQuestionAnswering}.get(use)
         kind = kind or AutoModelForSequenceClassification
         if not num_labels:
             masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING
             if masked and use == "writes":
-                raise ModelError(
+                raise of_model(
+                    name,
                     f"'{name}' ({config.model_type}) fills gaps and writes no answers; give --model the folder or Hub name of a causal "
-                    "language model, or --task classification"
+                    "language model, or --task classification",
                 )
             kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
         how: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "ignore_mismatched_sizes": True, **local}
         base, found = kind.from_pretrained(folder, config=config, output_loading_info=True, **how)
         if not num_labels and found["missing_keys"]:
             new, other = ", ".join(sorted(found["missing_keys"])[:3]), "--task classification" if use == "writes" else "--head linear"
-            raise ModelError(
+            raise of_model(
+                name,
                 f"'{name}' has no trained language-model head: {new} would be new, and that head is what is asked. Give a model that has "
-                f"one, or {other}"
+                f"one, or {other}",
             )
         new = {*found["missing_keys"], *(key[0] for key in found["mismatched_keys"])} & {n for n, _ in base.named_parameters()}
         if lost := sorted(n for n in new if (HEADS | BESIDE).isdisjoint(n.split("."))):
-            raise ModelError(
+            raise of_model(
+                name,
                 f"'{name}' brings no {', '.join(lost[:3])}{' …' if len(lost) > 3 else ''}: of a model that is adapted only the head may be "
-                f"new ({', '.join(sorted(HEADS | BESIDE))}). Give a model whose files hold the rest"
+                f"new ({', '.join(sorted(HEADS | BESIDE))}). Give a model whose files hold the rest",
             )
     except ModelError:
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         if isinstance(error, SafetensorError):
-            raise ModelError(f"the weights in '{name}' are damaged or cut off ({first}); bring the folder's .safetensors anew") from error
-        if "tiktoken" in first:  # what the library asks for where it could not read the file as sentencepiece's
             raise ModelError(
+                f"the weights in '{name}' are damaged or cut off ({first}); bring the folder's .safetensors anew",
+                "the weights of this device's model are damaged or cut off",
+            ) from error
+        if "tiktoken" in first:  # what the library asks for where it could not read the file as sentencepiece's
+            raise of_model(
+                name,
                 f"the tokenizer of '{name}' comes as a sentencepiece model alone, as DeBERTa-v3's does, and to read it takes the extra "
-                "'spm' (sentencepiece and protobuf): pip install -e '.[spm]' in Fedloom's folder"
+                "'spm' (sentencepiece and protobuf): pip install -e '.[spm]' in Fedloom's folder",
             ) from error
         raise ModelError(
-            f"model '{name}' cannot be loaded: {first} Give 'minilm', a Hugging Face model folder, or a Hub name (which needs a network)"
+            f"model '{name}' cannot be loaded: {first} Give 'minilm', a Hugging Face model folder, or a Hub name (which needs a network)",
+            f"this device's model cannot be loaded: {type(error).__name__}",
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token

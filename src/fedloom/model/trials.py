@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fedloom.messages import Tensors
-from fedloom.model.base import Model, ModelError
+from fedloom.model.base import Model, of_model
 from fedloom.model.calls import CALLS, from_zero
 from fedloom.model.dropout import SeededDropout
 from fedloom.model.machine import free_bytes
@@ -49,9 +49,10 @@ def learn_to_call(model: Model, base: Any) -> None:
         if not model.causal:
             mask[1, short:] = False
         if model.causal and model.finder is not None:
-            raise ModelError(
+            raise of_model(
+                model.name,
                 f"'{model.name}' ({model.config.model_type}) reads forwards only, and answers are looked for with an encoder; give --model "
-                "the folder or Hub name of one, or --task instructions"
+                "the folder or Hub name of one, or --task instructions",
             )
         segments = torch.full_like(ids, model.trial_segment)
         batch = Batch(torch.where(mask, ids, model.pad_id), mask, segments, ids[:, 0] * 0, torch.ones(2))
@@ -71,7 +72,7 @@ def learn_to_call(model: Model, base: Any) -> None:
             if error <= AGREE * max(1.0, float(wanted.abs().max())):
                 return
             tried.append(f"{call[0].__name__}/{call[1].__name__}: logits differ by {error:.2g}")
-    raise ModelError(f"'{model.name}' ({model.config.model_type}) cannot be called; tried " + "; ".join(tried))
+    raise of_model(model.name, f"'{model.name}' ({model.config.model_type}) cannot be called; tried " + "; ".join(tried))
 
 
 def leave_unreached_out(model: Model) -> None:

@@ -21,6 +21,7 @@ from fedloom.client.curricula.loss import ByLoss
 from fedloom.client.store import ClientStore
 from fedloom.data.partition import Partition
 from fedloom.data.sources import Source
+from fedloom.data.tasks import metric_told
 from fedloom.engines.engine import drive
 from fedloom.messages import Replies, Task
 from fedloom.methods.embracingfl import EmbracingFL
@@ -121,7 +122,7 @@ def _data(world: World) -> Lines:
     task = world.source.task
     return [
         ("data", f"{world.source.name}: {rows}"),
-        ("labels", f"{', '.join(task.classes)}; metric {task.metric}"),
+        ("labels", f"{', '.join(task.classes)}; metric {metric_told(task)}"),
         *([("answers", task.told)] if world.model.speaker else []),
         *([("exact match", written)] if (written := _written(world)) else []),
         ("tokens", tokens),

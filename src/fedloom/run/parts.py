@@ -101,7 +101,8 @@ def written(place: Path, kind: str, tensors: Tensors) -> str:
             os.replace(scratch, place / name)
         except (OSError, SafetensorError) as error:
             scratch.unlink(missing_ok=True)
-            raise DiskError(f"the server's state could not be written to {place / name} ({error})") from error
+            said = f"the server's state could not be written to {place / name} ({error})"
+            raise DiskError(said, said.replace(str(place), "its folder")) from error
     return name
 
 

@@ -113,7 +113,7 @@ def digest_of_file(path: Path) -> str:
         ExperimentError: there is none.
     """
     if not path.is_file():
-        raise ExperimentError(f"there is no recipe '{path}'; give a Python file that defines the method")
+        raise ExperimentError(f"there is no recipe '{path}'; give a Python file that defines the method", "there is no recipe")
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
@@ -125,7 +125,8 @@ def kind_in(path: Path, name: str) -> type[Any]:
     """
     methods = _methods_of(_module(path), path)
     if name not in methods:
-        raise ExperimentError(f"{path} defines no method '{name}'; it defines {', '.join(methods)}")
+        said = f"defines no method '{name}'; it defines {', '.join(methods)}"
+        raise ExperimentError(f"{path} {said}", f"the recipe {said}")
     return methods[name]
 
 
@@ -240,18 +241,21 @@ def _methods_of(module: ModuleType, path: Path) -> dict[str, type[Any]]:
     try:
         methods = methods_in(module)
     except ValueError as refused:
-        raise ExperimentError(f"{path}: {refused}") from refused
+        raise ExperimentError(f"{path}: {refused}", f"the recipe: {refused}") from refused
     if not methods:
         raise ExperimentError(
             f"{path} defines no method (a dataclass with the class attributes 'name' and 'paper') and no Experiment named "
-            "'experiment'; the tutorial shows both"
+            "'experiment'; the tutorial shows both",
+            "the recipe defines no method",
         )
     return methods
 
 
 def _module(path: Path) -> ModuleType:
     if not path.is_file():
-        raise ExperimentError(f"there is no recipe '{path}'; give a Python file, or a method's name (fedloom methods lists them)")
+        raise ExperimentError(
+            f"there is no recipe '{path}'; give a Python file, or a method's name (fedloom methods lists them)", "there is no recipe"
+        )
     name = f"fedloom_recipe_{re.sub(r'[^0-9a-zA-Z]', '_', path.stem)}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -261,8 +265,8 @@ def _module(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the file does wrong is told, with its place
         place = f"line {error.lineno}" if isinstance(error, SyntaxError) else _last_line(error, path)
-        said = f"the recipe {path} cannot be loaded: {type(error).__name__} in {place}"
-        raise ExperimentError(f"{said}: {error}", said) from error
+        said = f"cannot be loaded: {type(error).__name__} in {place}"
+        raise ExperimentError(f"the recipe {path} {said}: {error}", f"the recipe {said}") from error
     return module
 
 

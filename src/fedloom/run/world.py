@@ -27,7 +27,7 @@ from fedloom.compute.compute import Compute
 from fedloom.compute.stacked import Stacked
 from fedloom.data.examples import Examples
 from fedloom.data.instructions import Instructions
-from fedloom.data.partition import Partition, partition
+from fedloom.data.partition import Partition, partition, told_of_column
 from fedloom.data.questions import Questions
 from fedloom.data.sources import Encode, Source, load, tokenise
 from fedloom.data.tagging import BETWEEN, Tagging
@@ -261,9 +261,10 @@ def read_data(experiment: Experiment) -> tuple[Source, Partition]:
     column = e.partition.removeprefix("column:") if e.partition.startswith("column:") else ""
     if column and column not in source.splits["train"].column_names:
         raise DataError(f"no column '{column}' in {source.name}; it has {source.splits['train'].column_names}")
-    values: list[Any] | None = list(source.splits["train"][column]) if column else None
+    values: dict[Split, list[Any]] = {s: rows[column] for s, rows in source.splits.items() if column in rows.column_names}
     shape = {"clients": e.clients, "alpha": e.alpha, "beta": e.beta, "seed": e.seed, "minimum": e.min_examples}
-    return source, partition(e.partition, labels, source_column=values, **shape)
+    made = partition(e.partition, labels, source_column=values, **shape)
+    return (replace(source, notes=(*source.notes, *told_of_column(column, values))) if column else source), made
 
 
 def build(experiment: Experiment) -> World:

@@ -62,19 +62,25 @@ def greeting_of(world: World) -> dict[str, Any]:
     from fedloom.run.experiment import as_json
     from fedloom.run.starting import identity
 
-    task = world.source.task
     return {
         "release": version("fedloom"),
         "experiment": as_json(world.experiment),
         "recipe": recipe_digest(world.experiment.method),
-        "task": {
-            "kind": kind_of(task),
-            "name": world.source.name,
-            "classes": list(task.classes),
-            "metric": task.metric,
-            "tags": tags_of(task),
-        },
+        "task": task_of(world.source),
         "model": identity(world.model),
+    }
+
+
+def task_of(source: Source) -> dict[str, Any]:
+    """What a device is told of the server's data (JSON): the task, and what names it has for what."""
+    task = source.task
+    return {
+        "kind": kind_of(task),
+        "name": source.name,
+        "classes": list(task.classes),
+        "metric": task.metric,
+        "tags": tags_of(task),
+        **columns_of(task),
     }
 
 
@@ -130,10 +136,10 @@ def kinds_of(greeting: Mapping[str, Any], own: Own) -> dict[str, type[Any]]:
         )
     found = digest_of_file(Path(own.recipe))
     if found != wanted:
-        raise ExperimentError(
-            f"the file {own.recipe} comes to {found}, and the server's to {SHORT.repr(wanted)}; the method's file must be the same on both "
-            "sides, byte for byte"
+        said = (
+            f"comes to {found}, and the server's to {SHORT.repr(wanted)}; the method's file must be the same on both sides, byte for byte"
         )
+        raise ExperimentError(f"the file {own.recipe} {said}", f"this device's recipe {said}")
     return {str(name): kind_in(Path(own.recipe), str(name))}
 
 
@@ -159,6 +165,16 @@ def tags_of(task: DataTask) -> list[str]:
     return list(task.tags) if isinstance(task, Tagging) else []
 
 
+def columns_of(task: DataTask) -> dict[str, Any]:
+    """The columns that are read: of texts, and of labels where the task learns to tell those. Of tagging words and tags are one each."""
+    from fedloom.data.tagging import Tagging
+    from fedloom.data.tasks import Classification
+
+    if isinstance(task, Tagging):
+        return {"text": [task.words], "label": task.tagged}
+    return {"text": list(task.texts), "label": task.label if isinstance(task, Classification) else ""}
+
+
 def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     """The host of the order, and what the device says of itself.
 
@@ -175,7 +191,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     from fedloom.client.store import ClientStore
     from fedloom.compute.stacked import Stacked
     from fedloom.data.tasks import SPLITS
-    from fedloom.model.base import ModelError
+    from fedloom.model.base import of_model
     from fedloom.model.memory import needs, texts_that_fit
     from fedloom.run.costs.memory import insist_on_a_devices_room, sizes_before, sizes_of
     from fedloom.run.costs.profiles import by_name
@@ -201,9 +217,10 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
         insist_on_a_devices_room(before, here, room(own), gpu=gpu)
     model = model_of(here, source)
     if identity(model) != greeting["model"]:
-        raise ModelError(
-            f"the model '{own.model or e.model}' is not the server's: its pre-trained weights come to {identity(model)} here and to "
-            f"{greeting['model']} at the server; give the same one, --model NAME or FOLDER"
+        raise of_model(
+            own.model or e.model,
+            f"'{own.model or e.model}' is not the server's: its pre-trained weights come to {identity(model)} here and to "
+            f"{greeting['model']} at the server; give the same one, --model NAME or FOLDER",
         )
     insist_on_a_devices_room(sizes_of(model, e.method), here, room(own), loaded=True, gpu=gpu)
     if own.folder:
@@ -246,12 +263,13 @@ def room(own: Own) -> int:
 
 
 def source_of(greeting: Mapping[str, Any], own: Own, seed: int) -> Source:
-    """The device's own data, with labels as the server's task numbers them.
+    """The device's own data, with labels as the server's task numbers them, out of the columns that the server reads where the device has
+    them and its owner names no others.
 
     Raises:
         DataError: it cannot be read so.
     """
-    from fedloom.data.sources import load
+    from fedloom.data.sources import Names, load
 
     task = greeting["task"]
     classes, tags = tuple(map(str, task["classes"])), tuple(map(str, task["tags"]))
@@ -261,6 +279,7 @@ def source_of(greeting: Mapping[str, Any], own: Own, seed: int) -> Source:
         seed=seed,
         text=own.text,
         label=own.label,
+        elsewhere=Names(tuple(map(str, task.get("text", ()))), str(task.get("label", ""))),
         task=task["kind"],
         metric=task["metric"] if task["kind"] == "classification" else "auto",
         classes=classes if learns else (),
