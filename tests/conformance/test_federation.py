@@ -42,6 +42,7 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
     from flwr.supercore.date import now
     from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id, get_object_tree
+    from flwr.supercore.object_store import in_memory_object_store
     from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
     from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
     from flwr.superlink.servicer.fleet import fleet_handlers
@@ -564,6 +565,34 @@ def test_what_a_node_had_fetched_before_it_began_anew_is_answered_by_an_error_an
     assert asked.metadata.message_id == later and not two.state.dropped
     two.forget([later])
     assert len(two.state.object_store) == 0 and not two.state.message_ins_store
+
+
+@pytest.mark.parametrize("looked_at", range(8))
+def test_what_is_shared_with_a_message_that_arrives_meanwhile_is_still_laid_out(
+    two: Link, monkeypatch: pytest.MonkeyPatch, looked_at: int
+) -> None:
+    """The other device confirms that it has its message while this many objects of the next one's tree have been looked at."""
+
+    def interrupted(tree: ObjectTree) -> Iterator[ObjectTree]:
+        for number, node in enumerate(walk(tree)):
+            yield node
+            if number == looked_at:
+                confirmed.start()
+                confirmed.join(0.2)
+
+    blob = b"\x64" + bytes(7 + 100) + bytes(10 * SMALL)  # a head of 100 bytes
+    first, second = (
+        Message(RecordDict({"blob": boxed(blob), "to": ConfigRecord({"client": k})}), two.nodes[k], "train", ttl=60) for k in (0, 1)
+    )
+    walk = in_memory_object_store.iterate_object_tree
+    assert list(two.push_messages([first])) == [first.object_id]
+    confirmed = threading.Thread(target=two.state.object_store.delete, args=(first.object_id,))
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(in_memory_object_store, "iterate_object_tree", interrupted)
+        assert list(two.push_messages([second])) == [second.object_id]
+    confirmed.join(10)
+    assert first.object_id not in two.state.object_store
+    assert all(two.state.get_object(two.run.run_id, name) for name in get_all_nested_objects(second))
 
 
 class Silent(Slow):

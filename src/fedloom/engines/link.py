@@ -284,8 +284,8 @@ class State(InMemoryLinkState):
 
 
 class Objects(InMemoryObjectStore):
-    """Flower's store, but for two things: parts of more than :data:`SMALL` bytes wait in a file, and trees that no message has are refused,
-    which it would follow to any depth, and on every path through shared parts."""
+    """Flower's store, but for three things: parts of more than :data:`SMALL` bytes wait in a file, a tree is registered at one go, and
+    trees that no message has are refused, which it would follow to any depth, and on every path through shared parts."""
 
     def __init__(self) -> None:
         InMemoryObjectStore.__init__(self)
@@ -320,22 +320,22 @@ class Objects(InMemoryObjectStore):
                 self._aside.drop(self._kept.pop(object_id))
 
     def preregister(self, run_id: int, object_tree: ObjectTree) -> list[str]:
-        """As Flower's.
+        """As Flower's, which between two of a tree's objects lets others delete those that this one would share with them.
 
         Raises:
             ValueError: the tree is deeper than :data:`DEEPEST`, or lists other parts of an object than were listed before.
         """
         parts: dict[str, list[str]] = {}
         waiting = [(object_tree, 1)]
-        while waiting:
-            node, depth = waiting.pop()
-            own = [child.object_id for child in node.children]
-            with self.lock_store:
+        with self.lock_store:
+            while waiting:
+                node, depth = waiting.pop()
+                own = [child.object_id for child in node.children]
                 known = self.store[node.object_id].child_object_ids if node.object_id in self.store else own
-            if depth > DEEPEST or not is_valid_sha256_hash(node.object_id) or not own == known == parts.setdefault(node.object_id, own):
-                raise ValueError("the tree of a message's objects is not one that a message has")
-            waiting += ((child, depth + 1) for child in node.children)
-        return InMemoryObjectStore.preregister(self, run_id, object_tree)
+                if depth > DEEPEST or not is_valid_sha256_hash(node.object_id) or not own == known == parts.setdefault(node.object_id, own):
+                    raise ValueError("the tree of a message's objects is not one that a message has")
+                waiting += ((child, depth + 1) for child in node.children)
+            return InMemoryObjectStore.preregister(self, run_id, object_tree)
 
 
 def _fleet(factory: LinkStateFactory, about: Callable[[], Mapping[str, Any]]) -> FastAPI:
