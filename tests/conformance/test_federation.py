@@ -9,6 +9,7 @@ import weakref
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     warnings.simplefilter("ignore", DeprecationWarning)
     import httpx
     from fastapi import HTTPException
-    from flwr.app import ConfigRecord, Message, RecordDict
+    from flwr.app import ConfigRecord, Error, Message, RecordDict
     from flwr.app.message import remove_content_from_message
     from flwr.common.constant import TIMESTAMP_HEADER, ErrorCode
     from flwr.common.serde import message_to_proto
@@ -593,6 +594,119 @@ def test_what_is_shared_with_a_message_that_arrives_meanwhile_is_still_laid_out(
     confirmed.join(10)
     assert first.object_id not in two.state.object_store
     assert all(two.state.get_object(two.run.run_id, name) for name in get_all_nested_objects(second))
+
+
+def begun(link: Link, name: str, client: int = 0) -> tuple[str, dict[str, bytes], str]:
+    """An answer to this message of which one part has come. Returns its name, the other parts, and the session in which they are pushed."""
+    (asked,) = [message for message in link.state.get_message_ins(link.nodes[client], limit=1) if message.metadata.message_id == name]
+    reply = Message(RecordDict({"blob": boxed(bytes([7]) * 10 * SMALL)}), reply_to=asked)
+    reply.metadata.__dict__["_src_node_id"] = link.nodes[client]
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    parts = {part: one.deflate() for part, one in get_all_nested_objects(reply).items()}
+    session = link.state.start_session(link.run.run_id)
+    stored, missing = link.state.store_message_and_object_tree(remove_content_from_message(reply), get_object_tree(reply), session)
+    assert stored and set(missing) == set(parts)
+    large = next(part for part in missing if len(parts[part]) > SMALL)
+    assert link.state.store_object(link.run.run_id, session, large, parts.pop(large))
+    return reply.object_id, parts, session
+
+
+@pytest.mark.parametrize("looked", [True, False], ids=["its head was taken", "nobody had looked"])
+def test_of_an_answer_that_is_late_nothing_stays_and_the_rest_is_not_taken(two: Link, looked: bool) -> None:
+    name = laid_out(two, 0, 10).object_id
+    _, parts, session = begun(two, name)
+    assert not looked or list(two.pull_messages([name])) == []
+    two.forget([name])
+    assert len(two.state.object_store) == 0 and not two.state.object_store._kept and not two.state.message_res_store
+    assert not any(two.state.store_object(two.run.run_id, session, part, content) for part, content in parts.items())
+    assert len(two.state.object_store) == 0 and not two.state._object_push_sessions
+
+
+def test_an_answer_to_what_is_forgotten_is_not_expected(two: Link) -> None:
+    name = laid_out(two, 0, 10).object_id
+    (asked,) = two.state.get_message_ins(two.nodes[0], limit=1)
+    two.forget([name])
+    reply = Message(RecordDict({"blob": boxed(b"late")}), reply_to=asked)
+    pushed(two, reply, {}, get_object_tree(reply), reply.object_id, client=0)
+    assert not two.state._object_push_sessions and len(two.state.object_store) == 0
+
+
+@pytest.mark.parametrize("looked", [True, False], ids=["its head was taken", "nobody had looked"])
+def test_an_answer_that_a_node_has_begun_to_push_before_it_began_anew_is_not_waited_for(two: Link, looked: bool) -> None:
+    name = laid_out(two, 0, 10).object_id
+    _, parts, session = begun(two, name)
+    assert not looked or list(two.pull_messages([name])) == []
+    assert two.state.deactivate_node(two.nodes[0]) and two.state.activate_node(two.nodes[0], 10.0)
+    (error,) = two.pull_messages([name])
+    assert error.metadata.reply_to_message_id == name and error.error.code == ErrorCode.NODE_UNAVAILABLE
+    assert not any(two.state.store_object(two.run.run_id, session, part, content) for part, content in parts.items())
+    assert len(two.state.object_store) == 0 and list(two.pull_messages([name])) == []
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_an_answer_that_is_here_as_a_whole_counts_though_its_node_begins_anew(two: Link, fails: bool) -> None:
+    name = laid_out(two, 0, 10).object_id
+    if fails:
+        (asked,) = two.state.get_message_ins(two.nodes[0], limit=1)
+        reply = Message(Error(7, "no luck"), reply_to=asked)
+        pushed(two, reply, {}, get_object_tree(reply), reply.object_id, client=0)
+    else:
+        _, parts, session = begun(two, name)
+        assert all(two.state.store_object(two.run.run_id, session, part, content) for part, content in parts.items())
+    assert two.state.deactivate_node(two.nodes[0]) and two.state.activate_node(two.nodes[0], 10.0)
+    (found,) = two.pull_messages([name])
+    assert found.error.reason == "no luck" if fails else unboxed(found.content) == bytes([7]) * 10 * SMALL
+    assert len(two.state.object_store) == 0
+
+
+@pytest.mark.parametrize("looked", [True, False], ids=["its head was taken", "nobody had looked"])
+def test_an_error_takes_the_place_of_an_answer_that_could_not_be_brought_and_of_no_other(two: Link, looked: bool) -> None:
+    for whole in (False, True):
+        name = laid_out(two, 0, 10).object_id
+        (asked,) = [message for message in two.state.message_ins_store.values() if message.metadata.message_id == name]
+        _, parts, session = begun(two, name)
+        assert not looked or list(two.pull_messages([name])) == []
+        if whole:
+            assert all(two.state.store_object(two.run.run_id, session, part, content) for part, content in parts.items())
+        error = Message(Error(100, "no room"), reply_to=asked)
+        error.metadata.__dict__["_src_node_id"] = two.nodes[1]
+        head = remove_content_from_message(error)
+        head.metadata.__dict__["_message_id"] = error.object_id
+        assert two.state.store_message_res(head) is None and name in two.state.message_ins_id_to_message_res_id, "of another node"
+        error = Message(Error(100, "no room"), reply_to=asked)
+        pushed(two, error, {}, get_object_tree(error), error.object_id, client=0)
+        (found,) = two.pull_messages([name])
+        assert found.has_error() is not whole and (whole or found.error.reason == "no room")
+        assert len(two.state.object_store) == 0 and not two.state.message_res_store
+
+
+def test_a_late_part_and_a_message_that_is_withdrawn_do_not_wait_for_each_other(two: Link) -> None:
+    name = laid_out(two, 0, 10).object_id
+    _, parts, session = begun(two, name)
+    two.state._object_push_sessions[session].expires_at = now() - timedelta(seconds=1)
+    part, content = parts.popitem()
+    late = threading.Thread(target=two.state.store_object, args=(two.run.run_id, session, part, content), daemon=True)
+
+    def withdrawn() -> None:
+        with two.state.lock:
+            late.start()
+            late.join(0.2)
+            two.forget([name])
+
+    other = threading.Thread(target=withdrawn, daemon=True)
+    other.start()
+    other.join(10)
+    late.join(10)
+    assert not other.is_alive() and not late.is_alive() and len(two.state.object_store) == 0
+
+
+def test_a_message_for_which_the_disk_has_no_room_is_said_and_not_laid_out(two: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(number: int, blob: memoryview, begin: int) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    with pytest.raises(OSError, match="No space left"):
+        laid_out(two, 0, 10 * SMALL)
 
 
 class Silent(Slow):
