@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 import warnings
 import weakref
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,14 +51,17 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
     from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
     from flwr.superlink.servicer.fleet import fleet_handlers
+    from flwr.supernode.fleet_http_client import FleetHttpClient
     from starlette.requests import Request
 
     from fedloom.engines import federation
+    from fedloom.engines import link as link_module
+    from fedloom.engines import node as node_module
     from fedloom.engines.federation import Enough, Federation, Patience, Ungreeted, device_app
     from fedloom.engines.flower import boxed, unboxed
     from fedloom.engines.gate import LARGEST, authenticated, only_own
-    from fedloom.engines.link import SMALL, STATUS, Link, LinkError, Tls
-    from fedloom.engines.node import Credentials, Node, Refused, asked
+    from fedloom.engines.link import SMALL, STATUS, Link, LinkError, Objects, Tls
+    from fedloom.engines.node import GOODBYE, TRIES, Credentials, Node, Refused, asked, in_time
     from fedloom.run.deployment.certificates import issue, public_keys
     from fedloom.run.deployment.federation import Joined
 
@@ -402,6 +409,71 @@ def test_an_answer_that_was_refused_is_pushed_again(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Node, "_push", once)
     assert far().run([task(0)]).failures == () and refused
+
+
+def full_for_devices(monkeypatch: pytest.MonkeyPatch, times: float) -> list[str]:
+    """The link's disk has no room for parts of answers, so many times. Returns those that it did not take."""
+    put, refused = Objects.put, list[str]()
+
+    def full(self: Objects, name: str, content: bytes) -> None:
+        if threading.current_thread() is not threading.main_thread() and len(refused) < times:
+            refused.append(name)
+            raise OSError(28, "No space left on device")
+        put(self, name, content)
+
+    monkeypatch.setattr(Objects, "put", full)
+    return refused
+
+
+def test_an_answer_that_the_server_cannot_store_has_failed_and_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_module, "AGAIN", (0.01, 0.01))
+    refused, engine = full_for_devices(monkeypatch, float("inf")), far()
+    engine._greeted = {0}
+    (failure,) = engine.run([task(0)]).failures
+    assert failure.reason.startswith("NotTaken: the server did not store part 1 of ") and len(refused) == 3
+    assert "what it says of it, such as a full disk, is in its log" in failure.reason
+    assert len(engine.link.state.object_store) == 0
+
+
+def test_an_answer_that_the_server_could_not_store_at_once_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_module, "AGAIN", (0.01, 0.01))
+    refused = full_for_devices(monkeypatch, 2)
+    assert far().run([task(0)]).failures == () and len(refused) == 2
+
+
+@pytest.mark.parametrize("kind", ["PushObject", "PullObject"])
+def test_a_part_that_waits_longer_for_its_turn_than_a_device_does_is_asked_for_again(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """What was asked for may have been done all the same: of the last part that is pushed again the server expects none any more."""
+    real, seen = vars(FleetHttpClient)[kind], Counter[str]()
+
+    def slow(client: FleetHttpClient, request: Any) -> Any:
+        seen[request.object_id] += 1
+        said = real(client, request)
+        if seen[request.object_id] == 1:
+            raise httpx.ReadTimeout("nothing was said")
+        return said
+
+    monkeypatch.setattr(FleetHttpClient, kind, slow)
+    monkeypatch.setattr(Node, "_activate", None)  # nobody begins anew
+    assert far().run([task(0)]).failures == () and max(seen.values()) == 2
+
+
+def test_whoever_says_nothing_in_time_is_asked_again_a_few_times_and_who_is_not_there_is_not() -> None:
+    def silent(error: type[httpx.TimeoutException], answers_at: int) -> int:
+        asked: list[str] = []
+
+        def call(request: str) -> str:
+            asked.append(request)
+            if len(asked) < answers_at:
+                raise error("nothing")
+            return "here"
+
+        with suppress(error):
+            assert in_time(call, "part") == "here"
+        return len(asked)
+
+    assert [silent(httpx.ReadTimeout, 3), silent(httpx.WriteTimeout, 3), silent(httpx.ReadTimeout, 99)] == [3, 3, TRIES]
+    assert silent(httpx.ConnectTimeout, 99) == 1
 
 
 def test_tensors_of_a_broadcast_are_kept_once() -> None:
@@ -985,6 +1057,31 @@ def test_a_device_with_its_key_is_let_in_over_tls(link: Link, certs: Path) -> No
     assert joined(link, credentials(certs)).startswith("joined the federation")
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), httpx.ReadError("broken")])
+def test_a_device_that_leaves_says_so_whatever_it_was_doing(link: Link, certs: Path, error: BaseException) -> None:
+    def interrupted(client: FleetHttpClient, own: FlowerNode) -> bool:
+        assert link.present() == {0}
+        stop.set()
+        raise error
+
+    stop = threading.Event()
+    node = Node(f"127.0.0.1:{link.port}", credentials(certs), lambda message, context: message, lambda text: None)
+    node._answer_next = interrupted  # type: ignore[method-assign]
+    with suppress(KeyboardInterrupt):
+        node.serve(stop)
+    assert link.present() == set()
+
+
+def test_a_device_leaves_though_the_server_does_not_hear_it(link: Link, certs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(client: FleetHttpClient, request: object) -> None:
+        left.append(client._client.timeout.read)
+        raise httpx.ConnectError("nobody")
+
+    left: list[float | None] = []
+    monkeypatch.setattr(FleetHttpClient, "DeactivateNode", gone)
+    assert joined(link, credentials(certs)).startswith("joined the federation") and left == [GOODBYE]
+
+
 def test_a_device_without_a_known_key_is_refused(link: Link, certs: Path) -> None:
     stranger = Credentials(generate_key_pairs()[0], credentials(certs).root)
     assert "does not know this device's key" in joined(link, stranger)
@@ -1045,9 +1142,27 @@ def test_a_request_that_is_too_large_is_not_read(link: Link, certs: Path) -> Non
         assert reply.status_code == 413
 
 
+def test_no_more_connections_are_open_than_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "STRANGERS", 2)
+    monkeypatch.setattr(link_module, "EACH", 1)
+    with Link({0: b"key"}) as link, suppress(httpx.HTTPError):
+        at = ("127.0.0.1", link.port)
+        assert httpx.get(f"http://127.0.0.1:{link.port}{STATUS}").status_code == 401
+        with socket.create_connection(at), socket.create_connection(at), socket.create_connection(at):
+            time.sleep(0.2)
+            assert httpx.get(f"http://127.0.0.1:{link.port}{STATUS}").status_code == 503
+
+
 def test_an_address_that_is_taken_is_named(link: Link) -> None:
     with pytest.raises(LinkError, match=r"cannot listen on .*: Address already in use; give another --listen"):
         Link({0: public_key_to_bytes(generate_key_pairs()[1])}, port=link.port).__enter__()
+
+
+@pytest.mark.parametrize("content", ["", "no certificate", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "ä"])
+def test_a_damaged_certificate_is_named_and_not_a_server_that_is_away(certs: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "ca.pem").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"ca\.pem is no certificate in PEM \(.*; copy the federation's ca\.pem there again"):
+        Credentials.read(certs / "device-0" / "device.key", tmp_path / "ca.pem")
 
 
 def test_a_key_of_another_kind_is_named(tmp_path: Path) -> None:

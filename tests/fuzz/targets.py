@@ -57,7 +57,7 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     from flwr.app.message import remove_content_from_message
     from flwr.common.serde import message_to_proto
     from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest, PushMessagesResponse
-    from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse, PushObjectRequest
+    from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse, PushObjectRequest, PushObjectResponse
     from flwr.proto.node_pb2 import Node as FlowerNode
     from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id, get_object_tree, iterate_object_tree
     from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
@@ -838,8 +838,9 @@ class Laid:
         self.pushed += 1
         return PushMessagesResponse(objects_to_push=[one.object_id for one in iterate_object_tree(request.message_object_trees[0])])
 
-    def PushObject(self, request: Any) -> None:
+    def PushObject(self, request: Any) -> PushObjectResponse:
         request.SerializeToString()
+        return PushObjectResponse(stored=True)
 
 
 class Told(Target):

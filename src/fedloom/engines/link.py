@@ -25,7 +25,7 @@ from typing import Any, cast
 
 from fedloom.engines.aside import Aside, Kept
 from fedloom.engines.flower import opened_run  # first: it switches off what Flower must not do
-from fedloom.engines.gate import Bounded, Turns, authenticated, in_own_name
+from fedloom.engines.gate import Bounded, Known, Turns, authenticated, in_own_name
 from fedloom.engines.heap import share_heaps
 from fedloom.engines.node import STATUS
 
@@ -70,6 +70,9 @@ SMALL = 2**14
 
 DEEPEST = 5
 """Objects from a message down to its last: message, records, record, array, chunk."""
+
+STRANGERS, EACH = 512, 8
+"""Connections that may be open: so many, and so many more for every device, which has two or three. Beyond them the answer is 503."""
 
 PAUSE = 0.02
 """Seconds between two looks at what has come."""
@@ -119,6 +122,7 @@ class Link(Grid):
                 lifespan="off",
                 ws="none",
                 timeout_graceful_shutdown=1,
+                limit_concurrency=STRANGERS + EACH * len(keys),
                 **files,
             )
         )
@@ -405,7 +409,8 @@ def _fleet(factory: LinkStateFactory, about: Callable[[], Mapping[str, Any]]) ->
         openapi_url=None,
         middleware=[
             Middleware(Bounded),
-            Middleware(Turns, known=lambda key: factory.state().get_node_id_by_public_key(key) is not None),
+            Middleware(Known, known=lambda key: factory.state().get_node_id_by_public_key(key) is not None),
+            Middleware(Turns),
             Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
             Middleware(ProtobufTranslationMiddleware),
             Middleware(NodeAuthMiddleware),
