@@ -27,6 +27,8 @@ from fedloom.client.store import StoreError
 from fedloom.engines.agreement import agreeing
 from fedloom.engines.local import Local
 from fedloom.messages import CohortFailed, Failure, Replies, Task, Traffic, Update, due
+from fedloom.methods.fedavg import FedAvg
+from fedloom.run.experiment import Experiment
 from fedloom.wire import Blob, WireError, pack, unpack
 from tests.conformance.toy import CLIENTS, DIGEST, host_of, same_replies, task
 from tests.federated import QUICK, Here, engine_over, nodes
@@ -299,7 +301,7 @@ class Hasty(Here):
 
 def test_whoever_answers_wrongly_at_once_makes_nobody_late(tmp_path: Path) -> None:
     engine = far(Hasty(host_of()[-1], tmp_path))
-    replies = Enough(engine, 0.5).run([task(k) for k in (0, 1, 2)])
+    replies = Enough(engine, lambda asked: 2).run([task(k) for k in (0, 1, 2)])
     assert [update.client for update in replies.updates] == [1, 2]
     assert [failure.client for failure in replies.failures] == [0] and "not a Fedloom message" in replies.failures[0].reason
 
@@ -340,12 +342,22 @@ def test_once_enough_have_answered_the_rest_has_a_moment(tmp_path: Path) -> None
     *_, host = host_of()
     device = Slow(host, tmp_path)
     engine = far(device, replace(QUICK, linger=0.1))
-    replies = Enough(engine, 0.5).run([task(k) for k in (0, 1, 2)])
+    replies = Enough(engine, lambda asked: 2).run([task(k) for k in (0, 1, 2)])
     assert 1 in {f.client for f in replies.failures} and len(replies.updates) >= 2
     assert {f.reason for f in replies.failures} == {"TimeoutError: it was late, and the others were enough"}
     assert engine._faults == {}, "it is not left out for that"
     device.go.set()
     assert device.done.wait(10)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "quorum", "due"),
+    [("mean", 0.5, {8: 4, 1: 1}), ("median", 0.5, {8: 5, 1: 1}), ("median", 0.75, {8: 6}), ("krum", 0.5, {8: 7, 2: 2})],
+)
+def test_rounds_wait_for_as_many_as_the_rule_of_aggregation_needs(aggregation: str, quorum: float, due: dict[int, int]) -> None:
+    e = Experiment(FedAvg(), clients=8, cohort=8, aggregation=aggregation, quorum=quorum)
+    hurried = Joined(nodes(tuple(CLIENTS)).link, e, QUICK, None).hurried(far())  # type: ignore[arg-type]
+    assert isinstance(hurried, Enough) and {asked: hurried.enough(asked) for asked in due} == due
 
 
 def test_whoever_failed_is_left_out_and_let_in_again(monkeypatch: pytest.MonkeyPatch) -> None:

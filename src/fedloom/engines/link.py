@@ -94,16 +94,19 @@ class Link(Grid):
     """The federation's meeting point, open between ``with`` and its end.
 
     ``keys``: the public key of each client, PEM. ``port`` 0 takes a free one; ``link.port`` says which. Without ``tls`` everything goes in
-    the clear, which is for tests on one machine.
+    the clear, which is for tests on one machine. ``folder``: on whose disk what is under way waits (None: that of the system's temporary
+    files); it may be made later, but before anything is under way.
 
     Raises:
         LinkError: the address cannot be had.
     """
 
-    def __init__(self, keys: Mapping[int, bytes], host: str = "127.0.0.1", port: int = 0, tls: Tls | None = None) -> None:
+    def __init__(
+        self, keys: Mapping[int, bytes], host: str = "127.0.0.1", port: int = 0, tls: Tls | None = None, folder: Path | None = None
+    ) -> None:
         share_heaps()
-        objects = ObjectStoreFactory()
-        objects.store_instance = self._objects = Objects()
+        self.folder, objects = folder, ObjectStoreFactory()
+        objects.store_instance = self._objects = Objects(folder)
         factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), objects)
         factory.state_instance = self.state = State(NoOpFederationManager(), self._objects)
         self._run, self.node = opened_run(self.state), Node(node_id=SUPERLINK_NODE_ID)
@@ -340,9 +343,10 @@ class Objects(InMemoryObjectStore):
     """Flower's store, but for three things: parts of more than :data:`SMALL` bytes wait in a file, a tree is registered at one go, and
     trees that no message has are refused, which it would follow to any depth, and on every path through shared parts."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        """``folder``: on whose disk."""
         InMemoryObjectStore.__init__(self)
-        self._aside, self._kept = Aside(), dict[str, Kept]()
+        self._aside, self._kept = Aside(folder), dict[str, Kept]()
         self.close = self._aside.close
 
     def put(self, object_id: str, object_content: bytes) -> None:

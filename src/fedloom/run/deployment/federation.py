@@ -25,10 +25,11 @@ from fedloom.engines.node import STATUS, Credentials, Node
 from fedloom.engines.node import asked as asked_of
 from fedloom.engines.resident import Resident, bytes_of
 from fedloom.engines.workers import Start
+from fedloom.messages import quorum_of
 from fedloom.model.loading import folder_of
 from fedloom.run.costs.profiles import MIXES, PROFILES, is_file
 from fedloom.run.deployment.certificates import insist_secret, public_keys
-from fedloom.run.deployment.device import Own, command, greeting_of, order
+from fedloom.run.deployment.device import STATES, Own, command, greeting_of, order
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.folder import only_one
 from fedloom.run.late import may_join_late, those_who_may
@@ -65,9 +66,10 @@ class Joined:
         return self.federation
 
     def hurried(self, engine: Engine) -> Engine:
-        """The engine for rounds: a quorum is enough."""
+        """The engine for rounds: a quorum is enough, or as many as the rule of aggregation needs if those are more."""
         assert isinstance(engine, Federation)
-        return Enough(engine, self.experiment.quorum)
+        e = self.experiment
+        return Enough(engine, lambda asked: min(asked, max(quorum_of(asked, e.quorum), e.rule.needed(asked))))
 
     def examples(self, client: int, split: Split) -> int:
         """What the device said when it was greeted."""
@@ -125,7 +127,7 @@ def serve(
     title = f"{experiment.method_name}, {len(keys)} devices, {experiment.asked} a round, at {host}:{port} -> {folder}"
 
     def running(shown: Show) -> dict[str, Any]:
-        with Link(keys, host, port, tls) as link:
+        with Link(keys, host, port, tls, folder) as link:
             joined = Joined(link, experiment, patience, shown, start_with=start_with)
             link.about = lambda: about(joined, folder)
 
@@ -208,7 +210,7 @@ def join(
     credentials, bound = Credentials.read(insist_secret(certs / "device.key"), certs / "ca.pem"), bytes_of(memory)
     own = replace(own, memory=bound, said=memory > 0, folder=str(folder.resolve()))
     with only_one(folder):
-        resident = Resident(folder / "states", lambda greeting: Start(command(), order(greeting, own), lambda _: {}), deadline, bound)
+        resident = Resident(folder / STATES, lambda greeting: Start(command(), order(greeting, own), lambda _: {}), deadline, bound)
         try:
             Node(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", credentials, device_app(resident), said).serve(stop)
         finally:
