@@ -68,6 +68,9 @@ log = logging.getLogger("fedloom")
 SMALL = 2**14
 """Bytes up to which a part of a message stays in memory."""
 
+MOST = 2**26
+"""Bytes that an answer may have where nothing more is said (``State.most``)."""
+
 DEEPEST = 5
 """Objects from a message down to its last: message, records, record, array, chunk."""
 
@@ -282,7 +285,7 @@ class State(InMemoryLinkState):
 
     def __init__(self, federations: NoOpFederationManager, objects: Objects) -> None:
         InMemoryLinkState.__init__(self, federations, objects)
-        self.dropped, self._objects = set[str](), objects
+        self.dropped, self._objects, self.most = set[str](), objects, MOST
         self._lock_object_push_sessions = self.lock  # Flower takes its two in both orders, and a thread of each kind would wait for ever
 
     def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
@@ -314,8 +317,15 @@ class State(InMemoryLinkState):
         return stored, missing
 
     def store_object(self, run_id: int, session_id: str, object_id: str, object_content: bytes) -> bool:
-        """As Flower's, and True of what is here: a device that was not told in time pushes it again."""
-        return InMemoryLinkState.store_object(self, run_id, session_id, object_id, object_content) or self._objects.here(object_id)
+        """As Flower's, and True of what is here: a device that was not told in time pushes it again. Of an answer no more than ``most``
+        bytes are stored."""
+        with self.lock:
+            pushed = self._object_push_sessions.get(session_id)
+            answers = [root for root in pushed.root_object_ids if root in self.message_res_store] if pushed is not None else []
+            if answers and sum(map(self._objects.size, answers)) + len(object_content) > self.most:
+                log.warning("an answer of more than %d bytes, which is more than any answer is here, is not stored", self.most)
+                return False
+            return InMemoryLinkState.store_object(self, run_id, session_id, object_id, object_content) or self._objects.here(object_id)
 
     def withdraw(self, asked: str, answer: str = "") -> None:
         """This message is gone, and so is what came of an answer to it (``answer``, if its head was taken already). Parts of either that
@@ -385,6 +395,17 @@ class Objects(InMemoryObjectStore):
         """Whether an object is here, and all its parts are."""
         with self.lock_store:
             return self.here(object_id) and all(map(self.whole, self.store[object_id].child_object_ids))
+
+    def size(self, object_id: str) -> int:
+        """Bytes of what is here of an object and its parts."""
+        with self.lock_store:
+            seen, waiting = set[str](), [object_id]
+            while waiting:
+                name = waiting.pop()
+                if name not in seen and name in self.store:
+                    seen.add(name)
+                    waiting += self.store[name].child_object_ids
+            return sum(self._kept[name].size if name in self._kept else len(self.store[name].content) for name in seen)
 
     def preregister(self, run_id: int, object_tree: ObjectTree) -> list[str]:
         """As Flower's, which between two of a tree's objects lets others delete those that this one would share with them.

@@ -155,10 +155,10 @@ class World:
         return len(self.splits["train"]) if client == CENTRE else len(self._held("train", client))
 
     def fingerprint(self) -> str:
-        """That of the data (:func:`fingerprint_of`), as they are dealt out, and of devices read from a file."""
+        """That of the data (:func:`data_fingerprint`), as they are dealt out, and of devices read from a file."""
         dealt = {split: np.concatenate(self.partition.shards(split)) for split in self.splits}
         devices = json.dumps(self.fleet.as_json(self.pool.clients)) if is_file(self.experiment.device) else ""
-        return fingerprint_of(self.source, self.splits, self.model, dealt, devices)
+        return data_fingerprint(self.source, self.splits, self.model, dealt, devices)
 
     @property
     def wave(self) -> int:
@@ -198,7 +198,7 @@ class World:
         return in_memory(host, [*self.pool.clients, CENTRE])
 
 
-def fingerprint_of(
+def data_fingerprint(
     source: Source, splits: Mapping[Split, Examples], model: Model, dealt: Mapping[Split, np.ndarray] | None = None, devices: str = ""
 ) -> str:
     """16 hex digits over the tokens and labels, over who holds which (``dealt``) and over what is said of ``devices``, and behind a dash as

@@ -189,7 +189,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     from fedloom.run.experiment import EngineSettings, ExperimentError, from_json
     from fedloom.run.judging import Judge
     from fedloom.run.starting import begin_aside, identity
-    from fedloom.run.world import cut, fingerprint_of, model_of, tokens_of
+    from fedloom.run.world import cut, data_fingerprint, model_of, tokens_of
     from fedloom.telling import for_others
 
     greeting, own = told["greeting"], Own(**{**told["own"], "text": tuple(told["own"]["text"])})
@@ -219,7 +219,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     train, validation, test = (shards[split] for split in SPLITS)
     held = {split: len(shards[split]) for split in SPLITS}
     if own.folder:
-        insist_same_data(Path(own.folder) / STATES / e.digest(), fingerprint_of(source, shards, model), held)
+        insist_same_data(Path(own.folder) / STATES / e.digest(), data_fingerprint(source, shards, model), held)
     host = Host(
         e.method,
         lambda k: Client(

@@ -20,13 +20,14 @@ from fedloom.data.opening import insist_on_a_place
 from fedloom.data.tasks import Split
 from fedloom.engines.engine import Engine
 from fedloom.engines.federation import Enough, Federation, Patience, device_app
-from fedloom.engines.link import Link, Tls
+from fedloom.engines.link import MOST, Link, Tls
 from fedloom.engines.node import STATUS, Credentials, Node
 from fedloom.engines.node import asked as asked_of
 from fedloom.engines.resident import Resident, bytes_of
 from fedloom.engines.workers import Start
 from fedloom.messages import quorum_of
 from fedloom.model.loading import folder_of
+from fedloom.model.quantised import numbers
 from fedloom.run.costs.profiles import MIXES, PROFILES, is_file
 from fedloom.run.deployment.certificates import insist_secret, public_keys
 from fedloom.run.deployment.device import STATES, Own, command, greeting_of, order
@@ -41,6 +42,9 @@ from fedloom.run.world import World, build_far
 from fedloom.wire import COUNTED
 
 log = logging.getLogger("fedloom")
+
+WHOLE = 4
+"""How many times the whole model in float32 an answer may hold beside :data:`~fedloom.engines.link.MOST` bytes: no method sends as much."""
 
 LOOK = 0.2
 """Seconds between two looks at who has joined."""
@@ -133,6 +137,7 @@ def serve(
 
             def built(e: Experiment) -> World:
                 world = build_far(e, joined)
+                link.state.most = MOST + WHOLE * 4 * numbers(world.model.module)
                 joined.greeting = greeting_of(world)
                 return world
 
