@@ -59,8 +59,8 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     from fedloom.engines import federation
     from fedloom.engines import link as link_module
     from fedloom.engines import node as node_module
+    from fedloom.engines.boxes import boxed, unboxed
     from fedloom.engines.federation import Enough, Federation, Patience, Ungreeted, device_app
-    from fedloom.engines.flower import boxed, unboxed
     from fedloom.engines.gate import LARGEST, authenticated, only_own
     from fedloom.engines.link import SMALL, STATUS, Link, LinkError, Objects, Tls
     from fedloom.engines.node import GOODBYE, TRIES, Credentials, Node, Refused, asked, in_time

@@ -43,8 +43,9 @@ from tests.fuzz.mutations import NAMES, changed_bytes, changed_json, changed_mes
 with warnings.catch_warnings():  # libraries that Flower imports use deprecated names of their own
     warnings.simplefilter("ignore", DeprecationWarning)
     from fedloom.engines import federation
+    from fedloom.engines.boxes import REFUSED, boxed, unboxed
     from fedloom.engines.federation import BLOB, CLIENT, COMMITTED, GREETING, STATE, TO, TOLD, UNGREETED, Federation, Patience, device_app
-    from fedloom.engines.flower import REFUSED, boxed, carried, unboxed
+    from fedloom.engines.flower import carried
     from fedloom.engines.gate import authenticated, only_own
     from fedloom.engines.link import Link
     from fedloom.engines.node import Credentials, Node

@@ -40,7 +40,8 @@ from fedloom.client.elsewhere import Elsewhere
 from fedloom.client.store import FILE
 from fedloom.encodings import EXACT, Encoding, Sender
 from fedloom.engines.agreement import Outline, agreeing, outlined
-from fedloom.engines.flower import BLOB, CLIENT, REFUSED, TO, boxed, unboxed, with_nonces  # first: it switches off what Flower must not do
+from fedloom.engines.boxes import BLOB, CLIENT, REFUSED, TO, boxed, unboxed
+from fedloom.engines.flower import with_nonces  # first: it switches off what Flower must not do
 
 # isort: split
 from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict

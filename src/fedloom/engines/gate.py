@@ -20,7 +20,7 @@ from base64 import b64decode
 from collections.abc import Callable
 from datetime import datetime
 
-from fedloom.engines.flower import SERIALISATION  # noqa: F401  first: it switches off what Flower must not do
+from fedloom.engines import quiet  # noqa: F401  first: it switches off what Flower must not do
 
 # isort: split
 from fastapi import HTTPException

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedloom.engines.flower import REFUSED  # first: it switches off what Flower must not do
+from fedloom.engines.boxes import REFUSED  # first: it switches off what Flower must not do
 
 # isort: split
 import httpx
