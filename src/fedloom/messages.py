@@ -126,7 +126,7 @@ class Asking:
     """Tasks whose updates are taken in as they come, in task order, so that all of them need not be in memory at once.
 
     ``take`` is called once for every client that answered, also if too few did, and then nothing that it gathered may be used.
-    ``needed``: how many must answer, where that is not the experiment's to say.
+    ``needed``: how many must answer, where that is not the experiment's to say. Everyone is waited for then.
     """
 
     tasks: list[Task]

@@ -59,6 +59,8 @@ DIMENSIONS = 64
 """How many a tensor may have; NumPy has no more."""
 ALIGNED = 8
 """Bytes of which the address of tensors is a multiple: the largest number that may cross has so many."""
+HEAD = 2**24
+"""Bytes that a message may have before its tensors: their names and places, settings, metrics. It takes some ten times as many to read."""
 LONGEST = 1000
 """Characters of an error that are told: what arrives may be of any length, and its faults end in logs and results."""
 COUNTED, WORKED = 2**53, 2.0**200
@@ -275,8 +277,8 @@ def _opened(blob: Blob) -> tuple[dict[str, Any], dict[str, Any], memoryview]:
     """(the message's header, the entries of its tensors, their bits)."""
     try:
         (length,) = struct.unpack("<Q", blob[:8])
-        if not 2 <= length <= len(blob) - 8:
-            raise ValueError(f"a header of {length} bytes in a blob of {len(blob)}")
+        if not 2 <= length <= min(len(blob) - 8, HEAD):
+            raise ValueError(f"a header of {length} bytes in a blob of {len(blob)}; it may have {HEAD}")
         entries = json.loads(blob[8 : 8 + length].decode())
         ((name, said),) = entries.pop("__metadata__").items()
         if name != HEADER:

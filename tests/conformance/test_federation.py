@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 import warnings
 import weakref
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +27,8 @@ from fedloom.client.store import StoreError
 from fedloom.engines.agreement import agreeing
 from fedloom.engines.local import Local
 from fedloom.messages import CohortFailed, Failure, Replies, Task, Traffic, Update, due
+from fedloom.methods.fedavg import FedAvg
+from fedloom.run.experiment import Experiment
 from fedloom.wire import Blob, WireError, pack, unpack
 from tests.conformance.toy import CLIENTS, DIGEST, host_of, same_replies, task
 from tests.federated import QUICK, Here, engine_over, nodes
@@ -30,7 +37,7 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     warnings.simplefilter("ignore", DeprecationWarning)
     import httpx
     from fastapi import HTTPException
-    from flwr.app import ConfigRecord, Message, RecordDict
+    from flwr.app import ConfigRecord, Error, Message, RecordDict
     from flwr.app.message import remove_content_from_message
     from flwr.common.constant import TIMESTAMP_HEADER, ErrorCode
     from flwr.common.serde import message_to_proto
@@ -42,17 +49,21 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
     from flwr.supercore.date import now
     from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id, get_object_tree
+    from flwr.supercore.object_store import in_memory_object_store
     from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
     from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
     from flwr.superlink.servicer.fleet import fleet_handlers
+    from flwr.supernode.fleet_http_client import FleetHttpClient
     from starlette.requests import Request
 
     from fedloom.engines import federation
+    from fedloom.engines import link as link_module
+    from fedloom.engines import node as node_module
+    from fedloom.engines.boxes import boxed, unboxed
     from fedloom.engines.federation import Enough, Federation, Patience, Ungreeted, device_app
-    from fedloom.engines.flower import boxed, unboxed
     from fedloom.engines.gate import LARGEST, authenticated, only_own
-    from fedloom.engines.link import SMALL, STATUS, Link, LinkError, Tls
-    from fedloom.engines.node import Credentials, Node, Refused, asked
+    from fedloom.engines.link import SMALL, STATUS, Link, LinkError, Objects, Tls
+    from fedloom.engines.node import GOODBYE, TRIES, Credentials, Node, Refused, asked, in_time
     from fedloom.run.deployment.certificates import issue, public_keys
     from fedloom.run.deployment.federation import Joined
 
@@ -290,7 +301,7 @@ class Hasty(Here):
 
 def test_whoever_answers_wrongly_at_once_makes_nobody_late(tmp_path: Path) -> None:
     engine = far(Hasty(host_of()[-1], tmp_path))
-    replies = Enough(engine, 0.5).run([task(k) for k in (0, 1, 2)])
+    replies = Enough(engine, lambda asked: 2).run([task(k) for k in (0, 1, 2)])
     assert [update.client for update in replies.updates] == [1, 2]
     assert [failure.client for failure in replies.failures] == [0] and "not a Fedloom message" in replies.failures[0].reason
 
@@ -331,12 +342,22 @@ def test_once_enough_have_answered_the_rest_has_a_moment(tmp_path: Path) -> None
     *_, host = host_of()
     device = Slow(host, tmp_path)
     engine = far(device, replace(QUICK, linger=0.1))
-    replies = Enough(engine, 0.5).run([task(k) for k in (0, 1, 2)])
+    replies = Enough(engine, lambda asked: 2).run([task(k) for k in (0, 1, 2)])
     assert 1 in {f.client for f in replies.failures} and len(replies.updates) >= 2
     assert {f.reason for f in replies.failures} == {"TimeoutError: it was late, and the others were enough"}
     assert engine._faults == {}, "it is not left out for that"
     device.go.set()
     assert device.done.wait(10)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "quorum", "due"),
+    [("mean", 0.5, {8: 4, 1: 1}), ("median", 0.5, {8: 5, 1: 1}), ("median", 0.75, {8: 6}), ("krum", 0.5, {8: 7, 2: 2})],
+)
+def test_rounds_wait_for_as_many_as_the_rule_of_aggregation_needs(aggregation: str, quorum: float, due: dict[int, int]) -> None:
+    e = Experiment(FedAvg(), clients=8, cohort=8, aggregation=aggregation, quorum=quorum)
+    hurried = Joined(nodes(tuple(CLIENTS)).link, e, QUICK, None).hurried(far())  # type: ignore[arg-type]
+    assert isinstance(hurried, Enough) and {asked: hurried.enough(asked) for asked in due} == due
 
 
 def test_whoever_failed_is_left_out_and_let_in_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,6 +421,72 @@ def test_an_answer_that_was_refused_is_pushed_again(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Node, "_push", once)
     assert far().run([task(0)]).failures == () and refused
+
+
+def full_for_devices(monkeypatch: pytest.MonkeyPatch, times: float) -> list[str]:
+    """The link's disk has no room for parts of answers, so many times. Returns those that it did not take."""
+    put, refused = Objects.put, list[str]()
+
+    def full(self: Objects, name: str, content: bytes) -> None:
+        if threading.current_thread() is not threading.main_thread() and len(refused) < times:
+            refused.append(name)
+            raise OSError(28, "No space left on device")
+        put(self, name, content)
+
+    monkeypatch.setattr(Objects, "put", full)
+    return refused
+
+
+def test_an_answer_that_the_server_cannot_store_has_failed_and_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_module, "AGAIN", (0.01, 0.01))
+    refused, engine = full_for_devices(monkeypatch, float("inf")), far()
+    engine._greeted = {0}
+    (failure,) = engine.run([task(0)]).failures
+    assert failure.reason.startswith("NotTaken: the server did not store part 1 of ")
+    assert len(set(refused[:3])) == 1 and len(refused) in (3, 4), "the same part three times, and perhaps that of the error"
+    assert "what it says of it, such as a full disk, is in its log" in failure.reason
+    assert len(engine.link.state.object_store) == 0
+
+
+def test_an_answer_that_the_server_could_not_store_at_once_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_module, "AGAIN", (0.01, 0.01))
+    refused = full_for_devices(monkeypatch, 2)
+    assert far().run([task(0)]).failures == () and len(refused) == 2
+
+
+@pytest.mark.parametrize("kind", ["PushObject", "PullObject"])
+def test_a_part_that_waits_longer_for_its_turn_than_a_device_does_is_asked_for_again(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """What was asked for may have been done all the same: of the last part that is pushed again the server expects none any more."""
+    real, seen = vars(FleetHttpClient)[kind], Counter[str]()
+
+    def slow(client: FleetHttpClient, request: Any) -> Any:
+        seen[request.object_id] += 1
+        said = real(client, request)
+        if seen[request.object_id] == 1:
+            raise httpx.ReadTimeout("nothing was said")
+        return said
+
+    monkeypatch.setattr(FleetHttpClient, kind, slow)
+    monkeypatch.setattr(Node, "_activate", None)  # nobody begins anew
+    assert far().run([task(0)]).failures == () and max(seen.values()) == 2
+
+
+def test_whoever_says_nothing_in_time_is_asked_again_a_few_times_and_who_is_not_there_is_not() -> None:
+    def silent(error: type[httpx.TimeoutException], answers_at: int) -> int:
+        asked: list[str] = []
+
+        def call(request: str) -> str:
+            asked.append(request)
+            if len(asked) < answers_at:
+                raise error("nothing")
+            return "here"
+
+        with suppress(error):
+            assert in_time(call, "part") == "here"
+        return len(asked)
+
+    assert [silent(httpx.ReadTimeout, 3), silent(httpx.WriteTimeout, 3), silent(httpx.ReadTimeout, 99)] == [3, 3, TRIES]
+    assert silent(httpx.ConnectTimeout, 99) == 1
 
 
 def test_tensors_of_a_broadcast_are_kept_once() -> None:
@@ -564,6 +651,160 @@ def test_what_a_node_had_fetched_before_it_began_anew_is_answered_by_an_error_an
     assert asked.metadata.message_id == later and not two.state.dropped
     two.forget([later])
     assert len(two.state.object_store) == 0 and not two.state.message_ins_store
+
+
+@pytest.mark.parametrize("looked_at", range(8))
+def test_what_is_shared_with_a_message_that_arrives_meanwhile_is_still_laid_out(
+    two: Link, monkeypatch: pytest.MonkeyPatch, looked_at: int
+) -> None:
+    """The other device confirms that it has its message while this many objects of the next one's tree have been looked at."""
+
+    def interrupted(tree: ObjectTree) -> Iterator[ObjectTree]:
+        for number, node in enumerate(walk(tree)):
+            yield node
+            if number == looked_at:
+                confirmed.start()
+                confirmed.join(0.2)
+
+    blob = b"\x64" + bytes(7 + 100) + bytes(10 * SMALL)  # a head of 100 bytes
+    first, second = (
+        Message(RecordDict({"blob": boxed(blob), "to": ConfigRecord({"client": k})}), two.nodes[k], "train", ttl=60) for k in (0, 1)
+    )
+    walk = in_memory_object_store.iterate_object_tree
+    assert list(two.push_messages([first])) == [first.object_id]
+    confirmed = threading.Thread(target=two.state.object_store.delete, args=(first.object_id,))
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(in_memory_object_store, "iterate_object_tree", interrupted)
+        assert list(two.push_messages([second])) == [second.object_id]
+    confirmed.join(10)
+    assert first.object_id not in two.state.object_store
+    assert all(two.state.get_object(two.run.run_id, name) for name in get_all_nested_objects(second))
+
+
+def begun(link: Link, name: str, client: int = 0) -> tuple[str, dict[str, bytes], str]:
+    """An answer to this message of which one part has come. Returns its name, the other parts, and the session in which they are pushed."""
+    (asked,) = [message for message in link.state.get_message_ins(link.nodes[client], limit=1) if message.metadata.message_id == name]
+    reply = Message(RecordDict({"blob": boxed(bytes([7]) * 10 * SMALL)}), reply_to=asked)
+    reply.metadata.__dict__["_src_node_id"] = link.nodes[client]
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    parts = {part: one.deflate() for part, one in get_all_nested_objects(reply).items()}
+    session = link.state.start_session(link.run.run_id)
+    stored, missing = link.state.store_message_and_object_tree(remove_content_from_message(reply), get_object_tree(reply), session)
+    assert stored and set(missing) == set(parts)
+    large = next(part for part in missing if len(parts[part]) > SMALL)
+    assert link.state.store_object(link.run.run_id, session, large, parts.pop(large))
+    return reply.object_id, parts, session
+
+
+@pytest.mark.parametrize("looked", [True, False], ids=["its head was taken", "nobody had looked"])
+def test_of_an_answer_that_is_late_nothing_stays_and_the_rest_is_not_taken(two: Link, looked: bool) -> None:
+    name = laid_out(two, 0, 10).object_id
+    _, parts, session = begun(two, name)
+    assert not looked or list(two.pull_messages([name])) == []
+    two.forget([name])
+    assert len(two.state.object_store) == 0 and not two.state.object_store._kept and not two.state.message_res_store
+    assert not any(two.state.store_object(two.run.run_id, session, part, content) for part, content in parts.items())
+    assert len(two.state.object_store) == 0 and not two.state._object_push_sessions
+
+
+def test_an_answer_to_what_is_forgotten_is_not_expected(two: Link) -> None:
+    name = laid_out(two, 0, 10).object_id
+    (asked,) = two.state.get_message_ins(two.nodes[0], limit=1)
+    two.forget([name])
+    reply = Message(RecordDict({"blob": boxed(b"late")}), reply_to=asked)
+    pushed(two, reply, {}, get_object_tree(reply), reply.object_id, client=0)
+    assert not two.state._object_push_sessions and len(two.state.object_store) == 0
+
+
+@pytest.mark.parametrize("looked", [True, False], ids=["its head was taken", "nobody had looked"])
+def test_an_answer_that_a_node_has_begun_to_push_before_it_began_anew_is_not_waited_for(two: Link, looked: bool) -> None:
+    name = laid_out(two, 0, 10).object_id
+    _, parts, session = begun(two, name)
+    assert not looked or list(two.pull_messages([name])) == []
+    assert two.state.deactivate_node(two.nodes[0]) and two.state.activate_node(two.nodes[0], 10.0)
+    (error,) = two.pull_messages([name])
+    assert error.metadata.reply_to_message_id == name and error.error.code == ErrorCode.NODE_UNAVAILABLE
+    assert not any(two.state.store_object(two.run.run_id, session, part, content) for part, content in parts.items())
+    assert len(two.state.object_store) == 0 and list(two.pull_messages([name])) == []
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_an_answer_that_is_here_as_a_whole_counts_though_its_node_begins_anew(two: Link, fails: bool) -> None:
+    name = laid_out(two, 0, 10).object_id
+    if fails:
+        (asked,) = two.state.get_message_ins(two.nodes[0], limit=1)
+        reply = Message(Error(7, "no luck"), reply_to=asked)
+        pushed(two, reply, {}, get_object_tree(reply), reply.object_id, client=0)
+    else:
+        _, parts, session = begun(two, name)
+        assert all(two.state.store_object(two.run.run_id, session, part, content) for part, content in parts.items())
+    assert two.state.deactivate_node(two.nodes[0]) and two.state.activate_node(two.nodes[0], 10.0)
+    (found,) = two.pull_messages([name])
+    assert found.error.reason == "no luck" if fails else unboxed(found.content) == bytes([7]) * 10 * SMALL
+    assert len(two.state.object_store) == 0
+
+
+@pytest.mark.parametrize("looked", [True, False], ids=["its head was taken", "nobody had looked"])
+def test_an_error_takes_the_place_of_an_answer_that_could_not_be_brought_and_of_no_other(two: Link, looked: bool) -> None:
+    for whole in (False, True):
+        name = laid_out(two, 0, 10).object_id
+        (asked,) = [message for message in two.state.message_ins_store.values() if message.metadata.message_id == name]
+        _, parts, session = begun(two, name)
+        assert not looked or list(two.pull_messages([name])) == []
+        if whole:
+            assert all(two.state.store_object(two.run.run_id, session, part, content) for part, content in parts.items())
+        error = Message(Error(100, "no room"), reply_to=asked)
+        error.metadata.__dict__["_src_node_id"] = two.nodes[1]
+        head = remove_content_from_message(error)
+        head.metadata.__dict__["_message_id"] = error.object_id
+        assert two.state.store_message_res(head) is None and name in two.state.message_ins_id_to_message_res_id, "of another node"
+        error = Message(Error(100, "no room"), reply_to=asked)
+        pushed(two, error, {}, get_object_tree(error), error.object_id, client=0)
+        (found,) = two.pull_messages([name])
+        assert found.has_error() is not whole and (whole or found.error.reason == "no room")
+        assert len(two.state.object_store) == 0 and not two.state.message_res_store
+
+
+def test_an_answer_that_is_larger_than_any_is_not_stored_and_a_message_may_be(two: Link) -> None:
+    two.state.most = 10 * SMALL + 10_000
+    names = [laid_out(two, 0, 30 * SMALL).object_id]
+    _, parts, session = begun(two, names[0])
+    assert all(two.state.store_object(two.run.run_id, session, part, content) for part, content in parts.items())
+    assert len(list(two.pull_messages(names))) == 1
+    two.state.most = 10 * SMALL
+    names = [laid_out(two, 1, 30 * SMALL).object_id]
+    with pytest.raises(AssertionError, match="store_object"):
+        begun(two, names[0], client=1)
+    assert list(two.pull_messages(names)) == []
+
+
+def test_a_late_part_and_a_message_that_is_withdrawn_do_not_wait_for_each_other(two: Link) -> None:
+    name = laid_out(two, 0, 10).object_id
+    _, parts, session = begun(two, name)
+    two.state._object_push_sessions[session].expires_at = now() - timedelta(seconds=1)
+    part, content = parts.popitem()
+    late = threading.Thread(target=two.state.store_object, args=(two.run.run_id, session, part, content), daemon=True)
+
+    def withdrawn() -> None:
+        with two.state.lock:
+            late.start()
+            late.join(0.2)
+            two.forget([name])
+
+    other = threading.Thread(target=withdrawn, daemon=True)
+    other.start()
+    other.join(10)
+    late.join(10)
+    assert not other.is_alive() and not late.is_alive() and len(two.state.object_store) == 0
+
+
+def test_a_message_for_which_the_disk_has_no_room_is_said_and_not_laid_out(two: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(number: int, blob: memoryview, begin: int) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    with pytest.raises(OSError, match="No space left"):
+        laid_out(two, 0, 10 * SMALL)
 
 
 class Silent(Slow):
@@ -842,6 +1083,31 @@ def test_a_device_with_its_key_is_let_in_over_tls(link: Link, certs: Path) -> No
     assert joined(link, credentials(certs)).startswith("joined the federation")
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), httpx.ReadError("broken")])
+def test_a_device_that_leaves_says_so_whatever_it_was_doing(link: Link, certs: Path, error: BaseException) -> None:
+    def interrupted(client: FleetHttpClient, own: FlowerNode) -> bool:
+        assert link.present() == {0}
+        stop.set()
+        raise error
+
+    stop = threading.Event()
+    node = Node(f"127.0.0.1:{link.port}", credentials(certs), lambda message, context: message, lambda text: None)
+    node._answer_next = interrupted  # type: ignore[method-assign]
+    with suppress(KeyboardInterrupt):
+        node.serve(stop)
+    assert link.present() == set()
+
+
+def test_a_device_leaves_though_the_server_does_not_hear_it(link: Link, certs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(client: FleetHttpClient, request: object) -> None:
+        left.append(client._client.timeout.read)
+        raise httpx.ConnectError("nobody")
+
+    left: list[float | None] = []
+    monkeypatch.setattr(FleetHttpClient, "DeactivateNode", gone)
+    assert joined(link, credentials(certs)).startswith("joined the federation") and left == [GOODBYE]
+
+
 def test_a_device_without_a_known_key_is_refused(link: Link, certs: Path) -> None:
     stranger = Credentials(generate_key_pairs()[0], credentials(certs).root)
     assert "does not know this device's key" in joined(link, stranger)
@@ -902,9 +1168,27 @@ def test_a_request_that_is_too_large_is_not_read(link: Link, certs: Path) -> Non
         assert reply.status_code == 413
 
 
+def test_no_more_connections_are_open_than_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "STRANGERS", 2)
+    monkeypatch.setattr(link_module, "EACH", 1)
+    with Link({0: b"key"}) as link, suppress(httpx.HTTPError):
+        at = ("127.0.0.1", link.port)
+        assert httpx.get(f"http://127.0.0.1:{link.port}{STATUS}").status_code == 401
+        with socket.create_connection(at), socket.create_connection(at), socket.create_connection(at):
+            time.sleep(0.2)
+            assert httpx.get(f"http://127.0.0.1:{link.port}{STATUS}").status_code == 503
+
+
 def test_an_address_that_is_taken_is_named(link: Link) -> None:
     with pytest.raises(LinkError, match=r"cannot listen on .*: Address already in use; give another --listen"):
         Link({0: public_key_to_bytes(generate_key_pairs()[1])}, port=link.port).__enter__()
+
+
+@pytest.mark.parametrize("content", ["", "no certificate", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "ä"])
+def test_a_damaged_certificate_is_named_and_not_a_server_that_is_away(certs: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "ca.pem").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"ca\.pem is no certificate in PEM \(.*; copy the federation's ca\.pem there again"):
+        Credentials.read(certs / "device-0" / "device.key", tmp_path / "ca.pem")
 
 
 def test_a_key_of_another_kind_is_named(tmp_path: Path) -> None:

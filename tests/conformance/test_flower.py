@@ -31,7 +31,8 @@ with warnings.catch_warnings():  # the command-line library that Flower imports 
 
     from fedloom import flower_app
     from fedloom.engines import flower as door
-    from fedloom.engines.flower import FlowerGrid, Loopback, client_app, in_memory, roll_call, unboxed
+    from fedloom.engines.boxes import unboxed
+    from fedloom.engines.flower import FlowerGrid, Loopback, client_app, in_memory, roll_call
 
 pytestmark = pytest.mark.flower
 TASK = task(3, "echo", word="a")

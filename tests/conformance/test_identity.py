@@ -5,6 +5,7 @@ Two models that were loaded apart are alike, and W_res,k + s·mean(B_k)·mean(A_
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fedloom.client.store import ClientStore
 from fedloom.data.shards import write_shards
 from fedloom.messages import Failure, Task
 from fedloom.methods.fedavg import FedAvg
@@ -71,6 +73,29 @@ def test_a_device_with_another_query_weight_is_refused_and_one_with_the_same_is_
     ) as caught:
         hosted(order(greeting, Own(data, model=str(other))))
     assert str(tmp_path) not in for_others(caught.value) and "this device's model is not the server's" in for_others(caught.value)
+
+
+def test_a_device_whose_data_changed_is_refused_until_they_are_put_back(tmp_path: Path) -> None:
+    """It went on with the states of the others."""
+    shape: dict[str, Any] = {"clients": 2, "cohort": 2, "rounds": 1, "max_train": 24, "max_validation": 4, "max_test": 4, "max_length": 16}
+    e = Experiment(FedAvg(), model=str(tiny.folder()), adapter=Adapter(rank=2), seed=5, **shape)
+    write_shards(*read_data(e), tmp_path / "shards")
+    greeting = json.loads(json.dumps({**greeting_of(build(e)), "digest": e.digest()}))
+    own, there = Own(str(tmp_path / "shards" / "0"), folder=str(tmp_path / "device")), tmp_path / "device" / "states" / e.digest()
+    _, said = hosted(order(greeting, own))
+    ClientStore(there).keep(())
+    assert hosted(order(greeting, own))[1] == said, "a restart, and states that were swept"
+    with pytest.raises(ExperimentError) as refused:
+        hosted(order(greeting, replace(own, data=str(tmp_path / "shards" / "1"))))
+    told = for_others(refused.value)
+    assert f"{said['examples']['train']} train" in told and "not those with which it began" in told and str(tmp_path) not in told
+    assert re.search(rf"fingerprint [0-9a-f]{{16}}\), .* now \([0-9a-f]{{16}}\).*delete {there} and join again", str(refused.value))
+    assert hosted(order(greeting, own))[1] == said, "put back"
+    (there / "data.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"data\.json is corrupt"):
+        hosted(order(greeting, own))
+    shutil.rmtree(there)
+    hosted(order(greeting, replace(own, data=str(tmp_path / "shards" / "1"))))
 
 
 @pytest.mark.parametrize(("greeting", "theirs"), [({"release": "0.0.9"}, "'0.0.9'"), ({}, "'of an earlier release'")])

@@ -43,8 +43,9 @@ from tests.fuzz.mutations import NAMES, changed_bytes, changed_json, changed_mes
 with warnings.catch_warnings():  # libraries that Flower imports use deprecated names of their own
     warnings.simplefilter("ignore", DeprecationWarning)
     from fedloom.engines import federation
+    from fedloom.engines.boxes import REFUSED, boxed, unboxed
     from fedloom.engines.federation import BLOB, CLIENT, COMMITTED, GREETING, STATE, TO, TOLD, UNGREETED, Federation, Patience, device_app
-    from fedloom.engines.flower import REFUSED, boxed, carried, unboxed
+    from fedloom.engines.flower import carried
     from fedloom.engines.gate import authenticated, only_own
     from fedloom.engines.link import Link
     from fedloom.engines.node import Credentials, Node
@@ -57,7 +58,7 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     from flwr.app.message import remove_content_from_message
     from flwr.common.serde import message_to_proto
     from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest, PushMessagesResponse
-    from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse, PushObjectRequest
+    from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse, PushObjectRequest, PushObjectResponse
     from flwr.proto.node_pb2 import Node as FlowerNode
     from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id, get_object_tree, iterate_object_tree
     from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
@@ -838,8 +839,9 @@ class Laid:
         self.pushed += 1
         return PushMessagesResponse(objects_to_push=[one.object_id for one in iterate_object_tree(request.message_object_trees[0])])
 
-    def PushObject(self, request: Any) -> None:
+    def PushObject(self, request: Any) -> PushObjectResponse:
         request.SerializeToString()
+        return PushObjectResponse(stored=True)
 
 
 class Told(Target):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -60,6 +61,17 @@ def test_nobody_else_sees_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert list(tmp_path.iterdir()) == []
 
 
+def test_it_lies_in_the_folder_that_is_given_which_may_be_made_later(tmp_path: Path) -> None:
+    with Aside(tmp_path / "run") as aside:
+        with pytest.raises(FileNotFoundError, match="run"):
+            aside.keep(b"x")
+        (tmp_path / "run").mkdir()
+        place = aside.keep(b"x")
+        assert os.fstat(aside._number).st_dev == (tmp_path / "run").stat().st_dev and aside.read(place) == b"x"
+        assert str(tmp_path / "run") in os.readlink(f"/proc/self/fd/{aside._number}"), "and not where temporary files lie"
+        assert list((tmp_path / "run").iterdir()) == [], "without a name"
+
+
 def test_a_full_disk_is_said_and_its_place_is_free_again(monkeypatch: pytest.MonkeyPatch) -> None:
     def written_in_part(number: int, blob: memoryview, begin: int) -> int:
         if len(blob) <= SLOT:
@@ -70,6 +82,6 @@ def test_a_full_disk_is_said_and_its_place_is_free_again(monkeypatch: pytest.Mon
     with Aside() as aside:
         with monkeypatch.context() as full:
             full.setattr(os, "pwrite", written_in_part)
-            with pytest.raises(OSError, match="No space left"):
+            with pytest.raises(OSError, match=rf"No space left on device: '{tempfile.gettempdir()}'"):
                 aside.keep(bytes(2 * SLOT))
         assert aside.keep(b"x" * 2 * SLOT).begin == 0

@@ -57,6 +57,18 @@ def test_who_insisted_in_vain_is_told_why() -> None:
         drive(insist([Task("op", 0), Task("op", 1)], attempts=2), Half(), 0)
 
 
+def test_whoever_insists_is_given_everyone_where_rounds_are_hurried() -> None:
+    class Everyone(Half):
+        def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
+            return Replies(tuple(take(Update(t.client, 1)) for t in tasks))
+
+    def both() -> Flow[tuple[list[int], list[int]]]:
+        chosen = yield from insist([Task("op", k) for k in (0, 1, 2)], attempts=1)
+        return [update.client for update in chosen], (yield from asking(0, 1, 2))
+
+    assert drive(both(), Half(), 0.5, patient=Everyone()) == ([0, 1, 2], [0, 2])
+
+
 def test_what_was_heard_is_told_before_the_cohort_fails() -> None:
     heard: list[int] = []
     with pytest.raises(CohortFailed):

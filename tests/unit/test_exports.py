@@ -15,7 +15,7 @@ import pytest
 import fedloom
 
 SOURCE = Path(fedloom.__file__).parent
-NEED_FLOWER = {"fedloom.engines.flower", "fedloom.flower_app"}
+NEED_FLOWER = {"fedloom.engines.boxes", "fedloom.engines.flower", "fedloom.engines.quiet", "fedloom.flower_app"}
 NEED_TRACK = {"fedloom.run.trackers.tensorboard", "fedloom.run.trackers.mlflow", "fedloom.run.trackers.wandb"}
 
 

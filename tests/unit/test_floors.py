@@ -48,7 +48,10 @@ DOORS = {
     "datasets": {"data/opening.py"},
     "pyarrow": {"data/"},
     "psutil": {"model/machine.py", "engines/resident.py"},
-    "flwr": {"engines/flower.py", "engines/gate.py", "engines/link.py", "engines/node.py", "engines/federation.py", "flower_app.py"},
+    "flwr": {
+        *(f"engines/{name}.py" for name in ("boxes", "federation", "flower", "gate", "link", "node", "quiet")),
+        "flower_app.py",
+    },
     "fastapi": {"engines/gate.py", "engines/link.py"},
     "starlette": {"engines/gate.py", "engines/link.py"},
     "uvicorn": {"engines/link.py"},

@@ -1,4 +1,4 @@
-"""What stands before the Fleet API: parts of messages pass a few at a time, signed ones only, and nobody keeps others waiting."""
+"""What stands before the Fleet API: of strangers nothing is read, parts of messages pass a few at a time, and nobody makes others wait."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes, sign_message
 
     from fedloom.engines import gate
-    from fedloom.engines.gate import AT_ONCE, PARTS, PIECE, Turns, in_pieces
+    from fedloom.engines.gate import AT_ONCE, BEGINNINGS, LARGEST, MOST, PARTS, PIECE, SMALL, Bounded, Known, Turns, in_pieces
 
 pytestmark = pytest.mark.flower
 
 PRIVATE, PUBLIC = generate_key_pairs()
+SIGNATURE = FLEET_HTTP_SIGNATURE_HEADER.lower().encode()
 Sent = list[dict[str, Any]]
 
 
@@ -44,14 +45,19 @@ async def never() -> dict[str, Any]:
     raise AssertionError("nothing of this request is to be read")
 
 
-async def asked(turns: Turns, scope: dict[str, Any]) -> Sent:
+def own(key: bytes) -> bool:
+    """Whether this is the federation's key."""
+    return key == public_key_to_bytes(PUBLIC)
+
+
+async def asked(gate: Bounded | Known | Turns, scope: dict[str, Any]) -> Sent:
     """What is sent in answer."""
     sent: Sent = []
 
     async def send(message: Any) -> None:
         sent.append(dict(message))
 
-    await turns(scope, never, send)
+    await gate(scope, never, send)
     return sent
 
 
@@ -70,6 +76,24 @@ class Counted:
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
 
+class Reached:
+    """An app that answers without reading anything."""
+
+    def __init__(self) -> None:
+        self.reached = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
+        self.reached += 1
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+
+class Never:
+    """An app that nobody is to reach."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
+        raise AssertionError("nothing of this request is to be read")
+
+
 async def settled() -> None:
     for _ in range(20):
         await asyncio.sleep(0)
@@ -79,7 +103,7 @@ async def settled() -> None:
 def test_parts_pass_a_few_at_a_time_and_everything_else_at_once(path: str) -> None:
     async def play() -> None:
         app = Counted()
-        turns = Turns(app, lambda key: True)
+        turns = Turns(app)
         scopes = [request(path) for _ in range(3 * AT_ONCE)]
         calls = [asyncio.ensure_future(asked(turns, scope)) for scope in scopes]
         await settled()
@@ -98,7 +122,7 @@ def test_parts_pass_a_few_at_a_time_and_everything_else_at_once(path: str) -> No
 def test_whoever_takes_too_long_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     async def play() -> None:
         app = Counted()
-        turns = Turns(app, lambda key: True)
+        turns = Turns(app)
         calls = [asyncio.ensure_future(asked(turns, request(PARTS[0]))) for _ in range(2 * AT_ONCE)]
         await settled()
         assert app.now == AT_ONCE
@@ -124,7 +148,7 @@ def test_a_request_that_fails_ends_its_turn() -> None:
         raise OSError("gone")
 
     async def play() -> None:
-        turns = Turns(fail, lambda key: True)
+        turns = Turns(fail)
         for _ in range(2 * AT_ONCE):
             with pytest.raises(OSError, match="gone"):
                 await asyncio.wait_for(asked(turns, request(PARTS[1])), 5)
@@ -132,11 +156,62 @@ def test_a_request_that_fails_ends_its_turn() -> None:
     asyncio.run(play())
 
 
-@pytest.mark.parametrize(("signed", "known"), [(False, True), (True, False)])
-def test_strangers_get_no_turn_and_nothing_of_theirs_is_read(signed: bool, known: bool) -> None:
+PULL, BEAT, HEADS = "/v1/fleet/pull-messages", "/v1/fleet/send-node-heartbeat", "/v1/fleet/push-messages"
+
+
+@pytest.mark.parametrize("path", [*PARTS, HEADS, PULL, BEAT, "/v1/fleet/get-fab", "/v1/fleet/whatever"])
+def test_of_strangers_nothing_is_read(path: str) -> None:
     async def play() -> None:
-        turns = Turns(Counted(), lambda key: known and key == public_key_to_bytes(PUBLIC))
-        assert [sent.get("status") for sent in await asyncio.wait_for(asked(turns, request(PARTS[0], signed)), 5)] == [401, None]
+        strangers = Known(Never(), lambda key: False)
+        assert [sent.get("status") for sent in await asked(strangers, request(path))] == [401, None]
+        assert [sent.get("status") for sent in await asked(Known(Never(), own), request(path, signed=False))] == [401, None]
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(("path", "reads"), [(PARTS[0], False), (PARTS[1], False), (HEADS, False), (PULL, True), (BEAT, True)])
+def test_what_may_be_large_must_be_signed_before_it_is_read_and_the_rest_when_it_is(path: str, reads: bool) -> None:
+    """Flower looks at the signature of everything."""
+
+    async def play() -> None:
+        scope = request(path)
+        scope["headers"] = [(name, b64encode(b"forged") if name == SIGNATURE else value) for name, value in scope["headers"]]
+        app = Reached()
+        assert (await asked(Known(app, own), scope))[0]["status"] == (200 if reads else 401)
+        assert [sent.get("status") for sent in await asked(Known(app, own), request(path))] == [200]
+        assert app.reached == 1 + reads
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("path", BEGINNINGS)
+def test_flower_answers_whoever_begins(path: str) -> None:
+    async def play() -> None:
+        for signed in (True, False):
+            assert [sent.get("status") for sent in await asked(Known(Reached(), lambda key: False), request(path, signed))] == [200]
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("path", ["/v1/control/start-run", "/v1/runtime/push-object", "/", "/v1/fedloom/status"])
+def test_nothing_is_posted_anywhere_else(path: str) -> None:
+    async def play() -> None:
+        assert [sent.get("status") for sent in await asked(Known(Never(), own), request(path))] == [404, None]
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("path", "most"), [(PARTS[0], LARGEST), (PARTS[1], SMALL), (HEADS, MOST), (PULL, SMALL), (BEAT, SMALL), (BEGINNINGS[0], SMALL)]
+)
+def test_a_request_is_as_large_as_what_it_asks_may_be(path: str, most: int) -> None:
+    async def play() -> None:
+        for size, due in ((str(most), [200]), (str(most + 1), [413, None]), ("-1", [413, None]), ("9" * 20, [413, None])):
+            scope = request(path)
+            scope["headers"].append((b"content-length", size.encode()))
+            assert [sent.get("status") for sent in await asked(Bounded(Reached()), scope)] == due
+        assert [sent.get("status") for sent in await asked(Bounded(Never()), request(path))] == [413, None], "it does not say"
+        assert [sent.get("status") for sent in await asked(Bounded(Reached()), {**request(path), "method": "GET"})] == [200]
 
     asyncio.run(play())
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -32,6 +33,21 @@ class Doubling:
         if any(item < 0 for item in items):
             raise ArithmeticError("negative")
         return [Done(2 * item, 10.0, 1) for item in items]
+
+
+@dataclass
+class TooMuch(Doubling):
+    """Cannot do several clients' items at once, and what it took for that is only as long there as the error is."""
+
+    taken: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
+
+    def run(self, items: Sequence[float]) -> list[Done]:
+        assert all(held() is None for held in self.taken), "what a pass took that failed is gone when its clients are computed one by one"
+        if len({item for item in items if item != 5.0}) > 1:
+            large = torch.zeros(8)
+            self.taken.append(weakref.ref(large))
+            raise torch.OutOfMemoryError("not enough memory")
+        return Doubling.run(self, items)
 
 
 class Base:
@@ -119,6 +135,13 @@ def test_a_cohort_advances_together_and_each_gets_its_own_results() -> None:
     assert compute.calls == [[2.0, 0.0, 3.0], [4.0, 5.0, 0.0, 5.0, 6.0, 5.0], []]
     assert [u.client for u in replies] == [2, 0, 3]
     assert [u.tensors["x"].tolist() for u in replies] == [[4, 8, 10], [0, 0, 10], [6, 12, 10]]
+
+
+def test_what_a_failed_pass_took_is_gone_before_its_clients_are_computed_one_by_one() -> None:
+    h, *_ = host()
+    h.compute = TooMuch([])
+    replies = [opened(r) for r in h.answer([task(2), task(1)])]
+    assert [u.tensors["x"].tolist() for u in replies] == [[4, 8, 10], [2, 4, 10]] and len(h.compute.taken) == 2
 
 
 def test_the_cost_of_each_operation_is_its_own_items() -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedloom.data.shards import write_shards
-from fedloom.run import checkpoint
+from fedloom.run import checkpoint, loop
 from fedloom.run.again import evaluate_again
 from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.costs.ledger import Ledger
@@ -21,7 +21,7 @@ from fedloom.run.evaluation import Evaluation
 from fedloom.run.experiment import as_json
 from fedloom.run.export import ExportError, export
 from fedloom.run.folder import claim, only_one
-from fedloom.run.loop import results_of, run
+from fedloom.run.loop import OneDisk, results_of, run
 from fedloom.run.world import build, read_data
 from tests import small
 
@@ -160,6 +160,17 @@ def test_a_run_that_may_only_be_read_is_evaluated_again(tmp_path: Path, monkeypa
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(Path, "open", refused)
     assert evaluate_again(e, tmp_path).equal and sorted(tmp_path.rglob("*")) == before
+
+
+def test_who_insists_within_a_round_is_given_the_engine_that_waits_for_everyone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def heard(*given: Any, **named: Any) -> Any:
+        patient.extend(given[4:])
+        return drive(*given, **named)
+
+    drive, patient = loop.drive, list[Any]()
+    monkeypatch.setattr(loop, "drive", heard)
+    run(small.experiment("lora", clients=2, cohort=2, rounds=1, evaluate_every=0), tmp_path / "run", plain=True)
+    assert [type(engine) for engine in patient] == [OneDisk], "whatever rounds are hurried by"
 
 
 def test_what_cannot_be_written_whole_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

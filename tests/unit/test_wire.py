@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 
 from fedloom.messages import Task, Update
 from fedloom.tensors import fingerprint
-from fedloom.wire import CODES, DTYPES, HEADER, VERSION, Packer, WireError, checked_settings, checked_tensors, pack, size_of, unpack
+from fedloom.wire import CODES, DTYPES, HEAD, HEADER, VERSION, Packer, WireError, checked_settings, checked_tensors, pack, size_of, unpack
 
 DIGEST = "0123456789abcdef"
 TASK = Task("train", 3, {"w": torch.arange(3.0)}, {"round": 1, "gal": [0, 2], "lr": 0.1, "name": "a", "on": True, "none": []})
@@ -313,6 +313,7 @@ FORGED = {
     "nan flops": (forged(kind="update", num_examples=1, examples=0, flops=float("nan"), metrics={}), "none may be negative"),
     "a header that is a list": (save({}, {HEADER: "[1]"}), "not a Fedloom message"),
     "no header": (save({}, {}), "not a Fedloom message"),
+    "an endless header": (struct.pack("<Q", HEAD + 1) + bytes(HEAD + 1), f"a header of {HEAD + 1} bytes in a blob of {HEAD + 9}; it may"),
     "an endless nest": (struct.pack("<Q", 10**5) + b"[" * 10**5, "not a Fedloom message"),
     "a dtype from the future": (
         (lambda h: struct.pack("<Q", len(h)) + h)(

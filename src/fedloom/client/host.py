@@ -168,16 +168,18 @@ class Host:
         try:
             done = self.compute.run([item for items in asked.values() for item in items])
         except Exception as error:
-            if len(asked) > 1:
-                log.warning("a stacked pass failed (%s: %s); its clients run one by one", type(error).__name__, error)
-                for i in list(running):
-                    self._compute({i: running[i]}, replies)
-                for i in [i for i in running if replies[i] is not None]:
-                    del running[i]
+            if len(asked) == 1:
+                (only,) = running
+                replies[only] = self._failed(running[only].client.id, error)
+                del running[only]
                 return
-            (only,) = running
-            replies[only] = self._failed(running[only].client.id, error)
-            del running[only]
+            log.warning("a stacked pass failed (%s); its clients run one by one", in_full(error))
+            done = None
+        if done is None:  # not where the error still is: it holds the failed pass, and with it the memory of all of them
+            for i in list(running):
+                self._compute({i: running[i]}, replies)
+            for i in [i for i in running if replies[i] is not None]:
+                del running[i]
             return
         for i, items in asked.items():
             mine, done = done[: len(items)], done[len(items) :]

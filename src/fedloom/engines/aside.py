@@ -6,7 +6,9 @@ import os
 import threading
 import weakref
 from collections import defaultdict
-from tempfile import TemporaryFile
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryFile, gettempdir
 from typing import NamedTuple
 
 SLOT = 2**16
@@ -21,15 +23,16 @@ class Kept(NamedTuple):
 
 
 class Aside:
-    """Blobs in a file of the system's folder for temporary ones. It has no name, so it is gone when this process is, however that ends.
+    """Blobs in a file in ``folder`` (None: the system's for temporary ones, which may lie in memory). It has no name, so it is gone when
+    this process is, however that ends, and it is made when the first blob comes.
 
     Safe for threads. What is dropped leaves room for the next of about its size.
     """
 
-    def __init__(self) -> None:
-        file = TemporaryFile(prefix="fedloom-", buffering=0)  # noqa: SIM115 closed below
-        self._number, self._lock, self._end, self._free = file.fileno(), threading.Lock(), 0, defaultdict[int, list[int]](list)
-        self.close = weakref.finalize(self, file.close)
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder, self._file = Path(gettempdir()) if folder is None else folder, ExitStack()
+        self._number, self._lock, self._end, self._free = -1, threading.Lock(), 0, defaultdict[int, list[int]](list)
+        self.close = weakref.finalize(self, self._file.close)
         """Give the file up; at the latest it goes with this object."""
 
     def __enter__(self) -> Aside:
@@ -42,16 +45,16 @@ class Aside:
         """Lay a blob aside.
 
         Raises:
-            OSError: the disk is full. Nothing was kept then.
+            OSError: the disk is full, or there is no such folder. Nothing was kept then.
         """
         kept = Kept(self._place(len(blob)), len(blob))
         rest = memoryview(blob)
         try:
             while rest:
                 rest = rest[os.pwrite(self._number, rest, kept.begin + kept.size - len(rest)) :]
-        except OSError:
+        except OSError as error:
             self.drop(kept)
-            raise
+            raise OSError(error.errno, error.strerror, str(self.folder)) from error
         return kept
 
     def read(self, kept: Kept) -> bytearray:
@@ -76,6 +79,8 @@ class Aside:
 
     def _place(self, size: int) -> int:
         with self._lock:
+            if self._number < 0:
+                self._number = self._file.enter_context(TemporaryFile(prefix="fedloom-", buffering=0, dir=self.folder)).fileno()  # noqa: SIM115
             free = self._free[slot(size)]
             if free:
                 return free.pop()

@@ -31,11 +31,18 @@ class Engine(Protocol):
         ...
 
 
-def drive(flow: Flow[T], engine: Engine, quorum: float = 1.0, seen: Callable[[Sequence[Task], Replies], None] | None = None) -> T:
+def drive(
+    flow: Flow[T],
+    engine: Engine,
+    quorum: float = 1.0,
+    seen: Callable[[Sequence[Task], Replies], None] | None = None,
+    patient: Engine | None = None,
+) -> T:
     """Run a flow to its end against an engine. ``quorum`` is the share of each asking that must answer (0: the flow insists itself),
     unless an asking says how many.
 
-    ``seen`` is called with every asking and its replies (the ledger's ear).
+    ``seen`` is called with every asking and its replies (the ledger's ear). ``patient``: the engine for askings that say how many must
+    answer, where ``engine`` waits for no more than a quorum: they want everyone, and ask again whoever did not answer.
 
     Raises:
         CohortFailed: fewer clients answered than must, by default ``ceil(quorum * asked)``; none who did has examples; or the flow gave up.
@@ -49,7 +56,7 @@ def drive(flow: Flow[T], engine: Engine, quorum: float = 1.0, seen: Callable[[Se
             twice = sorted(client for client, times in Counter(task.client for task in tasks).items() if times > 1)
             if twice:
                 raise ValueError(f"clients {twice} are asked twice at once; ask one task a client, then ask again")
-            replies = engine.run(tasks, asking.take)
+            replies = (engine if asking.needed is None else patient or engine).run(tasks, asking.take)
             if seen is not None:
                 seen(tasks, replies)
             needed = asking.needed if asking.needed is not None else quorum_of(len(tasks), quorum) if quorum > 0 else 0

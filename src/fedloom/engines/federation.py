@@ -21,7 +21,7 @@ last :data:`REMEMBERED` are known by name; of others it is said that no such tas
 many devices answer, one update is in memory, unless the method wants to see all of them at once.
 
 **Nothing waits for ever**: a device that has not been heard of is waited for ``wait`` seconds, before its task and within it, an answer
-for ``deadline``. Where a share of those asked is :class:`Enough`, the rest has ``linger`` seconds once as many answers that may be used
+for ``deadline``. Where some of those asked are :class:`Enough`, the rest has ``linger`` seconds once as many answers that may be used
 are here.
 """
 
@@ -32,7 +32,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
@@ -40,7 +40,8 @@ from fedloom.client.elsewhere import Elsewhere
 from fedloom.client.store import FILE
 from fedloom.encodings import EXACT, Encoding, Sender
 from fedloom.engines.agreement import Outline, agreeing, outlined
-from fedloom.engines.flower import BLOB, CLIENT, REFUSED, TO, boxed, unboxed, with_nonces  # first: it switches off what Flower must not do
+from fedloom.engines.boxes import BLOB, CLIENT, REFUSED, TO, boxed, unboxed
+from fedloom.engines.flower import with_nonces  # first: it switches off what Flower must not do
 
 # isort: split
 from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
@@ -50,7 +51,7 @@ from fedloom.engines.aside import Aside, Kept
 from fedloom.engines.heap import give_memory_back
 from fedloom.engines.link import PAUSE, Link
 from fedloom.engines.local import gather, joined, may_cross
-from fedloom.messages import CohortFailed, Failure, Replies, Take, Task, Update, quorum_of, whole
+from fedloom.messages import CohortFailed, Failure, Replies, Take, Task, Update, whole
 from fedloom.telling import for_others
 from fedloom.wire import LONGEST, SHORT, Blob, WireError
 
@@ -124,8 +125,8 @@ class Federation:
         self._given: dict[str, tuple[int, str]] = {}
         self._read = 0
 
-    def run(self, tasks: Sequence[Task], take: Take = whole, share: float = 1.0) -> Replies:
-        """Ask every device, and return what may be used of their answers. ``share``: that of the tasks whose answers are enough.
+    def run(self, tasks: Sequence[Task], take: Take = whole, enough: int | None = None) -> Replies:
+        """Ask every device, and return what may be used of their answers. ``enough``: how many answers are (None: all).
 
         Raises:
             WireError: a task may not cross the wire; that is the method's fault and ends the run. No task was sent then.
@@ -133,8 +134,8 @@ class Federation:
         may_cross(tasks)
         tasks = self._numbered(tasks)
         asked = {task.client: task for task in tasks}
-        with Aside() as aside:
-            answers, sizes, names = self._exchanged(tasks, quorum_of(len(tasks), share), aside)
+        with Aside(self.link.folder) as aside:
+            answers, sizes, names = self._exchanged(tasks, len(tasks) if enough is None else enough, aside)
             replies = self._judged(tasks, answers, aside)
             replies = replace(replies, traffic=tuple(replace(t, bytes_down=sizes.get(t.client, 0)) for t in replies.traffic))
             for update in replies.updates:
@@ -310,14 +311,15 @@ class Federation:
 
 @dataclass(frozen=True)
 class Enough:
-    """A federation that waits for a share of those asked, and a moment for the rest: for rounds. Set-up and evaluation want everyone."""
+    """A federation that waits for ``enough`` of so many asked, and a moment for the rest: for rounds. Set-up and evaluation want
+    everyone."""
 
     inner: Federation
-    share: float
+    enough: Callable[[int], int]
 
     def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
-        """As ``inner``, for this share."""
-        return self.inner.run(tasks, take, self.share)
+        """As ``inner``, for so many."""
+        return self.inner.run(tasks, take, self.enough(len(tasks)))
 
 
 def _head(content: RecordDict) -> dict[str, Any]:

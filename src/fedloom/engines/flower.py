@@ -3,18 +3,12 @@
 :class:`FlowerGrid` is the server's side and takes any Flower grid: the one that a deployed ``ServerApp`` is given, or the one
 that :func:`in_memory` makes for simulation. :func:`client_app` is the device's side; the same app runs in both.
 
-**One message** holds one packed blob (``wire.py``) as the bytes of an ``Array`` in an ``ArrayRecord``, and the client's id in a
-``ConfigRecord``. An array rather than bytes in a ``ConfigRecord``, because Flower cuts arrays into chunks of 5 MiB, so a blob
-may be of any size, while a config value travels as one protobuf message; it also costs fewer copies. The array names its own
-serialisation, so nobody takes the blob for an array of numbers. Nothing is pickled.
-
 **In memory**: Flower's own ``InMemoryGrid`` and in-memory ``LinkState`` work without a SuperLink process, so they are used.
 Their usual worker threads poll every 0.1 s; here a device answers while its message is pushed, in the caller's thread, which
 needs no polling, obeys Ctrl-C and computes under the caller's torch settings. Every message is taken apart into the objects
 that a deployment sends and put together again from their bytes, in both directions.
 
-This module does not know methods or operations: it carries blobs. It switches Flower's telemetry, update check and run-time
-installs off before Flower is imported.
+This module does not know methods or operations: it carries blobs (``boxes.py``).
 """
 
 from __future__ import annotations
@@ -27,18 +21,10 @@ from dataclasses import replace
 from secrets import token_hex
 from typing import Protocol, cast
 
-os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
-os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
-os.environ["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
+from fedloom.engines import quiet  # noqa: F401  first: it switches off what Flower must not do
 
-try:
-    import flwr  # noqa: F401
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "the Flower engine needs the extra 'flower': pip install -e '.[flower]' in Fedloom's folder", name="flwr"
-    ) from error
-
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, RecordDict
+# isort: split
+from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import HEARTBEAT_INTERVAL_INF, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, ErrorCode, Status
 from flwr.proto.task_pb2 import Task as FlowerTask
@@ -57,26 +43,21 @@ from flwr.superlink.grid import InMemoryGrid
 
 from fedloom.client.host import Host
 from fedloom.encodings import EXACT, Encoding, Sender
+from fedloom.engines.boxes import BLOB, CLIENT, REFUSED, TO, boxed, client_of, unboxed
 from fedloom.engines.local import gather, taken
 from fedloom.messages import Failure, Replies, Take, Task, whole
 from fedloom.wire import Blob, WireError
 
 log = logging.getLogger("fedloom")
-logging.getLogger("flwr").setLevel(logging.WARNING)  # it tells every request
 
 PARTITION = "partition-id"
 """The key of a node's configuration that says which client it is; node ids are random and mean nothing."""
-
-BLOB, REST, TO, CLIENT = "blob", "rest", "to", "client"
-SERIALISATION = "fedloom.safetensors"
-REFUSED = 100
-"""Code of an error reply whose reason is a client's own :class:`~fedloom.messages.Failure`; Flower's codes are below 10."""
 
 EXPIRED = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
 """Codes with which Flower answers for a task or a reply whose time ran out before the grid's own deadline was seen."""
 
 
-class Answering(Protocol):
+class Answers(Protocol):
     """What answers packed tasks on a device: a :class:`~fedloom.client.host.Host`, or a proxy to one in a resident process."""
 
     def answer(self, blobs: Sequence[Blob]) -> Sequence[Blob | Failure]:
@@ -155,7 +136,7 @@ def roll_call(grid: Grid, timeout: float = 60.0) -> dict[int, int]:
             log.warning("node %d did not say which client it is: %s", node, reply.error.reason)
             continue
         try:
-            client = _client_of(reply.content)
+            client = client_of(reply.content)
         except WireError as error:
             log.warning("node %d did not say which client it is: %s", node, error)
             continue
@@ -165,7 +146,7 @@ def roll_call(grid: Grid, timeout: float = 60.0) -> dict[int, int]:
     return dict(sorted(nodes.items()))
 
 
-def client_app(host_factory: Callable[[Context], Answering]) -> ClientApp:
+def client_app(host_factory: Callable[[Context], Answers]) -> ClientApp:
     """A Flower app that answers one packed task a message, and says which client it is when queried.
 
     ``host_factory`` is called for every message with the node's context; what should outlive a message (the base model) is the
@@ -176,7 +157,7 @@ def client_app(host_factory: Callable[[Context], Answering]) -> ClientApp:
 
     @app.train()
     def carry_out(message: Message, context: Context) -> Message:
-        client, asked = _partition(context), _client_of(message.content)
+        client, asked = _partition(context), client_of(message.content)
         if asked != client:
             refusal = Failure(client, f"WireError: a task for client {asked} came to the node of client {client}")
             return Message(Error(REFUSED, refusal.reason), reply_to=message)
@@ -269,37 +250,3 @@ def _partition(context: Context) -> int:
     if PARTITION not in context.node_config:
         raise ValueError(f"this node does not say which client it is; start it with --node-config '{PARTITION}=K'")
     return int(context.node_config[PARTITION])
-
-
-def boxed(blob: Blob) -> ArrayRecord:
-    """A packed blob as a message carries it: its head, and its tensors, which are the same for all devices of a broadcast. Flower keeps
-    equal parts of messages once."""
-    cut = min(len(blob), 8 + int.from_bytes(blob[:8], "little"))
-    ends = {BLOB: (0, cut), REST: (cut, len(blob))} if cut < len(blob) else {BLOB: (0, cut)}
-    parts = {name: bytes(memoryview(blob)[begin:end]) for name, (begin, end) in ends.items()}
-    return ArrayRecord({name: Array("uint8", (len(part),), SERIALISATION, part) for name, part in parts.items()})
-
-
-def unboxed(content: RecordDict) -> bytes:
-    """The packed blob of a message.
-
-    Raises:
-        WireError: there is none.
-    """
-    if BLOB not in content.array_records or BLOB not in content.array_records[BLOB]:
-        raise WireError(f"a Flower message without a packed blob; its records are {sorted(content)}")
-    record = content.array_records[BLOB]
-    arrays = [record[name] for name in (BLOB, REST) if name in record]
-    for array in arrays:
-        if array.stype != SERIALISATION:
-            raise WireError(f"a Flower message whose blob is {array.stype!r}; {SERIALISATION!r} is needed")
-    return arrays[0].data if len(arrays) == 1 else b"".join(array.data for array in arrays)
-
-
-def _client_of(content: RecordDict) -> int:
-    if TO not in content.config_records or CLIENT not in content.config_records[TO]:
-        raise WireError(f"a Flower message that names no client; its records are {sorted(content)}")
-    client = content.config_records[TO][CLIENT]
-    if type(client) is not int:
-        raise WireError(f"a Flower message whose client is a {type(client).__name__}; it must be an int")
-    return client

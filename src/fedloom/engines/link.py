@@ -25,7 +25,7 @@ from typing import Any, cast
 
 from fedloom.engines.aside import Aside, Kept
 from fedloom.engines.flower import opened_run  # first: it switches off what Flower must not do
-from fedloom.engines.gate import Bounded, Turns, authenticated, in_own_name
+from fedloom.engines.gate import Bounded, Known, Turns, authenticated, in_own_name
 from fedloom.engines.heap import share_heaps
 from fedloom.engines.node import STATUS
 
@@ -68,8 +68,14 @@ log = logging.getLogger("fedloom")
 SMALL = 2**14
 """Bytes up to which a part of a message stays in memory."""
 
+MOST = 2**26
+"""Bytes that an answer may have where nothing more is said (``State.most``)."""
+
 DEEPEST = 5
 """Objects from a message down to its last: message, records, record, array, chunk."""
+
+STRANGERS, EACH = 512, 8
+"""Connections that may be open: so many, and so many more for every device, which has two or three. Beyond them the answer is 503."""
 
 PAUSE = 0.02
 """Seconds between two looks at what has come."""
@@ -91,16 +97,19 @@ class Link(Grid):
     """The federation's meeting point, open between ``with`` and its end.
 
     ``keys``: the public key of each client, PEM. ``port`` 0 takes a free one; ``link.port`` says which. Without ``tls`` everything goes in
-    the clear, which is for tests on one machine.
+    the clear, which is for tests on one machine. ``folder``: on whose disk what is under way waits (None: that of the system's temporary
+    files); it may be made later, but before anything is under way.
 
     Raises:
         LinkError: the address cannot be had.
     """
 
-    def __init__(self, keys: Mapping[int, bytes], host: str = "127.0.0.1", port: int = 0, tls: Tls | None = None) -> None:
+    def __init__(
+        self, keys: Mapping[int, bytes], host: str = "127.0.0.1", port: int = 0, tls: Tls | None = None, folder: Path | None = None
+    ) -> None:
         share_heaps()
-        objects = ObjectStoreFactory()
-        objects.store_instance = self._objects = Objects()
+        self.folder, objects = folder, ObjectStoreFactory()
+        objects.store_instance = self._objects = Objects(folder)
         factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), objects)
         factory.state_instance = self.state = State(NoOpFederationManager(), self._objects)
         self._run, self.node = opened_run(self.state), Node(node_id=SUPERLINK_NODE_ID)
@@ -119,6 +128,7 @@ class Link(Grid):
                 lifespan="off",
                 ws="none",
                 timeout_graceful_shutdown=1,
+                limit_concurrency=STRANGERS + EACH * len(keys),
                 **files,
             )
         )
@@ -176,7 +186,11 @@ class Link(Grid):
         return self.state.get_node_info(node_ids=list(self.get_node_ids()))
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Lay the messages out for their nodes to fetch. Returns the ids of those for nodes that exist."""
+        """Lay the messages out for their nodes to fetch. Returns the ids of those for nodes that exist.
+
+        Raises:
+            OSError: the disk is full.
+        """
         pushed, run = [], self._run.run_id
         for message in messages:
             with no_object_id_recompute():
@@ -190,7 +204,9 @@ class Link(Grid):
                     self.forget([message.object_id])
                     continue
                 for name in missing:
-                    self.state.store_object(run, session, name, parts[name].deflate())
+                    content = parts[name].deflate()
+                    if not self.state.store_object(run, session, name, content):
+                        self._objects.put(name, content)  # Flower says that it was not stored, and this says why
             if stored:
                 pushed.append(message.metadata.message_id)
         return pushed
@@ -205,7 +221,7 @@ class Link(Grid):
             self.forget([asked])
         for reply in self.state.get_message_res(wanted & set(self.state.message_ins_store), self._run.run_id):
             if reply.metadata.src_node_id == SUPERLINK_NODE_ID and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
-                self.state.object_store.delete(reply.metadata.message_id)
+                self.state.object_store.delete(reply.metadata.message_id)  # Flower's own, made for this look
             else:
                 self._arriving[reply.metadata.reply_to_message_id] = reply
         for asked in [asked for asked in self._arriving if asked in wanted]:
@@ -214,9 +230,7 @@ class Link(Grid):
                 continue
             found = reply if reply.has_error() else self._assembled(reply)
             if found is not None:
-                del self._arriving[asked]
-                self.state.delete_messages({asked})
-                self.state.object_store.delete(reply.metadata.message_id)
+                self.forget([asked])
                 yield found
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
@@ -235,12 +249,10 @@ class Link(Grid):
         return replies
 
     def forget(self, message_ids: Iterable[str]) -> None:
-        """Nobody waits for replies to these any more: what may still come is not taken."""
+        """Nobody waits for replies to these any more: what came of them is gone, and what may still come is not taken."""
         for asked in message_ids:
-            self._arriving.pop(asked, None)
-            self.state.dropped.discard(asked)
-            self.state.delete_messages({asked})
-            self.state.object_store.delete(asked)
+            reply = self._arriving.pop(asked, None)
+            self.state.withdraw(asked, "" if reply is None else reply.metadata.message_id)
 
     def _assembled(self, reply: Message) -> Message | None:
         """The reply with its content, an error in its place if that cannot be read, or None while parts of it are on their way."""
@@ -267,29 +279,84 @@ class Link(Grid):
 
 
 class State(InMemoryLinkState):
-    """Flower's, which also knows the messages that nobody will answer any more: ``dropped``."""
+    """Flower's, but for this: it knows the messages that nobody will answer any more (``dropped``), a part may be pushed twice, an error
+    may take the place of an answer that did not arrive as a whole, and what nobody waits for is let go of with all its parts, those too
+    that are on their way."""
 
     def __init__(self, federations: NoOpFederationManager, objects: Objects) -> None:
         InMemoryLinkState.__init__(self, federations, objects)
-        self.dropped = set[str]()
+        self.dropped, self._objects, self.most = set[str](), objects, MOST
+        self._lock_object_push_sessions = self.lock  # Flower takes its two in both orders, and a thread of each kind would wait for ever
 
     def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
-        """As Flower's. Of what the node has fetched and not answered it knows nothing any more."""
+        """As Flower's. Of what the node has fetched and not answered, or not to the end, it knows nothing any more."""
         with self.lock:
             done = InMemoryLinkState.activate_node(self, node_id, heartbeat_interval)
             for name, message in self.message_ins_store.items() if done else ():
-                if message.metadata.dst_node_id == node_id and message.metadata.delivered_at:
-                    self.dropped |= {name} - set(self.message_ins_id_to_message_res_id)
+                if message.metadata.dst_node_id == node_id and message.metadata.delivered_at and not self._answered(name):
+                    self.dropped.add(name)
             return done
+
+    def store_message_res(self, message: Message) -> str | None:
+        """As Flower's. An error takes the place of an answer of which parts are missing: its device could not bring them."""
+        with self.lock:
+            asked = message.metadata.reply_to_message_id
+            was = self.message_ins_store.get(asked)
+            own = was is not None and was.metadata.dst_node_id == message.metadata.src_node_id
+            if own and message.has_error() and not self._answered(asked):
+                before = self.message_ins_id_to_message_res_id.pop(asked, "")
+                self.message_res_store.pop(before, None)
+                self._let_go(before)
+            return InMemoryLinkState.store_message_res(self, message)
+
+    def store_message_and_object_tree(self, message: Message, object_tree: ObjectTree, session_id: str) -> tuple[bool, list[str]]:
+        """As Flower's. Of a message that is not taken nothing is expected."""
+        stored, missing = InMemoryLinkState.store_message_and_object_tree(self, message, object_tree, session_id)
+        if not stored:
+            self._cleanup_push_session(session_id, cleanup_messages=False)
+        return stored, missing
+
+    def store_object(self, run_id: int, session_id: str, object_id: str, object_content: bytes) -> bool:
+        """As Flower's, and True of what is here: a device that was not told in time pushes it again. Of an answer no more than ``most``
+        bytes are stored."""
+        with self.lock:
+            pushed = self._object_push_sessions.get(session_id)
+            answers = [root for root in pushed.root_object_ids if root in self.message_res_store] if pushed is not None else []
+            if answers and sum(map(self._objects.size, answers)) + len(object_content) > self.most:
+                log.warning("an answer of more than %d bytes, which is more than any answer is here, is not stored", self.most)
+                return False
+            return InMemoryLinkState.store_object(self, run_id, session_id, object_id, object_content) or self._objects.here(object_id)
+
+    def withdraw(self, asked: str, answer: str = "") -> None:
+        """This message is gone, and so is what came of an answer to it (``answer``, if its head was taken already). Parts of either that
+        are still pushed are not taken."""
+        with self.lock:
+            self.dropped.discard(asked)
+            roots = {asked, answer, self.message_ins_id_to_message_res_id.get(asked, "")}
+            self.delete_messages({asked})
+            for root in roots:
+                self._let_go(root)
+
+    def _answered(self, asked: str) -> bool:
+        """Whether there is an answer to this message with all its parts; an error's head says all of it."""
+        name = self.message_ins_id_to_message_res_id.get(asked)
+        return name is not None and (self.message_res_store[name].has_error() or self._objects.whole(name))
+
+    def _let_go(self, root: str) -> None:
+        """Delete a message's parts, and expect no more of them."""
+        with self._lock_object_push_sessions:
+            self._cleanup_push_session(self._object_push_session_by_root.get(root, ""), cleanup_messages=False)
+            self._objects.delete(root)
 
 
 class Objects(InMemoryObjectStore):
-    """Flower's store, but for two things: parts of more than :data:`SMALL` bytes wait in a file, and trees that no message has are refused,
-    which it would follow to any depth, and on every path through shared parts."""
+    """Flower's store, but for three things: parts of more than :data:`SMALL` bytes wait in a file, a tree is registered at one go, and
+    trees that no message has are refused, which it would follow to any depth, and on every path through shared parts."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        """``folder``: on whose disk."""
         InMemoryObjectStore.__init__(self)
-        self._aside, self._kept = Aside(), dict[str, Kept]()
+        self._aside, self._kept = Aside(folder), dict[str, Kept]()
         self.close = self._aside.close
 
     def put(self, object_id: str, object_content: bytes) -> None:
@@ -319,23 +386,44 @@ class Objects(InMemoryObjectStore):
             if object_id in self._kept and object_id not in self.store:
                 self._aside.drop(self._kept.pop(object_id))
 
+    def here(self, object_id: str) -> bool:
+        """Whether an object is here."""
+        with self.lock_store:
+            return object_id in self.store and self.store[object_id].is_available
+
+    def whole(self, object_id: str) -> bool:
+        """Whether an object is here, and all its parts are."""
+        with self.lock_store:
+            return self.here(object_id) and all(map(self.whole, self.store[object_id].child_object_ids))
+
+    def size(self, object_id: str) -> int:
+        """Bytes of what is here of an object and its parts."""
+        with self.lock_store:
+            seen, waiting = set[str](), [object_id]
+            while waiting:
+                name = waiting.pop()
+                if name not in seen and name in self.store:
+                    seen.add(name)
+                    waiting += self.store[name].child_object_ids
+            return sum(self._kept[name].size if name in self._kept else len(self.store[name].content) for name in seen)
+
     def preregister(self, run_id: int, object_tree: ObjectTree) -> list[str]:
-        """As Flower's.
+        """As Flower's, which between two of a tree's objects lets others delete those that this one would share with them.
 
         Raises:
             ValueError: the tree is deeper than :data:`DEEPEST`, or lists other parts of an object than were listed before.
         """
         parts: dict[str, list[str]] = {}
         waiting = [(object_tree, 1)]
-        while waiting:
-            node, depth = waiting.pop()
-            own = [child.object_id for child in node.children]
-            with self.lock_store:
+        with self.lock_store:
+            while waiting:
+                node, depth = waiting.pop()
+                own = [child.object_id for child in node.children]
                 known = self.store[node.object_id].child_object_ids if node.object_id in self.store else own
-            if depth > DEEPEST or not is_valid_sha256_hash(node.object_id) or not own == known == parts.setdefault(node.object_id, own):
-                raise ValueError("the tree of a message's objects is not one that a message has")
-            waiting += ((child, depth + 1) for child in node.children)
-        return InMemoryObjectStore.preregister(self, run_id, object_tree)
+                if depth > DEEPEST or not is_valid_sha256_hash(node.object_id) or not own == known == parts.setdefault(node.object_id, own):
+                    raise ValueError("the tree of a message's objects is not one that a message has")
+                waiting += ((child, depth + 1) for child in node.children)
+            return InMemoryObjectStore.preregister(self, run_id, object_tree)
 
 
 def _fleet(factory: LinkStateFactory, about: Callable[[], Mapping[str, Any]]) -> FastAPI:
@@ -346,7 +434,8 @@ def _fleet(factory: LinkStateFactory, about: Callable[[], Mapping[str, Any]]) ->
         openapi_url=None,
         middleware=[
             Middleware(Bounded),
-            Middleware(Turns, known=lambda key: factory.state().get_node_id_by_public_key(key) is not None),
+            Middleware(Known, known=lambda key: factory.state().get_node_id_by_public_key(key) is not None),
+            Middleware(Turns),
             Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
             Middleware(ProtobufTranslationMiddleware),
             Middleware(NodeAuthMiddleware),

@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from fedloom.engines.flower import SERIALISATION  # noqa: F401  first: it switches off what Flower must not do
+from fedloom.engines.boxes import REFUSED  # first: it switches off what Flower must not do
 
 # isort: split
 import httpx
@@ -55,6 +55,8 @@ from fedloom.telling import for_others
 log = logging.getLogger("fedloom")
 
 App = Callable[[Message, Context], Message]
+Asked = TypeVar("Asked")
+Said = TypeVar("Said")
 
 QUICKEST, SLOWEST = 0.02, 0.5
 """Seconds between two looks for a message: at once after one came, more and more slowly while none comes."""
@@ -65,11 +67,22 @@ LONGEST_WAIT = 10.0
 AGAIN = (0.2, 1.0)
 """Seconds before an answer that was refused is pushed again."""
 
+TRIES = 4
+"""How often a part of a message is asked for or pushed before the server that says nothing in time (Flower: 30 s) counts as away. It lets
+parts pass a few at a time, so that others' may be in front of it."""
+
+GOODBYE = 2.0
+"""Seconds for telling the server that this device leaves."""
+
 PATIENCE = 60.0
 """Seconds within which the parts of a message must arrive."""
 
 STATUS = "/v1/fedloom/status"
 """Where the server says how things stand, to whoever has a key of its federation."""
+
+
+class NotTaken(OSError):
+    """The server did not store a part of an answer."""
 
 
 class Refused(ConnectionError):
@@ -89,6 +102,7 @@ class Credentials:
 
         Raises:
             ValueError: a file that holds no such thing.
+            OSError: a file that cannot be read.
         """
         try:
             private = load_pem_private_key(key.read_bytes(), None)
@@ -96,7 +110,24 @@ class Credentials:
             raise ValueError(f"{key} is not a private key in PEM ({error}); fedloom certs makes one for every device") from error
         if not isinstance(private, ec.EllipticCurvePrivateKey):
             raise ValueError(f"{key} is a key of another kind; Flower's node authentication wants one of an elliptic curve (fedloom certs)")
-        return Credentials(private, None if root is None else root.read_bytes())
+        return Credentials(private, None if root is None else _certificates(root))
+
+
+def _certificates(path: Path) -> bytes:
+    """What the file holds, if TLS can trust it.
+
+    Raises:
+        ValueError: it holds no certificate.
+    """
+    content = path.read_bytes()
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=content.decode("ascii"))
+    except (ValueError, ssl.SSLError) as error:
+        raise ValueError(
+            f"{path} is no certificate in PEM ({error}); copy the federation's ca.pem there again: fedloom certs wrote one beside the key "
+            "of every device, and into the server's folder"
+        ) from error
+    return content
 
 
 def asked(address: str, credentials: Credentials, path: str) -> dict[str, Any]:
@@ -137,6 +168,16 @@ def _insist_certified(address: str, error: Exception) -> None:
             f"the server at {address} is not certified by the authority that this device was given ({error}); give the ca.pem of its "
             "federation, and the name or address that its certificate is for"
         ) from error
+
+
+def in_time(call: Callable[[Asked], Said], request: Asked) -> Said:
+    """What the server says to a request that may be made twice: again where it says nothing in time, :data:`TRIES` times in all."""
+    for _ in range(TRIES - 1):
+        try:
+            return call(request)
+        except (httpx.ReadTimeout, httpx.WriteTimeout) as error:
+            log.debug("nothing was said in time (%s); once more", type(error).__name__)
+    return call(request)
 
 
 def _not_activated(error: Exception) -> bool:
@@ -207,10 +248,18 @@ class Node:
                 else:
                     stop.wait(pause)
                     pause = min(1.3 * pause, SLOWEST)
-            client.DeactivateNode(DeactivateNodeRequest(node_id=self._id))
         finally:
             gone.set()
             beating.join(1)
+            self._leave(client)
+
+    def _leave(self, client: FleetHttpClient) -> None:
+        """Tell the server, if it is there, that nobody is here any more: it would wait for whoever is merely silent."""
+        client._client.timeout = httpx.Timeout(GOODBYE)
+        try:
+            client.DeactivateNode(DeactivateNodeRequest(node_id=self._id))
+        except (httpx.HTTPError, OSError, ValueError) as error:
+            log.debug("no goodbye: %s", error)
 
     def _beat(self, client: FleetHttpClient, node: FlowerNode, gone: threading.Event) -> None:
         """Say that this device is alive, also while it computes. Whether the server is, the other thread sees."""
@@ -240,15 +289,23 @@ class Node:
         except Exception as error:
             log.warning("a message could not be answered", exc_info=error)
             reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, for_others(error)), reply_to=message)
-        self._push_at_last(client, node, reply, time.monotonic() - started)
+        try:
+            self._push_at_last(client, node, reply, time.monotonic() - started)
+        except NotTaken as error:
+            log.warning("%s", error)
+            self._push(client, node, Message(Error(REFUSED, f"{NotTaken.__name__}: {error}"), reply_to=message), time.monotonic() - started)
         return True
 
     def _push_at_last(self, client: FleetHttpClient, node: FlowerNode, reply: Message, seconds: float) -> None:
-        """Push an answer; once more, and once more, if a request is refused, whatever for: its task is not laid out a second time."""
+        """Push an answer; once more, and once more, if a request is refused, whatever for: its task is not laid out a second time.
+
+        Raises:
+            NotTaken: the server did not store all of it.
+        """
         for pause in AGAIN:
             try:
                 return self._push(client, node, reply, seconds)
-            except httpx.HTTPStatusError as error:
+            except (httpx.HTTPStatusError, NotTaken) as error:
                 log.debug("an answer was refused (%s); once more in %g s", _why(error), pause)
                 time.sleep(pause)
         return self._push(client, node, reply, seconds)
@@ -259,7 +316,7 @@ class Node:
         contents: dict[str, bytes] = {}
         for part in iterate_object_tree(tree):
             while part.object_id not in contents:
-                got = client.PullObject(PullObjectRequest(node=node, run_id=run, object_id=part.object_id))
+                got = in_time(client.PullObject, PullObjectRequest(node=node, run_id=run, object_id=part.object_id))
                 if got.object_available:
                     contents[part.object_id] = got.object_content
                 elif not got.object_found or time.monotonic() > until:
@@ -276,16 +333,23 @@ class Node:
         return whole
 
     def _push(self, client: FleetHttpClient, node: FlowerNode, reply: Message, seconds: float) -> None:
+        """Push an answer, or of one that was begun the parts that are missing.
+
+        Raises:
+            NotTaken: the server did not store a part of it. Of an error it needs none: the head says all.
+        """
         with no_object_id_recompute():
             reply.metadata.__dict__["_message_id"] = reply.object_id
             tree, parts = get_object_tree(reply), get_all_nested_objects(reply)
             head = message_to_proto(remove_content_from_message(reply))
         request = PushMessagesRequest(node=node, messages_list=[head], message_object_trees=[tree], clientapp_runtime_list=[seconds])
         wanted = client.PushMessages(request)
-        for name in wanted.objects_to_push:
+        for number, name in enumerate(wanted.objects_to_push, 1):
             content, run = parts[name].deflate(), reply.metadata.run_id
             pushed = PushObjectRequest(node=node, run_id=run, object_id=name, object_content=content, session_id=wanted.session_id)
-            client.PushObject(pushed)
+            if not in_time(client.PushObject, pushed).stored and not reply.has_error():
+                missing = f"part {number} of {len(wanted.objects_to_push)}, of {len(content)} bytes"
+                raise NotTaken(f"the server did not store {missing}, of the answer; what it says of it, such as a full disk, is in its log")
 
     def _insist_belonging(self, error: Exception) -> None:
         """Raise what no waiting will mend."""

@@ -205,7 +205,7 @@ def _run(world: World, folder: Path, show: Show, tracking: Tracking) -> dict[str
             state, late = saved.state, saved.late
         section, pool = ledger.section(), world.pool if late is None else late.pool(world.pool)
         try:
-            state, missed = drive(one_round(method, state, pool), hurried, e.quorum, section.hear), 0
+            state, missed = drive(one_round(method, state, pool), hurried, e.quorum, section.hear, engine), 0
         except CohortFailed as failed:
             state, missed = _missed(state, store, section, missed + 1, failed, show), missed + 1
         trained, found = section.seconds, _evaluated(world, state, engine, show, late, store)

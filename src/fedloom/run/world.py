@@ -155,35 +155,10 @@ class World:
         return len(self.splits["train"]) if client == CENTRE else len(self._held("train", client))
 
     def fingerprint(self) -> str:
-        """16 hex digits over the tokens, labels and partition, and devices read from a file, and behind a dash as many over what is due,
-        where tokens do not say it: a resumed run must find the same (``checkpoint.same_data``)."""
-        digest = hashlib.sha256()
-        for split, examples in self.splits.items():
-            for array in (
-                examples.tokens,
-                examples.offsets,
-                examples.store_labels,
-                np.concatenate(self.partition.shards(split)),
-            ):
-                digest.update(np.ascontiguousarray(array).tobytes())
-        if is_file(self.experiment.device):
-            digest.update(json.dumps(self.fleet.as_json(self.pool.clients)).encode())
-        return "-".join(filter(None, (digest.hexdigest()[:16], self._due())))
-
-    def _due(self) -> str:
-        """16 hex digits over what is due beside the tokens: of an answer, tags, a place in a context segments say it. Nothing of texts of
-        one class each, and of plain texts, of which every token is due but the first."""
-        task, speaker = self.source.task, self.model.speaker
-        if not self.model.reads_many or (speaker is not None and speaker.form == "text"):
-            return ""
-        digest = hashlib.sha256()
-        for examples in self.splits.values():
-            digest.update(np.ascontiguousarray(examples.segments).tobytes())
-        if isinstance(task, Tagging):
-            digest.update(json.dumps(task.tags).encode())
-        if isinstance(task, Questions):  # scored against all answers, in words of the context
-            digest.update(json.dumps([[rows[task.context], rows[task.answers]] for rows in self.source.splits.values()]).encode())
-        return digest.hexdigest()[:16]
+        """That of the data (:func:`data_fingerprint`), as they are dealt out, and of devices read from a file."""
+        dealt = {split: np.concatenate(self.partition.shards(split)) for split in self.splits}
+        devices = json.dumps(self.fleet.as_json(self.pool.clients)) if is_file(self.experiment.device) else ""
+        return data_fingerprint(self.source, self.splits, self.model, dealt, devices)
 
     @property
     def wave(self) -> int:
@@ -223,6 +198,35 @@ class World:
                 f"--engine.kind flower needs the extra 'flower' ({error}): pip install -e '.[flower]' in Fedloom's folder"
             ) from error
         return in_memory(host, [*self.pool.clients, CENTRE])
+
+
+def data_fingerprint(
+    source: Source, splits: Mapping[Split, Examples], model: Model, dealt: Mapping[Split, np.ndarray] | None = None, devices: str = ""
+) -> str:
+    """16 hex digits over the tokens and labels, over who holds which (``dealt``) and over what is said of ``devices``, and behind a dash as
+    many over what is due, where tokens do not say it: a run that goes on must find the same (``checkpoint.same_data``)."""
+    digest = hashlib.sha256()
+    for split, examples in splits.items():
+        for array in (examples.tokens, examples.offsets, examples.store_labels, *([] if dealt is None else [dealt[split]])):
+            digest.update(np.ascontiguousarray(array).tobytes())
+    digest.update(devices.encode())
+    return "-".join(filter(None, (digest.hexdigest()[:16], _due(source, splits, model))))
+
+
+def _due(source: Source, splits: Mapping[Split, Examples], model: Model) -> str:
+    """16 hex digits over what is due beside the tokens: of an answer, tags, a place in a context segments say it. Nothing of texts of
+    one class each, and of plain texts, of which every token is due but the first."""
+    task, speaker = source.task, model.speaker
+    if not model.reads_many or (speaker is not None and speaker.form == "text"):
+        return ""
+    digest = hashlib.sha256()
+    for examples in splits.values():
+        digest.update(np.ascontiguousarray(examples.segments).tobytes())
+    if isinstance(task, Tagging):
+        digest.update(json.dumps(task.tags).encode())
+    if isinstance(task, Questions):  # scored against all answers, in words of the context
+        digest.update(json.dumps([[rows[task.context], rows[task.answers]] for rows in source.splits.values()]).encode())
+    return digest.hexdigest()[:16]
 
 
 def start(world: World) -> Start:

@@ -13,6 +13,7 @@ which class were told as which (:func:`counted`); and of what goes wrong the kin
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import threading
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
     from fedloom.data.tasks import Task as DataTask
     from fedloom.run.judging import Judge
     from fedloom.run.world import World
+
+STATES = "states"
+"""In a device's folder: of each experiment that it takes part in, by its digest, the device's states and :data:`DATA`."""
+
+DATA = "data.json"
+"""What the device's data came to when it was greeted first for the experiment."""
 
 PREDICTS = "predict"
 """The client operation whose answer is counted before it leaves."""
@@ -198,7 +205,7 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     from fedloom.run.experiment import EngineSettings, ExperimentError, from_json
     from fedloom.run.judging import Judge
     from fedloom.run.starting import begin_aside, identity
-    from fedloom.run.world import cut, model_of, tokens_of
+    from fedloom.run.world import cut, data_fingerprint, model_of, tokens_of
     from fedloom.telling import for_others
 
     greeting, own = told["greeting"], Own(**{**told["own"], "text": tuple(told["own"]["text"])})
@@ -227,6 +234,9 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
         begin_aside(model, Path(own.folder) / "start")
     shards, one = tokens_of(source, model), needs(model, 1)[-1]
     train, validation, test = (shards[split] for split in SPLITS)
+    held = {split: len(shards[split]) for split in SPLITS}
+    if own.folder:
+        insist_same_data(Path(own.folder) / STATES / e.digest(), data_fingerprint(source, shards, model), held)
     host = Host(
         e.method,
         lambda k: Client(
@@ -249,7 +259,40 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
         [layer_scores],
         for_others,
     )
-    return host, {"examples": {split: len(shards[split]) for split in SPLITS}, "notes": [*source.notes, *cut(shards, model)]}
+    return host, {"examples": held, "notes": [*source.notes, *cut(shards, model)]}
+
+
+def insist_same_data(folder: Path, data: str, held: Mapping[str, int]) -> None:
+    """Insist that the device's data are those with which it was greeted first, which is kept beside its states in ``folder``: what they say
+    of examples would be of others. ``data``: what they come to; ``held``: the examples of each split.
+
+    Raises:
+        ExperimentError: they are others.
+        CheckpointError: what was kept cannot be read.
+    """
+    from fedloom.run.checkpoint import CheckpointError, same_data, write_atomically
+    from fedloom.run.experiment import ExperimentError
+
+    path, counted = folder / DATA, ", ".join(f"{held[split]} {split}" for split in held)
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps({"data": data, "held": counted}))
+        return
+    try:
+        was = json.loads(path.read_text(encoding="utf-8"))
+        same = same_data(was["data"], data)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is corrupt ({type(error).__name__}); delete it if this device's data are still the same") from error
+    if not same:
+        changed = (
+            f"this device's data are not those with which it began in this experiment: {was['held']} examples then (fingerprint "
+            f"{was['data']}), {counted} now ({data})"
+        )
+        raise ExperimentError(
+            f"{changed}. Put them back as they were; or, where the server begins anew too, in another --out, delete {folder} and join "
+            "again",
+            f"{changed}. Have it put them back as they were, or begin anew on both sides",
+        )
 
 
 def room(own: Own) -> int:

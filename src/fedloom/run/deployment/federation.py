@@ -20,15 +20,17 @@ from fedloom.data.opening import insist_on_a_place
 from fedloom.data.tasks import Split
 from fedloom.engines.engine import Engine
 from fedloom.engines.federation import Enough, Federation, Patience, device_app
-from fedloom.engines.link import Link, Tls
+from fedloom.engines.link import MOST, Link, Tls
 from fedloom.engines.node import STATUS, Credentials, Node
 from fedloom.engines.node import asked as asked_of
 from fedloom.engines.resident import Resident, bytes_of
 from fedloom.engines.workers import Start
+from fedloom.messages import quorum_of
 from fedloom.model.loading import folder_of
+from fedloom.model.quantised import numbers
 from fedloom.run.costs.profiles import MIXES, PROFILES, is_file
 from fedloom.run.deployment.certificates import insist_secret, public_keys
-from fedloom.run.deployment.device import Own, command, greeting_of, order
+from fedloom.run.deployment.device import STATES, Own, command, greeting_of, order
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.folder import only_one
 from fedloom.run.late import may_join_late, those_who_may
@@ -40,6 +42,9 @@ from fedloom.run.world import World, build_far
 from fedloom.wire import COUNTED
 
 log = logging.getLogger("fedloom")
+
+WHOLE = 4
+"""How many times the whole model in float32 an answer may hold beside :data:`~fedloom.engines.link.MOST` bytes: no method sends as much."""
 
 LOOK = 0.2
 """Seconds between two looks at who has joined."""
@@ -65,9 +70,10 @@ class Joined:
         return self.federation
 
     def hurried(self, engine: Engine) -> Engine:
-        """The engine for rounds: a quorum is enough."""
+        """The engine for rounds: a quorum is enough, or as many as the rule of aggregation needs if those are more."""
         assert isinstance(engine, Federation)
-        return Enough(engine, self.experiment.quorum)
+        e = self.experiment
+        return Enough(engine, lambda asked: min(asked, max(quorum_of(asked, e.quorum), e.rule.needed(asked))))
 
     def examples(self, client: int, split: Split) -> int:
         """What the device said when it was greeted."""
@@ -125,12 +131,13 @@ def serve(
     title = f"{experiment.method_name}, {len(keys)} devices, {experiment.asked} a round, at {host}:{port} -> {folder}"
 
     def running(shown: Show) -> dict[str, Any]:
-        with Link(keys, host, port, tls) as link:
+        with Link(keys, host, port, tls, folder) as link:
             joined = Joined(link, experiment, patience, shown, start_with=start_with)
             link.about = lambda: about(joined, folder)
 
             def built(e: Experiment) -> World:
                 world = build_far(e, joined)
+                link.state.most = MOST + WHOLE * 4 * numbers(world.model.module)
                 joined.greeting = greeting_of(world)
                 return world
 
@@ -208,7 +215,7 @@ def join(
     credentials, bound = Credentials.read(insist_secret(certs / "device.key"), certs / "ca.pem"), bytes_of(memory)
     own = replace(own, memory=bound, said=memory > 0, folder=str(folder.resolve()))
     with only_one(folder):
-        resident = Resident(folder / "states", lambda greeting: Start(command(), order(greeting, own), lambda _: {}), deadline, bound)
+        resident = Resident(folder / STATES, lambda greeting: Start(command(), order(greeting, own), lambda _: {}), deadline, bound)
         try:
             Node(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", credentials, device_app(resident), said).serve(stop)
         finally:
