@@ -189,7 +189,7 @@ def _records(text: str, path: Path, lines: bool) -> dict[str, list[Any]]:
         if len({len(values) for values in whole.values()}) > 1:
             raise DataError(f"the columns of '{path}' differ in length: { {name: len(v) for name, v in whole.items()} }")
         return whole
-    records = whole if isinstance(whole, list) else _lines(text, path) if lines else [whole]
+    records: list[Any] = whole if isinstance(whole, list) else _lines(text, path) if lines else [whole]
     for number, record in enumerate(records):
         if not isinstance(record, dict):
             raise DataError(

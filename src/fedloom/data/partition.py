@@ -196,7 +196,9 @@ def by_column(labels: Labels, columns: Mapping[Split, Sequence[Any]], *, name: s
             f"lower the minimum, or use fewer clients so that sources share a device"
         )
     scheme: Scheme = {"how": f"column:{name}", "clients": clients, "values": len(sizes), "seed": seed, "minimum": minimum}
-    owners = {s: np.fromiter((device.get(v, -1) for v in of), np.int64, len(of)) for s, of in columns.items() if s != "train"}
+    owners: dict[Split, np.ndarray] = {
+        s: np.fromiter((device.get(v, -1) for v in of), np.int64, len(of)) for s, of in columns.items() if s != "train"
+    }
     return _with_held_out(shards, labels, scheme, owners)
 
 

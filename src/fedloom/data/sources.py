@@ -339,8 +339,8 @@ def _describe(table: Table, name: str) -> Column:
 
 def _as_long(table: Table, one: str, other: str) -> bool:
     """Whether the lists of two columns are of the same lengths in most rows; of those few that are not it is told later which they are."""
-    same = pc.equal(pc.list_value_length(table.rows[one]), pc.list_value_length(table.rows[other]))
-    return 2 * (pc.sum(same).as_py() or 0) > table.rows.num_rows
+    lengths = ([len(value or ()) for value in table.rows[name].to_pylist()] for name in (one, other))
+    return 2 * sum(a == b for a, b in zip(*lengths, strict=True)) > table.rows.num_rows
 
 
 def _holds_chats(column: pa.ChunkedArray, name: str) -> bool:

@@ -156,7 +156,7 @@ class World:
 
     def fingerprint(self) -> str:
         """That of the data (:func:`data_fingerprint`), as they are dealt out, and of devices read from a file."""
-        dealt = {split: np.concatenate(self.partition.shards(split)) for split in self.splits}
+        dealt: dict[Split, np.ndarray] = {split: np.concatenate(self.partition.shards(split)) for split in self.splits}
         devices = json.dumps(self.fleet.as_json(self.pool.clients)) if is_file(self.experiment.device) else ""
         return data_fingerprint(self.source, self.splits, self.model, dealt, devices)
 
