@@ -457,7 +457,7 @@ def test_an_answer_that_the_server_could_not_store_at_once_counts(monkeypatch: p
 @pytest.mark.parametrize("kind", ["PushObject", "PullObject"])
 def test_a_part_that_waits_longer_for_its_turn_than_a_device_does_is_asked_for_again(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """What was asked for may have been done all the same: of the last part that is pushed again the server expects none any more."""
-    real, seen = vars(FleetHttpClient)[kind], Counter[str]()
+    engine, real, seen = far(), vars(FleetHttpClient)[kind], Counter[str]()
 
     def slow(client: FleetHttpClient, request: Any) -> Any:
         seen[request.object_id] += 1
@@ -468,7 +468,7 @@ def test_a_part_that_waits_longer_for_its_turn_than_a_device_does_is_asked_for_a
 
     monkeypatch.setattr(FleetHttpClient, kind, slow)
     monkeypatch.setattr(Node, "_activate", None)  # nobody begins anew
-    assert far().run([task(0)]).failures == () and max(seen.values()) == 2
+    assert engine.run([task(0)]).failures == () and max(seen.values()) == 2
 
 
 def test_whoever_says_nothing_in_time_is_asked_again_a_few_times_and_who_is_not_there_is_not() -> None:
