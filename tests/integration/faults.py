@@ -64,7 +64,7 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     from fedloom.engines.node import STATUS, Credentials, asked
 
 WRAPPED = (sys.executable, "-W", "ignore", str(Path(__file__).with_name("wrapped.py")))
-PATIENCE = ("--wait", "12", "--deadline", "20", "--linger", "1")
+PATIENCE = ("--wait", "12", "--deadline", "45", "--linger", "1")
 LINGER = 1.0
 LR = 0.02
 GLOBAL = 1

