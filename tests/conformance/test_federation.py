@@ -766,16 +766,29 @@ def test_an_error_takes_the_place_of_an_answer_that_could_not_be_brought_and_of_
 
 
 def test_an_answer_that_is_larger_than_any_is_not_stored_and_a_message_may_be(two: Link) -> None:
-    two.state.most = 10 * SMALL + 10_000
-    names = [laid_out(two, 0, 30 * SMALL).object_id]
-    _, parts, session = begun(two, names[0])
+    name = laid_out(two, 0, 30 * SMALL).object_id
+    _, parts, session = begun(two, name)
+    two.state.most = two.state._brought[session] + sum(map(len, parts.values()))
     assert all(two.state.store_object(two.run.run_id, session, part, content) for part, content in parts.items())
-    assert len(list(two.pull_messages(names))) == 1
-    two.state.most = 10 * SMALL
-    names = [laid_out(two, 1, 30 * SMALL).object_id]
-    with pytest.raises(AssertionError, match="store_object"):
-        begun(two, names[0], client=1)
-    assert list(two.pull_messages(names)) == []
+    assert len(list(two.pull_messages([name]))) == 1
+    name = laid_out(two, 1, 30 * SMALL).object_id
+    assert not two.state._object_push_sessions, "all of the message is stored, though it is larger"
+    _, parts, session = begun(two, name, client=1)
+    two.state.most = two.state._brought[session] + sum(map(len, parts.values())) - 1
+    assert [two.state.store_object(two.run.run_id, session, part, content) for part, content in parts.items()].count(False) == 1
+    assert list(two.pull_messages([name])) == []
+
+
+def test_bytes_that_are_pushed_again_are_counted_once_and_those_of_no_session_are_not_stored(two: Link) -> None:
+    two.state.most = 10 * SMALL + 10_000
+    name = laid_out(two, 0, 10).object_id
+    _, parts, session = begun(two, name)
+    assert not any(two.state.store_object(two.run.run_id, "", part, content) for part, content in parts.items())
+    part, content = parts.popitem()
+    assert all(two.state.store_object(two.run.run_id, session, part, content) for _ in range(10 * SMALL // len(content) + 10_000))
+    assert all(two.state.store_object(two.run.run_id, session, part, content) for part, content in parts.items())
+    assert len(list(two.pull_messages([name]))) == 1
+    assert not two.state._brought
 
 
 def test_a_late_part_and_a_message_that_is_withdrawn_do_not_wait_for_each_other(two: Link) -> None:

@@ -426,6 +426,7 @@ class OneLiar:
 
     def __init__(self) -> None:
         self.nodes = {k: k + 10 for k in range(4)}
+        self.folder = None
         self.waiting: list[Message] = []
         self.reply: Any = None
         self.count = 0

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip install 'fedloom[flower]'")
 
+from fedloom.engines import federation
 from fedloom.run.experiment import ExperimentError, from_json
 from fedloom.wire import WireError, checked_settings
 from tests.fuzz import fuzzing
@@ -31,6 +32,8 @@ SHARES = list(zip(TARGETS, shares(TARGETS, CASES), strict=True))
 @pytest.fixture(autouse=True)
 def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
+    for name in ("PAUSE", "with_nonces"):  # targets set them, and whatever follows in this process wants them as they were
+        monkeypatch.setattr(federation, name, getattr(federation, name))
     fuzzing.prepared()
     yield
     logging.disable(logging.NOTSET)

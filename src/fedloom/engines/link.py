@@ -18,6 +18,7 @@ import logging
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -286,6 +287,7 @@ class State(InMemoryLinkState):
     def __init__(self, federations: NoOpFederationManager, objects: Objects) -> None:
         InMemoryLinkState.__init__(self, federations, objects)
         self.dropped, self._objects, self.most = set[str](), objects, MOST
+        self._brought = Counter[str]()  # bytes, by the session of the message that they are of
         self._lock_object_push_sessions = self.lock  # Flower takes its two in both orders, and a thread of each kind would wait for ever
 
     def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
@@ -318,14 +320,17 @@ class State(InMemoryLinkState):
 
     def store_object(self, run_id: int, session_id: str, object_id: str, object_content: bytes) -> bool:
         """As Flower's, and True of what is here: a device that was not told in time pushes it again. Of an answer no more than ``most``
-        bytes are stored."""
+        bytes are stored. Without a session, which Flower allows, nobody could say whose bytes they are, and nothing is stored."""
         with self.lock:
             pushed = self._object_push_sessions.get(session_id)
-            answers = [root for root in pushed.root_object_ids if root in self.message_res_store] if pushed is not None else []
-            if answers and sum(map(self._objects.size, answers)) + len(object_content) > self.most:
+            if pushed is None or object_id not in pushed.pending_object_ids:
+                return self._objects.here(object_id)
+            size = self._brought[session_id] + len(object_content)
+            if size > self.most and not pushed.root_object_ids.isdisjoint(self.message_res_store):
                 log.warning("an answer of more than %d bytes, which is more than any answer is here, is not stored", self.most)
                 return False
-            return InMemoryLinkState.store_object(self, run_id, session_id, object_id, object_content) or self._objects.here(object_id)
+            self._brought[session_id] = size
+            return InMemoryLinkState.store_object(self, run_id, session_id, object_id, object_content)
 
     def withdraw(self, asked: str, answer: str = "") -> None:
         """This message is gone, and so is what came of an answer to it (``answer``, if its head was taken already). Parts of either that
@@ -341,6 +346,11 @@ class State(InMemoryLinkState):
         """Whether there is an answer to this message with all its parts; an error's head says all of it."""
         name = self.message_ins_id_to_message_res_id.get(asked)
         return name is not None and (self.message_res_store[name].has_error() or self._objects.whole(name))
+
+    def _cleanup_push_session(self, session_id: str, *, cleanup_messages: bool) -> None:
+        with self.lock:
+            self._brought.pop(session_id, None)
+            InMemoryLinkState._cleanup_push_session(self, session_id, cleanup_messages=cleanup_messages)
 
     def _let_go(self, root: str) -> None:
         """Delete a message's parts, and expect no more of them."""
@@ -395,17 +405,6 @@ class Objects(InMemoryObjectStore):
         """Whether an object is here, and all its parts are."""
         with self.lock_store:
             return self.here(object_id) and all(map(self.whole, self.store[object_id].child_object_ids))
-
-    def size(self, object_id: str) -> int:
-        """Bytes of what is here of an object and its parts."""
-        with self.lock_store:
-            seen, waiting = set[str](), [object_id]
-            while waiting:
-                name = waiting.pop()
-                if name not in seen and name in self.store:
-                    seen.add(name)
-                    waiting += self.store[name].child_object_ids
-            return sum(self._kept[name].size if name in self._kept else len(self.store[name].content) for name in seen)
 
     def preregister(self, run_id: int, object_tree: ObjectTree) -> list[str]:
         """As Flower's, which between two of a tree's objects lets others delete those that this one would share with them.
