@@ -218,7 +218,7 @@ class Light:
 
 def attend(folder: Path, port: str, k: int, device: Any) -> None:
     """Be the node of device ``k``."""
-    from fedloom.engines.federation import device_app
+    from fedloom.engines.device import device_app
     from fedloom.engines.node import Credentials, Node
 
     place = folder / f"device-{k}"

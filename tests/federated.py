@@ -30,7 +30,8 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 
     from fedloom.engines import federation
-    from fedloom.engines.federation import Federation, Patience, device_app
+    from fedloom.engines.device import device_app
+    from fedloom.engines.federation import Federation, Patience
     from fedloom.engines.link import Link
     from fedloom.engines.node import Credentials, Node
 

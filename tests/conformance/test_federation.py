@@ -60,10 +60,13 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     from fedloom.engines import link as link_module
     from fedloom.engines import node as node_module
     from fedloom.engines.boxes import boxed, unboxed
-    from fedloom.engines.federation import Enough, Federation, Patience, Ungreeted, device_app
+    from fedloom.engines.device import Ungreeted, device_app
+    from fedloom.engines.federation import Enough, Federation, Patience
     from fedloom.engines.gate import LARGEST, authenticated, only_own
-    from fedloom.engines.link import SMALL, STATUS, Link, LinkError, Objects, Tls
+    from fedloom.engines.link import STATUS, Link, LinkError, Tls
+    from fedloom.engines.mailbox import SMALL, Objects
     from fedloom.engines.node import GOODBYE, TRIES, Credentials, Node, Refused, asked, in_time
+    from fedloom.engines.talk import told_of
     from fedloom.run.deployment.certificates import issue, public_keys
     from fedloom.run.deployment.federation import Joined
 
@@ -894,7 +897,7 @@ def test_a_state_of_no_proper_name_is_a_failure(tmp_path: Path, state: str) -> N
 @pytest.mark.parametrize("told", ["[" * 60_000, "[" * 70_000, "9" * 5000, "[]", ""])
 def test_what_a_device_tells_of_itself_must_be_an_object(told: str) -> None:
     with pytest.raises(WireError, match="does not say what it is"):
-        federation._told(RecordDict({"to": ConfigRecord({"told": told})}))
+        told_of(RecordDict({"to": ConfigRecord({"told": told})}))
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     warnings.simplefilter("ignore", DeprecationWarning)
     from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 
-    from fedloom.engines.federation import Patience, device_app
+    from fedloom.engines.device import device_app
+    from fedloom.engines.federation import Patience
     from fedloom.engines.link import Link
     from fedloom.engines.node import Credentials, Node
     from fedloom.run.deployment.federation import Joined, insist_may_start, shown

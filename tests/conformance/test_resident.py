@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip install 'fedloom[flower]'")
 
 from fedloom.client.store import FILE
-from fedloom.engines.federation import Ungreeted
+from fedloom.engines.device import Ungreeted
 from fedloom.engines.resident import Resident, bytes_of
 from fedloom.engines.workers import Start, WorkerError
 from fedloom.messages import Failure, Task, Update

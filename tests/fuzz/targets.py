@@ -43,13 +43,15 @@ from tests.fuzz.mutations import NAMES, changed_bytes, changed_json, changed_mes
 with warnings.catch_warnings():  # libraries that Flower imports use deprecated names of their own
     warnings.simplefilter("ignore", DeprecationWarning)
     from fedloom.engines import federation
-    from fedloom.engines.boxes import REFUSED, boxed, unboxed
-    from fedloom.engines.federation import BLOB, CLIENT, COMMITTED, GREETING, STATE, TO, TOLD, UNGREETED, Federation, Patience, device_app
+    from fedloom.engines.boxes import BLOB, CLIENT, REFUSED, TO, boxed, unboxed
+    from fedloom.engines.device import Ungreeted, device_app
+    from fedloom.engines.federation import Federation, Patience
     from fedloom.engines.flower import carried
     from fedloom.engines.gate import authenticated, only_own
     from fedloom.engines.link import Link
     from fedloom.engines.node import Credentials, Node
     from fedloom.engines.resident import Resident
+    from fedloom.engines.talk import COMMITTED, GREETING, STATE, TOLD, UNGREETED, state_of, told_of
     from fedloom.run.deployment import federation as both_ends
 
     # isort: split
@@ -300,7 +302,7 @@ class Greeting(Target):
 class Asked(Target):
     """``Resident.answer`` up to the process: another client's state, a path, another experiment."""
 
-    name, weight, refusals = "resident.answer", 8, (WireError, federation.Ungreeted)
+    name, weight, refusals = "resident.answer", 8, (WireError, Ungreeted)
 
     def __init__(self, folder: Path) -> None:
         Target.__init__(self, folder)
@@ -401,7 +403,7 @@ class Records(Target):
 
     def put(self, case: RecordDict) -> str:
         outcomes = []
-        for read in (unboxed, lambda c: federation._state_of(c, 3), federation._told):
+        for read in (unboxed, lambda c: state_of(c, 3), told_of):
             try:
                 found = read(case)
             except WireError:

@@ -49,7 +49,7 @@ DOORS = {
     "pyarrow": {"data/"},
     "psutil": {"model/machine.py", "engines/resident.py"},
     "flwr": {
-        *(f"engines/{name}.py" for name in ("boxes", "federation", "flower", "gate", "link", "node", "quiet")),
+        *(f"engines/{name}.py" for name in ("boxes", "device", "federation", "flower", "gate", "link", "mailbox", "node", "quiet", "talk")),
         "flower_app.py",
     },
     "fastapi": {"engines/gate.py", "engines/link.py"},

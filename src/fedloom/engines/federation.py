@@ -32,35 +32,29 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from fedloom.client.elsewhere import Elsewhere
-from fedloom.client.store import FILE
 from fedloom.encodings import EXACT, Encoding, Sender
 from fedloom.engines.agreement import Outline, agreeing, outlined
 from fedloom.engines.boxes import BLOB, CLIENT, REFUSED, TO, boxed, unboxed
 from fedloom.engines.flower import with_nonces  # first: it switches off what Flower must not do
 
 # isort: split
-from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
 from fedloom.engines.aside import Aside, Kept
 from fedloom.engines.heap import give_memory_back
 from fedloom.engines.link import PAUSE, Link
 from fedloom.engines.local import gather, joined, may_cross
+from fedloom.engines.talk import COMMITTED, GREETING, STATE, UNGREETED, state_of, told_of
 from fedloom.messages import CohortFailed, Failure, Replies, Take, Task, Update, whole
-from fedloom.telling import for_others
-from fedloom.wire import LONGEST, SHORT, Blob, WireError
+from fedloom.wire import LONGEST, WireError
 
 log = logging.getLogger("fedloom")
 
-UNGREETED = 101
-"""Code of an error reply from a device that does not know this experiment (yet, or any more)."""
-
-STATE, COMMITTED, GREETING, TOLD = "state", "committed", "greeting", "told"
 AT_ONCE = 32
 """Tasks that are laid out at a time: the server's memory does not grow with the number of devices asked."""
 
@@ -69,9 +63,6 @@ BREATH = 4
 
 LATE = "TimeoutError: it was late, and the others were enough"
 """Why an answer does not count that was not waited for. It is nobody's fault."""
-
-TELLS = 2**16
-"""Characters that a device may tell of itself."""
 
 REMEMBERED = 2**16
 """Nonces of tasks of which it is known whose they were."""
@@ -104,6 +95,36 @@ class Sent:
     silent: float = math.inf
 
 
+@dataclass
+class Asking:
+    """One asking of several devices: what of it is still to be laid out and what is on its way, and, by client, what came of it."""
+
+    tasks: Sequence[Task]
+    enough: int
+    sender: Sender
+    aside: Aside
+    began: float = field(default_factory=time.monotonic)
+    ends: float = math.inf
+    """When whoever is not here is late, since enough are."""
+    looked_at: int = 0
+    """Answers that were here when it was last looked whether they are enough."""
+    waiting: deque[Task] = field(default_factory=deque)
+    out: dict[str, Sent] = field(default_factory=dict)
+    """By the name of its message."""
+    answers: dict[int, Kept | Failure] = field(default_factory=dict)
+    bytes_down: dict[int, int] = field(default_factory=dict)
+    states: dict[int, str] = field(default_factory=dict)
+    """The names of the devices' states after it."""
+
+    def failed(self, client: int, reason: str) -> None:
+        """There is no answer of this client, for this reason."""
+        self.answers[client] = Failure(client, reason)
+
+    def here(self) -> list[Task]:
+        """The tasks that were answered, however well."""
+        return [task for task in self.tasks if isinstance(self.answers.get(task.client), Kept)]
+
+
 class Federation:
     """An :class:`~fedloom.engines.engine.Engine` over the devices of a link. ``greeting``: what they are told of the experiment, JSON."""
 
@@ -132,20 +153,20 @@ class Federation:
             WireError: a task may not cross the wire; that is the method's fault and ends the run. No task was sent then.
         """
         may_cross(tasks)
-        tasks = self._numbered(tasks)
-        asked = {task.client: task for task in tasks}
         with Aside(self.link.folder) as aside:
-            answers, sizes, names = self._exchanged(tasks, len(tasks) if enough is None else enough, aside)
-            replies = self._judged(tasks, answers, aside)
-            replies = replace(replies, traffic=tuple(replace(t, bytes_down=sizes.get(t.client, 0)) for t in replies.traffic))
+            numbered = self._numbered(tasks)
+            asking = Asking(numbered, len(tasks) if enough is None else enough, Sender(self.digest, self.encoding), aside)
+            self._exchange(asking)
+            replies = self._judged(asking, asking.tasks)
+            replies = replace(replies, traffic=tuple(replace(t, bytes_down=asking.bytes_down.get(t.client, 0)) for t in replies.traffic))
             for update in replies.updates:
-                self.states.take(update.client, names[update.client])
+                self.states.take(update.client, asking.states[update.client])
                 self._faults.pop(update.client, None)
             for failure in replies.failures:
-                if failure.client in sizes and failure.reason != LATE:
+                if failure.client in asking.bytes_down and failure.reason != LATE:
                     self._leave_out(failure)
-            answered = [asked[outline.client] for outline in replies.updates]
-            whole_again = (update for task in answered for update in self._opened(task, answers[task.client], aside).updates)
+            asked = {task.client: task for task in asking.tasks}
+            whole_again = (update for outline in replies.updates for update in self._opened(asking, asked[outline.client]).updates)
             return replace(replies, updates=tuple(self._taken(update, take) for update in whole_again))
 
     def _numbered(self, tasks: Sequence[Task]) -> list[Task]:
@@ -178,74 +199,79 @@ class Federation:
             self._leave_out(failure)
             raise CohortFailed([failure], 0, 1) from error
 
-    def _exchanged(
-        self, tasks: Sequence[Task], enough: int, aside: Aside
-    ) -> tuple[dict[int, Kept | Failure], dict[int, int], dict[int, str]]:
-        """What came back of each, laid aside, the bytes that were sent, and the states' new names."""
-        answers: dict[int, Kept | Failure] = {}
-        sizes, names, sender = dict[int, int](), dict[int, str](), Sender(self.digest, self.encoding)
-        waiting, out = deque(self._allowed(tasks, answers)), dict[str, Sent]()
-        began, last, looked_at = time.monotonic(), None, 0
-        unheard = f"TimeoutError: not heard of for {self.patience.wait:g} s"
-        while waiting or out:
+    def _exchange(self, asking: Asking) -> None:
+        """Lay the tasks out and hear the answers, until there is an answer of everyone or a reason why there is none."""
+        for task in asking.tasks:
+            if task.client in self.link.nodes:
+                asking.waiting.append(task)
+            else:
+                asking.failed(task.client, "LookupError: the server was given no key of this client")
+        while asking.waiting or asking.out:
             now, present = time.monotonic(), self.link.present()
-            for _ in range(len(waiting)):
-                task = waiting.popleft()
-                times, until, reason = self._faults.get(task.client, (0, 0.0, ""))
-                if task.client in present and now >= until and len(out) < AT_ONCE:
-                    self._send(task, sender, out, sizes, answers)
-                elif now < began + self.patience.wait or (task.client in present and now >= until):
-                    waiting.append(task)
-                elif now < until:
-                    answers[task.client] = Failure(task.client, f"left out for {until - now:.0f} s more, after {times} in a row: {reason}")
-                else:
-                    answers[task.client] = Failure(task.client, unheard)
-            for reply in self.link.pull_messages(list(out)):
-                sent = out.pop(reply.metadata.reply_to_message_id)
-                self._hear(sent, reply, sender, out, sizes, answers, names, aside)
-            came = sum(isinstance(answer, Kept) for answer in answers.values())
-            if last is None and (waiting or out) and came >= enough and came != looked_at:
-                looked_at = came
-                here = [task for task in tasks if isinstance(answers.get(task.client), Kept)]
-                if len(self._judged(here, answers, aside).updates) >= enough:  # who answers at once, and wrongly, makes nobody late
-                    last = time.monotonic() + self.patience.linger
-            for name, sent in list(out.items()):
-                sent.silent = math.inf if sent.task.client in present else min(sent.silent, now)
-                over, away = last is not None and now > last, now > sent.silent + self.patience.wait
-                if over or away or now > sent.since + self.patience.deadline:
-                    del out[name]
-                    self.link.forget([name])
-                    why = LATE if over else unheard if away else f"TimeoutError: no answer within {self.patience.deadline:g} s"
-                    answers[sent.task.client] = Failure(sent.task.client, why)
-            if last is not None and now > last:
-                answers |= {task.client: Failure(task.client, LATE) for task in waiting}
-                waiting.clear()
-            if waiting or out:
+            self._lay_out(asking, now, present)
+            for reply in self.link.pull_messages(list(asking.out)):
+                self._hear(asking, asking.out.pop(reply.metadata.reply_to_message_id), reply)
+            self._look(asking)
+            self._give_up(asking, now, present)
+            if asking.waiting or asking.out:
                 time.sleep(PAUSE)
-        return answers, sizes, names
 
-    def _judged(self, tasks: Sequence[Task], answers: Mapping[int, Kept | Failure], aside: Aside) -> Replies:
-        """What came, without tensors, less what may not be used; one answer is in memory at a time."""
+    def _lay_out(self, asking: Asking, now: float, present: Collection[int]) -> None:
+        """Send what waits to whoever is here and is not left out; whoever is not, for as long as is waited, has failed."""
+        for _ in range(len(asking.waiting)):
+            task = asking.waiting.popleft()
+            times, until, reason = self._faults.get(task.client, (0, 0.0, ""))
+            if task.client in present and now >= until and len(asking.out) < AT_ONCE:
+                self._send(asking, task)
+            elif now < asking.began + self.patience.wait or (task.client in present and now >= until):
+                asking.waiting.append(task)
+            elif now < until:
+                asking.failed(task.client, f"left out for {until - now:.0f} s more, after {times} in a row: {reason}")
+            else:
+                asking.failed(task.client, self._unheard)
+
+    def _look(self, asking: Asking) -> None:
+        """Whether enough answers are here that may be used. Who answers at once, and wrongly, makes nobody late."""
+        here = asking.here()
+        if math.isinf(asking.ends) and (asking.waiting or asking.out) and len(here) >= asking.enough and len(here) != asking.looked_at:
+            asking.looked_at = len(here)
+            if len(self._judged(asking, here).updates) >= asking.enough:
+                asking.ends = time.monotonic() + self.patience.linger
+
+    def _give_up(self, asking: Asking, now: float, present: Collection[int]) -> None:
+        """Whoever is silent, over the deadline, or late has failed."""
+        over = now > asking.ends
+        for name, sent in list(asking.out.items()):
+            sent.silent = math.inf if sent.task.client in present else min(sent.silent, now)
+            away = now > sent.silent + self.patience.wait
+            if over or away or now > sent.since + self.patience.deadline:
+                del asking.out[name]
+                self.link.forget([name])
+                why = LATE if over else self._unheard if away else f"TimeoutError: no answer within {self.patience.deadline:g} s"
+                asking.failed(sent.task.client, why)
+        while over and asking.waiting:
+            asking.failed(asking.waiting.popleft().client, LATE)
+
+    def _judged(self, asking: Asking, tasks: Sequence[Task]) -> Replies:
+        """What came of these tasks, without tensors, less what may not be used; one answer is in memory at a time."""
         outlines, seen = list[Outline](), list[Replies]()
         for task in tasks:
-            one = self._opened(task, answers[task.client], aside)
+            one = self._opened(asking, task)
             outlines += [outlined(task, update) for update in one.updates]
             seen.append(replace(one, updates=tuple(replace(update, tensors={}) for update in one.updates)))
         return agreeing(tasks, joined(seen), outlines)
 
-    def _opened(self, task: Task, answer: Kept | Failure, aside: Aside) -> Replies:
+    def _opened(self, asking: Asking, task: Task) -> Replies:
         self._read += 1
         if self._read % BREATH == 0:
             give_memory_back()
-        blob = answer if isinstance(answer, Failure) else aside.read(answer)
+        answer = asking.answers[task.client]
+        blob = answer if isinstance(answer, Failure) else asking.aside.read(answer)
         return gather([task], [0], [blob], self.digest, self.encoding, self._whose)
 
-    def _allowed(self, tasks: Sequence[Task], answers: dict[int, Kept | Failure]) -> list[Task]:
-        """The tasks of those who can be asked at all."""
-        for task in tasks:
-            if task.client not in self.link.nodes:
-                answers[task.client] = Failure(task.client, "LookupError: the server was given no key of this client")
-        return [task for task in tasks if task.client not in answers]
+    @property
+    def _unheard(self) -> str:
+        return f"TimeoutError: not heard of for {self.patience.wait:g} s"
 
     def _leave_out(self, failure: Failure) -> None:
         times = self._faults.get(failure.client, (0, 0.0, ""))[0] + 1
@@ -253,60 +279,43 @@ class Federation:
         self._faults[failure.client] = (times, time.monotonic() + pause, failure.reason)
         log.warning("client %d is left out for %.0f s: %s", failure.client, pause, failure.reason)
 
-    def _send(
-        self,
-        task: Task,
-        sender: Sender,
-        out: dict[str, Sent],
-        sizes: dict[int, int],
-        answers: dict[int, Kept | Failure],
-        greeted: int = 0,
-    ) -> None:
+    def _send(self, asking: Asking, task: Task, greeted: int = 0) -> None:
+        """Lay out the task, or first a greeting."""
         greeting = task.client not in self._greeted
         head = ConfigRecord({CLIENT: task.client, STATE: self.states.name(task.client), COMMITTED: self.states.committed(task.client)})
         if greeting:
             content, kind, size = RecordDict({TO: ConfigRecord({CLIENT: task.client, GREETING: self.greeting})}), MessageType.QUERY, 0
         else:
-            blob = sender.pack(task)
+            blob = asking.sender.pack(task)
             content, kind, size = RecordDict({BLOB: boxed(blob), TO: head}), MessageType.TRAIN, len(blob)
         message = Message(content, self.link.nodes[task.client], kind, ttl=self.patience.deadline + 60)
         if list(self.link.push_messages([message])):
-            sizes[task.client] = sizes.get(task.client, 0) + size
-            out[message.metadata.message_id] = Sent(task, time.monotonic(), greeting, greeted)
+            asking.bytes_down[task.client] = asking.bytes_down.get(task.client, 0) + size
+            asking.out[message.metadata.message_id] = Sent(task, time.monotonic(), greeting, greeted)
         else:
-            answers[task.client] = Failure(task.client, "LookupError: the link took no message for it")
+            asking.failed(task.client, "LookupError: the link took no message for it")
 
-    def _hear(
-        self,
-        sent: Sent,
-        reply: Message,
-        sender: Sender,
-        out: dict[str, Sent],
-        sizes: dict[int, int],
-        answers: dict[int, Kept | Failure],
-        names: dict[int, str],
-        aside: Aside,
-    ) -> None:
+    def _hear(self, asking: Asking, sent: Sent, reply: Message) -> None:
         """Take in one reply: go on to the task after a greeting, greet whoever asks for it, keep the rest."""
         client = sent.task.client
         if reply.has_error():
             code, reason = reply.error.code, (reply.error.reason or "no reason given")[:LONGEST]
             if code == UNGREETED and sent.greeted < 2:
                 self._greeted.discard(client)
-                self._send(sent.task, sender, out, sizes, answers, sent.greeted + 1)
+                self._send(asking, sent.task, sent.greeted + 1)
             else:
-                answers[client] = Failure(client, reason if code in (REFUSED, UNGREETED) else f"Flower error {code}: {reason}")
+                asking.failed(client, reason if code in (REFUSED, UNGREETED) else f"Flower error {code}: {reason}")
             return
         try:
             if sent.greeting:
-                self.told[client] = _told(reply.content)
+                self.told[client] = told_of(reply.content)
                 self._greeted.add(client)
-                self._send(sent.task, sender, out, sizes, answers, sent.greeted)
+                self._send(asking, sent.task, sent.greeted)
             else:
-                names[client] = _state_of(reply.content, client)
-                answers[client] = aside.keep(unboxed(reply.content))
+                asking.states[client] = state_of(reply.content, client)
+                asking.answers[client] = asking.aside.keep(unboxed(reply.content))
         except WireError as error:
-            answers[client] = Failure(client, f"WireError: {error}")
+            asking.failed(client, f"WireError: {error}")
 
 
 @dataclass(frozen=True)
@@ -320,86 +329,3 @@ class Enough:
     def run(self, tasks: Sequence[Task], take: Take = whole) -> Replies:
         """As ``inner``, for so many."""
         return self.inner.run(tasks, take, self.enough(len(tasks)))
-
-
-def _head(content: RecordDict) -> dict[str, Any]:
-    return dict(content.config_records[TO]) if TO in content.config_records else {}
-
-
-def _state_of(content: RecordDict, client: int) -> str:
-    record = _head(content)
-    name = record.get(STATE)
-    found = FILE.fullmatch(name) if isinstance(name, str) else None
-    if name != "" and (found is None or int(found[1]) != client):
-        raise WireError(f"a reply whose state is named {SHORT.repr(name)}; a state of client {client} is due, or none")
-    return cast(str, name)
-
-
-def _told(content: RecordDict) -> dict[str, Any]:
-    record = _head(content)
-    text = record.get(TOLD)
-    try:
-        told = json.loads(text) if isinstance(text, str) and len(text) < TELLS else None
-    except (ValueError, RecursionError):
-        told = None
-    if not isinstance(told, dict):
-        raise WireError("a device that was greeted and does not say what it is")
-    return told
-
-
-class Ungreeted(LookupError):
-    """This device does not know the experiment of a task."""
-
-
-class Device(Protocol):
-    """What answers on a device: :class:`~fedloom.engines.resident.Resident`."""
-
-    def greet(self, greeting: str) -> Mapping[str, Any]:
-        """Make ready for the experiment that the greeting tells of; what to say of oneself."""
-        ...
-
-    def answer(self, client: int, state: str, committed: str, blob: Blob) -> tuple[Blob | Failure, str]:
-        """The packed update, or why there is none, and the name of the state after it. ``state``: that from which to start; ``committed``:
-        that to which the server may go back."""
-        ...
-
-
-def _refusal(message: Message, code: int, reason: str) -> Message:
-    """An error as an answer. It may quote what came, so it is cut, and what no encoding can write is replaced."""
-    return Message(Error(code, reason[:LONGEST].encode("utf-8", "replace").decode("utf-8")), reply_to=message)
-
-
-def device_app(device: Device) -> ClientApp:
-    """The Flower app of a deployed device: greetings and tasks. Whatever else comes is refused with its reason."""
-    app = ClientApp()
-
-    @app.query()
-    def greeted(message: Message, context: Context) -> Message:
-        record = _head(message.content)
-        text = record.get(GREETING)
-        if not isinstance(text, str):
-            return _refusal(message, REFUSED, "WireError: a greeting that says nothing")
-        try:
-            said = json.dumps(device.greet(text))
-        except Exception as error:
-            log.warning("this device cannot take part", exc_info=error)
-            return _refusal(message, REFUSED, for_others(error))
-        return Message(RecordDict({TO: ConfigRecord({TOLD: said})}), reply_to=message)
-
-    @app.train()
-    def carried_out(message: Message, context: Context) -> Message:
-        record = _head(message.content)
-        number, state, committed = record.get(CLIENT), record.get(STATE), record.get(COMMITTED)
-        if not (isinstance(number, int) and isinstance(state, str) and isinstance(committed, str)):
-            return _refusal(message, REFUSED, "WireError: a task that names no client or no states")
-        try:
-            answer, after = device.answer(number, state, committed, unboxed(message.content))
-        except Ungreeted as error:
-            return _refusal(message, UNGREETED, str(error))
-        except WireError as error:
-            return _refusal(message, REFUSED, f"WireError: {error}")
-        if isinstance(answer, Failure):
-            return _refusal(message, REFUSED, answer.reason)
-        return Message(RecordDict({BLOB: boxed(answer), TO: ConfigRecord({STATE: after})}), reply_to=message)
-
-    return app

@@ -29,7 +29,7 @@ from typing import Any
 import psutil
 
 from fedloom.client.store import FILE, ClientStore, flush
-from fedloom.engines.federation import Ungreeted
+from fedloom.engines.device import Ungreeted
 from fedloom.engines.workers import ANSWERS, ATTEMPTS, READY, Start, Worker, WorkerError, receive, send
 from fedloom.messages import Failure
 from fedloom.model.machine import all_bytes

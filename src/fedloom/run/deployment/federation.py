@@ -18,9 +18,11 @@ from typing import Any
 from fedloom.client.elsewhere import Elsewhere
 from fedloom.data.opening import insist_on_a_place
 from fedloom.data.tasks import Split
+from fedloom.engines.device import device_app
 from fedloom.engines.engine import Engine
-from fedloom.engines.federation import Enough, Federation, Patience, device_app
-from fedloom.engines.link import MOST, Link, Tls
+from fedloom.engines.federation import Enough, Federation, Patience
+from fedloom.engines.link import Link, Tls
+from fedloom.engines.mailbox import MOST
 from fedloom.engines.node import STATUS, Credentials, Node
 from fedloom.engines.node import asked as asked_of
 from fedloom.engines.resident import Resident, bytes_of
@@ -44,7 +46,7 @@ from fedloom.wire import COUNTED
 log = logging.getLogger("fedloom")
 
 WHOLE = 4
-"""How many times the whole model in float32 an answer may hold beside :data:`~fedloom.engines.link.MOST` bytes: no method sends as much."""
+"""How many times the whole model in float32 an answer may hold, and `mailbox.MOST` bytes: no method sends as much."""
 
 LOOK = 0.2
 """Seconds between two looks at who has joined."""
