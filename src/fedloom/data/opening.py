@@ -1,7 +1,7 @@
 """Whatever ``data`` is, opened: a name, a folder, a file or a data set in memory as the tables of its splits. The only file that imports
 ``datasets``; only a name of the Hugging Face Hub touches the network.
 
-It does not look at columns: ``sources.py`` does.
+It does not look at columns: ``reading.py`` does.
 """
 
 from __future__ import annotations
