@@ -17,6 +17,9 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN
 SOURCE := src/fedloom
 FLOORS_0_TO_3 := $(SOURCE)/messages.py,$(SOURCE)/encodings.py,$(SOURCE)/tensors.py,$(SOURCE)/seeds.py,$(SOURCE)/wire.py,$(SOURCE)/fleet.py,$(SOURCE)/cache.py,$(SOURCE)/finding.py,$(SOURCE)/folders.py,$(SOURCE)/hub.py,$(SOURCE)/native/*,$(SOURCE)/data/*,$(SOURCE)/model/*,$(SOURCE)/server/*,$(SOURCE)/client/*,$(SOURCE)/compute/*,$(SOURCE)/methods/*,$(SOURCE)/engines/*
 
+# Images of Python like to set it. Nothing of what is installed would be compiled then but anew in every process, which takes most of a start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test unit check format docs mutants bench bench-gpu clean
 
@@ -24,7 +27,8 @@ help: ## list the targets (this)
 	@echo "Fedloom: make TARGET (times on two cores)"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-# Without --no-compile a third of this would go into compiling files of which few are ever imported; Python compiles those itself.
+# Without --no-compile a third of this would go into compiling files of which few are ever imported. Those of a run are compiled at the end,
+# once: where PYTHONDONTWRITEBYTECODE is set `fedloom` could not keep them.
 $(STAMP): pyproject.toml constraints.txt
 	@echo "setup: installing the versions of constraints.txt into $(VENV) (about 2 minutes, once)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -34,6 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 		     $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
 	$(BIN)/python -m pip install --quiet --no-compile torch==2.13.0
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[demo,flower,track,docs,dev]'
+	@$(BIN)/python -c 'import fedloom.cli, fedloom.run.loop, fedloom.run.pages.report'
 	@touch $@
 	@echo "setup: done; the command is $(BIN)/fedloom"
 
