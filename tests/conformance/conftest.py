@@ -1,4 +1,4 @@
-"""Whole runs of this tier have pages without pictures; what they show, and that they are drawn, is the unit and integration tests' to hold."""
+"""Whole runs of this tier have pages without pictures: what they show is for the unit and the integration tests to hold."""
 
 from __future__ import annotations
 
