@@ -177,7 +177,7 @@ def numbers(tmp_path: Path) -> str:
     return str(folder)
 
 
-def test_exact_match_is_told_at_every_evaluation_and_again(tmp_path: Path) -> None:
+def test_exact_match_is_told_at_every_evaluation_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every evaluated round, and of no other; a run that was stopped tells the same rows; another evaluation finds the same."""
     asked = experiment(data=numbers(tmp_path), exact_match=3, max_length=30, rounds=3, evaluate_every=2)
     results = run(asked, tmp_path / "run", plain=True)
@@ -193,6 +193,7 @@ def test_exact_match_is_told_at_every_evaluation_and_again(tmp_path: Path) -> No
     told = results["exact_match"]
     assert (told["prompts"], told["held"], told["validation"]) == (3, 16, {"prompts": 3, "held": 16})
     assert told["after"] == told["personalised"] == lines[-1]["exact_match"]["global"] == results["final"]["exact_match"]["global"]
+    monkeypatch.undo()  # with pictures
     page = write_report([tmp_path / "run"], tmp_path / "page.html").read_text(encoding="utf-8")
     assert "3 of 16" in page and "exact match, before" in page and "exact match against rounds" in page
 
