@@ -794,12 +794,15 @@ def test_bytes_that_are_pushed_again_are_counted_once_and_those_of_no_session_ar
     assert not two.state._brought
 
 
-def test_a_late_part_and_a_message_that_is_withdrawn_do_not_wait_for_each_other(two: Link) -> None:
+@pytest.mark.parametrize("comes", [True, False], ids=["it comes", "it is looked for"])
+def test_a_late_part_and_a_message_that_is_withdrawn_do_not_wait_for_each_other(two: Link, comes: bool) -> None:
     name = laid_out(two, 0, 10).object_id
     _, parts, session = begun(two, name)
     two.state._object_push_sessions[session].expires_at = now() - timedelta(seconds=1)
     part, content = parts.popitem()
-    late = threading.Thread(target=two.state.store_object, args=(two.run.run_id, session, part, content), daemon=True)
+    run = two.run.run_id
+    what = (two.state.store_object, (run, session, part, content)) if comes else (two.state.get_object, (run, part))
+    late = threading.Thread(target=what[0], args=what[1], daemon=True)
 
     def withdrawn() -> None:
         with two.state.lock:
