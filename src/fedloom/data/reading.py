@@ -80,7 +80,7 @@ def _tagging(tables: Tables, columns: dict[str, Column], wanted: Wanted, notes: 
     words, tagged = tagging.choose_columns(columns, wanted.text, wanted.label)
     tags = wanted.tags or _tag_names(tables["train"], tagged)
     kinds = tagging.types_of(tags)
-    flattened = {split: _flattened(table, words, tagged, tags, kinds, split) for split, table in tables.items()}
+    flattened: Tables = {split: _flattened(table, words, tagged, tags, kinds, split) for split, table in tables.items()}
     kept, classes = labelled(flattened if wanted.classes else _tagged_only(flattened, notes), (words, tagged), TYPE, notes, kinds)
     return Tagging(words, tagged, tags, classes), kept
 
@@ -142,7 +142,7 @@ def _instructions(tables: Tables, columns: dict[str, Column], wanted: Wanted, no
     wanted.insist_on_metric("answers", TOKEN_ACCURACY)
     prompts, answer, label = instructions.choose_columns(columns, wanted.text, wanted.label, wanted.task == "text")
     label = label or EVERYTHING
-    prepared = {split: _prepared(table, prompts[1:], label) for split, table in tables.items()}
+    prepared: Tables = {split: _prepared(table, prompts[1:], label) for split, table in tables.items()}
     tables, classes = labelled(prepared, (*prompts, answer), label, notes)
     return Instructions(prompts, answer, label, classes), tables
 
