@@ -127,15 +127,17 @@ def join(words: Sequence[str]) -> int:
     """A device of a real federation."""
     given = _parse(arguments.Join, words, "fedloom join")
     with loading():
-        from fedloom.run.deployment.device import Own, folder_of
+        from fedloom.run.deployment.device import folder_of
         from fedloom.run.deployment.federation import join as join_federation
+        from fedloom.run.deployment.greeting import Own
     import threading
 
     def said(text: str) -> None:
         print(f"fedloom: {text}", file=sys.stderr, flush=True)
 
     recipe, stop = "" if given.recipe is None else str(given.recipe.resolve()), threading.Event()
-    own = Own(given.data, given.model, given.text, given.label, given.threads, recipe, given.recompute)
+    data, model = (str(Path(name).resolve()) if Path(name).exists() else name for name in (given.data, given.model))
+    own = Own(data, model if given.model else "", given.text, given.label, given.threads, recipe, given.recompute)
     join_federation(given.server, given.certs, own, folder_of(given.out, given.data), given.deadline, said, stop, given.memory)
     return 0
 
@@ -269,11 +271,16 @@ def evaluate(words: Sequence[str]) -> int:
 def export(words: Sequence[str]) -> int:
     """A folder that PEFT or transformers loads."""
     from fedloom.run import recipes
+    from fedloom.run.deployment.own_model import asked_in, export_own
     from fedloom.run.export import export as exported
 
     given = _parse(arguments.Export, words, "fedloom export")
-    experiment = recipes.experiment_in(given.folder, given.recipe)
-    loading = exported(experiment, given.folder, given.out, given.client, given.merge)
+    if (place := asked_in(given.folder)) is not None:
+        if given.client is not None:
+            raise Usage(f"{given.folder} is one device's own; leave --client out")
+        loading = export_own(place, given.out, given.merge, given.recipe)
+    else:
+        loading = exported(recipes.experiment_in(given.folder, given.recipe), given.folder, given.out, given.client, given.merge)
     print(f"{given.out}\nload it with: {loading}")
     return 0
 

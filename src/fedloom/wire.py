@@ -199,6 +199,16 @@ def digest_of(blob: Blob) -> str:
     return _field(_opened(blob)[0], "digest", str)
 
 
+def op_of(blob: Blob) -> str:
+    """The client operation that a packed task asks for; "" of an update.
+
+    Raises:
+        WireError: not a message.
+    """
+    header = _opened(blob)[0]
+    return _field(header, "op", str) if header["kind"] == "task" else ""
+
+
 class Place(NamedTuple):
     """Where a tensor's bits lie: ``begin`` and ``end`` in bytes from where the tensors begin."""
 

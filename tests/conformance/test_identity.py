@@ -29,7 +29,8 @@ from fedloom.run import checkpoint, parts, world
 from fedloom.run.adopt import adopt
 from fedloom.run.again import evaluate_again
 from fedloom.run.checkpoint import CheckpointError
-from fedloom.run.deployment.device import Own, greeting_of, hosted, order
+from fedloom.run.deployment.device import hosted, order
+from fedloom.run.deployment.greeting import Own, greeting_of
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.export import export
 from fedloom.run.loop import run

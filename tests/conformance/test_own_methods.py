@@ -11,7 +11,8 @@ import pytest
 from fedloom.client.store import ClientStore
 from fedloom.data.shards import write_shards
 from fedloom.messages import Failure, Task, Update
-from fedloom.run.deployment.device import Own, greeting_of, hosted, kinds_of, order, recipe_digest
+from fedloom.run.deployment.device import hosted, order
+from fedloom.run.deployment.greeting import Own, greeting_of, kinds_of, recipe_digest
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.recipes import digest_of_file, resolve
 from fedloom.run.world import build, read_data

@@ -23,7 +23,8 @@ from fedloom.messages import Replies, Task, Traffic, Update, ask
 from fedloom.methods import all_methods
 from fedloom.model.spans import SECOND
 from fedloom.run import evaluation
-from fedloom.run.deployment.device import Own, greeting_of, hosted, order
+from fedloom.run.deployment.device import hosted, order
+from fedloom.run.deployment.greeting import Own, greeting_of
 from fedloom.run.evaluation import evaluate
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.export import export, predictor_of

@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip install 'fedloom[flower]'")
 
 from fedloom.client.store import FILE
+from fedloom.engines.asked import ASKED, Asked, read, state_in
 from fedloom.engines.device import Ungreeted
 from fedloom.engines.resident import Resident, bytes_of
 from fedloom.engines.workers import Start, WorkerError
@@ -99,6 +100,33 @@ def test_what_the_server_has_committed_is_kept_however_often_a_round_changes_the
     assert (again.metrics["visits"], same) == (2.0, second)
     asked(resident, state=third, committed=third)
     assert len([*(tmp_path / "states" / DIGEST).iterdir()]) == 2
+
+
+def test_the_last_prediction_and_its_state_are_kept(resident: Resident, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far the device goes on from there; and a prediction that the disk does not take has been made all the same."""
+    resident.greet(GREETING)
+    place = tmp_path / "states" / DIGEST
+    _, first = asked(resident)
+    assert state_in(place) == "" and not (place / ASKED).exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("fedloom.engines.resident.PREDICTS", "where")
+        _, predicted = asked(resident, state=first)
+    kept = read(place)
+    assert (kept.client, kept.state, unpack(kept.task, DIGEST)) == (3, predicted, Task("where", 3, {}, {"seconds": 0.0}))
+    assert kept.order == toy_worker.start().order
+    state = predicted
+    for _ in range(3):
+        _, state = asked(resident, state=state)
+    assert (place / predicted).exists() and (place / state).exists() and not (place / first).exists()
+    assert read(place) == kept
+    monkeypatch.setattr("fedloom.engines.resident.PREDICTS", "where")
+    monkeypatch.setattr(Asked, "write", full_disk)
+    update, after = asked(resident, state=state)
+    assert isinstance(update, Update) and after != state and read(place) == kept
+
+
+def full_disk(self: Asked, folder: Path) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def test_a_task_before_any_greeting_asks_for_one(fresh: Resident) -> None:

@@ -21,7 +21,8 @@ from fedloom.messages import Replies, Update, ask
 from fedloom.messages import Task as Asked
 from fedloom.methods import all_methods
 from fedloom.run import evaluation
-from fedloom.run.deployment.device import Own, greeting_of, hosted, order
+from fedloom.run.deployment.device import hosted, order
+from fedloom.run.deployment.greeting import Own, greeting_of
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.export import export, predictor_of
 from fedloom.run.loop import run

@@ -16,7 +16,7 @@ from fedloom.data.shards import write_shards
 from fedloom.data.sources import load
 from fedloom.data.tasks import SPLITS, DataError
 from fedloom.methods.fedavg import FedAvg
-from fedloom.run.deployment.device import Own, source_of, task_of
+from fedloom.run.deployment.greeting import Own, source_of, task_of
 from fedloom.run.experiment import Experiment
 from fedloom.run.world import read_data
 

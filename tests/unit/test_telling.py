@@ -26,7 +26,7 @@ from fedloom.model.loading import load as load_model
 from fedloom.model.spans import SpanError
 from fedloom.run import worker
 from fedloom.run.deployment import device
-from fedloom.run.deployment.device import Own, kinds_of
+from fedloom.run.deployment.greeting import Own, kinds_of
 from fedloom.run.experiment import ExperimentError
 from fedloom.run.recipes import digest_of_file, kind_in, resolve
 from fedloom.telling import for_others, in_full

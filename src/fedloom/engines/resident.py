@@ -10,8 +10,9 @@ task has failed with that reason; after it, its answer counts, and the next task
 (``RLIMIT_AS``) would not do: it counts addresses, of which libraries reserve many times what they use.
 
 A device's states are files named by their content in ``folder``. Which of them a task starts from the server says, so a task can be
-done twice, or again, with the same outcome. Kept are the state that the last task of an experiment began with, the one it made, and the
-one that the server has in its checkpoint, from which it may ask again whatever became of the round.
+done twice, or again, with the same outcome. Kept are the state that the last task of an experiment began with, the one it made, the one
+that the server has in its checkpoint, from which it may ask again whatever became of the round, and that of the last prediction, which is
+kept too (``asked.py``).
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from typing import Any
 import psutil
 
 from fedloom.client.store import FILE, ClientStore, flush
+from fedloom.engines.asked import PREDICTS, Asked, state_in
 from fedloom.engines.device import Ungreeted
 from fedloom.engines.workers import ANSWERS, ATTEMPTS, READY, Start, Worker, WorkerError, receive, send
 from fedloom.messages import Failure
 from fedloom.model.machine import all_bytes
-from fedloom.wire import SHORT, Blob, WireError, digest_of
+from fedloom.wire import SHORT, Blob, WireError, digest_of, op_of
 
 LOOK = 0.5
 """Seconds between two looks at what the worker holds."""
@@ -72,6 +74,7 @@ class Resident:
         self.greeting: dict[str, Any] = {}
         self.told: dict[str, Any] = {}
         self._text = ""
+        self._order: Mapping[str, Any] = {}
         self._worker: Worker | None = None
 
     def greet(self, greeting: str) -> Mapping[str, Any]:
@@ -134,6 +137,8 @@ class Resident:
             (one,) = told["clients"]
             if "reason" in one:
                 return Failure(client, one["reason"]), state
+            if op_of(blob) == PREDICTS:
+                self._remember(folder, Asked(client, one["state"], self._order, blob))
             self._keep(folder, committed, state, one["state"])
             self._replace_if_too_large(worker)
             return blobs[0], one["state"]
@@ -151,7 +156,8 @@ class Resident:
 
     def _begin(self) -> None:
         self.close()
-        self._worker = Worker(0, self.start(self.greeting))
+        start = self.start(self.greeting)
+        self._order, self._worker = start.order, Worker(0, start)
         try:
             told, _ = self._heard(self._worker, READY)
         except WorkerError:
@@ -213,4 +219,11 @@ class Resident:
         if after and after != before:
             flush(folder / after)
             flush(folder)
-            ClientStore(folder).keep({committed, before, after})
+            ClientStore(folder).keep({committed, before, after, state_in(folder)})
+
+    def _remember(self, folder: Path, asked: Asked) -> None:
+        """Keep the prediction. Its answer counts, whether or not the disk takes this."""
+        try:
+            asked.write(folder)
+        except OSError as error:
+            log.warning("what this device predicted with last is not kept for 'fedloom export' (%s)", error)

@@ -13,6 +13,7 @@ import torch
 
 from fedloom.client.elsewhere import Elsewhere
 from fedloom.data.labels import some
+from fedloom.data.sources import Source
 from fedloom.data.tasks import Classification
 from fedloom.folders import whole_or_gone
 from fedloom.messages import Tensors
@@ -98,7 +99,10 @@ def predictor_of(world: World, folder: Path, client: int | None) -> Predictor:
     """
     method, store, named, served = world.experiment.method, store_in(folder), world.outputs, checkpoint.is_served(folder)
     if served and client is not None:
-        raise ExportError(f"{folder} is a server's, and what device {client} has of its own lies with it; leave --client out")
+        raise ExportError(
+            f"{folder} is a server's, and what device {client} has of its own lies with it: there, fedloom export with the folder of its "
+            "'fedloom join'; leave --client out for the shared model"
+        )
     saved = checkpoint.load(folder, Elsewhere() if served or client is None else store)  # the shared model needs no device's state
     if saved is None:
         raise ExportError(f"{folder} holds no completed round yet; run it first")
@@ -113,7 +117,11 @@ def predictor_of(world: World, folder: Path, client: int | None) -> Predictor:
     if client is None:
         assembled = method.assembled(saved.state)
         if assembled is None:
-            mend = "each device has its own, and keeps it" if served else f"give --client 0 to {world.experiment.clients - 1}"
+            mend = (
+                "each device has its own, and keeps it: there, export the folder of its 'fedloom join'"
+                if served
+                else f"give --client 0 to {world.experiment.clients - 1}"
+            )
             raise ExportError(f"method '{world.experiment.method_name}' has no global model; {mend}")
         return Predictor(assembled)
     if not 0 <= client < world.experiment.clients:
@@ -137,49 +145,68 @@ def export(experiment: Experiment, folder: Path, out: Path, client: int | None =
         ExportError: nothing to export, ``out`` is not empty, or a model that no adapter can hold.
         CheckpointError: the checkpoint is corrupt, or of a device's model, the run is going on.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"{out} exists and is not an empty folder; nothing was overwritten. Give a new folder")
+    insist_new(out)
     world = build_far(experiment) if checkpoint.is_served(folder) else build(experiment)
-    merge = merge or saved_as(world.model.module) == "model"
     alone = client is not None and not checkpoint.is_served(folder)  # a device's state is read after the rest
     with only_one(folder, reading=True) if alone else nullcontext():
         found = predictor_of(world, folder, client)
-    tensors = whole(world.model, found.tensors)
+    return written(experiment, world.source, world.model, found, out, merge)
+
+
+def insist_new(out: Path) -> None:
+    """Insist that nothing would be overwritten.
+
+    Raises:
+        ExportError: it would.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"{out} exists and is not an empty folder; nothing was overwritten. Give a new folder")
+
+
+def written(experiment: Experiment, source: Source, model: Model, found: Predictor, out: Path, merge: bool) -> str:
+    """Write what predicts as ``found`` does to ``out``; the Python that loads it.
+
+    Raises:
+        ExportError: no library's model can hold it.
+    """
+    merge = merge or saved_as(model.module) == "model"
+    tensors = whole(model, found.tensors)
     if found.bias is not None:
-        last = [name for name in world.model.head if name.endswith(".bias") and tensors[name].shape == found.bias.shape]
+        last = [name for name in model.head if name.endswith(".bias") and tensors[name].shape == found.bias.shape]
         if not last:
             raise ExportError("this device's model adds a label prior to the logits, and the head has no bias that could hold it")
         tensors[sorted(last)[-1]] = tensors[sorted(last)[-1]] + found.bias
-    if said := of_few_bits(world.model, merge):
+    if said := of_few_bits(model, merge):
         log.warning(said)
     with whole_or_gone(out):
-        return _written(experiment, world, tensors, out, merge)
+        if merge:
+            return _merged(experiment, source, model, tensors, out)
+        write_folder(model, tensors, out)
+        return f'PeftModel.from_pretrained({_base(experiment, source, model, out)}, "{out}")'
 
 
-def _written(experiment: Experiment, world: World, tensors: Tensors, out: Path, merge: bool) -> str:
-    """The folder, and the Python that loads it."""
-    if merge:
-        low = world.model.dtype is not torch.float32  # what was frozen is then read again, all of its bits
-        model = model_of(replace(experiment, precision="float32"), world.source) if low else world.model
-        if low and world.model.split:
-            model.start_at(start_of(world.model))  # the run's, which may be another machine's
-        write_merged(model, tensors, world.classes, out)
-        kind = f"AutoModelFor{_use(world.model)}"
-        return f'{kind}.from_pretrained("{out}")'
-    write_folder(world.model, tensors, out)
-    if world.model.filler is not None:
-        cloze, kind = world.model.filler.cloze, "AutoModelForCausalLM" if world.model.causal else "AutoModelForMaskedLM"
+def _merged(experiment: Experiment, source: Source, model: Model, tensors: Tensors, out: Path) -> str:
+    low = model.dtype is not torch.float32  # what was frozen is then read again, all of its bits
+    exact = model_of(replace(experiment, precision="float32"), source) if low else model
+    if low and model.split:
+        exact.start_at(start_of(model))  # the run's, which may be another machine's
+    write_merged(exact, tensors, source.task.classes, out)
+    return f'AutoModelFor{_use(model)}.from_pretrained("{out}")'
+
+
+def _base(experiment: Experiment, source: Source, model: Model, out: Path) -> str:
+    """The Python that loads what lies under the adapter in ``out``. A cloze's template and words, which it needs beside it, are written."""
+    place = f'"{folder_of(experiment.model)}"'
+    if model.filler is not None:
+        cloze, kind = model.filler.cloze, "AutoModelForCausalLM" if model.causal else "AutoModelForMaskedLM"
         (out / "cloze.json").write_text(json.dumps({"template": cloze.template, "words": cloze.words}, indent=1), encoding="utf-8")
-        return f'PeftModel.from_pretrained({kind}.from_pretrained("{folder_of(experiment.model)}"), "{out}")'
-    if world.model.speaker is not None:
-        return f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{folder_of(experiment.model)}"), "{out}")'
-    if world.model.finder is not None:
-        return f'PeftModel.from_pretrained(AutoModelForQuestionAnswering.from_pretrained("{folder_of(experiment.model)}"), "{out}")'
-    classes = world.classes if world.model.tagger is None else world.model.tagger.tags
-    named = dict(enumerate(classes)) if len(classes) == world.model.num_labels else None
-    labels = f"num_labels={world.model.num_labels}" if named is None else f"id2label={named!r}"
-    base = f'"{folder_of(experiment.model)}", {labels}, ignore_mismatched_sizes=True'
-    return f'PeftModel.from_pretrained(AutoModelFor{_use(world.model)}.from_pretrained({base}), "{out}")'
+        return f"{kind}.from_pretrained({place})"
+    if model.speaker is not None or model.finder is not None:
+        return f"AutoModelFor{_use(model)}.from_pretrained({place})"
+    classes = source.task.classes if model.tagger is None else model.tagger.tags
+    named = dict(enumerate(classes)) if len(classes) == model.num_labels else None
+    labels = f"num_labels={model.num_labels}" if named is None else f"id2label={named!r}"
+    return f"AutoModelFor{_use(model)}.from_pretrained({place}, {labels}, ignore_mismatched_sizes=True)"
 
 
 def of_few_bits(model: Model, merge: bool) -> str:

@@ -2,7 +2,7 @@
 
 It reads its order (:func:`order`), loads the device's own data and the model, and answers tasks until nobody asks any more. It is started
 and looked after by :class:`fedloom.engines.resident.Resident`. Nothing that came over the wire is executed or names a file: the method must
-be one of this package, or of the Python file that this device was given (:func:`kinds_of`); the experiment is JSON whose every field is
+be one of this package, or of the Python file that this device was given (``greeting.py``); the experiment is JSON whose every field is
 checked, the data are those that this device was given, and so is the model unless it is left to the experiment, which then may name one
 that transformers finds.
 
@@ -20,16 +20,21 @@ import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedloom.run.deployment.greeting import Own, insist_same_release, kinds_of, source_of
+
 if TYPE_CHECKING:
+    from fedloom.client.client import Client
     from fedloom.client.host import Host, Leaving
+    from fedloom.data.examples import Examples
     from fedloom.data.sources import Source
-    from fedloom.data.tasks import Task as DataTask
+    from fedloom.data.tasks import Split
+    from fedloom.fleet import Fleet
+    from fedloom.model.base import Model
+    from fedloom.run.experiment import Experiment
     from fedloom.run.judging import Judge
-    from fedloom.run.world import World
 
 STATES = "states"
 """In a device's folder: of each experiment that it takes part in, by its digest, the device's states and :data:`DATA`."""
@@ -37,153 +42,36 @@ STATES = "states"
 DATA = "data.json"
 """What the device's data came to when it was greeted first for the experiment."""
 
-PREDICTS = "predict"
-"""The client operation whose answer is counted before it leaves."""
-
-
-@dataclass(frozen=True)
-class Own:
-    """What a device brings: its data, where its columns or its model are others than the experiment's, and the Python file of a method that
-    is not the package's. ``memory``: bytes that its process may hold, and whether its owner has ``said`` so; 0: what is free. ``folder``:
-    where the process may write, if anywhere."""
-
-    data: str
-    model: str = ""
-    text: tuple[str, ...] = ()
-    label: str = ""
-    threads: int = 0
-    recipe: str = ""
-    recompute: bool = False
-    memory: int = 0
-    said: bool = False
-    folder: str = ""
-
 
 def order(greeting: Mapping[str, Any], own: Own) -> dict[str, Any]:
     """What the process is told (JSON)."""
     return {"greeting": dict(greeting), "own": vars(own)}
 
 
-def greeting_of(world: World) -> dict[str, Any]:
-    """What a device is told of the experiment (JSON): all that decides a result, what labels mean, which model and release it must be."""
-    from fedloom.run.experiment import as_json
-    from fedloom.run.starting import identity
+@dataclass(frozen=True)
+class Ready:
+    """What an order comes to on this device: the ``experiment`` as it is here (its model's place, its engine), and what it is made of."""
 
-    return {
-        "release": version("fedloom"),
-        "experiment": as_json(world.experiment),
-        "recipe": recipe_digest(world.experiment.method),
-        "task": task_of(world.source),
-        "model": identity(world.model),
-    }
+    experiment: Experiment
+    source: Source
+    model: Model
+    shards: Mapping[Split, Examples]
+    fleet: Fleet
 
+    def device(self, k: int) -> Client:
+        """Device k of the federation, which is this one, with nothing of its own yet."""
+        from fedloom.client.client import Client
+        from fedloom.data.tasks import SPLITS
+        from fedloom.model.memory import needs, texts_that_fit
 
-def task_of(source: Source) -> dict[str, Any]:
-    """What a device is told of the server's data (JSON): the task, and what names it has for what."""
-    task = source.task
-    return {
-        "kind": kind_of(task),
-        "name": source.name,
-        "classes": list(task.classes),
-        "metric": task.metric,
-        "tags": tags_of(task),
-        **columns_of(task),
-    }
+        train, validation, test = (self.shards[split] for split in SPLITS)
+        texts = texts_that_fit(needs(self.model, 1)[-1], self.fleet.of(k).memory_bytes)
+        seed, strength, model = self.experiment.seed, self.fleet.strength(k), self.model
+        return Client(k, train, validation, test, seed, strength, model.dtype, model.num_labels, texts)
 
 
-def insist_same_release(greeting: Mapping[str, Any]) -> None:
-    """Insist that the server is of this release: others compute, write and check otherwise, and nothing else might show it.
-
-    Raises:
-        ExperimentError: it is not.
-    """
-    from fedloom.run.experiment import ExperimentError
-    from fedloom.wire import SHORT
-
-    theirs, here = str(greeting.get("release", "of an earlier release")), version("fedloom")
-    if theirs != here:
-        raise ExperimentError(
-            f"the server is Fedloom {SHORT.repr(theirs)}, and this device {here!r}; install the same release on both sides"
-        )
-
-
-def recipe_digest(method: Any) -> str:
-    """What the Python file of a method comes to; empty for one of the package.
-
-    Raises:
-        ExperimentError: a method that no file defines.
-    """
-    from fedloom.run.experiment import ExperimentError
-    from fedloom.run.recipes import digest_of_file, file_of
-
-    file = file_of(method)
-    if file == "":
-        raise ExperimentError("the method is defined in no Python file, so devices cannot have it; put it into one")
-    return "" if file is None else digest_of_file(Path(file))
-
-
-def kinds_of(greeting: Mapping[str, Any], own: Own) -> dict[str, type[Any]]:
-    """The experiment's method by its name, out of this device's own file, where the server has it from a file too; nothing otherwise, and
-    then the file is not looked at. The two files must be the same, byte for byte.
-
-    Raises:
-        ExperimentError: this device has no such file, or another.
-    """
-    from fedloom.run.experiment import ExperimentError
-    from fedloom.run.recipes import digest_of_file, kind_in
-    from fedloom.wire import SHORT
-
-    wanted, name = greeting["recipe"], greeting["experiment"]["method"]["name"]
-    if not wanted:
-        return {}
-    if not own.recipe:
-        raise ExperimentError(
-            f"the server's method {SHORT.repr(name)} is out of a Python file of its own, which comes to {SHORT.repr(wanted)}; code is "
-            "never sent: have the same file here, and give it as --recipe FILE"
-        )
-    found = digest_of_file(Path(own.recipe))
-    if found != wanted:
-        said = (
-            f"comes to {found}, and the server's to {SHORT.repr(wanted)}; the method's file must be the same on both sides, byte for byte"
-        )
-        raise ExperimentError(f"the file {own.recipe} {said}", f"this device's recipe {said}")
-    return {str(name): kind_in(Path(own.recipe), str(name))}
-
-
-def kind_of(task: DataTask) -> str:
-    """The task's kind as ``--task`` names it."""
-    from fedloom.data.instructions import Instructions
-    from fedloom.data.questions import Questions
-    from fedloom.data.tagging import Tagging
-
-    if isinstance(task, Tagging):
-        return "tagging"
-    if isinstance(task, Questions):
-        return "qa"
-    if isinstance(task, Instructions):
-        return task.form
-    return "classification"
-
-
-def tags_of(task: DataTask) -> list[str]:
-    """The tags' names; none where the task has no tags."""
-    from fedloom.data.tagging import Tagging
-
-    return list(task.tags) if isinstance(task, Tagging) else []
-
-
-def columns_of(task: DataTask) -> dict[str, Any]:
-    """The columns that are read: of texts, and of labels where the task learns to tell those. Of tagging words and tags are one each."""
-    from fedloom.data.tagging import Tagging
-    from fedloom.data.tasks import Classification
-
-    if isinstance(task, Tagging):
-        return {"text": [task.words], "label": task.tagged}
-    return {"text": list(task.texts), "label": task.label if isinstance(task, Classification) else ""}
-
-
-def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
-    """The host of the order, and what the device says of itself.
+def made_ready(told: Mapping[str, Any]) -> Ready:
+    """The order's experiment, this device's data and the model.
 
     Raises:
         ExperimentError, DataError, ModelError, TextError, AdapterError: whatever is wrong, with the mend.
@@ -191,22 +79,12 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     """
     import torch
 
-    from fedloom.client.client import Client
-    from fedloom.client.host import Host
-    from fedloom.client.masks import carried_out
-    from fedloom.client.sharing import layer_scores
-    from fedloom.client.store import ClientStore
-    from fedloom.compute.stacked import Stacked
-    from fedloom.data.tasks import SPLITS
     from fedloom.model.base import of_model
-    from fedloom.model.memory import needs, texts_that_fit
     from fedloom.run.costs.memory import insist_on_a_devices_room, sizes_before, sizes_of
     from fedloom.run.costs.profiles import by_name
     from fedloom.run.experiment import EngineSettings, ExperimentError, from_json
-    from fedloom.run.judging import Judge
     from fedloom.run.starting import begin_aside, identity
-    from fedloom.run.world import cut, data_fingerprint, model_of, tokens_of
-    from fedloom.telling import for_others
+    from fedloom.run.world import data_fingerprint, model_of, tokens_of
 
     greeting, own = told["greeting"], Own(**{**told["own"], "text": tuple(told["own"]["text"])})
     insist_same_release(greeting)
@@ -225,41 +103,57 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     model = model_of(here, source)
     if identity(model) != greeting["model"]:
         raise of_model(
-            own.model or e.model,
-            f"'{own.model or e.model}' is not the server's: its pre-trained weights come to {identity(model)} here and to "
+            here.model,
+            f"'{here.model}' is not the server's: its pre-trained weights come to {identity(model)} here and to "
             f"{greeting['model']} at the server; give the same one, --model NAME or FOLDER",
         )
     insist_on_a_devices_room(sizes_of(model, e.method), here, room(own), loaded=True, gpu=gpu)
     if own.folder:
         begin_aside(model, Path(own.folder) / "start")
-    shards, one = tokens_of(source, model), needs(model, 1)[-1]
-    train, validation, test = (shards[split] for split in SPLITS)
-    held = {split: len(shards[split]) for split in SPLITS}
+    shards = tokens_of(source, model)
     if own.folder:
-        insist_same_data(Path(own.folder) / STATES / e.digest(), data_fingerprint(source, shards, model), held)
+        insist_same_data(Path(own.folder) / STATES / e.digest(), data_fingerprint(source, shards, model), counts(shards))
+    return Ready(here, source, model, shards, fleet)
+
+
+def counts(shards: Mapping[Split, Examples]) -> dict[str, int]:
+    """How many examples this device holds, by split."""
+    from fedloom.data.tasks import SPLITS
+
+    return {split: len(shards[split]) for split in SPLITS}
+
+
+def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
+    """The host of the order, and what the device says of itself.
+
+    Raises:
+        ExperimentError, DataError, ModelError, TextError, AdapterError: whatever is wrong, with the mend.
+        DiskError: the start of the model could not be written.
+    """
+    from fedloom.client.host import Host
+    from fedloom.client.masks import carried_out
+    from fedloom.client.sharing import layer_scores
+    from fedloom.client.store import ClientStore
+    from fedloom.compute.stacked import Stacked
+    from fedloom.run.judging import Judge
+    from fedloom.run.world import cut
+    from fedloom.telling import for_others
+
+    ready = made_ready(told)
+    e, source, model, shards = ready.experiment, ready.source, ready.model, ready.shards
     host = Host(
         e.method,
-        lambda k: Client(
-            k,
-            train,
-            validation,
-            test,
-            e.seed,
-            fleet.strength(k),
-            model.dtype,
-            model.num_labels,
-            texts_that_fit(one, fleet.of(k).memory_bytes),
-        ),
+        ready.device,
         Stacked(model, 1),
         ClientStore(None),
-        e.digest(),
+        told["greeting"]["digest"],
         counted(Judge(source, shards, model)),
         e.encoding,
         carried_out,
         [layer_scores],
         for_others,
     )
-    return host, {"examples": held, "notes": [*source.notes, *cut(shards, model)]}
+    return host, {"examples": counts(shards), "notes": [*source.notes, *cut(shards, model)]}
 
 
 def insist_same_data(folder: Path, data: str, held: Mapping[str, int]) -> None:
@@ -305,32 +199,6 @@ def room(own: Own) -> int:
     return max(0, left) if own.said else max(0, min(left, free)) if own.memory else free
 
 
-def source_of(greeting: Mapping[str, Any], own: Own, seed: int) -> Source:
-    """The device's own data, with labels as the server's task numbers them, out of the columns that the server reads where the device has
-    them and its owner names no others.
-
-    Raises:
-        DataError: it cannot be read so.
-    """
-    from fedloom.data.sources import Names, load
-
-    task = greeting["task"]
-    classes, tags = tuple(map(str, task["classes"])), tuple(map(str, task["tags"]))
-    learns = task["kind"] in ("classification", "tagging", "qa")
-    found = load(
-        own.data,
-        seed=seed,
-        text=own.text,
-        label=own.label,
-        elsewhere=Names(tuple(map(str, task.get("text", ()))), str(task.get("label", ""))),
-        task=task["kind"],
-        metric=task["metric"] if task["kind"] == "classification" else "auto",
-        classes=classes if learns else (),
-        tags=tags,
-    )
-    return replace(found, name=str(task["name"]))
-
-
 def counted(judge: Judge) -> Leaving:
     """Predictions as counts: for each split, int64 (m, 3) of true class, predicted class, examples; and the mean loss as a metric, unless
     nothing is read (of sentences no word, of texts no token); of questions also the share of exact matches, of tags how many words there
@@ -338,10 +206,10 @@ def counted(judge: Judge) -> Leaving:
     import numpy as np
     import torch
 
-    from fedloom.client.client import Client
     from fedloom.data.instructions import Instructions
     from fedloom.data.questions import EXACT, Questions
     from fedloom.data.tagging import COUNTED, RIGHT, Tagging
+    from fedloom.engines.asked import PREDICTS
     from fedloom.messages import Task, Update
     from fedloom.run.evaluation import cells
 

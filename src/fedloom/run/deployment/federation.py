@@ -32,7 +32,8 @@ from fedloom.model.loading import folder_of
 from fedloom.model.quantised import numbers
 from fedloom.run.costs.profiles import MIXES, PROFILES, is_file
 from fedloom.run.deployment.certificates import insist_secret, public_keys
-from fedloom.run.deployment.device import STATES, Own, command, greeting_of, order
+from fedloom.run.deployment.device import STATES, command, order
+from fedloom.run.deployment.greeting import Own, greeting_of
 from fedloom.run.experiment import Experiment, ExperimentError
 from fedloom.run.folder import only_one
 from fedloom.run.late import may_join_late, those_who_may

@@ -27,7 +27,8 @@ class Export:
     """Write what a run trained as a folder that ``peft.PeftModel.from_pretrained`` loads.
 
     Attributes:
-        folder: the run folder.
+        folder: the run folder; or, on a device of a federation, the folder of its fedloom join: the device's own model, as it predicted
+            last.
         out: the folder to write; it must be new or empty.
         client: that device's own model, instead of the shared one.
         merge: merge the adapter into the model: a folder that transformers loads by itself. What trained no adapter is always such a one.
@@ -92,7 +93,7 @@ class Join:
             for the next (0: nine tenths of what this machine has). A model that by prediction does not fit, into this or, of 0, into what
             is free, is not loaded.
         deadline: seconds that one task may take here.
-        out: where this device keeps its state (default: one named after the data).
+        out: where this device keeps its state, and its own model, which fedloom export takes out (default: one named after the data).
     """
 
     server: str

@@ -1,0 +1,77 @@
+"""The last prediction that a device was asked for, kept in the folder of its states, so that whoever it belongs to can have the model that
+made it: what the server sent lies in no other file of the device.
+
+One file, replaced in one step: a line of JSON, and behind it the task as it came. It names the state that the device predicted with, which
+the device keeps beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from fedloom.client.store import FILE, StoreError
+from fedloom.folders import replacing
+from fedloom.wire import Blob
+
+PREDICTS = "predict"
+"""The client operation that is a prediction."""
+
+ASKED = "asked.task"
+"""The file's name."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prediction that was asked of device ``client``, with the ``state`` that it started from (""; none), as a packed task; and the order
+    by which its process had been started (JSON)."""
+
+    client: int
+    state: str
+    order: Mapping[str, Any]
+    task: Blob
+
+    def write(self, folder: Path) -> None:
+        """Put it in the place of the one before.
+
+        Raises:
+            OSError: the disk did not take it; the one before is still there.
+        """
+        head = {"client": self.client, "state": self.state, "order": dict(self.order), "sha256": sha256(self.task).hexdigest()}
+        with replacing(folder / ASKED) as file:
+            file.write(json.dumps(head).encode() + b"\n")
+            file.write(self.task)
+
+
+def read(folder: Path) -> Asked:
+    """The one that lies in ``folder``.
+
+    Raises:
+        StoreError: there is none, or it is not as it was written.
+    """
+    path = folder / ASKED
+    try:
+        with path.open("rb") as file:
+            head, task = json.loads(file.readline()), file.read()
+        found = Asked(int(head["client"]), str(head["state"]), dict(head["order"]), task)
+        due = head["sha256"]
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read ({error})") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StoreError(f"{path} was altered after it was written ({type(error).__name__})") from error
+    if sha256(task).hexdigest() != due or not (found.state == "" or FILE.fullmatch(found.state)):
+        raise StoreError(f"{path} was altered after it was written")
+    return found
+
+
+def state_in(folder: Path) -> str:
+    """The state that the prediction in ``folder`` was made with; "" where there is no prediction, or it needed none."""
+    try:
+        with (folder / ASKED).open("rb") as file:
+            return str(json.loads(file.readline())["state"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""  # whoever reads it is told what is wrong with it
