@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.torch import save_file
 
 from fedloom.methods.fedavg import FedAvg
-from fedloom.model.loading import folder_of
+from fedloom.model.places import folder_of
 from fedloom.run.experiment import Experiment, as_json
 from fedloom.run.world import build
 from fedloom.server.participation import uniform

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.data.tasks import DataError
-from fedloom.run.checkpoint import CheckpointError
-from fedloom.run.experiment import ExperimentError
+from fedloom.run.errors import CheckpointError, ExperimentError
 
 
 def place(parser: ArgumentParser, given: Namespace, name: str, varied: Sequence[str]) -> Path:

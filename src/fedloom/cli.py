@@ -128,8 +128,8 @@ def join(words: Sequence[str]) -> int:
     given = _parse(arguments.Join, words, "fedloom join")
     with loading():
         from fedloom.run.deployment.device import folder_of
-        from fedloom.run.deployment.federation import join as join_federation
         from fedloom.run.deployment.greeting import Own
+        from fedloom.run.deployment.joining import join as join_federation
     import threading
 
     def said(text: str) -> None:
@@ -170,7 +170,7 @@ def certs(words: Sequence[str]) -> int:
 def status(words: Sequence[str]) -> int:
     """How a federation stands."""
     given = _parse(arguments.Status, words, "fedloom status")
-    from fedloom.run.deployment.federation import asked
+    from fedloom.run.deployment.joining import asked
 
     _show("", ("", ""), asked(given.server, given.certs))
     return 0

@@ -18,7 +18,8 @@ from fedloom.client.curricula.shortformer import Staged
 from fedloom.client.curricula.slw import LengthWarmup
 from fedloom.model.base import Model
 from fedloom.run.describe import describe
-from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.errors import ExperimentError
+from fedloom.run.experiment import Experiment
 from fedloom.run.export import ExportError, export
 from fedloom.run.loop import run
 from fedloom.run.recipes import with_curriculum

@@ -20,7 +20,8 @@ from fedloom.run import checkpoint
 from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.deployment.federation import insist_may_start
 from fedloom.run.describe import describe
-from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.errors import ExperimentError
+from fedloom.run.experiment import Experiment
 from fedloom.run.loop import run
 from fedloom.run.recipes import with_curriculum
 from fedloom.run.world import store_in

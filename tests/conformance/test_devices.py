@@ -24,12 +24,13 @@ from fedloom.methods.hetlora import HetLora
 from fedloom.model.memory import needs, output_side
 from fedloom.model.names import is_down
 from fedloom.run import checkpoint
-from fedloom.run.checkpoint import CheckpointError, fingerprint_of
+from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.comparison import targets
 from fedloom.run.costs.ledger import Section
 from fedloom.run.deployment.federation import serve
 from fedloom.run.describe import describe
-from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.errors import CheckpointError, ExperimentError
+from fedloom.run.experiment import Experiment
 from fedloom.run.loop import run
 from fedloom.run.pages.report import page_of
 from fedloom.run.reading import read

@@ -22,16 +22,17 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.model import machine
 from fedloom.model.adapters import Adapter, Kind, Start, beneath
-from fedloom.model.base import Model, ModelError
+from fedloom.model.base import Model
 from fedloom.model.loading import load
 from fedloom.model.names import is_down, partner, under
+from fedloom.model.places import ModelError
 from fedloom.run import checkpoint, parts, world
 from fedloom.run.adopt import adopt
 from fedloom.run.again import evaluate_again
-from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.deployment.device import hosted, order
 from fedloom.run.deployment.greeting import Own, greeting_of
-from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.errors import CheckpointError, ExperimentError
+from fedloom.run.experiment import Experiment
 from fedloom.run.export import export
 from fedloom.run.loop import run
 from fedloom.run.starting import identity

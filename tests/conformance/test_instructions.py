@@ -27,7 +27,8 @@ from fedloom.run.again import evaluate_again
 from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.comparison.rehearsal import rehearse
 from fedloom.run.describe import describe
-from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.errors import ExperimentError
+from fedloom.run.experiment import Experiment
 from fedloom.run.export import export
 from fedloom.run.loop import run
 from fedloom.run.pages.report import write_report

@@ -19,7 +19,7 @@ from fedloom.model.adapters import Adapter
 from fedloom.model.names import is_down, is_factor, is_up, partner, under
 from fedloom.run import checkpoint
 from fedloom.run.again import evaluate_again
-from fedloom.run.checkpoint import CheckpointError
+from fedloom.run.errors import CheckpointError
 from fedloom.run.experiment import Experiment
 from fedloom.run.export import export
 from fedloom.run.loop import run

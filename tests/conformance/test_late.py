@@ -32,7 +32,8 @@ from fedloom.methods.fibecfed import FibecFed, Gal
 from fedloom.methods.method import State, one_round, set_up
 from fedloom.run import checkpoint
 from fedloom.run.checkpoint import Saved
-from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.errors import ExperimentError
+from fedloom.run.experiment import Experiment
 from fedloom.run.late import Late, Remembering, Step, may_join_late, welcome
 from fedloom.run.loop import run
 from fedloom.run.terminal.console import Show
@@ -51,7 +52,8 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     from fedloom.engines.federation import Patience
     from fedloom.engines.link import Link
     from fedloom.engines.node import Credentials, Node
-    from fedloom.run.deployment.federation import Joined, insist_may_start, shown
+    from fedloom.run.deployment.federation import Joined, insist_may_start
+    from fedloom.run.deployment.joining import shown
 
 pytestmark = [pytest.mark.flower, pytest.mark.no_cover]
 """Which lines are reached at all, other tests tell (conftest.py)."""

@@ -23,8 +23,9 @@ from fedloom.methods import named
 from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
 from fedloom.run import checkpoint, evaluation, loop
 from fedloom.run.again import evaluate_again
-from fedloom.run.checkpoint import CheckpointError, fingerprint_of
-from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError
+from fedloom.run.checkpoint import fingerprint_of
+from fedloom.run.errors import CheckpointError, ExperimentError
+from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.run.loop import run
 from fedloom.run.terminal.failures import explain
 from fedloom.run.world import World, build, store_in

@@ -31,7 +31,8 @@ from fedloom.model.blocks import layer_of
 from fedloom.model.names import is_down, is_factor, is_up
 from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.describe import describe
-from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.errors import ExperimentError
+from fedloom.run.experiment import Experiment
 from fedloom.run.loop import run
 from fedloom.run.recipes import with_curriculum
 from fedloom.seeds import derive_int

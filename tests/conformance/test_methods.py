@@ -36,8 +36,9 @@ from fedloom.run.adopt import adopt
 from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.comparison.plan import trains_as
 from fedloom.run.costs.memory import Portion
+from fedloom.run.errors import ExperimentError
 from fedloom.run.evaluation import evaluate
-from fedloom.run.experiment import Experiment, ExperimentError, from_json
+from fedloom.run.experiment import Experiment, from_json
 from fedloom.run.export import ExportError, export, predictor_of
 from fedloom.run.loop import run
 from fedloom.run.terminal.console import Progress

@@ -12,9 +12,10 @@ from fedloom.client.store import ClientStore
 from fedloom.data.shards import write_shards
 from fedloom.messages import Failure, Task, Update
 from fedloom.run.deployment.device import hosted, order
-from fedloom.run.deployment.greeting import Own, greeting_of, kinds_of, recipe_digest
-from fedloom.run.experiment import Experiment, ExperimentError
-from fedloom.run.recipes import digest_of_file, resolve
+from fedloom.run.deployment.greeting import Own, digest_of_file, greeting_of, kinds_of, recipe_digest
+from fedloom.run.errors import ExperimentError
+from fedloom.run.experiment import Experiment
+from fedloom.run.recipes import resolve
 from fedloom.run.world import build, read_data
 from fedloom.wire import pack, unpack
 from tests import tiny

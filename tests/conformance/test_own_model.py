@@ -20,7 +20,8 @@ from fedloom.run import checkpoint
 from fedloom.run.deployment.device import order
 from fedloom.run.deployment.greeting import Own, greeting_of
 from fedloom.run.deployment.own_model import asked_in, export_own
-from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.errors import ExperimentError
+from fedloom.run.experiment import Experiment
 from fedloom.run.export import ExportError, export
 from fedloom.run.loop import run
 from fedloom.run.world import build, store_in

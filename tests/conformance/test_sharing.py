@@ -32,7 +32,8 @@ from fedloom.run.again import evaluate_again
 from fedloom.run.checkpoint import fingerprint_of
 from fedloom.run.costs.pretended import Pretended
 from fedloom.run.describe import describe, played
-from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError
+from fedloom.run.errors import ExperimentError
+from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.run.export import export
 from fedloom.run.loop import run
 from fedloom.run.personal import personal

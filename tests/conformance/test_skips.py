@@ -15,10 +15,11 @@ from fedloom.compute.serial import Serial
 from fedloom.compute.stacked import Stacked
 from fedloom.compute.work import AdamW, Fit
 from fedloom.messages import Tensors
-from fedloom.model.base import Model, ModelError
+from fedloom.model.base import Model
 from fedloom.model.blocks import layer_of
 from fedloom.model.names import is_head
 from fedloom.model.outputs import logits_of
+from fedloom.model.places import ModelError
 from tests import families, tiny
 
 FAMILIES = families.APART

@@ -11,7 +11,8 @@ from fedloom.compute.serial import Serial
 from fedloom.compute.stacked import Stacked
 from fedloom.compute.work import AdamW, Fit, Fitted, Predict, Pretrained, Score, WorkItem
 from fedloom.messages import Tensors
-from fedloom.model.base import Model, ModelError
+from fedloom.model.base import Model
+from fedloom.model.places import ModelError
 from tests import families, tiny
 
 FAMILIES = families.APART

@@ -23,7 +23,8 @@ from fedloom.methods import all_methods
 from fedloom.run import evaluation
 from fedloom.run.deployment.device import hosted, order
 from fedloom.run.deployment.greeting import Own, greeting_of
-from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.errors import ExperimentError
+from fedloom.run.experiment import Experiment
 from fedloom.run.export import export, predictor_of
 from fedloom.run.loop import run
 from fedloom.run.pages.report import write_report

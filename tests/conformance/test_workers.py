@@ -29,8 +29,9 @@ from fedloom.messages import Failure, Replies, Task, Update
 from fedloom.methods.fedavg import FedAvg
 from fedloom.run import worker as program
 from fedloom.run import world as loading
+from fedloom.run.errors import ExperimentError
 from fedloom.run.evaluation import evaluate
-from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError
+from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.run.recipes import resolve
 from fedloom.run.world import World, build, order_of
 from fedloom.tensors import fingerprint

@@ -31,8 +31,9 @@ from fedloom.messages import Failure, Task, Update
 from fedloom.methods import named
 from fedloom.methods.method import State
 from fedloom.run import checkpoint
-from fedloom.run.checkpoint import CheckpointError, Saved
+from fedloom.run.checkpoint import Saved
 from fedloom.run.comparison.statistics import tallies
+from fedloom.run.errors import CheckpointError
 from fedloom.run.evaluation import counts_well
 from fedloom.run.experiment import Experiment, as_json, from_json
 from fedloom.tensors import fingerprint
@@ -53,6 +54,7 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     from fedloom.engines.resident import Resident
     from fedloom.engines.talk import COMMITTED, GREETING, STATE, TOLD, UNGREETED, state_of, told_of
     from fedloom.run.deployment import federation as both_ends
+    from fedloom.run.deployment import joining
 
     # isort: split
     from fastapi import HTTPException
@@ -775,7 +777,7 @@ class Status(Target):
         return changed_json(rng, told) if rng.random() < 0.7 else told
 
     def put(self, case: Any) -> str:
-        lines = both_ends.shown(case)
+        lines = joining.shown(case)
         assert all(isinstance(part, str) for line in lines for part in line)
         return "lines"
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip install 'fedloom[flower]'")
 
 from fedloom.engines import federation
-from fedloom.run.experiment import ExperimentError, from_json
+from fedloom.run.errors import ExperimentError
+from fedloom.run.experiment import from_json
 from fedloom.wire import WireError, checked_settings
 from tests.fuzz import fuzzing
 from tests.fuzz.fuzzing import Told, fuzz, shares

@@ -22,7 +22,7 @@ from fedloom import cli
 from fedloom.client.elsewhere import Elsewhere
 from fedloom.run import checkpoint
 from fedloom.run.export import predictor_of, whole
-from fedloom.run.folder import only_one
+from fedloom.run.lock import only_one
 from fedloom.run.recipes import experiment_in
 from fedloom.run.world import build, store_in
 from tests import tiny

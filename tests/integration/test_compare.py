@@ -20,7 +20,7 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fibecfed import FibecFed, Gal
 from fedloom.run.comparison import compare
 from fedloom.run.comparison.plan import Plan
-from fedloom.run.experiment import ExperimentError
+from fedloom.run.errors import ExperimentError
 from tests import tiny
 from tests.integration.test_cli import command, hashes, refused, small, write_data
 from tests.small import data, experiment

@@ -21,7 +21,7 @@ import pytest
 from fedloom import cli
 from fedloom.run import checkpoint, loop
 from fedloom.run.checkpoint import fingerprint_of
-from fedloom.run.experiment import ExperimentError
+from fedloom.run.errors import ExperimentError
 from fedloom.run.loop import run
 from fedloom.run.tracking import KINDS, Kind, Tracking, numbers
 from tests import small

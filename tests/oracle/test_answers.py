@@ -18,8 +18,9 @@ from fedloom.compute.work import AdamW, Fisher, Fit, Predict, Score, Sensitivity
 from fedloom.data.examples import Examples
 from fedloom.model.adapters import Adapter, AdapterError, Kind
 from fedloom.model.answers import PLAIN, AnswerError, Speaker, first_of
-from fedloom.model.base import Model, ModelError
+from fedloom.model.base import Model
 from fedloom.model.loading import load
+from fedloom.model.places import ModelError
 from fedloom.model.writing import continued
 from tests import families, tiny
 from tests.oracle.test_cloze import assert_slopes, folder

@@ -28,10 +28,11 @@ from fedloom.engines.local import Local
 from fedloom.methods.fibecfed import FibecFed, Gal
 from fedloom.methods.personal_head import PersonalHead
 from fedloom.model.adapters import Adapter
-from fedloom.model.base import Model, ModelError
+from fedloom.model.base import Model
 from fedloom.model.blocks import layer_of
 from fedloom.model.cloze import Cloze, ClozeError, Filler
 from fedloom.model.loading import load
+from fedloom.model.places import ModelError
 from fedloom.server.participation import Pool
 from tests import families, tiny
 

@@ -33,10 +33,11 @@ from fedloom.compute.work import AdamW, Fit, Predict, Spectrum
 from fedloom.methods import named
 from fedloom.methods.fedavg import FedAvg
 from fedloom.model.adapters import Adapter, AdapterError
-from fedloom.model.base import Model, ModelError, Precision
+from fedloom.model.base import Model, Precision
 from fedloom.model.loading import load
 from fedloom.model.memory import needs
 from fedloom.model.names import is_down, is_factor, partner, under
+from fedloom.model.places import ModelError
 from fedloom.model.quantised import Base, Quantised, quantise, size_of
 from fedloom.run.costs.memory import Sizes, needed, needed_there, on_a_device, sizes_before, sizes_of, told
 from fedloom.run.experiment import Experiment

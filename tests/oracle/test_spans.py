@@ -26,8 +26,9 @@ from fedloom.data.examples import Examples
 from fedloom.data.questions import Questions, exact, f1, marks, with_place
 from fedloom.data.rows import Rows
 from fedloom.model.adapters import Adapter
-from fedloom.model.base import Model, ModelError
+from fedloom.model.base import Model
 from fedloom.model.loading import load
+from fedloom.model.places import ModelError
 from fedloom.model.spans import BEGIN, CONTEXT, END, FIRST, SECOND, TORN, Finder, SpanError, best_span, first_of, torn
 from fedloom.run.judging import Judge
 from fedloom.run.world import cut

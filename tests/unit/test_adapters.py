@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from fedloom.model.adapters import Adapter, AdapterError, Kind, attach, merged, trainable_names, write_adapter
-from fedloom.model.base import ModelError
 from fedloom.model.blocks import layer_of, layers
 from fedloom.model.loading import load
 from fedloom.model.names import is_factor, partner
+from fedloom.model.places import ModelError
 from fedloom.model.texts import Batch, as_batch
 from tests import families, tiny
 

@@ -11,7 +11,7 @@ import torch
 from fedloom.methods.method import State
 from fedloom.run import adopt
 from fedloom.run.adopt import prepared_for
-from fedloom.run.experiment import ExperimentError
+from fedloom.run.errors import ExperimentError
 from tests import small
 
 OWN = {"server", "facts"}

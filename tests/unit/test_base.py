@@ -19,13 +19,14 @@ from transformers import AutoModelForSequenceClassification, T5Config
 from transformers.utils import import_utils
 
 from fedloom.data.examples import Examples
-from fedloom.model import loading, trials
+from fedloom.model import loading, places, trials
 from fedloom.model.adapters import Adapter, Kind
 from fedloom.model.answers import Speaker
-from fedloom.model.base import Model, ModelError
+from fedloom.model.base import Model
 from fedloom.model.calls import CALLS, _token_mask
 from fedloom.model.cloze import Filler
-from fedloom.model.loading import folder_of, load
+from fedloom.model.loading import load
+from fedloom.model.places import ModelError, folder_of
 from fedloom.model.reader import TextError, Whole
 from fedloom.model.skipped import stack_of
 from fedloom.model.spans import Finder
@@ -280,19 +281,19 @@ def minilm_at(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "model").mkdir(parents=True)
     (place / "model" / "model.safetensors").write_bytes(b"weights")
     spec = SimpleNamespace(submodule_search_locations=[str(place)])
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: spec if name == loading.MINILM_PACKAGE else None)
+    monkeypatch.setattr(places.importlib.util, "find_spec", lambda name: spec if name == places.MINILM_PACKAGE else None)
 
 
 def test_minilm_is_the_file_with_the_known_sha256(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     minilm_at(tmp_path, monkeypatch)
-    with pytest.raises(ModelError, match=rf"has sha256 {hashlib.sha256(b'weights').hexdigest()}, not {loading.MINILM_SHA256}"):
+    with pytest.raises(ModelError, match=rf"has sha256 {hashlib.sha256(b'weights').hexdigest()}, not {places.MINILM_SHA256}"):
         folder_of("minilm")
-    monkeypatch.setattr(loading, "MINILM_SHA256", hashlib.sha256(b"weights").hexdigest())
+    monkeypatch.setattr(places, "MINILM_SHA256", hashlib.sha256(b"weights").hexdigest())
     assert folder_of("minilm") == str(tmp_path / "model")
 
 
 def test_minilm_without_the_demo_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(places.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install -e '\.\[demo\]'"):
         folder_of("minilm")
 

@@ -17,8 +17,9 @@ from fedloom import folders
 from fedloom.client.store import ClientStore
 from fedloom.methods.method import State
 from fedloom.run import checkpoint, parts
-from fedloom.run.checkpoint import CheckpointError, Saved, fingerprint_of, write_atomically
-from fedloom.run.folder import only_one
+from fedloom.run.checkpoint import Saved, fingerprint_of, write_atomically
+from fedloom.run.errors import CheckpointError
+from fedloom.run.lock import only_one
 from fedloom.tensors import fingerprint
 
 

@@ -33,9 +33,9 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.prior import PriorCorrected
 from fedloom.model.adapters import Adapter
 from fedloom.run import recipes
-from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.comparison.compare import Comparison
-from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError, as_json
+from fedloom.run.errors import CheckpointError, ExperimentError
+from fedloom.run.experiment import EngineSettings, Experiment, as_json
 from fedloom.run.terminal import arguments, options
 from fedloom.run.terminal.failures import RESUMES, diverged, explain
 from fedloom.run.terminal.overview import what_it_is
@@ -402,6 +402,16 @@ def test_help_and_version_load_nothing_heavy() -> None:
     assert done.stdout.endswith("heavy: []\n")
 
 
+@pytest.mark.flower
+def test_the_process_that_talks_to_a_server_has_no_library_of_models() -> None:
+    """They are its worker's: some 200 MB, and two thirds of the time that ``fedloom join`` takes to begin."""
+    pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip install 'fedloom[flower]'")
+    code = "import sys; from fedloom.run.deployment import joining; from fedloom.cli import main; joining.join = lambda *_: None; "
+    code += "print('code', main(['join', '127.0.0.1:9', 'mine']), sorted({'transformers', 'peft', 'datasets', 'scipy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "code 0 []\n"
+
+
 def test_the_same_experiment_has_the_same_folder_and_another_another() -> None:
     method = recipes.resolve("lora").method
     first, again, other = Experiment(method=method), Experiment(method=method), Experiment(method=method, data="./my data/rte/", seed=1)
@@ -456,7 +466,7 @@ def test_a_recipe_that_is_none_says_why(
 
 def test_what_a_device_is_told_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("fedloom.run.deployment.federation.join", lambda server, certs, own, *_: seen.append(own))
+    monkeypatch.setattr("fedloom.run.deployment.joining.join", lambda server, certs, own, *_: seen.append(own))
     for words in ([], ["--recompute", "--threads", "2"]):
         assert cli.main(["join", "127.0.0.1:9", "mine", *words]) == 0
     assert [(own.data, own.recompute, own.threads) for own in seen] == [("mine", False, 0), ("mine", True, 2)]
@@ -503,7 +513,7 @@ def test_status_shows_what_the_server_tells(monkeypatch: pytest.MonkeyPatch, cap
         seen.append((server, certs))
         return [("devices", "4"), ("away", "2, 3")]
 
-    monkeypatch.setattr("fedloom.run.deployment.federation.asked", asked)
+    monkeypatch.setattr("fedloom.run.deployment.joining.asked", asked)
     assert cli.main(["status", "example.org:9092", "--certs", "certs/device-0"]) == 0
     lines = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
     assert ["devices", "4"] in lines and ["away", "2, 3"] in lines

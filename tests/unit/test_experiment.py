@@ -21,7 +21,8 @@ from fedloom.methods.fibecfed import Curriculum, FibecFed, Gal
 from fedloom.methods.finetuned import FineTuned
 from fedloom.methods.prior import PriorCorrected
 from fedloom.model.adapters import Adapter
-from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError, as_json, as_meant, completed, first_difference, from_json
+from fedloom.run.errors import ExperimentError
+from fedloom.run.experiment import EngineSettings, Experiment, as_json, as_meant, completed, first_difference, from_json
 from fedloom.server.masks import Mask
 from fedloom.server.optimizers import ServerStep
 

@@ -22,7 +22,8 @@ from fedloom.methods.kinds import FedFFT
 from fedloom.methods.method import SAYS, parts, says
 from fedloom.methods.slora import SLora
 from fedloom.run.comparison.plan import trains_as
-from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.errors import ExperimentError
+from fedloom.run.experiment import Experiment
 from fedloom.run.late import may_join_late
 from fedloom.run.recipes import resolve
 from fedloom.run.world import adapter_of

@@ -14,7 +14,7 @@ import pytest
 
 from fedloom.run import checkpoint
 from fedloom.run.again import evaluate_again
-from fedloom.run.checkpoint import CheckpointError
+from fedloom.run.errors import CheckpointError
 from fedloom.run.experiment import Experiment
 from fedloom.run.loop import run
 from fedloom.run.world import build, store_in

@@ -15,13 +15,13 @@ import pytest
 from fedloom.messages import DIVERGED, CohortFailed, Failure
 from fedloom.methods.fedavg import FedAvg
 from fedloom.run.adopt import TAKEN_OVER
-from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.comparison import jobs
 from fedloom.run.comparison.compare import homes
 from fedloom.run.comparison.job import Event, failed, obey
 from fedloom.run.comparison.jobs import Crew, Process, carry_out, order_of
 from fedloom.run.comparison.plan import Ended, Run
 from fedloom.run.costs.memory import Portion
+from fedloom.run.errors import CheckpointError
 from fedloom.run.experiment import Experiment, as_json
 from fedloom.run.folder import claim
 from fedloom.run.worker import ordered_experiment

@@ -15,9 +15,9 @@ import pytest
 from fedloom.data.tasks import DataError
 from fedloom.fleet import DeviceProfile, Fleet
 from fedloom.messages import CENTRE, Failure, Replies, Task, Traffic, Update
-from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.costs import ledger as of_runs
 from fedloom.run.costs.ledger import Ledger, Personalising, Section, peak_rss_bytes
+from fedloom.run.errors import CheckpointError
 from fedloom.run.experiment import Experiment
 from fedloom.run.loop import run
 from fedloom.run.world import World

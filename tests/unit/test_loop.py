@@ -15,12 +15,13 @@ import pytest
 from fedloom.data.shards import write_shards
 from fedloom.run import checkpoint, loop
 from fedloom.run.again import evaluate_again
-from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.costs.ledger import Ledger
+from fedloom.run.errors import CheckpointError
 from fedloom.run.evaluation import Evaluation
 from fedloom.run.experiment import as_json
 from fedloom.run.export import ExportError, export
-from fedloom.run.folder import claim, only_one
+from fedloom.run.folder import claim
+from fedloom.run.lock import only_one
 from fedloom.run.loop import OneDisk, results_of, run
 from fedloom.run.world import build, read_data
 from tests import small

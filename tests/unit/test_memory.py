@@ -40,7 +40,8 @@ from fedloom.run.costs.memory import (
     weights_in,
 )
 from fedloom.run.describe import describe
-from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError
+from fedloom.run.errors import ExperimentError
+from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.server.masks import Mask
 from fedloom.server.sharing import Sharing
 from tests import tiny

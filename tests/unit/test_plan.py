@@ -14,7 +14,8 @@ from fedloom.methods.finetuned import FineTuned
 from fedloom.methods.local import Local
 from fedloom.methods.prior import PriorCorrected
 from fedloom.run.comparison.plan import Case, Ended, Plan, data_labels, named_methods
-from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.errors import ExperimentError
+from fedloom.run.experiment import Experiment
 
 BASE = Experiment(FedAvg(), clients=6, cohort=3, rounds=2)
 

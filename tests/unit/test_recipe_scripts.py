@@ -20,9 +20,9 @@ import torch
 from fedloom import cli
 from fedloom.encodings import NAMES
 from fedloom.run.adopt import TAKEN_OVER
-from fedloom.run.checkpoint import CheckpointError
 from fedloom.run.comparison.compare import Comparison
 from fedloom.run.comparison.plan import Plan, named_methods
+from fedloom.run.errors import CheckpointError
 from fedloom.run.experiment import as_json
 from fedloom.run.reading import ROW_KEYS
 from fedloom.run.recipes import resolve

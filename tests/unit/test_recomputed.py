@@ -30,18 +30,20 @@ from fedloom.data.examples import Examples
 from fedloom.methods.embracingfl import EmbracingFL
 from fedloom.methods.fedcybgd import FedCyBGD
 from fedloom.model.adapters import Adapter, Kind
-from fedloom.model.base import Model, ModelError
+from fedloom.model.base import Model
 from fedloom.model.blocks import layer_of
 from fedloom.model.loading import load
 from fedloom.model.memory import needs
 from fedloom.model.modes import Mode, as_now, entered
 from fedloom.model.names import is_head
+from fedloom.model.places import ModelError
 from fedloom.model.recomputed import Recomputed
 from fedloom.model.texts import Batch
 from fedloom.model.writing import continued
 from fedloom.run.costs.memory import insist_on_room, sizes_of
 from fedloom.run.describe import describe
-from fedloom.run.experiment import EngineSettings, Experiment, ExperimentError
+from fedloom.run.errors import ExperimentError
+from fedloom.run.experiment import EngineSettings, Experiment
 from fedloom.run.loop import run
 from tests import families, small, tiny
 

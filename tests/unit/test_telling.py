@@ -20,15 +20,14 @@ from fedloom.data.tasks import DataError
 from fedloom.engines import workers
 from fedloom.engines.workers import WorkerError, receive
 from fedloom.messages import DIVERGED
-from fedloom.model.base import ModelError
-from fedloom.model.loading import folder_of
 from fedloom.model.loading import load as load_model
+from fedloom.model.places import ModelError, folder_of
 from fedloom.model.spans import SpanError
 from fedloom.run import worker
 from fedloom.run.deployment import device
-from fedloom.run.deployment.greeting import Own, kinds_of
-from fedloom.run.experiment import ExperimentError
-from fedloom.run.recipes import digest_of_file, kind_in, resolve
+from fedloom.run.deployment.greeting import Own, digest_of_file, kinds_of
+from fedloom.run.errors import ExperimentError
+from fedloom.run.recipes import kind_in, resolve
 from fedloom.telling import for_others, in_full
 from fedloom.wire import WireError
 from tests.conformance.test_own_methods import MINE

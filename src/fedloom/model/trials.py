@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 from fedloom.messages import Tensors
-from fedloom.model.base import Model, of_model
+from fedloom.model.base import Model
 from fedloom.model.calls import CALLS, from_zero
 from fedloom.model.dropout import SeededDropout
 from fedloom.model.machine import free_bytes
 from fedloom.model.names import is_head
 from fedloom.model.outputs import logits_of
+from fedloom.model.places import of_model
 from fedloom.model.texts import Batch, Texts, padded
 from fedloom.model.ways import WAYS
 

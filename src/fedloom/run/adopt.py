@@ -17,12 +17,14 @@ from fedloom.engines.engine import Engine, drive
 from fedloom.messages import Replies, Task
 from fedloom.methods.method import State, set_up
 from fedloom.run import checkpoint
-from fedloom.run.checkpoint import CheckpointError, Saved, write_atomically
+from fedloom.run.checkpoint import Saved, write_atomically
 from fedloom.run.costs.ledger import Ledger
 from fedloom.run.costs.memory import Portion
+from fedloom.run.errors import CheckpointError, ExperimentError
 from fedloom.run.evaluation import Evaluation, evaluate, nothing
-from fedloom.run.experiment import Experiment, ExperimentError
-from fedloom.run.folder import check, claim, only_one, told_at_the_end
+from fedloom.run.experiment import Experiment
+from fedloom.run.folder import check, claim, told_at_the_end
+from fedloom.run.lock import only_one
 from fedloom.run.loop import Told, begin, engine_of, finish, loaded
 from fedloom.run.starting import OR_ANOTHER, stand_at, start_of
 from fedloom.run.terminal.console import Show

@@ -18,10 +18,10 @@ from fedloom.data.tasks import FURTHER
 from fedloom.methods.method import says
 from fedloom.run import checkpoint
 from fedloom.run.adopt import prepared_for
-from fedloom.run.checkpoint import CheckpointError
+from fedloom.run.errors import CheckpointError, ExperimentError
 from fedloom.run.evaluation import evaluate
-from fedloom.run.experiment import Experiment, ExperimentError
-from fedloom.run.folder import only_one
+from fedloom.run.experiment import Experiment
+from fedloom.run.lock import only_one
 from fedloom.run.reading import read
 from fedloom.run.starting import stand_at
 from fedloom.run.world import build, store_in

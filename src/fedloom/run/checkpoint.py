@@ -22,6 +22,7 @@ from fedloom.client.store import ClientStore, StoreError, flush
 from fedloom.folders import replacing
 from fedloom.messages import Tensors
 from fedloom.methods.method import State
+from fedloom.run.errors import CheckpointError
 from fedloom.run.late import Late, Step
 from fedloom.run.parts import Part, put, read, tensors_of, written
 from fedloom.tensors import fingerprint
@@ -29,10 +30,6 @@ from fedloom.tensors import fingerprint
 LATEST = "latest.json"
 START = re.compile(r"start-([0-9a-f]{16})\.safetensors")
 """What A0 and B0 are called, where LoRA started from a decomposition: written once, for they do not change."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used, or a folder that may not be written to."""
 
 
 @dataclass(frozen=True)

@@ -24,21 +24,17 @@ from fedloom.methods.method import parts, says
 from fedloom.model.adapters import OF_THE_BASE, Adapter, Kind
 from fedloom.model.base import Precision
 from fedloom.run.costs.profiles import insist_on_device
+from fedloom.run.errors import ExperimentError
 from fedloom.run.reading import full_name
 from fedloom.server.masks import Mask
 from fedloom.server.optimizers import ServerStep
 from fedloom.server.robust import Aggregation
 from fedloom.server.sharing import Sharing
-from fedloom.telling import Tellable
 
 FAR = 10**300
 """No number of an experiment is as large; beyond, an integer may be no float."""
 LEVELS = 16
 """How deep an experiment's JSON may be nested."""
-
-
-class ExperimentError(Tellable, ValueError):
-    """A configuration that makes no sense, with what would."""
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from fedloom.messages import Tensors
 from fedloom.methods.method import Predictor
 from fedloom.model.adapters import merged, saved_as, write_adapter
 from fedloom.model.base import Model
-from fedloom.model.loading import folder_of
 from fedloom.model.names import is_beneath
+from fedloom.model.places import folder_of
 from fedloom.run import checkpoint
 from fedloom.run.experiment import Experiment
-from fedloom.run.folder import only_one
+from fedloom.run.lock import only_one
 from fedloom.run.personal import as_sent, personal
 from fedloom.run.starting import stand_at, start_of
 from fedloom.run.world import World, build, build_far, model_of, store_in

@@ -1,4 +1,4 @@
-"""Whose a run folder is: one experiment's for good, and one process's at a time.
+"""Whose a run folder is: one experiment's for good. That one process at a time is there: ``lock.py``.
 
 A folder is taken for an experiment once its data and its model have been found, and stays its own once something of it has been kept.
 What lies in it of its rounds is ``checkpoint.py``'s.
@@ -6,59 +6,17 @@ What lies in it of its rounds is ``checkpoint.py``'s.
 
 from __future__ import annotations
 
-import errno
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from fedloom.run.checkpoint import CheckpointError, holds_training, write_atomically
+from fedloom.run.checkpoint import holds_training, write_atomically
+from fedloom.run.errors import CheckpointError
 from fedloom.run.experiment import Experiment, as_json, as_meant, completed, first_difference
 from fedloom.run.tracking import forget
 
 DIVERGED = "diverged.json"
 """In the folder of a comparison's run that diverged: what was told of it."""
-
-
-@contextmanager
-def only_one(folder: Path, reading: bool = False) -> Iterator[None]:
-    """Keep a second process out of the run folder. ``reading``: nothing will be written there, so that others may read it too, and a folder
-    that is read-only will do.
-
-    Raises:
-        CheckpointError: another process is running there.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with _lock_of(folder, reading) as file:
-        try:
-            if file is not None:
-                flock(file, (LOCK_SH if reading else LOCK_EX) | LOCK_NB)
-        except BlockingIOError as error:
-            mend = "wait for it, or stop it" if reading else "wait for it, stop it, or give another --out"
-            raise CheckpointError(f"another process is running in {folder}; {mend}") from error
-        except OSError:
-            if not reading:  # some file systems lock nothing that was opened for reading only
-                raise
-        yield
-
-
-@contextmanager
-def _lock_of(folder: Path, reading: bool) -> Iterator[IO[str] | None]:
-    """The file that is locked; whose folder may not be written to, opened as it lies there, or None if there is none to be had."""
-    path = folder / ".lock"
-    try:
-        opened = path.open("w")
-    except OSError as error:
-        if not reading or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        try:
-            opened = path.open()
-        except OSError:
-            opened = None
-    with opened or nullcontext() as file:
-        yield file
 
 
 def claim(folder: Path, experiment: Experiment) -> None:

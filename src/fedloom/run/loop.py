@@ -24,16 +24,18 @@ from fedloom.messages import CENTRE, CohortFailed, Replies, Take, Task, whole
 from fedloom.methods.centralised import Centralised
 from fedloom.methods.method import State, one_round, set_up
 from fedloom.run import checkpoint
-from fedloom.run.checkpoint import CheckpointError, Saved, write_atomically
+from fedloom.run.checkpoint import Saved, write_atomically
 from fedloom.run.costs.holdings import held
 from fedloom.run.costs.ledger import Ledger, Section, forget_peak
 from fedloom.run.costs.memory import RUN, SERVER, Asker, Need, Portion, Sizes, insist_on_room, sizes_before, sizes_of, told
 from fedloom.run.costs.payback import paid_back
+from fedloom.run.errors import CheckpointError
 from fedloom.run.evaluation import Evaluation, evaluate, nothing
 from fedloom.run.experiment import Experiment, as_json
 from fedloom.run.export import write_global
-from fedloom.run.folder import check, claim, only_one, told_at_the_end
+from fedloom.run.folder import check, claim, told_at_the_end
 from fedloom.run.late import Late, Remembering, welcome
+from fedloom.run.lock import only_one
 from fedloom.run.numbers import as_told
 from fedloom.run.parts import Part
 from fedloom.run.samples import samples

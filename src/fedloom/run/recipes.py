@@ -23,7 +23,8 @@ from fedloom.client.curricula import all_curricula
 from fedloom.finding import meant
 from fedloom.methods import all_methods, methods_in
 from fedloom.methods.method import parts
-from fedloom.run.experiment import Experiment, ExperimentError, as_meant, from_json
+from fedloom.run.errors import ExperimentError
+from fedloom.run.experiment import Experiment, as_meant, from_json
 from fedloom.run.reading import flat_settings
 
 log = logging.getLogger("fedloom")
@@ -104,17 +105,6 @@ def file_of(method: Any) -> str | None:
     """The Python file that defines a method, from which another process can load it; None for the package's, "" if there is none."""
     module = sys.modules[type(method).__module__]
     return None if module.__name__.startswith("fedloom.") else str(vars(module).get("__file__", ""))
-
-
-def digest_of_file(path: Path) -> str:
-    """16 hex digits over a Python file as it is; of the files that it imports, nothing.
-
-    Raises:
-        ExperimentError: there is none.
-    """
-    if not path.is_file():
-        raise ExperimentError(f"there is no recipe '{path}'; give a Python file that defines the method", "there is no recipe")
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def kind_in(path: Path, name: str) -> type[Any]:

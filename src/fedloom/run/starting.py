@@ -21,7 +21,7 @@ from fedloom.model.base import Model
 from fedloom.model.factors import products
 from fedloom.model.names import is_drawn, is_factor
 from fedloom.model.quantised import as_common
-from fedloom.run.checkpoint import CheckpointError
+from fedloom.run.errors import CheckpointError
 from fedloom.run.parts import Part, put, tensors_of
 from fedloom.tensors import fingerprint, same_names
 

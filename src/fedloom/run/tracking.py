@@ -22,7 +22,8 @@ from typing import Any, Literal, Protocol, Self
 from uuid import uuid4
 
 from fedloom.run.checkpoint import write_atomically
-from fedloom.run.experiment import Experiment, ExperimentError, as_json
+from fedloom.run.errors import ExperimentError
+from fedloom.run.experiment import Experiment, as_json
 
 log = logging.getLogger("fedloom")
 

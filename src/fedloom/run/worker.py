@@ -66,7 +66,8 @@ def ordered_experiment(order: Mapping[str, Any]) -> Experiment:
         ExperimentError: it is not what it was where the order was written.
     """
     from fedloom.run import recipes
-    from fedloom.run.experiment import ExperimentError, from_json
+    from fedloom.run.errors import ExperimentError
+    from fedloom.run.experiment import from_json
 
     name = order["experiment"]["method"]["name"]
     kinds = {name: recipes.resolve(f"{order['recipe']}:{name}").kind} if order["recipe"] else None

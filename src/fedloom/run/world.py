@@ -47,7 +47,8 @@ from fedloom.model.loading import load as load_model
 from fedloom.model.memory import Needs, needs, texts_that_fit
 from fedloom.model.spans import torn
 from fedloom.run.costs.profiles import fleet_of, is_file
-from fedloom.run.experiment import Experiment, ExperimentError, as_json
+from fedloom.run.errors import ExperimentError
+from fedloom.run.experiment import Experiment, as_json
 from fedloom.run.judging import Judge
 from fedloom.run.recipes import file_of
 from fedloom.server.participation import Pool

@@ -15,7 +15,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from fedloom.run.checkpoint import CheckpointError, data_of, holds_training, model_of, same_data, write_atomically
+from fedloom.run.checkpoint import data_of, holds_training, model_of, same_data, write_atomically
 from fedloom.run.comparison.as_csv import as_csv
 from fedloom.run.comparison.as_tex import as_tex
 from fedloom.run.comparison.jobs import carry_out, ended_before, order_of
@@ -24,8 +24,10 @@ from fedloom.run.comparison.rehearsal import rehearse
 from fedloom.run.comparison.summary import summarise
 from fedloom.run.comparison.tables import as_markdown
 from fedloom.run.comparison.watching import Watching
-from fedloom.run.experiment import ExperimentError, as_meant, completed, digest_of
-from fedloom.run.folder import check, only_one
+from fedloom.run.errors import CheckpointError, ExperimentError
+from fedloom.run.experiment import as_meant, completed, digest_of
+from fedloom.run.folder import check
+from fedloom.run.lock import only_one
 from fedloom.run.tracking import insist_on_trackers
 from fedloom.run.world import adapter_of, read_data
 

@@ -30,7 +30,8 @@ from fedloom.run.checkpoint import holds_training, write_atomically
 from fedloom.run.comparison.job import Event, perform
 from fedloom.run.comparison.plan import Ended, Run
 from fedloom.run.costs.memory import Portion
-from fedloom.run.experiment import Experiment, ExperimentError, as_json
+from fedloom.run.errors import ExperimentError
+from fedloom.run.experiment import Experiment, as_json
 from fedloom.run.folder import DIVERGED, check, claim, told_at_the_end
 from fedloom.run.recipes import file_of
 from fedloom.run.terminal.ending import TRACEBACK

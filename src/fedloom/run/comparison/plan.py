@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.methods.method import says
-from fedloom.run.experiment import Experiment, ExperimentError, as_json
+from fedloom.run.errors import ExperimentError
+from fedloom.run.experiment import Experiment, as_json
 from fedloom.run.reading import full_name
 from fedloom.run.recipes import with_learning_rate
 

@@ -25,7 +25,8 @@ from fedloom.methods.method import set_up
 from fedloom.model.base import Model
 from fedloom.run.costs.memory import insist_on_room, sizes_before
 from fedloom.run.costs.pretended import Pretended, silent
-from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.errors import ExperimentError
+from fedloom.run.experiment import Experiment
 from fedloom.run.world import World, adapter_of, insist_on_curriculum, model_of, read_data, tokens_of
 
 Named = tuple[str, Experiment]

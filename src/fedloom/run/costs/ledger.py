@@ -23,8 +23,9 @@ import numpy as np
 
 from fedloom.fleet import Fleet
 from fedloom.messages import CENTRE, Replies, Task
-from fedloom.run.checkpoint import CheckpointError, write_atomically
+from fedloom.run.checkpoint import write_atomically
 from fedloom.run.costs.profiles import round_seconds
+from fedloom.run.errors import CheckpointError
 
 PROCESS = Path("/proc/self")
 """Where Linux tells a process of itself."""

@@ -40,7 +40,8 @@ from fedloom.model.machine import free_bytes
 from fedloom.model.memory import held, resident
 from fedloom.model.names import is_head
 from fedloom.model.quantised import Base, numbers, size_of
-from fedloom.run.experiment import Experiment, ExperimentError
+from fedloom.run.errors import ExperimentError
+from fedloom.run.experiment import Experiment
 from fedloom.run.terminal.console import human_bytes
 from fedloom.run.world import curriculum_of
 

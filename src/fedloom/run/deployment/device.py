@@ -79,10 +79,11 @@ def made_ready(told: Mapping[str, Any]) -> Ready:
     """
     import torch
 
-    from fedloom.model.base import of_model
+    from fedloom.model.places import of_model
     from fedloom.run.costs.memory import insist_on_a_devices_room, sizes_before, sizes_of
     from fedloom.run.costs.profiles import by_name
-    from fedloom.run.experiment import EngineSettings, ExperimentError, from_json
+    from fedloom.run.errors import ExperimentError
+    from fedloom.run.experiment import EngineSettings, from_json
     from fedloom.run.starting import begin_aside, identity
     from fedloom.run.world import data_fingerprint, model_of, tokens_of
 
@@ -164,8 +165,8 @@ def insist_same_data(folder: Path, data: str, held: Mapping[str, int]) -> None:
         ExperimentError: they are others.
         CheckpointError: what was kept cannot be read.
     """
-    from fedloom.run.checkpoint import CheckpointError, same_data, write_atomically
-    from fedloom.run.experiment import ExperimentError
+    from fedloom.run.checkpoint import same_data, write_atomically
+    from fedloom.run.errors import CheckpointError, ExperimentError
 
     path, counted = folder / DATA, ", ".join(f"{held[split]} {split}" for split in held)
     if not path.exists():

@@ -6,11 +6,14 @@ another is refused with the mend. Code and data never travel.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fedloom.run.errors import ExperimentError
 
 if TYPE_CHECKING:
     from fedloom.data.sources import Source
@@ -127,7 +130,6 @@ def insist_same_release(greeting: Mapping[str, Any]) -> None:
     Raises:
         ExperimentError: it is not.
     """
-    from fedloom.run.experiment import ExperimentError
     from fedloom.wire import SHORT
 
     theirs, here = str(greeting.get("release", "of an earlier release")), version("fedloom")
@@ -143,13 +145,23 @@ def recipe_digest(method: Any) -> str:
     Raises:
         ExperimentError: a method that no file defines.
     """
-    from fedloom.run.experiment import ExperimentError
-    from fedloom.run.recipes import digest_of_file, file_of
+    from fedloom.run.recipes import file_of
 
     file = file_of(method)
     if file == "":
         raise ExperimentError("the method is defined in no Python file, so devices cannot have it; put it into one")
     return "" if file is None else digest_of_file(Path(file))
+
+
+def digest_of_file(path: Path) -> str:
+    """16 hex digits over a Python file as it is; of the files that it imports, nothing.
+
+    Raises:
+        ExperimentError: there is none.
+    """
+    if not path.is_file():
+        raise ExperimentError(f"there is no recipe '{path}'; give a Python file that defines the method", "there is no recipe")
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def kinds_of(greeting: Mapping[str, Any], own: Own) -> dict[str, type[Any]]:
@@ -159,8 +171,7 @@ def kinds_of(greeting: Mapping[str, Any], own: Own) -> dict[str, type[Any]]:
     Raises:
         ExperimentError: this device has no such file, or another.
     """
-    from fedloom.run.experiment import ExperimentError
-    from fedloom.run.recipes import digest_of_file, kind_in
+    from fedloom.run.recipes import kind_in
     from fedloom.wire import SHORT
 
     wanted, name = greeting["recipe"], greeting["experiment"]["method"]["name"]

@@ -16,9 +16,9 @@ import torch
 from fedloom import cache
 from fedloom.data.sources import load as load_data
 from fedloom.model.kernels import computes_bf16
-from fedloom.model.loading import folder_of
 from fedloom.model.loading import load as load_model
 from fedloom.model.machine import all_bytes
+from fedloom.model.places import folder_of
 from fedloom.native.library import why_not
 from fedloom.run.terminal.console import human_bytes
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from fedloom.client.store import DiskError, StoreError
 from fedloom.data.tasks import DataError
 from fedloom.messages import DIVERGED, CohortFailed
-from fedloom.run.checkpoint import CheckpointError
+from fedloom.run.errors import CheckpointError
 from fedloom.wire import WireError
 
 RESUMES = "The rounds before it are saved: the same command goes on from there."
