@@ -55,7 +55,7 @@ class Ready:
     experiment: Experiment
     source: Source
     model: Model
-    shards: Mapping[Split, Examples]
+    shards: dict[Split, Examples]
     fleet: Fleet
 
     def device(self, k: int) -> Client:
