@@ -50,8 +50,8 @@ demo: $(STAMP) ## plain federated LoRA against FibecFed on 100 devices holding T
 	$(BIN)/fedloom compare $(DEMO_METHODS) $(DEMO_OPTIONS) --out $(DEMO_OUT)
 	@echo "demo: the report, with its plots: $(abspath $(DEMO_OUT))/report.html"
 
-test: $(STAMP) ## all tests, then the branch coverage of floors 0-3, at least 95 % (15 to 25 minutes)
-	@echo "test: unit, conformance, oracle and integration tests in $(WORKERS) processes (15 to 25 minutes on two cores, by their speed)"
+test: $(STAMP) ## all tests, then the branch coverage of floors 0-3, at least 95 % (20 to 40 minutes)
+	@echo "test: unit, conformance, oracle and integration tests in $(WORKERS) processes (20 to 40 minutes on two cores, by their speed)"
 	$(PYTEST) --cov --cov-report= tests
 	@echo "test: branch coverage of floors 0-3 (messages to methods and engines)"
 	$(BIN)/python -m coverage report --include='$(FLOORS_0_TO_3)' --fail-under=95

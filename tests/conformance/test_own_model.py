@@ -101,6 +101,11 @@ def test_the_command_takes_the_folder_of_join_wherever_it_lies_by_now(
         assert "load it with: PeftModel" in capsys.readouterr().out
     files = [(tmp_path / out / "adapter_model.safetensors").read_bytes() for out in ("here", "there", "one")]
     assert files[0] == files[1] == files[2]
+    noted = [next((folder / "states").iterdir()) / "data.json" for folder in (device, moved)]
+    for path in noted:
+        path.unlink()
+    assert cli.main(["export", str(moved), str(tmp_path / "again")]) == 0
+    assert [path.exists() for path in noted] == [False, True], "where it was before, nothing is looked for or left"
     assert cli.main(["export", str(device), str(tmp_path / "merged"), "--merge"]) == 0
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
