@@ -719,10 +719,10 @@ def test_a_pass_holds_what_memory_and_tokens_allow(monkeypatch: pytest.MonkeyPat
     texts = sum(SIZES)
     assert cuts(of, items) == [texts]
     tokens = sum(int(examples(k).lengths.sum()) for k in range(4))
-    monkeypatch.setattr("fedloom.compute.division.free_bytes", lambda device: int(pass_bytes(of) * tokens / 2 / 0.4) + 1)
+    monkeypatch.setattr("fedloom.compute.division.own_part", lambda device: int(pass_bytes(of) * tokens / 2 / 0.4) + 1)
     held = cuts(of, items)
     assert sum(held) == texts and len(held) in (2, 3)
-    monkeypatch.setattr("fedloom.compute.division.free_bytes", lambda device: 0)
+    monkeypatch.setattr("fedloom.compute.division.own_part", lambda device: 0)
     assert cuts(of, items) == [12, 9, 5, 1]
 
 
@@ -731,7 +731,7 @@ def test_trainable_state_that_does_not_fit_together_is_cut(monkeypatch: pytest.M
     item = fit(of, "plain", 0)
     each = 4 * 8 * sum(t.numel() for t in item.start.values())
     for clients, size in ((0.0, 1), (2.5, 2), (3.1, 3)):
-        monkeypatch.setattr("fedloom.compute.division.free_bytes", lambda device, n=clients: int(n * each / 0.4))
+        monkeypatch.setattr("fedloom.compute.division.own_part", lambda device, n=clients: int(n * each / 0.4))
         assert states_that_fit(item, torch.device("cpu")) == size
 
 
@@ -832,9 +832,9 @@ def test_what_stays_of_a_model_counts_with_every_client(monkeypatch: pytest.Monk
     item = fit(of, "plain", 0)
     rest = {n: t for n, t in of.initial.items() if n not in item.start} or {"rest": torch.zeros(40_000)}
     trained, stays = sum(t.numel() for t in item.start.values()), sum(t.numel() for t in rest.values())
-    monkeypatch.setattr("fedloom.compute.division.free_bytes", lambda device: int(3.1 * 4 * (8 * trained + stays) / 0.4))
+    monkeypatch.setattr("fedloom.compute.division.own_part", lambda device: int(3.1 * 4 * (8 * trained + stays) / 0.4))
     assert states_that_fit(replace(item, fixed=rest), torch.device("cpu")) == 3
-    monkeypatch.setattr("fedloom.compute.division.free_bytes", lambda device: 2**40)
+    monkeypatch.setattr("fedloom.compute.division.own_part", lambda device: 2**40)
     each, compute = [], Stacked(of)
     whole = compute.passes.do
     compute.passes.do = lambda *given, **named: each.append(named["each"]) or whole(*given, **named)  # type: ignore[method-assign,func-returns-value]

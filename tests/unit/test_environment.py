@@ -6,18 +6,29 @@ import pytest
 import torch
 
 from fedloom.engines.environment import environment
+from fedloom.model import machine
 from fedloom.run import world
 from fedloom.run.comparison import jobs
 
 
 def test_each_process_has_one_thread_unless_told_and_none_for_its_tokenizer() -> None:
-    assert environment(0, 0)["OMP_NUM_THREADS"] == environment(3, 0)["MKL_NUM_THREADS"] == "1"
-    assert environment(0, 3)["OMP_NUM_THREADS"] == environment(0, 3)["MKL_NUM_THREADS"] == "3"
-    assert environment(0, 3)["TOKENIZERS_PARALLELISM"] == "false"
+    assert environment(0, 0, 4)["OMP_NUM_THREADS"] == environment(3, 0, 4)["MKL_NUM_THREADS"] == "1"
+    assert environment(0, 3, 4)["OMP_NUM_THREADS"] == environment(0, 3, 4)["MKL_NUM_THREADS"] == "3"
+    assert environment(0, 3, 4)["TOKENIZERS_PARALLELISM"] == "false"
+
+
+def test_each_process_takes_an_equal_part_of_a_processors_memory_and_all_that_is_free_of_a_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "free_bytes", lambda device: 1000)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.delenv(machine.SHARERS, raising=False)
+    assert (machine.own_part(cpu), machine.own_part(gpu)) == (1000, 1000), "nobody else was started"
+    monkeypatch.setenv(machine.SHARERS, environment(1, 1, 3)[machine.SHARERS])
+    assert (machine.own_part(cpu), machine.own_part(gpu)) == (333, 1000)
+    assert environment(0, 1, 2)[machine.SHARERS] == "6", "two workers of one of three runs at a time"
 
 
 def test_each_process_asks_for_large_pages() -> None:
-    assert "hugetlb" in environment(0, 0)["GLIBC_TUNABLES"]
+    assert "hugetlb" in environment(0, 0, 1)["GLIBC_TUNABLES"]
 
 
 @pytest.mark.parametrize(
@@ -34,7 +45,7 @@ def test_of_several_gpus_each_has_one(visible: str, count: int, expected: list[s
     """Of those that may be seen, by the names that they have there."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert [environment(i, 1).get("CUDA_VISIBLE_DEVICES") for i in range(len(expected))] == expected
+    assert [environment(i, 1, 3).get("CUDA_VISIBLE_DEVICES") for i in range(len(expected))] == expected
 
 
 def test_workers_of_a_run_and_processes_of_a_comparison_have_the_same() -> None:

@@ -15,7 +15,7 @@ import torch
 from fedloom.compute.work import Fit, Initial, Pretrained, WorkItem
 from fedloom.data.examples import Examples
 from fedloom.model.base import Model
-from fedloom.model.machine import free_bytes
+from fedloom.model.machine import own_part
 from fedloom.model.memory import kept as kept_bytes
 from fedloom.model.ways import Extent, computed
 
@@ -62,7 +62,7 @@ class Passes:
         per_token, by = pass_bytes(self.model), self.model.together_by
         lengths = {k: items[k].examples.lengths for k in {part.item for part in parts}}
         while waiting:
-            free = MEMORY_SHARE * free_bytes(self.model.device)
+            free = MEMORY_SHARE * own_part(self.model.device)
             taken, extent = [], Extent()
             while waiting:
                 more = extent.and_of(lengths[waiting[-1].item][waiting[-1].rows])
@@ -109,7 +109,7 @@ def states_that_fit(item: WorkItem, device: torch.device) -> int:
         beside = sum(t.numel() for t in item.fixed.values())
     else:
         kept = 4
-    return max(1, int(MEMORY_SHARE * free_bytes(device) / max(1, 4 * (kept * numbers + beside))))
+    return max(1, int(MEMORY_SHARE * own_part(device) / max(1, 4 * (kept * numbers + beside))))
 
 
 def pass_bytes(model: Model, twice: bool = False) -> int:

@@ -9,6 +9,7 @@ This module does not know what the memory is for.
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,9 @@ NO_LIMIT = 2**62
 
 TAKEN_BACK = ("inactive_file", "active_file", "slab_reclaimable")
 """What of a group's memory the system takes back where room is needed, as ``memory.stat`` calls it (version 1: ``total_`` of them)."""
+
+SHARERS = "FEDLOOM_SHARERS"
+"""The environment variable that tells a process how many were started to compute on this machine at a time, itself among them."""
 
 
 class Group(NamedTuple):
@@ -83,6 +87,17 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min([psutil.virtual_memory().available, *(group.free for group in own_groups())])
+
+
+def own_part(device: torch.device) -> int:
+    """What this process may take of the memory that is free on a device: of a processor's an equal part, where others were started with it
+    that take as much (:data:`SHARERS`). Of a GPU's all: there whoever comes too late is told so, and makes its passes smaller."""
+    return free_bytes(device) if device.type == "cuda" else free_bytes(device) // sharers()
+
+
+def sharers() -> int:
+    """How many processes take their parts of this machine, this one among them; 1 where nothing is said."""
+    return int(os.environ.get(SHARERS, "1"))
 
 
 def held_bytes() -> int:

@@ -19,7 +19,7 @@ from fedloom.messages import Tensors
 from fedloom.model.base import Model
 from fedloom.model.calls import CALLS, from_zero
 from fedloom.model.dropout import SeededDropout
-from fedloom.model.machine import free_bytes
+from fedloom.model.machine import own_part
 from fedloom.model.names import is_head
 from fedloom.model.outputs import logits_of
 from fedloom.model.places import of_model
@@ -114,7 +114,7 @@ def learn_to_pack(model: Model) -> None:
     one token; logits and all layers' outputs, and with dropout if there is any.
     """
     each = 4 * sum(t.numel() for t in model.initial.values())
-    if 2 * each > free_bytes(model.device) / 4:
+    if 2 * each > own_part(model.device) / 4:
         model.alone = f"what two devices train, {2 * each / 1e9:.1f} GB, is more than a quarter of the free memory"
         return
     generator = torch.Generator().manual_seed(0)

@@ -30,7 +30,7 @@ from fedloom.messages import Tensors
 from fedloom.model import dropout
 from fedloom.model.kernels import computes_bf16
 from fedloom.model.layout import Attention, Owners
-from fedloom.model.machine import free_bytes
+from fedloom.model.machine import own_part
 from fedloom.model.outputs import last_caught, logits_of, of_layers
 from fedloom.model.passes import ATTENTION, Layout, OneRow, Pass, Seen, Unpackable, Weights, packed_now
 from fedloom.model.recomputed import Recomputed
@@ -394,4 +394,4 @@ def _weights(model: Model, dtype: torch.dtype) -> Weights | None:
         return None
     wide = 4 if dtype is torch.bfloat16 and not computes_bf16() else torch.empty(0, dtype=dtype).element_size()
     copies = 2 * wide * sum(p.numel() for p in model.module.parameters())  # of what is held in few bits none is kept
-    return {} if copies < free_bytes(model.device) / 4 else None
+    return {} if copies < own_part(model.device) / 4 else None

@@ -234,7 +234,9 @@ def start(world: World) -> Start:
     """How a worker for this world starts: with its share of the threads, large pages and, where there are several GPUs, one of them."""
     how = world.experiment.engine
     threads = how.threads or max(1, torch.get_num_threads() // how.workers)
-    return Start((sys.executable, "-m", "fedloom.run.worker"), order_of(world, threads), partial(environment, threads=threads))
+    return Start(
+        (sys.executable, "-m", "fedloom.run.worker"), order_of(world, threads), partial(environment, threads=threads, processes=how.workers)
+    )
 
 
 def order_of(world: World, threads: int) -> dict[str, Any]:

@@ -270,7 +270,7 @@ class Crew:
         return name, event
 
     def _start(self, slot: int, threads: int) -> Process:
-        words, own = [sys.executable, "-m", "fedloom.run.comparison.job"], environment(slot, threads)
+        words, own = [sys.executable, "-m", "fedloom.run.comparison.job"], environment(slot, threads, self.at_once)
         pipe = subprocess.PIPE
         started = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **own})
         one = Process(started)
