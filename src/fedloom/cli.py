@@ -136,8 +136,7 @@ def join(words: Sequence[str]) -> int:
         print(f"fedloom: {text}", file=sys.stderr, flush=True)
 
     recipe, stop = "" if given.recipe is None else str(given.recipe.resolve()), threading.Event()
-    data, model = (str(Path(name).resolve()) if Path(name).exists() else name for name in (given.data, given.model))
-    own = Own(data, model if given.model else "", given.text, given.label, given.threads, recipe, given.recompute)
+    own = Own(given.data, given.model, given.text, given.label, given.threads, recipe, given.recompute)
     join_federation(given.server, given.certs, own, folder_of(given.out, given.data), given.deadline, said, stop, given.memory)
     return 0
 
@@ -278,7 +277,8 @@ def export(words: Sequence[str]) -> int:
     if (place := asked_in(given.folder)) is not None:
         if given.client is not None:
             raise Usage(f"{given.folder} is one device's own; leave --client out")
-        loading = export_own(place, given.out, given.merge, given.recipe)
+        whose, loading = export_own(place, given.out, given.merge, given.recipe)
+        print(whose)
     else:
         loading = exported(recipes.experiment_in(given.folder, given.recipe), given.folder, given.out, given.client, given.merge)
     print(f"{given.out}\nload it with: {loading}")

@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from shutil import copy, copytree
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -17,10 +16,10 @@ from fedloom.data.shards import write_shards
 from fedloom.engines.asked import ASKED, Asked, read
 from fedloom.messages import Task, ask
 from fedloom.run import checkpoint
-from fedloom.run.deployment.device import order
+from fedloom.run.deployment.device import insist_same_data, made_ready, order
 from fedloom.run.deployment.greeting import Own, greeting_of
-from fedloom.run.deployment.own_model import asked_in, export_own
-from fedloom.run.errors import ExperimentError
+from fedloom.run.deployment.own_model import asked_in, export_own, kept_in
+from fedloom.run.errors import CheckpointError, ExperimentError
 from fedloom.run.experiment import Experiment
 from fedloom.run.export import ExportError, export
 from fedloom.run.loop import run
@@ -64,6 +63,7 @@ def joined(e: Experiment, folder: Path, saved: checkpoint.Saved, there: Path) ->
     if store.name(CLIENT):
         copy(folder / "checkpoints" / "clients" / store.name(CLIENT), place)
     greeting = {**greeting_of(world), "digest": e.digest()}
+    insist_same_data(place, made_ready(json.loads(json.dumps(order(greeting, own)))))
     Asked(CLIENT, store.name(CLIENT), json.loads(json.dumps(order(greeting, own))), pack(e.encoding.down(task), e.digest())).write(place)
     return there / "device"
 
@@ -75,7 +75,8 @@ def test_it_is_what_a_simulation_exports_of_the_device(how: str, tmp_path: Path)
     said = export(e, tmp_path / "run", tmp_path / "simulated", CLIENT)
     place = asked_in(joined(e, tmp_path / "run", saved, tmp_path))
     assert place is not None
-    told = export_own(place, tmp_path / "own")
+    whose, told = export_own(place, tmp_path / "own")
+    assert whose.startswith(f"device 2 under {e.method_name} on ") and f"experiment {e.digest()}, predicted 20" in whose
     assert told.replace("own", "") == said.replace("simulated", "")
     file = "model.safetensors" if "model" in {p.stem for p in (tmp_path / "own").iterdir()} else "adapter_model.safetensors"
     own, due = (load_file(tmp_path / name / file) for name in ("own", "simulated"))
@@ -92,20 +93,26 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return joined(e, there / "run", simulated(e, there / "run"), there)
 
 
-def test_the_command_takes_the_folder_of_join_wherever_it_lies_by_now(
+def files(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_the_command_takes_the_folder_of_join_wherever_it_lies_by_now_and_writes_nothing_there(
     device: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    moved = copytree(device, tmp_path / "moved")
-    for folder, out in ((device, "here"), (moved, "there"), (next((moved / "states").iterdir()), "one")):
-        assert cli.main(["export", str(folder), str(tmp_path / out)]) == 0
+    moved = copytree(device, tmp_path / "a" / "b" / "moved")
+    alone = copytree(next((moved / "states").iterdir()), tmp_path / "a" / "b" / "c")
+    (moved / "start").mkdir()
+    (moved / "start" / "a worker's").touch()
+    (tmp_path / "a" / "start").mkdir()
+    (tmp_path / "a" / "start" / "somebody's").touch()
+    before, outs = (files(device), files(tmp_path)), []
+    for i, folder in enumerate((device, moved, next((moved / "states").iterdir()), alone)):
+        outs.append(tmp_path / f"out{i}")
+        assert cli.main(["export", str(folder), str(outs[-1])]) == 0
         assert "load it with: PeftModel" in capsys.readouterr().out
-    files = [(tmp_path / out / "adapter_model.safetensors").read_bytes() for out in ("here", "there", "one")]
-    assert files[0] == files[1] == files[2]
-    noted = [next((folder / "states").iterdir()) / "data.json" for folder in (device, moved)]
-    for path in noted:
-        path.unlink()
-    assert cli.main(["export", str(moved), str(tmp_path / "again")]) == 0
-    assert [path.exists() for path in noted] == [False, True], "where it was before, nothing is looked for or left"
+    assert len({(out / "adapter_model.safetensors").read_bytes() for out in outs}) == 1
+    assert (files(device), {name: of for name, of in files(tmp_path).items() if not name.startswith("out")}) == before
     assert cli.main(["export", str(device), str(tmp_path / "merged"), "--merge"]) == 0
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
@@ -120,40 +127,61 @@ def test_what_cannot_be_exported_is_told_with_the_mend(device: Path, tmp_path: P
     (tmp_path / "full" / "x").write_text("x")
     assert "nothing was overwritten" in refused(device, tmp_path / "full")
     (tmp_path / "new" / "states" / "abc").mkdir(parents=True)
-    assert "has not been asked for a prediction yet" in refused(tmp_path / "new", tmp_path / "own")
+    assert "keeps no prediction yet" in refused(tmp_path / "new", tmp_path / "own")
     two = copytree(device, tmp_path / "two")
     (first,) = (two / "states").iterdir()
-    copytree(first, two / "states" / "another")
-    assert f"in 2 experiments; give one of them: {first}" in refused(two, tmp_path / "own").replace("\n", " ") or "another" in str(first)
+    (two / "states" / "another").mkdir()
+    told = refused(two, tmp_path / "own")
+    assert "in 2 experiments; give one of them" in told and f"{first} (predicted 20" in told and "another (no prediction yet)" in told
     assert not (tmp_path / "own").exists()
 
 
-@pytest.mark.parametrize("at", [5, -5])
-def test_what_was_altered_is_refused(at: int, device: Path, tmp_path: Path) -> None:
+def test_what_was_altered_is_refused_wherever_it_was(device: Path, tmp_path: Path) -> None:
     place = next((copytree(device, tmp_path / "altered") / "states").iterdir())
-    kept = bytearray((place / ASKED).read_bytes())
-    kept[at] ^= 1
-    (place / ASKED).write_bytes(kept)
-    with pytest.raises(StoreError, match="was altered after it was written"):
-        export_own(place, tmp_path / "own")
+    as_it_was = (place / ASKED).read_bytes()
+    for at in (5, as_it_was.index(b'"client": 2') + 10, as_it_was.index(b'"data"') + 4, -5):
+        kept = bytearray(as_it_was)
+        kept[at] ^= 1
+        (place / ASKED).write_bytes(kept)
+        with pytest.raises(ExportError, match="was altered after it was written. The device keeps it anew"):
+            export_own(place, tmp_path / "own")
     (place / ASKED).unlink()
     with pytest.raises(StoreError, match="cannot be read"):
         read(place)
 
 
-def test_other_data_or_a_lost_state_are_no_model_of_this_device(device: Path, tmp_path: Path) -> None:
+def test_other_data_another_release_or_a_lost_state_are_no_model_of_this_device(device: Path, tmp_path: Path) -> None:
     place = next((copytree(device, tmp_path / "moved") / "states").iterdir())
     asked = read(place)
-    own: dict[str, Any] = dict(asked.order["own"])
-    export_own(place, tmp_path / "first")
+    own, greeting = (dict(asked.order[part]) for part in ("own", "greeting"))
     replace(asked, order={**asked.order, "own": {**own, "data": str(Path(own["data"]).parent / "1")}}).write(place)
-    with pytest.raises(ExperimentError, match="not those with which it began"):
+    with pytest.raises(ExperimentError, match=r"not those with which it began.*Put them back as they were$"):
+        export_own(place, tmp_path / "own")
+    replace(asked, order={**asked.order, "greeting": {**greeting, "release": "0.0.1"}}).write(place)
+    with pytest.raises(ExportError, match="took part with Fedloom 0.0.1, and this is .*; export with the same release"):
         export_own(place, tmp_path / "own")
     asked.write(place)
+    noted = place / "data.json"
+    as_it_was = noted.read_bytes()
+    noted.unlink()
+    with pytest.raises(CheckpointError, match="join once more"):
+        export_own(place, tmp_path / "own")
+    noted.write_bytes(as_it_was)
     (place / asked.state).unlink()
-    with pytest.raises(StoreError, match="cannot be read"):
+    with pytest.raises(ExportError, match="cannot be read .*The device keeps it anew when"):
         export_own(place, tmp_path / "own")
     assert not (tmp_path / "own").exists()
+
+
+def test_a_device_that_predicts_again_meanwhile_is_read_again(device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its earlier state is gone by then."""
+    place = next((copytree(device, tmp_path / "moved") / "states").iterdir())
+    now = read(place)
+    before = replace(now, state="client-2-0123456789abcdef.safetensors")
+    found = iter((before, now, now))
+    monkeypatch.setattr("fedloom.run.deployment.own_model.read", lambda place: next(found))
+    asked, (private, _) = kept_in(place)
+    assert asked == now and private
 
 
 def test_a_run_folder_is_no_devices(tmp_path: Path) -> None:

@@ -110,14 +110,14 @@ def test_the_last_prediction_and_its_state_are_kept(resident: Resident, tmp_path
     assert state_in(place) == "" and not (place / ASKED).exists()
     with monkeypatch.context() as patch:
         patch.setattr("fedloom.engines.resident.PREDICTS", "where")
-        _, predicted = asked(resident, state=first)
+        _, after = asked(resident, state=first)
     kept = read(place)
-    assert (kept.client, kept.state, unpack(kept.task, DIGEST)) == (3, predicted, Task("where", 3, {}, {"seconds": 0.0}))
+    assert (kept.client, kept.state, unpack(kept.task, DIGEST)) == (3, first, Task("where", 3, {}, {"seconds": 0.0}))
     assert kept.order == toy_worker.start().order
-    state = predicted
+    state = after
     for _ in range(3):
         _, state = asked(resident, state=state)
-    assert (place / predicted).exists() and (place / state).exists() and not (place / first).exists()
+    assert (place / first).exists() and (place / state).exists() and not (place / after).exists()
     assert read(place) == kept
     monkeypatch.setattr("fedloom.engines.resident.PREDICTS", "where")
     monkeypatch.setattr(Asked, "write", full_disk)

@@ -402,6 +402,21 @@ def test_help_and_version_load_nothing_heavy() -> None:
     assert done.stdout.endswith("heavy: []\n")
 
 
+def test_a_devices_data_are_found_from_any_folder_and_what_has_a_name_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("flwr", reason="the extra 'flower' is not installed: pip install 'fedloom[flower]'")
+    from fedloom.run.deployment.joining import placed
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cache").write_text("text,label")
+    (tmp_path / "mine.csv").symlink_to(tmp_path / "cache")
+    (tmp_path / "trec").mkdir()
+    assert placed("mine.csv", ("trec",)) == str(tmp_path / "mine.csv"), "its name says what it holds, and that of what it leads to does not"
+    assert [placed(name, ("", "trec")) for name in ("trec", "", "nobody/has-it")] == ["trec", "", "nobody/has-it"]
+    assert placed("./trec", ("trec",)) == str(tmp_path / "trec")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert placed("~/mine.csv", ()) == str(tmp_path / "mine.csv")
+
+
 @pytest.mark.flower
 def test_the_process_that_talks_to_a_server_has_no_library_of_models() -> None:
     """They are its worker's: some 200 MB, and two thirds of the time that ``fedloom join`` takes to begin."""

@@ -1,8 +1,8 @@
 """The last prediction that a device was asked for, kept in the folder of its states, so that whoever it belongs to can have the model that
 made it: what the server sent lies in no other file of the device.
 
-One file, replaced in one step: a line of JSON, and behind it the task as it came. It names the state that the device predicted with, which
-the device keeps beside it.
+One file, replaced in one step: the sha256 of all that follows, a line of JSON, and the task as it came. It names the state that the device
+predicted with, which the device keeps beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from fedloom.client.store import FILE, StoreError
+from fedloom.client.store import StoreError
 from fedloom.folders import replacing
 from fedloom.wire import Blob
 
@@ -41,10 +41,10 @@ class Asked:
         Raises:
             OSError: the disk did not take it; the one before is still there.
         """
-        head = {"client": self.client, "state": self.state, "order": dict(self.order), "sha256": sha256(self.task).hexdigest()}
+        head = json.dumps({"client": self.client, "state": self.state, "order": dict(self.order)}).encode() + b"\n"
         with replacing(folder / ASKED) as file:
-            file.write(json.dumps(head).encode() + b"\n")
-            file.write(self.task)
+            for part in (_digest(head, self.task), head, self.task):
+                file.write(part)
 
 
 def read(folder: Path) -> Asked:
@@ -56,22 +56,27 @@ def read(folder: Path) -> Asked:
     path = folder / ASKED
     try:
         with path.open("rb") as file:
-            head, task = json.loads(file.readline()), file.read()
-        found = Asked(int(head["client"]), str(head["state"]), dict(head["order"]), task)
-        due = head["sha256"]
+            digest, head, task = file.readline(), file.readline(), file.read()
     except OSError as error:
         raise StoreError(f"{path} cannot be read ({error})") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise StoreError(f"{path} was altered after it was written ({type(error).__name__})") from error
-    if sha256(task).hexdigest() != due or not (found.state == "" or FILE.fullmatch(found.state)):
+    if digest != _digest(head, task):
         raise StoreError(f"{path} was altered after it was written")
-    return found
+    told = json.loads(head)
+    return Asked(told["client"], told["state"], told["order"], task)
 
 
 def state_in(folder: Path) -> str:
     """The state that the prediction in ``folder`` was made with; "" where there is no prediction, or it needed none."""
     try:
         with (folder / ASKED).open("rb") as file:
+            file.readline()
             return str(json.loads(file.readline())["state"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""  # whoever reads it is told what is wrong with it
+
+
+def _digest(head: bytes, task: Blob) -> bytes:
+    """The first line."""
+    digest = sha256(head)
+    digest.update(task)
+    return digest.hexdigest().encode() + b"\n"

@@ -138,7 +138,7 @@ class Resident:
             if "reason" in one:
                 return Failure(client, one["reason"]), state
             if op_of(blob) == PREDICTS:
-                self._remember(folder, Asked(client, one["state"], self._order, blob))
+                self._remember(folder, Asked(client, state, self._order, blob))
             self._keep(folder, committed, state, one["state"])
             self._replace_if_too_large(worker)
             return blobs[0], one["state"]

@@ -70,8 +70,8 @@ class Ready:
         return Client(k, train, validation, test, seed, strength, model.dtype, model.num_labels, texts)
 
 
-def made_ready(told: Mapping[str, Any]) -> Ready:
-    """The order's experiment, this device's data and the model.
+def made_ready(told: Mapping[str, Any], trains: bool = True) -> Ready:
+    """The order's experiment, this device's data and the model. ``trains``: there must be room to train it, and not only to have it.
 
     Raises:
         ExperimentError, DataError, ModelError, TextError, AdapterError: whatever is wrong, with the mend.
@@ -85,10 +85,11 @@ def made_ready(told: Mapping[str, Any]) -> Ready:
     from fedloom.run.errors import ExperimentError
     from fedloom.run.experiment import EngineSettings, from_json
     from fedloom.run.starting import begin_aside, identity
-    from fedloom.run.world import data_fingerprint, model_of, tokens_of
+    from fedloom.run.world import model_of, tokens_of
 
-    greeting, own = told["greeting"], Own(**{**told["own"], "text": tuple(told["own"]["text"])})
+    greeting = told["greeting"]
     insist_same_release(greeting)
+    own = Own(**{**told["own"], "text": tuple(told["own"]["text"])})
     e = from_json(greeting["experiment"], kinds_of(greeting, own))
     if e.digest() != greeting["digest"]:
         raise ExperimentError(
@@ -99,7 +100,7 @@ def made_ready(told: Mapping[str, Any]) -> Ready:
     source = source_of(greeting, own, e.seed)
     here = replace(e, model=own.model or e.model, engine=EngineSettings(stack=1, recompute=own.recompute))
     gpu, before = torch.cuda.is_available(), sizes_before(here)
-    if before is not None:
+    if before is not None and trains:
         insist_on_a_devices_room(before, here, room(own), gpu=gpu)
     model = model_of(here, source)
     if identity(model) != greeting["model"]:
@@ -108,13 +109,11 @@ def made_ready(told: Mapping[str, Any]) -> Ready:
             f"'{here.model}' is not the server's: its pre-trained weights come to {identity(model)} here and to "
             f"{greeting['model']} at the server; give the same one, --model NAME or FOLDER",
         )
-    insist_on_a_devices_room(sizes_of(model, e.method), here, room(own), loaded=True, gpu=gpu)
+    if trains:
+        insist_on_a_devices_room(sizes_of(model, e.method), here, room(own), loaded=True, gpu=gpu)
     if own.folder:
         begin_aside(model, Path(own.folder) / "start")
-    shards = tokens_of(source, model)
-    if own.folder:
-        insist_same_data(Path(own.folder) / STATES / e.digest(), data_fingerprint(source, shards, model), counts(shards))
-    return Ready(here, source, model, shards, fleet)
+    return Ready(here, source, model, tokens_of(source, model), fleet)
 
 
 def counts(shards: Mapping[Split, Examples]) -> dict[str, int]:
@@ -141,6 +140,8 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     from fedloom.telling import for_others
 
     ready = made_ready(told)
+    if own := told["own"]["folder"]:
+        insist_same_data(Path(own) / STATES / told["greeting"]["digest"], ready)
     e, source, model, shards = ready.experiment, ready.source, ready.model, ready.shards
     host = Host(
         e.method,
@@ -157,9 +158,9 @@ def hosted(told: Mapping[str, Any]) -> tuple[Host, dict[str, Any]]:
     return host, {"examples": counts(shards), "notes": [*source.notes, *cut(shards, model)]}
 
 
-def insist_same_data(folder: Path, data: str, held: Mapping[str, int]) -> None:
+def insist_same_data(folder: Path, ready: Ready, begins: bool = True) -> None:
     """Insist that the device's data are those with which it was greeted first, which is kept beside its states in ``folder``: what they say
-    of examples would be of others. ``data``: what they come to; ``held``: the examples of each split.
+    of examples would be of others. ``begins``: where nothing is kept yet it is now, and the device may begin anew.
 
     Raises:
         ExperimentError: they are others.
@@ -167,25 +168,28 @@ def insist_same_data(folder: Path, data: str, held: Mapping[str, int]) -> None:
     """
     from fedloom.run.checkpoint import same_data, write_atomically
     from fedloom.run.errors import CheckpointError, ExperimentError
+    from fedloom.run.world import data_fingerprint
 
-    path, counted = folder / DATA, ", ".join(f"{held[split]} {split}" for split in held)
-    if not path.exists():
+    path, data = folder / DATA, data_fingerprint(ready.source, ready.shards, ready.model)
+    counted = ", ".join(f"{count} {split}" for split, count in counts(ready.shards).items())
+    if begins and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps({"data": data, "held": counted}))
         return
     try:
         was = json.loads(path.read_text(encoding="utf-8"))
         same = same_data(was["data"], data)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} is corrupt ({type(error).__name__}); delete it if this device's data are still the same") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        mend = "delete it if this device's data are still the same" + ("" if begins else ", and join once more")
+        raise CheckpointError(f"{path} is corrupt ({type(error).__name__}); {mend}") from error
     if not same:
         changed = (
             f"this device's data are not those with which it began in this experiment: {was['held']} examples then (fingerprint "
             f"{was['data']}), {counted} now ({data})"
         )
+        anew = f"; or, where the server begins anew too, in another --out, delete {folder} and join again" if begins else ""
         raise ExperimentError(
-            f"{changed}. Put them back as they were; or, where the server begins anew too, in another --out, delete {folder} and join "
-            "again",
+            f"{changed}. Put them back as they were{anew}",
             f"{changed}. Have it put them back as they were, or begin anew on both sides",
         )
 

@@ -1,4 +1,4 @@
-"""Both ends of a real federation as one call each: :func:`serve` runs an experiment over devices that join, :func:`join` is such a device.
+"""The server of a real federation as one call: :func:`serve` runs an experiment over devices that join (``joining.py``).
 
 The round loop, the checkpoints, the results and the report are those of a simulation (``loop.py``); only the engine is another. What the
 server knows of a device's data is what the device tells: how many examples, and how many of which class it told as which.

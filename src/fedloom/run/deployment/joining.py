@@ -6,13 +6,14 @@ The process that talks to the server computes nothing: it has none of the librar
 from __future__ import annotations
 
 import json
+import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedloom.data.opening import insist_on_a_place
+from fedloom.data.opening import PACKAGED, insist_on_a_place
 from fedloom.engines.device import device_app
 from fedloom.engines.node import STATUS, Credentials, Node
 from fedloom.engines.node import asked as asked_of
@@ -52,13 +53,20 @@ def join(
     if own.recipe:
         digest_of_file(Path(own.recipe))
     credentials, bound = Credentials.read(insist_secret(certs / "device.key"), certs / "ca.pem"), bytes_of(memory)
-    own = replace(own, memory=bound, said=memory > 0, folder=str(folder.resolve()))
+    data, model = placed(own.data, PACKAGED), placed(own.model, ("", "minilm"))
+    own = replace(own, data=data, model=model, memory=bound, said=memory > 0, folder=str(folder.resolve()))
     with only_one(folder):
         resident = Resident(folder / STATES, lambda greeting: Start(command(), order(greeting, own), lambda _: {}), deadline, bound)
         try:
             Node(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", credentials, device_app(resident), said).serve(stop)
         finally:
             resident.close()
+
+
+def placed(name: str, known: Collection[str]) -> str:
+    """Data or a model, as they are called from any folder; those of a ``known`` name, or of none that lies here, as they are."""
+    path = Path(name).expanduser()
+    return os.path.abspath(path) if name not in known and path.exists() else name
 
 
 def asked(server: str, certs: Path) -> list[tuple[str, str]]:
@@ -74,7 +82,7 @@ def asked(server: str, certs: Path) -> list[tuple[str, str]]:
 
 
 def shown(told: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What :func:`about` told, as lines to show.
+    """What the server told (``federation.about``), as lines to show.
 
     Raises:
         OSError: it is something else.
