@@ -53,8 +53,8 @@ with warnings.catch_warnings():  # libraries that Flower imports use deprecated 
     from fedloom.engines.node import Credentials, Node
     from fedloom.engines.resident import Resident
     from fedloom.engines.talk import COMMITTED, GREETING, STATE, TOLD, UNGREETED, state_of, told_of
-    from fedloom.run.deployment import federation as both_ends
     from fedloom.run.deployment import joining
+    from fedloom.run.deployment.federation import Joined
 
     # isort: split
     from fastapi import HTTPException
@@ -414,7 +414,7 @@ class Records(Target):
             outcomes.append(read.__name__.strip("_<>"))
             if isinstance(found, dict):
                 joined = SimpleNamespace(federation=SimpleNamespace(told={3: found}))
-                number = both_ends.Joined.examples(joined, 3, "train")  # type: ignore[arg-type]
+                number = Joined.examples(joined, 3, "train")  # type: ignore[arg-type]
                 assert type(number) is int and 0 <= number < 2**53
             assert not isinstance(found, str) or found == "" or Path(found).name == found
         if outcomes == ["-"] * 3:
@@ -769,7 +769,7 @@ class Counts(Target):
 class Status(Target):
     """What a server says of itself to ``fedloom``: lines to show, or that it is no such server."""
 
-    name, weight, refusals = "federation.shown", 4, (OSError,)
+    name, weight, refusals = "joining.shown", 4, (OSError,)
 
     def case(self, rng: Random) -> Any:
         row = changed_json(rng, {"round": 3, "answered": [1, 2], "failed": {"0": "why"}})
